@@ -1,0 +1,1 @@
+"""Evaluation: retrieval, question answering, multiple choice, metrics and reports."""

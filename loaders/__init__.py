@@ -1,0 +1,1 @@
+"""From shards to batches: the epoch plan, storage, clip sampling, decoding."""

@@ -1,0 +1,59 @@
+"""What a training step gets: tensors of one media type, and where they came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The A distinct answers of a batch's B questions, one after another (for the answer decoder).
+
+    input_ids and attention_mask (A, La) int64; weights (A,) float32; per_question (B,) int64, sums to A.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    weights: torch.Tensor
+    per_question: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's part of a global batch: B pairs, all images or all videos, T frames each.
+
+    frames (B, T, H, W, 3) uint8; input_ids and attention_mask (B, Lt) int64;
+    idx (B,) int64: equal numbers mean the same visual; keys: corpus and sample key of each pair.
+    """
+
+    media_type: str
+    epoch: int
+    step: int  # in the epoch
+    frames: torch.Tensor
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    idx: torch.Tensor
+    keys: tuple[str, ...]
+    answers: Answers | None = None
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on `device`; copies from pinned memory do not block."""
+        tensors = {
+            name: getattr(self, name).to(device, non_blocking=True)
+            for name in ("frames", "input_ids", "attention_mask", "idx")
+        }
+        answers = self.answers
+        if answers is not None:
+            answers = Answers(*(value.to(device, non_blocking=True) for value in vars(answers).values()))
+        return replace(self, **tensors, answers=answers)
+
+
+def normalize(
+    frames: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Bytes (B, T, H, W, 3) to normalised pixels (B, T, 3, H, W) of `dtype`, on the device the bytes are on."""
+    scale = torch.tensor([1 / (255 * s) for s in std], dtype=torch.float32, device=frames.device)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=torch.float32, device=frames.device)
+    return (frames.permute(0, 1, 4, 2, 3) * scale.view(3, 1, 1) + shift.view(3, 1, 1)).to(dtype)

@@ -1,0 +1,46 @@
+"""Settings of the loader, as they stand in a run's YAML."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class PerMedia:
+    """One whole number for each media type."""
+
+    image: int = 0
+    video: int = 0
+
+
+@dataclass
+class VideoInput:
+    """How the frames of a clip are chosen."""
+
+    num_frames: int = 1
+    sample_type: str = "rand"  # rand | middle | fpsX (X frames a second)
+    num_frames_test: int = 4
+    sample_type_test: str = "middle"
+
+
+@dataclass
+class LoaderConfig:
+    """Everything that decides what a batch holds, and how it is made."""
+
+    # Over all ranks together, so that a run is the same on any number of GPUs.
+    batch_size: PerMedia = field(default_factory=lambda: PerMedia(128, 96))
+    image_res: int = 224
+    video_input: VideoInput = field(default_factory=VideoInput)
+    max_txt_l: PerMedia = field(default_factory=lambda: PerMedia(32, 32))
+    unit: str = "samples"  # samples (a caption drawn each time) | captions (each its own item) | questions
+    seed: int = 42
+    lanes: int = 64
+    window_shards: int = 4
+    augment: bool = True  # random resized crop and flip; off: plain resize
+    flip: bool = True  # off where left and right carry meaning
+    antialias: bool = False  # the official transform resizes without
+    decode: str = "auto"  # auto | dali | cpu
+    threads: int = 0  # decoding threads; 0: chosen from the cores this rank may use
+    prefetch: int = 3  # batches made ahead of the step
+    max_bad_share: float = 0.01  # of the samples read; above it the run fails
+    storage: dict[str, str] = field(default_factory=dict)  # fsspec options of the corpora

@@ -1,0 +1,1 @@
+"""The Singularity model: vision, text, fusion and temporal encoders and their losses."""

@@ -1,0 +1,1 @@
+"""From annotations and media files to webdataset shards with their indices."""

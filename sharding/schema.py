@@ -1,0 +1,168 @@
+"""What a packed corpus is: the columns of a shard's index and the contents of `corpus.json`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+FORMAT = "singularity-shards"
+VERSION = 1
+MEDIA_TYPES = ("image", "video")
+
+QUESTION = pa.struct(
+    [
+        ("question_id", pa.string()),
+        ("question", pa.string()),
+        ("answers", pa.list_(pa.string())),  # distinct answers, most frequent first
+        ("weights", pa.list_(pa.float32())),  # share of the annotators behind each answer, sums to 1
+        ("question_type", pa.string()),
+        ("answer_type", pa.string()),
+    ]
+)
+CHOICE = pa.struct(
+    [
+        ("question_id", pa.string()),
+        ("options", pa.list_(pa.string())),
+        ("answer", pa.int32()),  # index into options, -1 when unknown
+    ]
+)
+
+# One row a sample. Offsets are absolute byte positions of the frame's JPEG bytes in the tar.
+INDEX_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("offsets", pa.list_(pa.int64())),
+        ("sizes", pa.list_(pa.int32())),
+        ("crc32s", pa.list_(pa.uint32())),
+        ("width", pa.int32()),  # of the stored frames, pixels
+        ("height", pa.int32()),
+        ("fps", pa.float64()),  # rate of the stored frames; null for images
+        ("duration", pa.float64()),  # seconds of the source clip; null for images
+        ("frame_times", pa.list_(pa.float64())),  # seconds from the clip's start; empty for images
+        ("source", pa.string()),  # the media's name in the annotation
+        ("captions", pa.list_(pa.string())),
+        ("questions", pa.list_(QUESTION)),
+        ("choices", pa.list_(CHOICE)),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One shard's line in `corpus.json`; names are relative to the corpus."""
+
+    name: str  # "corpus-000123.tar"; its index is "corpus-000123.parquet"
+    samples: int
+    frames: int
+    captions: int
+    questions: int
+    choices: int
+    bytes: int
+    sha256: str
+    index_bytes: int
+    index_sha256: str
+
+    @property
+    def index_name(self) -> str:
+        """File name of the shard's parquet index."""
+        return self.name.removesuffix(".tar") + ".parquet"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A packed corpus as a reader sees it before it opens any shard; memory grows with shards only."""
+
+    url: str
+    name: str
+    media_type: str
+    shards: tuple[ShardInfo, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def samples(self) -> int:
+        """Number of images or videos."""
+        return sum(shard.samples for shard in self.shards)
+
+    def counts(self, unit: str = "samples") -> list[int]:
+        """Number of `samples`, `captions`, `questions` or `choices` in each shard."""
+        return [getattr(shard, unit) for shard in self.shards]
+
+    def to_json(self) -> str:
+        """The text of `corpus.json`; the same corpus always gives the same bytes."""
+        totals = {
+            unit: sum(getattr(shard, unit) for shard in self.shards)
+            for unit in ("samples", "frames", "captions", "questions", "choices", "bytes")
+        }
+        head = {"format": FORMAT, "version": VERSION, "name": self.name, "media_type": self.media_type}
+        body = {"settings": self.settings, "shards": [asdict(shard) for shard in self.shards]}
+        return json.dumps({**head, **totals, **body}, indent=1, sort_keys=False) + "\n"
+
+
+def join_url(folder: str, name: str) -> str:
+    """`folder/name` for local paths and fsspec URLs alike."""
+    return folder.rstrip("/") + "/" + name
+
+
+def read_corpus(url: str, storage_options: dict[str, Any] | None = None) -> Corpus:
+    """Read `url/corpus.json`.
+
+    Raises:
+        FileNotFoundError: there is no `corpus.json` at `url`.
+        ValueError: the file is not a corpus description or of another version.
+    """
+    path = join_url(url, "corpus.json")
+    try:
+        with fsspec.open(path, "rt", **(storage_options or {})) as file:
+            text = file.read()
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path} does not exist: {url} is no packed corpus; pack it with `python -m sharding.build`, "
+            "or index existing webdataset shards with `python -m sharding.index`"
+        ) from None
+    return parse_corpus(text, url)
+
+
+def parse_corpus(text: str, url: str) -> Corpus:
+    """`Corpus` from the text of a `corpus.json`; raises ValueError naming `url` when it is not one."""
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{url}/corpus.json is not valid JSON ({error}); pack the corpus again") from None
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise ValueError(f"{url}/corpus.json is not a {FORMAT} description; pack the corpus again")
+    if data.get("version") != VERSION:
+        raise ValueError(
+            f"{url} holds shards of version {data.get('version')}, this program reads version {VERSION}; "
+            "pack the corpus again with `python -m sharding.build`"
+        )
+    if data.get("media_type") not in MEDIA_TYPES:
+        raise ValueError(f"{url}/corpus.json: media_type is {data.get('media_type')!r}, must be one of {MEDIA_TYPES}")
+    shards = tuple(ShardInfo(**shard) for shard in data["shards"])
+    return Corpus(url, data["name"], data["media_type"], shards, data.get("settings", {}))
+
+
+def read_index(corpus: Corpus, shard: int, storage_options: dict[str, Any] | None = None) -> pa.Table:
+    """The index of one shard, a table of INDEX_SCHEMA with `corpus.shards[shard].samples` rows.
+
+    Raises:
+        FileNotFoundError: the index file is missing.
+        ValueError: it has another number of rows than `corpus.json` says, or other columns.
+    """
+    info = corpus.shards[shard]
+    path = join_url(corpus.url, info.index_name)
+    try:
+        with fsspec.open(path, "rb", **(storage_options or {})) as file:
+            table = pq.read_table(file)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: rebuild it with `python -m sharding.index {corpus.url}`") from None
+    if table.num_rows != info.samples or not table.schema.equals(INDEX_SCHEMA):
+        raise ValueError(
+            f"{path} does not fit {corpus.url}/corpus.json ({table.num_rows} rows, {info.samples} expected): "
+            f"check the corpus with `python -m sharding.verify {corpus.url}`"
+        )
+    return table

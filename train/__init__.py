@@ -1,0 +1,1 @@
+"""Training on DeepSpeed: configuration, engine, loop, checkpoints, tracking."""
