@@ -1,0 +1,55 @@
+# Everything a user or a developer runs. The targets create the virtual environment and reuse it.
+#   make demo   the whole system on a small corpus of coloured shapes, in a few minutes on a CPU
+#   make test   the tests        make test-all   also those that take minutes
+#   make lint   style and types  make clean      removes what these targets made
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+# DALI's build: cuda12 or cuda13 (both run without a GPU). EXTRAS can be cut, for example to cuda13 alone.
+DALI ?= cuda13
+EXTRAS ?= $(DALI),s3,gcs,wandb,dev
+DEMO ?= demo
+
+BIN := $(abspath $(VENV))/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+export PATH := $(BIN):$(PATH)
+
+.PHONY: help install demo test test-all lint format clean
+
+help:
+	@sed -n 's/^#  *make/make/p' Makefile
+
+install: $(READY)
+
+$(READY): setup.cfg constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@echo "Installing into $(VENV) (about 2.5 GB without CUDA) ..."
+	@$(PYTHON) -m venv $(VENV) || $(PYTHON) -m virtualenv --quiet $(VENV) || { $(PYTHON) -m pip install --quiet virtualenv && $(PYTHON) -m virtualenv --quiet $(VENV); }
+	@$(PIP) pip setuptools wheel ninja
+	@$(PIP) torch torchvision numpy
+	@DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
+	@$(PIP) --no-build-isolation --editable ".[$(EXTRAS)]" 2>&1 | { grep -v -i warning || true; }
+	@touch $(READY)
+
+demo: $(READY)
+	@bash launch/demo.sh $(DEMO)
+
+test: $(READY)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy sharding loaders model train eval launch
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) $(DEMO) build *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
