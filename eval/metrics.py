@@ -1,0 +1,125 @@
+"""Retrieval metrics of score matrices: recall in both directions, ties, and the level of chance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import comb
+
+import numpy as np
+
+from eval.ranking import row_blocks
+
+RECALL_AT = (1, 5, 10)
+NOT_RANKED = np.iinfo(np.int64).max  # rank of a true item that was never scored
+Truth = Sequence[Sequence[int]]  # for each query the indices of its true items
+
+
+@dataclass(frozen=True)
+class TrueRanks:
+    """For each of Q queries the rank of its best true item, from 0; each (Q,) int64.
+
+    `by_index` breaks ties by index, `best` and `worst` in favour of and against the true items.
+    """
+
+    by_index: np.ndarray
+    best: np.ndarray
+    worst: np.ndarray
+
+
+@dataclass(frozen=True)
+class RetrievalMetrics:
+    """Metrics in percent by their official names.
+
+    `values` ranks ties by index; `best` and `worst` break them in favour of and against the true items.
+    """
+
+    values: dict[str, float]
+    best: dict[str, float]
+    worst: dict[str, float]
+
+    @property
+    def depends_on_ties(self) -> list[str]:
+        """Names of the metrics that another order of equal scores would change."""
+        return [name for name in self.values if self.best[name] != self.worst[name]]
+
+
+def true_ranks(scores: np.ndarray, truth: Truth) -> TrueRanks:
+    """Rank of the best true item of each query that has one.
+
+    scores (Q, G): a row a query, a column an item of the gallery; -inf marks what was never scored and cannot be
+    found. truth: the true columns of each row; rows without any are no queries and left out.
+
+    Raises:
+        ValueError: scores and truth have different numbers of rows, or scores hold NaN.
+    """
+    if scores.ndim != 2 or len(scores) != len(truth):
+        raise ValueError(f"scores of shape {scores.shape} do not fit {len(truth)} queries: give a row a query")
+    queries = np.array([query for query, items in enumerate(truth) if len(items)], dtype=np.int64)
+    by_index, best, worst = (np.full(len(queries), NOT_RANKED) for _ in range(3))
+    columns = np.arange(scores.shape[1])
+    for block in row_blocks(len(queries), scores.shape[1]):
+        rows = scores[queries[block]]
+        if np.isnan(rows).any():
+            raise ValueError("scores hold NaN: the model's weights or its input are not finite")
+        is_true = np.zeros(rows.shape, dtype=bool)
+        for row, query in enumerate(queries[block]):
+            is_true[row, truth[query]] = True
+        masked = np.where(is_true, rows, -np.inf)
+        first_true = masked.argmax(1)  # of equally high true items the one of lowest index
+        target = masked.max(1)[:, None]
+        above = (rows > target).sum(1)
+        equal = rows == target
+        found = np.isfinite(target[:, 0])
+        before = equal & (columns < first_true[:, None])
+        by_index[block] = np.where(found, above + before.sum(1), NOT_RANKED)
+        best[block] = np.where(found, above, NOT_RANKED)
+        worst[block] = np.where(found, above + (equal & ~is_true).sum(1), NOT_RANKED)
+    return TrueRanks(by_index, best, worst)
+
+
+def retrieval_metrics(
+    visual_to_text: np.ndarray, text_to_visual: np.ndarray, texts_of_visual: Truth, visuals_of_text: Truth
+) -> RetrievalMetrics:
+    """R@1, R@5, R@10 of both directions in percent, and their means, rounded to two decimals.
+
+    visual_to_text (N, M) and text_to_visual (M, N) scores of N visuals and M texts. `txt_*` is the recall of texts for
+    a visual, `img_*` that of visuals for a text; of several true items the best-ranked counts.
+    """
+    texts = true_ranks(visual_to_text, texts_of_visual)
+    visuals = true_ranks(text_to_visual, visuals_of_text)
+    return RetrievalMetrics(
+        values=_named(_recalls(texts.by_index), _recalls(visuals.by_index)),
+        best=_named(_recalls(texts.best), _recalls(visuals.best)),
+        worst=_named(_recalls(texts.worst), _recalls(visuals.worst)),
+    )
+
+
+def chance_metrics(texts_of_visual: Truth, visuals_of_text: Truth) -> dict[str, float]:
+    """What ranking at random is expected to reach, under the names of `retrieval_metrics`."""
+    num_visuals, num_texts = len(texts_of_visual), len(visuals_of_text)
+    return _named(_chance(texts_of_visual, num_texts), _chance(visuals_of_text, num_visuals))
+
+
+def _recalls(ranks: np.ndarray) -> list[float]:
+    return [100.0 * float((ranks < k).mean()) if len(ranks) else 0.0 for k in RECALL_AT]
+
+
+def _chance(truth: Truth, gallery: int) -> list[float]:
+    sizes = [len(items) for items in truth if len(items)]
+    counts = {size: sizes.count(size) for size in set(sizes)}
+    recalls = []
+    for k in RECALL_AT:
+        cut = min(k, gallery)
+        hits = sum(n * (1 - comb(gallery - size, cut) / comb(gallery, cut)) for size, n in counts.items())
+        recalls.append(100.0 * hits / len(sizes) if sizes else 0.0)
+    return recalls
+
+
+def _named(texts: list[float], visuals: list[float]) -> dict[str, float]:
+    values: dict[str, float] = {}
+    for prefix, recalls in (("txt", texts), ("img", visuals)):
+        values |= {f"{prefix}_r{k}": recall for k, recall in zip(RECALL_AT, recalls)}
+        values[f"{prefix}_r_mean"] = sum(recalls) / len(recalls)
+    values["r_mean"] = (values["txt_r_mean"] + values["img_r_mean"]) / 2
+    return {name: round(value, 2) for name, value in values.items()}

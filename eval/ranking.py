@@ -1,0 +1,41 @@
+"""Which items lead a row of scores: top-k choice and order, ties by index."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+BLOCK_CELLS = 1 << 24  # cells of a score matrix handled at once
+
+
+def row_blocks(rows: int, columns: int) -> Iterator[slice]:
+    """Slices that cover `rows` rows of `columns` cells in blocks of a bounded size."""
+    step = max(1, BLOCK_CELLS // max(1, columns))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def top_k_mask(scores: np.ndarray, k: int) -> np.ndarray:
+    """Marks the k highest of each row of scores (Q, G), ties by index; (Q, G) bool.
+
+    Cells of -inf are never marked. A row with fewer than k other cells has all of them marked.
+    """
+    if k >= scores.shape[1]:
+        return scores > -np.inf
+    mask = np.zeros(scores.shape, dtype=bool)
+    if k <= 0:
+        return mask
+    for block in row_blocks(*scores.shape):
+        rows = scores[block]
+        threshold = np.partition(rows, -k, axis=1)[:, -k, None]
+        above, equal = rows > threshold, rows == threshold
+        vacant = k - above.sum(1, keepdims=True)
+        mask[block] = (above | (equal & (equal.cumsum(1) <= vacant))) & (rows > -np.inf)
+    return mask
+
+
+def top_items(row: np.ndarray, k: int) -> np.ndarray:
+    """Indices of the k highest of scores (G,), best first, ties by index; fewer where only -inf is left."""
+    candidates = np.flatnonzero(top_k_mask(row[None], k)[0])
+    return candidates[np.argsort(-row[candidates], kind="stable")]
