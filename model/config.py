@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
+from typing import Any
 
 
 @dataclass
@@ -18,6 +21,7 @@ class VisionConfig:
     mlp_ratio: float = 4.0
     layer_scale: float = 0.1  # BEiT only
     drop_path: float = 0.1  # of the last block; grows linearly from 0
+    layer_norm_eps: float = 1e-12
 
 
 @dataclass
@@ -46,6 +50,14 @@ class TemporalConfig:
 
 
 @dataclass
+class AnswerDecoderConfig:
+    """Question answering only: a causal language model over the states of question and visual."""
+
+    enable: bool = False
+    num_layers: int = 3
+
+
+@dataclass
 class LossWeights:
     """Weights of the objectives; 0 switches one off."""
 
@@ -61,6 +73,7 @@ class ModelConfig:
     vision_encoder: VisionConfig = field(default_factory=VisionConfig)
     text_encoder: TextConfig = field(default_factory=TextConfig)
     temporal_vision_encoder: TemporalConfig = field(default_factory=TemporalConfig)
+    answer_decoder: AnswerDecoderConfig = field(default_factory=AnswerDecoderConfig)
     add_temporal_embed: bool = False
     image_res: int = 224
     num_frames: int = 1
@@ -69,3 +82,46 @@ class ModelConfig:
     itm_hard_neg: bool = True
     mlm_prob: float = 0.5
     loss_weight: LossWeights = field(default_factory=LossWeights)
+
+
+def config_to_dict(config: ModelConfig) -> dict[str, Any]:
+    """Nested plain values, for JSON."""
+    return asdict(config)
+
+
+def config_from_dict(data: dict[str, Any]) -> ModelConfig:
+    """The inverse of `config_to_dict`; absent keys take their defaults. Raises ValueError for unknown keys."""
+    config = ModelConfig()
+    for key, value in _flatten(data).items():
+        _set(config, key, value)
+    return config
+
+
+def with_changes(config: ModelConfig, changes: dict[str, Any]) -> ModelConfig:
+    """A copy with dotted keys changed, for example {"num_frames": 4, "temporal_vision_encoder.enable": True}.
+
+    Raises ValueError, naming the nearest keys, when a key does not exist.
+    """
+    result = deepcopy(config)
+    for key, value in changes.items():
+        _set(result, key, value)
+    return result
+
+
+def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat
+
+
+def _set(config: ModelConfig, key: str, value: Any) -> None:
+    known = _flatten(asdict(config))
+    if key not in known:
+        near = get_close_matches(key, known, n=3) or sorted(known)
+        raise ValueError(f"the model has no setting {key!r}: nearest are {', '.join(near)}")
+    *folders, name = key.split(".")
+    owner: Any = config
+    for folder in folders:
+        owner = getattr(owner, folder)
+    setattr(owner, name, value)

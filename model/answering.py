@@ -1,0 +1,190 @@
+"""Question answering: the same encoders, and a causal decoder that writes or scores answers."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from model.config import ModelConfig, TextConfig
+from model.encoders import Encoders
+from model.losses import IGNORED
+from model.text import PADDED, FusionLayer, VisualKeys, WordHead, bert_config, initialize_bert
+from model.torchvision_cpu import BertEmbeddings
+
+ENSEMBLES = ("concat", "mean", "max", "lse")
+_HIDDEN = -1e9  # added to cross-attention scores of padded question tokens; -1e4 in half precision
+
+
+def causal_mask(attention_mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(A, La) of ones and zeros to (A, 1, La, La): 0 where a token may look, -10000 at later and padded ones."""
+    length = attention_mask.shape[1]
+    seen = attention_mask.new_ones(length, length).tril()
+    return ((1 - (seen * attention_mask[:, None, :]).to(dtype)) * PADDED)[:, None]
+
+
+class AnswerDecoder(nn.Module):
+    """Causal BERT layers with cross-attention to the states of a question and its visual."""
+
+    def __init__(self, config: TextConfig, num_layers: int, pad_id: int = 0) -> None:
+        super().__init__()
+        bert = bert_config(config, pad_id=pad_id)
+        self.embeddings = BertEmbeddings(bert)
+        self.layer = nn.ModuleList(FusionLayer(bert, config.width) for _ in range(num_layers))
+        self.word_head = WordHead(config)
+        self.apply(initialize_bert)
+
+    def project(self, question_states: torch.Tensor) -> VisualKeys:
+        """Question states (B, Lq, D) to the keys and values that the layers read, once for all answers."""
+        return tuple(cast(FusionLayer, layer).project(question_states) for layer in self.layer)
+
+    def forward(
+        self,
+        answer_ids: torch.Tensor,
+        answer_mask: torch.Tensor,
+        questions: VisualKeys,
+        question_mask: torch.Tensor,
+        index: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits (A, La, V) at every position of the answers (A, La).
+
+        Without `index` answer g·B + b belongs to question b; with `index` (A,) answer a belongs to question index[a].
+        """
+        states = self.embeddings(answer_ids)
+        dtype = states.dtype
+        self_mask = causal_mask(answer_mask, dtype)
+        hidden = -1e4 if dtype == torch.float16 else _HIDDEN
+        cross_mask = ((1 - question_mask[:, None, None, :].to(dtype)) * hidden).to(dtype)
+        for layer, (keys, values) in zip(self.layer, questions, strict=True):
+            states = layer(states, self_mask, keys, values, index, cross_mask)
+        return self.word_head(states, self.embeddings.word_embeddings.weight)
+
+
+def answer_losses(logits: torch.Tensor, answer_ids: torch.Tensor, pad_id: int) -> torch.Tensor:
+    """Summed negative log-likelihood (A,) float32 of each answer (A, La) after its first token."""
+    labels = answer_ids[:, 1:].masked_fill(answer_ids[:, 1:] == pad_id, IGNORED)
+    each = functional.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return each.view_as(labels).sum(1)
+
+
+def combine(scores: torch.Tensor, ensemble: str) -> torch.Tensor:
+    """Scores (F, ...) of F frames to (...): their mean, maximum or log-sum-exp; `concat` has one and takes it."""
+    if ensemble == "mean":
+        return scores.mean(0)
+    if ensemble == "max":
+        return scores.amax(0)
+    if ensemble == "lse":
+        return scores.logsumexp(0)
+    if ensemble == "concat" and scores.shape[0] == 1:
+        return scores[0]
+    raise ValueError(
+        f"eval_frame_ensemble is {ensemble!r} for {scores.shape[0]} sets of scores: must be one of "
+        f"{', '.join(ENSEMBLES)}, where concat means one set"
+    )
+
+
+class SingularityQA(Encoders):
+    """Singularity for questions: no dual encoder and no matching, instead an answer decoder."""
+
+    def __init__(self, config: ModelConfig, pad_id: int = 0, cls_id: int = 101, mask_id: int = 103) -> None:
+        super().__init__(config, pad_id)
+        self.cls_id, self.mask_id = cls_id, mask_id
+        self.answer_decoder = AnswerDecoder(config.text_encoder, config.answer_decoder.num_layers, pad_id)
+
+    def question_states(self, visual_tokens: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """States (B, Lq, D) of questions (B, Lq) that have seen their visual's tokens (B, S, D)."""
+        return self.text_encoder.fuse(self.text_encoder.encode(ids, mask), mask, self.visual_keys(visual_tokens))
+
+    def forward(
+        self,
+        frames: torch.Tensor,
+        question_ids: torch.Tensor,
+        question_mask: torch.Tensor,
+        answer_ids: torch.Tensor,
+        answer_mask: torch.Tensor,
+        answer_weights: torch.Tensor,
+        per_question: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """Loss `loss_qa`: the answers' losses, weighted, summed and divided by the number of questions.
+
+        frames (B, T, 3, H, W); questions (B, Lq); the A answers (A, La) of all questions one after another, their
+        weights (A,), and how many belong to each question, per_question (B,).
+        """
+        tokens, _ = self.encode_visual(frames)
+        states = self.question_states(tokens, question_ids, question_mask)
+        batch, answers = frames.shape[0], answer_ids.shape[0]
+        owner = torch.arange(batch, device=frames.device).repeat_interleave(per_question, output_size=answers)
+        questions = self.answer_decoder.project(states)
+        logits = self.answer_decoder(answer_ids, answer_mask, questions, question_mask, owner)
+        losses = answer_losses(logits, answer_ids, self.pad_id)
+        return {"loss_qa": (answer_weights * losses).sum() / batch}
+
+    def frame_states(
+        self, frames: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, ensemble: str = "concat"
+    ) -> list[torch.Tensor]:
+        """Question states for `rank_answers`: one (B, Lq, D) with all frames fused early, or one a frame.
+
+        The late ensembles see each frame by itself. Raises ValueError where that would skip temporal modules.
+        """
+        if ensemble == "concat":
+            return [self.question_states(self.encode_visual(frames)[0], ids, mask)]
+        if self.temporal_vision_encoder is not None or self.config.add_temporal_embed:
+            raise ValueError(
+                f"eval_frame_ensemble is {ensemble!r}, but this model relates frames to each other, which only "
+                "concat does: set eval_frame_ensemble=concat"
+            )
+        tokens, _ = self.encode_frames(frames)
+        return [self.question_states(tokens[:, t], ids, mask) for t in range(tokens.shape[1])]
+
+    def first_token_probabilities(
+        self, questions: list[VisualKeys], question_mask: torch.Tensor, start_id: int, ensemble: str
+    ) -> torch.Tensor:
+        """Probability (B, V) of each word to open the answer.
+
+        Late ensembles combine the frames' probabilities and take the softmax of that once more, as the official
+        code does: the published numbers were made so.
+        """
+        start = question_mask.new_full((question_mask.shape[0], 1), start_id)
+        ones = torch.ones_like(start)
+        opening = torch.stack(
+            [self.answer_decoder(start, ones, keys, question_mask)[:, 0].float().softmax(1) for keys in questions]
+        )
+        return opening[0] if ensemble == "concat" else combine(opening, ensemble).softmax(1)
+
+    @torch.no_grad()
+    def rank_answers(
+        self,
+        states: list[torch.Tensor],
+        question_mask: torch.Tensor,
+        answer_ids: torch.Tensor,
+        answer_mask: torch.Tensor,
+        k: int,
+        ensemble: str = "concat",
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The k likeliest of C candidate answers (C, La), best first: their numbers and probabilities, both (B, k).
+
+        states: of `frame_states`. The probability of an answer's first word picks k candidates; these are ranked by
+        the sum of its logarithm and the log-likelihood of the whole answer, so the first word counts twice: kept
+        because the published numbers were made so.
+        """
+        questions = [self.answer_decoder.project(each) for each in states]
+        opening = self.first_token_probabilities(questions, question_mask, int(answer_ids[0, 0]), ensemble)
+        k = min(k, answer_ids.shape[0])
+        chance, candidates = opening[:, answer_ids[:, 1]].topk(k, dim=1)  # (B, k)
+        order = candidates.T.flatten()  # candidate g of question b at g·B + b
+        ids, mask = answer_ids[order], answer_mask[order]
+        scores = torch.stack(
+            [chance.log() - self._losses(ids, mask, keys, question_mask).view(k, -1).T for keys in questions]
+        )
+        probability, rank = combine(scores, ensemble).softmax(1).topk(k, dim=1)
+        return candidates.gather(1, rank), probability
+
+    def _losses(
+        self, ids: torch.Tensor, mask: torch.Tensor, questions: VisualKeys, question_mask: torch.Tensor
+    ) -> torch.Tensor:
+        logits = self.answer_decoder(ids, mask, questions, question_mask)
+        return answer_losses(logits, ids, self.pad_id)

@@ -1,0 +1,24 @@
+"""Makes the model that a configuration describes."""
+
+from __future__ import annotations
+
+import torch
+
+from model.answering import SingularityQA
+from model.config import ModelConfig
+from model.singularity import Singularity
+
+
+def build_model(config: ModelConfig, special_ids: dict[str, int] | None = None) -> Singularity | SingularityQA:
+    """A model with random weights: `SingularityQA` where `answer_decoder.enable`, else `Singularity`.
+
+    special_ids: pad_id, cls_id, mask_id of the vocabulary. Raises ValueError when sizes do not fit together.
+    """
+    kind = SingularityQA if config.answer_decoder.enable else Singularity
+    return kind(config, **(special_ids or {}))
+
+
+def tensor_names(config: ModelConfig) -> list[str]:
+    """Names of all tensors of the model that `config` describes, without allocating any."""
+    with torch.device("meta"):
+        return list(build_model(config).state_dict())

@@ -1,0 +1,184 @@
+"""Saves and loads models, ours and official ones, and fits weights to another size, length or task."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from model.answering import SingularityQA
+from model.building import build_model
+from model.config import ModelConfig, with_changes
+from model.files import Weights, read_weights, resolve_weights, write_weights
+from model.official import read_official
+from model.positions import resize_absolute, resize_relative
+from model.singularity import Singularity
+from model.temporal import resize_embeddings
+
+__all__ = ["FitReport", "fit_weights", "load_model", "load_weights", "resolve_weights", "save_model"]
+
+logger = logging.getLogger(__name__)
+
+# Tensors, beside the temperature, that only models without an answer decoder have.
+_WITHOUT_ANSWERS = ("vision_proj.", "text_proj.", "itm_head.", "word_head.", "vision_encoder.transformer.fc_norm.")
+
+
+@dataclass
+class FitReport:
+    """What had to be done to weights so that they fit a model: names of its tensors."""
+
+    resized: list[str] = field(default_factory=list)  # position tables and temporal embeddings
+    fresh: list[str] = field(default_factory=list)  # not in the weights, and newly asked for
+    copied: list[str] = field(default_factory=list)  # of the answer decoder, from the fusion layers
+    dropped: list[str] = field(default_factory=list)  # of the weights, not in the model and no longer asked for
+
+    def __str__(self) -> str:
+        parts = [f"{name} {len(names)} ({_shortened(names)})" for name, names in vars(self).items() if names]
+        return "; ".join(parts) or "all tensors taken as they are"
+
+
+def _shortened(names: list[str], limit: int = 6) -> str:
+    return ", ".join(names[:limit]) + (f", ... {len(names) - limit} more" if len(names) > limit else "")
+
+
+def save_model(
+    model_or_state: nn.Module | dict[str, torch.Tensor],
+    config: ModelConfig,
+    folder: str | Path,
+    special_ids: dict[str, int] | None = None,
+) -> None:
+    """Write `folder/model.safetensors` and `folder/model.json`, each whole or not at all.
+
+    special_ids: pad_id, cls_id, mask_id; taken from a model, and needed for a state dict that no vocab.txt will
+    accompany.
+    """
+    if isinstance(model_or_state, nn.Module):
+        state = model_or_state.state_dict()
+        own = {name: getattr(model_or_state, name) for name in ("pad_id", "cls_id", "mask_id")}
+        special_ids = {**own, **(special_ids or {})}
+    else:
+        state = model_or_state
+    write_weights(Weights(config, state, special_ids or {}), folder)
+
+
+def load_weights(path: str | Path) -> Weights:
+    """Architecture and tensors at `path` (see `resolve_weights`), whichever form they are in.
+
+    Raises FileNotFoundError or ValueError that names the file and the remedy.
+    """
+    found = resolve_weights(path)
+    return read_weights(found) if found.is_dir() else read_official(found)
+
+
+def load_model(
+    path: str | Path, changes: dict[str, Any] | None = None, special_ids: dict[str, int] | None = None
+) -> Singularity | SingularityQA:
+    """The model at `path`, in float32 on the CPU, in evaluation mode.
+
+    path: a folder that `save_model` wrote, a run folder, or an official .pth. changes: dotted settings to load it
+    with, for example {"num_frames": 4, "temporal_vision_encoder.enable": True, "image_res": 384}: position tables
+    are interpolated, temporal embeddings extended with zeros or cut, a new temporal encoder starts afresh, the
+    answer decoder from the fusion layers. What was done is logged.
+    Raises ValueError, listing the tensors, when anything else does not fit.
+    """
+    weights = load_weights(path)
+    config = with_changes(weights.config, changes or {})
+    model = build_model(config, special_ids or weights.special_ids)
+    report = fit_weights(model, weights, str(path))
+    logger.info("Loaded %s: %s", path, report)
+    return model.eval()
+
+
+def fit_weights(model: Singularity | SingularityQA, weights: Weights, source: str) -> FitReport:
+    """Copy `weights` into `model`, changed where its configuration asks for another size, length or task.
+
+    Raises ValueError, listing the tensors, when anything is missing, left over, or of another shape.
+    """
+    report = FitReport()
+    target, state = model.state_dict(), dict(weights.state)
+    if model.config.answer_decoder.enable and not weights.config.answer_decoder.enable:
+        _decoder_from_fusion(state, weights.config, model.config, report)
+    _resize(state, target, model.config, report)
+
+    missing = [name for name in target if name not in state]
+    report.fresh = [name for name in missing if _is_new(name, weights.config, model.config)]
+    surplus = [name for name in state if name not in target]
+    report.dropped = [name for name in surplus if _is_obsolete(name, weights.config, model.config)]
+    problems = {
+        "missing": sorted(set(missing) - set(report.fresh)),
+        "unexpected": sorted(set(surplus) - set(report.dropped)),
+        "of another shape": [
+            f"{name} {tuple(state[name].shape)} for {tuple(tensor.shape)}"
+            for name, tensor in target.items()
+            if name in state and state[name].shape != tensor.shape
+        ],
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{what}: {_shortened(names, 20)}" for what, names in problems.items() if names)
+        raise ValueError(
+            f"{source} does not fit the model ({listed}): take its architecture from the checkpoint and change only "
+            "image_res, num_frames, temporal_vision_encoder, loss_weight or answer_decoder; the vocabulary has "
+            f"{weights.config.text_encoder.vocab_size} words there and {model.config.text_encoder.vocab_size} here"
+        )
+    model.load_state_dict({name: state[name] for name in target if name in state}, strict=not report.fresh)
+    return report
+
+
+def _is_new(name: str, old: ModelConfig, new: ModelConfig) -> bool:
+    """Whether the new configuration asks for a module that the old one did not have and that may start afresh."""
+    if name.startswith("answer_decoder.") and not old.answer_decoder.enable:
+        return _reads_visuals(name) and old.vision_encoder.width != old.text_encoder.width
+    return name.startswith("temporal_vision_encoder.") and (
+        new.temporal_vision_encoder.enable and not old.temporal_vision_encoder.enable
+    )
+
+
+def _is_obsolete(name: str, old: ModelConfig, new: ModelConfig) -> bool:
+    """Whether a tensor belongs to a module that the new configuration switches off."""
+    answering = new.answer_decoder.enable and not old.answer_decoder.enable
+    if answering and (name == "temp" or name.startswith(_WITHOUT_ANSWERS)):
+        return True
+    if name.startswith("word_head."):
+        return old.loss_weight.mlm > 0 and new.loss_weight.mlm <= 0
+    return name.startswith("temporal_vision_encoder.") and not new.temporal_vision_encoder.enable
+
+
+def _reads_visuals(name: str) -> bool:
+    """Whether a cross-attention's tensor is as wide as the visual tokens; an answer decoder's is as the text."""
+    return name.endswith(("crossattention.self.key.weight", "crossattention.self.value.weight"))
+
+
+def _decoder_from_fusion(state: dict[str, torch.Tensor], old: ModelConfig, new: ModelConfig, report: FitReport) -> None:
+    """Add an answer decoder to `state`: the last layers of the text encoder, its embeddings and its word head."""
+    same_width = old.vision_encoder.width == old.text_encoder.width
+    first = old.text_encoder.layers - new.answer_decoder.num_layers
+    sources = {"answer_decoder.embeddings.": "text_encoder.embeddings.", "answer_decoder.word_head.": "word_head."}
+    for i in range(new.answer_decoder.num_layers):
+        sources[f"answer_decoder.layer.{i}."] = f"text_encoder.layer.{first + i}."
+    for target, source in sources.items():
+        for name in [name for name in state if name.startswith(source) and (same_width or not _reads_visuals(name))]:
+            state[target + name.removeprefix(source)] = state[name]
+            report.copied.append(target + name.removeprefix(source))
+
+
+def _resize(
+    state: dict[str, torch.Tensor], target: dict[str, torch.Tensor], config: ModelConfig, report: FitReport
+) -> None:
+    """Fit position tables to the image size and temporal embeddings to the number of frames, in place."""
+    patches = config.image_res // config.vision_encoder.patch_size
+    for name, tensor in state.items():
+        if name not in target or tensor.shape == target[name].shape:
+            continue
+        if name.endswith("relative_position_bias_table") and tensor.shape[1] == target[name].shape[1]:
+            state[name] = resize_relative(tensor, patches)
+        elif name.endswith("transformer.pos_embed") and tensor.shape[2] == target[name].shape[2]:
+            state[name] = resize_absolute(tensor, patches)
+        elif name == "temporal_embeddings" and tensor.shape[3] == target[name].shape[3]:
+            state[name] = resize_embeddings(tensor, config.num_frames)
+        else:
+            continue
+        report.resized.append(name)

@@ -1,0 +1,59 @@
+"""What every Singularity model has: encoders of clips and of texts, and the fusion of the two."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from model.config import ModelConfig
+from model.temporal import TemporalEncoder, embeddings_for_frames
+from model.text import TextEncoder, VisualKeys
+from model.vision import PIXEL_STATISTICS, FrameEncoder
+
+
+class Encoders(nn.Module):
+    """Clips (B, T, 3, H, W) and texts (B, Lt) to states; the parts that all tasks share."""
+
+    def __init__(self, config: ModelConfig, pad_id: int = 0) -> None:
+        """Random initial weights. Raises ValueError when sizes in `config` do not fit together."""
+        super().__init__()
+        if config.num_frames < 1:
+            raise ValueError(f"num_frames is {config.num_frames}: must be at least 1")
+        self.config = config
+        self.pad_id = pad_id
+        width = config.vision_encoder.width
+        self.vision_encoder = FrameEncoder(config)
+        self.text_encoder = TextEncoder(config.text_encoder, width, pad_id)
+        self.temporal_embeddings = nn.Parameter(torch.zeros(1, config.num_frames, 1, width))
+        self.temporal_vision_encoder = TemporalEncoder(config) if config.temporal_vision_encoder.enable else None
+        self.mean, self.std = PIXEL_STATISTICS[config.vision_encoder.type]
+
+    def encode_frames(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each frame by itself, without anything temporal (for late fusion).
+
+        frames (B, T, 3, H, W) to tokens (B, T, L, D) and pooled vectors (B, T, D).
+        """
+        batch, num_frames = frames.shape[:2]
+        images = frames.flatten(0, 1).to(self.temporal_embeddings.dtype)
+        tokens, pooled = self.vision_encoder(images)
+        return tokens.unflatten(0, (batch, num_frames)), pooled.unflatten(0, (batch, num_frames))
+
+    def encode_visual(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """frames (B, T, 3, H, W) to tokens (B, T·L, D), frame after frame, and pooled vectors (B, T, D)."""
+        tokens, pooled = self.encode_frames(frames)
+        if self.config.add_temporal_embed:
+            tokens = tokens + embeddings_for_frames(self.temporal_embeddings, tokens.shape[1])
+        if self.temporal_vision_encoder is not None and tokens.shape[1] > 1:
+            tokens = self.temporal_vision_encoder(tokens)
+            if self.config.temporal_vision_encoder.update_pooler_embed:
+                pooled = tokens[:, :, 0]
+        return tokens.flatten(1, 2), pooled
+
+    def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Text-only layers: ids and mask (B, Lt) to states (B, Lt, D) and the first token's state (B, D)."""
+        states = self.text_encoder.encode(input_ids, attention_mask)
+        return states, states[:, 0]
+
+    def visual_keys(self, visual_tokens: torch.Tensor) -> VisualKeys:
+        """What the fusion layers read of visuals (N, S, D); compute it once for all texts that look at them."""
+        return self.text_encoder.project_visual(visual_tokens)

@@ -1,0 +1,125 @@
+"""Weights on disk in our own form, found by a folder, a checkpoint or a run, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from model.config import ModelConfig, config_from_dict, config_to_dict
+
+FORMAT = "singularity-model"
+VERSION = 1
+DESCRIPTION, TENSORS, VOCABULARY = "model.json", "model.safetensors", "vocab.txt"
+OFFICIAL_SUFFIXES = (".pth", ".pt", ".bin")
+_SPECIAL_TOKENS = {"pad_id": "[PAD]", "cls_id": "[CLS]", "mask_id": "[MASK]"}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model on disk: its architecture, its tensors by our names, and where special tokens stand in its vocabulary."""
+
+    config: ModelConfig
+    state: dict[str, torch.Tensor]
+    special_ids: dict[str, int] = field(default_factory=dict)
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file beside `path`, then give it that name: no reader ever sees half of it."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write(aside)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_weights(weights: Weights, folder: str | Path) -> None:
+    """Write `model.safetensors`, then `model.json`, whose presence says that both are complete."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Copies on the CPU: safetensors refuses tensors that share memory.
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.state.items()}
+    description = {
+        "format": FORMAT,
+        "version": VERSION,
+        "config": config_to_dict(weights.config),
+        "special_ids": weights.special_ids,
+        "versions": {name: version(name) for name in ("torch", "timm", "transformers")},
+    }
+    text = json.dumps(description, indent=1) + "\n"
+    write_whole(folder / TENSORS, lambda path: save_file(state, str(path), metadata={"format": "pt"}))
+    write_whole(folder / DESCRIPTION, lambda path: path.write_text(text))
+
+
+def resolve_weights(path: str | Path) -> Path:
+    """The folder or official file that `path` means: itself, a checkpoint's weights, or those of a run folder.
+
+    Of a run the best checkpoint (checkpoints/best) is taken where there is one, otherwise the newest complete one.
+    Raises FileNotFoundError, saying what was looked for.
+    """
+    path = Path(path)
+    if path.is_file():
+        if path.suffix in OFFICIAL_SUFFIXES:
+            return path
+        raise ValueError(
+            f"{path} is no model: give a folder with {DESCRIPTION}, a run folder, or an official checkpoint (.pth)"
+        )
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} does not exist: give a folder with {DESCRIPTION}, a run folder, or an official checkpoint (.pth)"
+        )
+    steps = sorted((path / "checkpoints").glob("step_*"), reverse=True)
+    for folder in (path, path / "weights", path / "checkpoints" / "best" / "weights", *(s / "weights" for s in steps)):
+        if (folder / DESCRIPTION).is_file():
+            return folder
+    raise FileNotFoundError(
+        f"{path} holds no model: neither {DESCRIPTION}, nor weights/{DESCRIPTION}, nor a complete checkpoint under "
+        "checkpoints/; has the run written one yet?"
+    )
+
+
+def special_ids(folder: Path, description: dict[str, Any]) -> dict[str, int]:
+    """Ids of [PAD], [CLS] and [MASK]: from the vocabulary beside the weights, else as they were saved."""
+    if not (folder / VOCABULARY).is_file():
+        return dict(description.get("special_ids", {}))
+    lines = (folder / VOCABULARY).read_text(encoding="utf-8").splitlines()
+    return {name: lines.index(token) for name, token in _SPECIAL_TOKENS.items() if token in lines}
+
+
+def read_weights(folder: Path) -> Weights:
+    """Read what `write_weights` wrote. Raises FileNotFoundError or ValueError, naming the file and what is wrong."""
+    path = folder / DESCRIPTION
+    try:
+        description = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): the file is damaged, take another checkpoint") from None
+    if description.get("format") != FORMAT:
+        raise ValueError(f"{path} does not describe a {FORMAT}: give a folder that training has written")
+    if description.get("version") != VERSION:
+        raise ValueError(
+            f"{path} is of version {description.get('version')}, this program reads version {VERSION}: "
+            "use the release that wrote it"
+        )
+    config = config_from_dict(description["config"])
+    return Weights(config, read_tensors(folder / TENSORS), special_ids(folder, description))
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a safetensors file. Raises FileNotFoundError, or ValueError when it is truncated or no such file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: the checkpoint is incomplete, take another one")
+    try:
+        return load_file(str(path))
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}): it is truncated or no safetensors file; copy it again"
+        ) from None

@@ -1,0 +1,153 @@
+"""The Singularity model for pre-training and retrieval: dual encoder, matching and masked words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from model.config import ModelConfig
+from model.encoders import Encoders
+from model.losses import (
+    contrastive_loss,
+    contrastive_targets,
+    draw,
+    mask_words,
+    matching_loss,
+    negative_weights,
+    same_visual,
+    word_loss,
+)
+from model.text import VisualKeys, WordHead
+
+TEMPERATURE_RANGE = (0.001, 0.5)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random choices of one training forward, where they are given instead of drawn.
+
+    negative_visuals and negative_texts (B,): the row of the negative of each text and of each visual;
+    masked_ids and labels (B, Lt), labels -100 where a word is not to be predicted.
+    """
+
+    negative_visuals: torch.Tensor | None = None
+    negative_texts: torch.Tensor | None = None
+    masked_ids: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
+
+
+class Singularity(Encoders):
+    """Model of `config`, with random initial weights.
+
+    `pad_id`, `cls_id`, `mask_id` are the vocabulary's (defaults: bert-base-uncased). `mean` and `std` are the
+    statistics by which pixels in [0, 1] are to be normalised.
+    """
+
+    def __init__(self, config: ModelConfig, pad_id: int = 0, cls_id: int = 101, mask_id: int = 103) -> None:
+        super().__init__(config, pad_id)
+        self.cls_id, self.mask_id = cls_id, mask_id
+        text_width = config.text_encoder.width
+        self.vision_proj = nn.Linear(config.vision_encoder.width, config.embed_dim)
+        self.text_proj = nn.Linear(text_width, config.embed_dim)
+        self.temp = nn.Parameter(torch.tensor(config.temp))
+        self.itm_head = nn.Linear(text_width, 2)
+        self.word_head = WordHead(config.text_encoder) if config.loss_weight.mlm > 0 else None
+
+    def project_visual(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Pooled vectors (..., D) to unit vectors (..., E) in float32."""
+        return functional.normalize(self.vision_proj(pooled).float(), dim=-1)
+
+    def project_text(self, pooled: torch.Tensor) -> torch.Tensor:
+        """First tokens' states (..., D) to unit vectors (..., E) in float32."""
+        return functional.normalize(self.text_proj(pooled).float(), dim=-1)
+
+    def match_logits(
+        self,
+        text_states: torch.Tensor,
+        text_mask: torch.Tensor,
+        visual: torch.Tensor | VisualKeys,
+        index: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Two-way logits (P, 2), column 1 for a match, of P pairs of a text and one of N visuals.
+
+        text_states (P, Lt, D) of `encode_text`, text_mask (P, Lt). visual: tokens (N, S, D), or their `visual_keys`.
+        Without `index` row g·N + n looks at visual n (N = P: row by row); with `index` (P,) row p looks at visual
+        index[p].
+        """
+        keys = self.visual_keys(visual) if isinstance(visual, torch.Tensor) else visual
+        states = self.text_encoder.fuse(text_states, text_mask, keys, index)
+        return self.itm_head(states[:, 0]).float()
+
+    def temperature(self) -> torch.Tensor:
+        """The temperature for a training step, after the parameter itself has been clamped to its range."""
+        with torch.no_grad():
+            self.temp.clamp_(*TEMPERATURE_RANGE)
+        return self.temp.float()
+
+    def similarity(self, pooled_visual: torch.Tensor, pooled_text: torch.Tensor) -> torch.Tensor:
+        """Cosine similarities (N, M), mean over frames, of pooled (N, T, D) and (M, D); float32, no temperature."""
+        return self.project_visual(pooled_visual).mean(1) @ self.project_text(pooled_text).T
+
+    def _masked_words(self, input_ids: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
+        if draws.masked_ids is not None and draws.labels is not None:
+            return draws.masked_ids, draws.labels
+        vocab_size = self.config.text_encoder.vocab_size
+        kept = (self.pad_id, self.cls_id)
+        return mask_words(input_ids, self.config.mlm_prob, vocab_size, self.mask_id, kept)
+
+    def forward(
+        self,
+        frames: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        idx: torch.Tensor,
+        draws: Draws = Draws(),
+    ) -> dict[str, torch.Tensor]:
+        """Weighted losses `loss_itc`, `loss_itm` and, where the model has the objective, `loss_mlm`.
+
+        frames (B, T, 3, H, W) normalised, input_ids and attention_mask (B, Lt), idx (B,): equal numbers mean the
+        same visual.
+        """
+        weights, batch = self.config.loss_weight, input_ids.shape[0]
+        tokens, pooled = self.encode_visual(frames)
+        keys = self.visual_keys(tokens)
+
+        # Text-only layers, once: the texts and, where words are predicted, their masked versions.
+        all_ids, all_masks, labels = input_ids, attention_mask, None
+        if self.word_head is not None:
+            masked_ids, labels = self._masked_words(input_ids, draws)
+            all_ids, all_masks = torch.cat([input_ids, masked_ids]), torch.cat([attention_mask, attention_mask])
+        all_states = self.text_encoder.encode(all_ids, all_masks)
+        states = all_states[:batch]
+
+        similarity = self.similarity(pooled, states[:, 0]) / self.temperature()
+        losses = {"loss_itc": contrastive_loss(similarity, contrastive_targets(idx)) * weights.itc}
+
+        # Fusion layers, once: true pairs, visuals with negative texts, masked texts; then texts with negative visuals.
+        negative_visuals, negative_texts, has_negative = self._negatives(similarity, idx, draws)
+        rows = [states, states[negative_texts], all_states[batch:], states]
+        masks = [attention_mask, attention_mask[negative_texts], all_masks[batch:], attention_mask]
+        fused = self.text_encoder.fuse(torch.cat(rows), torch.cat(masks), keys, negative_visuals)
+        first = torch.cat([fused[:batch, 0], fused[-batch:, 0], fused[batch : 2 * batch, 0]])
+        losses["loss_itm"] = matching_loss(self.itm_head(first), has_negative) * weights.itm
+        if self.word_head is not None and labels is not None:
+            words = self.word_head(fused[2 * batch : 3 * batch], self.text_encoder.embeddings.word_embeddings.weight)
+            losses["loss_mlm"] = word_loss(words, labels) * weights.mlm
+        return losses
+
+    @torch.no_grad()
+    def _negatives(
+        self, similarity: torch.Tensor, idx: torch.Tensor, draws: Draws
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The row of each text's negative visual and of each visual's negative text, and who has any; each (B,)."""
+        same, hard = same_visual(idx), self.config.itm_hard_neg
+        has_negative = (~same).any(1)
+        visuals, texts = draws.negative_visuals, draws.negative_texts
+        if visuals is None:
+            visuals = draw(negative_weights(similarity.T, same, hard))
+        if texts is None:
+            texts = draw(negative_weights(similarity, same, hard))
+        return visuals, texts, has_negative

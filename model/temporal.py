@@ -1,0 +1,52 @@
+"""What relates the frames of a clip: temporal embeddings, and the encoder over frames at each spatial position."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from model.config import ModelConfig
+from model.text import bert_config, initialize_bert
+from model.torchvision_cpu import BertLayer
+
+
+def embeddings_for_frames(embeddings: torch.Tensor, num_frames: int) -> torch.Tensor:
+    """Learned (1, T, 1, D) to (1, num_frames, 1, D): the first ones, or interpolated linearly when there are fewer."""
+    if num_frames <= embeddings.shape[1]:
+        return embeddings[:, :num_frames]
+    line = embeddings.squeeze(2).transpose(1, 2)  # (1, D, T)
+    line = functional.interpolate(line, num_frames, mode="linear")
+    return line.transpose(1, 2).unsqueeze(2)
+
+
+def resize_embeddings(embeddings: torch.Tensor, num_frames: int) -> torch.Tensor:
+    """(1, T, 1, D) of a checkpoint to (1, num_frames, 1, D) of a new model: truncated, or extended with zeros."""
+    missing = num_frames - embeddings.shape[1]
+    if missing <= 0:
+        return embeddings[:, :num_frames]
+    return torch.cat([embeddings, embeddings.new_zeros(1, missing, 1, embeddings.shape[3])], dim=1)
+
+
+class TemporalEncoder(nn.Module):
+    """BERT layers of the text encoder's shape, as wide as the vision tokens, over the frames of each position."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        text, width = config.text_encoder, config.vision_encoder.width
+        if width * text.heads % text.width:
+            raise ValueError(
+                f"temporal_vision_encoder: vision_encoder.width {width} is no multiple of the text heads' width "
+                f"{text.width // text.heads}: change vision_encoder.width or text_encoder.heads"
+            )
+        bert = bert_config(text, width=width, heads=width * text.heads // text.width)
+        self.layer = nn.ModuleList(BertLayer(bert) for _ in range(config.temporal_vision_encoder.num_layers))
+        self.apply(initialize_bert)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, T, L, D) to tokens of the same shape, each having seen its position in all frames."""
+        batch, frames, length, width = tokens.shape
+        states = tokens.transpose(1, 2).reshape(batch * length, frames, width)
+        for layer in self.layer:
+            states = layer(states)
+        return states.view(batch, length, frames, width).transpose(1, 2)

@@ -1,0 +1,216 @@
+"""BERT in two halves: text-only layers, and fusion layers that also look at a visual; built from transformers."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from model.config import TextConfig
+from model.torchvision_cpu import (
+    BertAttention,
+    BertConfig,
+    BertEmbeddings,
+    BertIntermediate,
+    BertLayer,
+    BertOutput,
+    BertPredictionHeadTransform,
+    BertSelfOutput,
+)
+
+PADDED = -10000.0  # added to the attention scores of padded keys
+
+# For each fusion layer the keys and values (N, heads, S, width / heads) of N visuals with S tokens each.
+VisualKeys = tuple[tuple[torch.Tensor, torch.Tensor], ...]
+
+
+def bert_config(config: TextConfig, width: int | None = None, heads: int | None = None, pad_id: int = 0) -> BertConfig:
+    """The transformers configuration of one BERT layer of these sizes; `width` and `heads` replace the text's own."""
+    width, heads = width or config.width, heads or config.heads
+    if width % heads:
+        raise ValueError(f"text_encoder: a width of {width} is not a multiple of {heads} heads: change one")
+    result = BertConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=width,
+        num_hidden_layers=config.layers,
+        num_attention_heads=heads,
+        intermediate_size=config.intermediate * width // config.width,
+        max_position_embeddings=config.max_positions,
+        hidden_dropout_prob=config.dropout,
+        attention_probs_dropout_prob=config.dropout,
+        layer_norm_eps=config.layer_norm_eps,
+        hidden_act="gelu",
+        pad_token_id=pad_id,
+    )
+    result._attn_implementation = "sdpa"
+    return result
+
+
+def initialize_bert(module: nn.Module) -> None:
+    """BERT's initial weights for one module (for `Module.apply`): N(0, 0.02), biases 0, norms 1."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            with torch.no_grad():
+                module.weight[module.padding_idx].zero_()
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+def additive_mask(attention_mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(B, Lt) of ones and zeros to (B, 1, 1, Lt), 0 where a key is real and -10000 where it is padding."""
+    return ((1 - attention_mask[:, None, None, :].to(dtype)) * PADDED).to(dtype)
+
+
+class CrossAttentionCore(nn.Module):
+    """Multi-head attention of P texts to N visuals, whose keys and values are projected once each."""
+
+    def __init__(self, config: BertConfig, source_width: int) -> None:
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.dropout = config.attention_probs_dropout_prob
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(source_width, config.hidden_size)
+        self.value = nn.Linear(source_width, config.hidden_size)
+
+    def project(self, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens (N, S, width) to keys and values, each (N, heads, S, D / heads)."""
+        shape = (*source.shape[:2], self.heads, -1)
+        return self.key(source).view(shape).transpose(1, 2), self.value(source).view(shape).transpose(1, 2)
+
+    def forward(
+        self, states: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """States (P, Lt, D) with P = G·N, row g·N + n looking at source n; mask is added to the scores."""
+        (pairs, length, width), sources = states.shape, keys.shape[0]
+        groups = pairs // sources
+        query = self.query(states).view(groups, sources, length, self.heads, -1)
+        query = query.permute(1, 3, 0, 2, 4).reshape(sources, self.heads, groups * length, -1)
+        context = functional.scaled_dot_product_attention(
+            query, keys, values, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0
+        )
+        context = context.view(sources, self.heads, groups, length, -1).permute(2, 0, 3, 1, 4)
+        return context.reshape(pairs, length, width)
+
+
+class CrossAttention(nn.Module):
+    """Cross-attention with BERT's output projection, residual and norm."""
+
+    def __init__(self, config: BertConfig, source_width: int) -> None:
+        super().__init__()
+        self.self = CrossAttentionCore(config, source_width)
+        self.output = BertSelfOutput(config)
+
+    def forward(
+        self,
+        states: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        index: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """States (P, Lt, D) of P pairs, as `TextEncoder.fuse` lays them out, to states of the same shape."""
+        if index is None:
+            return self.output(self.self(states, keys, values, mask), states)
+        rest = states.shape[0] - index.shape[0]
+        parts = [self.self(states[rest:], keys[index], values[index], None if mask is None else mask[index])]
+        if rest:
+            parts.insert(0, self.self(states[:rest], keys, values, mask))
+        return self.output(torch.cat(parts), states)
+
+
+class FusionLayer(nn.Module):
+    """BERT's self-attention, a cross-attention, BERT's feed-forward part; each with residual and norm."""
+
+    def __init__(self, config: BertConfig, source_width: int) -> None:
+        super().__init__()
+        self.attention = BertAttention(config)
+        self.crossattention = CrossAttention(config, source_width)
+        self.intermediate = BertIntermediate(config)
+        self.output = BertOutput(config)
+
+    def project(self, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens (N, S, width) to the keys and values that `forward` takes."""
+        return self.crossattention.self.project(source)
+
+    def forward(
+        self,
+        states: torch.Tensor,
+        self_mask: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        index: torch.Tensor | None = None,
+        cross_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """States (P, Lt, D) to states of the same shape; masks are added to the scores, cross_mask (N, 1, 1, S)."""
+        states, _ = self.attention(states, self_mask)
+        states = self.crossattention(states, keys, values, index, cross_mask)
+        return self.output(self.intermediate(states), states)
+
+
+class TextEncoder(nn.Module):
+    """Embeddings, `fusion_layer` text-only layers, and the fusion layers above them."""
+
+    def __init__(self, config: TextConfig, visual_width: int, pad_id: int = 0) -> None:
+        super().__init__()
+        if not 0 <= config.fusion_layer <= config.layers:
+            raise ValueError(
+                f"text_encoder.fusion_layer is {config.fusion_layer}: must lie between 0 and "
+                f"text_encoder.layers {config.layers}"
+            )
+        bert = bert_config(config, pad_id=pad_id)
+        self.fusion_layer = config.fusion_layer
+        self.embeddings = BertEmbeddings(bert)
+        first, last = config.fusion_layer, config.layers
+        self.layer = nn.ModuleList(BertLayer(bert) for _ in range(first))
+        self.layer.extend(FusionLayer(bert, visual_width) for _ in range(first, last))
+        self.apply(initialize_bert)
+
+    def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Text-only layers: ids and mask (B, Lt) to states (B, Lt, D)."""
+        states = self.embeddings(input_ids)
+        mask = additive_mask(attention_mask, states.dtype)
+        for layer in self.layer[: self.fusion_layer]:
+            states = layer(states, mask)
+        return states
+
+    def project_visual(self, tokens: torch.Tensor) -> VisualKeys:
+        """Tokens (N, S, visual width) to what `fuse` reads of them, computed once however many texts look on."""
+        return tuple(cast(FusionLayer, layer).project(tokens) for layer in self.layer[self.fusion_layer :])
+
+    def fuse(
+        self,
+        states: torch.Tensor,
+        attention_mask: torch.Tensor,
+        visual: VisualKeys,
+        index: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Fusion layers over P pairs of a text and one of N visuals.
+
+        states (P, Lt, D) of the text-only layers and attention_mask (P, Lt). The last len(index) pairs look at the
+        visuals `index`; those before them (all P without `index`) come in groups of N, row g·N + n looking at
+        visual n. Returns states (P, Lt, D).
+        """
+        mask = additive_mask(attention_mask, states.dtype)
+        for layer, (keys, values) in zip(self.layer[self.fusion_layer :], visual, strict=True):
+            states = layer(states, mask, keys, values, index)
+        return states
+
+
+class WordHead(nn.Module):
+    """BERT's masked-word head; its output matrix is the word embedding, passed in because it lives there."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.transform = BertPredictionHeadTransform(bert_config(config))
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.apply(initialize_bert)
+
+    def forward(self, states: torch.Tensor, word_embeddings: torch.Tensor) -> torch.Tensor:
+        """States (..., D) and embeddings (V, D) to logits (..., V)."""
+        return functional.linear(self.transform(states), word_embeddings, self.bias)

@@ -1,0 +1,85 @@
+"""The vision transformer: frames to tokens and pooled vectors, built from timm."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from model.config import ModelConfig, VisionConfig
+from model.torchvision_cpu import Beit, VisionTransformer
+
+VISION_TYPES = ("beit", "vit", "deit")
+_HALF = (0.5, 0.5, 0.5)
+PIXEL_STATISTICS = {  # mean and standard deviation of the pixels in [0, 1] that the published weights expect
+    "beit": (_HALF, _HALF),
+    "vit": (_HALF, _HALF),
+    "deit": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
+def check_vision(config: VisionConfig, image_res: int) -> None:
+    """Raise ValueError when the sizes of a vision transformer do not fit together."""
+    if config.type not in VISION_TYPES:
+        raise ValueError(f"vision_encoder.type is {config.type!r}: must be one of {', '.join(VISION_TYPES)}")
+    if image_res % config.patch_size:
+        raise ValueError(
+            f"image_res is {image_res}, not a multiple of vision_encoder.patch_size {config.patch_size}: "
+            f"take {image_res // config.patch_size * config.patch_size or config.patch_size}"
+        )
+    if config.width % config.heads:
+        raise ValueError(
+            f"vision_encoder.width {config.width} is not a multiple of vision_encoder.heads {config.heads}: change one"
+        )
+
+
+def build_vision(config: VisionConfig, image_res: int, pooler: bool = True) -> Beit | VisionTransformer:
+    """timm's transformer of these sizes, with random weights.
+
+    BEiT leaves its tokens un-normed and, with `pooler`, norms the mean of the patch tokens. Raises ValueError when
+    the sizes do not fit together.
+    """
+    check_vision(config, image_res)
+    common: dict[str, Any] = {
+        "img_size": image_res,
+        "patch_size": config.patch_size,
+        "num_classes": 0,
+        "embed_dim": config.width,
+        "depth": config.depth,
+        "num_heads": config.heads,
+        "mlp_ratio": config.mlp_ratio,
+        "norm_layer": partial(nn.LayerNorm, eps=config.layer_norm_eps),
+        "drop_path_rate": config.drop_path,
+    }
+    if config.type != "beit":
+        return VisionTransformer(global_pool="token", **common)
+    vision = Beit(
+        global_pool="avg",
+        use_fc_norm=True,
+        use_abs_pos_emb=False,
+        use_rel_pos_bias=True,
+        init_values=config.layer_scale,
+        **common,
+    )
+    if not pooler:
+        vision.fc_norm = nn.Identity()
+    return vision
+
+
+class FrameEncoder(nn.Module):
+    """Frames, each by itself, to the tokens that the fusion layers see and one pooled vector."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        vision = config.vision_encoder
+        self.transformer = build_vision(vision, config.image_res, pooler=not config.answer_decoder.enable)
+        # The extra norm has this eps whatever the transformer's own is.
+        self.layernorm = nn.LayerNorm(vision.width, eps=1e-12) if vision.type == "beit" else nn.Identity()
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images (N, 3, H, W) to tokens (N, L, D), the first one [CLS], and pooled vectors (N, D)."""
+        raw = self.transformer.forward_features(images)
+        pooled = self.transformer.forward_head(raw, pre_logits=True)
+        return self.layernorm(raw), pooled

@@ -1,0 +1,179 @@
+"""Saving and loading our own form: round trip, changes of size, and one clear error for everything else."""
+
+import json
+
+import pytest
+import torch
+from small_models import CLS, MASK, PAD, small_batch, small_config, small_model
+
+from model.checkpoint import fit_weights, load_model, load_weights, resolve_weights, save_model
+from model.config import TemporalConfig, config_from_dict, config_to_dict, with_changes
+from model.files import Weights
+from model.singularity import Singularity
+
+
+@pytest.fixture
+def saved(tmp_path, model):
+    save_model(model, model.config, tmp_path / "weights")
+    return tmp_path / "weights"
+
+
+def outputs(model, frames=1, size=32):
+    images, ids, mask, _ = small_batch(frames=frames, size=size)
+    with torch.no_grad():
+        tokens, pooled = model.eval().encode_visual(images)
+        return [tokens, pooled, model.match_logits(model.encode_text(ids, mask)[0], mask, tokens)]
+
+
+def test_a_model_comes_back_as_it_was(saved, model):
+    loaded = load_model(saved)
+    assert loaded.config == model.config
+    assert (loaded.pad_id, loaded.cls_id, loaded.mask_id) == (PAD, CLS, MASK)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    for ours, theirs in zip(outputs(model), outputs(loaded)):
+        assert torch.equal(ours, theirs)
+    assert not list(saved.glob(".*"))
+
+
+def test_a_state_dict_is_saved_like_a_model(tmp_path, model):
+    save_model(model.state_dict(), model.config, tmp_path, {"pad_id": 1, "cls_id": 5, "mask_id": 7})
+    loaded = load_model(tmp_path)
+    assert (loaded.pad_id, loaded.cls_id, loaded.mask_id) == (1, 5, 7)
+
+
+def test_special_tokens_are_found_in_the_vocabulary_beside_the_weights(saved):
+    (saved / "vocab.txt").write_text("\n".join(["a", "[CLS]", "[PAD]", "b", "[SEP]", "[MASK]"]) + "\n")
+    assert load_weights(saved).special_ids == {"pad_id": 2, "cls_id": 1, "mask_id": 5}
+
+
+def test_the_configuration_survives_json():
+    config = small_config(num_frames=4, temporal_vision_encoder=TemporalConfig(True, 1, True))
+    assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
+
+
+def test_a_longer_clip_with_a_temporal_encoder_starts_where_the_single_frame_model_stood(saved, model):
+    changes = {"num_frames": 4, "add_temporal_embed": True, "temporal_vision_encoder.enable": True}
+    longer = load_model(saved, changes)
+    assert longer.temporal_embeddings.shape[1] == 4
+    for ours, theirs in zip(outputs(model), outputs(longer)):
+        torch.testing.assert_close(ours, theirs)  # of one frame
+    assert outputs(longer, frames=4)[0].shape[1] == 4 * 17
+
+
+def test_what_was_done_to_the_weights_is_reported(saved):
+    weights = load_weights(saved)
+    changed = small_model(seed=1, num_frames=2, temporal_vision_encoder=TemporalConfig(enable=True, num_layers=1))
+    report = fit_weights(changed, weights, "weights")
+    assert report.resized == ["temporal_embeddings"]
+    assert report.fresh
+    assert all(name.startswith("temporal_vision_encoder.") for name in report.fresh)
+    assert not report.dropped
+
+
+@pytest.mark.parametrize("kind", ["beit", "vit"])
+def test_another_image_size_interpolates_the_positions(tmp_path, kind):
+    config = small_config()
+    config.vision_encoder.type = kind
+    model = type(small_model())(config, PAD, CLS, MASK)
+    save_model(model, config, tmp_path)
+    larger = load_model(tmp_path, {"image_res": 48})
+    assert outputs(larger, size=48)[0].shape == (4, 37, 48)
+
+
+def test_objectives_that_are_switched_off_lose_their_head(saved):
+    assert load_model(saved, {"loss_weight.mlm": 0.0}).word_head is None
+
+
+@pytest.mark.parametrize("width", [32, 48])
+def test_question_answering_takes_its_decoder_from_the_fusion_layers(tmp_path, width):
+    config = small_config()
+    config.vision_encoder.width, config.vision_encoder.heads = width, width // 16
+    model = Singularity(config, PAD, CLS, MASK)
+    save_model(model, config, tmp_path)
+    answering = load_model(tmp_path, {"answer_decoder.enable": True, "answer_decoder.num_layers": 2})
+    state, source = answering.state_dict(), model.state_dict()
+    copied = {
+        "layer.0.attention.self.query.weight": "text_encoder.layer.2.attention.self.query.weight",
+        "layer.1.output.dense.weight": "text_encoder.layer.3.output.dense.weight",
+        "layer.1.crossattention.self.query.bias": "text_encoder.layer.3.crossattention.self.query.bias",
+        "word_head.bias": "word_head.bias",
+    }
+    for ours, theirs in copied.items():
+        assert torch.equal(state["answer_decoder." + ours], source[theirs]), ours
+    keys = "layer.0.crossattention.self.key.weight"  # as wide as the visual there, as the question here
+    same = state["answer_decoder." + keys].shape == source["text_encoder.layer.2" + keys[7:]].shape
+    assert same == (width == 32)
+
+
+def write_run(tmp_path, model, names):
+    for name in names:
+        save_model(model, model.config, tmp_path / "run" / "checkpoints" / name / "weights")
+    return tmp_path / "run"
+
+
+def test_a_run_stands_for_its_newest_complete_checkpoint(tmp_path, model):
+    run = write_run(tmp_path, model, ["step_00000100", "step_00000200"])
+    (run / "checkpoints" / "step_00000300" / "weights").mkdir(parents=True)
+    assert resolve_weights(run).parent.name == "step_00000200"
+    assert resolve_weights(run / "checkpoints" / "step_00000100").parent.name == "step_00000100"
+
+
+def test_a_run_with_a_best_checkpoint_stands_for_that(tmp_path, model):
+    run = write_run(tmp_path, model, ["best", "step_00000200"])
+    assert resolve_weights(run).parent.name == "best"
+
+
+def test_a_path_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist: give a folder"):
+        load_model(tmp_path / "nowhere")
+
+
+def test_a_folder_without_a_model_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no model"):
+        load_model(tmp_path)
+
+
+def test_missing_and_truncated_tensors_are_named(saved):
+    content = (saved / "model.safetensors").read_bytes()
+    (saved / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read .*truncated"):
+        load_model(saved)
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors is missing"):
+        load_model(saved)
+
+
+def test_a_damaged_or_foreign_description_is_named(saved):
+    path = saved / "model.json"
+    whole = path.read_text()
+    for text, reason in (
+        (whole[:50], "not valid JSON"),
+        ('{"format": "other"}', "does not describe"),
+        (whole.replace('"version": 1', '"version": 9'), "version 9"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=reason):
+            load_model(saved)
+
+
+def test_tensors_too_many_too_few_and_of_another_shape_are_listed(model):
+    state = model.state_dict()
+    del state["itm_head.bias"]
+    state["extra.weight"] = torch.zeros(1)
+    state["text_proj.bias"] = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"itm_head\.bias") as error:
+        fit_weights(small_model(), Weights(model.config, state), "x.pth")
+    assert "x.pth" in str(error.value)
+    assert "unexpected: extra.weight" in str(error.value)
+    assert "text_proj.bias (3,) for (16,)" in str(error.value)
+
+
+def test_another_vocabulary_is_an_error_that_says_so(saved):
+    with pytest.raises(ValueError, match="vocabulary has 60 words there and 70 here"):
+        load_model(saved, {"text_encoder.vocab_size": 70})
+
+
+def test_an_unknown_setting_names_the_nearest():
+    with pytest.raises(ValueError, match=r"temporal_vision_encoder\.enable"):
+        with_changes(small_config(), {"temporal_vision_encoder.enabled": True})
