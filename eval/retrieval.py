@@ -1,0 +1,214 @@
+"""Retrieval: ranks visuals for each text and texts for each visual, by the dual encoder and re-ranked by matching."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from eval.config import EvalConfig
+from eval.features import TextFeatures, VisualFeatures, check_ensemble, encode_texts, encode_visuals
+from eval.gather import gather_objects, gather_rows, share
+from eval.matching import match_pairs
+from eval.metrics import chance_metrics, retrieval_metrics
+from eval.ranking import top_k_mask
+from loaders.batch import normalize
+from loaders.config import LoaderConfig
+from model.singularity import Singularity
+
+NOT_RERANKED = -100.0  # score of what is not among a query's candidates
+
+
+class VisualBatch(Protocol):
+    """B decoded visuals: frames (B, T, H, W, 3) uint8 and indices (B,) int64."""
+
+    frames: torch.Tensor
+    indices: torch.Tensor
+
+
+class RetrievalData(Protocol):
+    """What evaluation needs of a test set; `loaders.evaluation.RetrievalSet` is one."""
+
+    name: str
+    media_type: str
+    num_visuals: int
+    sources: list[str]
+    texts: list[str]
+    visuals_of_text: list[list[int]]
+    texts_of_visual: list[list[int]]
+    missing: dict[int, str]
+    config: LoaderConfig
+
+    def batches(self, num_frames: int, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[VisualBatch]:
+        """Each visual that can be decoded once over all ranks."""
+        ...
+
+
+class TextEncoding(Protocol):
+    """The tokenizer's part: texts to ids and mask, each (M, max_length) int64."""
+
+    def encode(self, texts: list[str], max_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and mask of the texts."""
+        ...
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Score matrices in float32 of N visuals and M texts; -inf in the rows and columns of missing visuals.
+
+    similarity (N, M) of the dual encoder; visual_to_text (N, M) and text_to_visual (M, N) re-ranked, -100 outside
+    the candidates; None where nothing was re-ranked.
+    """
+
+    similarity: np.ndarray
+    visual_to_text: np.ndarray | None = None
+    text_to_visual: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class RetrievalResult:
+    """One test set's evaluation. Metrics and counts stand on all ranks, `scores` on rank 0 only.
+
+    metrics: "NAME/" re-ranked and "NAME_emb/" dual encoder, official names, percent. depends_on_ties: of each, the
+    metrics that another order of equal scores would change. missing: visuals that could not be read and why.
+    """
+
+    name: str
+    num_frames: int
+    num_visuals: int
+    num_texts: int
+    metrics: dict[str, dict[str, float]]
+    depends_on_ties: dict[str, list[str]]
+    chance: dict[str, float]
+    missing: dict[int, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    scores: Scores | None = None
+
+
+def evaluate_retrieval(
+    model: Singularity,
+    dataset: RetrievalData,
+    tokenizer: TextEncoding,
+    config: EvalConfig,
+    num_frames: int,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+    max_length: int | None = None,
+) -> RetrievalResult:
+    """Evaluate `model`, which lies on `device`, on a test set with `num_frames` frames a clip.
+
+    max_length: tokens of a text; by default what `dataset.config.max_txt_l` says for its media. To be called by all ranks; the result does not depend on their number, nor on the
+    batch sizes, beyond rounding. Raises ValueError for settings that do not fit the model.
+    """
+    check_ensemble(model, config)
+    max_length = max_length or int(getattr(dataset.config.max_txt_l, dataset.media_type))
+    start = time.perf_counter()
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            visuals = encode_visuals(
+                model, _pixels(model, dataset, config, num_frames, rank, world_size, device), dataset.num_visuals,
+                config, world_size,
+            )  # fmt: skip
+            texts = encode_texts(model, *tokenizer.encode(dataset.texts, max_length), rank, world_size)
+            encoded = time.perf_counter()
+            scores = score(model, visuals, texts, config, rank, world_size)
+    finally:
+        model.train(training)
+    result = RetrievalResult(
+        name=dataset.name,
+        num_frames=num_frames,
+        num_visuals=dataset.num_visuals,
+        num_texts=len(dataset.texts),
+        metrics={},
+        depends_on_ties={},
+        chance=chance_metrics(dataset.texts_of_visual, dataset.visuals_of_text),
+        missing=_missing(dataset, visuals.present, world_size),
+        seconds={"encode": encoded - start, "match": time.perf_counter() - encoded},
+        scores=scores,
+    )
+    return _with_metrics(result, dataset, world_size)
+
+
+def score(
+    model: Singularity,
+    visuals: VisualFeatures,
+    texts: TextFeatures,
+    config: EvalConfig,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Scores | None:
+    """Score matrices from features: dual encoder, then each query's `k_test` best by the match logit.
+
+    A pair that both its text and its visual ask for is computed once. Returns None on all ranks but 0.
+    """
+    similarity = (visuals.embeddings @ texts.embeddings.T).cpu().numpy()
+    similarity[~visuals.present] = -np.inf
+    if config.k_test == 0 and not config.eval_x_only:
+        return Scores(similarity) if rank == 0 else None
+    everything = max(similarity.shape)
+    k = everything if config.eval_x_only else config.k_test
+    of_visual = top_k_mask(similarity, k)
+    of_text = top_k_mask(similarity.T, k)
+    progress = tqdm(visuals.blocks, desc="matching", leave=False, disable=None if rank == 0 else True)
+    pairs = match_pairs(model, progress, texts, of_visual | of_text.T, config)
+    visual, text, logit = (gather_rows(torch.from_numpy(part), world_size).numpy() for part in pairs)
+    if rank:
+        return None
+    matched = np.full(similarity.shape, NOT_RERANKED, dtype=np.float32)
+    matched[visual, text] = logit
+    visual_to_text = np.where(of_visual, matched, np.float32(NOT_RERANKED))
+    text_to_visual = np.where(of_text, matched.T, np.float32(NOT_RERANKED))
+    visual_to_text[~visuals.present] = -np.inf
+    text_to_visual[:, ~visuals.present] = -np.inf
+    return Scores(similarity, visual_to_text, text_to_visual)
+
+
+def _pixels(
+    model: Singularity,
+    dataset: RetrievalData,
+    config: EvalConfig,
+    num_frames: int,
+    rank: int,
+    world_size: int,
+    device: torch.device | str,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Normalised frames (B, T, 3, H, W) and indices (B,) of this rank's visuals."""
+    batch_size = getattr(config.batch_size_test, dataset.media_type)
+    total = -(-dataset.num_visuals // world_size)
+    with tqdm(total=total, desc=f"encoding {dataset.name}", leave=False, disable=None if rank == 0 else True) as bar:
+        for batch in dataset.batches(num_frames, batch_size, rank=rank, world_size=world_size):
+            yield normalize(batch.frames.to(device, non_blocking=True), model.mean, model.std), batch.indices
+            bar.update(len(batch.indices))
+
+
+def _missing(dataset: RetrievalData, present: np.ndarray, world_size: int) -> dict[int, str]:
+    reasons: dict[int, str] = {}
+    for part in gather_objects(dict(dataset.missing), world_size):
+        reasons |= part
+    return {int(i): reasons.get(int(i), "not delivered by the loader") for i in np.flatnonzero(~present)}
+
+
+def _with_metrics(result: RetrievalResult, dataset: RetrievalData, world_size: int) -> RetrievalResult:
+    """The result with metrics, computed on rank 0 and shared."""
+    computed = None
+    if result.scores is not None:
+        scores = result.scores
+        matrices = {f"{result.name}_emb/": (scores.similarity, scores.similarity.T)}
+        if scores.visual_to_text is not None and scores.text_to_visual is not None:
+            matrices = {f"{result.name}/": (scores.visual_to_text, scores.text_to_visual), **matrices}
+        metrics = {
+            key: retrieval_metrics(*pair, dataset.texts_of_visual, dataset.visuals_of_text)
+            for key, pair in matrices.items()
+        }
+        ties = {key: value.depends_on_ties for key, value in metrics.items()}
+        computed = ({key: value.values for key, value in metrics.items()}, ties)
+    metrics_by_name, depends_on_ties = share(computed, world_size)
+    return replace(result, metrics=metrics_by_name, depends_on_ties=depends_on_ties)

@@ -1,0 +1,91 @@
+"""A small model, vocabulary and test set that lie in memory, for tests of evaluation."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from loaders.config import LoaderConfig
+from model.config import ModelConfig, TextConfig, VisionConfig
+from model.singularity import Singularity
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+WORDS += ["red", "blue", "green", "square", "circle", "star", "left", "right", "up", "down", "two", "three", "of", "a"]
+
+
+def small_model(seed=0, **changes):
+    torch.manual_seed(seed)
+    config = ModelConfig(
+        vision_encoder=VisionConfig(patch_size=8, width=32, depth=2, heads=2, drop_path=0.0),
+        text_encoder=TextConfig(
+            vocab_size=len(WORDS), width=32, layers=4, fusion_layer=2, heads=2, intermediate=64, max_positions=24
+        ),
+        image_res=32,
+        embed_dim=16,
+        **changes,
+    )
+    model = Singularity(config, pad_id=0, cls_id=2, mask_id=4).eval()
+    with torch.no_grad():  # untrained heads tell pairs hardly apart: make every score depend on its pair
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.25)
+    return model
+
+
+class Words:
+    """Whole words to ids, [CLS] first."""
+
+    def encode(self, texts, max_length):
+        ids = torch.zeros(len(texts), max_length, dtype=torch.int64)
+        for row, text in enumerate(texts):
+            tokens = [2, *(WORDS.index(word) for word in text.split())][:max_length]
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+        return ids, (ids > 0).long()
+
+
+@dataclass
+class Drawn:
+    """Random clips with one to three texts each, and texts that several clips share; `broken` clips are left out."""
+
+    num_visuals: int = 13
+    num_frames: int = 2
+    shared: bool = True
+    broken: tuple[int, ...] = ()
+    name: str = "drawn"
+    media_type: str = "video"
+    missing: dict[int, str] = field(default_factory=dict)
+    config: LoaderConfig = field(default_factory=LoaderConfig)
+
+    def __post_init__(self):
+        generator = torch.Generator().manual_seed(3)
+        shape = (self.num_visuals, self.num_frames, 32, 32, 3)
+        self.pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        self.sources = [f"clips/{i:03}.mp4" for i in range(self.num_visuals)]
+        self.texts, self.visuals_of_text = [], []
+        self.texts_of_visual = [[] for _ in range(self.num_visuals)]
+        for visual in range(self.num_visuals):
+            for _ in range(1 + visual % 3):
+                length = int(torch.randint(2, 9, (1,), generator=generator))
+                words = torch.randint(5, len(WORDS), (length,), generator=generator).tolist()
+                self.add(" ".join(WORDS[word] for word in words), [visual])
+        if self.shared:
+            self.add("a star", [0, 4, 7])
+
+    def add(self, text, visuals):
+        for visual in visuals:
+            self.texts_of_visual[visual].append(len(self.texts))
+        self.texts.append(text)
+        self.visuals_of_text.append(visuals)
+
+    def batches(self, num_frames, batch_size, rank=0, world_size=1):
+        own = [i for i in range(self.num_visuals) if i % world_size == rank]
+        for i in set(own) & set(self.broken):
+            self.missing[i] = "truncated JPEG"
+        good = torch.tensor([i for i in own if i not in self.broken], dtype=torch.int64)
+        for indices in good.split(batch_size):
+            if len(indices):
+                yield _Batch(self.pixels[indices, :num_frames], indices)
+
+
+@dataclass
+class _Batch:
+    frames: torch.Tensor
+    indices: torch.Tensor
