@@ -103,8 +103,9 @@ def evaluate_retrieval(
 ) -> RetrievalResult:
     """Evaluate `model`, which lies on `device`, on a test set with `num_frames` frames a clip.
 
-    max_length: tokens of a text; by default what `dataset.config.max_txt_l` says for its media. To be called by all ranks; the result does not depend on their number, nor on the
-    batch sizes, beyond rounding. Raises ValueError for settings that do not fit the model.
+    max_length: tokens of a text; by default what `dataset.config.max_txt_l` says for its media. To be called by all
+    ranks; the result does not depend on their number, nor on the batch sizes, beyond rounding. Raises ValueError for
+    settings that do not fit the model.
     """
     check_ensemble(model, config)
     max_length = max_length or int(getattr(dataset.config.max_txt_l, dataset.media_type))
