@@ -11,10 +11,10 @@ from torch.nn import functional
 from model.config import ModelConfig, TextConfig
 from model.encoders import Encoders
 from model.losses import IGNORED
+from model.scoring import combine
 from model.text import PADDED, FusionLayer, VisualKeys, WordHead, bert_config, initialize_bert
 from model.torchvision_cpu import BertEmbeddings
 
-ENSEMBLES = ("concat", "mean", "max", "lse")
 _HIDDEN = -1e9  # added to cross-attention scores of padded question tokens; -1e4 in half precision
 
 
@@ -71,22 +71,6 @@ def answer_losses(logits: torch.Tensor, answer_ids: torch.Tensor, pad_id: int) -
     return each.view_as(labels).sum(1)
 
 
-def combine(scores: torch.Tensor, ensemble: str) -> torch.Tensor:
-    """Scores (F, ...) of F frames to (...): their mean, maximum or log-sum-exp; `concat` has one and takes it."""
-    if ensemble == "mean":
-        return scores.mean(0)
-    if ensemble == "max":
-        return scores.amax(0)
-    if ensemble == "lse":
-        return scores.logsumexp(0)
-    if ensemble == "concat" and scores.shape[0] == 1:
-        return scores[0]
-    raise ValueError(
-        f"eval_frame_ensemble is {ensemble!r} for {scores.shape[0]} sets of scores: must be one of "
-        f"{', '.join(ENSEMBLES)}, where concat means one set"
-    )
-
-
 class SingularityQA(Encoders):
     """Singularity for questions: no dual encoder and no matching, instead an answer decoder."""
 
@@ -132,11 +116,7 @@ class SingularityQA(Encoders):
         """
         if ensemble == "concat":
             return [self.question_states(self.encode_visual(frames)[0], ids, mask)]
-        if self.temporal_vision_encoder is not None or self.config.add_temporal_embed:
-            raise ValueError(
-                f"eval_frame_ensemble is {ensemble!r}, but this model relates frames to each other, which only "
-                "concat does: set eval_frame_ensemble=concat"
-            )
+        self.check_late_fusion(ensemble)
         tokens, _ = self.encode_frames(frames)
         return [self.question_states(tokens[:, t], ids, mask) for t in range(tokens.shape[1])]
 

@@ -57,3 +57,11 @@ class Encoders(nn.Module):
     def visual_keys(self, visual_tokens: torch.Tensor) -> VisualKeys:
         """What the fusion layers read of visuals (N, S, D); compute it once for all texts that look at them."""
         return self.text_encoder.project_visual(visual_tokens)
+
+    def check_late_fusion(self, ensemble: str) -> None:
+        """Raise ValueError when scoring frames one by one would skip what relates this model's frames."""
+        if self.temporal_vision_encoder is not None or self.config.add_temporal_embed:
+            raise ValueError(
+                f"eval_frame_ensemble is {ensemble!r}, but this model relates frames to each other, which only "
+                "concat does: set eval_frame_ensemble=concat"
+            )

@@ -47,15 +47,15 @@ def _rename(name: str, table: dict[str, str]) -> str:
     raise ValueError(f"tensor {name!r} has no name in official checkpoints")
 
 
-def official_parts(name: str, text_prefix: str) -> list[str]:
+def official_parts(name: str, prefix: str) -> list[str]:
     """Official names of the tensors that make up our tensor `name`.
 
-    text_prefix: "text_encoder." after retrieval or QA fine-tuning, "text_encoder.bert." after pre-training.
+    prefix: "text_encoder." after retrieval or QA fine-tuning, "text_encoder.bert." after pre-training.
     """
     for ours, theirs in (
         ("vision_encoder.layernorm.", "vision_layernorm."),
-        ("text_encoder.embeddings.", text_prefix + "embeddings."),
-        ("text_encoder.layer.", text_prefix + "encoder.layer."),
+        ("text_encoder.embeddings.", prefix + "embeddings."),
+        ("text_encoder.layer.", prefix + "encoder.layer."),
         ("word_head.", "text_encoder.cls.predictions."),
         ("answer_decoder.embeddings.", "text_decoder.bert.embeddings."),
         ("answer_decoder.layer.", "text_decoder.bert.encoder.layer."),
@@ -86,7 +86,16 @@ def tied_to(name: str) -> str | None:
     return None
 
 
-def from_official(state: dict[str, torch.Tensor], names: list[str], text_prefix: str) -> dict[str, torch.Tensor]:
+def to_official(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """Our tensors (or anything shaped like them, such as gradients) under the official names, `prefix` the text's."""
+    result: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        parts = official_parts(name, prefix)
+        result.update(zip(parts, tensor.chunk(len(parts)) if len(parts) > 1 else [tensor], strict=True))
+    return result
+
+
+def from_official(state: dict[str, torch.Tensor], names: list[str], prefix: str) -> dict[str, torch.Tensor]:
     """Our tensors `names`, as far as they are in the official `state`; then whatever is left of it, unrenamed.
 
     Raises ValueError when entries that must repeat each other differ.
@@ -100,7 +109,7 @@ def from_official(state: dict[str, torch.Tensor], names: list[str], text_prefix:
             del left[name]
     result: dict[str, torch.Tensor] = {}
     for name in names:
-        parts = official_parts(name, text_prefix)
+        parts = official_parts(name, prefix)
         if all(part in left for part in parts):
             tensors = [left.pop(part) for part in parts]
             result[name] = tensors[0] if len(tensors) == 1 else torch.cat(tensors)

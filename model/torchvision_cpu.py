@@ -50,7 +50,8 @@ def declare_missing_operators() -> None:
 _library: torch.library.Library | None = None
 declare_missing_operators()
 
-from timm.models.beit import Beit  # noqa: E402
+from timm.models import create_model, get_pretrained_cfg, is_model  # noqa: E402
+from timm.models.beit import Beit, gen_relative_position_index  # noqa: E402
 from timm.models.vision_transformer import VisionTransformer  # noqa: E402
 from transformers.models.bert.configuration_bert import BertConfig  # noqa: E402
 from transformers.models.bert.modeling_bert import (  # noqa: E402
@@ -74,5 +75,9 @@ __all__ = [
     "BertPredictionHeadTransform",
     "BertSelfOutput",
     "VisionTransformer",
+    "create_model",
     "declare_missing_operators",
+    "gen_relative_position_index",
+    "get_pretrained_cfg",
+    "is_model",
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from model.config import ModelConfig, VisionConfig
-from model.torchvision_cpu import Beit, VisionTransformer
+from model.torchvision_cpu import Beit, VisionTransformer, gen_relative_position_index
 
 VISION_TYPES = ("beit", "vit", "deit")
 _HALF = (0.5, 0.5, 0.5)
@@ -66,6 +66,11 @@ def build_vision(config: VisionConfig, image_res: int, pooler: bool = True) -> B
     if not pooler:
         vision.fc_norm = nn.Identity()
     return vision
+
+
+def relative_position_index(patches: int) -> torch.Tensor:
+    """(L, L) rows of BEiT's relative position table for tokens of patches x patches patches behind a [CLS]."""
+    return gen_relative_position_index((patches, patches))
 
 
 class FrameEncoder(nn.Module):

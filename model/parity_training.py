@@ -1,0 +1,136 @@
+"""Parity of optimisation: the official AdamW steps and schedule, and their continuation from a checkpoint (case 09)."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.checkpoint import load_model
+from model.official import read_official_file
+from model.official_names import from_official, to_official
+from model.parity_forward import given_draws
+from model.parity_report import Case, Comparison
+from model.singularity import Singularity
+
+LOSS_TOLERANCE = 1e-3
+PREFIX = "text_encoder.bert."
+
+
+def learning_rate(step: int, settings: dict[str, Any]) -> float:
+    """The official rate in effect at `step`: linear warm-up and cosine decay, both floored."""
+    schedule, rate = settings["scheduler"], settings["optimizer"]["lr"]
+    warmup, total, floor = schedule["num_warmup_steps"], schedule["num_training_steps"], schedule["min_lr_multi"]
+    if step < warmup:
+        return rate * max(floor, step / max(1, warmup))
+    progress = (step - warmup) / max(1, total - warmup)
+    return rate * max(floor, 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def make_optimizer(model: torch.nn.Module, settings: dict[str, Any]) -> torch.optim.AdamW:
+    """AdamW with weight decay on all but biases and vectors."""
+    options = settings["optimizer"]
+    groups: list[dict[str, Any]] = [
+        {"params": [], "weight_decay": options["weight_decay"]},
+        {"params": [], "weight_decay": 0.0},
+    ]
+    for name, parameter in model.named_parameters():
+        groups[parameter.ndim == 1 or name.endswith(".bias")]["params"].append(parameter)
+    return torch.optim.AdamW(groups, lr=options["lr"], betas=tuple(options["opt_betas"]))
+
+
+def load_moments(model: torch.nn.Module, optimizer: torch.optim.AdamW, official: dict[str, Any]) -> None:
+    """Put an official checkpoint's optimiser state into ours: its parameters go by number, ours by name."""
+    entries = official["optimizer"]["state"]
+    numbers = [number for group in official["optimizer"]["param_groups"] for number in group["params"]]
+    names = _official_order(official["model"])
+    by_name = {name: entries[number] for name, number in zip(names, numbers, strict=True) if number in entries}
+    moments = {
+        key: from_official({name: entry[key] for name, entry in by_name.items()}, list(model.state_dict()), PREFIX)
+        for key in ("exp_avg", "exp_avg_sq")
+    }
+    step = next(iter(by_name.values()))["step"]
+    for name, parameter in model.named_parameters():
+        if name in moments["exp_avg"]:
+            optimizer.state[parameter] = {
+                "step": step.clone(),
+                **{key: moments[key][name].clone() for key in moments},
+            }
+
+
+def _official_order(state: dict[str, torch.Tensor]) -> list[str]:
+    """Names of an official model's parameters as its optimiser numbers them: decayed ones, then the others."""
+    names = [
+        name
+        for name in state
+        if not name.endswith(("relative_position_index", "position_ids", "predictions.decoder.weight"))
+        and not name.endswith("predictions.decoder.bias")
+    ]
+    bare = [name for name in names if state[name].ndim == 1 or name.endswith(".bias")]
+    return [name for name in names if name not in bare] + bare
+
+
+def compare_steps(folder: Path) -> Comparison:
+    """Losses, rates, gradient norms and parameters over the recorded steps, from the start and from the middle."""
+    case, result = Case(folder), Comparison(folder.name)
+    steps = len(case.inputs["image"])
+    _run(case, result, case.checkpoint, 0, steps)
+    if (folder / "ckpt_mid.pth").is_file():
+        _run(case, result, folder / "ckpt_mid.pth", steps // 2, steps)
+    return result
+
+
+def _run(case: Case, result: Comparison, checkpoint: Path, first: int, last: int) -> None:
+    official = read_official_file(checkpoint)
+    settings, expected = official["config"], case.expected
+    model = load_model(checkpoint)
+    assert isinstance(model, Singularity)
+    optimizer = make_optimizer(model, settings)
+    if first:
+        load_moments(model, optimizer, official)
+    label = "resumed, " if first else ""
+    for step in range(first, last):
+        rate = learning_rate(step, settings)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        result.close(f"{label}rate of step {step}", rate, expected["lr_used"][step].max(), rtol=1e-6, atol=0)
+        pixels, ids, mask, idx = (case.inputs[name][step] for name in ("image", "input_ids", "attention_mask", "idx"))
+        losses = model(pixels, ids, mask, idx, given_draws(case.inputs, f"step{step}_"))
+        optimizer.zero_grad()
+        torch.stack(list(losses.values())).sum().backward()
+        for theirs, ours in (("ita", "itc"), ("itm", "itm"), ("mlm", "mlm")):
+            weight = getattr(model.config.loss_weight, ours)
+            value = losses[f"loss_{ours}"] / weight
+            result.close(
+                f"{label}loss_{theirs} of step {step}", value, expected[f"loss_{theirs}"][step], 0, LOSS_TOLERANCE
+            )
+        result.close(f"{label}temperature of step {step}", model.temp, expected["temp_used"][step])
+        _clip_and_step(model, optimizer, settings, result, f"{label}gradient norm of step {step}", expected, step)
+    if f"param_l2_after_step{last - 1}" in expected:
+        _compare_parameters(model, case, result, label)
+
+
+def _clip_and_step(
+    model: Singularity,
+    optimizer: torch.optim.AdamW,
+    settings: dict[str, Any],
+    result: Comparison,
+    label: str,
+    expected: dict[str, torch.Tensor],
+    step: int,
+) -> None:
+    limit = settings["optimizer"]["max_grad_norm"]
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit if limit > 0 else math.inf)
+    result.close(label, norm, expected["grad_norm_before_clip"][step], 1e-3, 0)
+    optimizer.step()
+
+
+def _compare_parameters(model: Singularity, case: Case, result: Comparison, label: str) -> None:
+    """Small parameters after the last step; key biases are skipped, Adam blows their noise up."""
+    ours = to_official(model.state_dict(), PREFIX)
+    for name, value in case.expected.items():
+        name = name.removeprefix("final:") if name.startswith("final:") else ""
+        if name and not name.endswith("key.bias"):
+            result.close(f"{label}final {name}", ours[name], value)

@@ -1,0 +1,98 @@
+"""Initial weights from checkpoint folders, and the one clear error where a name leads nowhere."""
+
+import json
+
+import pytest
+import torch
+from small_models import small_config
+
+from model.export import official_state
+from model.files import Weights
+from model.initial import find_folder, new_model
+
+
+def write_folders(tmp_path, config):
+    """Folders in Hugging Face's form, as a published BEiT and BERT have them, filled from a random model."""
+    torch.manual_seed(3)
+    donor = new_model(config)
+    state = official_state(Weights(config, donor.state_dict()))
+    folders = {
+        "vision": {
+            "beit." + k.removeprefix("vision_encoder."): v for k, v in state.items() if k.startswith("vision_e")
+        },
+        "text": {
+            k.removeprefix("text_encoder.").replace("LayerNorm.weight", "LayerNorm.gamma"): v
+            for k, v in state.items()
+            if k.startswith("text_encoder.") and "crossattention" not in k
+        },
+    }
+    for name, tensors in folders.items():
+        (tmp_path / name).mkdir()
+        torch.save(tensors, tmp_path / name / "pytorch_model.bin")
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": "bert" if name == "text" else "beit"}))
+    return donor
+
+
+def test_encoders_start_from_folders_and_the_rest_at_random(tmp_path):
+    config = small_config()
+    donor = write_folders(tmp_path, config)
+    config.vision_encoder.pretrained, config.text_encoder.pretrained = str(tmp_path / "vision"), str(tmp_path / "text")
+    torch.manual_seed(4)
+    model = new_model(config)
+    same = {name for name, tensor in model.state_dict().items() if torch.equal(tensor, donor.state_dict()[name])}
+    for name, tensor in model.state_dict().items():
+        if (
+            name.startswith("vision_encoder.transformer.")
+            or name.startswith("word_head.")
+            or (name.startswith("text_encoder.") and "crossattention" not in name)
+        ):
+            assert name in same
+        elif tensor.ndim == 2:
+            assert name not in same
+
+
+def test_another_image_size_interpolates_the_positions(tmp_path):
+    config = small_config()
+    write_folders(tmp_path, config)
+    config.vision_encoder.pretrained, config.image_res = str(tmp_path / "vision"), 48
+    table = new_model(config).vision_encoder.transformer.blocks[0].attn.relative_position_bias_table
+    assert table.shape == (11 * 11 + 3, 3)
+
+
+def test_weights_of_another_size_are_refused(tmp_path):
+    config = small_config()
+    write_folders(tmp_path, config)
+    config.vision_encoder.pretrained, config.vision_encoder.depth = str(tmp_path / "vision"), 3
+    with pytest.raises(ValueError, match=r"does not fit the sizes under vision_encoder .*blocks\.2"):
+        new_model(config)
+
+
+def test_a_text_encoder_must_be_a_bert(tmp_path):
+    config = small_config()
+    write_folders(tmp_path, config)
+    config.text_encoder.pretrained = str(tmp_path / "vision")
+    with pytest.raises(ValueError, match="holds a beit model"):
+        new_model(config)
+
+
+def test_a_folder_without_weights_is_named(tmp_path):
+    config = small_config()
+    config.vision_encoder.pretrained = str(tmp_path)
+    with pytest.raises(ValueError, match=r"vision_encoder\.pretrained: .* has neither model\.safetensors"):
+        new_model(config)
+
+
+def test_a_folder_that_does_not_exist_is_not_looked_for_on_the_hub():
+    with pytest.raises(ValueError, match="the folder /nowhere/beit does not exist; set vision_encoder.pretrained"):
+        find_folder("/nowhere/beit", "vision_encoder.pretrained")
+
+
+@pytest.mark.parametrize("name", ["bert-base-uncased", "beit_base_patch16_224"])
+def test_a_hub_name_without_network_says_what_to_set(name, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    config, part = small_config(), "vision_encoder" if "beit" in name else "text_encoder"
+    getattr(config, part).pretrained = name
+    with pytest.raises(ValueError, match=f"{part}.pretrained: .* could not be fetched .* set {part}.pretrained to"):
+        new_model(config)

@@ -1,0 +1,140 @@
+"""Official checkpoints: written and read back bit for bit, recognised, and hostile or broken files refused."""
+
+import os
+import pickle
+import zipfile
+
+import pytest
+import torch
+from small_models import CLS, MASK, PAD, small_batch, small_config
+
+from model.building import build_model
+from model.checkpoint import load_model, load_weights, save_model
+from model.config import AnswerDecoderConfig, LossWeights, TemporalConfig
+from model.export import main as export
+from model.export import official_state, write_official
+from model.files import Weights
+from model.official import read_official, read_official_file
+
+VARIANTS = {
+    "pretrained": {},
+    "retrieval": {"loss_weight": LossWeights(mlm=0.0)},
+    "temporal": {
+        "temporal_vision_encoder": TemporalConfig(True, 2, True),
+        "num_frames": 4,
+        "add_temporal_embed": True,
+    },
+    "answers": {"answer_decoder": AnswerDecoderConfig(True, 2), "loss_weight": LossWeights(mlm=0.0)},
+}
+
+
+def head_width_64(kind="beit", **changes):
+    """Official files do not say how many heads there are: 64 wide ones, as in every published model."""
+    config = small_config(**changes)
+    config.vision_encoder.type, config.vision_encoder.width, config.vision_encoder.heads = kind, 128, 2
+    config.vision_encoder.drop_path = 0.1 if kind == "beit" else 0.0
+    config.text_encoder.width, config.text_encoder.heads, config.text_encoder.dropout = 128, 2, 0.1
+    return config
+
+
+@pytest.fixture(params=[(kind, name) for kind in ("beit", "vit") for name in VARIANTS], ids="-".join)
+def variant(request):
+    kind, name = request.param
+    config = head_width_64(kind, **VARIANTS[name])
+    torch.manual_seed(0)
+    return build_model(config, {"pad_id": PAD, "cls_id": CLS, "mask_id": MASK}), config
+
+
+def test_the_round_trip_is_bit_identical_and_the_variant_recognised(variant, tmp_path):
+    model, config = variant
+    write_official(Weights(config, model.state_dict()), tmp_path / "x.pth")
+    back = read_official(tmp_path / "x.pth")
+    assert back.config == config
+    assert back.state.keys() == model.state_dict().keys()
+    assert all(torch.equal(back.state[name], tensor) for name, tensor in model.state_dict().items())
+    first = read_official_file(tmp_path / "x.pth")["model"]
+    again = official_state(back)
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_an_official_file_scores_like_the_model_it_was_written_from(tmp_path):
+    config = head_width_64()
+    model = build_model(config).eval()
+    write_official(Weights(config, model.state_dict()), tmp_path / "x.pth")
+    images, ids, mask, _ = small_batch()
+    loaded = load_model(tmp_path / "x.pth")
+    with torch.no_grad():
+        scores = [
+            m.match_logits(m.encode_text(ids, mask)[0], mask, m.encode_visual(images)[0]) for m in (model, loaded)
+        ]
+    assert torch.equal(*scores)
+
+
+def test_export_from_the_command_line_there_and_back(tmp_path, capsys):
+    config = head_width_64()
+    model = build_model(config)
+    save_model(model, config, tmp_path / "ours")
+    assert export([str(tmp_path / "ours"), str(tmp_path / "official.pth")]) == 0
+    assert export([str(tmp_path / "official.pth"), str(tmp_path / "again")]) == 0
+    back = load_weights(tmp_path / "again").state
+    assert all(torch.equal(back[name], tensor) for name, tensor in model.state_dict().items())
+    assert export([str(tmp_path / "nowhere"), str(tmp_path / "x.pth")]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+class Hostile:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_hostile_file_is_refused_and_nothing_of_it_runs(tmp_path, legacy):
+    content = {"model": {}, "config": Hostile(tmp_path / "ran")}
+    torch.save(content, tmp_path / "x.pth", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(ValueError, match=r"x\.pth names \w+\.system and is refused"):
+        load_weights(tmp_path / "x.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_broken_and_foreign_files_are_named(tmp_path):
+    config = head_width_64()
+    path = tmp_path / "x.pth"
+    write_official(Weights(config, build_model(config).state_dict()), path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"x\.pth cannot be read .*truncated"):
+        load_weights(path)
+    path.write_bytes(b"this is not a checkpoint")
+    with pytest.raises(ValueError, match=r"x\.pth"):
+        load_weights(path)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"x\.pth cannot be read"):
+        load_weights(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/data.pkl", pickle.dumps({"a": 1}, protocol=2))
+    with pytest.raises(ValueError, match=r"x\.pth"):
+        load_weights(path)
+    torch.save({"state_dict": {}}, path)
+    with pytest.raises(ValueError, match="no entries `model` and `config`"):
+        load_weights(path)
+    torch.save({"model": {"a": torch.zeros(1)}, "config": {}}, path)
+    with pytest.raises(ValueError, match="is no Singularity checkpoint: it has no tensor"):
+        load_weights(path)
+
+
+def test_missing_tensors_of_an_official_file_are_listed(tmp_path):
+    config = head_width_64()
+    path = tmp_path / "x.pth"
+    write_official(Weights(config, build_model(config).state_dict()), path)
+    content = torch.load(path, weights_only=False)
+    del content["model"]["itm_head.weight"]
+    content["model"]["surprise"] = torch.zeros(2)
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=r"missing: itm_head\.weight; unexpected: surprise"):
+        load_model(path)
