@@ -64,11 +64,12 @@ def test_an_official_file_scores_like_the_model_it_was_written_from(tmp_path):
     write_official(Weights(config, model.state_dict()), tmp_path / "x.pth")
     images, ids, mask, _ = small_batch()
     loaded = load_model(tmp_path / "x.pth")
-    with torch.no_grad():
-        scores = [
-            m.match_logits(m.encode_text(ids, mask)[0], mask, m.encode_visual(images)[0]) for m in (model, loaded)
-        ]
-    assert torch.equal(*scores)
+
+    def scores(scorer):
+        with torch.no_grad():
+            return scorer.match_logits(scorer.encode_text(ids, mask)[0], mask, scorer.encode_visual(images)[0])
+
+    assert torch.equal(scores(model), scores(loaded))
 
 
 def test_export_from_the_command_line_there_and_back(tmp_path, capsys):
