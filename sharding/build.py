@@ -9,6 +9,7 @@ import logging
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -78,7 +79,7 @@ def build_corpus(
     media_root: str,
     media_type: str,
     output: str,
-    name: str = "corpus",
+    name: str = "",
     size: int = 224,
     fps: float = 2.0,
     max_frames: int = 0,
@@ -98,6 +99,7 @@ def build_corpus(
         ValueError: bad settings or annotations, an output that holds something else,
             or a larger share of failed media than `max_failures`.
     """
+    name = name or re.sub(r"[^A-Za-z0-9_-]+", "_", output.rstrip("/").rsplit("/", 1)[-1])[:60] or "corpus"
     settings = Settings(name, media_type, size, quality, float(fps), max_frames, shard_mb)
     check(settings, media_root)
     items = read_items(annotations)
@@ -308,7 +310,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="URL",
         help="folder of the packed corpus; run again to go on after an interruption",
     )
-    add("--name", default="corpus", help="first part of the shards' file names (default: %(default)s)")
+    add("--name", default="", help="first part of the shards' file names (default: the output folder's name)")
     add("--size", type=int, default=224, help="shorter side of stored frames in pixels (default: %(default)s)")
     add("--fps", type=float, default=2.0, help="stored frames a second of video (default: %(default)s)")
     add("--max-frames", type=int, default=0, help="at most so many frames a clip (default: all)")

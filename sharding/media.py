@@ -78,9 +78,9 @@ def decode_any(data: bytes) -> np.ndarray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data)) as image:
-                image.load()
-                image = ImageOps.exif_transpose(image)
+            with Image.open(io.BytesIO(data)) as file:
+                file.load()
+                image: Image.Image = ImageOps.exif_transpose(file)
                 if image.mode.startswith("I"):
                     image = Image.fromarray((np.asarray(image, np.uint32) >> 8).astype(np.uint8))
                 if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
@@ -118,7 +118,7 @@ def pack_video(data: bytes, size: int, quality: int, fps: float, max_frames: int
     if not data:
         raise MediaError("empty file")
     try:
-        with av.open(io.BytesIO(data)) as container:
+        with av.open(io.BytesIO(data), mode="r") as container:
             if not container.streams.video:
                 raise MediaError("no video stream")
             return sample_clip(container, size, quality, fps, max_frames)
@@ -153,11 +153,12 @@ def shown_frames(container: av.container.InputContainer) -> Iterator[tuple[av.Vi
     step = 1.0 / float(stream.average_rate or stream.guessed_rate or 25)
     held: av.VideoFrame | None = None
     first = begin = 0.0
+    unit = float(stream.time_base or 0)
     try:
         for frame in container.decode(stream):
-            now = float(frame.pts * frame.time_base) if frame.pts is not None else begin + first + step
+            now = frame.pts * unit if frame.pts is not None and unit else begin + first + step
             if held is None:
-                first = now if frame.pts is not None else 0.0
+                first = now
                 begin = 0.0
             elif now - first > begin:
                 yield held, begin, now - first

@@ -28,12 +28,12 @@ class ShardWriter:
         self.output, self.name = output, name
         self.path = Path(scratch) / name
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.path, "wb")  # noqa: SIM115 - closed by close()
-        self.tar = tarfile.open(fileobj=self.file, mode="w", format=tarfile.USTAR_FORMAT)
+        self.file = self.path.open("wb")
+        self.tar = tarfile.TarFile(fileobj=self.file, mode="w", format=tarfile.USTAR_FORMAT)
         self.rows: list[dict[str, Any]] = []
 
     def add(self, key: str, jpegs: list[bytes], row: dict[str, Any]) -> None:
-        """Write a sample's frames and its JSON; `row` holds the index columns other than key, offsets, sizes, crc32s."""
+        """Write a sample's frames and its JSON; `row` holds its other index columns."""
         still = row["fps"] is None
         names = [f"{key}.jpg"] if still else [f"{key}.{number:03d}.jpg" for number in range(len(jpegs))]
         offsets = [self.write(name, data) for name, data in zip(names, jpegs, strict=True)]

@@ -1,0 +1,89 @@
+"""What of a sample a step sees: frames, crop, flip and caption, drawn by a counter-based generator."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+CROP_AREA = (0.5, 1.0)
+CROP_ASPECT = (3 / 4, 4 / 3)
+CLIP = 4  # what a generator is for; part of its key
+
+
+@dataclass(frozen=True)
+class Window:
+    """The part of a frame that is shown, in pixels, and whether it is mirrored."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    flip: bool = False
+
+
+def choose_frames(
+    sample_type: str, num_frames: int, length: int, fps: float, rng: np.random.Generator | None = None
+) -> np.ndarray:
+    """Indices (num_frames,) int64 of the frames to show of a clip of `length` frames stored at `fps` a second.
+
+    `rand`: a random frame of each of num_frames equal intervals; `middle`: the middle one of each; `fpsX`: frames at
+    X a second, spread evenly where they are more than num_frames. Where there are too few, the last is repeated.
+
+    Raises:
+        ValueError: unknown sample_type.
+    """
+    if sample_type.startswith("fps"):
+        chosen = frames_at_rate(parse_rate(sample_type), length, fps)
+        if len(chosen) > num_frames:
+            chosen = chosen[np.linspace(0, len(chosen) - 1, num_frames).round().astype(np.int64)]
+    else:
+        edges = np.linspace(0, length, min(num_frames, length) + 1).astype(np.int64)
+        if sample_type == "middle":
+            chosen = (edges[:-1] + edges[1:] - 1) // 2
+        elif sample_type == "rand" and rng is not None:
+            chosen = rng.integers(edges[:-1], edges[1:])
+        else:
+            raise ValueError(f"sample_type is {sample_type!r}, must be rand, middle or fpsX such as fps2")
+    return np.concatenate([chosen, np.full(num_frames - len(chosen), chosen[-1], np.int64)])
+
+
+def parse_rate(sample_type: str) -> float:
+    """X of `fpsX`; raises ValueError when it is no positive number."""
+    try:
+        rate = float(sample_type[3:])
+    except ValueError:
+        rate = 0.0
+    if rate <= 0:
+        raise ValueError(f"sample_type is {sample_type!r}: after fps stands a positive number, such as fps0.5")
+    return rate
+
+
+def frames_at_rate(rate: float, length: int, fps: float) -> np.ndarray:
+    """Indices of the frames nearest to 1/2X, 3/2X, 5/2X ... seconds; the middle one where there is none."""
+    seconds = np.arange(0.5 / rate, length / fps + 0.5 / rate, 1 / rate)
+    found = np.around(seconds * fps).astype(np.int64)
+    found = found[found < length]
+    return found if len(found) else np.array([length // 2], np.int64)
+
+
+def random_window(height: int, width: int, rng: np.random.Generator, flip: bool) -> Window:
+    """A random resized crop (area 0.5-1, aspect 3/4-4/3) and, if wanted, a flip for half of all clips."""
+    mirrored = bool(rng.random() < 0.5) and flip
+    for _ in range(10):
+        area = height * width * rng.uniform(*CROP_AREA)
+        aspect = math.exp(rng.uniform(math.log(CROP_ASPECT[0]), math.log(CROP_ASPECT[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1))
+            return Window(top, left, h, w, mirrored)
+    w = min(width, round(height * CROP_ASPECT[1])) if width > height else width
+    h = min(height, round(width / CROP_ASPECT[0])) if height >= width else height
+    return Window((height - h) // 2, (width - w) // 2, h, w, mirrored)
+
+
+def clip_generator(seed: int, epoch: int, corpus: int, shard: int, unit: int) -> np.random.Generator:
+    """The generator of everything random about one sample in one epoch."""
+    key = np.array([(seed << 20) ^ (epoch << 4) ^ CLIP, (corpus << 56) ^ (shard << 32) ^ unit], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key))

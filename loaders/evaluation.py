@@ -1,0 +1,207 @@
+"""Test sets: every visual exactly once over all ranks, with the texts, questions or options that go with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from loaders.clips import Window, choose_frames
+from loaders.config import LoaderConfig
+from loaders.decoding import Clip, Decoder, make_decoder, usable_threads
+from loaders.index import ShardIndex
+from loaders.storage import BadSampleError, CorpusReader
+from loaders.text import clean_text
+
+
+@dataclass(frozen=True)
+class VisualBatch:
+    """Visuals to encode: frames (B, T, S, S, 3) uint8, their numbers in the set (B,) int64, their keys."""
+
+    frames: torch.Tensor
+    indices: torch.Tensor
+    keys: tuple[str, ...]
+
+
+class VisualSet:
+    """The visuals of a packed corpus in the order of its shards; `missing` lists those that do not decode.
+
+    Raises:
+        FileNotFoundError, ValueError: as `sharding.schema.read_corpus`.
+    """
+
+    def __init__(self, url: str, config: LoaderConfig) -> None:
+        self.reader = CorpusReader(url, config.storage)
+        self.config = config
+        self.name, self.media_type = self.reader.corpus.name, self.reader.corpus.media_type
+        self.num_visuals = self.reader.corpus.samples
+        self._first = np.concatenate([[0], np.cumsum(self.reader.corpus.counts())])
+        self.missing: dict[int, str] = {}
+
+    def place(self, visual: int) -> tuple[int, int]:
+        """(shard, row) of a visual."""
+        shard = int(np.searchsorted(self._first, visual, side="right")) - 1
+        return shard, visual - int(self._first[shard])
+
+    def rows(self) -> Iterator[tuple[ShardIndex, int]]:
+        """(index, row) of every visual, in order."""
+        for shard in range(len(self.reader.corpus.shards)):
+            index = self.reader.index(shard)
+            yield from ((index, row) for row in range(len(index)))
+
+    @cached_property
+    def sources(self) -> list[str]:
+        """The media's names in the annotations."""
+        return [index.source(row) for index, row in self.rows()]
+
+    def batches(self, num_frames: int, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[VisualBatch]:
+        """This rank's visuals (those = rank mod world size), `batch_size` at once, one batch made ahead."""
+        mine = np.arange(rank, self.num_visuals, world_size)
+        decoder = make_decoder(
+            self.config.decode,
+            self.config.image_res,
+            usable_threads(self.config.threads, world_size),
+            self.config.antialias,
+        )
+        with ThreadPoolExecutor(1, thread_name_prefix="evaluation") as ahead:
+            parts = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
+            futures = [ahead.submit(self._batch, decoder, parts[0], num_frames)] if parts else []
+            for number in range(len(parts)):
+                batch = futures[-1].result()
+                if number + 1 < len(parts):
+                    futures = [ahead.submit(self._batch, decoder, parts[number + 1], num_frames)]
+                if len(batch.keys):
+                    yield batch
+        decoder.close()
+
+    def _batch(self, decoder: Decoder, visuals: np.ndarray, num_frames: int) -> VisualBatch:
+        found: list[tuple[int, str, Clip]] = []
+        for visual in visuals.tolist():
+            try:
+                key, clip = self._clip(visual, num_frames)
+                found.append((visual, key, clip))
+            except BadSampleError as error:
+                self.missing[visual] = str(error)
+        if not found:
+            return VisualBatch(torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.int64), ())
+        frames, bad = decoder.decode([clip for _, _, clip in found])
+        self.missing.update({found[number][0]: reason for number, reason in bad.items()})
+        good = [number for number in range(len(found)) if number not in bad]
+        if bad:
+            frames = frames[good]
+        indices = torch.tensor([found[number][0] for number in good], dtype=torch.int64)
+        return VisualBatch(frames, indices, tuple(found[number][1] for number in good))
+
+    def _clip(self, visual: int, num_frames: int) -> tuple[str, Clip]:
+        shard, row = self.place(visual)
+        record = self.reader.index(shard).record(row)
+        chosen = self.frame_numbers(len(record.sizes), record.fps, num_frames)
+        window = Window(0, 0, record.height, record.width)
+        return record.key, Clip(self.reader.frames(shard, record, chosen), record.height, record.width, window)
+
+    def frame_numbers(self, length: int, fps: float, num_frames: int) -> np.ndarray:
+        """Which stored frames are shown; images have one, whatever `num_frames` is."""
+        if self.media_type == "image":
+            return np.zeros(1, np.int64)
+        return choose_frames(self.config.video_input.sample_type_test, num_frames, length, fps)
+
+    def thumbnail(self, visual: int, num_frames: int = 4) -> list[bytes]:
+        """JPEG bytes of a visual's frames, for reports; empty when they cannot be read."""
+        try:
+            return self._clip(visual, num_frames)[1].jpegs
+        except BadSampleError:
+            return []
+
+    def close(self) -> None:
+        """Close the files."""
+        self.reader.close()
+
+
+class RetrievalSet(VisualSet):
+    """Visuals and the distinct texts that describe them.
+
+    paragraph: all captions of a visual are joined by one space and count as one text (DiDeMo, ActivityNet).
+    texts: cleaned, in order of first appearance; visuals_of_text[i] and texts_of_visual[j] list the true pairs.
+    """
+
+    def __init__(self, url: str, config: LoaderConfig, paragraph: bool = False) -> None:
+        super().__init__(url, config)
+        if not sum(self.reader.corpus.counts("captions")):
+            raise ValueError(f"{url} holds no captions: it is no retrieval set")
+        numbers: dict[str, int] = {}
+        self.texts: list[str] = []
+        self.visuals_of_text: list[list[int]] = []
+        self.texts_of_visual: list[list[int]] = []
+        for visual, (index, row) in enumerate(self.rows()):
+            captions = index.texts("captions", row)
+            captions = [" ".join(captions)] if paragraph else captions
+            mine = sorted({numbers.setdefault(text, len(numbers)) for text in map(clean_text, captions)})
+            self.texts_of_visual.append(mine)
+            for text in mine:
+                if text == len(self.visuals_of_text):
+                    self.visuals_of_text.append([])
+                self.visuals_of_text[text].append(visual)
+        self.texts = list(numbers)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a visual, with its accepted answers and their shares."""
+
+    visual: int
+    question_id: str
+    question: str
+    answers: tuple[str, ...]
+    weights: tuple[float, ...]
+    question_type: str
+    answer_type: str
+
+
+class QASet(VisualSet):
+    """Visuals and the questions about them, in the order of the shards."""
+
+    def __init__(self, url: str, config: LoaderConfig) -> None:
+        super().__init__(url, config)
+        self.questions = [
+            Question(
+                visual,
+                item["question_id"],
+                clean_text(item["question"]),
+                tuple(item["answers"]),
+                tuple(item["weights"]),
+                item["question_type"],
+                item["answer_type"],
+            )
+            for visual, (index, row) in enumerate(self.rows())
+            for item in index.texts("questions", row)
+        ]
+        if not self.questions:
+            raise ValueError(f"{url} holds no questions: it is no question-answering set")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A visual and the texts of which one describes it."""
+
+    visual: int
+    question_id: str
+    options: tuple[str, ...]
+    answer: int
+
+
+class ChoiceSet(VisualSet):
+    """Visuals and their multiple-choice options."""
+
+    def __init__(self, url: str, config: LoaderConfig) -> None:
+        super().__init__(url, config)
+        self.choices = [
+            Choice(visual, item["question_id"], tuple(map(clean_text, item["options"])), item["answer"])
+            for visual, (index, row) in enumerate(self.rows())
+            for item in index.texts("choices", row)
+        ]
+        if not self.choices:
+            raise ValueError(f"{url} holds no options: it is no multiple-choice set")

@@ -1,0 +1,89 @@
+"""One shard's index in memory: where each frame's bytes are, and the texts, without objects per sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+UNITS = ("samples", "captions", "questions", "choices")
+
+
+@dataclass(frozen=True)
+class Record:
+    """A sample's place in its tar and its shape; arrays (F,) over its frames."""
+
+    key: str
+    offsets: np.ndarray
+    sizes: np.ndarray
+    crc32s: np.ndarray
+    width: int
+    height: int
+    fps: float  # 1 for images
+
+
+class ShardIndex:
+    """The rows of a shard's index; frame columns are flat arrays with a pointer a row."""
+
+    def __init__(self, table: pa.Table) -> None:
+        table = table.combine_chunks()
+        self._keys = column(table, "key")
+        frames = column(table, "offsets")
+        self._first = frames.offsets.to_numpy()  # (rows + 1,)
+        self._offsets, self._sizes, self._crc32s = (
+            column(table, name).values.to_numpy(zero_copy_only=False) for name in ("offsets", "sizes", "crc32s")
+        )
+        self._widths, self._heights = (column(table, name).to_numpy() for name in ("width", "height"))
+        self._fps = np.nan_to_num(column(table, "fps").to_numpy(zero_copy_only=False), nan=1.0)
+        self._texts = {name: column(table, name) for name in UNITS[1:]}
+        self._sources = column(table, "source")
+        # (rows + 1,) number of each row's first text among the shard's
+        self._text_first = {
+            name: np.concatenate([[0], np.cumsum(pc.list_value_length(texts).fill_null(0).to_numpy())])
+            for name, texts in self._texts.items()
+        }
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def record(self, row: int) -> Record:
+        """Where a sample's frames are."""
+        span = slice(self._first[row], self._first[row + 1])
+        return Record(
+            key=self.key(row),
+            offsets=self._offsets[span],
+            sizes=self._sizes[span],
+            crc32s=self._crc32s[span],
+            width=int(self._widths[row]),
+            height=int(self._heights[row]),
+            fps=float(self._fps[row]),
+        )
+
+    def key(self, row: int) -> str:
+        """A sample's key."""
+        return self._keys[row].as_py()
+
+    def locate(self, unit: str, number: int) -> tuple[int, int]:
+        """(row, place among the row's texts) of a shard's unit `number`; of samples: (number, 0)."""
+        if unit == "samples":
+            return number, 0
+        first = self._text_first[unit]
+        row = int(np.searchsorted(first, number, side="right")) - 1
+        return row, number - int(first[row])
+
+    def texts(self, name: str, row: int) -> list[Any]:
+        """A sample's captions (str), questions or choices (dict, as in the schema)."""
+        return self._texts[name][row].as_py() or []
+
+    def source(self, row: int) -> str:
+        """The media's name in the annotations."""
+        return self._sources[row].as_py()
+
+
+def column(table: pa.Table, name: str) -> Any:
+    """A column as one array."""
+    chunks = table.column(name)
+    return chunks.chunk(0) if chunks.num_chunks == 1 else chunks.combine_chunks()

@@ -1,0 +1,82 @@
+"""Captions and questions to token ids: the official cleaning, BERT's WordPiece, fixed length."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import BertWordPieceTokenizer
+
+DELETED = re.compile(r"[,.'!?\"()*#:;~]")
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+def clean_text(text: str) -> str:
+    """A caption or question as the model was trained on it (singularity.md, section 4)."""
+    text = DELETED.sub("", text.lower()).replace("-", " ").replace("/", " ").replace("<person>", "person")
+    return re.sub(r"\s{2,}", " ", text).rstrip("\n").strip(" ")
+
+
+class Tokenizer:
+    """BERT's WordPiece over a vocabulary file; encodes `[CLS] pieces ...` without a closing `[SEP]`."""
+
+    def __init__(self, vocab: str | Path) -> None:
+        self.path = Path(vocab)
+        self._tokenizer = BertWordPieceTokenizer(str(vocab), lowercase=True)
+        missing = [token for token in SPECIAL if self._tokenizer.token_to_id(token) is None]
+        if missing:
+            raise ValueError(f"{vocab} lacks {', '.join(missing)}: it is no BERT vocabulary")
+        self.pad_id, _, self.cls_id, self.sep_id, self.mask_id = (self._tokenizer.token_to_id(t) for t in SPECIAL)
+        self.vocab_size: int = self._tokenizer.get_vocab_size()
+
+    @classmethod
+    def load(cls, name: str) -> Tokenizer:
+        """From a `vocab.txt`, a folder that holds one, or the name of a tokenizer on the Hugging Face hub.
+
+        Raises:
+            FileNotFoundError: none of these is there.
+            ValueError: the file is no BERT vocabulary.
+        """
+        path = Path(name)
+        if path.is_dir() and (path / "vocab.txt").exists():
+            return cls(path / "vocab.txt")
+        if path.is_file():
+            return cls(path)
+        if path.suffix == ".txt" or len(path.parts) > 2 or path.is_dir():
+            raise FileNotFoundError(f"tokenizer: {name} is no vocabulary file and no folder with a vocab.txt")
+        return cls(hub_vocabulary(name))
+
+    def encode(self, texts: Sequence[str], max_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and mask (B, max_length) int64 of B texts, cut and padded to that length."""
+        input_ids = torch.full((len(texts), max_length), self.pad_id, dtype=torch.int64)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, encoding in enumerate(self._tokenizer.encode_batch(list(texts), add_special_tokens=False)):
+            ids = [self.cls_id, *encoding.ids[: max_length - 1]]
+            input_ids[row, : len(ids)] = torch.tensor(ids)
+            attention_mask[row, : len(ids)] = 1
+        return input_ids, attention_mask
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, without padding and special tokens."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `vocab.txt` into a folder; a checkpoint carries its own vocabulary."""
+        target = Path(folder) / "vocab.txt"
+        target.write_bytes(self.path.read_bytes())
+        return target
+
+
+def hub_vocabulary(name: str) -> str:
+    """Local path of a hub tokenizer's vocabulary; raises FileNotFoundError saying what to set instead."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return hf_hub_download(name, "vocab.txt")
+    except Exception as error:  # the hub client raises many kinds; all mean: not to be had
+        raise FileNotFoundError(
+            f"tokenizer={name} is no local file or folder, and the Hugging Face hub did not give it "
+            f"({type(error).__name__}): check the name and the network, or set tokenizer=/path/to/vocab.txt"
+        ) from None
