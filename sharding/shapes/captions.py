@@ -1,0 +1,133 @@
+"""Natural wording for what a Shapes scene shows: several ways to say the same, and the specific ones that tests use."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sharding.shapes.scenes import Clip, Motion, Scene, Thing, pick
+
+NUMBERS = {2: "two", 3: "three", 4: "four"}
+PLACES = {
+    (False, False): "in the top left corner",
+    (True, False): "in the top right corner",
+    (False, True): "in the bottom left corner",
+    (True, True): "in the bottom right corner",
+}
+SLIDES = {
+    "right": ("moves from left to right", "slides to the right"),
+    "left": ("moves from right to left", "slides to the left"),
+    "down": ("moves from top to bottom", "falls down"),
+    "up": ("moves from bottom to top", "rises up"),
+}
+WAYS = {"right": "to the right", "left": "to the left", "down": "down", "up": "up"}
+SHORT = {"right": "moves to the right", "left": "moves to the left", "down": "moves down", "up": "moves up"}
+CHANGES = {
+    "appears": ("suddenly appears", "is hidden at first and then appears"),
+    "disappears": ("suddenly disappears", "is there at first and then disappears"),
+    "grows": ("grows from small to large", "gets larger"),
+    "shrinks": ("shrinks from large to small", "gets smaller"),
+}
+
+
+def name(thing: Thing, article: bool = True, size: bool = True) -> str:
+    """A thing's name, such as "a large red star"."""
+    words = f"{thing.size + ' ' if size else ''}{thing.colour} {thing.shape}"
+    if not article:
+        return words
+    return ("an " if words[0] in "aeiou" else "a ") + words
+
+
+def plural(thing: Thing) -> str:
+    """Several of a thing, such as "red stars"."""
+    return f"{thing.colour} {thing.shape}{'es' if thing.shape == 'cross' else 's'}"
+
+
+def relation(first: Thing, second: Thing) -> str:
+    """How the first thing stands to the second."""
+    if abs(first.x - second.x) > abs(first.y - second.y):
+        return "to the left of" if first.x < second.x else "to the right of"
+    return "above" if first.y < second.y else "below"
+
+
+def place(thing: Thing) -> str:
+    """Where in the picture a thing is."""
+    if abs(thing.x - 0.5) < 0.1 and abs(thing.y - 0.5) < 0.1:
+        return "in the middle"
+    return PLACES[(thing.x > 0.5, thing.y > 0.5)]
+
+
+def image_caption(scene: Scene) -> str:
+    """The caption that names everything; two pictures with the same one look alike."""
+    first = scene.things[0]
+    if len(scene.things) == 1:
+        return f"{name(first)} {place(first)} on a {scene.background} background"
+    second = scene.things[1]
+    if first.shape == second.shape:
+        return f"{NUMBERS[len(scene.things)]} small {plural(first)} on a {scene.background} background"
+    return f"{name(first)} {relation(first, second)} {name(second)} on a {scene.background} background"
+
+
+def image_captions(scene: Scene, rng: np.random.Generator, count: int = 3) -> list[str]:
+    """Different wordings, from everything named to one thing only."""
+    first, last = scene.things[0], scene.things[-1]
+    wordings = [image_caption(scene)]
+    if len(scene.things) == 1:
+        wordings += [
+            f"there is {name(first)} {place(first)}",
+            f"a {scene.background} picture with {name(first)}",
+            f"{name(first, size=False)} {place(first)} of the {scene.background} picture",
+        ]
+    elif first.shape == last.shape:
+        number = NUMBERS[len(scene.things)]
+        wordings += [
+            f"there are {number} {plural(first)}",
+            f"{number} {plural(first)} before a {scene.background} wall",
+            f"a picture of {number} {plural(first)} on {scene.background}",
+        ]
+    else:
+        wordings += [
+            f"{name(last)} is {relation(last, first)} {name(first)}",
+            f"there is {name(first)} and {name(last)}",
+            f"{name(first, size=False)} and {name(last, size=False)} before a {scene.background} wall",
+            f"a {scene.background} picture with {name(last)} {relation(last, first)} {name(first)}",
+        ]
+    chosen = rng.permutation(len(wordings) - 1)[: count - 1] + 1
+    return [wordings[0], *(wordings[number] for number in chosen)]
+
+
+def motion_words(motion: Motion, wording: int = 0) -> str:
+    """What happens, without saying to what."""
+    if motion.kind == "slide":
+        return SLIDES[motion.direction][wording]
+    if motion.kind == "corner":
+        first, second = motion.direction.split()
+        if wording:
+            return f"first {SHORT[first]} and then {SHORT[second]}"
+        return f"moves {WAYS[first]} and then {WAYS[second]}"
+    return CHANGES[motion.direction][wording]
+
+
+def motion_caption(clip: Clip, wording: int = 0) -> str:
+    """What moves and how; one frame does not show it."""
+    mover = clip.scene.things[0]
+    return f"{name(mover, size=clip.motion.kind != 'size')} {motion_words(clip.motion, wording)}"
+
+
+def appearance_caption(clip: Clip, wording: int = 0) -> str:
+    """What can be seen in a single frame."""
+    mover, still = clip.scene.things
+    sized = clip.motion.kind != "size"
+    if wording:
+        return f"{name(mover, size=sized)} and {name(still)} before a {clip.scene.background} wall"
+    return f"{name(mover, size=sized)} with {name(still)} {place(still)} on a {clip.scene.background} background"
+
+
+def clip_captions(clip: Clip, rng: np.random.Generator) -> list[str]:
+    """Training captions: how it moves, what it looks like, and both at once."""
+    background = clip.scene.background
+    both = f"{motion_caption(clip, int(rng.integers(2)))} on a {background} background"
+    return [
+        motion_caption(clip, int(rng.integers(2))),
+        appearance_caption(clip, int(rng.integers(2))),
+        pick(rng, (both, f"there is {name(clip.scene.things[1])} while {motion_caption(clip)}")),
+    ]

@@ -1,0 +1,48 @@
+"""The house rules that a reader relies on: imports point one way, and the packing room starts without torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MAY_IMPORT = {
+    "sharding": set(),
+    "loaders": {"sharding"},
+    "model": set(),
+    "eval": {"model", "loaders", "sharding"},
+    "train": {"eval", "model", "loaders", "sharding"},
+    "launch": {"train", "eval", "model", "loaders", "sharding"},
+}
+SOURCES = sorted(path for room in MAY_IMPORT for path in (ROOT / room).rglob("*.py"))
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """The project's top-level packages that a file imports, wherever in the file."""
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            rooms |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            rooms.add(node.module.split(".")[0])
+    return rooms & set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path: Path) -> None:
+    room = path.relative_to(ROOT).parts[0]
+    assert imported_rooms(path) - {room} <= MAY_IMPORT[room]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_file_says_its_job_and_is_one_room(path: Path) -> None:
+    text = path.read_text()
+    assert ast.get_docstring(ast.parse(text)), f"{path} opens without a docstring"
+    assert text.count("\n") <= 450, f"{path} is too long to read in one sitting"
+
+
+def test_packing_starts_without_torch() -> None:
+    program = "import sys, sharding.build, sharding.inspect, sharding.verify; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
