@@ -33,6 +33,7 @@ class LoaderConfig:
     video_input: VideoInput = field(default_factory=VideoInput)
     max_txt_l: PerMedia = field(default_factory=lambda: PerMedia(32, 32))
     unit: str = "samples"  # samples (a caption drawn each time) | captions (each its own item) | questions
+    paragraph: bool = False  # all captions of a sample are one text (DiDeMo, ActivityNet)
     seed: int = 42
     lanes: int = 64
     window_shards: int = 4

@@ -97,6 +97,8 @@ class Line:
             answers = tuple(zip(question["answers"], question["weights"], strict=True))
             return Fetched(sample, clip, question["question"], answers)
         captions = index.texts("captions", sample.row)
+        if self.config.paragraph:
+            return Fetched(sample, clip, " ".join(captions))
         number = sample.text if self.config.unit == "captions" else int(rng.integers(len(captions)))
         return Fetched(sample, clip, captions[number])
 
