@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.nn import functional
 
@@ -76,6 +78,19 @@ def mask_words(
     random_ids = torch.randint(vocab_size, input_ids.shape, device=input_ids.device)
     ids = torch.where(masked, mask_id, torch.where(replaced, random_ids, input_ids))
     return ids, input_ids.masked_fill(~chosen, IGNORED)
+
+
+def most_labels(count: int, probability: float) -> int:
+    """How many of `count` words are chosen at most: six standard deviations above the mean, so practically always."""
+    return min(count, math.ceil(count * probability + 6 * math.sqrt(count * probability * (1 - probability))))
+
+
+def chosen_positions(labels: torch.Tensor, limit: int) -> torch.Tensor:
+    """Places (limit,) in the flattened labels (B, Lt) where words are to be predicted, then others to fill up.
+
+    The size is known beforehand, so that no one waits for the device to count them.
+    """
+    return (labels.flatten() == IGNORED).byte().argsort(stable=True)[:limit]
 
 
 def word_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

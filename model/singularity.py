@@ -11,11 +11,13 @@ from torch.nn import functional
 from model.config import ModelConfig
 from model.encoders import Encoders
 from model.losses import (
+    chosen_positions,
     contrastive_loss,
     contrastive_targets,
     draw,
     mask_words,
     matching_loss,
+    most_labels,
     negative_weights,
     same_visual,
     word_loss,
@@ -134,9 +136,16 @@ class Singularity(Encoders):
         first = torch.cat([fused[:batch, 0], fused[-batch:, 0], fused[batch : 2 * batch, 0]])
         losses["loss_itm"] = matching_loss(self.itm_head(first), has_negative) * weights.itm
         if self.word_head is not None and labels is not None:
-            words = self.word_head(fused[2 * batch : 3 * batch], self.text_encoder.embeddings.word_embeddings.weight)
-            losses["loss_mlm"] = word_loss(words, labels) * weights.mlm
+            limit = labels.numel() if draws.labels is not None else most_labels(labels.numel(), self.config.mlm_prob)
+            losses["loss_mlm"] = self._word_loss(fused[2 * batch : 3 * batch], labels, limit) * weights.mlm
         return losses
+
+    def _word_loss(self, states: torch.Tensor, labels: torch.Tensor, limit: int) -> torch.Tensor:
+        """Loss of predicting labels (B, Lt) from fused states (B, Lt, D), of which at most `limit` count."""
+        assert self.word_head is not None
+        chosen = chosen_positions(labels, limit)
+        words = self.word_head(states.flatten(0, 1)[chosen], self.text_encoder.embeddings.word_embeddings.weight)
+        return word_loss(words, labels.flatten()[chosen])
 
     @torch.no_grad()
     def _negatives(

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 from model.config import ModelConfig
-from model.text import bert_config, initialize_bert
+from model.text import bert_config, initialize_bert, run_layer
 from model.torchvision_cpu import BertLayer
 
 
@@ -40,6 +40,7 @@ class TemporalEncoder(nn.Module):
                 f"{text.width // text.heads}: change vision_encoder.width or text_encoder.heads"
             )
         bert = bert_config(text, width=width, heads=width * text.heads // text.width)
+        self.recompute = False
         self.layer = nn.ModuleList(BertLayer(bert) for _ in range(config.temporal_vision_encoder.num_layers))
         self.apply(initialize_bert)
 
@@ -48,5 +49,5 @@ class TemporalEncoder(nn.Module):
         batch, frames, length, width = tokens.shape
         states = tokens.transpose(1, 2).reshape(batch * length, frames, width)
         for layer in self.layer:
-            states = layer(states)
+            states = run_layer(layer, self.recompute, states)
         return states.view(batch, length, frames, width).transpose(1, 2)

@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from model.config import TextConfig
 from model.torchvision_cpu import (
@@ -24,6 +25,13 @@ PADDED = -10000.0  # added to the attention scores of padded keys
 
 # For each fusion layer the keys and values (N, heads, S, width / heads) of N visuals with S tokens each.
 VisualKeys = tuple[tuple[torch.Tensor, torch.Tensor], ...]
+
+
+def run_layer(layer: nn.Module, recompute: bool, *inputs: torch.Tensor | None) -> torch.Tensor:
+    """Output of `layer`; with `recompute` its activations are computed again in the backward pass, not kept."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(layer, *inputs, use_reentrant=False)
+    return layer(*inputs)
 
 
 def bert_config(config: TextConfig, width: int | None = None, heads: int | None = None, pad_id: int = 0) -> BertConfig:
@@ -165,6 +173,7 @@ class TextEncoder(nn.Module):
             )
         bert = bert_config(config, pad_id=pad_id)
         self.fusion_layer = config.fusion_layer
+        self.recompute = False
         self.embeddings = BertEmbeddings(bert)
         first, last = config.fusion_layer, config.layers
         self.layer = nn.ModuleList(BertLayer(bert) for _ in range(first))
@@ -176,7 +185,7 @@ class TextEncoder(nn.Module):
         states = self.embeddings(input_ids)
         mask = additive_mask(attention_mask, states.dtype)
         for layer in self.layer[: self.fusion_layer]:
-            states = layer(states, mask)
+            states = run_layer(layer, self.recompute, states, mask)
         return states
 
     def project_visual(self, tokens: torch.Tensor) -> VisualKeys:
@@ -198,7 +207,7 @@ class TextEncoder(nn.Module):
         """
         mask = additive_mask(attention_mask, states.dtype)
         for layer, (keys, values) in zip(self.layer[self.fusion_layer :], visual, strict=True):
-            states = layer(states, mask, keys, values, index)
+            states = run_layer(layer, self.recompute, states, mask, keys, values, index)
         return states
 
 

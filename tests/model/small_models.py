@@ -8,14 +8,15 @@ from model.singularity import Singularity
 PAD, CLS, MASK, VOCAB = 0, 2, 4, 60
 
 
-def small_config(**changes):
+def small_config(layers=4, **changes):
+    """Half of the `layers` see text only, the others fuse; half as many make up the vision encoder."""
     config = ModelConfig(
-        vision_encoder=VisionConfig(patch_size=8, width=48, depth=2, heads=3, drop_path=0.0),
+        vision_encoder=VisionConfig(patch_size=8, width=48, depth=layers // 2, heads=3, drop_path=0.0),
         text_encoder=TextConfig(
             vocab_size=VOCAB,
             width=32,
-            layers=4,
-            fusion_layer=2,
+            layers=layers,
+            fusion_layer=layers // 2,
             heads=2,
             intermediate=64,
             max_positions=24,

@@ -1,0 +1,42 @@
+"""How many floating-point operations a training step needs: matrix products only, a multiply-add counted as two."""
+
+from __future__ import annotations
+
+from model.config import ModelConfig
+from model.losses import most_labels
+
+
+def layer_flops(tokens: int, width: int, hidden: int, context: int) -> int:
+    """One transformer layer over `tokens` tokens that attend to `context` tokens each: projections, attention, MLP."""
+    return 8 * tokens * width**2 + 4 * tokens * context * width + 4 * tokens * width * hidden
+
+
+def step_flops(config: ModelConfig, pairs: int, frames: int, text_length: int) -> dict[str, int]:
+    """Forward FLOPs of one step by part; a step with its backward pass takes three times as many.
+
+    Counted is what the losses need: keys and values of a visual once for its four pairs, word logits at the chosen
+    positions only. Work that an implementation repeats is not counted, so its rate cannot profit from it.
+    """
+    vision, text, temporal = config.vision_encoder, config.text_encoder, config.temporal_vision_encoder
+    patches = (config.image_res // vision.patch_size) ** 2
+    tokens, images = patches + 1, pairs * frames
+    hidden = int(vision.width * vision.mlp_ratio)
+    embedding = 2 * patches * 3 * vision.patch_size**2 * vision.width
+    result = {"vision": images * (embedding + vision.depth * layer_flops(tokens, vision.width, hidden, tokens))}
+    if temporal.enable and frames > 1:
+        wide = text.intermediate * vision.width // text.width
+        per_layer = layer_flops(frames, vision.width, wide, frames)
+        result["temporal"] = pairs * tokens * temporal.num_layers * per_layer
+    words = config.loss_weight.mlm > 0
+    texts, fused = (2 if words else 1) * pairs, (4 if words else 3) * pairs
+    text_layer = layer_flops(text_length, text.width, text.intermediate, text_length)
+    result["text"] = texts * text.fusion_layer * text_layer
+    source = tokens * frames
+    keys = 4 * source * vision.width * text.width
+    cross = 4 * text_length * text.width**2 + 4 * text_length * source * text.width
+    result["fusion"] = (text.layers - text.fusion_layer) * (pairs * keys + fused * (text_layer + cross))
+    if words:
+        chosen = most_labels(pairs * text_length, config.mlm_prob)
+        result["words"] = chosen * (2 * text.width**2 + 2 * text.width * text.vocab_size)
+    result["heads"] = 2 * config.embed_dim * (images * vision.width + pairs * text.width)
+    return result | {"total": sum(result.values())}

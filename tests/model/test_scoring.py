@@ -1,0 +1,125 @@
+"""Scores of pairs for re-ranking and multiple choice, and answers: against one pair at a time."""
+
+import pytest
+import torch
+from small_models import CLS, MASK, PAD, VOCAB, small_batch, small_config, small_model
+
+from model.answering import SingularityQA
+from model.config import AnswerDecoderConfig, LossWeights, TemporalConfig
+from model.scoring import ENSEMBLES, combine, pair_scores, visual_features
+
+
+@pytest.mark.parametrize("ensemble", ENSEMBLES)
+@pytest.mark.parametrize("pairs_per_call", [1, 5, 512])
+def test_scores_of_many_pairs_are_those_of_each_pair(ensemble, pairs_per_call):
+    model = small_model().eval()
+    images, ids, mask, _ = small_batch(pairs=5, frames=3)
+    texts = torch.tensor([0, 4, 2, 1, 0, 3, 2])
+    visuals = torch.tensor([2, 2, 0, 1, 0, 2, 2])
+    with torch.no_grad():
+        states, _ = model.encode_text(ids, mask)
+        tokens, pooled = visual_features(model, images, ensemble)
+        assert tokens.shape[1] == (1 if ensemble == "concat" else 3)
+        assert pooled.shape == (5, 3, 48)
+        scores = pair_scores(model, states, mask, tokens, texts, visuals, ensemble, pairs_per_call)
+        for p, (text, visual) in enumerate(zip(texts.tolist(), visuals.tolist())):
+            frames = [
+                model.match_logits(states[text, None], mask[text, None], tokens[visual, None, f])[0, 1]
+                for f in range(tokens.shape[1])
+            ]
+            torch.testing.assert_close(scores[p], combine(torch.stack(frames), ensemble))
+
+
+def test_no_pairs_have_no_scores():
+    model = small_model().eval()
+    images, ids, mask, _ = small_batch()
+    states, _ = model.encode_text(ids, mask)
+    none = torch.empty(0, dtype=torch.long)
+    assert pair_scores(model, states, mask, visual_features(model, images)[0], none, none).shape == (0,)
+
+
+def test_late_fusion_of_a_model_that_relates_frames_is_refused():
+    model = small_model(temporal_vision_encoder=TemporalConfig(enable=True))
+    with pytest.raises(ValueError, match="set eval_frame_ensemble=concat"):
+        visual_features(model, small_batch(frames=2)[0], "mean")
+
+
+def test_an_unknown_ensemble_is_named():
+    with pytest.raises(ValueError, match="'median': must be one of concat, mean, max, lse"):
+        visual_features(small_model(), small_batch()[0], "median")
+
+
+@pytest.fixture
+def answering():
+    torch.manual_seed(0)
+    config = small_config(answer_decoder=AnswerDecoderConfig(True, 2), loss_weight=LossWeights(mlm=0.0))
+    return SingularityQA(config, PAD, CLS, MASK)
+
+
+def answers_of_questions():
+    """Six answers (6, 4) of three questions: ids, mask, weights, and how many belong to each question."""
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(5, VOCAB, (6, 4), generator=generator)
+    ids[:, 0], ids[::2, 3] = CLS, PAD
+    weights = torch.tensor([1.0, 0.5, 0.5, 0.2, 0.3, 0.5])
+    return ids, (ids != PAD).long(), weights, torch.tensor([1, 2, 3])
+
+
+def test_the_answer_loss_is_the_weighted_sum_over_a_batch(answering):
+    images, ids, mask, _ = small_batch(pairs=3)
+    answers, answer_mask, weights, counts = answers_of_questions()
+    together = answering(images, ids, mask, answers, answer_mask, weights, counts)["loss_qa"]
+    apart, first = 0.0, 0
+    for b, count in enumerate(counts.tolist()):
+        own = slice(first, first + count)
+        one = answering(
+            images[b, None], ids[b, None], mask[b, None], answers[own], answer_mask[own], weights[own], counts[b, None]
+        )
+        apart, first = apart + one["loss_qa"] / 3, first + count
+    torch.testing.assert_close(together, apart)
+    together.backward()
+
+
+def test_a_later_word_does_not_change_what_an_earlier_one_predicts(answering):
+    images, ids, mask, _ = small_batch(pairs=6)
+    answers, answer_mask, _, _ = answers_of_questions()
+    answering.eval()
+    with torch.no_grad():
+        keys = answering.answer_decoder.project(answering.frame_states(images, ids, mask)[0])
+        first = answering.answer_decoder(answers, answer_mask, keys, mask)
+        changed = answers.clone()
+        changed[:, 2] = 7
+        second = answering.answer_decoder(changed, answer_mask, keys, mask)
+    torch.testing.assert_close(first[:, :2], second[:, :2])
+    assert not torch.allclose(first[:, 2], second[:, 2], atol=1e-3)
+
+
+@pytest.mark.parametrize("ensemble", ENSEMBLES)
+def test_ranked_answers_are_distinct_and_in_order(answering, ensemble):
+    answering.eval()
+    images, ids, mask, _ = small_batch(pairs=3, frames=2)
+    answers, answer_mask, _, _ = answers_of_questions()
+    with torch.no_grad():
+        states = answering.frame_states(images, ids, mask, ensemble)
+        numbers, probabilities = answering.rank_answers(states, mask, answers, answer_mask, 4, ensemble)
+    assert numbers.shape == probabilities.shape == (3, 4)
+    assert all(len(set(row)) == 4 for row in numbers.tolist())
+    assert (probabilities.diff(dim=1) <= 0).all()
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(3))
+
+
+def test_training_makes_the_right_answer_likelier(answering):
+    images, ids, mask, _ = small_batch(pairs=3)
+    answers, answer_mask, _, _ = answers_of_questions()
+    right = torch.tensor([1, 3, 5])
+    optimizer = torch.optim.AdamW(answering.parameters(), lr=3e-3)
+    for _ in range(40):
+        loss = answering(images, ids, mask, answers[right], answer_mask[right], torch.ones(3), torch.ones(3).long())
+        optimizer.zero_grad()
+        loss["loss_qa"].backward()
+        optimizer.step()
+    answering.eval()
+    with torch.no_grad():
+        states = answering.frame_states(images, ids, mask)
+        numbers, _ = answering.rank_answers(states, mask, answers, answer_mask, 6)
+    assert torch.equal(numbers[:, 0], right)
