@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -87,11 +86,11 @@ def resolve_weights(path: str | Path) -> Path:
     )
 
 
-def special_ids(folder: Path, description: dict[str, Any]) -> dict[str, int]:
-    """Ids of [PAD], [CLS] and [MASK]: from the vocabulary beside the weights, else as they were saved."""
-    if not (folder / VOCABULARY).is_file():
-        return dict(description.get("special_ids", {}))
-    lines = (folder / VOCABULARY).read_text(encoding="utf-8").splitlines()
+def read_special_ids(vocabulary: Path) -> dict[str, int]:
+    """pad_id, cls_id and mask_id by the lines of a vocab.txt, as far as they are in it; nothing without the file."""
+    if not vocabulary.is_file():
+        return {}
+    lines = vocabulary.read_text(encoding="utf-8").splitlines()
     return {name: lines.index(token) for name, token in _SPECIAL_TOKENS.items() if token in lines}
 
 
@@ -110,7 +109,8 @@ def read_weights(folder: Path) -> Weights:
             "use the release that wrote it"
         )
     config = config_from_dict(description["config"])
-    return Weights(config, read_tensors(folder / TENSORS), special_ids(folder, description))
+    special_ids = read_special_ids(folder / VOCABULARY) or dict(description.get("special_ids", {}))
+    return Weights(config, read_tensors(folder / TENSORS), special_ids)
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

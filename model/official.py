@@ -24,7 +24,7 @@ from model.config import (
     TextConfig,
     VisionConfig,
 )
-from model.files import Weights
+from model.files import VOCABULARY, Weights, read_special_ids
 from model.official_names import from_official
 
 # Everything that an official checkpoint's pickle may name, beyond tensors.
@@ -179,4 +179,5 @@ def read_official(path: Path) -> Weights:
     content = read_official_file(path)
     state = content["model"]
     config = recognise(path, state, content["config"])
-    return Weights(config, from_official(state, tensor_names(config), text_prefix(state)))
+    tensors = from_official(state, tensor_names(config), text_prefix(state))
+    return Weights(config, tensors, read_special_ids(path.parent / VOCABULARY))

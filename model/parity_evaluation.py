@@ -9,15 +9,24 @@ from pathlib import Path
 import torch
 
 from model.answering import SingularityQA, answer_losses
-from model.checkpoint import load_model
+from model.encoders import Encoders
 from model.parity_forward import compare_gradients
 from model.parity_report import Case, Comparison
 from model.parity_text import tokenise
-from model.scoring import ENSEMBLES, pair_scores, visual_features
+from model.scoring import ENSEMBLES, pair_scores
 from model.singularity import Singularity
 
 UNSCORED = -100.0
 EVERYTHING = 10**9
+
+
+def features(model: Encoders, frames: torch.Tensor, mode: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens (B, F, S, D) and pooled vectors as `visual_features` has them; but like the official code, and unlike
+    that, the late ensembles skip whatever temporal modules there are."""
+    if mode != "concat":
+        return model.encode_frames(frames)
+    tokens, pooled = model.encode_visual(frames)
+    return tokens[:, None], pooled
 
 
 def reranked(similarity: torch.Tensor, k: int, score: torch.Tensor) -> torch.Tensor:
@@ -32,7 +41,7 @@ def compare_retrieval(folder: Path) -> Comparison:
     case, result = Case(folder), Comparison(folder.name)
     settings = json.loads((folder / "case.json").read_text())
     recorded = json.loads((folder / "expected.json").read_text())
-    model = load_model(case.checkpoint)
+    model = case.load()
     assert isinstance(model, Singularity)
     cuts = {"": settings["k_test"], "ksmall_": settings.get("k_small", 5), "full_": EVERYTHING}
     for texts in ("", "multiimg_"):
@@ -42,7 +51,7 @@ def compare_retrieval(folder: Path) -> Comparison:
         frames = case.inputs["frames"][_video_numbers(recorded[f"{texts}dataset"]["image"])]
         states, pooled_text = model.encode_text(case.expected[f"{texts}text_input_ids"], mask)
         for mode in settings.get("modes", ENSEMBLES):
-            tokens, pooled = visual_features(model, frames, mode)
+            tokens, pooled = features(model, frames, mode)
             similarity = model.similarity(pooled, pooled_text)
             pairs = torch.cartesian_prod(torch.arange(len(tokens)), torch.arange(len(states)))
             scores = pair_scores(model, states, mask, tokens, pairs[:, 1], pairs[:, 0], mode).view_as(similarity)
@@ -74,14 +83,14 @@ def _close_if_recorded(case: Case, result: Comparison, values: dict[str, torch.T
 def compare_choices(folder: Path) -> Comparison:
     """Match scores of the options of multiple-choice questions, a frame and ensembled, and the options chosen."""
     case, result = Case(folder), Comparison(folder.name)
-    model = load_model(case.checkpoint)
+    model = case.load()
     assert isinstance(model, Singularity)
     ids, mask = case.expected["option_input_ids"], case.expected["option_attention_mask"]
     questions, options = ids.shape[:2]
     states, _ = model.encode_text(ids.flatten(0, 1), mask.flatten(0, 1))
     texts, visuals = torch.arange(questions * options), torch.arange(questions).repeat_interleave(options)
     for mode in json.loads((folder / "case.json").read_text()).get("modes", ENSEMBLES):
-        tokens, _ = visual_features(model, case.inputs["frames"], mode)
+        tokens, _ = features(model, case.inputs["frames"], mode)
         scores = pair_scores(model, states, mask.flatten(0, 1), tokens, texts, visuals, mode).view(questions, options)
         result.close(f"{mode}_scores", scores, case.expected[f"{mode}_scores"])
         result.equal(f"{mode}_pred", scores.argmax(1), case.expected[f"{mode}_pred"])
@@ -101,7 +110,7 @@ def compare_choices(folder: Path) -> Comparison:
 def compare_answers(folder: Path) -> Comparison:
     """Training loss and gradients of the answer decoder, and the ranking of candidate answers in all ensembles."""
     case, result = Case(folder), Comparison(folder.name)
-    model = load_model(case.checkpoint)
+    model = case.load()
     assert isinstance(model, SingularityQA)
     _compare_answer_training(model, case, result)
     compare_gradients(model, folder / "grads.npz", result)
@@ -134,7 +143,8 @@ def _compare_answer_ranking(model: SingularityQA, case: Case, result: Comparison
     questions = _eval_questions(case)
     answers = expected["answer_list_ids"], expected["answer_list_mask"]
     for mode in settings.get("modes", ENSEMBLES):
-        states = model.frame_states(frames, *questions, mode)
+        tokens, _ = features(model, frames, mode)
+        states = [model.question_states(tokens[:, f], *questions) for f in range(tokens.shape[1])]
         keys = [model.answer_decoder.project(each) for each in states]
         opening = model.first_token_probabilities(keys, questions[1], int(answers[0][0, 0]), mode)
         result.close(f"{mode}_first_token_probs", opening[:, answers[0][:, 1]], expected[f"{mode}_first_token_probs"])
@@ -147,4 +157,4 @@ def _eval_questions(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and mask of the questions of anno_eval.json, tokenised as BERT does it from the shared vocabulary."""
     questions = [item["question"] for item in json.loads((case.folder / "anno_eval.json").read_text())]
     length = case.expected["train_question_ids"].shape[1]
-    return tokenise(questions, case.folder.parent / "vocab.txt", length)
+    return tokenise(questions, case.vocabulary, length)

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from model.checkpoint import load_model
 from model.losses import contrastive_loss, contrastive_targets, matching_loss, negative_weights, same_visual, word_loss
 from model.official_names import to_official
 from model.parity_report import Case, Comparison
@@ -118,7 +117,7 @@ def _values(model: Singularity, inputs: dict[str, torch.Tensor], fused: torch.Te
 def compare_forward(folder: Path) -> Comparison:
     """Outputs of every stage, losses and gradients of the pre-training or retrieval model of a case."""
     case, result = Case(folder), Comparison(folder.name)
-    model = load_model(case.checkpoint)
+    model = case.load()
     assert isinstance(model, Singularity)
     inputs, expected = case.inputs, case.expected
     batch, recorder = len(inputs["idx"]), Recorder()

@@ -108,7 +108,7 @@ def _hub_config(folder: Path, kind: str) -> ModelConfig:
     assert isinstance(settings, dict)
     vision = json.loads((folder / "vision_config.json").read_text())
     text = json.loads((folder / "bert_config.json").read_text())
-    name = "hf_beit" if settings["vit_type"] == "beit" else "hf_vit"
+    name = json.loads((folder / "case.json").read_text())["vit_dir"]
     return ModelConfig(
         vision_encoder=VisionConfig(
             type=settings["vit_type"],

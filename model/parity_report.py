@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from model.checkpoint import load_model
+from model.files import VOCABULARY, read_special_ids
+
 RTOL, ATOL = 1e-4, 2e-4
 LOSS_TOLERANCE = 2e-5
 GRADIENT_TOLERANCE = 1e-3  # of the tensor's largest entry
@@ -102,3 +105,12 @@ class Case:
     def checkpoint(self) -> Path:
         """The official checkpoint of the case."""
         return self.folder / "ckpt.pth"
+
+    @property
+    def vocabulary(self) -> Path:
+        """The vocabulary that the cases of a folder share."""
+        return self.folder.parent / VOCABULARY
+
+    def load(self) -> Any:
+        """The model of the checkpoint, with the special tokens of the shared vocabulary where there is one."""
+        return load_model(self.checkpoint, special_ids=read_special_ids(self.vocabulary))

@@ -6,11 +6,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from model.checkpoint import load_model
 from model.official import read_official_file
-from model.official_names import from_official, to_official
+from model.official_names import from_official, official_parts, to_official
 from model.parity_forward import given_draws
 from model.parity_report import Case, Comparison
 from model.singularity import Singularity
@@ -19,33 +20,51 @@ LOSS_TOLERANCE = 1e-3
 PREFIX = "text_encoder.bert."
 
 
-def learning_rate(step: int, settings: dict[str, Any]) -> float:
-    """The official rate in effect at `step`: linear warm-up and cosine decay, both floored."""
-    schedule, rate = settings["scheduler"], settings["optimizer"]["lr"]
+def rate_factor(step: int, schedule: dict[str, Any]) -> float:
+    """The share of its rate that is in effect at `step`: linear warm-up and cosine decay, both floored."""
     warmup, total, floor = schedule["num_warmup_steps"], schedule["num_training_steps"], schedule["min_lr_multi"]
     if step < warmup:
-        return rate * max(floor, step / max(1, warmup))
+        return max(floor, step / max(1, warmup))
     progress = (step - warmup) / max(1, total - warmup)
-    return rate * max(floor, 0.5 * (1 + math.cos(math.pi * progress)))
+    return max(floor, 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def make_optimizer(model: torch.nn.Module, settings: dict[str, Any]) -> torch.optim.AdamW:
-    """AdamW with weight decay on all but biases and vectors."""
-    options = settings["optimizer"]
-    groups: list[dict[str, Any]] = [
-        {"params": [], "weight_decay": options["weight_decay"]},
-        {"params": [], "weight_decay": 0.0},
+def parameter_groups(names: list[str], shapes: list[int], options: dict[str, Any]) -> list[dict[str, Any]]:
+    """Groups of official parameter names, in the official order: by weight decay, then by rate, as they turn up.
+
+    shapes: numbers of dimensions; options: the `optimizer` settings.
+    """
+    different = options.get("different_lr") or {}
+    special = different.get("module_names", []) if different.get("enable") else []
+    groups: dict[float, dict[float, list[str]]] = {}
+    for name, dimensions in zip(names, shapes, strict=True):
+        decay = 0.0 if dimensions == 1 or name.endswith(".bias") else options["weight_decay"]
+        rate = different["lr"] if any(part in name for part in special) else options["lr"]
+        groups.setdefault(decay, {}).setdefault(rate, []).append(name)
+    return [
+        {"names": members, "weight_decay": decay, "lr": rate}
+        for decay, by_rate in groups.items()
+        for rate, members in by_rate.items()
     ]
-    for name, parameter in model.named_parameters():
-        groups[parameter.ndim == 1 or name.endswith(".bias")]["params"].append(parameter)
-    return torch.optim.AdamW(groups, lr=options["lr"], betas=tuple(options["opt_betas"]))
+
+
+def make_optimizer(model: torch.nn.Module, official: dict[str, Any]) -> torch.optim.AdamW:
+    """AdamW with the groups of an official checkpoint; a tensor of ours belongs where its (first) official one does."""
+    options = official["config"]["optimizer"]
+    names = parameter_names(official["model"])
+    groups = parameter_groups(names, [official["model"][name].ndim for name in names], options)
+    ours = {official_parts(name, PREFIX)[0]: parameter for name, parameter in model.named_parameters()}
+    for group in groups:
+        group["params"] = [ours[name] for name in group["names"] if name in ours]
+        group["base"] = group["lr"]
+    return torch.optim.AdamW(groups, betas=tuple(options["opt_betas"]))
 
 
 def load_moments(model: torch.nn.Module, optimizer: torch.optim.AdamW, official: dict[str, Any]) -> None:
     """Put an official checkpoint's optimiser state into ours: its parameters go by number, ours by name."""
     entries = official["optimizer"]["state"]
     numbers = [number for group in official["optimizer"]["param_groups"] for number in group["params"]]
-    names = _official_order(official["model"])
+    names = [name for group in optimizer.param_groups for name in group["names"]]
     by_name = {name: entries[number] for name, number in zip(names, numbers, strict=True) if number in entries}
     moments = {
         key: from_official({name: entry[key] for name, entry in by_name.items()}, list(model.state_dict()), PREFIX)
@@ -60,16 +79,10 @@ def load_moments(model: torch.nn.Module, optimizer: torch.optim.AdamW, official:
             }
 
 
-def _official_order(state: dict[str, torch.Tensor]) -> list[str]:
-    """Names of an official model's parameters as its optimiser numbers them: decayed ones, then the others."""
-    names = [
-        name
-        for name in state
-        if not name.endswith(("relative_position_index", "position_ids", "predictions.decoder.weight"))
-        and not name.endswith("predictions.decoder.bias")
-    ]
-    bare = [name for name in names if state[name].ndim == 1 or name.endswith(".bias")]
-    return [name for name in names if name not in bare] + bare
+def parameter_names(state: dict[str, torch.Tensor]) -> list[str]:
+    """Names of an official model's parameters in its own order; tied ones once, index tables left out."""
+    repeated = ("relative_position_index", "position_ids", "predictions.decoder.weight", "predictions.decoder.bias")
+    return [name for name in state if not name.endswith(repeated)]
 
 
 def compare_steps(folder: Path) -> Comparison:
@@ -87,15 +100,15 @@ def _run(case: Case, result: Comparison, checkpoint: Path, first: int, last: int
     settings, expected = official["config"], case.expected
     model = load_model(checkpoint)
     assert isinstance(model, Singularity)
-    optimizer = make_optimizer(model, settings)
+    optimizer = make_optimizer(model, official)
     if first:
         load_moments(model, optimizer, official)
     label = "resumed, " if first else ""
     for step in range(first, last):
-        rate = learning_rate(step, settings)
         for group in optimizer.param_groups:
-            group["lr"] = rate
-        result.close(f"{label}rate of step {step}", rate, expected["lr_used"][step].max(), rtol=1e-6, atol=0)
+            group["lr"] = group["base"] * rate_factor(step, settings["scheduler"])
+        rates = np.array([group["lr"] for group in optimizer.param_groups])
+        result.close(f"{label}rates of step {step}", rates, expected["lr_used"][step], rtol=1e-6, atol=0)
         pixels, ids, mask, idx = (case.inputs[name][step] for name in ("image", "input_ids", "attention_mask", "idx"))
         losses = model(pixels, ids, mask, idx, given_draws(case.inputs, f"step{step}_"))
         optimizer.zero_grad()
