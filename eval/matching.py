@@ -14,7 +14,7 @@ import torch
 
 from eval.config import EvalConfig
 from eval.features import TextFeatures
-from model.answering import combine
+from model.scoring import combine
 from model.singularity import Singularity
 
 GROUP = 8  # texts that look at one visual side by side; the last group of a visual is filled up

@@ -102,7 +102,7 @@ def _details(
         "title": title,
         "checkpoint": checkpoint,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "settings": asdict(config),
+        "settings": {key: value for key, value in asdict(config).items() if key in EvalConfig.__dataclass_fields__},
         "splits": splits,
     }
 
@@ -171,13 +171,18 @@ def _items(queries: Sequence[Query]) -> set[int]:
 def _picture(
     visual: int, result: RetrievalResult, dataset: PicturedData, config: EvalConfig, folder: Path
 ) -> dict[str, Any]:
-    """Name and picture of a visual; a missing one has no picture."""
-    source = dataset.sources[visual]
-    if visual in result.missing:
+    """Name and picture of a visual; what cannot be read has none."""
+    source, name = dataset.sources[visual], f"thumbnails/{result.name}-{visual:06}.jpg"
+    frames: list[bytes] = []
+    if visual not in result.missing:
+        frames = dataset.thumbnail(visual, config.gallery_frames if dataset.media_type == "video" else 1)
+    try:
+        picture = strip(frames) if frames else None
+    except OSError:  # a frame that the evaluation did not use may be broken
+        picture = None
+    if picture is None:
         return {"source": source, "picture": None, "frames": 0}
-    frames = dataset.thumbnail(visual, config.gallery_frames if dataset.media_type == "video" else 1)
-    name = f"thumbnails/{result.name}-{visual:06}.jpg"
-    (folder / name).write_bytes(strip(frames))
+    (folder / name).write_bytes(picture)
     return {"source": source, "picture": name, "frames": len(frames)}
 
 

@@ -27,8 +27,15 @@ NOT_RERANKED = -100.0  # score of what is not among a query's candidates
 class VisualBatch(Protocol):
     """B decoded visuals: frames (B, T, H, W, 3) uint8 and indices (B,) int64."""
 
-    frames: torch.Tensor
-    indices: torch.Tensor
+    @property
+    def frames(self) -> torch.Tensor:
+        """(B, T, H, W, 3) uint8."""
+        ...
+
+    @property
+    def indices(self) -> torch.Tensor:
+        """(B,) int64."""
+        ...
 
 
 class RetrievalData(Protocol):
@@ -37,12 +44,16 @@ class RetrievalData(Protocol):
     name: str
     media_type: str
     num_visuals: int
-    sources: list[str]
     texts: list[str]
     visuals_of_text: list[list[int]]
     texts_of_visual: list[list[int]]
     missing: dict[int, str]
     config: LoaderConfig
+
+    @property
+    def sources(self) -> list[str]:
+        """The visuals' names."""
+        ...
 
     def batches(self, num_frames: int, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[VisualBatch]:
         """Each visual that can be decoded once over all ranks."""

@@ -1,0 +1,104 @@
+"""Retrieval evaluation of packed Shapes by the real loader and tokenizer, up to the report."""
+
+import io
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from eval.config import EvalConfig
+from eval.outputs import write_evaluation
+from eval.report import console_table, find_evaluations, write_report
+from eval.retrieval import evaluate_retrieval
+from loaders.config import LoaderConfig, PerMedia
+from loaders.evaluation import RetrievalSet
+from model.config import ModelConfig, TemporalConfig, TextConfig, VisionConfig
+from model.singularity import Singularity
+from sharding.schema import read_corpus, read_index
+
+LOADER = LoaderConfig(image_res=32, max_txt_l=PerMedia(24, 24))
+CONFIG = EvalConfig(k_test=8, gallery=3, batch_size_test=PerMedia(8, 8))
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    torch.manual_seed(0)
+    text = TextConfig(
+        vocab_size=tokenizer.vocab_size, width=32, layers=4, fusion_layer=2, heads=2, intermediate=64, max_positions=32
+    )
+    config = ModelConfig(
+        vision_encoder=VisionConfig(patch_size=8, width=32, depth=2, heads=2),
+        text_encoder=text,
+        temporal_vision_encoder=TemporalConfig(enable=True, num_layers=1),
+        add_temporal_embed=True,
+        image_res=32,
+        num_frames=4,
+        embed_dim=16,
+    )
+    return Singularity(config, tokenizer.pad_id, tokenizer.cls_id, tokenizer.mask_id).eval()
+
+
+def test_one_and_four_frames_of_packed_clips_up_to_the_report(shapes, model, tokenizer, tmp_path):
+    names = ("images_test", "clips_test_appearance", "clips_test_motion")
+    for frames in (1, 4):
+        datasets = [RetrievalSet(shapes.url(name), LOADER) for name in names]
+        results = [evaluate_retrieval(model, dataset, tokenizer, CONFIG, frames) for dataset in datasets]
+        write_evaluation(tmp_path / "run" / "evaluation" / f"{frames}_frames", results, datasets, CONFIG)
+        for dataset in datasets:
+            dataset.close()
+    evaluations = find_evaluations([tmp_path / "run"])
+    assert [set(e.metrics) for e in evaluations] == [{f"{n}{e}/" for n in names for e in ("", "_emb")}] * 2
+    one, four = (np.load(e.folder / "scores.npz") for e in evaluations)
+    np.testing.assert_allclose(one["images_test/i2t_x"], four["images_test/i2t_x"], atol=1e-5)
+    assert np.abs(one["clips_test_motion/i2t_emb"] - four["clips_test_motion/i2t_emb"]).max() > 1e-6
+    gallery = evaluations[0].gallery["clips_test_motion"]
+    assert all(visual["frames"] == CONFIG.gallery_frames for visual in gallery["visuals"].values())
+    for path in (evaluations[0].folder / "thumbnails").glob("clips_*"):
+        with Image.open(io.BytesIO(path.read_bytes())) as picture:
+            assert picture.width == CONFIG.gallery_frames * picture.height
+    assert "4_frames: clips_test_motion" in console_table(evaluations)
+
+
+def damage(url: str, sample: int) -> None:
+    """Overwrite the middle of a packed sample's first frame."""
+    corpus = read_corpus(url)
+    row = read_index(corpus, 0).slice(sample, 1).to_pylist()[0]
+    with open(Path(url) / corpus.shards[0].name, "r+b") as file:
+        file.seek(row["offsets"][0] + row["sizes"][0] // 2)
+        file.write(b"\0" * 40)
+
+
+def test_a_damaged_sample_is_listed_and_the_others_keep_their_scores(shapes, model, tokenizer, tmp_path):
+    url = str(tmp_path / "images_test")
+    shutil.copytree(shapes.url("images_test"), url)
+    damage(url, 5)
+    whole, damaged = RetrievalSet(shapes.url("images_test"), LOADER), RetrievalSet(url, LOADER)
+    first, second = (evaluate_retrieval(model, dataset, tokenizer, CONFIG, 1) for dataset in (whole, damaged))
+    assert list(second.missing) == [5]
+    others = np.arange(whole.num_visuals) != 5
+    np.testing.assert_allclose(first.scores.similarity[others], second.scores.similarity[others], atol=1e-5)
+    folder = write_evaluation(tmp_path / "label", [second], [damaged], CONFIG)
+    missing = json.loads((folder / "evaluation.json").read_text())["splits"]["images_test"]["missing"]
+    assert list(missing) == [damaged.sources[5]]
+    assert damaged.sources[5] in (folder / "report.html").read_text()
+
+
+def test_the_report_needs_no_corpus_later(shapes, model, tokenizer, tmp_path):
+    url = str(tmp_path / "images_test")
+    shutil.copytree(shapes.url("images_test"), url)
+    dataset = RetrievalSet(url, LOADER)
+    result = evaluate_retrieval(model, dataset, tokenizer, CONFIG, 1)
+    folder = write_evaluation(tmp_path / "run" / "evaluation" / "label", [result], [dataset], CONFIG)
+    dataset.close()
+    shutil.rmtree(url)
+    with tarfile.open(tmp_path / "moved.tar", "w") as tar:
+        tar.add(folder, "evaluation/label")
+    with tarfile.open(tmp_path / "moved.tar") as tar:
+        tar.extractall(tmp_path / "elsewhere", filter="data")
+    write_report([tmp_path / "elsewhere"], tmp_path / "report.html")
+    assert "data:image/jpeg" in (tmp_path / "report.html").read_text()
