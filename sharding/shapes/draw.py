@@ -74,13 +74,15 @@ def mp4(clip: Clip, size: int) -> bytes:
     """A clip as H.264 MP4: FRAMES frames at FPS a second; `size` must be even."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream(
-            "libx264", rate=Fraction(FPS), options={"crf": "18", "preset": "veryfast", "threads": "1"}
-        )
+        # Without threads and look-ahead: with either, x264 now and then gives other bytes for the same frames.
+        options = {"crf": "18", "preset": "veryfast", "x264-params": "threads=1:rc-lookahead=0:mbtree=0:bframes=0"}
+        stream = container.add_stream("libx264", rate=Fraction(FPS), options=options)
+        stream.codec_context.thread_count = 1
         stream.width = stream.height = size
         stream.pix_fmt = "yuv420p"
         for number in range(FRAMES):
             pixels = paint(clip.at(number / (FRAMES - 1)), size)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            planes = cv2.cvtColor(pixels, cv2.COLOR_RGB2YUV_I420)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(planes, format="yuv420p")))
         container.mux(stream.encode())
     return buffer.getvalue()

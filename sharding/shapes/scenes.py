@@ -136,10 +136,11 @@ def image_scene(seed: int, split: int, number: int) -> Scene:
     size = pick(rng, tuple(SIZES))
     if form < 0.3:
         places = ((0.22, 0.22), (0.78, 0.22), (0.22, 0.78), (0.78, 0.78), (0.5, 0.5))
-        x, y = places[int(rng.integers(len(places)))]
-        return Scene(background, (Thing(shape, colour, size, x, y),))
+        x, y = places[int(rng.integers(len(places)))] + rng.uniform(-0.04, 0.04, 2)
+        return Scene(background, (Thing(shape, colour, size, float(x), float(y)),))
     if form < 0.5:
         spots = np.array([(0.2, 0.25), (0.5, 0.25), (0.8, 0.25), (0.2, 0.72), (0.5, 0.72), (0.8, 0.72)])
+        spots += rng.uniform(-0.03, 0.03, spots.shape)
         chosen = rng.permutation(len(spots))[: int(rng.integers(2, 5))]
         return Scene(background, tuple(Thing(shape, colour, "small", float(x), float(y)) for x, y in spots[chosen]))
     first = Thing(shape, colour, size, 0.0, 0.0)

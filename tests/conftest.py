@@ -1,0 +1,46 @@
+"""What several rooms' tests stand on: a small Shapes corpus, packed once a session by the real tools."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from loaders.text import Tokenizer
+from loaders.vocab import learn_vocabulary
+from sharding.build import build_corpus
+from sharding.shapes import write_shapes
+
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+
+
+@dataclass(frozen=True)
+class ShapesCorpus:
+    """Where a drawn and packed corpus lies: `folder` as drawn, `shards` a packed corpus for each annotation file."""
+
+    folder: Path
+    shards: Path
+    vocab: Path
+
+    def url(self, name: str) -> str:
+        """URL of a packed corpus, such as images_train."""
+        return str(self.shards / name)
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> ShapesCorpus:
+    root = tmp_path_factory.mktemp("shapes")
+    folder = write_shapes(root / "drawn", images=150, clips=40, test_items=24, size=48, seed=3)
+    kinds = {"images_train": "image", "images_test": "image", "clips_train": "video", "clips_test_motion": "video"}
+    kinds |= {"clips_test_appearance": "video", "qa_train": "video", "qa_test": "video", "mc_test": "video"}
+    for name, kind in kinds.items():
+        build_corpus(
+            [str(folder / f"{name}.json")], str(folder / "media"), kind, str(root / name), size=48, fps=4, workers=1
+        )
+    vocab = root / "vocab.txt"
+    learn_vocabulary([str(root / "images_train"), str(root / "clips_train"), str(root / "qa_train")], 600, vocab)
+    return ShapesCorpus(folder, root, vocab)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(shapes: ShapesCorpus) -> Tokenizer:
+    return Tokenizer.load(str(shapes.vocab))
