@@ -36,7 +36,7 @@ def test_a_larger_corpus_begins_with_the_smaller_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("motion", MOTIONS, ids=lambda motion: f"{motion.kind}-{motion.direction}")
-def test_a_motion_and_its_reverse_show_the_same_frames(motion) -> None:  # noqa: ANN001
+def test_a_motion_and_its_reverse_show_the_same_frames(motion) -> None:
     scene = clip_of(0, 0, 7, groups=False).scene
     forward, backward = Clip(scene, motion, 0.3), Clip(scene, motion.reverse, 0.3)
     shares = [(number + 0.25) / 40 for number in range(40)]
@@ -48,7 +48,7 @@ def test_a_motion_and_its_reverse_show_the_same_frames(motion) -> None:  # noqa:
     assert motion.reverse.reverse == motion
 
 
-def rounded(scene) -> list[tuple]:  # noqa: ANN001
+def rounded(scene) -> list[tuple]:
     return [(t.shape, t.colour, t.size, round(t.x, 6), round(t.y, 6)) for t in scene.things]
 
 
@@ -65,7 +65,7 @@ def test_splits_differ() -> None:
     assert not train & {repr(image_scene(0, 1, number)) for number in range(200)}
 
 
-def test_files_have_the_official_forms_and_clips_are_h264(shapes) -> None:  # noqa: ANN001
+def test_files_have_the_official_forms_and_clips_are_h264(shapes) -> None:
     for file in shapes.folder.glob("*.json"):
         records = json.loads(file.read_text())
         if file.name == "answer_list.json":
