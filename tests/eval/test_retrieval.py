@@ -27,10 +27,10 @@ def pair_by_pair(model, dataset):
     """Dual-encoder and match scores (N, M), one clip and one text at a time, texts padded to the full length."""
     similarity, matched = (np.zeros((dataset.num_visuals, len(dataset.texts))) for _ in range(2))
     ids, mask = Words().encode(dataset.texts, 12)
+    texts = [model.encode_text(ids[m, None], mask[m, None]) for m in range(len(ids))]
     for n in range(dataset.num_visuals):
         tokens, pooled = model.encode_visual(normalize(dataset.pixels[n, None], model.mean, model.std))
-        for m in range(len(dataset.texts)):
-            states, first = model.encode_text(ids[m, None], mask[m, None])
+        for m, (states, first) in enumerate(texts):
             similarity[n, m] = model.project_visual(pooled).mean(1)[0] @ model.project_text(first)[0]
             matched[n, m] = model.match_logits(states, mask[m, None], tokens)[0, 1]
     return similarity, matched
