@@ -26,6 +26,7 @@ _STEM = {
     "fc_norm": "pooler.layernorm",
 }
 _QKV = ("query", "key", "value")
+TEMPERATURE = "temp"  # a number there, a matrix of one entry here
 
 
 def vision_parts(name: str) -> list[str]:
@@ -92,6 +93,8 @@ def to_official(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.
     for name, tensor in state.items():
         parts = official_parts(name, prefix)
         result.update(zip(parts, tensor.chunk(len(parts)) if len(parts) > 1 else [tensor], strict=True))
+    if TEMPERATURE in result:
+        result[TEMPERATURE] = result[TEMPERATURE].reshape(())
     return result
 
 
@@ -113,4 +116,6 @@ def from_official(state: dict[str, torch.Tensor], names: list[str], prefix: str)
         if all(part in left for part in parts):
             tensors = [left.pop(part) for part in parts]
             result[name] = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+    if TEMPERATURE in result:
+        result[TEMPERATURE] = result[TEMPERATURE].reshape(1, 1)
     return result | left

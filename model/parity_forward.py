@@ -131,7 +131,7 @@ def compare_forward(folder: Path) -> Comparison:
     total.backward()
     with torch.no_grad():
         values = recorder.values | _values(model, inputs, fused[0])
-    values |= {"loss_total": total, "temp_after_clamp": model.temp}
+    values |= {"loss_total": total, "temp_after_clamp": model.temp.squeeze()}
     values |= {f"weighted_loss_{name}": losses[f"loss_{ours}"] for name, ours in _names(losses)}
     lowest = bool(torch.isclose(expected["temp_after_clamp"], torch.tensor(TEMPERATURE_RANGE[0])))
     for name, recorded in expected.items():

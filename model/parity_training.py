@@ -119,7 +119,7 @@ def _run(case: Case, result: Comparison, checkpoint: Path, first: int, last: int
             result.close(
                 f"{label}loss_{theirs} of step {step}", value, expected[f"loss_{theirs}"][step], 0, LOSS_TOLERANCE
             )
-        result.close(f"{label}temperature of step {step}", model.temp, expected["temp_used"][step])
+        result.close(f"{label}temperature of step {step}", model.temp.squeeze(), expected["temp_used"][step])
         _clip_and_step(model, optimizer, settings, result, f"{label}gradient norm of step {step}", expected, step)
     if f"param_l2_after_step{last - 1}" in expected:
         _compare_parameters(model, case, result, label)

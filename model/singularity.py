@@ -54,7 +54,8 @@ class Singularity(Encoders):
         text_width = config.text_encoder.width
         self.vision_proj = nn.Linear(config.vision_encoder.width, config.embed_dim)
         self.text_proj = nn.Linear(text_width, config.embed_dim)
-        self.temp = nn.Parameter(torch.tensor(config.temp))
+        # A matrix of one entry: DeepSpeed refuses parameters without dimensions, and vectors would not decay.
+        self.temp = nn.Parameter(torch.full((1, 1), config.temp))
         self.itm_head = nn.Linear(text_width, 2)
         self.word_head = WordHead(config.text_encoder) if config.loss_weight.mlm > 0 else None
 
@@ -84,7 +85,7 @@ class Singularity(Encoders):
         return self.itm_head(states[:, 0]).float()
 
     def temperature(self) -> torch.Tensor:
-        """The temperature for a training step, after the parameter itself has been clamped to its range."""
+        """The temperature (1, 1) for a training step, after the parameter itself has been clamped to its range."""
         with torch.no_grad():
             self.temp.clamp_(*TEMPERATURE_RANGE)
         return self.temp.float()

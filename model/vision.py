@@ -85,6 +85,14 @@ class FrameEncoder(nn.Module):
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (N, 3, H, W) to tokens (N, L, D), the first one [CLS], and pooled vectors (N, D)."""
+        self._match_key_biases()
         raw = self.transformer.forward_features(images)
         pooled = self.transformer.forward_head(raw, pre_logits=True)
         return self.layernorm(raw), pooled
+
+    def _match_key_biases(self) -> None:
+        """Give BEiT's constant zero key biases the type of the weights: DeepSpeed converts parameters, not buffers."""
+        for block in self.transformer.blocks:
+            attention: Any = block.attn
+            if getattr(attention, "k_bias", None) is not None and attention.k_bias.dtype != attention.q_bias.dtype:
+                attention.k_bias = attention.k_bias.to(attention.q_bias.dtype)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_models import CLS, MASK, PAD, VOCAB, small_batch, small_model
+from small_models import CLS, MASK, PAD, VOCAB, small_batch, small_config, small_model
 
 from model.config import TemporalConfig
 from model.losses import (
@@ -13,7 +13,7 @@ from model.losses import (
     negative_weights,
     same_visual,
 )
-from model.singularity import Draws
+from model.singularity import Draws, Singularity
 from model.temporal import embeddings_for_frames, resize_embeddings
 
 TOKENS = 17  # [CLS] and 4 x 4 patches
@@ -187,8 +187,13 @@ def test_a_model_for_three_frames_takes_any_number(frames):
     assert all(torch.isfinite(loss) for loss in losses.values())
 
 
-def test_bfloat16_weights_train_with_float32_losses(batch):
-    model = small_model().bfloat16()
+@pytest.mark.parametrize("kind", ["beit", "vit"])
+def test_bfloat16_weights_train_with_float32_losses(kind, batch):
+    config = small_config()
+    config.vision_encoder.type = kind
+    model = Singularity(config, PAD, CLS, MASK)
+    for parameter in model.parameters():  # as DeepSpeed does it: not the buffers
+        parameter.data = parameter.data.bfloat16()
     losses = model(*batch)
     assert {loss.dtype for loss in losses.values()} == {torch.float32}
     sum(losses.values()).backward()
