@@ -44,7 +44,7 @@ def test_encoders_start_from_folders_and_the_rest_at_random(tmp_path):
     for name, tensor in model.state_dict().items():
         if name.startswith(taken) and "crossattention" not in name:
             assert name in same
-        elif tensor.ndim == 2:
+        elif tensor.ndim == 2 and name != "temp":
             assert name not in same
 
 
