@@ -1,0 +1,108 @@
+"""Accuracy of answers: exact match, and the soft accuracy of VQA with the official tool's habits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+ARTICLES = frozenset({"a", "an", "the"})
+NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+DIGITS = {"none": "0"} | {word: str(number) for number, word in enumerate(NUMBERS)}
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+COMMA_IN_NUMBER = re.compile(r"\d,\d")
+PERIOD = re.compile(r"\.(?!\d)")
+PERIODS_REMOVED = 32  # at most, in one answer: the official tool passes a flag where a count belongs
+
+# The official table of contractions: each form is restored where exactly one apostrophe was left out. It is not
+# complete ("she'd", "we'd", and those with "I" are never restored), and published numbers depend on that.
+CONTRACTED = """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
+    he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've
+    o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's
+    someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've
+    there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's
+    what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
+    wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
+"""
+CONTRACTIONS = {
+    form[:place] + form[place + 1 :]: form
+    for form in CONTRACTED.split()
+    for place, character in enumerate(form)
+    if character == "'"
+} | {"somebody'd": "somebodyd"}
+
+
+@dataclass(frozen=True)
+class Annotated:
+    """A question's human answers, as they were given, and its types."""
+
+    answers: Sequence[str]
+    question_type: str = ""
+    answer_type: str = ""
+
+
+def without_punctuation(text: str) -> str:
+    """The official treatment of punctuation: removed beside a space or where a number has a comma, else a space."""
+    result = text
+    in_number = COMMA_IN_NUMBER.search(text) is not None
+    for mark in PUNCTUATION:
+        beside_space = mark + " " in text or " " + mark in text
+        result = result.replace(mark, "" if beside_space or in_number else " ")
+    return PERIOD.sub("", result, count=PERIODS_REMOVED)
+
+
+def without_articles(text: str) -> str:
+    """Lower case, number words up to ten as digits, no articles, apostrophes restored in contractions."""
+    words = (DIGITS.get(word, word) for word in text.lower().split())
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+
+
+def normalized(answer: str) -> str:
+    """A predicted answer as VQA compares it."""
+    text = answer.replace("\n", " ").replace("\t", " ").strip()
+    return without_articles(without_punctuation(text))
+
+
+def soft_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """VQA's accuracy in [0, 1]: an answer counts fully when three of the other annotators gave it.
+
+    The mean over leaving out each annotator. As in the official tool the human answers lose their punctuation only
+    where they differ, and their articles and number words never: a prediction of "two" can be wrong for "two".
+    """
+    given = normalized(prediction)
+    human = list(answers)
+    if len(set(human)) > 1:
+        human = [without_punctuation(answer) for answer in human]
+    matches = human.count(given)
+    return sum(min(1.0, (matches - (answer == given)) / 3) for answer in human) / len(human)
+
+
+def vqa_accuracy(questions: Mapping[str, Annotated], predictions: Mapping[str, str]) -> dict[str, float]:
+    """Soft accuracy in percent, two decimals: "overall", and one entry a type as "answer_type/X", "question_type/X".
+
+    Questions without a prediction count as wrong. The mean is over `questions`; predictions for others are ignored.
+    """
+    groups: dict[str, list[float]] = {"overall": []}
+    for number, question in questions.items():
+        correct = soft_accuracy(predictions[number], question.answers) if number in predictions else 0.0
+        groups["overall"].append(correct)
+        for kind, name in (("answer_type", question.answer_type), ("question_type", question.question_type)):
+            if name:
+                groups.setdefault(f"{kind}/{name}", []).append(correct)
+    return _percent(groups)
+
+
+def exact_accuracy(questions: Mapping[str, Annotated], predictions: Mapping[str, str]) -> dict[str, float]:
+    """Share in percent, two decimals, of predictions that are one of the answers; keys as `vqa_accuracy`."""
+    groups: dict[str, list[float]] = {"overall": []}
+    for number, question in questions.items():
+        correct = float(number in predictions and predictions[number] in question.answers)
+        groups["overall"].append(correct)
+        if question.answer_type:
+            groups.setdefault(f"answer_type/{question.answer_type}", []).append(correct)
+    return _percent(groups)
+
+
+def _percent(groups: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    return {name: round(100 * sum(values) / len(values), 2) if values else 0.0 for name, values in groups.items()}

@@ -1,0 +1,91 @@
+"""Accuracy of answers: what users rely on, and the official tool's recorded cases."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from eval.answers import (
+    Annotated,
+    exact_accuracy,
+    normalized,
+    soft_accuracy,
+    vqa_accuracy,
+    without_articles,
+    without_punctuation,
+)
+
+GOLDEN = Path(__file__).parents[3] / "shared" / "golden" / "08_pure" / "tables" / "vqa_accuracy.json"
+TABLE = json.loads(GOLDEN.read_text()) if GOLDEN.is_file() else {}
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("The Dog.", "dog"),
+        ("1,000", "1000"),
+        ("3.5", "3.5"),
+        ("u.s.a.", "usa"),
+        ("left-hand side", "left hand side"),
+        ("three dogs, two cats", "3 dogs 2 cats"),
+        ("dont", "don't"),
+        ("couldnt've", "couldn't've"),
+        ("couldn'tve", "couldn't've"),
+        ("couldntve", "couldntve"),
+        ("yalld've", "yalld've"),
+        ("twas", "'twas"),
+        ("." * 40, "." * 8),
+    ],
+)
+def test_answers_are_normalized_as_the_official_tool_does(answer, expected):
+    assert normalized(answer) == expected
+
+
+def test_soft_accuracy():
+    assert soft_accuracy("red", ["red"] * 10) == 1
+    assert soft_accuracy("red", ["red"] * 3 + ["blue"] * 7) == pytest.approx((3 * 2 / 3 + 7) / 10)
+    assert soft_accuracy("red", ["red"] + ["blue"] * 9) == pytest.approx(9 / 3 / 10)
+    assert soft_accuracy("red", ["blue"] * 10) == 0
+    assert soft_accuracy("two", ["two"] * 10) == 0  # the official tool turns only the prediction into 2
+
+
+def test_questions_without_a_prediction_count_as_wrong():
+    questions = {"1": Annotated(["red"] * 10, "what color", "other"), "2": Annotated(["yes"] * 10, "is the", "yes/no")}
+    assert vqa_accuracy(questions, {"1": "red"}) == {
+        "overall": 50.0,
+        "answer_type/other": 100.0,
+        "question_type/what color": 100.0,
+        "answer_type/yes/no": 0.0,
+        "question_type/is the": 0.0,
+    }
+    assert exact_accuracy(questions, {"2": "yes"})["overall"] == 50.0
+    assert vqa_accuracy({}, {}) == {"overall": 0.0}
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("row", TABLE.get("normalisation", []), ids=lambda row: repr(row["text"]))
+def test_official_normalisation(row):
+    assert without_punctuation(row["text"]) == row["punctuation"]
+    assert without_articles(row["text"]) == row["digit_article"]
+    assert normalized(row["text"]) == row["full"]
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("table", [TABLE] if TABLE else [])
+def test_official_accuracy(table):
+    questions = {
+        str(q["question_id"]): Annotated(q["answer"], q["question_type"], q["answer_type"])
+        for q in table["ground_truth"]
+    }
+    predictions = {str(p["question_id"]): p["answer"] for p in table["predictions"]}
+    for number, expected in table["per_question_accuracy"].items():
+        assert round(100 * soft_accuracy(predictions[number], questions[number].answers), 2) == expected
+    official = {"overall": table["accuracy"]["overall"]}
+    official |= {f"answer_type/{name}": value for name, value in table["accuracy"]["perAnswerType"].items()}
+    official |= {f"question_type/{name}": value for name, value in table["accuracy"]["perQuestionType"].items()}
+    assert vqa_accuracy(questions, predictions) == official
+
+    recorded = table["open_ended"]
+    questions = {str(q["question_id"]): Annotated([q["answer"]]) for q in recorded["ground_truth"]}
+    predictions = {str(p["question_id"]): p["answer"] for p in recorded["predictions"]}
+    assert exact_accuracy(questions, predictions) == recorded["result"]
