@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -12,60 +11,32 @@ import torch
 from tqdm import tqdm
 
 from eval.config import EvalConfig
-from eval.features import TextFeatures, VisualFeatures, check_ensemble, encode_texts, encode_visuals
-from eval.gather import gather_objects, gather_rows, share
+from eval.features import (
+    TextEncoding,
+    TextFeatures,
+    VisualData,
+    VisualFeatures,
+    check_ensemble,
+    encode_texts,
+    encode_visuals,
+    missing_visuals,
+    pixel_batches,
+)
+from eval.gather import gather_rows, share
 from eval.matching import match_pairs
 from eval.metrics import chance_metrics, retrieval_metrics
 from eval.ranking import top_k_mask
-from loaders.batch import normalize
-from loaders.config import LoaderConfig
 from model.singularity import Singularity
 
 NOT_RERANKED = -100.0  # score of what is not among a query's candidates
 
 
-class VisualBatch(Protocol):
-    """B decoded visuals: frames (B, T, H, W, 3) uint8 and indices (B,) int64."""
-
-    @property
-    def frames(self) -> torch.Tensor:
-        """(B, T, H, W, 3) uint8."""
-        ...
-
-    @property
-    def indices(self) -> torch.Tensor:
-        """(B,) int64."""
-        ...
-
-
-class RetrievalData(Protocol):
+class RetrievalData(VisualData, Protocol):
     """What evaluation needs of a test set; `loaders.evaluation.RetrievalSet` is one."""
 
-    name: str
-    media_type: str
-    num_visuals: int
     texts: list[str]
     visuals_of_text: list[list[int]]
     texts_of_visual: list[list[int]]
-    missing: dict[int, str]
-    config: LoaderConfig
-
-    @property
-    def sources(self) -> list[str]:
-        """The visuals' names."""
-        ...
-
-    def batches(self, num_frames: int, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[VisualBatch]:
-        """Each visual that can be decoded once over all ranks."""
-        ...
-
-
-class TextEncoding(Protocol):
-    """The tokenizer's part: texts to ids and mask, each (M, max_length) int64."""
-
-    def encode(self, texts: list[str], max_length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and mask of the texts."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -125,10 +96,8 @@ def evaluate_retrieval(
     model.eval()
     try:
         with torch.inference_mode():
-            visuals = encode_visuals(
-                model, _pixels(model, dataset, config, num_frames, rank, world_size, device), dataset.num_visuals,
-                config, world_size,
-            )  # fmt: skip
+            pixels = pixel_batches(model, dataset, config, num_frames, rank, world_size, device)
+            visuals = encode_visuals(model, pixels, dataset.num_visuals, config, world_size)
             texts = encode_texts(model, *tokenizer.encode(dataset.texts, max_length), rank, world_size)
             encoded = time.perf_counter()
             scores = score(model, visuals, texts, config, rank, world_size)
@@ -142,7 +111,7 @@ def evaluate_retrieval(
         metrics={},
         depends_on_ties={},
         chance=chance_metrics(dataset.texts_of_visual, dataset.visuals_of_text),
-        missing=_missing(dataset, visuals.present, world_size),
+        missing=missing_visuals(dataset, visuals.present, world_size),
         seconds={"encode": encoded - start, "match": time.perf_counter() - encoded},
         scores=scores,
     )
@@ -181,31 +150,6 @@ def score(
     visual_to_text[~visuals.present] = -np.inf
     text_to_visual[:, ~visuals.present] = -np.inf
     return Scores(similarity, visual_to_text, text_to_visual)
-
-
-def _pixels(
-    model: Singularity,
-    dataset: RetrievalData,
-    config: EvalConfig,
-    num_frames: int,
-    rank: int,
-    world_size: int,
-    device: torch.device | str,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Normalised frames (B, T, 3, H, W) and indices (B,) of this rank's visuals."""
-    batch_size = getattr(config.batch_size_test, dataset.media_type)
-    total = -(-dataset.num_visuals // world_size)
-    with tqdm(total=total, desc=f"encoding {dataset.name}", leave=False, disable=None if rank == 0 else True) as bar:
-        for batch in dataset.batches(num_frames, batch_size, rank=rank, world_size=world_size):
-            yield normalize(batch.frames.to(device, non_blocking=True), model.mean, model.std), batch.indices
-            bar.update(len(batch.indices))
-
-
-def _missing(dataset: RetrievalData, present: np.ndarray, world_size: int) -> dict[int, str]:
-    reasons: dict[int, str] = {}
-    for part in gather_objects(dict(dataset.missing), world_size):
-        reasons |= part
-    return {int(i): reasons.get(int(i), "not delivered by the loader") for i in np.flatnonzero(~present)}
 
 
 def _with_metrics(result: RetrievalResult, dataset: RetrievalData, world_size: int) -> RetrievalResult:
