@@ -1,0 +1,26 @@
+"""Fine-tuning for retrieval from a pre-trained checkpoint (pretrained_path=...), then evaluation of all splits."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if TYPE_CHECKING:
+    from train.config_files import Settings
+    from train.ranks import Ranks
+
+
+def main(settings: Settings, ranks: Ranks) -> None:
+    """The entry point's work."""
+    from launch.finetuning import finetune_retrieval
+
+    finetune_retrieval(settings, ranks)
+
+
+if __name__ == "__main__":
+    from launch.command import run
+
+    run(__file__, __doc__, main)

@@ -1,0 +1,35 @@
+"""The course of a training run, whatever its task: check, join the other processes, train, leave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from launch.command import log_to_file
+from train.config_files import Settings
+from train.engine import device_for, start_processes
+from train.loop import Evaluate, Trainer
+from train.prepare import Prepared, prepare_training
+from train.ranks import Ranks
+from train.stopping import StopRequest
+
+
+def train(
+    settings: Settings, ranks: Ranks, evaluate: Callable[[Prepared, torch.device], Evaluate] | None = None
+) -> None:
+    """Train as the settings say; `evaluate` makes the evaluation of a prepared run."""
+    device = device_for(ranks)
+    prepared = prepare_training(settings, ranks, evaluates=evaluate is not None)
+    request = StopRequest(prepared.folder.note_stopping)
+    request.install()
+    if ranks.is_first:
+        prepared.folder.begin(prepared.run)
+        log_to_file(prepared.folder.log)
+    start_processes(device)
+    trainer = Trainer(prepared, device, request)
+    try:
+        trainer.train(evaluate(prepared, device) if evaluate else None)
+    finally:
+        trainer.close()
+    torch.distributed.barrier()

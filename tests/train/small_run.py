@@ -1,0 +1,90 @@
+"""A tiny corpus, a tiny model, and real launches of them, for the tests of training."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from loaders.vocab import learn_vocabulary
+from sharding.build import build_corpus
+from sharding.shapes import write_shapes
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZE = 32
+
+CONFIG = f"""
+train_corpus: ["${{data_root}}/images_train", "${{data_root}}/clips_train"]
+test_corpus: {{images: "${{data_root}}/images_test", motion: "${{data_root}}/clips_test_motion"}}
+tokenizer: ${{data_root}}/vocab.txt
+vision_encoder: {{type: vit, patch_size: 16, width: 32, depth: 2, heads: 2, drop_path: 0.1}}
+text_encoder: {{width: 32, layers: 3, fusion_layer: 2, heads: 2, intermediate: 64, max_positions: 32, dropout: 0.1}}
+image_res: {SIZE}
+embed_dim: 16
+max_txt_l: {{image: 12, video: 12}}
+batch_size: {{image: 8, video: 4}}
+batch_size_test: {{image: 8, video: 8}}
+k_test: 4
+optimizer: {{lr: 1.0e-3, max_grad_norm: 1.0}}
+scheduler: {{epochs: 4, warmup_epochs: 1}}
+precision: fp32
+deepspeed: deepspeed_configs/cpu.json
+log_every: 1
+save_every: 5
+"""
+
+
+def make_corpora(folder: Path) -> Path:
+    """Packed Shapes, a vocabulary and `tiny.yaml` in `folder`; 8 steps an epoch (5 of images, 3 of clips)."""
+    shapes = write_shapes(folder / "shapes", images=40, clips=12, test_items=8, size=SIZE)
+    for name in ("images_train", "images_test", "clips_train", "clips_test_motion"):
+        kind = "image" if name.startswith("images") else "video"
+        annotations = [str(shapes / f"{name}.json")]
+        build_corpus(annotations, str(shapes / "media"), kind, str(folder / name), size=SIZE, fps=4, workers=1)
+    learn_vocabulary([str(folder / "images_train"), str(folder / "clips_train")], 300, folder / "vocab.txt")
+    (folder / "tiny.yaml").write_text(CONFIG.replace("${data_root}", str(folder)))
+    return folder
+
+
+def environment() -> dict[str, str]:
+    """As a user's shell, with DeepSpeed on the CPU."""
+    outside = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return {**outside, **quiet, "DS_ACCELERATOR": "cpu"}
+
+
+def command(script: str, *arguments: object, processes: int = 2) -> list[str]:
+    """The command line of `deepspeed launch/SCRIPT.py ARGUMENTS`, or of a plain python for one process."""
+    words = [str(ROOT / "launch" / f"{script}.py"), *map(str, arguments)]
+    if processes == 1:
+        return [sys.executable, *words]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    launcher = Path(sys.executable).with_name("deepspeed")
+    return [str(launcher), "--num_accelerators", str(processes), "--master_port", str(port), *words]
+
+
+def run(script: str, *arguments: object, processes: int = 2, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    """Run to the end; returns exit code and output."""
+    return subprocess.run(
+        command(script, *arguments, processes=processes),
+        env=environment(), cwd=cwd, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def start(script: str, *arguments: object, log: Path, processes: int = 2) -> subprocess.Popen:
+    """Start in a process group of its own, output into `log`."""
+    with log.open("a") as output:
+        return subprocess.Popen(
+            command(script, *arguments, processes=processes),
+            env=environment(), stdout=output, stderr=output, start_new_session=True,
+        )  # fmt: skip
+
+
+def metrics(folder: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl that are complete."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.is_file() else []
+    return [json.loads(line) for line in lines]

@@ -1,0 +1,80 @@
+"""The architecture of a run: from its settings, or from the checkpoint, and what may then be changed."""
+
+from dataclasses import replace
+
+import pytest
+
+from loaders.text import SPECIAL, Tokenizer
+from model.config import ModelConfig, TemporalConfig, TextConfig, VisionConfig
+from train.architecture import adopt, changes_to, check_texts, fresh_architecture
+from train.config_files import load_settings
+
+STORED = ModelConfig(
+    vision_encoder=VisionConfig(type="vit", width=64, depth=2, heads=2),
+    text_encoder=TextConfig(vocab_size=50, width=64, layers=3, fusion_layer=2, heads=2, max_positions=40),
+    image_res=64,
+    num_frames=4,
+    add_temporal_embed=True,
+)
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    path = tmp_path / "vocab.txt"
+    path.write_text("\n".join([*SPECIAL, *"abcdefg"]) + "\n")
+    return Tokenizer.load(str(path))
+
+
+@pytest.fixture
+def settings(tmp_path):
+    def read(*overrides):
+        path = tmp_path / "run.yaml"
+        path.write_text("{}")
+        return load_settings(path, overrides)
+
+    return read
+
+
+def test_a_new_model_has_the_size_that_is_set_and_the_tokenizers_vocabulary(settings, tokenizer):
+    config = fresh_architecture(settings("vision_encoder.width=96", "video_input.num_frames=3"), tokenizer)
+    assert (config.vision_encoder.width, config.num_frames, config.text_encoder.vocab_size) == (96, 3, 12)
+    with pytest.raises(ValueError, match=r"has 12 words, the model's text_encoder\.vocab_size is 5"):
+        fresh_architecture(settings("text_encoder.vocab_size=5"), tokenizer)
+
+
+def test_defaults_do_not_contradict_a_checkpoint(settings):
+    chosen = settings()
+    assert changes_to(chosen, STORED, "x", training=True) == {}
+    adopt(chosen, STORED)
+    assert chosen.config.vision_encoder.width == 64
+    assert chosen.config.image_res == 64
+    assert chosen.config.video_input.num_frames == 4
+    assert chosen.config.add_temporal_embed is True
+
+
+def test_what_may_change_changes(settings):
+    overrides = ("video_input.num_frames=8", "image_res=96", "loss_weight.mlm=0", "temporal_vision_encoder.enable=true")
+    changes = changes_to(settings(*overrides), STORED, "x", training=True)
+    assert changes == {
+        "num_frames": 8, "image_res": 96, "loss_weight.mlm": 0, "temporal_vision_encoder.enable": True
+    }  # fmt: skip
+
+
+def test_what_may_not_is_refused(settings):
+    with pytest.raises(ValueError, match=r"vision_encoder\.width is 96 here and 64 in the checkpoint x: remove it"):
+        changes_to(settings("vision_encoder.width=96"), STORED, "x", training=True)
+    assert changes_to(settings("vision_encoder.width=64", "temp=0.5"), STORED, "x", training=True) == {}
+
+
+def test_evaluation_changes_nothing_that_would_need_training(settings):
+    overrides = ("image_res=96", "loss_weight.mlm=0", "video_input.num_frames=1", "text_encoder.dropout=0.3")
+    assert changes_to(settings(*overrides), STORED, "x", training=False) == {"image_res": 96}
+    with pytest.raises(ValueError, match=r"temporal_vision_encoder\.enable is True here and False.*fine-tune"):
+        changes_to(settings("temporal_vision_encoder.enable=true"), STORED, "x", training=False)
+    temporal = replace(STORED, temporal_vision_encoder=TemporalConfig(enable=True))
+    assert changes_to(settings("temporal_vision_encoder.enable=true"), temporal, "x", training=False) == {}
+
+
+def test_texts_must_fit(settings, tokenizer):
+    with pytest.raises(ValueError, match=r"max_txt_l\.image is 41: must be from 2 to text_encoder\.max_positions, 40"):
+        check_texts(settings("max_txt_l.image=41").config, STORED, tokenizer)

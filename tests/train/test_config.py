@@ -1,0 +1,124 @@
+"""What a run's YAML may hold, and how mistakes in it are told."""
+
+import json
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from train.config_files import _without_none_strings, all_keys, flatten, load_settings, to_yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = ROOT.parent / "shared/golden/08_pure/tables/config_merge.json"
+RECIPES = sorted(path for path in (ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.fixture
+def load(tmp_path):
+    def read(text="", *overrides):
+        path = tmp_path / "run.yaml"
+        path.write_text(text)
+        return load_settings(path, overrides)
+
+    return read
+
+
+def test_later_ones_win_and_what_was_set_is_known(load, tmp_path):
+    (tmp_path / "base.yaml").write_text("optimizer: {lr: 1.0, weight_decay: 0.5}\nseed: 1")
+    settings = load("base: base.yaml\noptimizer: {lr: 2.0}\nseed: 2", "seed=3", "splits=[]")
+    assert (settings.config.optimizer.lr, settings.config.optimizer.weight_decay, settings.config.seed) == (2.0, 0.5, 3)
+    assert settings.explicit == {"optimizer.lr", "optimizer.weight_decay", "seed", "splits"}
+
+
+def test_references_and_environment(load, monkeypatch):
+    monkeypatch.setenv("SOME_WHERE", "/data")
+    config = load("data_root: ${oc.env:SOME_WHERE}/x\navailable_corpus: {a: '${data_root}/a'}", "train_corpus=a").config
+    assert config.train_urls() == ["/data/x/a"]
+
+
+def test_corpora_by_name_list_and_url(load):
+    text = "available_corpus: {a: /d/a, b: s3://d/b, both: [a, b], all: [both, /d/c]}"
+    assert load(text, "train_corpus=all").config.train_urls() == ["/d/a", "s3://d/b", "/d/c"]
+    assert load(text, "train_corpus=[b,/x]").config.train_urls() == ["s3://d/b", "/x"]
+
+
+def test_the_resolved_configuration_reads_back(load, tmp_path):
+    config = load("optimizer: {lr: 1e-5}\ntest_corpus: {t: /d/t}", "wandb.entity=None").config
+    (tmp_path / "resolved.yaml").write_text(to_yaml(config))
+    again = load_settings(tmp_path / "resolved.yaml")
+    assert again.config == config
+    assert {key for key in flatten(config) if not key.startswith(("test_corpus.",))} <= set(all_keys())
+
+
+WRONG = {
+    "optimzer: {lr: 1}": "unknown key 'optimzer': nearest are optimizer",
+    "optimizer: {lrate: 1}": "unknown key 'optimizer.lrate': nearest are optimizer.lr",
+    "lr: 1": "unknown key 'lr': nearest are optimizer.lr",
+    "vit_type: beit": "unknown key 'vit_type': here it is vision_encoder.type",
+    "text_encoder: bert-base-uncased": "text_encoder is 'bert-base-uncased', but it is a section: set",
+    "batch_size: {image: many}": r"batch_size.image is 'many' \(str\), must be a whole number",
+    "batch_size: {image: 1.5}": r"batch_size.image is 1.5 \(float\), must be a whole number",
+    "augment: 3": r"augment is 3 \(int\), must be true or false",
+    "seed: true": r"seed is True \(bool\), must be a whole number",
+    "image_res: null": "image_res is null, must be a whole number",
+    "splits: val": r"splits is 'val' \(str\), must be a list, each item a text",
+    "precision: int8": "precision is 'int8': must be one of bf16, fp16, fp32",
+    "eval_frame_ensemble: median": "eval_frame_ensemble is 'median', must be one of concat",
+    "splits: [val]": "splits names 'val', test_corpus has none",
+    "stop_key: val": "stop_key is 'val', test_corpus has none",
+    "data_root: ${oc.env:NOT_SET}": "data_root: the environment variable NOT_SET is not set",
+    "seed: [1": "no valid YAML: line 2: did not find expected",
+    "base: nowhere.yaml": "nowhere.yaml, the base of .*run.yaml, does not exist",
+    "base: run.yaml": "is its own base",
+    "scheduler: {epochs: 0}": "scheduler.epochs is 0: must be at least 1",
+}
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_mistakes_are_named(load, text):
+    with pytest.raises((ValueError, FileNotFoundError), match=WRONG[text]) as caught:
+        load(text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("override", ["seed", "--seed=1", "=1"])
+def test_a_setting_needs_its_form(load, override):
+    with pytest.raises(ValueError, match="write key=value"):
+        load("", override)
+
+
+@pytest.mark.parametrize("name", ["coc", "webvi"])
+def test_an_unknown_corpus_is_named_with_the_nearest(load, name):
+    config = load("available_corpus: {coco: /d/coco, webvid: /d/webvid}", f"train_corpus={name}").config
+    with pytest.raises(
+        ValueError, match=f"train_corpus names '{name}'.*nearest: {'coco' if name == 'coc' else 'webvid'}"
+    ):
+        config.train_urls()
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml does not exist"):
+        load_settings("nowhere.yaml")
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_recipe_is_valid_and_says_its_command(recipe, monkeypatch):
+    monkeypatch.delenv("SL_DATA_DIR", raising=False)
+    settings = load_settings(recipe)
+    head = recipe.read_text().split("\nbase:")[0]
+    if recipe.name == "base.yaml":
+        return
+    assert settings.config.train_urls()
+    assert f"{recipe.relative_to(ROOT)}" in head
+    assert "Hardware:" in head
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("case", json.loads(GOLDEN.read_text()) if GOLDEN.is_file() else [])
+def test_none_is_written_as_officially(case):
+    merged = OmegaConf.merge(OmegaConf.create(case["yaml"]), OmegaConf.from_dotlist(case["overrides"]))
+    result = _without_none_strings(OmegaConf.to_container(merged, resolve=True))
+    expected = case["result"]
+    if "debug=True" in case["overrides"]:  # officially this turns wandb off; here the two are independent
+        expected = {**expected, "wandb": {"enable": True}}
+    assert result == expected

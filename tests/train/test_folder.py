@@ -1,0 +1,139 @@
+"""Which folder a run may have, and what is told when it may not."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from train.checkpoints import STATE, VERSION, TrainingState, check_resumable, complete_checkpoints, read_state
+from train.config import OptimizerConfig, RunConfig
+from train.folder import RunFolder
+from train.ranks import Ranks
+
+
+def checkpoint(folder, step, complete=True, **state):
+    path = folder / f"step_{step:08}"
+    path.mkdir(parents=True)
+    if complete:
+        (path / STATE).write_text(json.dumps({"version": VERSION, **vars(TrainingState(step=step, **state))}))
+    return path
+
+
+def started(path, config):
+    """A run that has begun and saved step 5."""
+    folder = RunFolder(path)
+    folder.claim(config)
+    folder.begin(config)
+    checkpoint(folder.checkpoints, 5)
+    folder.release()
+    return folder
+
+
+def test_a_new_folder_and_the_same_run_again(tmp_path):
+    config = RunConfig(seed=7)
+    started(tmp_path / "run", config)
+    RunFolder(tmp_path / "run").claim(config)
+    RunFolder(tmp_path / "new/below").claim(config)
+
+
+def test_what_changes_nothing_learned_may_change(tmp_path):
+    started(tmp_path, RunConfig(log_every=5))
+    RunFolder(tmp_path).claim(RunConfig(log_every=50, keep_checkpoints=9, threads=3, data_root="/moved"))
+
+
+def test_other_settings_are_refused_and_named(tmp_path):
+    started(tmp_path, RunConfig())
+    with pytest.raises(ValueError, match=r"optimizer\.lr is 0\.0001 there, 0\.5 here.*choose another output_dir"):
+        RunFolder(tmp_path).claim(RunConfig(optimizer=OptimizerConfig(lr=0.5)))
+
+
+def test_a_run_without_a_checkpoint_may_be_replaced(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.claim(RunConfig())
+    folder.begin(RunConfig())
+    folder.release()
+    RunFolder(tmp_path).claim(RunConfig(seed=1))
+
+
+def test_a_finished_run_is_refused(tmp_path):
+    started(tmp_path, RunConfig()).finish({"step": 5})
+    with pytest.raises(ValueError, match=r"finished: choose another output_dir"):
+        RunFolder(tmp_path).claim(RunConfig())
+
+
+def test_without_resume_an_earlier_run_is_refused(tmp_path):
+    started(tmp_path, RunConfig())
+    with pytest.raises(ValueError, match="resume is off"):
+        RunFolder(tmp_path).claim(RunConfig(resume=False))
+
+
+def test_anything_else_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(ValueError, match="no run: choose another output_dir"):
+        RunFolder(tmp_path).claim(RunConfig())
+    with pytest.raises(ValueError, match="is a file"):
+        RunFolder(tmp_path / "thesis.tex").claim(RunConfig())
+
+
+def test_evaluations_may_lie_there_already(tmp_path):
+    (tmp_path / "evaluation/zero_shot").mkdir(parents=True)
+    (tmp_path / "metrics.json").write_text("{}")
+    RunFolder(tmp_path).claim(RunConfig())
+
+
+HOLDER = """
+import sys
+from train.config import RunConfig
+from train.folder import RunFolder
+folder = RunFolder(sys.argv[1])
+folder.claim(RunConfig())
+if sys.argv[2] == "stopping":
+    folder.note_stopping()
+print("held", flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("state", ["running", "stopping"])
+def test_two_processes_cannot_have_it(tmp_path, state):
+    command = [sys.executable, "-c", HOLDER, str(tmp_path), state]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    if state == "running":
+        with pytest.raises(ValueError, match=rf"in use by a running process \({holder.pid} on "):
+            RunFolder(tmp_path).claim(RunConfig())
+        holder.kill()
+    else:
+        holder.stdin.write("\n")
+        holder.stdin.flush()
+        RunFolder(tmp_path).claim(RunConfig())  # waits until the other one has gone
+    holder.wait()
+    holder.stdin.close()
+    holder.stdout.close()
+
+
+def test_only_complete_checkpoints_count(tmp_path):
+    newest = [checkpoint(tmp_path, step) for step in (5, 123_456_789, 20)]
+    checkpoint(tmp_path, 30, complete=False)
+    (tmp_path / ".step_00000040.part").mkdir()
+    (tmp_path / "best").mkdir()
+    assert complete_checkpoints(tmp_path) == [newest[0], newest[2], newest[1]]
+    assert complete_checkpoints(tmp_path / "none") == []
+
+
+def test_another_number_of_processes_is_told(tmp_path):
+    path = checkpoint(tmp_path, 5, world_size=2)
+    check_resumable(path, Ranks(world_size=2))
+    with pytest.raises(ValueError, match="written by 2 processes, this run has 4: go on with 2"):
+        check_resumable(path, Ranks(world_size=4))
+
+
+def test_a_damaged_state_is_told(tmp_path):
+    path = checkpoint(tmp_path, 5)
+    (path / STATE).write_text('{"version": 1')
+    with pytest.raises(ValueError, match=r"state\.json cannot be read.*remove"):
+        read_state(path)
+    (path / STATE).write_text(json.dumps({"version": 9}))
+    with pytest.raises(ValueError, match="is of version 9"):
+        read_state(path)

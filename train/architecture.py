@@ -1,0 +1,111 @@
+"""Which model a run trains or evaluates: from its settings, or from the checkpoint it starts from."""
+
+from __future__ import annotations
+
+import dataclasses
+from copy import deepcopy
+from typing import Any
+
+from loaders.text import Tokenizer
+from model.config import ModelConfig, config_to_dict
+from train.config import RunConfig
+from train.config_files import Settings
+
+# What fine-tuning may set otherwise than the checkpoint: none of it makes trained weights meaningless.
+CHANGEABLE = (
+    "image_res",
+    "add_temporal_embed",
+    "temporal_vision_encoder.enable",
+    "temporal_vision_encoder.num_layers",
+    "temporal_vision_encoder.update_pooler_embed",
+    "itm_hard_neg",
+    "mlm_prob",
+    "loss_weight.itc",
+    "loss_weight.itm",
+    "loss_weight.mlm",
+    "vision_encoder.drop_path",
+    "text_encoder.dropout",
+)
+# What concerns the beginning of training only, and what changes no weight and no score.
+_WITHOUT_EFFECT = ("temp", "vision_encoder.pretrained", "text_encoder.pretrained")
+_TRAINING_ONLY = ("itm_hard_neg", "mlm_prob", "loss_weight.", "vision_encoder.drop_path", "text_encoder.dropout")
+
+
+def fresh_architecture(settings: Settings, tokenizer: Tokenizer) -> ModelConfig:
+    """The model that the settings describe; its vocabulary is the tokenizer's unless its size is set.
+
+    Raises ValueError when the vocabulary or the texts do not fit.
+    """
+    run = settings.config
+    config = deepcopy(_as_model(run))
+    config.num_frames = run.video_input.num_frames
+    if "text_encoder.vocab_size" not in settings.explicit:
+        config.text_encoder.vocab_size = tokenizer.vocab_size
+    check_texts(run, config, tokenizer)
+    return config
+
+
+def changes_to(settings: Settings, stored: ModelConfig, source: str, training: bool) -> dict[str, Any]:
+    """What the settings ask to be otherwise than in the checkpoint `source`: dotted ModelConfig keys and values.
+
+    Only keys that the user has set count. For evaluation nothing that needs training may change.
+    Raises ValueError when a set value contradicts the checkpoint.
+    """
+    wanted, there = _flat(config_to_dict(_as_model(settings.config))), _flat(config_to_dict(stored))
+    changes: dict[str, Any] = {}
+    for key in sorted(settings.explicit & set(wanted)):
+        value = wanted[key]
+        if value == there[key] or key in _WITHOUT_EFFECT:
+            continue
+        if not training and key.startswith(_TRAINING_ONLY):
+            continue
+        if key == "image_res" or (training and key in CHANGEABLE):
+            changes[key] = value
+            continue
+        remedy = "remove it from the configuration, a checkpoint brings its own architecture"
+        if key in CHANGEABLE:
+            remedy += "; to change it, fine-tune with launch/finetune_retrieval.py first"
+        raise ValueError(f"{key} is {value!r} here and {there[key]!r} in the checkpoint {source}: {remedy}")
+    if training and "video_input.num_frames" in settings.explicit:
+        frames = settings.config.video_input.num_frames
+        if frames != stored.num_frames:
+            changes["num_frames"] = frames
+    return changes
+
+
+def adopt(settings: Settings, config: ModelConfig) -> None:
+    """Write the architecture back into the settings, so that the resolved ones say what is run."""
+    run = settings.config
+    for item in dataclasses.fields(ModelConfig):
+        if hasattr(run, item.name):
+            setattr(run, item.name, deepcopy(getattr(config, item.name)))
+    if "video_input.num_frames" not in settings.explicit:
+        run.video_input.num_frames = config.num_frames
+
+
+def check_texts(run: RunConfig, config: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Raise ValueError when the tokenizer or the text lengths do not fit the text encoder."""
+    text = config.text_encoder
+    if tokenizer.vocab_size > text.vocab_size:
+        raise ValueError(
+            f"tokenizer={run.tokenizer} has {tokenizer.vocab_size} words, the model's text_encoder.vocab_size is "
+            f"{text.vocab_size}: use the vocabulary the model was trained with"
+        )
+    for medium in ("image", "video"):
+        length = getattr(run.max_txt_l, medium)
+        if not 2 <= length <= text.max_positions:
+            raise ValueError(
+                f"max_txt_l.{medium} is {length}: must be from 2 to text_encoder.max_positions, {text.max_positions}"
+            )
+
+
+def _as_model(run: RunConfig) -> ModelConfig:
+    names = {item.name for item in dataclasses.fields(ModelConfig)} & {item.name for item in dataclasses.fields(run)}
+    return ModelConfig(**{name: getattr(run, name) for name in names})
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat

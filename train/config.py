@@ -1,0 +1,167 @@
+"""Every setting of a run, checked: what a YAML may hold, and the values it has when it says nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from eval.config import EvalConfig
+from loaders.config import LoaderConfig
+from model.config import LossWeights, TemporalConfig, TextConfig, VisionConfig
+
+PRECISIONS = ("bf16", "fp16", "fp32")
+WANDB_MODES = ("online", "offline", "disabled")
+
+
+@dataclass
+class DifferentLearningRate:
+    """Modules with a learning rate of their own."""
+
+    enable: bool = False
+    module_names: list[str] = field(default_factory=list)  # for example [temporal_vision_encoder]
+    lr: float = 1e-3
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW. No weight decay on biases and on parameters of one dimension."""
+
+    lr: float = 1e-4
+    opt_betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    weight_decay: float = 0.02
+    max_grad_norm: float = -1.0  # gradients are clipped to this norm; 0 or less: not at all
+    different_lr: DifferentLearningRate = field(default_factory=DifferentLearningRate)
+
+
+@dataclass
+class SchedulerConfig:
+    """Linear warm-up, then cosine decay to `min_lr_multi` times the learning rate."""
+
+    epochs: int = 10
+    warmup_epochs: float = 1.0
+    min_lr_multi: float = 0.01
+
+
+@dataclass
+class WandbConfig:
+    """Weights & Biases; metrics.jsonl is written in any case."""
+
+    enable: bool = False
+    project: str = "singularity"
+    entity: str | None = None
+    mode: str = "online"  # online | offline | disabled
+
+
+@dataclass
+class RunConfig(LoaderConfig, EvalConfig):
+    """A run: the loader's and the evaluation's settings, the model's, the optimiser's, and where things lie."""
+
+    # The model. Fine-tuning and evaluation take it from the checkpoint; see train.architecture.
+    vision_encoder: VisionConfig = field(default_factory=VisionConfig)
+    text_encoder: TextConfig = field(default_factory=TextConfig)
+    temporal_vision_encoder: TemporalConfig = field(default_factory=TemporalConfig)
+    add_temporal_embed: bool = False
+    embed_dim: int = 256
+    temp: float = 0.07
+    itm_hard_neg: bool = True
+    mlm_prob: float = 0.5
+    loss_weight: LossWeights = field(default_factory=LossWeights)
+    tokenizer: str = "bert-base-uncased"  # folder with vocab.txt, vocab.txt, or hub name
+
+    # The data. Corpora are packed ones, by URL or by their name in available_corpus.
+    data_root: str = "data"
+    available_corpus: dict[str, Any] = field(default_factory=dict)  # name -> URL, or list of names and URLs
+    train_corpus: Any = None  # a name, a URL, or a list of them
+    test_corpus: dict[str, str] = field(default_factory=dict)  # name of the split -> corpus
+    splits: list[str] = field(default_factory=list)  # of test_corpus, to be evaluated; empty: all
+
+    # The optimisation.
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    precision: str = "bf16"  # bf16 | fp16 | fp32
+    deepspeed: str = "deepspeed_configs/zero1.json"  # relative to the repository, or a path of your own
+
+    # The run.
+    output_dir: str | None = None
+    resume: bool = True  # go on where the run in output_dir stopped
+    pretrained_path: str | None = None  # weights to start from: a run folder, a weights folder, an official .pth
+    checkpoint: str | None = None  # weights to evaluate; the same forms
+    label: str | None = None  # name of the evaluation's folder; made from frames and ensemble by default
+    stop_key: str | None = None  # split whose r_mean chooses the best checkpoint; none: the last one counts
+    log_every: int = 10  # steps
+    save_every: int = 1000  # steps; checkpoints are also written at signals and at the end
+    keep_checkpoints: int = 2
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def __post_init__(self) -> None:
+        """Check the values; raises ValueError naming the key, the value and the rule."""
+        for part in (LoaderConfig, EvalConfig):
+            getattr(part, "__post_init__", lambda _: None)(self)
+        _one_of("precision", self.precision, PRECISIONS)
+        _one_of("wandb.mode", self.wandb.mode, WANDB_MODES)
+        for name in ("log_every", "save_every", "keep_checkpoints", "image_res", "embed_dim"):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("scheduler.epochs", self.scheduler.epochs, 1)
+        _at_least("scheduler.warmup_epochs", self.scheduler.warmup_epochs, 0)
+        _at_least("optimizer.lr", self.optimizer.lr, 0)
+        _at_least("video_input.num_frames", self.video_input.num_frames, 1)
+        _at_least("video_input.num_frames_test", self.video_input.num_frames_test, 1)
+        if len(self.optimizer.opt_betas) != 2:
+            raise ValueError(f"optimizer.opt_betas is {self.optimizer.opt_betas}: must be two numbers")
+        if not 0 <= self.scheduler.min_lr_multi <= 1:
+            raise ValueError(f"scheduler.min_lr_multi is {self.scheduler.min_lr_multi}: must be between 0 and 1")
+        unknown = [name for name in self.splits if name not in self.test_corpus]
+        if unknown:
+            raise ValueError(f"splits names {unknown[0]!r}, test_corpus has {', '.join(self.test_corpus) or 'none'}")
+        if self.stop_key is not None and self.stop_key not in self.test_corpus:
+            raise ValueError(f"stop_key is {self.stop_key!r}, test_corpus has {', '.join(self.test_corpus) or 'none'}")
+
+    def train_urls(self) -> list[str]:
+        """URLs of the training corpora. Raises ValueError when none is named."""
+        if not self.train_corpus:
+            raise ValueError("train_corpus is not set: give the name or the URL of a packed corpus, or a list of them")
+        return resolve_corpora(self.train_corpus, self.available_corpus, "train_corpus")
+
+    def test_urls(self) -> dict[str, str]:
+        """Name -> URL of the splits that are to be evaluated."""
+        result = {}
+        for name in self.splits or self.test_corpus:
+            urls = resolve_corpora(self.test_corpus[name], self.available_corpus, f"test_corpus.{name}")
+            if len(urls) != 1:
+                raise ValueError(f"test_corpus.{name} means {len(urls)} corpora: a split is one corpus")
+            result[name] = urls[0]
+        return result
+
+
+def resolve_corpora(what: Any, available: dict[str, Any], key: str) -> list[str]:
+    """URLs of the corpora that `what` means: a name in `available`, a URL, a folder, or a list of them.
+
+    available: name -> the same forms, so that names can stand for several corpora. Raises ValueError, with the name
+    that `key` holds, when it stands nowhere and looks like no URL or folder.
+    """
+    if isinstance(what, list):
+        return [url for item in what for url in resolve_corpora(item, available, key)]
+    if not isinstance(what, str):
+        raise ValueError(f"{key} is {what!r}: must be a corpus' name or URL, or a list of them")
+    if what in available:
+        others = {name: value for name, value in available.items() if name != what}
+        return resolve_corpora(available[what], others, f"available_corpus.{what}")
+    if "/" in what or Path(what).exists():
+        return [what]
+    near = get_close_matches(what, available, n=3) or sorted(available)
+    raise ValueError(
+        f"{key} names {what!r}, which is neither in available_corpus (nearest: {', '.join(near) or 'it is empty'}) "
+        "nor a URL nor a folder"
+    )
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}: must be one of {', '.join(choices)}")
+
+
+def _at_least(name: str, value: float, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name} is {value}: must be at least {least}")

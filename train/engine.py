@@ -1,0 +1,151 @@
+"""Starts DeepSpeed: one source of truth for batch, precision, optimiser and clipping, which is the run's YAML."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from train.config import RunConfig
+from train.groups import ParameterGroup, parameter_groups
+from train.ranks import Ranks
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+log = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parent.parent
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# What the YAML decides: JSON key -> the YAML's key.
+_SET_BY_YAML = {
+    "train_batch_size": "batch_size",
+    "train_micro_batch_size_per_gpu": "batch_size",
+    "gradient_accumulation_steps": "batch_size",
+    "gradient_clipping": "optimizer.max_grad_norm",
+    "bf16.enabled": "precision",
+    "fp16.enabled": "precision",
+    "optimizer": "optimizer",
+    "scheduler": "scheduler",
+}
+
+
+def find_deepspeed_config(name: str) -> Path:
+    """The ZeRO JSON of `deepspeed: NAME`: as a path, or below the repository. Raises FileNotFoundError."""
+    for path in (Path(name), ROOT / name):
+        if path.is_file():
+            return path
+    known = ", ".join(sorted(path.name for path in (ROOT / "deepspeed_configs").glob("*.json")))
+    raise FileNotFoundError(
+        f"deepspeed={name} does not exist: give the path of a DeepSpeed JSON; deepspeed_configs/ has {known}"
+    )
+
+
+def deepspeed_config(run: RunConfig, ranks: Ranks) -> dict[str, Any]:
+    """The JSON that `run.deepspeed` names, completed from the run's settings.
+
+    Raises FileNotFoundError, or ValueError when it is no JSON or says something that the settings say otherwise.
+    """
+    path = find_deepspeed_config(run.deepspeed)
+    try:
+        config = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no valid JSON ({error})") from None
+    largest = max(run.batch_size.image, run.batch_size.video)
+    per_rank = max(1, largest // ranks.world_size)  # DeepSpeed uses it for its own figures only
+    own: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": per_rank,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": per_rank * ranks.world_size,
+        "gradient_clipping": max(0.0, run.optimizer.max_grad_norm),
+    }
+    for key, yaml_key in _SET_BY_YAML.items():
+        given = _get(config, key)
+        expected = {**own, "bf16.enabled": run.precision == "bf16", "fp16.enabled": run.precision == "fp16"}.get(key)
+        if given not in (None, "auto", expected):
+            raise ValueError(
+                f"{path} sets {key} to {json.dumps(given)}, which the YAML decides ({yaml_key}): remove it there"
+            )
+    for name in ("bf16", "fp16"):
+        config[name] = {**config.get(name, {}), "enabled": run.precision == name}
+    for name in ("optimizer", "scheduler"):
+        config.pop(name, None)
+    return {"steps_per_print": 10**9, **config, **own}
+
+
+def device_for(ranks: Ranks) -> torch.device:
+    """The device of this process: its own GPU, or the CPU where there is none or DS_ACCELERATOR=cpu asks for it."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        return torch.device("cpu")
+    torch.cuda.set_device(ranks.local_rank)
+    return torch.device("cuda", ranks.local_rank)
+
+
+def start_processes(device: torch.device) -> None:
+    """Join the other processes of the job; must follow everything that can be checked without them."""
+    import deepspeed
+
+    # Serves inference only, and would need a compiler at every user's machine.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False)
+
+
+def start_engine(
+    model: nn.Module, run: RunConfig, config: dict[str, Any], device: torch.device
+) -> tuple[DeepSpeedEngine, list[ParameterGroup]]:
+    """The DeepSpeed engine of a model, and its parameter groups in the order of the optimiser's.
+
+    config: of `deepspeed_config`. Raises ValueError when `different_lr` names an unknown module.
+    """
+    import deepspeed
+
+    parameters = dict(model.named_parameters())
+    groups = parameter_groups({name: p.ndim for name, p in parameters.items() if p.requires_grad}, run.optimizer)
+    wanted = [
+        {"params": [parameters[name] for name in group.names], "lr": group.lr, "weight_decay": group.weight_decay}
+        for group in groups
+    ]
+    _broadcast_scalars(parameters, device)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=_optimizer(wanted, run, config, device), config=config)
+    return engine, groups
+
+
+def _broadcast_scalars(parameters: dict[str, nn.Parameter], device: torch.device) -> None:
+    """Bring the first rank's parameters without dimensions to all ranks, as DeepSpeed does with all others.
+
+    Its own broadcast looks at the bytes of a tensor, which one without dimensions does not allow; the mark, that of
+    its weights that differ by rank, makes it leave them out.
+    """
+    for parameter in parameters.values():
+        if parameter.ndim == 0:
+            value = parameter.data.reshape(1).to(device)
+            torch.distributed.broadcast(value, src=0)
+            parameter.data.copy_(value[0])
+            parameter.ds_optim_param = True  # type: ignore[attr-defined]
+
+
+def _optimizer(
+    groups: list[dict[str, Any]], run: RunConfig, config: dict[str, Any], device: torch.device
+) -> torch.optim.Optimizer:
+    """AdamW: PyTorch's, fused on a GPU; DeepSpeed's own on the CPU when the optimiser's state is kept there."""
+    betas = (run.optimizer.opt_betas[0], run.optimizer.opt_betas[1])
+    zero = config.get("zero_optimization", {})
+    if device.type == "cuda" and zero.get("offload_optimizer", {}).get("device", "none") != "none":
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, lr=run.optimizer.lr, betas=betas, adamw_mode=True)
+    fused = device.type == "cuda"
+    return torch.optim.AdamW(groups, lr=run.optimizer.lr, betas=betas, fused=fused or None)
+
+
+def _get(config: dict[str, Any], key: str) -> Any:
+    value: Any = config
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value

@@ -1,0 +1,176 @@
+"""The run's folder: whether this run may use it, what in it belongs to whom, and the lock that keeps others out."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+import socket
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from train.checkpoints import checkpoint_step, complete_checkpoints
+from train.config import RunConfig
+from train.config_files import flatten, load_settings, to_yaml
+
+log = logging.getLogger(__name__)
+
+WAIT_FOR_STOPPING = 90.0  # seconds given to a run that is just saving its last checkpoint
+
+# Settings that may differ when a run goes on: they change what is watched and where, not what is learned.
+FREE = (
+    "output_dir", "data_root", "available_corpus", "test_corpus", "splits", "label", "checkpoint", "resume",
+    "log_every", "save_every", "keep_checkpoints", "wandb", "threads", "prefetch", "storage", "max_bad_share",
+    "batch_size_test", "pair_batch_size", "gallery", "gallery_frames", "eval_offload", "tokenizer",
+)  # fmt: skip
+
+
+class RunFolder:
+    """Where everything of a run lies. `claim` makes it this process' own until `release` or its end."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._lock: IO[str] | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """The metrics of the logged steps, one JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def log(self) -> Path:
+        """The run's log."""
+        return self.path / "log.txt"
+
+    @property
+    def settings(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def finished(self) -> Path:
+        """Present when the run has come to its end."""
+        return self.path / "finished.json"
+
+    def claim(self, config: RunConfig) -> None:
+        """Take the folder for this run, or raise ValueError that says why not and what to do.
+
+        A folder is free when it is new or empty, or when it holds the same run, unfinished, and `resume` is on; also
+        when another run has left no checkpoint there.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"output_dir={self.path} is a file: choose another output_dir")
+        existing = self.settings.is_file()
+        others = self.path.is_dir() and any(not _may_lie_there(entry.name) for entry in self.path.iterdir())
+        if not existing and others:
+            raise ValueError(f"output_dir={self.path} is in use by something that is no run: choose another output_dir")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock_or_raise()
+        if existing:
+            self._check_same(config)
+
+    def begin(self, config: RunConfig) -> None:
+        """Write the resolved configuration and remove what an interrupted process has left half-written."""
+        for leftover in self.checkpoints.glob(".*.part"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        aside = self.settings.with_name(".config.yaml.part")
+        aside.write_text(to_yaml(config))
+        os.replace(aside, self.settings)
+
+    def note_stopping(self) -> None:
+        """Tell a successor that waits for the folder that this run is about to leave it."""
+        if self._lock is not None:
+            _write_note(self._lock, "stopping")
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Mark the run as finished."""
+        self.finished.write_text(json.dumps(summary) + "\n")
+
+    def release(self) -> None:
+        """Let others have the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _lock_or_raise(self) -> None:
+        handle = (self.path / ".lock").open("a+")
+        waited = 0.0
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                note = _read_note(handle)
+                if note.get("state") != "stopping" or waited >= WAIT_FOR_STOPPING:
+                    handle.close()
+                    raise ValueError(
+                        f"output_dir={self.path} is in use by a running process ({note.get('pid', '?')} on "
+                        f"{note.get('host', '?')}): wait for it, stop it, or choose another output_dir"
+                    ) from None
+                if not waited:
+                    log.info("Waiting for process %s, which is saving its last checkpoint", note.get("pid"))
+                time.sleep(0.5)
+                waited += 0.5
+            except OSError as error:  # a file system without locks
+                log.warning("%s cannot be locked (%s): see to it that no other run uses it", self.path, error)
+                break
+        self._lock = handle
+        _write_note(handle, "running")
+
+    def _check_same(self, config: RunConfig) -> None:
+        if not config.resume:
+            raise ValueError(
+                f"output_dir={self.path} is in use by an earlier run and resume is off: choose another output_dir, "
+                "or set resume=true to go on with that run"
+            )
+        if self.finished.is_file():
+            raise ValueError(
+                f"output_dir={self.path} is in use by a run that is finished: choose another output_dir, or remove "
+                f"the folder to train again"
+            )
+        steps = [checkpoint_step(path) for path in complete_checkpoints(self.checkpoints)]
+        difference = _difference(self.settings, config)
+        if difference and steps:
+            raise ValueError(
+                f"output_dir={self.path} is in use by a run with other settings ({difference}): choose another "
+                "output_dir, or repeat that run's settings to go on with it"
+            )
+        if steps:
+            log.info("Going on with the run in %s from step %d", self.path, steps[-1])
+        else:
+            log.info("The earlier run in %s had saved nothing yet: starting anew", self.path)
+
+
+def _difference(path: Path, config: RunConfig) -> str:
+    """The first settings that differ between a resolved configuration and `config`, in words; empty: none."""
+    there, here = flatten(load_settings(path).config), flatten(config)
+    keys = [key for key in here if key.split(".")[0] not in FREE and there.get(key) != here[key]]
+    return "; ".join(f"{key} is {there.get(key)!r} there, {here[key]!r} here" for key in keys[:3])
+
+
+def _write_note(handle: IO[str], state: str) -> None:
+    handle.seek(0)
+    handle.truncate()
+    json.dump({"pid": os.getpid(), "host": socket.gethostname(), "state": state}, handle)
+    handle.flush()
+
+
+def _read_note(handle: IO[str]) -> dict[str, Any]:
+    handle.seek(0)
+    try:
+        return json.loads(handle.read())
+    except json.JSONDecodeError:
+        return {}
+
+
+def _may_lie_there(name: str) -> bool:
+    """What may lie in a folder before its first run: evaluations of other checkpoints, and remains."""
+    return name.startswith(".") or name in ("evaluation", "metrics.json")

@@ -1,0 +1,145 @@
+"""Everything of a run that can be checked and made before its processes meet, so that mistakes show at once."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from loaders.text import Tokenizer
+from loaders.train import TrainLoader
+from model.building import build_model
+from model.checkpoint import fit_weights, load_weights, resolve_weights
+from model.config import with_changes
+from model.initial import new_model
+from model.singularity import Singularity
+from sharding.schema import read_corpus
+from train.architecture import adopt, changes_to, check_texts, fresh_architecture
+from train.checkpoints import WEIGHTS, check_resumable, complete_checkpoints, special_ids
+from train.config import RunConfig
+from train.config_files import Settings
+from train.engine import deepspeed_config
+from train.folder import RunFolder
+from train.groups import parameter_groups
+from train.ranks import Ranks
+from train.tracking import check_tracking
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Prepared:
+    """A run that is ready to start: its resolved settings and its parts."""
+
+    run: RunConfig
+    ranks: Ranks
+    folder: RunFolder
+    deepspeed: dict[str, Any]
+    tokenizer: Tokenizer
+    loader: TrainLoader
+    model: Singularity
+
+
+def prepare_training(settings: Settings, ranks: Ranks, evaluates: bool) -> Prepared:
+    """Check everything and make the parts of a training run; the first rank claims the run's folder.
+
+    evaluates: whether the run's splits will be evaluated, and so must be there.
+    Raises FileNotFoundError or ValueError with the thing, the reason and the remedy.
+    """
+    run = settings.config
+    if run.output_dir is None:
+        raise ValueError("output_dir is not set: give the folder that is to hold the run, output_dir=runs/NAME")
+    zero = deepspeed_config(run, ranks)
+    check_tracking(run)
+    if evaluates:
+        check_test_corpora(run)
+    for url in run.train_urls():
+        read_corpus(url, dict(run.storage))
+    share_cores(ranks)
+    torch.manual_seed(run.seed)
+    model, tokenizer = _model(settings)
+    parameter_groups({name: p.ndim for name, p in model.named_parameters()}, run.optimizer)
+    loader = TrainLoader(run.train_urls(), tokenizer, run, ranks.rank, ranks.world_size, ranks.ranks_here)
+    folder = RunFolder(run.output_dir)
+    if ranks.is_first:
+        folder.claim(run)
+        for path in complete_checkpoints(folder.checkpoints)[-1:]:
+            check_resumable(path, ranks)
+            _check_vocabulary(tokenizer, str(path / WEIGHTS), run)
+    return Prepared(run, ranks, folder, zero, tokenizer, loader, model)
+
+
+def prepare_evaluation(settings: Settings) -> tuple[Singularity, Tokenizer]:
+    """The model and tokenizer that `checkpoint` names; the settings take on its architecture.
+
+    Raises FileNotFoundError or ValueError with the thing, the reason and the remedy.
+    """
+    run = settings.config
+    if run.checkpoint is None:
+        raise ValueError("checkpoint is not set: give a run folder, a weights folder or an official .pth to evaluate")
+    if run.output_dir is None:
+        raise ValueError("output_dir is not set: give the folder that is to hold the results, output_dir=runs/NAME")
+    if not run.test_corpus:
+        raise ValueError("test_corpus is empty: name the packed corpora to evaluate, test_corpus.NAME=URL")
+    check_test_corpora(run)
+    return _from_checkpoint(settings, run.checkpoint, training=False)
+
+
+def check_test_corpora(run: RunConfig) -> None:
+    """Raise FileNotFoundError or ValueError unless every split to evaluate is a packed corpus of our version."""
+    for name, url in run.test_urls().items():
+        if not sum(read_corpus(url, dict(run.storage)).counts("captions")):
+            raise ValueError(f"test_corpus.{name}: {url} holds no captions, it is no retrieval set")
+
+
+def share_cores(ranks: Ranks) -> None:
+    """Give each process on a machine its share of the cores, unless OMP_NUM_THREADS says otherwise."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.ranks_here))
+
+
+def _model(settings: Settings) -> tuple[Singularity, Tokenizer]:
+    run = settings.config
+    if run.pretrained_path is not None:
+        return _from_checkpoint(settings, run.pretrained_path, training=True)
+    tokenizer = Tokenizer.load(run.tokenizer)
+    config = fresh_architecture(settings, tokenizer)
+    adopt(settings, config)
+    model = new_model(config, special_ids(tokenizer))
+    assert isinstance(model, Singularity)
+    return model, tokenizer
+
+
+def _from_checkpoint(settings: Settings, path: str, training: bool) -> tuple[Singularity, Tokenizer]:
+    run = settings.config
+    found = resolve_weights(path)
+    weights = load_weights(found)
+    if weights.config.answer_decoder.enable:
+        raise ValueError(f"{path} answers questions: it has no retrieval heads, start from a pre-training checkpoint")
+    config = with_changes(weights.config, changes_to(settings, weights.config, str(found), training))
+    if found.is_dir() and (found / "vocab.txt").is_file():
+        if "tokenizer" in settings.explicit:
+            _check_vocabulary(Tokenizer.load(run.tokenizer), str(found), run)
+        tokenizer = Tokenizer.load(str(found))
+    else:
+        tokenizer = Tokenizer.load(run.tokenizer)
+    check_texts(run, config, tokenizer)
+    adopt(settings, config)
+    model = build_model(config, special_ids(tokenizer))
+    report = fit_weights(model, weights, str(found))
+    log.info("Weights of %s: %s", found, report)
+    assert isinstance(model, Singularity)
+    return model, tokenizer
+
+
+def _check_vocabulary(tokenizer: Tokenizer, weights: str, run: RunConfig) -> None:
+    """Raise ValueError unless the tokenizer is the one that the weights were trained with."""
+    trained_with = Tokenizer.load(weights)
+    if tokenizer.path.read_bytes() != trained_with.path.read_bytes():
+        raise ValueError(
+            f"tokenizer={run.tokenizer} is another vocabulary than the one of {weights}: leave tokenizer out, "
+            "the checkpoint brings its own"
+        )

@@ -1,0 +1,102 @@
+"""Stopping in good order: a signal to any process makes all of them save at the same step and end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+import psutil
+import torch
+from torch import distributed
+
+log = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+WATCH_SECONDS = 1.0
+
+
+class StopRequest:
+    """Notes that this process was asked to stop: by a signal, or because its launcher has gone.
+
+    `deepspeed` does not pass SIGTERM on to its processes, and dies alone when it is killed: they then stop by
+    themselves, so that the folder is free for the next start.
+    """
+
+    def __init__(self, on_request: Callable[[], None] = lambda: None) -> None:
+        self.signal = 0
+        self._on_request = on_request
+
+    def install(self) -> None:
+        """Begin to listen; to be called from the main thread."""
+        for number in SIGNALS:
+            signal.signal(number, self._handle)
+        launchers = launcher_processes()
+        if launchers:
+            threading.Thread(target=self._watch, args=(launchers,), name="launcher-watch", daemon=True).start()
+
+    def request(self, number: int) -> None:
+        """Ask for a stop as if signal `number` had come."""
+        if not self.signal:
+            self.signal = number
+            self._on_request()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal == signal.SIGINT == number:  # the user is impatient
+            raise KeyboardInterrupt
+        self.request(number)
+
+    def _watch(self, launchers: list[psutil.Process]) -> None:
+        pause = threading.Event()
+        while not self.signal:
+            if not all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in launchers):
+                self.request(signal.SIGHUP)
+                return
+            pause.wait(WATCH_SECONDS)
+
+
+def launcher_processes() -> list[psutil.Process]:
+    """The `deepspeed` processes directly above this one; none under other launchers or a shell."""
+    found: list[psutil.Process] = []
+    try:
+        for process in psutil.Process(os.getpid()).parents()[:2]:
+            if not any("deepspeed" in word for word in process.cmdline()[:4]):
+                break
+            found.append(process)
+    except psutil.Error:
+        return []
+    return found
+
+
+class StopVote:
+    """Brings all ranks to the same decision without waiting: a step's vote is counted at the next step.
+
+    The votes travel between hosts over gloo while the step computes; no device is waited for.
+    """
+
+    def __init__(self, request: StopRequest, world_size: int) -> None:
+        self._request = request
+        self._alone = world_size == 1
+        self._group = None if self._alone else distributed.new_group(backend="gloo")
+        self._votes = torch.zeros(1, dtype=torch.int64)
+        self._work: distributed.Work | None = None
+
+    def decided(self) -> int:
+        """The signal because of which all ranks stop now, or 0; to be called by all ranks once a step."""
+        if self._alone:
+            return self._request.signal
+        result = self.close()
+        self._votes.fill_(self._request.signal)
+        self._work = distributed.all_reduce(self._votes, op=distributed.ReduceOp.MAX, group=self._group, async_op=True)
+        return result
+
+    def close(self) -> int:
+        """Count the vote under way, if any; returns its signal."""
+        if self._work is None:
+            return 0
+        self._work.wait()
+        self._work = None
+        return int(self._votes)

@@ -1,0 +1,119 @@
+"""Where a run's figures go: metrics.jsonl, the console, and Weights & Biases when enabled."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import math
+import os
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from train.config import RunConfig
+from train.config_files import flatten
+from train.folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+
+def check_tracking(run: RunConfig) -> None:
+    """Raise ValueError when Weights & Biases is asked for and not installed."""
+    if run.wandb.enable and importlib.util.find_spec("wandb") is None:
+        raise ValueError("wandb.enable is true and wandb is not installed: pip install wandb, or wandb.enable=false")
+
+
+class Tracker:
+    """Writes a run's figures; only the first rank has one. After a resume the figures of lost steps are dropped."""
+
+    def __init__(self, folder: RunFolder, run: RunConfig, total_steps: int, step: int) -> None:
+        self._total_steps, self._path = total_steps, folder.metrics
+        self._first_step, self._started = step, time.perf_counter()
+        drop_after(self._path, step)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._wandb = _start_wandb(folder, run) if run.wandb.enable else None
+
+    def step(self, figures: dict[str, Any]) -> None:
+        """Record a training step's figures; `figures["step"]` is its number."""
+        self._write(figures)
+        log.info("%s | %s left", step_line(figures, self._total_steps), self._left(figures["step"]))
+
+    def evaluation(self, step: int, epoch: int, metrics: dict[str, dict[str, float]]) -> None:
+        """Record an evaluation's metrics, named SPLIT/METRIC."""
+        flat = {f"{split.rstrip('/')}/{name}": value for split, row in metrics.items() for name, value in row.items()}
+        self._write({"step": step, "epoch": epoch, **flat})
+
+    def close(self) -> None:
+        """End the records."""
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _write(self, figures: dict[str, Any]) -> None:
+        figures = {key: None if _is_nan(value) else value for key, value in figures.items()}
+        self._file.write(json.dumps(figures) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log({key: value for key, value in figures.items() if key != "step"}, step=figures["step"])
+
+    def _left(self, step: int) -> str:
+        seconds = (time.perf_counter() - self._started) / (step - self._first_step) * (self._total_steps - step)
+        minutes, seconds = divmod(round(seconds), 60)
+        return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+def _is_nan(value: Any) -> bool:
+    """Whether a figure is a number that JSON has no word for."""
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def step_line(figures: dict[str, Any], total_steps: int) -> str:
+    """One line for the console about a training step."""
+    losses = " ".join(f"{name[5:]} {value:.3f}" for name, value in figures.items() if name.startswith("loss_"))
+    norm = figures["grad_norm"]
+    parts = [
+        f"step {figures['step']}/{total_steps} epoch {figures['epoch']} {figures['media_type']}",
+        f"loss {figures['loss']:.3f} ({losses})",
+        f"lr {figures['lr']:.2e}",
+        *([f"temp {figures['temperature']:.4f}"] if figures["temperature"] is not None else []),
+        *([f"grad {norm:.2f}"] if norm is not None else []),
+        f"{figures['samples_per_second']:.0f}/s",
+        f"wait {100 * figures['data_wait']:.0f}%",
+    ]
+    return " | ".join(parts)
+
+
+def drop_after(path: Path, step: int) -> None:
+    """Remove the lines of a metrics.jsonl that lie beyond `step`, and one that an interruption has cut short."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_text("".join(kept), encoding="utf-8")
+    os.replace(aside, path)
+
+
+def _start_wandb(folder: RunFolder, run: RunConfig) -> Any:
+    import wandb
+
+    identity = folder.path / "wandb_id.txt"
+    if not identity.is_file():
+        identity.write_text(uuid.uuid4().hex[:12])
+    return wandb.init(
+        project=run.wandb.project,
+        entity=run.wandb.entity,
+        mode=run.wandb.mode,  # type: ignore[arg-type]
+        dir=str(folder.path),
+        name=folder.path.name,
+        id=identity.read_text().strip(),
+        resume="allow",
+        config=flatten(run),
+    )
