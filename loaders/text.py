@@ -71,10 +71,10 @@ class Tokenizer:
 
 def hub_vocabulary(name: str) -> str:
     """Local path of a hub tokenizer's vocabulary; raises FileNotFoundError saying what to set instead."""
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import snapshot_download  # unlike hf_hub_download it fails at once without a network
 
     try:
-        return hf_hub_download(name, "vocab.txt")
+        return str(Path(snapshot_download(name, allow_patterns=["vocab.txt"])) / "vocab.txt")
     except Exception as error:  # the hub client raises many kinds; all mean: not to be had
         raise FileNotFoundError(
             f"tokenizer={name} is no local file or folder, and the Hugging Face hub did not give it "
