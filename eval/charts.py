@@ -8,7 +8,7 @@ from html import escape
 from math import floor, isfinite, log10
 
 COLORS = 6  # --series-0 ... of the style sheet
-WIDTH, HEIGHT = 560, 250
+WIDTH, HEIGHT = 440, 220
 LEFT, RIGHT, TOP, BOTTOM = 44, 12, 12, 28
 POINTS = 400  # of a line
 
@@ -97,10 +97,11 @@ def _axes(scale: _Scale, x_ticks: Sequence[float], y_ticks: Sequence[float], x_l
         y = scale.y(value)
         body.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         body.append(f'<text class="tick" text-anchor="end" x="{LEFT - 6}" y="{y + 4:.1f}">{value:g}</text>')
-    for value in x_ticks:
-        x = min(scale.x(value), WIDTH - RIGHT - 10)
+    for x, value in ((scale.x(value), value) for value in x_ticks):
+        if x > WIDTH - RIGHT - 50:  # the axis is named there
+            continue
         body.append(f'<text class="tick" text-anchor="middle" x="{x:.1f}" y="{HEIGHT - 8}">{value:g}</text>')
-    body.append(f'<text class="tick" text-anchor="end" x="{WIDTH - RIGHT}" y="{TOP + 8}">{escape(x_label)}</text>')
+    body.append(f'<text class="tick" text-anchor="end" x="{WIDTH - RIGHT}" y="{HEIGHT - 8}">{escape(x_label)}</text>')
     return body
 
 
