@@ -73,29 +73,28 @@ def run(script: str, description: str, body: Callable[[Settings, Ranks], None]) 
     except Stopped as stopped:
         log.info("%s", stopped)
         end(128 + stopped.signal)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         log.debug("%s", traceback.format_exc())
-        message = " ".join(str(error).split())
-        tell(f"error: {message}", f"error: rank {ranks.rank}: {message}", ranks)
+        tell(" ".join(str(error).split()), "error: ", ranks, wait=not ranks.is_first)
         end(USER_ERROR)
     except KeyboardInterrupt:
         end(128 + signal.SIGINT)
-    except Exception:
-        text = traceback.format_exc()
+    except Exception as error:
+        text = traceback.format_exc().rstrip()
         log.debug("%s", text)
-        tell(text.rstrip(), f"rank {ranks.rank}: {text.rstrip()}", ranks)
+        tell(text, "", ranks, wait=not ranks.is_first or "by peer" in str(error))
         end(1)
     end(0)
 
 
-def tell(message: str, of_another_rank: str, ranks: Ranks) -> None:
-    """Print a failure. Ranks other than the first wait: where it failed too, the launcher ends them meanwhile."""
-    if not ranks.is_first:
+def tell(message: str, prefix: str, ranks: Ranks, wait: bool) -> None:
+    """Print a failure. wait: another rank may be its cause or tell it; the launcher then ends this one meanwhile."""
+    if wait:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: end(1))
         time.sleep(OTHERS_WAIT)
-        message = of_another_rank
-    sys.stderr.write(message + "\n")
+    rank = "" if ranks.is_first else f"rank {ranks.rank}: "
+    sys.stderr.write(f"{prefix}{rank}{message}\n")
 
 
 def end(code: int) -> NoReturn:

@@ -12,6 +12,7 @@ from train.engine import device_for, start_processes
 from train.loop import Evaluate, Trainer
 from train.prepare import Prepared, prepare_training
 from train.ranks import Ranks
+from train.stopped import Stopped
 from train.stopping import StopRequest
 
 
@@ -30,6 +31,8 @@ def train(
     trainer = Trainer(prepared, device, request)
     try:
         trainer.train(evaluate(prepared, device) if evaluate else None)
-    finally:
+    except Stopped:
         trainer.close()
+        raise
+    trainer.close()
     torch.distributed.barrier()

@@ -89,6 +89,7 @@ class Trainer:
         while self.state.step < self.total_steps:
             self._epoch()
             self._after_epoch(evaluate)
+        self.vote.close()
         self.save()
         if evaluate is not None:
             self._evaluate_all(evaluate)
@@ -96,8 +97,7 @@ class Trainer:
             self.folder.finish({"step": self.state.step, "best": self.state.best})
 
     def close(self) -> None:
-        """End the loader's threads and the records."""
-        self.vote.close()
+        """End the loader's threads and the records; not to be called after a failure, when other ranks may be gone."""
         self.loader.close()
         if self.tracker is not None:
             self.tracker.close()
