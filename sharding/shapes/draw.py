@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from fractions import Fraction
+from typing import Any
 
 import av
 import cv2
@@ -82,7 +83,7 @@ def mp4(clip: Clip, size: int) -> bytes:
         stream.pix_fmt = "yuv420p"
         for number in range(FRAMES):
             pixels = paint(clip.at(number / (FRAMES - 1)), size)
-            planes = cv2.cvtColor(pixels, cv2.COLOR_RGB2YUV_I420)
+            planes: Any = cv2.cvtColor(pixels, cv2.COLOR_RGB2YUV_I420)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(planes, format="yuv420p")))
         container.mux(stream.encode())
     return buffer.getvalue()

@@ -1,0 +1,149 @@
+"""Real-world media: every kind of picture comes out upright and in colour, clips keep their timing."""
+
+import io
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+import simplejpeg
+from PIL import Image
+
+from sharding.media import MediaError, pack_image, pack_video
+
+RED, GREEN = (220, 30, 30), (30, 160, 60)
+
+
+def halves(width: int = 80, height: int = 60) -> Image.Image:
+    """Left half red, right half green."""
+    pixels = np.empty((height, width, 3), np.uint8)
+    pixels[:, : width // 2], pixels[:, width // 2 :] = RED, GREEN
+    return Image.fromarray(pixels)
+
+
+def saved(image: Image.Image, form: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def shown(data: bytes, size: int = 40) -> np.ndarray:
+    frames = pack_image(data, size, 95)
+    pixels = simplejpeg.decode_jpeg(frames.jpegs[0], "RGB")
+    assert pixels.shape[:2] == (frames.height, frames.width)
+    return pixels
+
+
+def near(pixel: np.ndarray, colour: tuple[int, int, int], margin: int = 30) -> bool:
+    return bool(np.abs(pixel.astype(int) - colour).max() <= margin)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        saved(halves(), "JPEG", quality=95),
+        saved(halves(), "JPEG", quality=95, progressive=True),
+        saved(halves().convert("CMYK"), "JPEG", quality=95),
+        saved(halves(), "PNG"),
+        saved(halves().convert("P"), "PNG"),
+        saved(halves().convert("RGBA"), "PNG"),
+        saved(halves(), "WEBP", lossless=True),
+        saved(halves(), "GIF", save_all=True, append_images=[Image.new("RGB", (80, 60))]),
+        saved(halves(), "BMP"),
+    ],
+    ids=["jpeg", "progressive", "cmyk", "png", "palette", "alpha", "webp", "animated", "bmp"],
+)
+def test_pictures_of_all_kinds(data: bytes) -> None:
+    pixels = shown(data)
+    assert pixels.shape == (40, 53, 3)
+    assert near(pixels[20, 8], RED)
+    assert near(pixels[20, 45], GREEN)
+
+
+def test_exif_rotation_is_applied() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    pixels = shown(saved(halves(), "JPEG", quality=95, exif=exif))
+    assert near(pixels[20, 8], GREEN)
+    exif[0x0112] = 6  # on its side
+    assert shown(saved(halves(), "JPEG", exif=exif)).shape[0] > shown(saved(halves(), "JPEG", exif=exif)).shape[1]
+
+
+def test_gray_and_sixteen_bits_and_transparency() -> None:
+    assert near(shown(saved(Image.new("L", (80, 60), 200), "PNG"))[20, 20], (200, 200, 200))
+    deep = Image.fromarray(np.full((60, 80), 200 * 256, np.uint16))
+    assert near(shown(saved(deep, "PNG"))[20, 20], (200, 200, 200))
+    clear = Image.new("RGBA", (80, 60), (0, 0, 0, 0))
+    assert near(shown(saved(clear, "PNG"))[20, 20], (255, 255, 255))
+
+
+def test_a_small_jpeg_keeps_its_bytes_and_a_large_one_shrinks() -> None:
+    data = saved(halves(), "JPEG", quality=80)
+    assert pack_image(data, 60, 90).jpegs == [data]
+    assert pack_image(data, 30, 90).height == 30
+    wide = pack_image(saved(halves(2000, 10), "JPEG"), 64, 90)
+    assert (wide.width, wide.height) == (2000, 10)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"<html>404</html>", saved(halves(), "JPEG")[:-100], saved(halves(), "PNG")[:-60], b"\xff\xd8\xff\xe0"],
+    ids=["empty", "html", "cut-jpeg", "cut-png", "header"],
+)
+def test_broken_pictures_are_refused(data: bytes) -> None:
+    with pytest.raises(MediaError):
+        pack_image(data, 40, 90)
+
+
+def clip(times: list[float], size: tuple[int, int] = (64, 48), codec: str = "libx264", form: str = "mp4") -> bytes:
+    """Frames shown from the given seconds on; frame i has brightness 20 + 10 i."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format=form) as container:
+        stream = container.add_stream(codec, rate=25, options={"bf": "0"})
+        stream.width, stream.height = size
+        stream.pix_fmt = "yuv420p"
+        stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+        for number, seconds in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(np.full((size[1], size[0], 3), 20 + 10 * number, np.uint8), "rgb24")
+            frame.pts, frame.time_base = round(seconds * 1000), Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def numbers(data: bytes, fps: float, max_frames: int = 0) -> list[int]:
+    """Which source frames were stored."""
+    jpegs = pack_video(data, 48, 95, fps, max_frames).jpegs
+    return [round((simplejpeg.decode_jpeg(jpeg, "RGB").mean() - 20) / 10) for jpeg in jpegs]
+
+
+def test_frames_are_chosen_by_time() -> None:
+    steady = clip([number / 10 for number in range(20)])
+    assert numbers(steady, 10) == list(range(20))
+    assert numbers(steady, 2) == [0, 5, 10, 15]
+    assert numbers(steady, 2, max_frames=3) == [0, 5, 10]
+    packed = pack_video(steady, 48, 90, 2, 0)
+    assert packed.times == (0.0, 0.5, 1.0, 1.5)
+    assert packed.duration == pytest.approx(2.0, abs=0.1)
+
+
+def test_a_variable_rate_keeps_its_timing() -> None:
+    uneven = clip([0.0, 0.1, 0.2, 1.2, 1.3, 2.9])
+    assert numbers(uneven, 2) == [0, 2, 2, 4, 4, 4, 5]
+
+
+def test_a_late_start_and_a_single_frame() -> None:
+    assert numbers(clip([5.0, 5.5, 6.0]), 2) == [0, 1, 2]
+    assert numbers(clip([0.0]), 2) == [0]
+
+
+def test_an_odd_size_shrinks_and_other_codecs_are_read() -> None:
+    data = clip([number / 10 for number in range(5)], (128, 96), "mpeg4", "avi")
+    packed = pack_video(data, 48, 90, 10, 0)
+    assert (packed.width, packed.height) == (64, 48)
+
+
+@pytest.mark.parametrize("data", [b"", b"no video", clip([0.0, 0.5])[:300]], ids=["empty", "text", "header"])
+def test_broken_clips_are_refused(data: bytes) -> None:
+    with pytest.raises(MediaError):
+        pack_video(data, 48, 90, 2, 0)
