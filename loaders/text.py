@@ -24,10 +24,10 @@ class Tokenizer:
 
     def __init__(self, vocab: str | Path) -> None:
         self.path = Path(vocab)
-        self._tokenizer = BertWordPieceTokenizer(str(vocab), lowercase=True)
-        missing = [token for token in SPECIAL if self._tokenizer.token_to_id(token) is None]
+        missing = set(SPECIAL) - set(self.path.read_text(encoding="utf-8").splitlines())
         if missing:
-            raise ValueError(f"{vocab} lacks {', '.join(missing)}: it is no BERT vocabulary")
+            raise ValueError(f"{vocab} lacks {', '.join(sorted(missing))}: it is no BERT vocabulary")
+        self._tokenizer = BertWordPieceTokenizer(str(vocab), lowercase=True)
         self.pad_id, _, self.cls_id, self.sep_id, self.mask_id = (self._tokenizer.token_to_id(t) for t in SPECIAL)
         self.vocab_size: int = self._tokenizer.get_vocab_size()
 

@@ -1,0 +1,62 @@
+"""Cleaning and tokenising, as the official code does it."""
+
+import json
+
+import pytest
+from conftest import SHARED
+
+from loaders.text import Tokenizer, clean_text
+
+TABLES = SHARED / "golden" / "08_pure" / "tables"
+
+
+def test_cleaning() -> None:
+    assert clean_text(' A "dog" (brown), runs!  ') == "a dog brown runs"
+    assert clean_text("black-and-white <person> hat\n") == "black and white person hat"
+    assert clean_text("half-eaten and/or  cold") == "half eaten and or cold"
+
+
+def test_ids_begin_with_cls_and_have_no_sep(tokenizer: Tokenizer) -> None:
+    ids, mask = tokenizer.encode(["a large red star", "a", "a red star and a blue ring " * 9], 12)
+    assert ids.shape == mask.shape == (3, 12)
+    assert (ids[:, 0] == tokenizer.cls_id).all()
+    assert not (ids == tokenizer.sep_id).any()
+    assert mask.sum(1).tolist() == [5, 2, 12]
+    assert ((ids == tokenizer.pad_id) == (mask == 0)).all()
+    assert tokenizer.decode(ids[0].tolist()) == "a large red star"
+    answer, _ = tokenizer.encode(["red [SEP]"], 5)
+    assert answer[0].tolist()[2] == tokenizer.sep_id
+
+
+def test_a_tokenizer_travels_with_a_checkpoint(tokenizer: Tokenizer, tmp_path) -> None:
+    tokenizer.save(tmp_path)
+    again = Tokenizer.load(str(tmp_path))
+    assert again.vocab_size == tokenizer.vocab_size
+    assert again.encode(["a star"], 4)[0].tolist() == tokenizer.encode(["a star"], 4)[0].tolist()
+
+
+def test_what_cannot_be_loaded_says_what_to_set(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match="no vocabulary file"):
+        Tokenizer.load(str(tmp_path / "vocab.txt"))
+    (tmp_path / "bad.txt").write_text("one\ntwo\n")
+    with pytest.raises(ValueError, match=r"lacks \[CLS\], \[MASK\], \[PAD\]"):
+        Tokenizer.load(str(tmp_path / "bad.txt"))
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("rows", [json.loads((TABLES / "pre_text.json").read_text())] if TABLES.exists() else [])
+def test_cleaning_equals_the_official_table(rows) -> None:
+    compared = [(row["text"], row["result"]) for row in rows if row["max_l"] is None]
+    assert compared
+    for text, result in compared:
+        assert clean_text(text) == result
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("rows", [json.loads((TABLES / "tokenizer.json").read_text())] if TABLES.exists() else [])
+def test_tokenising_equals_the_official_table(rows) -> None:
+    tokenizer = Tokenizer.load(str(SHARED / "golden" / "vocab.txt"))
+    for row in rows["rows"]:
+        ids, mask = tokenizer.encode([row["input"]], rows["max_length"])
+        assert ids[0].tolist() == row["input_ids"], row
+        assert mask[0].tolist() == row["attention_mask"]
