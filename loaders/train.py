@@ -153,6 +153,7 @@ class TrainLoader:
         self.counters["read_seconds"] += read - started
         self.counters["decode_seconds"] += time.perf_counter() - read
         self.counters["samples"] += len(samples)
+        self._judge()
         self.counters["bytes_read"] += sum(len(data) for item in samples for data in item.clip.jpegs)
         return self._collate(kind, epoch, step, frames, samples)
 
@@ -175,11 +176,15 @@ class TrainLoader:
         self.quarantine[sample.name] = reason
         self.counters["quarantined"] = len(self.quarantine)
         log.warning("rank %d: %s is left out: %s", self.rank, sample.name, reason)
-        seen = self.counters["samples"] + 1
-        if seen > ENOUGH_TO_JUDGE and len(self.quarantine) > self.config.max_bad_share * seen:
+
+    def _judge(self) -> None:
+        """Raise ValueError when more of the samples read are unusable than `max_bad_share`."""
+        seen = self.counters["samples"]
+        if seen >= ENOUGH_TO_JUDGE and len(self.quarantine) > self.config.max_bad_share * seen:
+            name, reason = list(self.quarantine.items())[-1]
             raise ValueError(
                 f"{len(self.quarantine)} of {seen:.0f} samples are unusable, more than max_bad_share="
-                f"{self.config.max_bad_share}; the last is {sample.name} ({reason}): "
+                f"{self.config.max_bad_share}; the last is {name} ({reason}): "
                 "check the corpus with `python -m sharding.verify`"
             )
 

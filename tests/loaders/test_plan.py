@@ -1,5 +1,7 @@
 """The epoch plan: every unit once, the same for any number of ranks, and resumable anywhere."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -44,7 +46,7 @@ def test_lanes_are_equal_pieces_and_own_their_positions(plan: EpochPlan) -> None
     bounds = [plan.lane_bounds(lane) for lane in range(plan.lanes)]
     assert bounds[0][0] == 0
     assert bounds[-1][1] == plan.units
-    assert all(before[1] == after[0] for before, after in zip(bounds, bounds[1:], strict=False))
+    assert all(before[1] == after[0] for before, after in itertools.pairwise(bounds))
     sizes = [end - first for first, end in bounds]
     assert max(sizes) - min(sizes) <= 1
 

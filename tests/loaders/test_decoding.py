@@ -1,0 +1,98 @@
+"""Decoding: both back ends show the same picture, and one bad image harms no other."""
+
+import cv2
+import numpy as np
+import pytest
+import simplejpeg
+import torch
+
+from loaders.clips import Window
+from loaders.decoding import Clip, CpuDecoder, make_decoder
+
+SIZE = 32
+
+
+def picture(seed: int, height: int = 60, width: int = 80) -> bytes:
+    small = np.random.default_rng(seed).integers(0, 255, (6, 8, 3), np.uint8)
+    pixels = cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC)
+    return simplejpeg.encode_jpeg(pixels, quality=92, colorspace="RGB", colorsubsampling="420")
+
+
+def clips(count: int = 6, frames: int = 2) -> list[Clip]:
+    windows = [Window(0, 0, 60, 80), Window(5, 9, 40, 44), Window(5, 9, 40, 44, flip=True), Window(20, 30, 32, 32)]
+    return [
+        Clip([picture(10 * number + frame) for frame in range(frames)], 60, 80, windows[number % 4])
+        for number in range(count)
+    ]
+
+
+@pytest.fixture(params=["cpu", "dali"])
+def decoder(request: pytest.FixtureRequest):
+    decoder = make_decoder(request.param, SIZE, 2, antialias=False)
+    yield decoder
+    decoder.close()
+
+
+def test_what_is_shown_is_the_window_resized_and_mirrored(decoder) -> None:
+    batch = clips()
+    frames, bad = decoder.decode(batch)
+    assert not bad
+    assert frames.shape == (6, 2, SIZE, SIZE, 3)
+    assert frames.dtype == torch.uint8
+    for number, clip in enumerate(batch):
+        for frame, data in enumerate(clip.jpegs):
+            w = clip.window
+            crop = simplejpeg.decode_jpeg(data, "RGB")[w.top : w.top + w.height, w.left : w.left + w.width]
+            expected = cv2.resize(crop, (SIZE, SIZE), interpolation=cv2.INTER_CUBIC)
+            expected = expected[:, ::-1] if w.flip else expected
+            difference = np.abs(frames[number, frame].cpu().numpy().astype(int) - expected)
+            assert difference.max() <= 4
+            assert difference.mean() < 0.5
+
+
+def test_bicubic_agrees_with_pytorch_without_antialiasing() -> None:
+    (clip,) = clips(1, 1)
+    frames, _ = CpuDecoder(SIZE, 1).decode([clip])
+    pixels = torch.from_numpy(simplejpeg.decode_jpeg(clip.jpegs[0], "RGB")).permute(2, 0, 1)[None].float()
+    official = torch.nn.functional.interpolate(pixels, (SIZE, SIZE), mode="bicubic", align_corners=False)
+    official = official.round().clamp(0, 255)[0].permute(1, 2, 0)
+    difference = (frames[0, 0].float() - official).abs()
+    assert difference.max() <= 1
+    assert difference.mean() < 0.05
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"<html>", picture(3)[:200], picture(3)[:-500], picture(3, 40, 40)],
+    ids=["empty", "html", "header", "cut", "other-size"],
+)
+def test_a_bad_frame_is_reported_and_the_others_are_shown(decoder, data: bytes) -> None:
+    batch = clips()
+    good, _ = decoder.decode(batch)
+    batch[2] = Clip([batch[2].jpegs[0], data], 60, 80, batch[2].window)
+    frames, bad = decoder.decode(batch)
+    if not (data == picture(3)[:-500] and not bad):  # libjpeg can fill in a lost end; the CRC finds it beforehand
+        assert set(bad) == {2}
+    others = [number for number in range(6) if number != 2]
+    assert torch.equal(frames[others], good[others])
+    again, bad = decoder.decode(clips())
+    assert not bad
+    assert torch.equal(again, good)
+
+
+def test_a_batch_of_bad_frames_only(decoder) -> None:
+    batch = [Clip([b"nothing"], 60, 80, Window(0, 0, 60, 80))] * 3
+    _, bad = decoder.decode(batch)
+    assert set(bad) == {0, 1, 2}
+    assert not decoder.decode(clips())[1]
+
+
+def test_repeated_frames_are_the_same_picture(decoder) -> None:
+    data = picture(1)
+    frames, _ = decoder.decode([Clip([data, data, data], 60, 80, Window(0, 0, 60, 80))])
+    assert torch.equal(frames[0, 0], frames[0, 2])
+
+
+def test_unknown_back_ends_are_named() -> None:
+    with pytest.raises(ValueError, match="decode is 'gpu', must be one of auto, dali, cpu"):
+        make_decoder("gpu", SIZE, 1, antialias=False)

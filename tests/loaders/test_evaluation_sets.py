@@ -1,0 +1,66 @@
+"""Test sets: every visual once over all ranks, texts matched with what they describe."""
+
+import pytest
+from conftest import ShapesCorpus
+
+from loaders.config import LoaderConfig
+from loaders.evaluation import ChoiceSet, QASet, RetrievalSet
+from sharding.build import build_corpus
+
+CONFIG = LoaderConfig(image_res=32, decode="cpu", threads=1)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 5])
+@pytest.mark.parametrize("name", ["images_test", "clips_test_motion"])
+def test_every_visual_exactly_once(shapes: ShapesCorpus, name: str, world_size: int) -> None:
+    dataset = RetrievalSet(shapes.url(name), CONFIG)
+    frames = 1 if dataset.media_type == "image" else 3
+    seen = []
+    for rank in range(world_size):
+        for batch in dataset.batches(3, 7, rank, world_size):
+            assert batch.frames.shape == (len(batch.keys), frames, 32, 32, 3)
+            seen += batch.indices.tolist()
+    assert sorted(seen) == list(range(24))
+    assert not dataset.missing
+    assert len(dataset.thumbnail(3, 2)) == min(frames, 2)
+
+
+def test_texts_know_their_visuals(shapes: ShapesCorpus) -> None:
+    dataset = RetrievalSet(shapes.url("images_test"), CONFIG)
+    assert len(set(dataset.texts)) == len(dataset.texts)
+    for text, visuals in enumerate(dataset.visuals_of_text):
+        assert visuals
+        assert all(text in dataset.texts_of_visual[visual] for visual in visuals)
+
+
+def test_captions_shared_by_clips_are_one_text(shapes: ShapesCorpus, tmp_path) -> None:
+    build_corpus(
+        [str(shapes.folder / "ssv2_test.json")],
+        str(shapes.folder / "media"),
+        "video",
+        str(tmp_path / "x"),
+        size=48,
+        fps=2,
+    )
+    dataset = RetrievalSet(str(tmp_path / "x"), CONFIG)
+    assert len(dataset.texts) < 24
+    assert sum(len(visuals) for visuals in dataset.visuals_of_text) == 24
+
+
+def test_paragraphs_join_a_visuals_captions(shapes: ShapesCorpus) -> None:
+    apart = RetrievalSet(shapes.url("clips_train"), CONFIG)
+    joined = RetrievalSet(shapes.url("clips_train"), CONFIG, paragraph=True)
+    assert len(joined.texts) <= joined.num_visuals < len(apart.texts)
+
+
+def test_questions_and_options(shapes: ShapesCorpus) -> None:
+    questions = QASet(shapes.url("qa_test"), CONFIG)
+    assert len(questions.questions) == 24
+    assert questions.questions[0].answers
+    assert "?" not in questions.questions[0].question
+    choices = ChoiceSet(shapes.url("mc_test"), CONFIG)
+    assert {len(item.options) for item in choices.choices} == {5}
+    with pytest.raises(ValueError, match="holds no questions"):
+        QASet(shapes.url("images_test"), CONFIG)
+    with pytest.raises(ValueError, match="holds no captions"):
+        RetrievalSet(shapes.url("qa_test"), CONFIG)

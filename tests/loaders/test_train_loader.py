@@ -1,0 +1,162 @@
+"""The training loader: exactly once, the same batches whatever the ranks, bad samples replaced whole."""
+
+import shutil
+import threading
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import ShapesCorpus
+
+from loaders.config import LoaderConfig, PerMedia, VideoInput
+from loaders.text import Tokenizer, clean_text
+from loaders.train import TrainLoader
+from sharding.schema import read_corpus, read_index
+
+
+def config(**settings) -> LoaderConfig:
+    options = {"batch_size": PerMedia(12, 6), "image_res": 32, "decode": "cpu", "threads": 1, "lanes": 8}
+    return LoaderConfig(**options | {"video_input": VideoInput(num_frames=2)} | settings)
+
+
+def corpora(shapes: ShapesCorpus) -> list[str]:
+    return [shapes.url("images_train"), shapes.url("clips_train")]
+
+
+def texts_by_key(url: str) -> dict[str, list[str]]:
+    corpus = read_corpus(url)
+    rows = [row for shard in range(len(corpus.shards)) for row in read_index(corpus, shard).to_pylist()]
+    return {f"{corpus.name}/{row['key']}": [clean_text(text) for text in row["captions"]] for row in rows}
+
+
+def test_an_epoch_holds_every_sample_once_in_batches_of_one_medium(shapes, tokenizer: Tokenizer) -> None:
+    loader = TrainLoader(corpora(shapes), tokenizer, config())
+    assert loader.media_steps == {"image": 12, "video": 6}
+    batches = list(loader)
+    assert [batch.step for batch in batches] == list(range(18))
+    keys = [key for batch in batches for key in batch.keys]
+    assert len(keys) == len(set(keys)) == 12 * 12 + 6 * 6
+    for batch in batches:
+        frames = 1 if batch.media_type == "image" else 2
+        assert batch.frames.shape == (12 if frames == 1 else 6, frames, 32, 32, 3)
+        assert len({key.split("/")[0] for key in batch.keys}) == 1
+        assert len(set(batch.idx.tolist())) == len(batch.keys)
+    assert loader.state_dict() == {"epoch": 1, "step": 0}
+    second = [key for batch in loader for key in batch.keys]
+    assert keys != second
+    loader.close()
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_share_the_same_global_batches(shapes, tokenizer: Tokenizer, world_size: int) -> None:
+    whole = list(TrainLoader(corpora(shapes), tokenizer, config()))
+    parts = [list(TrainLoader(corpora(shapes), tokenizer, config(), rank, world_size)) for rank in range(world_size)]
+    for step, batch in enumerate(whole):
+        for rank in range(world_size):
+            part = parts[rank][step]
+            assert part.keys == batch.keys[rank::world_size]
+            assert torch.equal(part.frames, batch.frames[rank::world_size])
+            assert torch.equal(part.input_ids, batch.input_ids[rank::world_size])
+            assert torch.equal(part.idx, batch.idx[rank::world_size])
+
+
+def test_resuming_gives_the_remaining_batches_to_the_bit(shapes, tokenizer: Tokenizer) -> None:
+    whole = list(TrainLoader(corpora(shapes), tokenizer, config()))
+    loader = TrainLoader(corpora(shapes), tokenizer, config())
+    steps = iter(loader)
+    for _ in range(7):
+        next(steps)
+    state = loader.state_dict()
+    assert state == {"epoch": 0, "step": 7}
+    again = TrainLoader(corpora(shapes), tokenizer, config(prefetch=1))
+    again.load_state_dict(state)
+    rest = list(again)
+    assert len(rest) == len(whole) - 7
+    for one, other in zip(rest, whole[7:], strict=True):
+        assert one.keys == other.keys
+        assert torch.equal(one.frames, other.frames)
+        assert torch.equal(one.input_ids, other.input_ids)
+
+
+def test_captions_are_the_samples_own_and_change_between_epochs(shapes, tokenizer: Tokenizer) -> None:
+    own = texts_by_key(shapes.url("images_train"))
+    loader = TrainLoader([shapes.url("images_train")], tokenizer, config())
+    drawn: dict[str, set[str]] = {}
+    for _ in range(4):
+        for batch in loader:
+            for key, ids in zip(batch.keys, batch.input_ids, strict=True):
+                text = tokenizer.decode(ids.tolist())
+                assert text in own[key]
+                drawn.setdefault(key, set()).add(text)
+    assert max(len(texts) for texts in drawn.values()) >= 2
+
+
+def test_each_caption_or_question_can_be_an_item_of_its_own(shapes, tokenizer: Tokenizer) -> None:
+    loader = TrainLoader([shapes.url("images_train")], tokenizer, config(unit="captions"))
+    assert sum(loader.lines["image"].counts) == 450
+    pairs = [pair for batch in loader for pair in zip(batch.keys, map(tuple, batch.input_ids.tolist()), strict=True)]
+    assert len(pairs) == 450 // 12 * 12
+    questions = TrainLoader([shapes.url("qa_train")], tokenizer, config(unit="questions"))
+    batch = next(iter(questions))
+    assert batch.answers is not None
+    assert batch.answers.per_question.tolist() == [1] * 6
+    assert batch.answers.weights.tolist() == [1.0] * 6
+    assert tokenizer.sep_id in batch.answers.input_ids[0]
+
+
+def damaged(shapes: ShapesCorpus, folder: Path, rows: list[int]) -> tuple[str, list[str]]:
+    """A copy of images_train in which the given samples of the first shard carry flipped bytes."""
+    shutil.copytree(shapes.url("images_train"), folder)
+    corpus = read_corpus(str(folder))
+    index = pq.read_table(folder / corpus.shards[0].index_name).to_pylist()
+    tar = bytearray((folder / corpus.shards[0].name).read_bytes())
+    for row in rows:
+        tar[index[row]["offsets"][0] + index[row]["sizes"][0] // 2] ^= 0xFF
+    (folder / corpus.shards[0].name).write_bytes(tar)
+    return str(folder), [f"{corpus.name}/{index[row]['key']}" for row in rows]
+
+
+def test_bad_samples_are_quarantined_and_replaced_with_their_text(shapes, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    url, bad = damaged(shapes, tmp_path / "bad", [0, 3, 4])
+    own = texts_by_key(url)
+    loader = TrainLoader([url], tokenizer, config(max_bad_share=0.1))
+    batches = [batch for _ in range(3) for batch in loader]
+    assert len(batches) == 36
+    assert set(loader.quarantine) == set(bad)
+    assert loader.counters["quarantined"] == 3
+    assert all("CRC-32" in reason for reason in loader.quarantine.values())
+    for batch in batches:
+        assert not set(batch.keys) & set(bad)
+        for key, ids in zip(batch.keys, batch.input_ids, strict=True):
+            assert tokenizer.decode(ids.tolist()) in own[key]
+
+
+def test_too_many_bad_samples_end_the_run_naming_one(shapes, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    url, _ = damaged(shapes, tmp_path / "bad", list(range(0, 50, 5)))
+    loader = TrainLoader([url], tokenizer, config(max_bad_share=0.001))
+    with pytest.raises(ValueError, match=r"unusable, more than max_bad_share=0.001"):
+        [list(loader) for _ in range(4)]
+
+
+def test_threads_end_with_the_iteration(shapes, tokenizer: Tokenizer) -> None:
+    before = threading.active_count()
+    loader = TrainLoader(corpora(shapes), tokenizer, config())
+    steps = iter(loader)
+    next(steps)
+    steps.close()
+    loader.close()
+    assert threading.active_count() <= before
+
+
+def test_what_does_not_fit_is_told_at_once(shapes, tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match=r"batch_size\.image=12 cannot be shared equally by 5 processes"):
+        TrainLoader(corpora(shapes), tokenizer, config(), 0, 5)
+    with pytest.raises(ValueError, match="is more than the 40 samples"):
+        TrainLoader(corpora(shapes), tokenizer, config(batch_size=PerMedia(12, 64)))
+    with pytest.raises(ValueError, match="holds no captions"):
+        TrainLoader([shapes.url("qa_train")], tokenizer, config())
+    with pytest.raises(FileNotFoundError, match="is no packed corpus"):
+        TrainLoader(["/nowhere"], tokenizer, config())
+    with pytest.raises(ValueError, match="train_corpus is empty"):
+        TrainLoader([], tokenizer, config())
