@@ -64,12 +64,17 @@ class ShardWriter:
         self.tar.close()
         self.file.close()
         index = self.path.with_suffix(".parquet")
-        schema = INDEX_SCHEMA.with_metadata({FAILURES: json.dumps(failures)})
-        pq.write_table(pa.Table.from_pylist(self.rows, schema=schema), index, compression="zstd")
+        write_index(index, self.rows, failures)
         info = shard_info(self.name, self.path, index, self.rows)
         publish(self.path, join_url(self.output, self.name))
         publish(index, join_url(self.output, info.index_name))
         return info
+
+
+def write_index(path: Path, rows: list[dict[str, Any]], failures: list[dict[str, Any]]) -> None:
+    """Write a shard's index; `failures` go into its metadata."""
+    schema = INDEX_SCHEMA.with_metadata({FAILURES: json.dumps(failures)})
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, compression="zstd")
 
 
 def publish(path: Path, target: str) -> None:

@@ -1,0 +1,109 @@
+"""Verifying, inspecting and indexing packed shards."""
+
+import io
+import json
+import random
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+import webdataset
+
+from sharding.index import index_shards
+from sharding.index import main as index_main
+from sharding.inspect import main as inspect_main
+from sharding.schema import read_corpus, read_index
+from sharding.verify import main as verify_main
+from sharding.verify import verify_corpus
+
+
+@pytest.fixture
+def corpus(shapes, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(shapes.url("clips_train"), tmp_path / "clips"))
+
+
+def test_a_sound_corpus_has_no_faults(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify_main([str(corpus), "--decode"]) == 0
+    assert "no faults" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_flipped_byte_is_found(corpus: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    file = chance.choice(sorted(corpus.glob("clips_train-*")))
+    data = bytearray(file.read_bytes())
+    data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+    file.write_bytes(data)
+    faults = verify_corpus(str(corpus))
+    assert faults
+    assert all(fault.startswith(file.stem) for fault in faults)
+
+
+def test_truncated_and_missing_files_are_named(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tar = sorted(corpus.glob("*.tar"))[0]
+    tar.write_bytes(tar.read_bytes()[: tar.stat().st_size // 2])
+    assert any("bytes, corpus.json says" in fault for fault in verify_corpus(str(corpus)))
+    tar.unlink()
+    assert verify_main([str(corpus)]) == 1
+    assert tar.name in capsys.readouterr().out
+    assert verify_main([str(corpus / "nothing")]) == 2
+
+
+def test_inspect_shows_numbers_a_sample_and_pictures(corpus: Path, tmp_path: Path, capsys) -> None:
+    assert inspect_main([str(corpus), "--sample", "7", "--sheet", str(tmp_path / "sheet.png")]) == 0
+    out = capsys.readouterr().out
+    assert "40 samples, 320 frames, 120 captions" in out
+    assert "head -c" in out
+    assert (tmp_path / "sheet.png").stat().st_size > 1000
+    assert inspect_main([str(corpus), "--sample", "40"]) == 2
+    assert "has samples 0 to 39" in capsys.readouterr().err
+
+
+def test_the_command_that_inspect_prints_fetches_the_frame(corpus: Path, capsys) -> None:
+    first = read_index(read_corpus(str(corpus)), 0).to_pylist()[0]
+    inspect_main([str(corpus)])
+    line = next(line for line in capsys.readouterr().out.splitlines() if "first frame" in line)
+    start, size = int(line.split("tail -c +")[1].split()[0]), int(line.split("head -c ")[1].split()[0])
+    tar = sorted(corpus.glob("*.tar"))[0].read_bytes()
+    assert (start - 1, size) == (first["offsets"][0], first["sizes"][0])
+    assert tar[start - 1 : start + 1] == b"\xff\xd8"
+
+
+def test_a_lost_index_is_made_again(corpus: Path) -> None:
+    before = [read_index(read_corpus(str(corpus)), 0).to_pylist()]
+    for file in [*corpus.glob("*.parquet"), corpus / "corpus.json"]:
+        file.unlink()
+    again = index_shards(str(corpus))
+    assert again.media_type == "video"
+    assert [read_index(again, 0).to_pylist()] == before
+    assert not verify_corpus(str(corpus), decode=True)
+
+
+def test_shards_of_other_tools_are_indexed_in_place(shapes, tmp_path: Path) -> None:
+    pictures = sorted((shapes.folder / "media" / "images").rglob("*.jpg"))[:30]
+    with webdataset.ShardWriter(str(tmp_path / "%05d.tar"), maxcount=12, verbose=0) as sink:
+        for number, path in enumerate(pictures):
+            texts = (
+                {"txt": f"caption {number}"} if number % 2 else {"json": json.dumps({"caption": f"caption {number}"})}
+            )
+            sink.write({"__key__": f"{number:09d}", "jpg": path.read_bytes(), **texts})
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.tar")}
+    assert index_main([str(tmp_path)]) == 0
+    corpus = read_corpus(str(tmp_path))
+    rows = [row for shard in range(len(corpus.shards)) for row in read_index(corpus, shard).to_pylist()]
+    assert [row["captions"] for row in rows] == [[f"caption {number}"] for number in range(30)]
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.tar")} == before
+    assert not verify_corpus(str(tmp_path), decode=True)
+
+
+def test_what_cannot_be_indexed_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"holds no \.tar files"):
+        index_shards(str(tmp_path))
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("notes.txt"), io.BytesIO())
+    with pytest.raises(ValueError, match="holds no pictures"):
+        index_shards(str(tmp_path))
+    (tmp_path / "a.tar").write_bytes(b"\x1f\x8b not a tar")
+    with pytest.raises(ValueError, match="no plain tar"):
+        index_shards(str(tmp_path))
