@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -11,6 +13,7 @@ from typing import Any
 import fsspec
 
 MEDIA_KEYS = ("image", "video")
+PART = re.compile(r"#t=(\d+(?:\.\d+)?)(?:,(\d+(?:\.\d+)?))?$")  # the W3C's form of a part of a clip
 
 
 @dataclass
@@ -56,11 +59,42 @@ def read_records(file: str) -> Iterator[dict[str, Any]]:
 
 
 def media_of(record: dict[str, Any], file: str, number: int) -> str:
-    """The media path of a record; raises ValueError naming file and record when it has none."""
+    """The media path of a record, with `#t=START,END` where it is a part of a clip.
+
+    Raises:
+        ValueError: naming file and record when there is no path, or its "start" and "end" are no seconds.
+    """
     for key in MEDIA_KEYS:
         if isinstance(record.get(key), str) and record[key]:
-            return record[key]
+            return record[key] + part_of(record, file, number)
     raise ValueError(f'{file}, record {number}: no "image" or "video" path; its keys are {sorted(record)}')
+
+
+def part_of(record: dict[str, Any], file: str, number: int) -> str:
+    """`#t=START,END` (seconds) of a record with "start" or "end"; else nothing."""
+    start, end = record.get("start"), record.get("end")
+    if start is None and end is None:
+        return ""
+    try:
+        first, last = float(start or 0), math.inf if end is None else float(end)
+    except (TypeError, ValueError):
+        first, last = 0.0, -1.0
+    if not 0 <= first < last:
+        raise ValueError(f'{file}, record {number}: "start" {start!r} and "end" {end!r} must be seconds, start first')
+    return f"#t={seconds(first)}" + ("" if math.isinf(last) else f",{seconds(last)}")
+
+
+def seconds(value: float) -> str:
+    """Seconds without needless digits."""
+    return f"{value:.3f}".rstrip("0").rstrip(".")
+
+
+def split_part(source: str) -> tuple[str, float, float]:
+    """(media path, start, end) of a source; 0 and infinity where it names no part."""
+    match = PART.search(source)
+    if match is None:
+        return source, 0.0, math.inf
+    return source[: match.start()], float(match[1]), float(match[2] or math.inf)
 
 
 def add_text(item: Item, record: dict[str, Any], file: str, number: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import json
 import sys
@@ -10,16 +11,20 @@ import tarfile
 import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 from tqdm import tqdm
 
 from sharding.annotations import question_of
-from sharding.schema import Corpus, ShardInfo, join_url
-from sharding.writing import publish, shard_info, write_index
+from sharding.output import local_form, write_text
+from sharding.schema import INDEX_SCHEMA, Corpus, ShardInfo, join_url, read_corpus
+from sharding.writing import counts, publish, sha256, write_index
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 CAPTION_KEYS = ("captions", "caption", "text", "TEXT")
@@ -36,6 +41,7 @@ def index_shards(url: str, fps: float = 0.0, progress: bool = False) -> Corpus:
         FileNotFoundError: no tars at `url`.
         ValueError: a tar is compressed or damaged, holds no pictures, or pictures and clips are mixed.
     """
+    url = local_form(url)
     filesystem, root = fsspec.url_to_fs(url)
     names = sorted(path.rsplit("/", 1)[-1] for path in filesystem.glob(join_url(root, "*.tar")))
     if not names:
@@ -47,29 +53,64 @@ def index_shards(url: str, fps: float = 0.0, progress: bool = False) -> Corpus:
         kinds.add(kind)
     if len(kinds) > 1:
         raise ValueError(f"{url} holds pictures and clips: a corpus has one kind, put them into folders of their own")
-    corpus = Corpus(url, url.rstrip("/").rsplit("/", 1)[-1], kinds.pop(), tuple(shards), {"indexed": True})
-    with tempfile.NamedTemporaryFile("w", delete=False, dir=None if "://" in url else url) as file:
-        file.write(corpus.to_json())
-    Path(file.name).chmod(0o644)
-    publish(Path(file.name), join_url(url, "corpus.json"))
+    known = known_corpus(url)
+    name, settings = (known.name, known.settings) if known else (url.rstrip("/").rsplit("/", 1)[-1], {"indexed": True})
+    corpus = Corpus(url, name, kinds.pop(), tuple(shards), settings)
+    with scratch_for(url) as scratch:
+        write_text(join_url(url, "corpus.json"), corpus.to_json(), scratch)
     return corpus
+
+
+def known_corpus(url: str) -> Corpus | None:
+    """What `corpus.json` says, where there is one already."""
+    try:
+        return read_corpus(url)
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+@contextmanager
+def scratch_for(url: str) -> Iterator[Path]:
+    """A folder for unfinished files, inside `url` where that is local, so that they can be renamed into place."""
+    with tempfile.TemporaryDirectory(dir=None if "://" in url else url, prefix=".index-") as folder:
+        yield Path(folder)
 
 
 def index_shard(url: str, name: str, fps: float) -> tuple[ShardInfo, str]:
     """Index one tar; returns its line of corpus.json and whether it holds images or video."""
-    with tempfile.TemporaryDirectory(dir=None if "://" in url else url, prefix=".index-") as scratch:
-        local = Path(scratch) / name
-        with fsspec.open(join_url(url, name), "rb") as source:
-            data = source.read()
-        local.write_bytes(data)
-        rows = list(sample_rows(data, name, fps))
-        if not rows:
-            raise ValueError(f"{join_url(url, name)} holds no pictures that could be indexed")
-        index = local.with_suffix(".parquet")
-        write_index(index, rows, [])
-        info = shard_info(name, local, index, rows)
-        publish(index, join_url(url, info.index_name))
+    with fsspec.open(join_url(url, name), "rb") as source:
+        data = source.read()
+    rows = list(sample_rows(data, name, fps))
+    if not rows:
+        raise ValueError(f"{join_url(url, name)} holds no pictures that could be indexed")
+    index_name = name.removesuffix(".tar") + ".parquet"
+    if is_foreign(join_url(url, index_name)):
+        index_name = name.removesuffix(".tar") + ".index.parquet"
+    with scratch_for(url) as scratch:
+        index = scratch / index_name
+        write_index(index, rows)
+        info = ShardInfo(
+            name,
+            **counts(rows),
+            bytes=len(data),
+            sha256=hashlib.sha256(data).hexdigest(),
+            index_bytes=index.stat().st_size,
+            index_sha256=sha256(index),
+            index=index_name if index_name.endswith(".index.parquet") else "",
+        )
+        publish(index, join_url(url, index_name))
     return info, "image" if rows[0]["fps"] is None else "video"
+
+
+def is_foreign(url: str) -> bool:
+    """Whether another tool's file has this name, as the metadata that img2dataset writes beside each tar."""
+    try:
+        with fsspec.open(url, "rb") as file:
+            return not pq.read_schema(file).equals(INDEX_SCHEMA)
+    except FileNotFoundError:
+        return False
+    except pa.ArrowInvalid:
+        return False  # damaged, whoever wrote it
 
 
 def sample_rows(data: bytes, name: str, fps: float) -> Iterator[dict[str, Any]]:
@@ -85,7 +126,7 @@ def sample_rows(data: bytes, name: str, fps: float) -> Iterator[dict[str, Any]]:
         key, _, ending = file.partition(".")
         samples.setdefault(f"{folder}/{key}" if folder else key, {})[ending.lower()] = member
     for key, parts in samples.items():
-        pictures = sorted(ending for ending in parts if ending.rsplit(".", 1)[-1] in PICTURES)
+        pictures = [ending for ending in parts if ending.rsplit(".", 1)[-1] in PICTURES]
         if pictures:
             yield sample_row(key, [parts[ending] for ending in pictures], texts_of(data, parts), data, fps)
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
+import math
+import mmap
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +17,7 @@ import simplejpeg
 from PIL import Image, ImageOps
 
 EXIF_ORIENTATION = 0x0112
+SEEK_BEYOND = 5.0  # seconds; to a start that is nearer a clip is decoded from its beginning
 
 
 class MediaError(Exception):
@@ -44,7 +48,7 @@ def pack_image(data: bytes, size: int, quality: int) -> Frames:
         raise MediaError("empty file")
     plain = plain_jpeg_size(data)
     if plain and min(plain) <= size:
-        decode_jpeg(data, 0)  # a truncated file must not pass through
+        decode_jpeg(data, 1)  # a truncated file must not pass through
         return Frames([data], *plain)
     pixels = decode_jpeg(data, size) if plain else decode_any(data)
     pixels = shrink(pixels, size)
@@ -107,67 +111,132 @@ def encode(pixels: np.ndarray, quality: int) -> bytes:
     return simplejpeg.encode_jpeg(pixels, quality=quality, colorspace="RGB", colorsubsampling="420")
 
 
-def pack_video(data: bytes, size: int, quality: int, fps: float, max_frames: int) -> Frames:
-    """A clip's stored form: the frames on screen 0, 1/fps, 2/fps ... seconds after its first frame.
+def pack_video(
+    data: bytes | mmap.mmap,
+    size: int,
+    quality: int,
+    fps: float,
+    max_frames: int = 0,
+    start: float = 0.0,
+    end: float = math.inf,
+) -> Frames:
+    """A clip's stored form: the frames on screen 0, 1/fps, 2/fps ... seconds after `start`, before `end`.
 
-    Frames are chosen by time stamp, so variable frame rates keep their timing. `max_frames` 0: no limit.
+    Frames are chosen by time stamp, so variable frame rates keep their timing; seconds count from the first frame.
+    `max_frames` 0: no limit; what lies behind the last frame wanted is not decoded.
 
     Raises:
-        MediaError: the bytes hold no video, or not one frame decodes.
+        MediaError: the bytes hold no video, or less than half of what the file promises decodes.
     """
-    if not data:
+    if not len(data):
         raise MediaError("empty file")
     try:
-        with av.open(io.BytesIO(data), mode="r") as container:
+        source = data if isinstance(data, mmap.mmap) else io.BytesIO(data)
+        with av.open(source, mode="r", metadata_errors="replace") as container:
             if not container.streams.video:
                 raise MediaError("no video stream")
-            return sample_clip(container, size, quality, fps, max_frames)
+            clip = Clip(container)
+            frames = sample_clip(clip, size, quality, fps, max_frames, start, end)
+            check_complete(clip, end)
+            return frames
     except (av.FFmpegError, ValueError) as error:
-        raise MediaError(f"unreadable video: {error}") from None
+        raise MediaError(f"unreadable video: {getattr(error, 'strerror', None) or error}") from None
 
 
-def sample_clip(container: av.container.InputContainer, size: int, quality: int, fps: float, max_frames: int) -> Frames:
-    """The stored frames of an open container; what decodes before a broken packet is kept."""
+def sample_clip(clip: Clip, size: int, quality: int, fps: float, max_frames: int, start: float, end: float) -> Frames:
+    """The stored frames of an open clip; raises MediaError when there is none."""
     jpegs: list[bytes] = []
+    times: list[float] = []
     shape = (0, 0)
-    end = 0.0
-    for frame, begin, end in shown_frames(container):
+    last = 0.0
+    for frame, until in clip.shown(start):
+        last = min(until, end) - start
         wanted = 0
-        while (len(jpegs) + wanted) / fps < end - 1e-6 and (not max_frames or len(jpegs) + wanted < max_frames):
+        while (len(times) + wanted) / fps < last - 1e-6 and not (max_frames and len(times) + wanted >= max_frames):
             wanted += 1
-        if wanted or not jpegs:
+        if wanted:
             pixels = shrink(picture(frame), size)
+            if jpegs and pixels.shape[:2] != shape:  # some streams change their size on the way
+                pixels = cv2.resize(pixels, shape[::-1], interpolation=cv2.INTER_AREA)
             shape = pixels.shape[:2]
-            jpegs += [encode(pixels, quality)] * max(wanted, 1)
-        if max_frames and len(jpegs) >= max_frames and begin > 0:
-            continue  # the rest is read for the clip's duration only
+            times += [(len(times) + number) / fps for number in range(wanted)]
+            jpegs += [encode(pixels, quality)] * wanted
+        if until >= end or (max_frames and len(times) >= max_frames):
+            last = min(max(clip.promised, until), end) - start
+            break
     if not jpegs:
-        raise MediaError("no frame decodes")
-    return Frames(jpegs, shape[1], shape[0], fps, end, tuple(index / fps for index in range(len(jpegs))))
+        raise MediaError("no frame decodes" if start <= 0 else f"no frame at {start:g} seconds or later")
+    return Frames(jpegs, shape[1], shape[0], fps, last, tuple(times))
 
 
-def shown_frames(container: av.container.InputContainer) -> Iterator[tuple[av.VideoFrame, float, float]]:
-    """(frame, first second, last second) of a clip's frames, in order; seconds count from the first frame."""
-    stream = container.streams.video[0]
-    stream.thread_type = "NONE"
-    step = 1.0 / float(stream.average_rate or stream.guessed_rate or 25)
-    held: av.VideoFrame | None = None
-    first = begin = 0.0
-    unit = float(stream.time_base or 0)
-    try:
-        for frame in container.decode(stream):
-            now = frame.pts * unit if frame.pts is not None and unit else begin + first + step
-            if held is None:
-                first = now
-                begin = 0.0
-            elif now - first > begin:
-                yield held, begin, now - first
-                begin = now - first
-            held = frame
-    except av.FFmpegError:
-        pass  # a broken packet ends the clip; frames before it count
-    if held is not None:
-        yield held, begin, begin + step
+def check_complete(clip: Clip, end: float) -> None:
+    """Refuse a clip of which damage left less than half."""
+    promised = min(clip.promised, end)
+    if clip.broken and clip.reached < promised / 2:
+        raise MediaError(f"damaged video: only a part decodes ({clip.broken})")
+
+
+class Clip:
+    """An open video: its frames with the seconds they are shown until, past broken packets."""
+
+    def __init__(self, container: av.container.InputContainer) -> None:
+        self.container = container
+        self.stream = container.streams.video[0]
+        self.stream.thread_type = "NONE"  # processes decode side by side, one clip each
+        self.unit = float(self.stream.time_base or 0)
+        self.step = 1.0 / float(self.stream.average_rate or self.stream.guessed_rate or 25)
+        self.broken = ""  # the decoder's complaint about the first broken packet
+        self.reached = 0.0  # seconds decoded
+
+    @property
+    def promised(self) -> float:
+        """Seconds that the header says the clip lasts; 0 when it says nothing."""
+        if self.stream.duration and self.unit:
+            return float(self.stream.duration * self.unit)
+        return (self.container.duration or 0) / av.time_base
+
+    def shown(self, start: float = 0.0) -> Iterator[tuple[av.VideoFrame, float]]:
+        """(frame, second until it is shown) in order of time, of frames shown later than `start`."""
+        frames = self.decoded()
+        held = next(frames, None)
+        if held is None:
+            return
+        origin = self.time_of(held, 0.0)
+        begin = 0.0
+        if start > SEEK_BEYOND:
+            frames = self.decoded_from(origin + start)
+        for frame in frames:
+            now = self.time_of(frame, origin + begin + self.step) - origin
+            if now > begin:
+                begin, held, before = now, frame, held
+                if begin > start:
+                    yield before, begin
+            self.reached = begin
+        self.reached = begin + self.step
+        if self.reached > start:
+            yield held, self.reached
+
+    def time_of(self, frame: av.VideoFrame, otherwise: float) -> float:
+        """A frame's time stamp in seconds."""
+        return frame.pts * self.unit if frame.pts is not None and self.unit else otherwise
+
+    def decoded_from(self, seconds: float) -> Iterator[av.VideoFrame]:
+        """Frames from a key frame before a time stamp on; all of them where the container cannot seek well."""
+        self.container.seek(int(seconds / self.unit), stream=self.stream)
+        frames = (frame for frame in self.decoded() if frame.pts is not None)
+        first = next(frames, None)
+        if first is None or self.time_of(first, math.inf) > seconds:
+            self.container.seek(0, stream=self.stream)
+            return self.decoded()
+        return itertools.chain([first], frames)
+
+    def decoded(self) -> Iterator[av.VideoFrame]:
+        """Frames in the order of the decoder; broken packets are passed over."""
+        for packet in self.container.demux(self.stream):
+            try:
+                yield from packet.decode()
+            except av.FFmpegError as error:
+                self.broken = self.broken or str(error.strerror)
 
 
 def picture(frame: av.VideoFrame) -> np.ndarray:

@@ -66,11 +66,12 @@ class ShardInfo:
     sha256: str
     index_bytes: int
     index_sha256: str
+    index: str = ""  # the index's file name where it is not the usual one, because that was taken
 
     @property
     def index_name(self) -> str:
         """File name of the shard's parquet index."""
-        return self.name.removesuffix(".tar") + ".parquet"
+        return self.index or self.name.removesuffix(".tar") + ".parquet"
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ class Corpus:
             for unit in ("samples", "frames", "captions", "questions", "choices", "bytes")
         }
         head = {"format": FORMAT, "version": VERSION, "name": self.name, "media_type": self.media_type}
-        body = {"settings": self.settings, "shards": [asdict(shard) for shard in self.shards]}
+        shards = [{key: value for key, value in asdict(shard).items() if value != ""} for shard in self.shards]
+        body = {"settings": self.settings, "shards": shards}
         return json.dumps({**head, **totals, **body}, indent=1, sort_keys=False) + "\n"
 
 

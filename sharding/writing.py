@@ -8,6 +8,7 @@ import json
 import os
 import tarfile
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,16 @@ import pyarrow.parquet as pq
 from sharding.schema import INDEX_SCHEMA, ShardInfo, join_url
 
 BLOCK = 512  # bytes of a tar header
-FAILURES = b"failures"  # key of an index's metadata
+NOTE = b"build"  # key of an index's metadata: what a resumed build must know of a finished shard
+
+
+@dataclass(frozen=True)
+class FinishedShard:
+    """A published shard, the number of annotation rows in it, and its failures (source, rows, reason)."""
+
+    info: ShardInfo
+    rows: int
+    failures: list[dict[str, Any]]
 
 
 class ShardWriter:
@@ -56,25 +66,33 @@ class ShardWriter:
         self.tar.addfile(info, io.BytesIO(data))
         return offset
 
-    def close(self, failures: list[dict[str, Any]]) -> ShardInfo:
+    def close(self, rows: int, failures: list[dict[str, Any]]) -> FinishedShard:
         """Publish tar, then index: a shard whose index carries its final name is complete.
 
-        `failures` (source, rows, reason) travel in the index's metadata, so that an interrupted build forgets none.
+        `rows` (annotation rows packed) and `failures` (source, rows, reason) travel in the index's metadata,
+        so that an interrupted build forgets none.
         """
         self.tar.close()
         self.file.close()
         index = self.path.with_suffix(".parquet")
-        write_index(index, self.rows, failures)
-        info = shard_info(self.name, self.path, index, self.rows)
+        facts: dict[str, Any] = {**counts(self.rows), "bytes": self.path.stat().st_size, "sha256": sha256(self.path)}
+        write_index(index, self.rows, {"facts": facts, "rows": rows, "failures": failures})
+        info = ShardInfo(self.name, **facts, index_bytes=index.stat().st_size, index_sha256=sha256(index))
         publish(self.path, join_url(self.output, self.name))
         publish(index, join_url(self.output, info.index_name))
-        return info
+        return FinishedShard(info, rows, failures)
 
 
-def write_index(path: Path, rows: list[dict[str, Any]], failures: list[dict[str, Any]]) -> None:
-    """Write a shard's index; `failures` go into its metadata."""
-    schema = INDEX_SCHEMA.with_metadata({FAILURES: json.dumps(failures)})
+def write_index(path: Path, rows: list[dict[str, Any]], note: dict[str, Any] | None = None) -> None:
+    """Write a shard's index; `note` goes into its metadata."""
+    schema = INDEX_SCHEMA.with_metadata({NOTE: json.dumps(note)}) if note else INDEX_SCHEMA
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, compression="zstd")
+
+
+def counts(rows: list[dict[str, Any]]) -> dict[str, int]:
+    """Numbers of samples, frames, captions, questions and choices in a shard's index rows."""
+    of = {"frames": "offsets", "captions": "captions", "questions": "questions", "choices": "choices"}
+    return {"samples": len(rows), **{unit: sum(len(row[column]) for row in rows) for unit, column in of.items()}}
 
 
 def publish(path: Path, target: str) -> None:
@@ -93,27 +111,19 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def shard_info(name: str, tar: Path, index: Path, rows: list[dict[str, Any]]) -> ShardInfo:
-    """The line of `corpus.json` about a shard whose two files lie at `tar` and `index`."""
-    return ShardInfo(
-        name=name,
-        samples=len(rows),
-        frames=sum(len(row["offsets"]) for row in rows),
-        captions=sum(len(row["captions"]) for row in rows),
-        questions=sum(len(row["questions"]) for row in rows),
-        choices=sum(len(row["choices"]) for row in rows),
-        bytes=tar.stat().st_size,
-        sha256=sha256(tar),
-        index_bytes=index.stat().st_size,
-        index_sha256=sha256(index),
-    )
-
-
-def finished_shard(output: str, name: str) -> tuple[ShardInfo, list[dict[str, Any]]] | None:
-    """A shard that an earlier build completed, with its failures; None when it is not there (local outputs only)."""
-    tar = Path(output) / name
-    index = tar.with_suffix(".parquet")
-    if not (tar.exists() and index.exists()):
+def finished_shard(output: str, name: str) -> FinishedShard | None:
+    """A shard that an earlier build completed; None when it is not there, whole, with its index."""
+    filesystem, tar = fsspec.url_to_fs(join_url(output, name))
+    index = tar.removesuffix(".tar") + ".parquet"
+    if not (filesystem.exists(index) and filesystem.exists(tar)):
         return None
-    table = pq.read_table(index)
-    return shard_info(name, tar, index, table.to_pylist()), json.loads(table.schema.metadata[FAILURES])
+    data = filesystem.cat_file(index)
+    try:
+        note = json.loads((pq.read_schema(io.BytesIO(data)).metadata or {})[NOTE])
+    except (pa.ArrowInvalid, KeyError):
+        return None
+    if filesystem.size(tar) != note["facts"]["bytes"]:
+        return None
+    digest = hashlib.sha256(data).hexdigest()
+    info = ShardInfo(name, **note["facts"], index_bytes=len(data), index_sha256=digest)
+    return FinishedShard(info, note["rows"], note["failures"])

@@ -1,0 +1,112 @@
+"""The folder that a build writes to: claimed for one set of settings, locked, cleared of what a killed build left."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import fsspec
+
+from sharding.plan import Settings
+from sharding.schema import VERSION, join_url
+from sharding.writing import publish
+
+PARTIAL = ".partial"  # folder inside a local output that holds unfinished files
+
+
+def local_form(url: str) -> str:
+    """A local folder as a plain path, any other URL unchanged."""
+    return url.removeprefix("file://")
+
+
+@contextmanager
+def open_output(output: str) -> Iterator[Path]:
+    """Hold `output` for one build; yields a local folder for unfinished files, removed at the end.
+
+    Raises:
+        ValueError: another build is writing there, or it is a folder of other things.
+    """
+    if "://" in output:
+        scratch = Path(tempfile.mkdtemp(prefix="singularity-build-"))
+        try:
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        return
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        lock_folder(lock, output)
+        if not (folder / "build.json").exists() and any(path.name != PARTIAL for path in folder.iterdir()):
+            raise ValueError(f"{output} is not empty and holds no build of this tool: choose another --output")
+        shutil.rmtree(folder / PARTIAL, ignore_errors=True)  # what a killed build left
+        (folder / PARTIAL).mkdir()
+        try:
+            yield Path(tempfile.mkdtemp(dir=folder / PARTIAL))  # a name of its own: no older process writes there
+        finally:
+            shutil.rmtree(folder / PARTIAL, ignore_errors=True)
+    finally:
+        os.close(lock)
+
+
+def lock_folder(descriptor: int, output: str) -> None:
+    """Lock an open folder until it is closed, or until this process dies; file systems without locks pass."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno == errno.EWOULDBLOCK:
+            raise ValueError(
+                f"another build is writing to {output}: wait until it is done, or choose another --output"
+            ) from None
+
+
+def claim(output: str, settings: Settings, annotations: Sequence[str], scratch: Path) -> None:
+    """Note in `build.json` what is built here; raise ValueError when the shards there are of another build."""
+    plan = {"version": VERSION, **asdict(settings), "annotations_sha256": digest_of(annotations)}
+    place = join_url(output, "build.json")
+    filesystem, path = fsspec.url_to_fs(place)
+    if not filesystem.exists(path):
+        write_text(place, json.dumps(plan, indent=1) + "\n", scratch)
+        return
+    with filesystem.open(path, "rb") as file:
+        found = json.loads(file.read())
+    different = sorted(key for key in plan if plan[key] != found.get(key))
+    if different:
+        raise ValueError(
+            f"{output} holds a corpus built with another {', '.join(different)}: "
+            "choose another --output, or delete that folder first"
+        )
+
+
+def digest_of(files: Sequence[str]) -> str:
+    """SHA-256 over the contents of files, in order."""
+    digest = hashlib.sha256()
+    for file in files:
+        with fsspec.open(file, "rb") as handle:
+            while block := handle.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def write_text(url: str, text: str, scratch: Path) -> None:
+    """Write a small file so that it is whole or absent."""
+    path = scratch / url.rsplit("/", 1)[-1]
+    path.write_text(text, encoding="utf-8")
+    publish(path, url)
+
+
+def remove(url: str) -> None:
+    """Delete a file if it is there."""
+    filesystem, path = fsspec.url_to_fs(url)
+    if filesystem.exists(path):
+        filesystem.rm_file(path)

@@ -1,0 +1,75 @@
+"""Which items go into which shard: a pure function of annotations and settings, so that any worker builds any shard."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from sharding.annotations import Item
+from sharding.schema import MEDIA_TYPES
+
+FRAMES_PER_CLIP = 24  # assumed when clips are spread over shards, before any is opened
+BYTES_PER_PIXEL = 0.25  # of a JPEG at the usual quality, assumed likewise
+SMALLEST_SHARD = 64  # samples; and a corpus is cut into at least SPREAD shards as soon as they are that large
+SPREAD = 16
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the bytes of the shards, besides annotations and media."""
+
+    name: str
+    media_type: str
+    size: int
+    quality: int
+    fps: float
+    max_frames: int
+    shard_mb: int
+
+    def check(self) -> None:
+        """Raise ValueError, with the remedy, for settings that cannot work."""
+        if self.media_type not in MEDIA_TYPES:
+            raise ValueError(f"--media-type is {self.media_type!r}, must be image or video")
+        if self.size < 16 or self.fps <= 0 or self.max_frames < 0 or not 1 <= self.quality <= 100:
+            raise ValueError("--size must be at least 16, --fps above 0, --max-frames 0 or more, --quality 1 to 100")
+        if self.shard_mb < 1:
+            raise ValueError(f"--shard-mb is {self.shard_mb}, must be at least 1")
+        if "." in self.name or "/" in self.name or not 1 <= len(self.name) <= 60:
+            raise ValueError(f"--name {self.name!r} must be 1 to 60 characters without dots and slashes")
+
+    def samples_per_shard(self, samples: int) -> int:
+        """How many of `samples` items go into each shard; depends on nothing else."""
+        frames = 1 if self.media_type == "image" else self.max_frames or FRAMES_PER_CLIP
+        by_size = self.shard_mb * 2**20 / (frames * self.size**2 * 4 / 3 * BYTES_PER_PIXEL)
+        return max(1, min(int(by_size), max(SMALLEST_SHARD, math.ceil(samples / SPREAD))))
+
+
+@dataclass(frozen=True)
+class Task:
+    """One shard to build: its number, its items, where from and where to."""
+
+    number: int
+    items: list[Item]
+    media_root: str
+    output: str
+    scratch: str
+    settings: Settings
+
+    @property
+    def name(self) -> str:
+        """The shard's file name."""
+        return f"{self.settings.name}-{self.number:06d}.tar"
+
+    def key(self, number: int) -> str:
+        """The key of the task's item `number`, unique in the corpus."""
+        return f"{self.number:06d}{number:06d}"
+
+
+def plan_shards(items: list[Item], settings: Settings, media_root: str, output: str, scratch: Path) -> list[Task]:
+    """One task a shard; together they hold every item once, in order."""
+    each = settings.samples_per_shard(len(items))
+    return [
+        Task(number, items[first : first + each], media_root, output, str(scratch), settings)
+        for number, first in enumerate(range(0, len(items), each))
+    ]
