@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,9 @@ QUEUE = 1  # iterations in flight; batches are made ahead of the step by the loa
 
 
 class DaliDecoder:
-    """See loaders.decoding.Decoder; one image that fails costs its batch a search, never the pipeline.
+    """See loaders.decoding.Decoder; one image that fails costs its batch a search by halves.
+
+    With `exec_dynamic` a pipeline lives through a failed run, whatever DALI's message says (pinned by a test).
 
     device: number of the GPU; None runs the graph on the CPU.
     """
@@ -24,49 +27,52 @@ class DaliDecoder:
         self._pipeline: Pipeline | None = None
         self._capacity = 0
 
-    def decode(self, clips: list[Clip]) -> tuple[torch.Tensor, dict[int, str]]:
+    def decode(self, clips: Sequence[Clip]) -> tuple[torch.Tensor, dict[int, str]]:
         """See Decoder."""
-        length = len(clips[0].jpegs)
-        shape = (len(clips), length, self.size, self.size, 3)
+        shape = (len(clips), len(clips[0].jpegs), self.size, self.size, 3)
         try:
             return self._run(clips).view(shape), {}
-        except RuntimeError:
-            return self._search(clips, shape)
+        except RuntimeError as error:
+            frames, bad = self._search(clips, shape, error)
+        if len(bad) == len(clips):  # all bad, or a pipeline that did not live through the failure
+            self._pipeline = None
+            frames, bad = self._search(clips, shape, None)
+        return frames, bad
 
-    def _search(self, clips: list[Clip], shape: tuple[int, ...]) -> tuple[torch.Tensor, dict[int, str]]:
-        """Halve the batch until the clips that fail stand alone; the others are decoded."""
+    def _search(
+        self, clips: Sequence[Clip], shape: tuple[int, ...], error: RuntimeError | None
+    ) -> tuple[torch.Tensor, dict[int, str]]:
+        """Halve a batch, whose run failed with `error` if it was tried, until the clips that fail stand alone."""
         device = "cpu" if self.device is None else f"cuda:{self.device}"
         frames = torch.zeros(shape, dtype=torch.uint8, device=device)
         bad: dict[int, str] = {}
-        parts = [range(len(clips))]
+        parts: list[tuple[range, RuntimeError | None]] = [(range(len(clips)), error)]
         while parts:
-            part = parts.pop()
-            try:
-                frames[part.start : part.stop] = self._run([clips[number] for number in part]).view(
-                    len(part), *shape[1:]
-                )
-            except RuntimeError as error:
-                if len(part) == 1:
-                    bad[part.start] = f"DALI: {reason(error)}"
-                else:
-                    middle = (part.start + part.stop) // 2
-                    parts += [range(part.start, middle), range(middle, part.stop)]
+            part, error = parts.pop()
+            if error is None:
+                try:
+                    pixels = self._run(clips[part.start : part.stop])
+                    frames[part.start : part.stop] = pixels.view(len(part), *shape[1:])
+                    continue
+                except RuntimeError as failed:
+                    error = failed
+            if len(part) == 1:
+                bad[part.start] = f"DALI: {reason(error)}"
+            else:
+                middle = (part.start + part.stop) // 2
+                parts += [(range(part.start, middle), None), (range(middle, part.stop), None)]
         return frames, bad
 
-    def _run(self, clips: list[Clip]) -> torch.Tensor:
+    def _run(self, clips: Sequence[Clip]) -> torch.Tensor:
         """Frames (B*T, S, S, 3) uint8 on the device; raises RuntimeError when any of them does not decode."""
         jpegs = [np.frombuffer(data, np.uint8) for clip in clips for data in clip.jpegs]
         windows = [clip.window for clip in clips for _ in clip.jpegs]
         pipeline = self._built(len(jpegs))
-        try:
-            pipeline.feed_input("jpegs", jpegs)
-            pipeline.feed_input("anchors", [np.array([w.top, w.left], np.int32) for w in windows])
-            pipeline.feed_input("shapes", [np.array([w.height, w.width], np.int32) for w in windows])
-            pipeline.feed_input("flips", [np.array(int(w.flip), np.int32) for w in windows])
-            (output,) = pipeline.run()
-        except RuntimeError:
-            self._pipeline = None  # it may be invalid from here on: the next batch builds another
-            raise
+        pipeline.feed_input("jpegs", jpegs)
+        pipeline.feed_input("anchors", [np.array([w.top, w.left], np.int32) for w in windows])
+        pipeline.feed_input("shapes", [np.array([w.height, w.width], np.int32) for w in windows])
+        pipeline.feed_input("flips", [np.array(int(w.flip), np.int32) for w in windows])
+        (output,) = pipeline.run()
         return to_torch(output, self.device)
 
     def _built(self, frames: int) -> Pipeline:
@@ -100,6 +106,7 @@ def build_pipeline(capacity: int, size: int, threads: int, antialias: bool, devi
             normalized_shape=False,
             output_type=types.DALIImageType.RGB,
             jpeg_fancy_upsampling=True,
+            adjust_orientation=False,  # windows are given in the pixels as stored
         )
         shown: Any = fn.resize(
             pixels,
@@ -122,7 +129,7 @@ def to_torch(output: Any, device: int | None) -> torch.Tensor:
 
 
 def reason(error: RuntimeError) -> str:
-    """The line of DALI's message that says what is wrong."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if "ailed" in line or "rror" in line]
-    return (telling or lines or ["failed"])[-1][:200]
+    """What DALI's message says it encountered."""
+    _, _, encountered = str(error).partition("encountered:")
+    lines = [line.strip(" :") for line in (encountered or str(error)).splitlines() if line.strip()]
+    return (lines or ["failed"])[0][:200]

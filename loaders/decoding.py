@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import math
 import os
+import threading
+import weakref
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,11 +16,13 @@ import cv2
 import numpy as np
 import simplejpeg
 import torch
+from PIL import Image
 
 from loaders.clips import Window
 from loaders.storage import BadSampleError
 
 BACKENDS = ("auto", "dali", "cpu")
+PARTS_PER_THREAD = 4  # a batch is dealt out in so many parts, so that the threads end together
 
 cv2.setNumThreads(0)  # our threads are one a clip; nested ones only get in the way
 
@@ -33,7 +40,7 @@ class Clip:
 class Decoder(Protocol):
     """Decodes the clips of a batch; a bad one harms no other."""
 
-    def decode(self, clips: list[Clip]) -> tuple[torch.Tensor, dict[int, str]]:
+    def decode(self, clips: Sequence[Clip]) -> tuple[torch.Tensor, dict[int, str]]:
         """Frames (B, T, S, S, 3) uint8 RGB, and the reason of each clip that failed (its frames are undefined)."""
 
     def close(self) -> None:
@@ -41,18 +48,25 @@ class Decoder(Protocol):
 
 
 def make_decoder(backend: str, size: int, threads: int, antialias: bool) -> Decoder:
-    """The decoder of `decode=auto|dali|cpu`; auto is DALI on a GPU and libjpeg-turbo elsewhere.
+    """The decoder of `decode=auto|dali|cpu`; auto is DALI where there is a GPU and it is installed, else libjpeg-turbo.
 
     Raises:
         ValueError: unknown backend, or DALI is asked for and not installed.
     """
     if backend not in BACKENDS:
         raise ValueError(f"decode is {backend!r}, must be one of {', '.join(BACKENDS)}")
-    if backend == "dali" or (backend == "auto" and torch.cuda.is_available()):
+    if backend == "cpu" or (backend == "auto" and not torch.cuda.is_available()):
+        return CpuDecoder(size, threads, antialias)
+    try:
         from loaders.dali import DaliDecoder
-
-        return DaliDecoder(size, threads, antialias, torch.cuda.current_device() if torch.cuda.is_available() else None)
-    return CpuDecoder(size, threads, antialias)
+    except ImportError as error:
+        if backend == "auto":
+            return CpuDecoder(size, threads, antialias)
+        raise ValueError(
+            f"decode=dali, but NVIDIA DALI cannot be imported ({error}): install it with "
+            "`pip install .[cuda13]` (or cuda12), or set decode=cpu"
+        ) from None
+    return DaliDecoder(size, threads, antialias, torch.cuda.current_device() if torch.cuda.is_available() else None)
 
 
 def usable_threads(asked: int, ranks_here: int) -> int:
@@ -64,51 +78,110 @@ class CpuDecoder:
     """libjpeg-turbo and OpenCV's bicubic on a pool of threads; both release the GIL."""
 
     def __init__(self, size: int, threads: int, antialias: bool = False) -> None:
-        self.size, self.antialias = size, antialias
+        self.size, self.antialias, self.threads = size, antialias, threads
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self._scratch = threading.local()
+        self._memory = UsedAgain()
 
-    def decode(self, clips: list[Clip]) -> tuple[torch.Tensor, dict[int, str]]:
+    def decode(self, clips: Sequence[Clip]) -> tuple[torch.Tensor, dict[int, str]]:
         """See Decoder."""
-        length = len(clips[0].jpegs)
-        frames = torch.empty((len(clips), length, self.size, self.size, 3), dtype=torch.uint8)
-        reasons = self.pool.map(self._decode_clip, clips, frames.numpy())
-        bad = {number: reason for number, reason in enumerate(reasons) if reason}
-        return (frames.pin_memory() if torch.cuda.is_available() else frames), bad
+        shape = (len(clips), len(clips[0].jpegs), self.size, self.size, 3)
+        if torch.cuda.is_available():
+            frames = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        else:
+            frames = torch.from_numpy(self._memory.array(shape))
+        out = frames.numpy()
+        count = min(len(clips), self.threads * PARTS_PER_THREAD)
+        bad: dict[int, str] = {}
+        parts = [range(part, len(clips), count) for part in range(count)]
+        for found in self.pool.map(lambda part: self._decode_part(clips, part, out), parts):
+            bad.update(found)
+        return frames, bad
 
-    def _decode_clip(self, clip: Clip, out: np.ndarray) -> str:
-        """Write a clip's frames into `out` (T, S, S, 3); returns the reason when one does not decode."""
+    def _decode_part(self, clips: Sequence[Clip], part: range, out: np.ndarray) -> dict[int, str]:
+        """Write the frames of some clips into `out` (B, T, S, S, 3); the reasons of those that do not decode."""
+        bad = {}
+        for number in part:
+            try:
+                self._decode_clip(clips[number], out[number])
+            except BadSampleError as error:
+                bad[number] = str(error)
+        return bad
+
+    def _decode_clip(self, clip: Clip, out: np.ndarray) -> None:
         done: dict[int, int] = {}
         for number, data in enumerate(clip.jpegs):
             if id(data) in done:  # a repeated frame is decoded once
                 out[number] = out[done[id(data)]]
                 continue
+            size_is_shown = (clip.height, clip.width) == (self.size, self.size)
+            as_it_is = size_is_shown and clip.window == Window(0, 0, self.size, self.size)
             try:
-                show(decode_frame(data, clip), clip.window, out[number], self.antialias)
+                pixels = decode_frame(data, clip, out[number] if as_it_is else self._room(clip))
             except BadSampleError as error:
-                return f"frame {number}: {error}"
+                raise BadSampleError(f"frame {number} of those shown: {error}") from None
+            if not np.may_share_memory(pixels, out):  # else it was decoded into its place
+                show(pixels, clip.window, out[number], self.antialias)
             done[id(data)] = number
-        return ""
+
+    def _room(self, clip: Clip) -> np.ndarray:
+        """Room for a decoded frame, this thread's own and used again: fresh pages cost as much as decoding."""
+        size = clip.height * clip.width * 3
+        if getattr(self._scratch, "room", np.empty(0)).size < size:
+            self._scratch.room = np.empty(size, np.uint8)
+        return self._scratch.room
 
     def close(self) -> None:
         """See Decoder."""
         self.pool.shutdown(wait=True, cancel_futures=True)
 
 
-def decode_frame(data: bytes, clip: Clip) -> np.ndarray:
-    """RGB pixels (H, W, 3); JPEG by libjpeg-turbo, other forms (foreign shards hold them) by OpenCV."""
-    pixels: np.ndarray | None = None
+class UsedAgain:
+    """Arrays whose memory, once nobody refers to them any more, serves the next ones: fresh pages cost time."""
+
+    SIZES = 4  # of which memory is kept
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[np.ndarray]] = {}
+
+    def array(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Bytes of that shape, their contents undefined."""
+        size = math.prod(shape)
+        if size not in self._free and len(self._free) == self.SIZES:
+            del self._free[next(iter(self._free))]
+        free = self._free.setdefault(size, [])
+        memory = free.pop() if free else np.empty(size, np.uint8)
+        array = memory.reshape(shape)
+        weakref.finalize(array, self._take_back, memory).atexit = False
+        return array
+
+    def _take_back(self, memory: np.ndarray) -> None:
+        free = self._free.get(memory.size)
+        if free is not None:
+            free.append(memory)
+
+
+def decode_frame(data: bytes, clip: Clip, room: np.ndarray | None = None) -> np.ndarray:
+    """RGB pixels (H, W, 3), in `room` where they are a JPEG's; raises BadSampleError when there are none."""
     try:
         if data[:2] == b"\xff\xd8":
-            pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)
-        elif data:
-            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
-    except (ValueError, cv2.error) as error:
+            pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False, buffer=room)
+        else:
+            pixels = decode_other(data)
+    except ValueError as error:
         raise BadSampleError(f"broken image: {error}") from None
-    if pixels is None:
-        raise BadSampleError(f"{len(data)} bytes that are no image")
     if pixels.shape[:2] != (clip.height, clip.width):
         raise BadSampleError(f"{pixels.shape[1]}x{pixels.shape[0]} pixels, the index says {clip.width}x{clip.height}")
     return pixels
+
+
+def decode_other(data: bytes) -> np.ndarray:
+    """RGB pixels (H, W, 3) of an image that is no JPEG; foreign shards hold PNG, WebP and others."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return np.asarray(image.convert("RGB"))
+    except Exception as error:  # Pillow's parsers raise many kinds; all mean that the bytes are of no use
+        raise BadSampleError(f"{len(data)} bytes that are no image ({type(error).__name__})") from None
 
 
 def show(pixels: np.ndarray, window: Window, out: np.ndarray, antialias: bool) -> None:
@@ -116,6 +189,12 @@ def show(pixels: np.ndarray, window: Window, out: np.ndarray, antialias: bool) -
     size = out.shape[0]
     crop = pixels[window.top : window.top + window.height, window.left : window.left + window.width]
     if crop.shape[:2] != (size, size):
-        smaller = antialias and min(crop.shape[:2]) > size
-        crop = cv2.resize(crop, (size, size), interpolation=cv2.INTER_AREA if smaller else cv2.INTER_CUBIC)
-    np.copyto(out, crop[:, ::-1] if window.flip else crop)
+        target = None if window.flip else out
+        if antialias and max(crop.shape[:2]) > size:  # Pillow's filter widens when it makes a picture smaller
+            crop = np.asarray(Image.fromarray(crop).resize((size, size), Image.Resampling.BICUBIC))
+        else:
+            crop = cv2.resize(crop, (size, size), dst=target, interpolation=cv2.INTER_CUBIC)
+    if window.flip:
+        cv2.flip(crop, 1, dst=out)
+    elif crop is not out:
+        np.copyto(out, crop)

@@ -32,30 +32,25 @@ class EpochPlan:
     epoch: int
     lanes: int = 64
     window_shards: int = 4
-    chunk_starts: np.ndarray = field(init=False, repr=False)  # (C,) place on the line of each chunk
-    chunk_shards: np.ndarray = field(init=False, repr=False)  # (C,) its shard
-    chunk_firsts: np.ndarray = field(init=False, repr=False)  # (C,) its first unit in that shard
+    units: int = field(init=False)  # in the epoch
+    window: int = field(init=False)  # units that a window holds
+    chunk_starts: np.ndarray = field(init=False, repr=False, compare=False)  # (C,) place on the line of each chunk
+    chunk_shards: np.ndarray = field(init=False, repr=False, compare=False)  # (C,) its shard
+    chunk_firsts: np.ndarray = field(init=False, repr=False, compare=False)  # (C,) its first unit in that shard
 
     def __post_init__(self) -> None:
         """Lay the permuted chunks on the line."""
-        shards, firsts, sizes = cut_chunks(np.asarray(self.counts, np.int64), CHUNKS_PER_LANE * self.lanes)
+        counts = np.asarray(self.counts, np.int64)
+        object.__setattr__(self, "units", int(counts.sum()))
+        mean = self.units / max(1, int(np.count_nonzero(counts)))
+        object.__setattr__(self, "window", max(1, round(self.window_shards * mean)))
+        shards, firsts, sizes = cut_chunks(counts, CHUNKS_PER_LANE * self.lanes)
         order = generator(self.seed, self.epoch, SHARD_ORDER).permutation(len(sizes))
         starts = np.concatenate([[0], np.cumsum(sizes[order])[:-1]]) if len(sizes) else np.zeros(0, np.int64)
         object.__setattr__(self, "chunk_starts", starts.astype(np.int64))
         object.__setattr__(self, "chunk_shards", shards[order])
         object.__setattr__(self, "chunk_firsts", firsts[order])
-        object.__setattr__(self, "_window", lru_cache(maxsize=4 * self.lanes)(self._permute_window))
-
-    @property
-    def units(self) -> int:
-        """Number of units in the epoch."""
-        return sum(self.counts)
-
-    @property
-    def window(self) -> int:
-        """Units that a window holds."""
-        mean = self.units / max(1, sum(1 for count in self.counts if count))
-        return max(1, round(self.window_shards * mean))
+        object.__setattr__(self, "_window", lru_cache(maxsize=2 * self.lanes)(self._permute_window))
 
     def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(shard, unit in the shard) of each position of the epoch; all arrays (P,) int64.
@@ -66,7 +61,7 @@ class EpochPlan:
         positions = np.asarray(positions, np.int64)
         if positions.size and (positions.min() < 0 or positions.max() >= self.units):
             raise IndexError(f"positions must be in 0 .. {self.units - 1}")
-        lines = np.array([self._line(int(p) % self.lanes, int(p) // self.lanes) for p in positions], np.int64)
+        lines = self._lines(positions % self.lanes, positions // self.lanes)
         chunks = np.searchsorted(self.chunk_starts, lines, side="right") - 1
         return self.chunk_shards[chunks], self.chunk_firsts[chunks] + lines - self.chunk_starts[chunks]
 
@@ -76,12 +71,18 @@ class EpochPlan:
         first = lane * short + min(lane, longer)
         return first, first + short + (lane < longer)
 
-    def _line(self, lane: int, step: int) -> int:
-        """Place on the line of a lane's unit number `step`."""
-        first, end = self.lane_bounds(lane)
-        number, place = divmod(step, self.window)
-        begin = first + number * self.window
-        return begin + int(self._window(lane, number, min(self.window, end - begin))[place])  # type: ignore[attr-defined]
+    def _lines(self, lanes: np.ndarray, steps: np.ndarray) -> np.ndarray:
+        """Places on the line of unit number `steps` of each lane; all arrays (P,)."""
+        numbers, places = np.divmod(steps, self.window)
+        lines = np.empty(len(lanes), np.int64)
+        for row, (lane, number, place) in enumerate(
+            zip(lanes.tolist(), numbers.tolist(), places.tolist(), strict=True)
+        ):
+            first, end = self.lane_bounds(lane)
+            begin = first + number * self.window
+            order = self._window(lane, number, min(self.window, end - begin))  # type: ignore[attr-defined]
+            lines[row] = begin + order[place]
+        return lines
 
     def _permute_window(self, lane: int, number: int, size: int) -> np.ndarray:
         return generator(self.seed, self.epoch, WINDOW_ORDER, lane, number).permutation(size).astype(np.int32)

@@ -6,8 +6,13 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import tokenizers
 import torch
-from tokenizers import BertWordPieceTokenizer
+from tokenizers.decoders import WordPiece as WordPieceDecoder
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
 
 DELETED = re.compile(r"[,.'!?\"()*#:;~]")
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -27,9 +32,14 @@ class Tokenizer:
         missing = set(SPECIAL) - set(self.path.read_text(encoding="utf-8").splitlines())
         if missing:
             raise ValueError(f"{vocab} lacks {', '.join(sorted(missing))}: it is no BERT vocabulary")
-        self._tokenizer = BertWordPieceTokenizer(str(vocab), lowercase=True)
-        self.pad_id, _, self.cls_id, self.sep_id, self.mask_id = (self._tokenizer.token_to_id(t) for t in SPECIAL)
-        self.vocab_size: int = self._tokenizer.get_vocab_size()
+        self._tokenizer = tokenizers.Tokenizer(WordPiece.from_file(str(vocab), unk_token="[UNK]"))
+        self._tokenizer.add_special_tokens(list(SPECIAL))
+        self._tokenizer.normalizer = BertNormalizer(lowercase=True)
+        self._tokenizer.pre_tokenizer = BertPreTokenizer()
+        self._tokenizer.decoder = WordPieceDecoder()
+        vocabulary = self._tokenizer.get_vocab()
+        self.pad_id, _, self.cls_id, self.sep_id, self.mask_id = (vocabulary[token] for token in SPECIAL)
+        self.vocab_size = len(vocabulary)
 
     @classmethod
     def load(cls, name: str) -> Tokenizer:
@@ -50,13 +60,14 @@ class Tokenizer:
 
     def encode(self, texts: Sequence[str], max_length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and mask (B, max_length) int64 of B texts, cut and padded to that length."""
-        input_ids = torch.full((len(texts), max_length), self.pad_id, dtype=torch.int64)
-        attention_mask = torch.zeros_like(input_ids)
-        for row, encoding in enumerate(self._tokenizer.encode_batch(list(texts), add_special_tokens=False)):
+        input_ids = np.full((len(texts), max_length), self.pad_id, np.int64)
+        attention_mask = np.zeros_like(input_ids)
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)  # fast: without offsets
+        for row, encoding in enumerate(encodings):
             ids = [self.cls_id, *encoding.ids[: max_length - 1]]
-            input_ids[row, : len(ids)] = torch.tensor(ids)
+            input_ids[row, : len(ids)] = ids
             attention_mask[row, : len(ids)] = 1
-        return input_ids, attention_mask
+        return torch.from_numpy(input_ids), torch.from_numpy(attention_mask)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, without padding and special tokens."""

@@ -3,37 +3,53 @@
 from __future__ import annotations
 
 import logging
-import queue
-import threading
+import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
+from loaders.ahead import Ahead
 from loaders.batch import Answers, Batch
 from loaders.config import LoaderConfig
 from loaders.decoding import make_decoder, usable_threads
-from loaders.line import Fetched, Line, Sample
+from loaders.line import Draw, Line
 from loaders.plan import EpochPlan, check_world_size, media_schedule, rank_positions
 from loaders.storage import BadSampleError, CorpusReader
 from loaders.text import Tokenizer, clean_text
 
 log = logging.getLogger("loaders")
 
+READ_THREADS = 8
 MAX_REPLACEMENTS = 64  # tries for one sample before the loader gives up
 ENOUGH_TO_JUDGE = 200  # samples read before the share of bad ones is looked at
 ANSWER_LENGTH = {"image": 6, "video": 5}
 QUESTION_LENGTH = 25
 
 
+@dataclass
+class Step:
+    """A step's part of one rank on its way: B positions of the epoch, and what was found there."""
+
+    kind: str
+    number: int  # in the epoch
+    plan: EpochPlan
+    positions: np.ndarray
+    draws: list[Draw] = field(default_factory=list)
+    jpegs: list[list[bytes]] = field(default_factory=list)
+    tries: list[int] = field(default_factory=list)  # unusable samples passed over for each position
+
+
 class TrainLoader:
     """Batches of images and videos, exactly once an epoch over all ranks, the same for any number of ranks.
 
     Iterating gives the rest of the current epoch; `state_dict` is (epoch, step) and resuming costs nothing.
+    counters: seconds that the stages worked (read_, decode_) and that they waited for the one before (decode_wait_,
+    and wait_ for the training step); samples, bytes_read, quarantined.
 
     Raises:
         FileNotFoundError, ValueError: a corpus is missing, of another version or without the needed texts; a batch
@@ -51,30 +67,41 @@ class TrainLoader:
     ) -> None:
         if not corpora:
             raise ValueError("train_corpus is empty: name at least one packed corpus")
+        check_positive(config)
         self.config, self.tokenizer, self.rank, self.world_size = config, tokenizer, rank, world_size
-        readers = [CorpusReader(url, config.storage) for url in corpora]
+        lanes = config.lanes // math.gcd(config.lanes, world_size)  # that this rank reads
+        readers = [CorpusReader(url, config.storage, lanes * (config.window_shards + 2)) for url in corpora]
         kinds = sorted({reader.corpus.media_type for reader in readers})
-        self.lines = {kind: Line(kind, [r for r in readers if r.corpus.media_type == kind], config) for kind in kinds}
+        self.pool = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="read")
+        self.lines = {
+            kind: Line(kind, [reader for reader in readers if reader.corpus.media_type == kind], config, self.pool)
+            for kind in kinds
+        }
         self.batch_size = {kind: getattr(config.batch_size, kind) for kind in kinds}
-        self.media_steps: dict[str, int] = {}
-        for kind, line in self.lines.items():
-            check_world_size(self.batch_size[kind], world_size, kind)
-            self.media_steps[kind] = sum(line.counts) // self.batch_size[kind]
-            if not self.media_steps[kind]:
-                raise ValueError(
-                    f"batch_size.{kind}={self.batch_size[kind]} is more than the {sum(line.counts)} "
-                    f"{config.unit} there are: choose a smaller one"
-                )
+        self.media_steps = {kind: self._count_steps(kind) for kind in kinds}
         threads = usable_threads(config.threads, ranks_here or world_size)
         self.decoder = make_decoder(config.decode, config.image_res, threads, config.antialias)
-        self.pool = ThreadPoolExecutor(max(2, threads), thread_name_prefix="read")
         self.counters: dict[str, float] = defaultdict(float)
         self.quarantine: dict[str, str] = {}
+        self._unusable: dict[tuple[str, bytes], str] = {}
+        self._running: list[Ahead[Step] | Ahead[Batch]] = []
         self.next_epoch, self.next_step = 0, 0
+
+    def _count_steps(self, kind: str) -> int:
+        """Batches of a medium in an epoch; what does not fill one is left out, other samples each epoch."""
+        size, units = self.batch_size[kind], sum(self.lines[kind].counts)
+        check_world_size(size, self.world_size, kind)
+        if size > units:
+            raise ValueError(
+                f"batch_size.{kind}={size} is more than the {units} {self.config.unit} there are: choose a smaller one"
+            )
+        if self.rank == 0:
+            log.info("%s: %d batches of %d, %d of %d left out", kind, units // size, size, units % size, units)
+        return units // size
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches of an epoch; what does not fill a batch is left out, other samples each epoch."""
+        """Batches of an epoch."""
         return sum(self.media_steps.values())
 
     def __iter__(self) -> Iterator[Batch]:
@@ -90,92 +117,101 @@ class TrainLoader:
         self.next_epoch, self.next_step = int(state["epoch"]), int(state["step"])
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """Batches start_step, start_step + 1 ... of an epoch, made by a thread at most `prefetch` ahead."""
-        ahead: queue.Queue[Any] = queue.Queue(maxsize=max(1, self.config.prefetch))
-        stop = threading.Event()
-        producer = threading.Thread(
-            target=self._produce, args=(epoch, start_step, ahead, stop), name="loader", daemon=True
-        )
-        producer.start()
+        """Batches start_step, start_step + 1 ... of an epoch; reading and decoding are at most `prefetch` ahead."""
+        fetched = Ahead(self._fetch_steps(epoch, start_step), self.config.prefetch, "loader-read")
+        batches = Ahead(self._make_batches(fetched), self.config.prefetch, "loader-decode")
+        self._running += [fetched, batches]
+        before = self.counters["wait_seconds"]
         try:
-            while True:
-                started = time.perf_counter()
-                item = ahead.get()
-                self.counters["wait_seconds"] += time.perf_counter() - started
-                if isinstance(item, BaseException):
-                    raise item
-                if item is None:
-                    self.next_epoch, self.next_step = epoch + 1, 0
-                    return
-                last = item.step + 1 == self.steps_per_epoch
-                self.next_epoch, self.next_step = (epoch + 1, 0) if last else (epoch, item.step + 1)
-                yield item
+            for batch in batches:
+                self.counters["wait_seconds"] = before + batches.waited
+                last = batch.step + 1 == self.steps_per_epoch
+                self.next_epoch, self.next_step = (epoch + 1, 0) if last else (epoch, batch.step + 1)
+                yield batch
         finally:
-            stop.set()
-            while producer.is_alive():
-                drain(ahead)
-                producer.join(0.05)
+            self._end([fetched, batches])
 
-    def _produce(self, epoch: int, start_step: int, ahead: queue.Queue[Any], stop: threading.Event) -> None:
-        try:
-            schedule = media_schedule(self.media_steps, self.config.seed, epoch)
-            plans = {kind: line.plan(epoch) for kind, line in self.lines.items()}
-            done = {kind: schedule[:start_step].count(kind) for kind in self.lines}
-            for step in range(start_step, len(schedule)):
-                kind = schedule[step]
-                batch = self.make_batch(kind, plans[kind], epoch, step, done[kind])
-                done[kind] += 1
-                if not offer(ahead, batch, stop):
-                    return
-            offer(ahead, None, stop)
-        except BaseException as error:  # handed to the consumer, which raises it
-            offer(ahead, error, stop)
+    def _end(self, stages: list[Ahead[Step] | Ahead[Batch]]) -> None:
+        """Stop stages and wait for their threads."""
+        for stage in stages:
+            stage.stop()
+        for stage in stages:
+            stage.close()
+            if stage in self._running:
+                self._running.remove(stage)
 
-    def make_batch(self, kind: str, plan: EpochPlan, epoch: int, step: int, media_step: int) -> Batch:
-        """This rank's part of a step's global batch, bad samples replaced by others of their lanes."""
-        line = self.lines[kind]
-        positions = rank_positions(media_step, self.batch_size[kind], self.rank, self.world_size)
-        started = time.perf_counter()
-        fetched = list(self.pool.map(lambda p: self._fetch(line, plan, epoch, int(p), 0), positions))
-        read = time.perf_counter()
-        tries = [tried for _, tried in fetched]
-        samples = [item for item, _ in fetched]
-        frames, bad = self.decoder.decode([item.clip for item in samples])
+    def _fetch_steps(self, epoch: int, start_step: int) -> Generator[Step, None, None]:
+        """The reading stage: this rank's part of every step, as bytes."""
+        schedule = media_schedule(self.media_steps, self.config.seed, epoch)
+        plans = {kind: line.plan(epoch) for kind, line in self.lines.items()}
+        done = {kind: schedule[:start_step].count(kind) for kind in self.lines}
+        for number in range(start_step, len(schedule)):
+            started = time.perf_counter()
+            kind = schedule[number]
+            positions = rank_positions(done[kind], self.batch_size[kind], self.rank, self.world_size)
+            done[kind] += 1
+            step = Step(kind, number, plans[kind], positions)
+            step.draws, step.jpegs, step.tries = [None] * len(positions), [[]] * len(positions), [0] * len(positions)  # type: ignore[list-item]
+            self._fetch(step, list(range(len(positions))))
+            self.counters["read_seconds"] += time.perf_counter() - started
+            yield step
+
+    def _make_batches(self, fetched: Ahead[Step]) -> Generator[Batch, None, None]:
+        """The decoding stage: steps to batches, their texts to tokens."""
+        before = self.counters["decode_wait_seconds"]
+        for step in fetched:
+            self.counters["decode_wait_seconds"] = before + fetched.waited
+            started = time.perf_counter()
+            frames = self._decode(step)
+            batch = self._collate(step, frames)
+            self.counters["decode_seconds"] += time.perf_counter() - started
+            self.counters["samples"] += len(step.draws)
+            self.counters["bytes_read"] += sum(len(data) for jpegs in step.jpegs for data in jpegs)
+            self._judge()
+            yield batch
+
+    def _fetch(self, step: Step, rows: list[int]) -> None:
+        """Find and read the samples of some of a step's rows; unusable ones give way to the next of their lanes."""
+        line = self.lines[step.kind]
+        while rows:
+            places = [replacement(int(step.positions[row]), step.tries[row], step.plan) for row in rows]
+            draws = [line.draw(sample, step.plan.epoch) for sample in line.find(step.plan, np.array(places))]
+            again = []
+            for row, draw, jpegs in zip(rows, draws, line.read(draws), strict=True):
+                reason = str(jpegs) if isinstance(jpegs, BadSampleError) else self._unusable.get(draw.name)
+                if reason is not None:
+                    self._pass_over(step, row, draw, reason)
+                    again.append(row)
+                elif not isinstance(jpegs, BadSampleError):
+                    step.draws[row], step.jpegs[row] = draw, jpegs
+            rows = again
+
+    def _decode(self, step: Step) -> torch.Tensor:
+        """Frames (B, T, S, S, 3) of a step; samples that do not decode are replaced."""
+        frames, bad = self.decoder.decode([draw.clip(jpegs) for draw, jpegs in zip(step.draws, step.jpegs)])
         while bad:
-            for number, reason in bad.items():
-                self._quarantine(samples[number].sample, reason)
-                position = int(positions[number])
-                samples[number], tries[number] = self._fetch(line, plan, epoch, position, tries[number] + 1)
-            again = sorted(bad)
-            mended, bad_again = self.decoder.decode([samples[number].clip for number in again])
-            frames[again] = mended
-            bad = {again[place]: reason for place, reason in bad_again.items()}
-        self.counters["read_seconds"] += read - started
-        self.counters["decode_seconds"] += time.perf_counter() - read
-        self.counters["samples"] += len(samples)
-        self._judge()
-        self.counters["bytes_read"] += sum(len(data) for item in samples for data in item.clip.jpegs)
-        return self._collate(kind, epoch, step, frames, samples)
+            rows = sorted(bad)
+            for row in rows:
+                self._pass_over(step, row, step.draws[row], bad[row])
+            self._fetch(step, rows)
+            mended, bad_again = self.decoder.decode([step.draws[row].clip(step.jpegs[row]) for row in rows])
+            frames[torch.tensor(rows)] = mended
+            bad = {rows[place]: reason for place, reason in bad_again.items()}
+        return frames
 
-    def _fetch(self, line: Line, plan: EpochPlan, epoch: int, position: int, tried: int) -> tuple[Fetched, int]:
-        """A sample's bytes; where they are bad, those of the next good one in its lane, and how far that was."""
-        while tried < MAX_REPLACEMENTS:
-            sample = line.find(plan, np.array([replacement(position, tried, plan)]))[0]
-            if sample.name not in self.quarantine:
-                try:
-                    return line.fetch(sample, epoch), tried
-                except BadSampleError as error:
-                    self._quarantine(sample, str(error))
-            tried += 1
-        raise ValueError(
-            f"{MAX_REPLACEMENTS} samples in a row are unusable, the last {sample.name} "
-            f"({self.quarantine.get(sample.name)}): check the corpus with `python -m sharding.verify`"
-        )
-
-    def _quarantine(self, sample: Sample, reason: str) -> None:
-        self.quarantine[sample.name] = reason
-        self.counters["quarantined"] = len(self.quarantine)
-        log.warning("rank %d: %s is left out: %s", self.rank, sample.name, reason)
+    def _pass_over(self, step: Step, row: int, draw: Draw, reason: str) -> None:
+        """Note an unusable sample, and that its row wants another one."""
+        self._unusable[draw.name] = reason
+        if draw.sample.name not in self.quarantine:
+            self.quarantine[draw.sample.name] = reason
+            self.counters["quarantined"] = len(self.quarantine)
+            log.warning("rank %d: %s is left out: %s", self.rank, draw.sample.name, reason)
+        step.tries[row] += 1
+        if step.tries[row] >= MAX_REPLACEMENTS:
+            raise ValueError(
+                f"{MAX_REPLACEMENTS} samples in a row are unusable, the last {draw.sample.name} ({reason}): "
+                "check the corpus with `python -m sharding.verify`"
+            )
 
     def _judge(self) -> None:
         """Raise ValueError when more of the samples read are unusable than `max_bad_share`."""
@@ -188,59 +224,50 @@ class TrainLoader:
                 "check the corpus with `python -m sharding.verify`"
             )
 
-    def _collate(self, kind: str, epoch: int, step: int, frames: torch.Tensor, samples: list[Fetched]) -> Batch:
-        length = QUESTION_LENGTH if self.config.unit == "questions" else getattr(self.config.max_txt_l, kind)
-        input_ids, attention_mask = self.tokenizer.encode([clean_text(item.text) for item in samples], length)
+    def _collate(self, step: Step, frames: torch.Tensor) -> Batch:
+        length = QUESTION_LENGTH if self.config.unit == "questions" else getattr(self.config.max_txt_l, step.kind)
+        input_ids, attention_mask = self.tokenizer.encode([clean_text(draw.text) for draw in step.draws], length)
         return Batch(
-            media_type=kind,
-            epoch=epoch,
-            step=step,
+            media_type=step.kind,
+            epoch=step.plan.epoch,
+            step=step.number,
             frames=frames,
             input_ids=input_ids,
             attention_mask=attention_mask,
-            idx=torch.tensor([item.sample.visual for item in samples]),
-            keys=tuple(item.sample.name for item in samples),
-            answers=self._answers(kind, samples) if self.config.unit == "questions" else None,
+            idx=torch.tensor([draw.sample.visual for draw in step.draws]),
+            keys=tuple(draw.sample.name for draw in step.draws),
+            answers=self._answers(step) if self.config.unit == "questions" else None,
         )
 
-    def _answers(self, kind: str, samples: list[Fetched]) -> Answers:
-        texts = [f"{clean_text(answer)} [SEP]" for item in samples for answer, _ in item.answers]
-        input_ids, attention_mask = self.tokenizer.encode(texts, ANSWER_LENGTH[kind])
-        weights = torch.tensor([weight for item in samples for _, weight in item.answers])
-        return Answers(input_ids, attention_mask, weights, torch.tensor([len(item.answers) for item in samples]))
+    def _answers(self, step: Step) -> Answers:
+        texts = [f"{clean_text(answer)} [SEP]" for draw in step.draws for answer, _ in draw.answers]
+        input_ids, attention_mask = self.tokenizer.encode(texts, ANSWER_LENGTH[step.kind])
+        weights = torch.tensor([weight for draw in step.draws for _, weight in draw.answers])
+        return Answers(input_ids, attention_mask, weights, torch.tensor([len(draw.answers) for draw in step.draws]))
 
     def close(self) -> None:
-        """End the threads and close the files."""
+        """End the threads, also those of an iteration that is not over, and close the files."""
+        self._end(list(self._running))
         self.pool.shutdown(wait=True, cancel_futures=True)
         self.decoder.close()
         for line in self.lines.values():
             line.close()
 
 
+def check_positive(config: LoaderConfig) -> None:
+    """Raise ValueError for settings that must be at least 1."""
+    values = {name: getattr(config, name) for name in ("image_res", "lanes", "window_shards", "prefetch")}
+    for name, value in {**values, "video_input.num_frames": config.video_input.num_frames}.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}, must be at least 1")
+
+
 def replacement(position: int, tried: int, plan: EpochPlan) -> int:
     """The position itself, then the following ones of its lane, around its end."""
+    if not tried:
+        return position
     lane = position % plan.lanes
     first, end = plan.lane_bounds(lane)
     if end - first <= tried:  # a lane too short to help: any other
         return (position + tried) % plan.units
     return lane + plan.lanes * ((position // plan.lanes + tried) % (end - first))
-
-
-def offer(ahead: queue.Queue[Any], item: Any, stop: threading.Event) -> bool:
-    """Put an item on the queue; False when the consumer has gone."""
-    while not stop.is_set():
-        try:
-            ahead.put(item, timeout=0.1)
-            return True
-        except queue.Full:
-            continue
-    return False
-
-
-def drain(ahead: queue.Queue[Any]) -> None:
-    """Empty a queue."""
-    while True:
-        try:
-            ahead.get_nowait()
-        except queue.Empty:
-            return
