@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import torch
 
-from loaders.clips import Window, choose_frames
+from loaders.ahead import Ahead
+from loaders.clips import Window, check_sample_type, choose_frames
 from loaders.config import LoaderConfig
 from loaders.decoding import Clip, Decoder, make_decoder, usable_threads
-from loaders.index import ShardIndex
+from loaders.index import Record, ShardIndex
 from loaders.storage import BadSampleError, CorpusReader
 from loaders.text import clean_text
 
@@ -31,10 +31,15 @@ class VisualSet:
     """The visuals of a packed corpus in the order of its shards; `missing` lists those that do not decode.
 
     Raises:
-        FileNotFoundError, ValueError: as `sharding.schema.read_corpus`.
+        FileNotFoundError, ValueError: as `sharding.schema.read_corpus`; or no such sample_type_test.
     """
 
     def __init__(self, url: str, config: LoaderConfig) -> None:
+        check_sample_type(config.video_input.sample_type_test)
+        if config.video_input.sample_type_test == "rand":
+            raise ValueError(
+                "sample_type_test is 'rand', but test sets show the same frames each time: set middle or fpsX"
+            )
         self.reader = CorpusReader(url, config.storage)
         self.config = config
         self.name, self.media_type = self.reader.corpus.name, self.reader.corpus.media_type
@@ -59,49 +64,45 @@ class VisualSet:
         return [index.source(row) for index, row in self.rows()]
 
     def batches(self, num_frames: int, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[VisualBatch]:
-        """This rank's visuals (those = rank mod world size), `batch_size` at once, one batch made ahead."""
+        """This rank's visuals (those = rank mod world size), `batch_size` at once, made ahead by a thread."""
+        config = self.config
+        threads = usable_threads(config.threads, world_size)
+        decoder = make_decoder(config.decode, config.image_res, threads, config.antialias)
         mine = np.arange(rank, self.num_visuals, world_size)
-        decoder = make_decoder(
-            self.config.decode,
-            self.config.image_res,
-            usable_threads(self.config.threads, world_size),
-            self.config.antialias,
-        )
-        with ThreadPoolExecutor(1, thread_name_prefix="evaluation") as ahead:
-            parts = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
-            futures = [ahead.submit(self._batch, decoder, parts[0], num_frames)] if parts else []
-            for number in range(len(parts)):
-                batch = futures[-1].result()
-                if number + 1 < len(parts):
-                    futures = [ahead.submit(self._batch, decoder, parts[number + 1], num_frames)]
-                if len(batch.keys):
-                    yield batch
-        decoder.close()
+        parts = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
+        ahead = Ahead((self._batch(decoder, part, num_frames) for part in parts), config.prefetch, "loader-evaluation")
+        try:
+            yield from (batch for batch in ahead if len(batch.keys))
+        finally:
+            ahead.close()
+            decoder.close()
 
     def _batch(self, decoder: Decoder, visuals: np.ndarray, num_frames: int) -> VisualBatch:
-        found: list[tuple[int, str, Clip]] = []
-        for visual in visuals.tolist():
-            try:
-                key, clip = self._clip(visual, num_frames)
-                found.append((visual, key, clip))
-            except BadSampleError as error:
-                self.missing[visual] = str(error)
+        found: list[tuple[int, Clip]] = []
+        records = [self._record(visual, num_frames) for visual in visuals.tolist()]
+        for visual, (_, record, _), jpegs in zip(visuals.tolist(), records, self.reader.read(records), strict=True):
+            if isinstance(jpegs, BadSampleError):
+                self.missing[visual] = str(jpegs)
+            else:
+                found.append((visual, whole_clip(record, jpegs)))
         if not found:
             return VisualBatch(torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.int64), ())
-        frames, bad = decoder.decode([clip for _, _, clip in found])
+        frames, bad = decoder.decode([clip for _, clip in found])
         self.missing.update({found[number][0]: reason for number, reason in bad.items()})
-        good = [number for number in range(len(found)) if number not in bad]
         if bad:
-            frames = frames[good]
-        indices = torch.tensor([found[number][0] for number in good], dtype=torch.int64)
-        return VisualBatch(frames, indices, tuple(found[number][1] for number in good))
+            found = [pair for number, pair in enumerate(found) if number not in bad]
+            frames = frames[
+                torch.tensor([number for number in range(len(frames)) if number not in bad], dtype=torch.int64)
+            ]
+        keys = dict(zip(visuals.tolist(), (record.key for _, record, _ in records), strict=True))
+        indices = torch.tensor([visual for visual, _ in found], dtype=torch.int64)
+        return VisualBatch(frames, indices, tuple(keys[visual] for visual, _ in found))
 
-    def _clip(self, visual: int, num_frames: int) -> tuple[str, Clip]:
+    def _record(self, visual: int, num_frames: int) -> tuple[int, Record, np.ndarray]:
+        """A visual's shard, its place there, and which of its frames are shown."""
         shard, row = self.place(visual)
         record = self.reader.index(shard).record(row)
-        chosen = self.frame_numbers(len(record.sizes), record.fps, num_frames)
-        window = Window(0, 0, record.height, record.width)
-        return record.key, Clip(self.reader.frames(shard, record, chosen), record.height, record.width, window)
+        return shard, record, self.frame_numbers(len(record.sizes), record.fps, num_frames)
 
     def frame_numbers(self, length: int, fps: float, num_frames: int) -> np.ndarray:
         """Which stored frames are shown; images have one, whatever `num_frames` is."""
@@ -111,14 +112,17 @@ class VisualSet:
 
     def thumbnail(self, visual: int, num_frames: int = 4) -> list[bytes]:
         """JPEG bytes of a visual's frames, for reports; empty when they cannot be read."""
-        try:
-            return self._clip(visual, num_frames)[1].jpegs
-        except BadSampleError:
-            return []
+        (jpegs,) = self.reader.read([self._record(visual, num_frames)])
+        return [] if isinstance(jpegs, BadSampleError) else jpegs
 
     def close(self) -> None:
         """Close the files."""
         self.reader.close()
+
+
+def whole_clip(record: Record, jpegs: list[bytes]) -> Clip:
+    """A clip of which everything is shown, whatever its aspect."""
+    return Clip(jpegs, record.height, record.width, Window(0, 0, record.height, record.width))
 
 
 class RetrievalSet(VisualSet):

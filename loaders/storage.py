@@ -49,13 +49,6 @@ class CorpusReader:
         """Whether the index of a shard is in memory."""
         return shard in self._indices
 
-    def frames(self, shard: int, record: Record, chosen: np.ndarray) -> list[bytes]:
-        """JPEG bytes of a sample's chosen frames, checked; raises BadSampleError when they are not usable."""
-        (found,) = self.read([(shard, record, chosen)])
-        if isinstance(found, BadSampleError):
-            raise found
-        return found
-
     def read(self, wanted: Sequence[tuple[int, Record, np.ndarray]]) -> list[list[bytes] | BadSampleError]:
         """JPEG bytes of the chosen frames of several samples, given as (shard, record, frames).
 

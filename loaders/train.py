@@ -255,7 +255,9 @@ class TrainLoader:
 
 
 def check_positive(config: LoaderConfig) -> None:
-    """Raise ValueError for settings that must be at least 1."""
+    """Raise ValueError for settings that must be at least 1, and a seed below 0."""
+    if config.seed < 0:
+        raise ValueError(f"seed is {config.seed}, must be 0 or more")
     values = {name: getattr(config, name) for name in ("image_res", "lanes", "window_shards", "prefetch")}
     for name, value in {**values, "video_input.num_frames": config.video_input.num_frames}.items():
         if value < 1:

@@ -1,15 +1,16 @@
 """What a step sees of a clip: frames, crops and flips."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SHARED
 from hypothesis import given
 from hypothesis import strategies as st
 
 from loaders.clips import choose_frames, clip_generator, frames_at_rate, random_window
 
+SHARED = Path(__file__).resolve().parents[3] / "shared"
 TABLE = SHARED / "golden" / "08_pure" / "tables" / "frame_indices.json"
 
 

@@ -1,7 +1,6 @@
 """Test sets: every visual once over all ranks, texts matched with what they describe."""
 
 import pytest
-from conftest import ShapesCorpus
 
 from loaders.config import LoaderConfig
 from loaders.evaluation import ChoiceSet, QASet, RetrievalSet
@@ -12,7 +11,7 @@ CONFIG = LoaderConfig(image_res=32, decode="cpu", threads=1)
 
 @pytest.mark.parametrize("world_size", [1, 2, 5])
 @pytest.mark.parametrize("name", ["images_test", "clips_test_motion"])
-def test_every_visual_exactly_once(shapes: ShapesCorpus, name: str, world_size: int) -> None:
+def test_every_visual_exactly_once(shapes, name: str, world_size: int) -> None:
     dataset = RetrievalSet(shapes.url(name), CONFIG)
     frames = 1 if dataset.media_type == "image" else 3
     seen = []
@@ -25,7 +24,7 @@ def test_every_visual_exactly_once(shapes: ShapesCorpus, name: str, world_size: 
     assert len(dataset.thumbnail(3, 2)) == min(frames, 2)
 
 
-def test_texts_know_their_visuals(shapes: ShapesCorpus) -> None:
+def test_texts_know_their_visuals(shapes) -> None:
     dataset = RetrievalSet(shapes.url("images_test"), CONFIG)
     assert len(set(dataset.texts)) == len(dataset.texts)
     for text, visuals in enumerate(dataset.visuals_of_text):
@@ -33,7 +32,7 @@ def test_texts_know_their_visuals(shapes: ShapesCorpus) -> None:
         assert all(text in dataset.texts_of_visual[visual] for visual in visuals)
 
 
-def test_captions_shared_by_clips_are_one_text(shapes: ShapesCorpus, tmp_path) -> None:
+def test_captions_shared_by_clips_are_one_text(shapes, tmp_path) -> None:
     build_corpus(
         [str(shapes.folder / "ssv2_test.json")],
         str(shapes.folder / "media"),
@@ -47,13 +46,13 @@ def test_captions_shared_by_clips_are_one_text(shapes: ShapesCorpus, tmp_path) -
     assert sum(len(visuals) for visuals in dataset.visuals_of_text) == 24
 
 
-def test_paragraphs_join_a_visuals_captions(shapes: ShapesCorpus) -> None:
+def test_paragraphs_join_a_visuals_captions(shapes) -> None:
     apart = RetrievalSet(shapes.url("clips_train"), CONFIG)
     joined = RetrievalSet(shapes.url("clips_train"), CONFIG, paragraph=True)
     assert len(joined.texts) <= joined.num_visuals < len(apart.texts)
 
 
-def test_questions_and_options(shapes: ShapesCorpus) -> None:
+def test_questions_and_options(shapes) -> None:
     questions = QASet(shapes.url("qa_test"), CONFIG)
     assert len(questions.questions) == 24
     assert questions.questions[0].answers

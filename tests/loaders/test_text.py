@@ -1,12 +1,13 @@
 """Cleaning and tokenising, as the official code does it."""
 
 import json
+from pathlib import Path
 
 import pytest
-from conftest import SHARED
 
 from loaders.text import Tokenizer, clean_text
 
+SHARED = Path(__file__).resolve().parents[3] / "shared"
 TABLES = SHARED / "golden" / "08_pure" / "tables"
 
 

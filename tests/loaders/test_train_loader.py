@@ -7,7 +7,6 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ShapesCorpus
 
 from loaders.config import LoaderConfig, PerMedia, VideoInput
 from loaders.text import Tokenizer, clean_text
@@ -20,7 +19,7 @@ def config(**settings) -> LoaderConfig:
     return LoaderConfig(**options | {"video_input": VideoInput(num_frames=2)} | settings)
 
 
-def corpora(shapes: ShapesCorpus) -> list[str]:
+def corpora(shapes) -> list[str]:
     return [shapes.url("images_train"), shapes.url("clips_train")]
 
 
@@ -105,7 +104,7 @@ def test_each_caption_or_question_can_be_an_item_of_its_own(shapes, tokenizer: T
     assert tokenizer.sep_id in batch.answers.input_ids[0]
 
 
-def damaged(shapes: ShapesCorpus, folder: Path, rows: list[int]) -> tuple[str, list[str]]:
+def damaged(shapes, folder: Path, rows: list[int]) -> tuple[str, list[str]]:
     """A copy of images_train in which the given samples of the first shard carry flipped bytes."""
     shutil.copytree(shapes.url("images_train"), folder)
     corpus = read_corpus(str(folder))
