@@ -95,8 +95,6 @@ class TrainLoader:
             raise ValueError(
                 f"batch_size.{kind}={size} is more than the {units} {self.config.unit} there are: choose a smaller one"
             )
-        if self.rank == 0:
-            log.info("%s: %d batches of %d, %d of %d left out", kind, units // size, size, units % size, units)
         return units // size
 
     @property
@@ -118,6 +116,12 @@ class TrainLoader:
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """Batches start_step, start_step + 1 ... of an epoch; reading and decoding are at most `prefetch` ahead."""
+        if self.rank == 0:
+            for kind, line in self.lines.items():
+                steps, size, units = self.media_steps[kind], self.batch_size[kind], sum(line.counts)
+                log.debug(
+                    "epoch %d: %d %s batches of %d, %d of %d left out", epoch, steps, kind, size, units % size, units
+                )
         fetched = Ahead(self._fetch_steps(epoch, start_step), self.config.prefetch, "loader-read")
         batches = Ahead(self._make_batches(fetched), self.config.prefetch, "loader-decode")
         self._running += [fetched, batches]
