@@ -190,7 +190,7 @@ def show(pixels: np.ndarray, window: Window, out: np.ndarray, antialias: bool) -
     crop = pixels[window.top : window.top + window.height, window.left : window.left + window.width]
     if crop.shape[:2] != (size, size):
         target = None if window.flip else out
-        if antialias and max(crop.shape[:2]) > size:  # Pillow's filter widens when it makes a picture smaller
+        if antialias:  # Pillow's kernel is that of PyTorch's antialiased bicubic, OpenCV's that of the plain one
             crop = np.asarray(Image.fromarray(crop).resize((size, size), Image.Resampling.BICUBIC))
         else:
             crop = cv2.resize(crop, (size, size), dst=target, interpolation=cv2.INTER_CUBIC)

@@ -1,10 +1,8 @@
 """The training loader: exactly once, the same batches whatever the ranks, bad samples replaced whole."""
 
-import shutil
 import threading
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -104,40 +102,6 @@ def test_each_caption_or_question_can_be_an_item_of_its_own(shapes, tokenizer: T
     assert tokenizer.sep_id in batch.answers.input_ids[0]
 
 
-def damaged(shapes, folder: Path, rows: list[int]) -> tuple[str, list[str]]:
-    """A copy of images_train in which the given samples of the first shard carry flipped bytes."""
-    shutil.copytree(shapes.url("images_train"), folder)
-    corpus = read_corpus(str(folder))
-    index = pq.read_table(folder / corpus.shards[0].index_name).to_pylist()
-    tar = bytearray((folder / corpus.shards[0].name).read_bytes())
-    for row in rows:
-        tar[index[row]["offsets"][0] + index[row]["sizes"][0] // 2] ^= 0xFF
-    (folder / corpus.shards[0].name).write_bytes(tar)
-    return str(folder), [f"{corpus.name}/{index[row]['key']}" for row in rows]
-
-
-def test_bad_samples_are_quarantined_and_replaced_with_their_text(shapes, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    url, bad = damaged(shapes, tmp_path / "bad", [0, 3, 4])
-    own = texts_by_key(url)
-    loader = TrainLoader([url], tokenizer, config(max_bad_share=0.1))
-    batches = [batch for _ in range(3) for batch in loader]
-    assert len(batches) == 36
-    assert set(loader.quarantine) == set(bad)
-    assert loader.counters["quarantined"] == 3
-    assert all("CRC-32" in reason for reason in loader.quarantine.values())
-    for batch in batches:
-        assert not set(batch.keys) & set(bad)
-        for key, ids in zip(batch.keys, batch.input_ids, strict=True):
-            assert tokenizer.decode(ids.tolist()) in own[key]
-
-
-def test_too_many_bad_samples_end_the_run_naming_one(shapes, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    url, _ = damaged(shapes, tmp_path / "bad", list(range(0, 50, 5)))
-    loader = TrainLoader([url], tokenizer, config(max_bad_share=0.001))
-    with pytest.raises(ValueError, match=r"unusable, more than max_bad_share=0.001"):
-        [list(loader) for _ in range(4)]
-
-
 def test_threads_end_with_the_iteration(shapes, tokenizer: Tokenizer) -> None:
     before = threading.active_count()
     loader = TrainLoader(corpora(shapes), tokenizer, config())
@@ -159,3 +123,41 @@ def test_what_does_not_fit_is_told_at_once(shapes, tokenizer: Tokenizer) -> None
         TrainLoader(["/nowhere"], tokenizer, config())
     with pytest.raises(ValueError, match="train_corpus is empty"):
         TrainLoader([], tokenizer, config())
+
+
+def test_a_loader_closed_in_mid_epoch_leaves_no_thread_and_no_file(shapes, tokenizer: Tokenizer) -> None:
+    threads, files = threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
+    loader = TrainLoader(corpora(shapes), tokenizer, config(prefetch=1))
+    steps = iter(loader)
+    next(steps)
+    loader.close()
+    assert list(steps) == []
+    assert threading.active_count() <= threads
+    assert len(list(Path("/proc/self/fd").iterdir())) <= files
+
+
+def test_batches_in_use_are_not_written_over(shapes, tokenizer: Tokenizer) -> None:
+    loader = TrainLoader(corpora(shapes), tokenizer, config(prefetch=1))
+    held, copies = [], []
+    for number, batch in enumerate(loader):
+        if number % 3:
+            held.append(batch.frames[0])  # a view keeps the memory
+            copies.append(batch.frames[0].clone())
+    assert all(torch.equal(view, copy) for view, copy in zip(held, copies, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_res": 0}, "image_res is 0, must be at least 1"),
+        ({"lanes": 0}, "lanes is 0, must be at least 1"),
+        ({"video_input": VideoInput(num_frames=0)}, "video_input.num_frames is 0"),
+        ({"video_input": VideoInput(sample_type="center")}, "sample_type is 'center', must be rand, middle or fps"),
+        ({"decode": "gpu"}, "decode is 'gpu'"),
+        ({"unit": "words"}, "unit is 'words', must be one of samples, captions"),
+        ({"seed": -1}, "seed is -1"),
+    ],
+)
+def test_settings_that_cannot_work_are_told_at_once(shapes, tokenizer: Tokenizer, settings, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainLoader(corpora(shapes), tokenizer, config(**settings))
