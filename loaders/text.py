@@ -73,6 +73,10 @@ class Tokenizer:
         """The text of ids, without padding and special tokens."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The vocabulary's entry of each id."""
+        return [self._tokenizer.id_to_token(number) or "" for number in ids]
+
     def save(self, folder: str | Path) -> Path:
         """Write `vocab.txt` into a folder; a checkpoint carries its own vocabulary."""
         target = Path(folder) / "vocab.txt"

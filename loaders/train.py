@@ -122,7 +122,7 @@ class TrainLoader:
                 log.debug(
                     "epoch %d: %d %s batches of %d, %d of %d left out", epoch, steps, kind, size, units % size, units
                 )
-        fetched = Ahead(self._fetch_steps(epoch, start_step), self.config.prefetch, "loader-read")
+        fetched = Ahead(self.fetch_steps(epoch, start_step), self.config.prefetch, "loader-read")
         batches = Ahead(self._make_batches(fetched), self.config.prefetch, "loader-decode")
         self._running += [fetched, batches]
         before = self.counters["wait_seconds"]
@@ -144,7 +144,7 @@ class TrainLoader:
             if stage in self._running:
                 self._running.remove(stage)
 
-    def _fetch_steps(self, epoch: int, start_step: int) -> Generator[Step, None, None]:
+    def fetch_steps(self, epoch: int, start_step: int) -> Generator[Step, None, None]:
         """The reading stage: this rank's part of every step, as bytes."""
         schedule = media_schedule(self.media_steps, self.config.seed, epoch)
         plans = {kind: line.plan(epoch) for kind, line in self.lines.items()}

@@ -15,11 +15,11 @@ from loaders.text import SPECIAL, clean_text
 from sharding.schema import read_corpus, read_index
 
 
-def corpus_texts(url: str) -> Iterator[str]:
+def corpus_texts(url: str, storage_options: dict[str, str] | None = None) -> Iterator[str]:
     """Every caption, question, answer and option of a corpus, cleaned."""
-    corpus = read_corpus(url)
+    corpus = read_corpus(url, storage_options)
     for shard in range(len(corpus.shards)):
-        index = ShardIndex(read_index(corpus, shard))
+        index = ShardIndex(read_index(corpus, shard, storage_options))
         for row in range(len(index)):
             yield from map(clean_text, index.texts("captions", row))
             for question in index.texts("questions", row):
@@ -37,6 +37,11 @@ def learn_vocabulary(corpora: Sequence[str], size: int, output: str | Path) -> i
     texts = [text for url in corpora for text in corpus_texts(url)]
     if not texts:
         raise ValueError(f"{', '.join(corpora)}: no texts to learn a vocabulary from")
+    return learn_from_texts(texts, size, output)
+
+
+def learn_from_texts(texts: Sequence[str], size: int, output: str | Path) -> int:
+    """Write a BERT `vocab.txt` of at most `size` entries for these texts; returns how many it has."""
     tokenizer = BertWordPieceTokenizer(lowercase=True)
     tokenizer.train_from_iterator(
         texts, vocab_size=size, min_frequency=2, special_tokens=list(SPECIAL), show_progress=False

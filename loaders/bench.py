@@ -1,0 +1,238 @@
+"""`python -m loaders.bench`: how fast corpora are read and decoded here, where the time goes, and what would help."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+from loaders.config import LoaderConfig, PerMedia, VideoInput
+from loaders.decoding import usable_threads
+from loaders.storage import CorpusReader
+from loaders.text import Tokenizer
+from loaders.train import TrainLoader
+from loaders.vocab import corpus_texts, learn_from_texts
+
+TEXTS_TO_LEARN_FROM = 5000
+GUILTY = 0.3  # share of the time that decoding waits for reading, from which reading is to blame
+LARGER = 1.5  # stored frames over shown ones, from which packing them smaller is worth while
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a benchmark found; shares are of the measured time."""
+
+    samples: int
+    seconds: float
+    samples_per_second: float
+    megabytes_per_second: float  # of stored frames
+    cpu_milliseconds_per_sample: float  # over all threads
+    first_batch_seconds: float  # from opening the corpora
+    read_share: float  # the reading stage was at work
+    decode_share: float  # the decoding stage was at work
+    decode_wait_share: float  # the decoding stage waited for the reading one
+    decode_alone_per_second: float  # samples of one batch, decoded from memory again and again
+    quarantined: int
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What advice depends on besides the figures."""
+
+    threads: int
+    cores: int
+    backend: str
+    remote: bool
+    stored_size: int  # shorter side of stored frames in pixels, 0 when unknown
+    shown_size: int
+
+
+def measure(corpora: Sequence[str], config: LoaderConfig, seconds: float) -> tuple[Figures, Setup]:
+    """Take batches for that long, doing nothing with them; then decode one batch from memory.
+
+    Raises:
+        FileNotFoundError, ValueError: as TrainLoader.
+    """
+    started = time.perf_counter()
+    readers = [CorpusReader(url, config.storage) for url in corpora]
+    with tempfile.TemporaryDirectory(prefix="singularity-bench-") as folder:
+        texts = (text for url in corpora for text in corpus_texts(url, config.storage))
+        learn_from_texts(list(islice(texts, TEXTS_TO_LEARN_FROM)), 2000, Path(folder) / "vocab.txt")
+        tokenizer = Tokenizer.load(folder)
+    learned = time.perf_counter() - started
+    loader = TrainLoader(corpora, tokenizer, config)
+    try:
+        next(iter(loader))
+        first = time.perf_counter() - started - learned
+        figures = take_batches(loader, seconds, first)
+    finally:
+        loader.close()
+    setup = Setup(
+        threads=usable_threads(config.threads, 1),
+        cores=len(os.sched_getaffinity(0)),
+        backend="cpu" if type(loader.decoder).__name__ == "CpuDecoder" else "dali",
+        remote=not all(reader.local for reader in readers),
+        stored_size=max(int(reader.corpus.settings.get("size", 0)) for reader in readers),
+        shown_size=config.image_res,
+    )
+    return figures, setup
+
+
+def take_batches(loader: TrainLoader, seconds: float, first_batch_seconds: float) -> Figures:
+    """The figures of that many seconds of batches, epoch after epoch."""
+    loader.counters.clear()
+    samples, began, cpu = 0, time.perf_counter(), time.process_time()
+    while time.perf_counter() - began < seconds:
+        for batch in loader:
+            samples += len(batch.keys)
+            if time.perf_counter() - began >= seconds:
+                break
+    elapsed, cpu = time.perf_counter() - began, time.process_time() - cpu
+    counters = loader.counters
+    return Figures(
+        samples=samples,
+        seconds=elapsed,
+        samples_per_second=samples / elapsed,
+        megabytes_per_second=counters["bytes_read"] / 1e6 / elapsed,
+        cpu_milliseconds_per_sample=cpu * 1000 / samples,
+        first_batch_seconds=first_batch_seconds,
+        read_share=min(1.0, counters["read_seconds"] / elapsed),
+        decode_share=min(1.0, counters["decode_seconds"] / elapsed),
+        decode_wait_share=min(1.0, counters["decode_wait_seconds"] / elapsed),
+        decode_alone_per_second=decode_alone(loader, min(3.0, seconds / 2)),
+        quarantined=len(loader.quarantine),
+    )
+
+
+def decode_alone(loader: TrainLoader, seconds: float) -> float:
+    """Samples a second when the same batch is decoded from memory: what faster reading would give at most."""
+    step = next(loader.fetch_steps(0, 0))
+    clips = [draw.clip(jpegs) for draw, jpegs in zip(step.draws, step.jpegs, strict=True)]
+    loader.decoder.decode(clips)
+    began, done = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        loader.decoder.decode(clips)
+        done += len(clips)
+    return done / (time.perf_counter() - began)
+
+
+def advice(figures: Figures, setup: Setup) -> list[str]:
+    """What would make it faster, most telling first."""
+    found = []
+    if figures.decode_wait_share > GUILTY:
+        where = "copy the shards to a local disk, or start more prefetch" if setup.remote else "use a faster disk"
+        found.append(
+            f"Decoding waits for reading {figures.decode_wait_share:.0%} of the time: {where}. "
+            f"With the bytes at hand it would reach {figures.decode_alone_per_second:,.0f} samples/s."
+        )
+        return found
+    if setup.threads < setup.cores and setup.backend == "cpu":
+        found.append(f"Decoding is the limit, on {setup.threads} of {setup.cores} cores: raise threads.")
+    elif setup.backend == "cpu":
+        found.append(f"Decoding is the limit, on all {setup.cores} cores: more cores help, or a GPU (decode=dali).")
+    else:
+        found.append("DALI's decoding is the limit.")
+    if setup.stored_size > LARGER * setup.shown_size:
+        found.append(
+            f"Frames are stored at {setup.stored_size} pixels and shown at {setup.shown_size}: packed with "
+            f"--size {round(setup.shown_size * 8 / 7)} there is less to read and to decode."
+        )
+    if figures.quarantined:
+        found.append(f"{figures.quarantined} samples are bad: see `python -m sharding.verify`.")
+    return found
+
+
+def table(figures: Figures, setup: Setup) -> str:
+    """The figures as a person reads them."""
+    rows = [
+        ("samples/s", f"{figures.samples_per_second:,.0f}", f"{figures.samples:,} in {figures.seconds:.1f} s"),
+        ("MB/s", f"{figures.megabytes_per_second:.1f}", "of stored frames"),
+        ("first batch", f"{figures.first_batch_seconds:.2f} s", "after opening the corpora"),
+        ("reading", f"{figures.read_share:.0%}", "of the time the reading stage was at work"),
+        ("decoding", f"{figures.decode_share:.0%}", f"{setup.threads} threads, {setup.backend}"),
+        ("waiting", f"{figures.decode_wait_share:.0%}", "of the time decoding waited for reading"),
+        (
+            "decoding alone",
+            f"{figures.decode_alone_per_second:,.0f}/s",
+            "from memory: the most that faster reading gives",
+        ),
+        ("CPU", f"{figures.cpu_milliseconds_per_sample:.2f} ms", "a sample, over all threads"),
+    ]
+    lines = [f"{name:<15}{value:>12}   {note}" for name, value, note in rows]
+    return "\n".join([*lines, "", *advice(figures, setup)])
+
+
+def parse_options(pairs: Sequence[str]) -> dict[str, str]:
+    """{"key": "value"} of KEY=VALUE texts; raises ValueError when one is not of that form."""
+    wrong = [pair for pair in pairs if "=" not in pair]
+    if wrong:
+        raise ValueError(f"--storage {wrong[0]}: must be KEY=VALUE")
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        "python -m loaders.bench",
+        description="Measure how fast packed corpora become batches on this machine, and say where the time goes.",
+    )
+    result.add_argument("corpora", nargs="+", metavar="URL", help="folders or URLs of packed corpora")
+    result.add_argument("--batch-size", type=int, default=128, help="samples a batch (default: %(default)s)")
+    result.add_argument("--size", type=int, default=224, help="pixels of a frame as shown (default: %(default)s)")
+    result.add_argument("--frames", type=int, default=1, help="frames of a clip (default: %(default)s)")
+    result.add_argument("--threads", type=int, default=0, help="decoding threads (default: the cores)")
+    result.add_argument("--decode", default="auto", choices=("auto", "dali", "cpu"), help="(default: %(default)s)")
+    result.add_argument("--prefetch", type=int, default=3, help="batches made ahead (default: %(default)s)")
+    result.add_argument("--seconds", type=float, default=10, help="how long to measure (default: %(default)s)")
+    result.add_argument("--storage", nargs="*", default=[], metavar="KEY=VALUE", help="fsspec options of the URLs")
+    result.add_argument("--json", action="store_true", help="print the figures as JSON")
+    return result
+
+
+def configuration(options: argparse.Namespace) -> LoaderConfig:
+    """The loader's settings for a benchmark; batches are no larger than the corpora allow."""
+    storage = parse_options(options.storage)
+    sizes = {"image": 0, "video": 0}
+    unit = "samples"
+    for url in options.corpora:
+        corpus = CorpusReader(url, storage).corpus
+        sizes[corpus.media_type] += corpus.samples
+        if not sum(corpus.counts("captions")):
+            unit = "questions"
+    return LoaderConfig(
+        batch_size=PerMedia(**{kind: min(options.batch_size, count) for kind, count in sizes.items()}),
+        image_res=options.size,
+        unit=unit,
+        video_input=VideoInput(num_frames=options.frames),
+        threads=options.threads,
+        decode=options.decode,
+        prefetch=options.prefetch,
+        storage=storage,
+        max_bad_share=1.0,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    options = parser().parse_args(arguments)
+    try:
+        figures, setup = measure(options.corpora, configuration(options), options.seconds)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    if options.json:
+        sys.stdout.write(json.dumps({**asdict(figures), **asdict(setup)}) + "\n")
+    else:
+        sys.stdout.write(table(figures, setup) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""`python -m loaders.preview`: a contact sheet of what the model will see: frames as cropped, texts as tokens."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from loaders.batch import Batch, normalize
+from loaders.config import LoaderConfig, PerMedia, VideoInput
+from loaders.text import Tokenizer
+from loaders.train import TrainLoader
+
+MARGIN = 8
+LINE = 14  # pixels of a line of text
+TEXT_LINES = 4
+HALF = (0.5, 0.5, 0.5)
+
+
+def batch_sheet(batch: Batch, tokenizer: Tokenizer, columns: int) -> Image.Image:
+    """The pairs of a batch side by side: the frames of each in a row, its key and its tokens below."""
+    pairs, frames, size = batch.frames.shape[:3]
+    cell_width, cell_height = frames * size + MARGIN, size + (TEXT_LINES + 1) * LINE + MARGIN
+    columns = min(columns, pairs)
+    sheet = Image.new("RGB", (columns * cell_width + MARGIN, -(-pairs // columns) * cell_height + MARGIN), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(LINE - 3)
+    pictures = seen_by_the_model(batch)
+    for number in range(pairs):
+        left = MARGIN + number % columns * cell_width
+        top = MARGIN + number // columns * cell_height
+        for frame in range(frames):
+            sheet.paste(Image.fromarray(pictures[number, frame]), (left + frame * size, top))
+        ids = batch.input_ids[number][batch.attention_mask[number].bool()].tolist()
+        lines = textwrap.wrap(" ".join(tokenizer.pieces(ids)), max(12, (cell_width - MARGIN) // 6))
+        draw.text((left, top + size + 2), batch.keys[number], fill="grey", font=font)
+        for row, line in enumerate(lines[:TEXT_LINES]):
+            draw.text((left, top + size + 2 + (row + 1) * LINE), line, fill="black", font=font)
+    return sheet
+
+
+def seen_by_the_model(batch: Batch) -> np.ndarray:
+    """Frames (B, T, S, S, 3) uint8, by way of the normalised pixels that the model gets."""
+    pixels = normalize(batch.frames.cpu(), HALF, HALF).permute(0, 1, 3, 4, 2)
+    return ((pixels * 0.5 + 0.5) * 255).round().clamp(0, 255).byte().numpy()
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        "python -m loaders.preview",
+        description="Draw the first batch of an epoch as the model will see it, for a look before training.",
+    )
+    result.add_argument("corpus", metavar="URL", help="a packed corpus")
+    result.add_argument("--tokenizer", required=True, help="vocab.txt, a folder that holds one, or a hub name")
+    result.add_argument("--output", required=True, metavar="FILE", help="the picture to write, .png or .jpg")
+    result.add_argument("--count", type=int, default=24, help="samples (default: %(default)s)")
+    result.add_argument("--columns", type=int, default=6, help="samples side by side (default: %(default)s)")
+    result.add_argument("--size", type=int, default=224, help="image_res (default: %(default)s)")
+    result.add_argument("--frames", type=int, default=1, help="frames of a clip (default: %(default)s)")
+    result.add_argument("--sample-type", default="rand", help="rand, middle or fpsX (default: %(default)s)")
+    result.add_argument("--length", type=int, default=32, help="tokens of a text (default: %(default)s)")
+    result.add_argument("--epoch", type=int, default=0, help="(default: %(default)s)")
+    result.add_argument("--seed", type=int, default=42, help="(default: %(default)s)")
+    result.add_argument("--no-augment", action="store_true", help="plain resize, as in evaluation")
+    result.add_argument("--unit", default="samples", help="samples, captions or questions (default: %(default)s)")
+    return result
+
+
+def first_batch(options: argparse.Namespace, tokenizer: Tokenizer) -> Batch:
+    """The first batch of the epoch asked for."""
+    config = LoaderConfig(
+        batch_size=PerMedia(options.count, options.count),
+        image_res=options.size,
+        video_input=VideoInput(num_frames=options.frames, sample_type=options.sample_type),
+        max_txt_l=PerMedia(options.length, options.length),
+        unit=options.unit,
+        seed=options.seed,
+        augment=not options.no_augment,
+        prefetch=1,
+    )
+    loader = TrainLoader([options.corpus], tokenizer, config)
+    try:
+        return next(loader.epoch(options.epoch))
+    finally:
+        loader.close()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    options = parser().parse_args(arguments)
+    try:
+        tokenizer = Tokenizer.load(options.tokenizer)
+        batch_sheet(first_batch(options, tokenizer), tokenizer, options.columns).save(options.output)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    sys.stdout.write(f"{options.output}: {options.count} samples\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
