@@ -41,8 +41,9 @@ def build_shards(tasks: list[Task], workers: int, advance: Advance) -> Iterator[
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["sharding.workers"])
     counts = context.Array("q", 2)
-    with ending_children(), ProcessPoolExecutor(workers, context, start_worker, (counts,)) as pool:
-        pending = {pool.submit(build_in_worker, task): task.number for task in tasks}
+    with ProcessPoolExecutor(workers, context, start_worker, (counts,)) as pool, ending_children():
+        with interrupts_held_back():  # a worker that gets Ctrl-C would die noisily; this process ends them
+            pending = {pool.submit(build_in_worker, task): task.number for task in tasks}
         seen = (0, 0)
         while pending:
             done, _ = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
@@ -60,8 +61,26 @@ def build_shards(tasks: list[Task], workers: int, advance: Advance) -> Iterator[
 
 
 @contextmanager
+def interrupts_held_back() -> Iterator[None]:
+    """Hold Ctrl-C back until the end of the block; processes started inside never get it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # new processes inherit it
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+    if caught:
+        raise KeyboardInterrupt
+
+
+@contextmanager
 def ending_children() -> Iterator[None]:
-    """End the processes started inside at once when an exception leaves the block."""
+    """End the processes started inside, at once, when an exception leaves the block."""
     others: set[BaseProcess] = set(multiprocessing.active_children())
     try:
         yield
@@ -72,10 +91,9 @@ def ending_children() -> Iterator[None]:
 
 
 def start_worker(counts: Any) -> None:
-    """Prepare a worker process: it ends with its parent, however that ends, and leaves Ctrl-C to it."""
+    """Prepare a worker process: it ends with its parent, however that ends."""
     global _counts
     _counts = counts
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 

@@ -2,13 +2,9 @@
 
 import io
 import json
-import os
-import random
-import signal
 import subprocess
 import sys
 import tarfile
-import time
 import zlib
 from pathlib import Path
 
@@ -87,24 +83,6 @@ def test_any_number_of_workers_gives_the_same_bytes(photos: Path, tmp_path: Path
     build(photos, tmp_path / "one", name="x", workers=1)
     build(photos, tmp_path / "three", name="x", workers=3)
     assert contents(tmp_path / "one") == contents(tmp_path / "three")
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_build_killed_at_random_moments_ends_in_the_same_bytes(photos: Path, tmp_path: Path, workers: int) -> None:
-    for number in range(200):
-        photo(photos / f"{number}.jpg", number, (900, 700))
-    build(photos, tmp_path / "whole", name="x")
-    command = [sys.executable, "-m", "sharding.build", "--annotations", str(photos.parent / "photos.json")]
-    command += ["--media-root", str(photos), "--media-type", "image", "--output", str(tmp_path / "cut")]
-    command += ["--name", "x", "--size", "48", "--workers", str(workers)]
-    moments = random.Random(workers)
-    for _ in range(3):
-        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
-        time.sleep(0.5 + moments.random() * 0.8)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
-    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
 def test_broken_files_are_counted_with_their_reasons_and_the_rest_is_packed(photos: Path, tmp_path: Path) -> None:

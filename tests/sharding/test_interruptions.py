@@ -1,0 +1,138 @@
+"""Builds that are cut off, run twice, mended, or sent to a remote store: nothing is lost, nothing is half there."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from sharding.build import build_corpus
+from sharding.output import open_output
+from sharding.schema import read_corpus, read_index
+from sharding.verify import verify_corpus
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+COUNT = 256  # four shards of 64
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("interruptions")
+    folder = root / "photos"
+    folder.mkdir()
+    for number in range(COUNT):
+        noise = np.random.default_rng(number).integers(0, 255, (9, 12, 3), np.uint8)
+        Image.fromarray(noise).resize((1200, 900)).save(folder / f"{number}.jpg", quality=85)
+    records = [{"image": f"{number}.jpg", "caption": f"photo {number}"} for number in range(COUNT)]
+    (root / "photos.json").write_text(json.dumps(records))
+    return folder
+
+
+def build(photos: Path, output: Path | str, **settings):
+    options = {"size": 48, "workers": 1, "name": "x"} | settings
+    return build_corpus([str(photos.parent / "photos.json")], str(photos), "image", str(output), **options)
+
+
+def command(photos: Path, output: Path, workers: int) -> list[str]:
+    words = [sys.executable, "-m", "sharding.build", "--annotations", str(photos.parent / "photos.json")]
+    words += ["--media-root", str(photos), "--media-type", "image", "--output", str(output)]
+    return [*words, "--name", "x", "--size", "48", "--workers", str(workers)]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_killed_builds_end_in_the_same_bytes(photos: Path, tmp_path: Path, workers: int) -> None:
+    build(photos, tmp_path / "whole")
+    words = command(photos, tmp_path / "cut", workers)
+    moments = random.Random(workers)
+    for _ in range(3):
+        process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.DEVNULL)
+        time.sleep(0.6 + moments.random())
+        process.kill()  # the parent alone: its workers must end by themselves, and harm nothing until then
+        process.wait()
+    subprocess.run(words, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_shards_that_are_there_are_not_built_again(photos: Path, tmp_path: Path) -> None:
+    corpus = build(photos, tmp_path / "out")
+    (tmp_path / "out" / corpus.shards[2].index_name).unlink()
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tar")}
+    assert build(photos, tmp_path / "out") == corpus
+    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tar")}
+    assert [name for name in before if before[name] != after[name]] == [corpus.shards[2].name]
+
+
+@pytest.mark.parametrize("wait", [0.0, 0.3])
+def test_control_c_ends_at_once_with_one_line(photos: Path, tmp_path: Path, wait: float) -> None:
+    process = subprocess.Popen(
+        command(photos, tmp_path / "out", 2), cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while not (tmp_path / "out" / "build.json").exists():
+        time.sleep(0.02)
+    time.sleep(wait)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "interrupted: run the same command again" in errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "out" / "corpus.json").exists()
+
+
+def test_two_builds_do_not_write_to_one_folder(photos: Path, tmp_path: Path) -> None:
+    with open_output(str(tmp_path / "out")):
+        with pytest.raises(ValueError, match="another build is writing to"):
+            build(photos, tmp_path / "out")
+    assert build(photos, tmp_path / "out").samples == COUNT
+
+
+def test_mended_files_are_packed_on_demand(photos: Path, tmp_path: Path) -> None:
+    photos = Path(shutil.copytree(photos.parent, tmp_path / "mine")) / "photos"
+    whole = build(photos, tmp_path / "whole")
+    good = (photos / "70.jpg").read_bytes()
+    (photos / "70.jpg").write_bytes(good[:5000])
+    with pytest.raises(ValueError, match="run this again with --retry-failed"):
+        build(photos, tmp_path / "out", max_failures=0.0)
+    assert not (tmp_path / "out" / "corpus.json").exists()
+    assert build(photos, tmp_path / "out").samples == COUNT - 1
+    (photos / "70.jpg").write_bytes(good)
+    assert build(photos, tmp_path / "out").samples == COUNT - 1
+    again = build(photos, tmp_path / "out", retry_failed=True)
+    assert again.shards == whole.shards
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_remote_output_holds_the_same_and_is_resumed(photos: Path, tmp_path: Path) -> None:
+    local = build(photos, tmp_path / "out")
+    store = fsspec.filesystem("memory")
+    remote = build(photos, "memory://bucket/out")
+    assert remote.shards == local.shards == read_corpus("memory://bucket/out").shards
+    assert not verify_corpus("memory://bucket/out", decode=True)
+    store.rm(f"/bucket/out/{local.shards[1].index_name}")
+    store.rm("/bucket/out/corpus.json")
+    assert build(photos, "memory://bucket/out").shards == local.shards
+    assert read_index(remote, 1).num_rows == 64
+    assert build(photos, f"file://{tmp_path}/other").shards == local.shards
+    with pytest.raises(ValueError, match="built with another size"):
+        build(photos, "memory://bucket/out", size=64)
+
+
+def test_an_output_that_cannot_be_written_is_named(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = subprocess.run(command(photos, tmp_path / "file" / "out", 1), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert str(tmp_path / "file") in done.stderr
+    assert done.stderr.count("\n") == 1
