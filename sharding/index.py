@@ -126,9 +126,15 @@ def sample_rows(data: bytes, name: str, fps: float) -> Iterator[dict[str, Any]]:
         key, _, ending = file.partition(".")
         samples.setdefault(f"{folder}/{key}" if folder else key, {})[ending.lower()] = member
     for key, parts in samples.items():
-        pictures = [ending for ending in parts if ending.rsplit(".", 1)[-1] in PICTURES]
+        pictures = sorted((ending for ending in parts if ending.rsplit(".", 1)[-1] in PICTURES), key=frame_number)
         if pictures:
             yield sample_row(key, [parts[ending] for ending in pictures], texts_of(data, parts), data, fps)
+
+
+def frame_number(ending: str) -> tuple[int, str]:
+    """Order of a clip's frames: 999.jpg before 1000.jpg."""
+    number = ending.split(".")[0]
+    return int(number) if number.isdecimal() else -1, ending
 
 
 def texts_of(data: bytes, parts: dict[str, tarfile.TarInfo]) -> dict[str, Any]:

@@ -162,6 +162,8 @@ def test_an_output_with_other_settings_or_other_files_is_refused(photos: Path, t
         ([{"caption": "x"}], 'no "image" or "video" path'),
         ([{"image": "a.jpg", "caption": 3}], '"caption" must be a text'),
         ([], "nothing to pack"),
+        ([{"image": "a.jpg", "start": 5, "end": 2, "caption": "x"}], "must be seconds, start first"),
+        ([{"image": "a.jpg", "start": "soon", "caption": "x"}], "must be seconds, start first"),
     ],
 )
 def test_annotations_that_are_none_name_the_record(tmp_path: Path, records, message: str) -> None:

@@ -7,6 +7,8 @@ import shutil
 import tarfile
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import webdataset
 
@@ -95,6 +97,41 @@ def test_shards_of_other_tools_are_indexed_in_place(shapes, tmp_path: Path) -> N
     assert [row["captions"] for row in rows] == [[f"caption {number}"] for number in range(30)]
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.tar")} == before
     assert not verify_corpus(str(tmp_path), decode=True)
+
+
+def test_files_of_other_tools_beside_the_shards_are_left_alone(shapes, tmp_path: Path) -> None:
+    picture = next((shapes.folder / "media" / "images").rglob("*.jpg")).read_bytes()
+    with webdataset.TarWriter(str(tmp_path / "00000.tar")) as sink:
+        sink.write({"__key__": "000000000", "jpg": picture, "txt": "a caption"})
+    pq.write_table(
+        pa.table({"url": ["http://x"], "caption": ["a caption"], "status": ["success"]}), tmp_path / "00000.parquet"
+    )
+    before = (tmp_path / "00000.parquet").read_bytes()
+    for _ in range(2):
+        corpus = index_shards(str(tmp_path))
+        assert corpus == read_corpus(str(tmp_path))
+        assert corpus.shards[0].index_name == "00000.index.parquet"
+        assert read_index(corpus, 0).num_rows == 1
+        assert not verify_corpus(str(tmp_path))
+    assert (tmp_path / "00000.parquet").read_bytes() == before
+
+
+def test_indexing_our_own_corpus_again_changes_nothing_a_reader_sees(corpus: Path) -> None:
+    before = read_corpus(str(corpus))
+    (corpus / before.shards[0].index_name).unlink()
+    after = index_shards(str(corpus))
+    assert (after.name, after.settings, after.samples) == (before.name, before.settings, before.samples)
+    assert [shard.sha256 for shard in after.shards] == [shard.sha256 for shard in before.shards]
+
+
+def test_long_clips_keep_the_order_of_their_frames(shapes, tmp_path: Path) -> None:
+    picture = next((shapes.folder / "media" / "images").rglob("*.jpg")).read_bytes()
+    frames = {f"{number:03d}.jpg": picture for number in range(1005)}
+    with webdataset.TarWriter(str(tmp_path / "long.tar")) as sink:
+        sink.write({"__key__": "clip", **frames, "json": json.dumps({"caption": "x"})})
+    offsets = read_index(index_shards(str(tmp_path), fps=2), 0).to_pylist()[0]["offsets"]
+    with tarfile.open(tmp_path / "long.tar") as tar:
+        assert offsets == [tar.getmember(f"clip.{name}").offset_data for name in frames]
 
 
 def test_what_cannot_be_indexed_is_named(tmp_path: Path) -> None:
