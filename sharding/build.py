@@ -65,7 +65,7 @@ def build_corpus(
     if not items:
         raise ValueError(f"no records in {', '.join(annotations)}: nothing to pack")
     with open_output(output) as scratch:
-        claim(output, settings, annotations, scratch)
+        claim(output, settings, annotations, len(items), scratch)
         tasks = plan_shards(items, settings, media_root, output, scratch)
         shards = pack(tasks, workers or os.cpu_count() or 1, retry_failed, progress)
         corpus = Corpus(output, name, media_type, tuple(shard.info for shard in shards), asdict(settings))

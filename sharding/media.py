@@ -14,6 +14,7 @@ import av
 import cv2
 import numpy as np
 import simplejpeg
+from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps
 
 EXIF_ORIENTATION = 0x0112
@@ -98,12 +99,16 @@ def decode_any(data: bytes) -> np.ndarray:
 
 def shrink(pixels: np.ndarray, size: int) -> np.ndarray:
     """The picture with its shorter side at most `size` pixels, aspect kept."""
-    height, width = pixels.shape[:2]
-    shorter = min(height, width)
-    if shorter <= size:
+    target = stored_size(pixels.shape[1], pixels.shape[0], size)
+    if target == (pixels.shape[1], pixels.shape[0]):
         return np.ascontiguousarray(pixels)
-    target = (max(1, round(width * size / shorter)), max(1, round(height * size / shorter)))
     return cv2.resize(pixels, target, interpolation=cv2.INTER_AREA)
+
+
+def stored_size(width: int, height: int, size: int) -> tuple[int, int]:
+    """(width, height) with the shorter of both at most `size`, aspect kept."""
+    scale = min(1.0, size / min(width, height))
+    return max(1, round(width * scale)), max(1, round(height * scale))
 
 
 def encode(pixels: np.ndarray, quality: int) -> bytes:
@@ -155,7 +160,7 @@ def sample_clip(clip: Clip, size: int, quality: int, fps: float, max_frames: int
         while (len(times) + wanted) / fps < last - 1e-6 and not (max_frames and len(times) + wanted >= max_frames):
             wanted += 1
         if wanted:
-            pixels = shrink(picture(frame), size)
+            pixels = clip.picture(frame, size)
             if jpegs and pixels.shape[:2] != shape:  # some streams change their size on the way
                 pixels = cv2.resize(pixels, shape[::-1], interpolation=cv2.INTER_AREA)
             shape = pixels.shape[:2]
@@ -185,6 +190,7 @@ class Clip:
         self.stream.thread_type = "NONE"  # processes decode side by side, one clip each
         self.unit = float(self.stream.time_base or 0)
         self.step = 1.0 / float(self.stream.average_rate or self.stream.guessed_rate or 25)
+        self.reformatter = VideoReformatter()
         self.broken = ""  # the decoder's complaint about the first broken packet
         self.reached = 0.0  # seconds decoded
 
@@ -230,6 +236,12 @@ class Clip:
             return self.decoded()
         return itertools.chain([first], frames)
 
+    def picture(self, frame: av.VideoFrame, size: int) -> np.ndarray:
+        """RGB pixels (H, W, 3) of a frame, upright, its shorter side at most `size`: colours and scale in one go."""
+        width, height = stored_size(frame.width, frame.height, size)
+        converted = self.reformatter.reformat(frame, width, height, "rgb24", interpolation="AREA")
+        return np.ascontiguousarray(np.rot90(converted.to_ndarray(), round(frame.rotation / 90) % 4))
+
     def decoded(self) -> Iterator[av.VideoFrame]:
         """Frames in the order of the decoder; broken packets are passed over."""
         for packet in self.container.demux(self.stream):
@@ -237,10 +249,3 @@ class Clip:
                 yield from packet.decode()
             except av.FFmpegError as error:
                 self.broken = self.broken or str(error.strerror)
-
-
-def picture(frame: av.VideoFrame) -> np.ndarray:
-    """RGB pixels (H, W, 3) of a decoded frame, upright."""
-    pixels = frame.to_ndarray(format="rgb24")
-    turns = round(getattr(frame, "rotation", 0) / 90) % 4
-    return np.ascontiguousarray(np.rot90(pixels, turns))

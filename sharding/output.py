@@ -70,9 +70,10 @@ def lock_folder(descriptor: int, output: str) -> None:
             ) from None
 
 
-def claim(output: str, settings: Settings, annotations: Sequence[str], scratch: Path) -> None:
+def claim(output: str, settings: Settings, annotations: Sequence[str], items: int, scratch: Path) -> None:
     """Note in `build.json` what is built here; raise ValueError when the shards there are of another build."""
     plan = {"version": VERSION, **asdict(settings), "annotations_sha256": digest_of(annotations)}
+    plan["samples_per_shard"] = settings.samples_per_shard(items)
     place = join_url(output, "build.json")
     filesystem, path = fsspec.url_to_fs(place)
     if not filesystem.exists(path):

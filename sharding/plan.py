@@ -11,8 +11,8 @@ from sharding.schema import MEDIA_TYPES
 
 FRAMES_PER_CLIP = 24  # assumed when clips are spread over shards, before any is opened
 BYTES_PER_PIXEL = 0.25  # of a JPEG at the usual quality, assumed likewise
-SMALLEST_SHARD = 64  # samples; and a corpus is cut into at least SPREAD shards as soon as they are that large
-SPREAD = 16
+SMALLEST_SHARD = {"image": 64, "video": 8}  # samples
+SPREAD = 16  # a corpus is cut into so many shards, for as many workers, as soon as they are not smaller than that
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Settings:
         """How many of `samples` items go into each shard; depends on nothing else."""
         frames = 1 if self.media_type == "image" else self.max_frames or FRAMES_PER_CLIP
         by_size = self.shard_mb * 2**20 / (frames * self.size**2 * 4 / 3 * BYTES_PER_PIXEL)
-        return max(1, min(int(by_size), max(SMALLEST_SHARD, math.ceil(samples / SPREAD))))
+        return max(1, min(int(by_size), max(SMALLEST_SHARD[self.media_type], math.ceil(samples / SPREAD))))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+import cv2
 import fsspec
 
 from sharding.annotations import Item, split_part
@@ -94,6 +95,7 @@ def start_worker(counts: Any) -> None:
     """Prepare a worker process: it ends with its parent, however that ends."""
     global _counts
     _counts = counts
+    cv2.setNumThreads(1)  # there are as many processes as cores
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -53,11 +54,11 @@ def write_shapes(
     with tqdm(total=sum(job[2] for job in jobs), unit="item", desc="drawing Shapes", disable=not progress) as bar:
         context = multiprocessing.get_context("forkserver")
         with ExitStack() as stack:
-            pool = stack.enter_context(context.Pool(workers)) if workers > 1 else None
+            pool = stack.enter_context(ProcessPoolExecutor(workers, context)) if workers > 1 else None
             for medium, split, count in jobs:
                 make = partial(make_chunk, folder, medium, split, seed, size)
                 starts = [(first, min(count, first + CHUNK)) for first in range(0, count, CHUNK)]
-                parts = pool.imap(make, starts) if pool else map(make, starts)
+                parts = pool.map(make, starts) if pool else map(make, starts)
                 write_annotations(folder, SPLITS[split], parts, bar)
     (folder / "answer_list.json").write_text(json.dumps(answer_list()) + "\n")
     return folder
