@@ -7,22 +7,19 @@ import logging
 import os
 import re
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from sharding.annotations import Item, read_items
+from sharding.failures import FailureLog, TooManyFailures, summary
 from sharding.output import claim, local_form, open_output, remove, write_text
 from sharding.plan import Settings, Task, plan_shards
-from sharding.schema import MEDIA_TYPES, Corpus, join_url
-from sharding.workers import build_shards
-from sharding.writing import FinishedShard, finished_shard, publish
+from sharding.processes import run_tasks
+from sharding.progress import LOG_EVERY, Progress
+from sharding.schema import MEDIA_TYPES, Corpus, ShardInfo, join_url
+from sharding.workers import build_shard
+from sharding.writing import FinishedShard, finished_shard
 
 log = logging.getLogger("sharding")
 
@@ -42,23 +39,27 @@ def build_corpus(
     max_failures: float = 0.05,
     retry_failed: bool = False,
     progress: bool = False,
+    log_every: float = LOG_EVERY,
 ) -> Corpus:
     """Pack annotated media into shards at `output` (a folder or an fsspec URL) and describe them in `corpus.json`.
 
     Shards that an interrupted build completed are kept; the result is byte-identical whatever `workers` is.
     `size` is the shorter side of stored frames in pixels, `fps` their rate, `max_frames` 0 means all.
 
-    `retry_failed` builds shards again that miss media, after those were mended.
+    `retry_failed` builds shards again that miss media, after those were mended. `progress` shows a bar on a terminal,
+    elsewhere logs a line of JSON every `log_every` seconds.
 
     Raises:
         FileNotFoundError: an annotation file or the media root is missing.
-        ValueError: bad settings or annotations, an output that holds something else or is in use,
-            or a larger share of failed media than `max_failures`.
+        ValueError: bad settings or annotations, or an output that holds something else or is in use.
+        TooManyFailures: a larger share of media failed than `max_failures`.
     """
     output, media_root = local_form(output), local_form(media_root)
     name = name or re.sub(r"[^A-Za-z0-9_-]+", "_", output.rstrip("/").rsplit("/", 1)[-1])[:60] or "corpus"
     settings = Settings(name, media_type, size, quality, float(fps), max_frames, shard_mb)
     settings.check()
+    if not 0 <= max_failures <= 1:
+        raise ValueError(f"--max-failures is {max_failures:g}, must be a share from 0 to 1, such as 0.05")
     if "://" not in media_root and not Path(media_root).is_dir():
         raise FileNotFoundError(f"media root {media_root} does not exist: check --media-root")
     items = read_items(annotations)
@@ -67,46 +68,47 @@ def build_corpus(
     with open_output(output) as scratch:
         claim(output, settings, annotations, len(items), scratch)
         tasks = plan_shards(items, settings, media_root, output, scratch)
-        shards = pack(tasks, workers or os.cpu_count() or 1, retry_failed, progress)
-        corpus = Corpus(output, name, media_type, tuple(shard.info for shard in shards), asdict(settings))
-        failures = [failure for shard in shards for failure in shard.failures]
-        write_failures(output, failures, scratch)
-        report(items, shards, output)
-        if len(failures) > max_failures * len(items):
-            raise ValueError(
-                f"{len(failures)} of {len(items)} media failed ({len(failures) / len(items):.1%}, at most "
-                f"{max_failures:.1%} allowed): see {join_url(output, 'failures.parquet')}; mend them and run this "
-                "again with --retry-failed, or raise --max-failures"
+        failures = FailureLog(scratch)
+        shown = Progress(len(items), f"packing {name}", progress, log_every=log_every)
+        with shown:
+            shards, rows = pack(tasks, workers or os.cpu_count() or 1, retry_failed, failures, shown)
+        corpus = Corpus(output, name, media_type, tuple(shards), asdict(settings))
+        failures.publish(output)
+        report(items, rows, corpus, failures)
+        if failures.count > max_failures * len(items):
+            raise TooManyFailures(
+                f"{failures.count} of {len(items)} media failed ({failures.count / len(items):.1%}, at most "
+                f"{max_failures:.1%} allowed): see `python -m sharding.inspect {output} --failures`; mend them and "
+                "run this again with --retry-failed, or raise --max-failures"
             )
         write_text(join_url(output, "corpus.json"), corpus.to_json(), scratch)
     return corpus
 
 
-def pack(tasks: list[Task], workers: int, retry_failed: bool, progress: bool) -> list[FinishedShard]:
-    """Every shard, in order; those already complete are not built again."""
-    shards: dict[int, FinishedShard] = {}
-    packed = failed = 0
-    total = sum(len(task.items) for task in tasks)
-    with tqdm(total=total, unit="item", desc=f"packing {tasks[0].settings.name}", disable=not progress) as bar:
+def pack(
+    tasks: list[Task], workers: int, retry_failed: bool, failures: FailureLog, progress: Progress
+) -> tuple[list[ShardInfo], int]:
+    """Every shard, in order, and the annotation rows in them; those already complete are not built again."""
+    shards: dict[int, ShardInfo] = {}
+    rows = 0
 
-        def advance(good: int, bad: int) -> None:
-            nonlocal packed, failed
-            packed, failed = packed + good, failed + bad
-            if failed:
-                bar.set_postfix(failed=failed, refresh=False)
-            bar.update(good + bad)
+    def keep(number: int, shard: FinishedShard) -> None:
+        nonlocal rows
+        shards[number] = shard.info
+        rows += shard.rows
+        failures.add(number, shard.failures)
 
-        for task in tasks:
-            done = finished_shard(task.output, task.name)
-            if done and not (retry_failed and done.failures):
-                shards[task.number] = done
-                advance(done.info.samples, len(done.failures))
-        pending = [task for task in tasks if task.number not in shards]
-        bar.initial = bar.n  # what an earlier build did says nothing about the rate of this one
-        if pending:
-            unpublish(pending)
-        shards.update(build_shards(pending, workers, advance))
-    return [shards[task.number] for task in tasks]
+    for task in tasks:
+        done = finished_shard(task.output, task.name)
+        if done and not (retry_failed and done.failures):
+            keep(task.number, done)
+            progress.skip(done.info.samples, len(done.failures), done.info.bytes)
+    pending = [task for task in tasks if task.number not in shards]
+    if pending:
+        unpublish(pending)
+    for task, shard in run_tasks(build_shard, pending, min(workers, len(pending)), progress.advance):
+        keep(task.number, shard)
+    return [shards[task.number] for task in tasks], rows
 
 
 def unpublish(tasks: list[Task]) -> None:
@@ -116,41 +118,30 @@ def unpublish(tasks: list[Task]) -> None:
         remove(join_url(task.output, task.name.removesuffix(".tar") + ".parquet"))
 
 
-def write_failures(output: str, failures: list[dict[str, Any]], scratch: Path) -> None:
-    """Write `failures.parquet`: source, annotation rows lost with it, reason."""
-    schema = pa.schema([("source", pa.string()), ("rows", pa.int64()), ("reason", pa.string())])
-    path = scratch / "failures.parquet"
-    pq.write_table(pa.Table.from_pylist(failures, schema=schema), path)
-    publish(path, join_url(output, path.name))
-
-
-def report(items: list[Item], shards: list[FinishedShard], output: str) -> None:
+def report(items: list[Item], packed_rows: int, corpus: Corpus, failures: FailureLog) -> None:
     """Log the account; every annotation row was packed or failed, or it is an error of this program."""
-    rows, packed_rows = sum(item.rows for item in items), sum(shard.rows for shard in shards)
-    failures = [failure for shard in shards for failure in shard.failures]
-    failed_rows = sum(failure["rows"] for failure in failures)
-    samples = sum(shard.info.samples for shard in shards)
-    if rows != packed_rows + failed_rows or len(items) != samples + len(failures):
+    rows = sum(item.rows for item in items)
+    if rows != packed_rows + failures.rows or len(items) != corpus.samples + failures.count:
         raise RuntimeError(
-            f"{output}: {rows} rows, {packed_rows} packed, {failed_rows} failed; "
-            f"{len(items)} media, {samples} packed, {len(failures)} failed: the numbers do not add up"
+            f"{corpus.url}: {rows} rows, {packed_rows} packed, {failures.rows} failed; "
+            f"{len(items)} media, {corpus.samples} packed, {failures.count} failed: the numbers do not add up"
         )
-    log.info("%d rows = %d packed + %d failed", rows, packed_rows, failed_rows)
-    log.info("%d media = %d packed + %d failed", len(items), samples, len(failures))
-    reasons = Counter(failure["reason"] for failure in failures)
-    for reason, count in reasons.most_common(10):
-        log.info("  %6d x %s", count, reason)
-    if len(reasons) > 10:
-        log.info("  and %d more reasons, all in failures.parquet", len(reasons) - 10)
-    frames = sum(shard.info.frames for shard in shards)
-    size = sum(shard.info.bytes for shard in shards)
-    log.info("%s: %d shards, %d samples, %d frames, %.1f MB", output, len(shards), samples, frames, size / 1e6)
+    log.info("%d rows = %d packed + %d failed", rows, packed_rows, failures.rows)
+    log.info("%d media = %d packed + %d failed", len(items), corpus.samples, failures.count)
+    for line in summary(failures.kinds):
+        log.info("%s", line)
+    if failures.count:
+        log.info("each one with its reason: python -m sharding.inspect %s --failures", corpus.url)
+    shards, frames, size = len(corpus.shards), sum(corpus.counts("frames")), sum(corpus.counts("bytes"))
+    log.info("%s: %d shards, %d samples, %d frames, %.1f MB", corpus.url, shards, corpus.samples, frames, size / 1e6)
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(
-        "python -m sharding.build", description="Pack images or videos with their texts into webdataset shards."
+        "python -m sharding.build",
+        description="Pack images or videos with their texts into webdataset shards.",
+        epilog="Exit code: 0 packed; 1 too many media failed; 2 not possible; 130 interrupted.",
     )
     add = result.add_argument
     add(
@@ -175,7 +166,20 @@ def parser() -> argparse.ArgumentParser:
     add("--shard-mb", type=int, default=256, help="aim for shards of this size (default: %(default)s)")
     add("--workers", type=int, default=None, help="processes (default: one a core)")
     add("--quality", type=int, default=90, help="JPEG quality, 1 to 100 (default: %(default)s)")
-    add("--max-failures", type=float, default=0.05, help="largest share of broken media (default: %(default)s)")
+    add(
+        "--max-failures",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="exit with 1, and no corpus.json, when a larger share of the media failed (default: %(default)s)",
+    )
+    add(
+        "--log-every",
+        type=float,
+        default=LOG_EVERY,
+        metavar="SECONDS",
+        help="where the output is no terminal, log a line of JSON so often (default: %(default)g; 0: never)",
+    )
     add("--retry-failed", action="store_true", help="build the shards again that miss media, after mending those")
     return result
 
@@ -188,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         build_corpus(progress=True, **options)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
-        return 2
+        return 1 if isinstance(error, TooManyFailures) else 2
     except KeyboardInterrupt:
         sys.stderr.write("interrupted: run the same command again to go on\n")
         return 130

@@ -1,121 +1,21 @@
-"""The processes that build shards: each takes whole shards, so that how many there are changes no byte."""
+"""Builds one shard: reads its media, converts them, writes tar and index."""
 
 from __future__ import annotations
 
 import mmap
-import multiprocessing
 import os
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing.process import BaseProcess
 from typing import Any
 
-import cv2
 import fsspec
 
 from sharding.annotations import Item, split_part
 from sharding.media import Frames, MediaError, pack_image, pack_video
 from sharding.plan import Task
+from sharding.processes import Advance
 from sharding.schema import join_url
 from sharding.writing import FinishedShard, ShardWriter
-
-Advance = Callable[[int, int], None]  # called with how many items were packed, how many failed
-
-_counts: Any = None  # in a worker process: the counters it shares with the parent
-
-
-def build_shards(tasks: list[Task], workers: int, advance: Advance) -> Iterator[tuple[int, FinishedShard]]:
-    """(shard number, shard) of each task as it is finished, on that many processes.
-
-    Raises:
-        OSError: the output cannot be written, or a worker process died.
-    """
-    workers = min(workers, len(tasks))
-    if workers <= 1:
-        for task in tasks:
-            yield task.number, build_shard(task, advance)
-        return
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sharding.workers"])
-    counts = context.Array("q", 2)
-    with ProcessPoolExecutor(workers, context, start_worker, (counts,)) as pool, ending_children():
-        with interrupts_held_back():  # a worker that gets Ctrl-C would die noisily; this process ends them
-            pending = {pool.submit(build_in_worker, task): task.number for task in tasks}
-        seen = (0, 0)
-        while pending:
-            done, _ = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
-            now = (counts[0], counts[1])
-            advance(now[0] - seen[0], now[1] - seen[1])
-            seen = now
-            for future in done:
-                try:
-                    yield pending.pop(future), future.result()
-                except BrokenProcessPool:
-                    raise ChildProcessError(
-                        "a worker process died (out of memory, killed, or crashed in a decoder); finished shards "
-                        "are kept: run the same command again to go on, with fewer --workers if memory is short"
-                    ) from None
-
-
-@contextmanager
-def interrupts_held_back() -> Iterator[None]:
-    """Hold Ctrl-C back until the end of the block; processes started inside never get it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    caught: list[int] = []
-    handler = signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # new processes inherit it
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        signal.signal(signal.SIGINT, handler)
-    if caught:
-        raise KeyboardInterrupt
-
-
-@contextmanager
-def ending_children() -> Iterator[None]:
-    """End the processes started inside, at once, when an exception leaves the block."""
-    others: set[BaseProcess] = set(multiprocessing.active_children())
-    try:
-        yield
-    except BaseException:
-        for process in set(multiprocessing.active_children()) - others:
-            process.terminate()
-        raise
-
-
-def start_worker(counts: Any) -> None:
-    """Prepare a worker process: it ends with its parent, however that ends."""
-    global _counts
-    _counts = counts
-    cv2.setNumThreads(1)  # there are as many processes as cores
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def end_with_parent() -> None:
-    """Wait for the parent process to end, then end this one."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def build_in_worker(task: Task) -> FinishedShard:
-    """`build_shard` in a worker process."""
-
-    def advance(packed: int, failed: int) -> None:
-        with _counts.get_lock():
-            _counts[0] += packed
-            _counts[1] += failed
-
-    return build_shard(task, advance)
 
 
 def build_shard(task: Task, advance: Advance) -> FinishedShard:
@@ -129,11 +29,11 @@ def build_shard(task: Task, advance: Advance) -> FinishedShard:
                 frames = pack_media(item.source, task)
             except MediaError as error:
                 failures.append({"source": item.source, "rows": item.rows, "reason": str(error)})
-                advance(0, 1)
+                advance(0, 1, 0)
                 continue
             writer.add(task.key(number), frames.jpegs, index_row(item, frames))
             rows += item.rows
-            advance(1, 0)
+            advance(1, 0, sum(map(len, frames.jpegs)))
         return writer.close(rows, failures)
     except OSError as error:
         if error.errno is None or error.filename is not None:

@@ -1,0 +1,157 @@
+"""What failed is listed and grouped, decides the exit code, and progress is readable by people and by machines."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import termios
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from sharding.build import build_corpus
+from sharding.failures import KINDS, FailureLog, count_kinds, kind_of, read_failures, summary
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """200 photos, a tenth of them missing, two of them no pictures."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(200):
+        if number % 10 != 3:
+            noise = np.random.default_rng(number).integers(0, 255, (60, 80, 3), np.uint8)
+            Image.fromarray(noise).save(folder / f"{number}.jpg")
+    (folder / "7.jpg").write_text("<html>404</html>")
+    (folder / "150.jpg").write_text("<html>404</html>")
+    records = [{"image": f"{number}.jpg", "caption": "noise"} for number in range(200)]
+    (tmp_path / "photos.json").write_text(json.dumps(records))
+    return folder
+
+
+def command(photos: Path, output: Path, *more: str) -> list[str]:
+    words = [sys.executable, "-m", "sharding.build", "--annotations", str(photos.parent / "photos.json")]
+    words += ["--media-root", str(photos), "--media-type", "image", "--output", str(output), "--size", "48"]
+    return [*words, *more]
+
+
+@pytest.mark.parametrize(("share", "code"), [("0.1", 1), ("0.11", 0), ("1", 0), ("0", 1), ("5", 2), ("-0.1", 2)])
+def test_the_share_of_failures_decides_the_exit_code(photos: Path, tmp_path: Path, share: str, code: int) -> None:
+    words = command(photos, tmp_path / "out", "--max-failures", share, "--workers", "1")
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert (tmp_path / "out" / "corpus.json").exists() == (code == 0)
+    if code != 2:
+        assert "200 rows = 178 packed + 22 failed" in done.stderr
+        assert "20 x file not found" in done.stderr
+    if code == 1:
+        assert "22 of 200 media failed (11.0%" in done.stderr
+        assert "sharding.inspect" in done.stderr
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_failure_is_in_the_table_in_order_of_the_annotations(photos: Path, tmp_path: Path, workers: int) -> None:
+    build_corpus(
+        [str(photos.parent / "photos.json")], str(photos), "image", str(tmp_path / "out"), size=48, workers=workers,
+        max_failures=0.2,
+    )  # fmt: skip
+    failures = list(read_failures(str(tmp_path / "out")))
+    expected = [number for number in range(200) if number % 10 == 3 or number in (7, 150)]
+    assert [failure["source"] for failure in failures] == [f"{number}.jpg" for number in expected]
+    assert {failure["rows"] for failure in failures} == {1}
+    assert Counter(kind_of(failure["reason"]) for failure in failures) == {
+        "file not found": 20,
+        "unreadable image: cannot identify image file": 2,
+    }
+
+
+def test_where_there_is_no_terminal_the_log_has_lines_of_json(photos: Path, tmp_path: Path) -> None:
+    words = command(photos, tmp_path / "out", "--workers", "2", "--log-every", "0.1", "--max-failures", "1")
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    lines = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
+    assert len(lines) >= 2
+    assert [line["done"] for line in lines] == sorted(line["done"] for line in lines)
+    last = lines[-1]
+    assert last["stage"] == "packing out"
+    assert (last["done"], last["total"], last["packed"], last["failed"]) == (200, 200, 178, 22)
+    assert 0 < last["bytes"] < sum(path.stat().st_size for path in (tmp_path / "out").glob("*.tar"))
+    assert last["items_per_s"] > 0
+    assert last["eta_s"] == 0
+    again = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    (line,) = (json.loads(line) for line in again.stderr.splitlines() if line.startswith("{"))
+    assert (line["done"], line["items_per_s"], line["eta_s"]) == (200, 0, 0)  # an earlier run's work is no rate
+
+
+def test_log_every_zero_is_silent(photos: Path, tmp_path: Path) -> None:
+    words = command(photos, tmp_path / "out", "--log-every", "0", "--max-failures", "1")
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert not [line for line in done.stderr.splitlines() if line.startswith("{")]
+
+
+def test_a_terminal_shows_a_bar_with_rate_bytes_failures_and_time_left(photos: Path, tmp_path: Path) -> None:
+    parent, child = pty.openpty()
+    termios.tcsetwinsize(child, (24, 110))
+    words = command(photos, tmp_path / "out", "--workers", "1", "--max-failures", "1")
+    process = subprocess.Popen(words, cwd=ROOT, stderr=child, stdout=child)
+    os.close(child)
+    shown = b""
+    while True:
+        try:
+            block = os.read(parent, 4096)
+        except OSError:  # the other end is closed
+            break
+        shown += block
+    os.close(parent)
+    assert process.wait() == 0
+    text = shown.decode()
+    assert "packing out: 100%" in text
+    assert "200/200" in text
+    assert "item/s" in text or "s/item" in text
+    assert "MB, 22 failed" in text
+    assert '{"stage"' not in text
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("truncated: 25 of 300 bytes", "truncated: 7 of 1024 bytes"),
+        ("no frame at 6 seconds or later", "no frame at 7.25 seconds or later"),
+        ("cannot open 'a b.jpg'", "cannot open 'c.jpg'"),
+        ("https://a.example/x?y=1: timed out", "https://b.example: timed out"),
+        ("[Errno 5] /mnt/a: input/output error", "[Errno 5] /mnt/b/c: input/output error"),
+    ],
+)
+def test_reasons_that_differ_in_particulars_are_one_kind(one: str, other: str) -> None:
+    assert kind_of(one) == kind_of(other) != one
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("HTTP 404", "HTTP 403"), ("errno 5 x", "errno 28 x"), ("404, Not Found", "429, Not Found")]
+)
+def test_numbers_that_are_the_reason_stay(one: str, other: str) -> None:
+    assert kind_of(one) != kind_of(other)
+
+
+def test_a_flood_of_different_reasons_is_bounded_and_nothing_is_lost(tmp_path: Path) -> None:
+    reasons = [chr(97 + number // 676) + chr(97 + number // 26 % 26) + chr(97 + number % 26) for number in range(5000)]
+    kinds: Counter[str] = Counter()
+    count_kinds(kinds, reasons)
+    assert len(kinds) <= KINDS + 1
+    assert kinds.total() == 5000
+    assert list(summary(kinds))[-1].endswith("more kinds of reasons, all in failures.parquet")
+    log = FailureLog(tmp_path)
+    for shard in reversed(range(50)):
+        part = reasons[shard * 100 : shard * 100 + 100]
+        log.add(shard, [{"source": reason, "rows": 2, "reason": reason} for reason in part])
+    (tmp_path / "out").mkdir()
+    log.publish(str(tmp_path / "out"))
+    assert (log.count, log.rows) == (5000, 10000)
+    assert [row["source"] for row in read_failures(str(tmp_path / "out"))] == reasons
+    assert pq.ParquetFile(tmp_path / "out" / "failures.parquet").num_row_groups == 1
