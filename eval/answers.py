@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 ARTICLES = frozenset({"a", "an", "the"})
@@ -78,31 +78,36 @@ def soft_accuracy(prediction: str, answers: Sequence[str]) -> float:
     return sum(min(1.0, (matches - (answer == given)) / 3) for answer in human) / len(human)
 
 
-def vqa_accuracy(questions: Mapping[str, Annotated], predictions: Mapping[str, str]) -> dict[str, float]:
-    """Soft accuracy in percent, two decimals: "overall", and one entry a type as "answer_type/X", "question_type/X".
+def exact_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """1 for a prediction that is one of the answers, else 0."""
+    return float(prediction in answers)
 
-    Questions without a prediction count as wrong. The mean is over `questions`; predictions for others are ignored.
+
+SCORES = {"exact": exact_accuracy, "vqa": soft_accuracy}
+
+
+def accuracies(questions: Sequence[Annotated], predictions: Sequence[str | None], accuracy: str) -> list[float | None]:
+    """Accuracy in [0, 1] of each question's prediction: 0 without one, none where nobody has annotated the question.
+
+    accuracy: "exact" (match) or "vqa" (soft).
     """
-    groups: dict[str, list[float]] = {"overall": []}
-    for number, question in questions.items():
-        correct = soft_accuracy(predictions[number], question.answers) if number in predictions else 0.0
-        groups["overall"].append(correct)
+    score = SCORES[accuracy]
+    return [
+        None if not question.answers else 0.0 if given is None else score(given, question.answers)
+        for question, given in zip(questions, predictions, strict=True)
+    ]
+
+
+def accuracy_by_type(questions: Sequence[Annotated], values: Sequence[float | None]) -> dict[str, float]:
+    """Percent, two decimals, over the annotated questions: "overall", and one entry a type as "answer_type/X" and
+    "question_type/X"; nothing where no question is annotated.
+    """
+    groups: dict[str, list[float]] = {}
+    for question, value in zip(questions, values, strict=True):
+        if value is None:
+            continue
+        groups.setdefault("overall", []).append(value)
         for kind, name in (("answer_type", question.answer_type), ("question_type", question.question_type)):
             if name:
-                groups.setdefault(f"{kind}/{name}", []).append(correct)
-    return _percent(groups)
-
-
-def exact_accuracy(questions: Mapping[str, Annotated], predictions: Mapping[str, str]) -> dict[str, float]:
-    """Share in percent, two decimals, of predictions that are one of the answers; keys as `vqa_accuracy`."""
-    groups: dict[str, list[float]] = {"overall": []}
-    for number, question in questions.items():
-        correct = float(number in predictions and predictions[number] in question.answers)
-        groups["overall"].append(correct)
-        if question.answer_type:
-            groups.setdefault(f"answer_type/{question.answer_type}", []).append(correct)
-    return _percent(groups)
-
-
-def _percent(groups: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    return {name: round(100 * sum(values) / len(values), 2) if values else 0.0 for name, values in groups.items()}
+                groups.setdefault(f"{kind}/{name}", []).append(value)
+    return {name: round(100 * sum(values) / len(values), 2) for name, values in groups.items()}

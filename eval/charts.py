@@ -44,14 +44,18 @@ def smooth(values: Sequence[float], weight: float) -> list[float]:
     return result
 
 
-def line_chart(lines: Sequence[Line], x_label: str) -> str:
-    """Curves over a common axis: the smoothed curve in front of its raw points. Empty without finite points."""
+def line_chart(lines: Sequence[Line], x_label: str, from_zero: bool = True) -> str:
+    """Curves over a common axis: the smoothed curve in front of its raw points, few points as dots.
+
+    from_zero: whether the upward axis begins at zero. Empty without finite points.
+    """
     lines = [Line(line.name, [p for p in line.points if isfinite(p[1])]) for line in lines]
     points = [point for line in lines for point in line.points]
     if not points:
         return ""
     x_high = max(x for x, _ in points) or 1.0
-    y_ticks = ticks(min(0.0, *(y for _, y in points)), _upper([y for _, y in points]))
+    low, high = min(y for _, y in points), _upper([y for _, y in points])
+    y_ticks = ticks(min(0.0, low), high) if from_zero else ticks(low, max(high, low + 0.5))
     x_ticks = [value for value in ticks(0, x_high) if value <= x_high]
     scale = _Scale(0.0, x_high, y_ticks[0], y_ticks[-1])
     body = _axes(scale, x_ticks, y_ticks, x_label)
@@ -65,6 +69,8 @@ def line_chart(lines: Sequence[Line], x_label: str) -> str:
         if weight:
             body.append(f'<path class="raw" style="stroke:var(--series-{i % COLORS})" d="{scale.path(raw)}"/>')
         body.append(f'<path class="line" style="stroke:var(--series-{i % COLORS})" d="{scale.path(even)}"/>')
+        if not weight:
+            body += [f'<circle r="3" style="fill:var(--series-{i % COLORS})" {scale.place(*point)}/>' for point in raw]
     return _svg(body, WIDTH, HEIGHT, ", ".join(line.name for line in lines) + f" over {x_label}")
 
 
@@ -89,6 +95,9 @@ class _Scale:
 
     def path(self, points: Sequence[tuple[float, float]]) -> str:
         return "M" + "L".join(f"{self.x(x):.1f} {self.y(y):.1f}" for x, y in points)
+
+    def place(self, x: float, y: float) -> str:
+        return f'cx="{self.x(x):.1f}" cy="{self.y(y):.1f}"'
 
 
 def _axes(scale: _Scale, x_ticks: Sequence[float], y_ticks: Sequence[float], x_label: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,10 +16,10 @@ from eval.features import (
     VisualData,
     VisualFeatures,
     check_ensemble,
+    collect_visuals,
     encode_texts,
-    encode_visuals,
     missing_visuals,
-    pixel_batches,
+    visual_blocks,
 )
 from eval.gather import gather_rows, share
 from eval.matching import match_pairs
@@ -36,17 +37,19 @@ class ChoiceData(VisualData, Protocol):
 
 @dataclass(frozen=True)
 class ChoiceResult:
-    """Metrics, {"NAME": {"overall": percent}}, stand on all ranks; the rest on rank 0.
+    """One test set's evaluation, the same on all ranks. metrics: {"NAME": {"overall": percent}}.
 
     chosen: for each item the number of its option, ties by index, -1 where the visual could not be read (counted as
     wrong); scores: of all its options.
     """
 
     name: str
+    num_frames: int
     metrics: dict[str, dict[str, float]]
     missing: dict[int, str] = field(default_factory=dict)
     chosen: list[int] = field(default_factory=list)
     scores: list[np.ndarray] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 def evaluate_choice(
@@ -65,6 +68,7 @@ def evaluate_choice(
     Items without a known answer are predicted, and left out of the metric.
     """
     check_ensemble(model, config)
+    start = time.perf_counter()
     length = max_length or int(getattr(dataset.config.max_txt_l, dataset.media_type))
     options = [choice.options for choice in dataset.choices]
     numbers = {text: i for i, text in enumerate(dict.fromkeys(text for texts in options for text in texts))}
@@ -72,8 +76,8 @@ def evaluate_choice(
     model.eval()
     try:
         with torch.inference_mode():
-            pixels = pixel_batches(model, dataset, config, num_frames, rank, world_size, device)
-            visuals = encode_visuals(model, pixels, dataset.num_visuals, config, world_size)
+            blocks = visual_blocks(model, dataset, config, num_frames, rank, world_size, device)
+            visuals = collect_visuals(model, blocks, dataset.num_visuals, config, world_size)
             texts = encode_texts(model, *tokenizer.encode(list(numbers), length), rank, world_size)
             items = [(choice.visual, [numbers[text] for text in choice.options]) for choice in dataset.choices]
             scores = score_options(model, visuals, texts, items, config, world_size)
@@ -84,7 +88,8 @@ def evaluate_choice(
     correct = sum(answer == one for answer, one in known)
     metrics = {dataset.name: {"overall": round(100 * correct / len(known), 2)}} if known else {}
     missing = missing_visuals(dataset, visuals.present, world_size)
-    return ChoiceResult(dataset.name, share(metrics, world_size), missing, chosen, scores)
+    seconds = {"match": time.perf_counter() - start}
+    return ChoiceResult(dataset.name, num_frames, share(metrics, world_size), missing, chosen, scores, seconds)
 
 
 def score_options(
@@ -102,7 +107,8 @@ def score_options(
     pairs = np.zeros((len(visuals.present), len(texts.lengths)), dtype=bool)
     for visual, options in items:
         pairs[visual, options] = True
-    matched = match_pairs(model, visuals.blocks, texts, pairs, config)
+    blocks = ((block.indices, block.tokens) for block in visuals.blocks)
+    matched = match_pairs(model, blocks, texts, pairs, config)
     visual_numbers, text_numbers, logits = (gather_rows(torch.from_numpy(part), world_size).numpy() for part in matched)
     scores = np.full(pairs.shape, -np.inf, dtype=np.float32)
     scores[visual_numbers, text_numbers] = logits

@@ -3,32 +3,48 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 
+from eval.published import benchmarks
 from loaders.config import PerMedia
 
 FRAME_ENSEMBLES = ("concat", "mean", "max", "lse")
+TASKS = ("retrieval", "qa", "choice")
+ACCURACIES = ("exact", "vqa")
 
 
 @dataclass
 class EvalConfig:
-    """How scores are computed. Nothing here but `k_test`, `eval_frame_ensemble` and `eval_x_only` changes a result."""
+    """What is evaluated, how scores are computed, and what the report shows."""
 
-    k_test: int = 128  # candidates of each query that the cross-encoder re-ranks; 0: dual encoder only
+    task: str = "retrieval"  # what is fine-tuned for and evaluated: retrieval | qa | choice
+    k_test: int = 128  # candidates that are re-ranked, of each query or question; retrieval: 0 for dual encoder only
     eval_frame_ensemble: str = "concat"  # concat (early fusion) | mean | max | lse (of per-frame scores)
     eval_x_only: bool = False  # the cross-encoder scores every pair
     eval_offload: bool = False  # keep visual tokens in host memory, not on the device
+    feature_cache: str | None = None  # folder that keeps encoded visuals, on disk, for later evaluations
     batch_size_test: PerMedia = field(default_factory=lambda: PerMedia(64, 16))  # visuals encoded at once, a rank
     pair_batch_size: int = 256  # (text, visual) pairs the cross-encoder scores at once, a rank
     ensemble_skips_temporal: bool = False  # official behaviour: per-frame scores pass by the temporal modules
+    eval_num_frames: list[int] = field(default_factory=list)  # several evaluations, each with so many test frames
+    answer_list: str | None = None  # qa: path or URL of a JSON list of the answers that may be given
+    accuracy: str = "exact"  # qa: exact (match) | vqa (soft accuracy of the official tool)
+    benchmark: str | None = None  # whose published numbers the report shows, by its name in eval/published.json
     gallery: int = 8  # best, worst and random queries shown in the report, each
     gallery_frames: int = 4  # frames of a clip's strip in the report
 
     def __post_init__(self) -> None:
         """Check the values; raises ValueError naming the key."""
-        if self.eval_frame_ensemble not in FRAME_ENSEMBLES:
+        for name, choices in (("task", TASKS), ("eval_frame_ensemble", FRAME_ENSEMBLES), ("accuracy", ACCURACIES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, must be one of {', '.join(choices)}")
+        if self.benchmark is not None and self.benchmark not in benchmarks():
+            near = get_close_matches(self.benchmark, benchmarks()) or benchmarks()
             raise ValueError(
-                f"eval_frame_ensemble is {self.eval_frame_ensemble!r}, must be one of {', '.join(FRAME_ENSEMBLES)}"
+                f"benchmark is {self.benchmark!r}, of which nothing is published: {', '.join(near)}, or null"
             )
+        if any(frames < 1 for frames in self.eval_num_frames):
+            raise ValueError(f"eval_num_frames is {self.eval_num_frames}: each must be at least 1")
         if self.k_test < 0:
             raise ValueError(f"k_test is {self.k_test}, must be 0 (dual encoder only) or more")
         if self.pair_batch_size < 1:

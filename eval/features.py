@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from eval.cache import Block, CachedBlocks, entry_name, model_digest, read_entry, write_entry
 from eval.config import EvalConfig
-from eval.gather import gather_objects, gather_rows
+from eval.gather import gather_objects, gather_rows, share
 from loaders.batch import normalize
 from loaders.config import LoaderConfig
 from model.encoders import Encoders
 from model.singularity import Singularity
+
+log = logging.getLogger(__name__)
 
 TEXT_BATCH = 256
 
@@ -48,6 +53,11 @@ class VisualData(Protocol):
         """The visuals' names."""
         ...
 
+    @property
+    def digest(self) -> str:
+        """A name for the visuals' contents."""
+        ...
+
     def batches(self, num_frames: int, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[VisualBatch]:
         """Each visual that can be decoded once over all ranks."""
         ...
@@ -61,16 +71,23 @@ class TextEncoding(Protocol):
         ...
 
 
+class Blocks(Protocol):
+    """Encoded visuals that can be gone through as often as one likes."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Block]: ...
+
+
 @dataclass(frozen=True)
 class VisualFeatures:
-    """This rank's visuals, and the embeddings of all.
+    """This rank's visuals, block by block, and the embeddings of all.
 
-    blocks: for each batch of B visuals their indices (B,) and tokens (B, F, S, D): F is 1 with all frames' tokens in
-    one sequence (concat), or the number of frames, each by itself. embeddings (N, E) float32 of all ranks' visuals,
-    mean of the frames' unit vectors, zero where a visual is missing; present (N,) bool.
+    embeddings (N, E) float32 of all ranks' visuals, mean of the frames' unit vectors, zero where a visual is missing;
+    present (N,) bool.
     """
 
-    blocks: list[tuple[np.ndarray, torch.Tensor]]
+    blocks: Blocks
     embeddings: torch.Tensor
     present: np.ndarray
 
@@ -123,33 +140,67 @@ def missing_visuals(dataset: VisualData, present: np.ndarray, world_size: int) -
 
 
 def encode_tokens(model: Encoders, frames: torch.Tensor, config: EvalConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Clips (B, T, 3, H, W) to tokens (B, F, S, D), as `VisualFeatures` has them, and pooled vectors (B, T, D)."""
+    """Clips (B, T, 3, H, W) to tokens (B, F, S, D), as `Block` has them, and pooled vectors (B, T, D)."""
     if config.eval_frame_ensemble != "concat":
         return model.encode_frames(frames)
     tokens, pooled = model.encode_visual(frames)
     return tokens[:, None], pooled
 
 
-def encode_visuals(
-    model: Singularity,
-    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
-    num_visuals: int,
-    config: EvalConfig,
-    world_size: int = 1,
-) -> VisualFeatures:
-    """Encode this rank's visuals and gather the embeddings of all ranks'.
-
-    batches: normalised frames (B, T, 3, H, W) on the model's device, and indices (B,).
-    """
-    blocks, own_indices, own_embeddings = [], [], []
-    device = model.temp.device
+def encode_blocks(
+    model: Encoders, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], config: EvalConfig
+) -> Iterator[Block]:
+    """Encode normalised frames (B, T, 3, H, W) on the model's device, with their indices (B,), batch by batch."""
     for frames, indices in batches:
         tokens, pooled = encode_tokens(model, frames, config)
-        blocks.append((indices.cpu().numpy(), tokens.cpu() if config.eval_offload else tokens))
-        own_indices.append(indices.to(device))
-        own_embeddings.append(model.project_visual(pooled).float().mean(1))
+        embeddings = model.project_visual(pooled).float().mean(1) if isinstance(model, Singularity) else None
+        yield Block(indices.cpu().numpy(), tokens, embeddings)
+
+
+def visual_blocks(
+    model: Encoders,
+    dataset: VisualData,
+    config: EvalConfig,
+    num_frames: int,
+    rank: int,
+    world_size: int,
+    device: torch.device | str,
+) -> Iterable[Block]:
+    """This rank's visuals, encoded: one by one as they are asked for, or on disk where there is a `feature_cache`."""
+    fresh = encode_blocks(model, pixel_batches(model, dataset, config, num_frames, rank, world_size, device), config)
+    if config.feature_cache is None:
+        return fresh
+    loader, mode = dataset.config, config.eval_frame_ensemble
+    name = entry_name(
+        model=share(model_digest(model) if rank == 0 else None, world_size),
+        corpus=dataset.digest,
+        num_frames=1 if dataset.media_type == "image" else num_frames,
+        frames="concat" if mode == "concat" else "each",
+        image_res=loader.image_res,
+        antialias=loader.antialias,
+        decode=loader.decode,
+        sample_type=loader.video_input.sample_type_test,
+    )
+    folder = Path(config.feature_cache) / name
+    batch_size = getattr(config.batch_size_test, dataset.media_type)
+    found = read_entry(folder, batch_size, rank, world_size)
+    if found is not None:
+        log.info("Visuals of %s come from %s", dataset.name, folder)
+        return found
+    return write_entry(folder, fresh, dataset.num_visuals, batch_size, rank, world_size)
+
+
+def collect_visuals(
+    model: Singularity, blocks: Iterable[Block], num_visuals: int, config: EvalConfig, world_size: int = 1
+) -> VisualFeatures:
+    """Keep this rank's visuals, on the device or in host memory unless they lie on disk; gather all embeddings."""
+    device = model.temp.device
+    if not isinstance(blocks, CachedBlocks):
+        blocks = [replace(b, tokens=b.tokens.cpu() if config.eval_offload else b.tokens) for b in blocks]
+    own_indices = [torch.from_numpy(block.indices) for block in blocks]
+    own_embeddings = [block.embeddings.to(device) for block in blocks if block.embeddings is not None]
     width = model.config.embed_dim
-    own = torch.cat([*own_indices, torch.empty(0, dtype=torch.int64, device=device)])
+    own = torch.cat([*own_indices, torch.empty(0, dtype=torch.int64)]).to(device)
     rows = torch.cat([*own_embeddings, torch.empty(0, width, device=device)])
     indices = gather_rows(own, world_size)
     embeddings = torch.zeros(num_visuals, width, device=device)

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image, ImageEnhance
 
+from eval.features import VisualData
 from eval.metrics import NOT_RANKED, Truth, true_ranks
 from eval.ranking import top_items
 
 CELL = 128  # pixels of a frame's side in a strip
 SHOWN = 5  # results of a query
 KINDS = ("best", "worst", "random")
+
+
+class PicturedData(VisualData, Protocol):
+    """A test set that can show its visuals."""
+
+    def thumbnail(self, visual: int, num_frames: int = 4) -> list[bytes]:
+        """JPEG bytes of `num_frames` frames of a visual; empty when they cannot be read."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,33 @@ def choose_queries(
         kind: [_query(int(queries[i]), scores, truth, int(ranks[i]), unranked) for i in chosen]
         for kind, chosen in kinds
     }
+
+
+def draw_visuals(
+    visuals: Iterable[int], dataset: PicturedData, split: str, missing: set[int], frames: int
+) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Name, picture and number of frames of each visual by its number as text; and the pictures, JPEG, by their name.
+
+    What cannot be read has no picture.
+    """
+    shown: dict[str, Any] = {}
+    pictures: dict[str, bytes] = {}
+    for visual in visuals:
+        wanted = frames if dataset.media_type == "video" else 1
+        found = [] if visual in missing else dataset.thumbnail(visual, wanted)
+        name = None
+        try:
+            if found:
+                name = f"{split}-{visual:06}.jpg"
+                pictures[name] = strip(found)
+        except OSError:  # a frame that the evaluation did not use may be broken
+            name = None
+        shown[str(visual)] = {
+            "source": dataset.sources[visual],
+            "picture": name and f"thumbnails/{name}",
+            "frames": len(found) if name else 0,
+        }
+    return shown, pictures
 
 
 def strip(frames: Sequence[bytes], cell: int = CELL) -> bytes:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from math import lcm
@@ -11,11 +12,13 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from eval.answers import Annotated, exact_accuracy, vqa_accuracy
+from eval.answers import Annotated, accuracies, accuracy_by_type
+from eval.cache import Block
 from eval.config import EvalConfig
-from eval.features import TextEncoding, VisualData, check_ensemble, encode_tokens, missing_visuals, pixel_batches
+from eval.features import TextEncoding, VisualData, check_ensemble, missing_visuals, visual_blocks
 from eval.gather import gather_rows
 from loaders.evaluation import Question
+from loaders.train import ANSWER_LENGTH, QUESTION_LENGTH
 from model.answering import SingularityQA
 
 QUESTIONS_AT_ONCE = 16
@@ -30,19 +33,23 @@ class QAData(VisualData, Protocol):
 
 @dataclass(frozen=True)
 class QAResult:
-    """The same on all ranks.
+    """One test set's evaluation, the same on all ranks.
 
-    metrics: {"NAME": {"overall": percent, "answer_type/X": ...}}. answers (Q, k) int64: numbers in the answer list,
-    likeliest first, -1 where the visual could not be read (counted as wrong); probabilities (Q, k) float32 among
-    the k. predictions: the likeliest answer by question id.
+    metrics: {"NAME": {"overall": percent, "answer_type/X": ...}}, nothing where no question is annotated. answers
+    (Q, k) int64: numbers in the answer list, likeliest first, -1 where the visual could not be read; probabilities
+    (Q, k) float32 among the k. predictions: each question's likeliest answer; accuracies: in [0, 1], 0 without a
+    prediction, none where nobody has annotated the question.
     """
 
     name: str
+    num_frames: int
     metrics: dict[str, dict[str, float]]
     answers: np.ndarray
     probabilities: np.ndarray
-    predictions: dict[str, str]
+    predictions: list[str | None]
+    accuracies: list[float | None]
     missing: dict[int, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 def evaluate_answers(
@@ -55,32 +62,28 @@ def evaluate_answers(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str = "cpu",
-    soft: bool = False,
-    max_question_length: int = 25,
-    max_answer_length: int = 5,
 ) -> QAResult:
     """Rank `answer_list` for every question: the `k_test` with the likeliest first word, by their likelihood.
 
-    soft: VQA's accuracy, which gives part of a point; otherwise exact match. To be called by all ranks. Raises
-    ValueError for an empty list and for settings that do not fit the model.
+    To be called by all ranks; parameters otherwise as `eval.retrieval.evaluate_retrieval`. Raises ValueError for an
+    empty list and for settings that do not fit the model.
     """
     check_ensemble(model, config)
     if not answer_list:
         raise ValueError("the answer list is empty: give the answers that may be given, one string each")
     if config.k_test < 1:
         raise ValueError(f"k_test is {config.k_test}, must be at least 1 for question answering")
+    start = time.perf_counter()
     training = model.training
     model.eval()
     try:
         with torch.inference_mode():
-            questions = tokenizer.encode([item.question for item in dataset.questions], max_question_length)
-            candidates = tokenizer.encode([f"{answer} [SEP]" for answer in answer_list], max_answer_length)
+            questions = tokenizer.encode([item.question for item in dataset.questions], QUESTION_LENGTH)
+            length = ANSWER_LENGTH[dataset.media_type]
+            candidates = tokenizer.encode([f"{answer} [SEP]" for answer in answer_list], length)
             owners = np.array([item.visual for item in dataset.questions])
-            pixels = pixel_batches(model, dataset, config, num_frames, rank, world_size, device)
-            own = [
-                rank_for_block(model, frames, indices.numpy(), questions, owners, candidates, config)
-                for frames, indices in pixels
-            ]
+            blocks = visual_blocks(model, dataset, config, num_frames, rank, world_size, device)
+            own = [rank_for_block(model, block, questions, owners, candidates, config) for block in blocks]
     finally:
         model.train(training)
     k = min(config.k_test, len(answer_list))
@@ -89,47 +92,48 @@ def evaluate_answers(
     nothing = (torch.empty(0, dtype=torch.int64), torch.empty(0, k, dtype=torch.int64), torch.empty(0, k))
     rows, ids, values = (gather_rows(torch.cat(part), world_size).numpy() for part in zip(nothing, *own))
     answers[rows], probabilities[rows] = ids, values
-    predictions = {
-        item.question_id: answer_list[first]
-        for item, first in zip(dataset.questions, answers[:, 0].tolist())
-        if first >= 0
-    }
-    annotated = {item.question_id: _annotated(item) for item in dataset.questions}
+    predictions = [answer_list[first] if first >= 0 else None for first in answers[:, 0].tolist()]
+    annotated = [annotated_by(item) for item in dataset.questions]
+    each = accuracies(annotated, predictions, config.accuracy)
+    table = accuracy_by_type(annotated, each)
     present = np.ones(dataset.num_visuals, dtype=bool)
     present[owners[answers[:, 0] < 0]] = False
     return QAResult(
-        dataset.name,
-        {dataset.name: (vqa_accuracy if soft else exact_accuracy)(annotated, predictions)},
-        answers,
-        probabilities,
-        predictions,
-        missing_visuals(dataset, present, world_size),
+        name=dataset.name,
+        num_frames=num_frames,
+        metrics={dataset.name: table} if table else {},
+        answers=answers,
+        probabilities=probabilities,
+        predictions=predictions,
+        accuracies=each,
+        missing=missing_visuals(dataset, present, world_size),
+        seconds={"answer": time.perf_counter() - start},
     )
 
 
 def rank_for_block(
     model: SingularityQA,
-    frames: torch.Tensor,
-    visuals: np.ndarray,
+    block: Block,
     questions: tuple[torch.Tensor, torch.Tensor],
     owners: np.ndarray,
     candidates: tuple[torch.Tensor, torch.Tensor],
     config: EvalConfig,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rank the candidates for all questions about some visuals, which are encoded once.
+    """Rank the candidates for all questions about a block of visuals.
 
-    frames (B, T, 3, H, W) of the visuals `visuals` (B,); questions: ids and mask (Q, Lq) of all questions; owners
-    (Q,): the visual of each; candidates: ids and mask (C, La). Returns for n questions their numbers (n,), and the k
-    best candidates and their probabilities, both (n, k), on the CPU.
+    questions: ids and mask (Q, Lq) of all questions; owners (Q,): the visual of each; candidates: ids and mask
+    (C, La). Returns for n questions their numbers (n,), and the k best candidates and their probabilities, both
+    (n, k), on the CPU.
     """
-    tokens, _ = encode_tokens(model, frames, config)
-    place = {int(visual): row for row, visual in enumerate(visuals)}
-    mine = np.flatnonzero(np.isin(owners, visuals))
-    answer_ids, answer_mask = (part.to(frames.device) for part in candidates)
+    device = model.temporal_embeddings.device
+    tokens = block.tokens.to(device)
+    place = {int(visual): row for row, visual in enumerate(block.indices)}
+    mine = np.flatnonzero(np.isin(owners, block.indices))
+    answer_ids, answer_mask = (part.to(device) for part in candidates)
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
     for start in range(0, len(mine), QUESTIONS_AT_ONCE):
         numbers = mine[start : start + QUESTIONS_AT_ONCE]
-        ids, mask = (part[torch.from_numpy(numbers)].to(frames.device) for part in questions)
+        ids, mask = (part[torch.from_numpy(numbers)].to(device) for part in questions)
         seen = tokens[[place[int(owners[number])] for number in numbers]]
         states = [model.question_states(seen[:, frame], ids, mask) for frame in range(seen.shape[1])]
         best, probability = model.rank_answers(
@@ -142,15 +146,7 @@ def rank_for_block(
     return torch.from_numpy(mine), best, probability
 
 
-def server_form(predictions: Mapping[str, str]) -> list[dict[str, int | str]]:
-    """Predictions as the VQA evaluation server takes them: [{"question_id": 1, "answer": "red"}, ...]."""
-    return [
-        {"question_id": int(number) if number.isdecimal() else number, "answer": answer}
-        for number, answer in predictions.items()
-    ]
-
-
-def _annotated(question: Question) -> Annotated:
+def annotated_by(question: Question) -> Annotated:
     """The annotators' answers one by one, from the distinct ones and their shares: ten where the shares allow it."""
     shares = [Fraction(float(weight)).limit_denominator(100) for weight in question.weights]
     fewest = lcm(*(share.denominator for share in shares))

@@ -17,10 +17,10 @@ from eval.features import (
     VisualData,
     VisualFeatures,
     check_ensemble,
+    collect_visuals,
     encode_texts,
-    encode_visuals,
     missing_visuals,
-    pixel_batches,
+    visual_blocks,
 )
 from eval.gather import gather_rows, share
 from eval.matching import match_pairs
@@ -96,8 +96,8 @@ def evaluate_retrieval(
     model.eval()
     try:
         with torch.inference_mode():
-            pixels = pixel_batches(model, dataset, config, num_frames, rank, world_size, device)
-            visuals = encode_visuals(model, pixels, dataset.num_visuals, config, world_size)
+            blocks = visual_blocks(model, dataset, config, num_frames, rank, world_size, device)
+            visuals = collect_visuals(model, blocks, dataset.num_visuals, config, world_size)
             texts = encode_texts(model, *tokenizer.encode(dataset.texts, max_length), rank, world_size)
             encoded = time.perf_counter()
             scores = score(model, visuals, texts, config, rank, world_size)
@@ -139,7 +139,8 @@ def score(
     of_visual = top_k_mask(similarity, k)
     of_text = top_k_mask(similarity.T, k)
     progress = tqdm(visuals.blocks, desc="matching", leave=False, disable=None if rank == 0 else True)
-    pairs = match_pairs(model, progress, texts, of_visual | of_text.T, config)
+    blocks = ((block.indices, block.tokens) for block in progress)
+    pairs = match_pairs(model, blocks, texts, of_visual | of_text.T, config)
     visual, text, logit = (gather_rows(torch.from_numpy(part), world_size).numpy() for part in pairs)
     if rank:
         return None
@@ -152,17 +153,21 @@ def score(
     return Scores(similarity, visual_to_text, text_to_visual)
 
 
+def score_matrices(name: str, scores: Scores) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Visual to text (N, M) and text to visual (M, N) by the entry of metrics.json, the final ones first."""
+    matrices = {f"{name}_emb/": (scores.similarity, scores.similarity.T)}
+    if scores.visual_to_text is not None and scores.text_to_visual is not None:
+        matrices = {f"{name}/": (scores.visual_to_text, scores.text_to_visual), **matrices}
+    return matrices
+
+
 def _with_metrics(result: RetrievalResult, dataset: RetrievalData, world_size: int) -> RetrievalResult:
     """The result with metrics, computed on rank 0 and shared."""
     computed = None
     if result.scores is not None:
-        scores = result.scores
-        matrices = {f"{result.name}_emb/": (scores.similarity, scores.similarity.T)}
-        if scores.visual_to_text is not None and scores.text_to_visual is not None:
-            matrices = {f"{result.name}/": (scores.visual_to_text, scores.text_to_visual), **matrices}
         metrics = {
             key: retrieval_metrics(*pair, dataset.texts_of_visual, dataset.visuals_of_text)
-            for key, pair in matrices.items()
+            for key, pair in score_matrices(result.name, result.scores).items()
         }
         ties = {key: value.depends_on_ties for key, value in metrics.items()}
         computed = ({key: value.values for key, value in metrics.items()}, ties)

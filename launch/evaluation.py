@@ -7,17 +7,22 @@ from pathlib import Path
 
 import torch
 
+from eval.report import write_report
 from train.config_files import Settings
 from train.engine import DTYPES, device_for, start_processes
 from train.evaluation import evaluate_splits, evaluation_label
-from train.prepare import prepare_evaluation, share_cores
+from train.prepare import prepare_evaluation, read_answer_list, share_cores
 from train.ranks import Ranks
 
 
 def evaluate(settings: Settings, ranks: Ranks) -> None:
-    """Evaluate `checkpoint` on all splits; the results come to OUTPUT_DIR/evaluation/LABEL and metrics.json."""
+    """Evaluate `checkpoint` on all splits; the results come to OUTPUT_DIR/evaluation/LABEL, metrics.json, report.html.
+
+    With `eval_num_frames` once for each number of frames; metrics.json is then that of the largest.
+    """
     device = device_for(ranks)
     share_cores(ranks)
+    answers = read_answer_list(settings.config)
     model, tokenizer = prepare_evaluation(settings)
     run = settings.config
     assert run.output_dir is not None
@@ -25,10 +30,15 @@ def evaluate(settings: Settings, ranks: Ranks) -> None:
     if ranks.world_size > 1:
         start_processes(device)
     output = Path(run.output_dir)
-    folder = output / "evaluation" / evaluation_label(run)
     model.to(device, dtype)
-    evaluate_splits(model, tokenizer, run, ranks, device, run.test_urls(), folder, str(run.checkpoint))
+    folders: list[Path] = []
+    several: list[int | None] = [*sorted(set(run.eval_num_frames))]
+    for frames in several or [None]:
+        folders.append(output / "evaluation" / evaluation_label(run, frames))
+        splits, checkpoint = run.test_urls(), str(run.checkpoint)
+        evaluate_splits(model, tokenizer, run, ranks, device, splits, folders[-1], checkpoint, answers, frames)
     if ranks.is_first:
-        shutil.copyfile(folder / "metrics.json", output / "metrics.json")
+        shutil.copyfile(folders[-1] / "metrics.json", output / "metrics.json")
+        write_report(folders, output / "report.html")
     if ranks.world_size > 1:
         torch.distributed.barrier()

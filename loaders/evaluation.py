@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -46,6 +47,11 @@ class VisualSet:
         self.num_visuals = self.reader.corpus.samples
         self._first = np.concatenate([[0], np.cumsum(self.reader.corpus.counts())])
         self.missing: dict[int, str] = {}
+
+    @property
+    def digest(self) -> str:
+        """A name for the corpus' contents, which its description holds the checksums of."""
+        return hashlib.sha256(self.reader.corpus.to_json().encode()).hexdigest()
 
     def place(self, visual: int) -> tuple[int, int]:
         """(shard, row) of a visual."""

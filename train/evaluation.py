@@ -1,18 +1,24 @@
-"""Evaluates a model on a run's splits and writes RUN/evaluation/LABEL."""
+"""Evaluates a model on a run's splits, whatever its task, and writes RUN/evaluation/LABEL."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 
-from eval.outputs import write_evaluation
-from eval.report import console_table, read_evaluation
-from eval.retrieval import RetrievalResult, evaluate_retrieval
-from loaders.evaluation import RetrievalSet
+from eval.choice import evaluate_choice
+from eval.evaluations import read_evaluation
+from eval.outputs import SplitOutput, Subject, write_evaluation
+from eval.qa import evaluate_answers
+from eval.question_output import choice_output, qa_output
+from eval.report_tables import console_table
+from eval.retrieval import evaluate_retrieval
+from eval.retrieval_output import retrieval_output
+from loaders.evaluation import ChoiceSet, QASet, RetrievalSet
 from loaders.text import Tokenizer
+from model.answering import SingularityQA
 from model.singularity import Singularity
 from train.config import RunConfig
 from train.ranks import Ranks
@@ -23,7 +29,7 @@ Metrics = dict[str, dict[str, float]]
 
 
 def evaluate_splits(
-    model: Singularity,
+    model: Singularity | SingularityQA,
     tokenizer: Tokenizer,
     run: RunConfig,
     ranks: Ranks,
@@ -31,34 +37,86 @@ def evaluate_splits(
     splits: Iterable[str],
     folder: Path,
     checkpoint: str = "",
+    answers: Sequence[str] = (),
+    num_frames: int | None = None,
 ) -> Metrics:
     """Evaluate `splits` of `run.test_corpus` on all ranks; the first one writes `folder` and logs the table.
 
-    Returns the metrics, {"SPLIT/": {...}, "SPLIT_emb/": {...}}, on all ranks.
+    answers: that may be given, for questions. num_frames: of a clip, by default `video_input.num_frames_test`.
+    Returns the metrics, {"SPLIT/": {...}, "SPLIT_emb/": {...}} or {"SPLIT": {...}}, on all ranks.
     """
-    urls = run.test_urls()
-    datasets: list[RetrievalSet] = []
-    results: list[RetrievalResult] = []
-    for split in splits:
-        dataset = RetrievalSet(urls[split], run, paragraph=run.paragraph)
-        dataset.name = split
-        frames = 1 if dataset.media_type == "image" else run.video_input.num_frames_test
-        results.append(evaluate_retrieval(model, dataset, tokenizer, run, frames, ranks.rank, ranks.world_size, device))
-        datasets.append(dataset)
+    metrics: Metrics = {}
+    outputs: list[SplitOutput] = []
+    for split, url in run.test_urls().items():
+        if split not in splits:
+            continue
+        one, output = _evaluate_split(
+            model, tokenizer, run, ranks, device, split, url, answers, num_frames or run.video_input.num_frames_test
+        )
+        metrics |= one
+        outputs += [output] if output else []
     if ranks.is_first:
-        write_evaluation(folder, results, datasets, run, checkpoint=checkpoint)
+        write_evaluation(folder, outputs, run, subject_of(model, checkpoint))
         log.info("Evaluation in %s\n%s", folder, console_table([read_evaluation(folder)]))
-    for dataset in datasets:
-        dataset.close()
-    return {name: row for result in results for name, row in result.metrics.items()}
+    return metrics
 
 
-def evaluation_label(run: RunConfig) -> str:
-    """The name of an evaluation's folder: as set, or made of frames and ensemble."""
+def _evaluate_split(
+    model: Singularity | SingularityQA,
+    tokenizer: Tokenizer,
+    run: RunConfig,
+    ranks: Ranks,
+    device: torch.device,
+    split: str,
+    url: str,
+    answers: Sequence[str],
+    num_frames: int,
+) -> tuple[Metrics, SplitOutput | None]:
+    """A split's metrics, and on the first rank what is to be written of it."""
+    where = (ranks.rank, ranks.world_size, device)
+    if isinstance(model, SingularityQA):
+        questions = QASet(url, run)
+        questions.name = split
+        answered = evaluate_answers(model, questions, tokenizer, answers, run, _frames(questions, num_frames), *where)
+        written = qa_output(answered, questions, answers, run) if ranks.is_first else None
+        questions.close()
+        return answered.metrics, written
+    if run.task == "choice":
+        choices = ChoiceSet(url, run)
+        choices.name = split
+        chosen = evaluate_choice(model, choices, tokenizer, run, _frames(choices, num_frames), *where)
+        written = choice_output(chosen, choices, run) if ranks.is_first else None
+        choices.close()
+        return chosen.metrics, written
+    dataset = RetrievalSet(url, run, paragraph=run.paragraph)
+    dataset.name = split
+    found = evaluate_retrieval(model, dataset, tokenizer, run, _frames(dataset, num_frames), *where)
+    written = retrieval_output(found, dataset, run) if ranks.is_first else None
+    dataset.close()
+    return found.metrics, written
+
+
+def _frames(dataset: RetrievalSet | QASet | ChoiceSet, num_frames: int) -> int:
+    return 1 if dataset.media_type == "image" else num_frames
+
+
+def subject_of(model: Singularity | SingularityQA, checkpoint: str) -> Subject:
+    """What reports say of a model. A word head is what only pre-training leaves."""
+    return Subject(
+        checkpoint=checkpoint,
+        zero_shot=isinstance(model, Singularity) and model.word_head is not None,
+        temporal=model.temporal_vision_encoder is not None,
+    )
+
+
+def evaluation_label(run: RunConfig, num_frames: int | None = None) -> str:
+    """The name of an evaluation's folder: as set, or made of frames and ensemble.
+
+    num_frames: where several evaluations differ by it; it then belongs to any name.
+    """
+    frames = num_frames or run.video_input.num_frames_test
+    count = f"{frames}_frame{'s' if frames > 1 else ''}"
     if run.label is not None:
-        return run.label
-    frames = run.video_input.num_frames_test
-    parts = [f"{frames}_frame{'s' if frames > 1 else ''}"]
-    if run.eval_frame_ensemble != "concat":
-        parts.append(run.eval_frame_ensemble)
-    return "_".join([*parts, *(["all_pairs"] if run.eval_x_only else [])])
+        return run.label if num_frames is None else f"{run.label}_{count}"
+    ensemble = [run.eval_frame_ensemble] if run.eval_frame_ensemble != "concat" else []
+    return "_".join([count, *ensemble, *(["all_pairs"] if run.eval_x_only else [])])

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from dataclasses import dataclass
 from typing import Any
 
+import fsspec
 import torch
 
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader
+from model.answering import SingularityQA
 from model.building import build_model
 from model.checkpoint import fit_weights, load_weights, resolve_weights
 from model.config import with_changes
@@ -28,6 +31,8 @@ from train.ranks import Ranks
 from train.tracking import check_tracking
 
 log = logging.getLogger(__name__)
+
+TEXTS_OF_TASK = {"retrieval": "captions", "qa": "questions", "choice": "choices"}  # in a packed corpus
 
 
 @dataclass
@@ -72,7 +77,7 @@ def prepare_training(settings: Settings, ranks: Ranks, evaluates: bool) -> Prepa
     return Prepared(run, ranks, folder, zero, tokenizer, loader, model)
 
 
-def prepare_evaluation(settings: Settings) -> tuple[Singularity, Tokenizer]:
+def prepare_evaluation(settings: Settings) -> tuple[Singularity | SingularityQA, Tokenizer]:
     """The model and tokenizer that `checkpoint` names; the settings take on its architecture.
 
     Raises FileNotFoundError or ValueError with the thing, the reason and the remedy.
@@ -88,11 +93,33 @@ def prepare_evaluation(settings: Settings) -> tuple[Singularity, Tokenizer]:
     return _from_checkpoint(settings, run.checkpoint, training=False)
 
 
+def read_answer_list(run: RunConfig) -> list[str]:
+    """The answers that may be given; none where the task needs none.
+
+    Raises FileNotFoundError, or ValueError when the setting is missing or the file no list of texts.
+    """
+    if run.task != "qa":
+        return []
+    if run.answer_list is None:
+        raise ValueError("answer_list is not set: give a JSON list of the answers that may be given, answer_list=FILE")
+    try:
+        with fsspec.open(run.answer_list, "rt", encoding="utf-8", **dict(run.storage)) as file:
+            answers = json.load(file)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"answer_list={run.answer_list} does not exist: give a JSON list of answers") from None
+    except ValueError as error:
+        raise ValueError(f"answer_list={run.answer_list} is no JSON ({error}): give a JSON list of answers") from None
+    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+        raise ValueError(f"answer_list={run.answer_list} must be a JSON list of texts, one an answer")
+    return answers
+
+
 def check_test_corpora(run: RunConfig) -> None:
     """Raise FileNotFoundError or ValueError unless every split to evaluate is a packed corpus of our version."""
     for name, url in run.test_urls().items():
-        if not sum(read_corpus(url, dict(run.storage)).counts("captions")):
-            raise ValueError(f"test_corpus.{name}: {url} holds no captions, it is no retrieval set")
+        kind = TEXTS_OF_TASK[run.task]
+        if not sum(read_corpus(url, dict(run.storage)).counts(kind)):
+            raise ValueError(f"test_corpus.{name}: {url} holds no {kind}, which task={run.task} needs")
 
 
 def share_cores(ranks: Ranks) -> None:
@@ -104,21 +131,25 @@ def share_cores(ranks: Ranks) -> None:
 def _model(settings: Settings) -> tuple[Singularity, Tokenizer]:
     run = settings.config
     if run.pretrained_path is not None:
-        return _from_checkpoint(settings, run.pretrained_path, training=True)
+        model, tokenizer = _from_checkpoint(settings, run.pretrained_path, training=True)
+        assert isinstance(model, Singularity)
+        return model, tokenizer
     tokenizer = Tokenizer.load(run.tokenizer)
     config = fresh_architecture(settings, tokenizer)
     adopt(settings, config)
-    model = new_model(config, special_ids(tokenizer))
-    assert isinstance(model, Singularity)
-    return model, tokenizer
+    fresh = new_model(config, special_ids(tokenizer))
+    assert isinstance(fresh, Singularity)
+    return fresh, tokenizer
 
 
-def _from_checkpoint(settings: Settings, path: str, training: bool) -> tuple[Singularity, Tokenizer]:
+def _from_checkpoint(settings: Settings, path: str, training: bool) -> tuple[Singularity | SingularityQA, Tokenizer]:
     run = settings.config
     found = resolve_weights(path)
     weights = load_weights(found)
-    if weights.config.answer_decoder.enable:
+    if weights.config.answer_decoder.enable and (training or run.task != "qa"):
         raise ValueError(f"{path} answers questions: it has no retrieval heads, start from a pre-training checkpoint")
+    if run.task == "qa" and not training and not weights.config.answer_decoder.enable:
+        raise ValueError(f"{path} has no answer decoder: fine-tune it for questions first, or set task=retrieval")
     config = with_changes(weights.config, changes_to(settings, weights.config, str(found), training))
     if found.is_dir() and (found / "vocab.txt").is_file():
         if "tokenizer" in settings.explicit:
@@ -131,7 +162,6 @@ def _from_checkpoint(settings: Settings, path: str, training: bool) -> tuple[Sin
     model = build_model(config, special_ids(tokenizer))
     report = fit_weights(model, weights, str(found))
     log.info("Weights of %s: %s", found, report)
-    assert isinstance(model, Singularity)
     return model, tokenizer
 
 

@@ -51,6 +51,7 @@ class Drawn:
     broken: tuple[int, ...] = ()
     name: str = "drawn"
     media_type: str = "video"
+    digest: str = "drawn"
     missing: dict[int, str] = field(default_factory=dict)
     config: LoaderConfig = field(default_factory=LoaderConfig)
 

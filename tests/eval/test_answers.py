@@ -7,10 +7,10 @@ import pytest
 
 from eval.answers import (
     Annotated,
-    exact_accuracy,
+    accuracies,
+    accuracy_by_type,
     normalized,
     soft_accuracy,
-    vqa_accuracy,
     without_articles,
     without_punctuation,
 )
@@ -49,17 +49,26 @@ def test_soft_accuracy():
     assert soft_accuracy("two", ["two"] * 10) == 0  # the official tool turns only the prediction into 2
 
 
-def test_questions_without_a_prediction_count_as_wrong():
-    questions = {"1": Annotated(["red"] * 10, "what color", "other"), "2": Annotated(["yes"] * 10, "is the", "yes/no")}
-    assert vqa_accuracy(questions, {"1": "red"}) == {
+def table_of(questions, predictions, accuracy):
+    return accuracy_by_type(questions, accuracies(questions, predictions, accuracy))
+
+
+def test_questions_without_a_prediction_count_as_wrong_and_those_without_annotations_not_at_all():
+    questions = [
+        Annotated(["red"] * 10, "what color", "other"),
+        Annotated(["yes"] * 10, "is the", "yes/no"),
+        Annotated([], "is the", "yes/no"),
+    ]
+    assert accuracies(questions, ["red", None, "no"], "vqa") == [1.0, 0.0, None]
+    assert table_of(questions, ["red", None, "no"], "vqa") == {
         "overall": 50.0,
         "answer_type/other": 100.0,
         "question_type/what color": 100.0,
         "answer_type/yes/no": 0.0,
         "question_type/is the": 0.0,
     }
-    assert exact_accuracy(questions, {"2": "yes"})["overall"] == 50.0
-    assert vqa_accuracy({}, {}) == {"overall": 0.0}
+    assert table_of(questions, [None, "yes", None], "exact")["overall"] == 50.0
+    assert table_of(questions[2:], ["no"], "vqa") == {}
 
 
 @pytest.mark.shared
@@ -73,19 +82,19 @@ def test_official_normalisation(row):
 @pytest.mark.shared
 @pytest.mark.parametrize("table", [TABLE] if TABLE else [])
 def test_official_accuracy(table):
-    questions = {
-        str(q["question_id"]): Annotated(q["answer"], q["question_type"], q["answer_type"])
-        for q in table["ground_truth"]
-    }
-    predictions = {str(p["question_id"]): p["answer"] for p in table["predictions"]}
-    for number, expected in table["per_question_accuracy"].items():
-        assert round(100 * soft_accuracy(predictions[number], questions[number].answers), 2) == expected
+    questions = [Annotated(q["answer"], q["question_type"], q["answer_type"]) for q in table["ground_truth"]]
+    given = {p["question_id"]: p["answer"] for p in table["predictions"]}
+    predictions = [given[q["question_id"]] for q in table["ground_truth"]]
+    each = accuracies(questions, predictions, "vqa")
+    for q, value in zip(table["ground_truth"], each):
+        assert round(100 * value, 2) == table["per_question_accuracy"][str(q["question_id"])]
     official = {"overall": table["accuracy"]["overall"]}
     official |= {f"answer_type/{name}": value for name, value in table["accuracy"]["perAnswerType"].items()}
     official |= {f"question_type/{name}": value for name, value in table["accuracy"]["perQuestionType"].items()}
-    assert vqa_accuracy(questions, predictions) == official
+    assert accuracy_by_type(questions, each) == official
 
     recorded = table["open_ended"]
-    questions = {str(q["question_id"]): Annotated([q["answer"]]) for q in recorded["ground_truth"]}
-    predictions = {str(p["question_id"]): p["answer"] for p in recorded["predictions"]}
-    assert exact_accuracy(questions, predictions) == recorded["result"]
+    questions = [Annotated([q["answer"]]) for q in recorded["ground_truth"]]
+    given = {p["question_id"]: p["answer"] for p in recorded["predictions"]}
+    predictions = [given.get(q["question_id"]) for q in recorded["ground_truth"]]
+    assert table_of(questions, predictions, "exact") == recorded["result"]

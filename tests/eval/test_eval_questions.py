@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from eval.answers import Annotated, exact_accuracy
+from eval.answers import Annotated, accuracies, accuracy_by_type
+from eval.cache import Block
 from eval.choice import evaluate_choice, score_options
 from eval.config import EvalConfig
-from eval.features import encode_texts, encode_visuals
-from eval.qa import _annotated, evaluate_answers, rank_for_block, server_form
+from eval.features import collect_visuals, encode_blocks, encode_texts, encode_tokens
+from eval.qa import annotated_by, evaluate_answers, rank_for_block
 from loaders.config import LoaderConfig, PerMedia
 from loaders.evaluation import ChoiceSet, QASet, Question
 from loaders.text import Tokenizer, clean_text
@@ -52,8 +53,8 @@ def test_answers_do_not_depend_on_batches(shapes, tokenizer, ensemble):
     np.testing.assert_allclose(first.probabilities, second.probabilities, atol=1e-5)
     assert first.answers.shape == (len(dataset.questions), 6)
     assert (np.diff(first.probabilities) <= 0).all()
-    assert list(first.predictions) == [item.question_id for item in dataset.questions]
-    assert set(first.predictions.values()) <= set(answers)
+    assert len(first.predictions) == len(first.accuracies) == len(dataset.questions)
+    assert set(first.predictions) <= set(answers)
     assert "overall" in first.metrics["qa_test"]
 
 
@@ -82,9 +83,10 @@ def test_questions_about_unreadable_clips_count_as_wrong(shapes, tokenizer):
     dataset = OneUnreadable(shapes.url("qa_test"), LOADER)
     model = model_for(SingularityQA, tokenizer)
     result = evaluate_answers(model, dataset, tokenizer, ["red", "blue", "2"], EvalConfig(k_test=2), 1)
-    unanswered = {item.question_id for item in dataset.questions if item.visual == 0}
+    unanswered = [number for number, item in enumerate(dataset.questions) if item.visual == 0]
+    assert unanswered == [number for number, given in enumerate(result.predictions) if given is None]
     assert unanswered
-    assert unanswered.isdisjoint(result.predictions)
+    assert all(result.accuracies[number] == 0 for number in unanswered)
     assert result.missing == {0: "truncated JPEG"}
 
 
@@ -99,18 +101,11 @@ def test_bad_settings_are_refused(shapes, tokenizer):
 def test_annotators_come_back_from_shares():
     def answers(*shares):
         names = tuple("abcdefghij"[: len(shares)])
-        return _annotated(Question(0, "1", "?", names, shares, "", "")).answers
+        return annotated_by(Question(0, "1", "?", names, shares, "", "")).answers
 
     assert answers(0.8, 0.2) == ["a"] * 8 + ["b"] * 2
     assert answers(1.0) == ["a"] * 10
     assert answers(np.float32(1 / 3), np.float32(2 / 3)) == ["a", "b", "b"]
-
-
-def test_server_form():
-    assert server_form({"7": "red", "clip#1": "2"}) == [
-        {"question_id": 7, "answer": "red"},
-        {"question_id": "clip#1", "answer": "2"},
-    ]
 
 
 @pytest.mark.shared
@@ -131,13 +126,14 @@ def test_official_answers(mode):
     config = EvalConfig(k_test=recorded["k_test"], eval_frame_ensemble=mode)
     everyone = np.arange(len(items))
     with torch.inference_mode():
-        _, best, probability = rank_for_block(model, frames, everyone, questions, everyone, candidates, config)
+        block = Block(everyone, encode_tokens(model, frames, config)[0])
+        _, best, probability = rank_for_block(model, block, questions, everyone, candidates, config)
     np.testing.assert_array_equal(best.numpy(), expected[f"{mode}_topk_ids"])
     np.testing.assert_allclose(probability.numpy(), expected[f"{mode}_topk_probs"], rtol=1e-4, atol=2e-4)
-    predictions = {str(item["question_id"]): answers[first] for item, first in zip(items, best[:, 0].tolist())}
-    assert predictions == {str(p["question_id"]): p["answer"] for p in recorded["predictions"]}
-    annotated = {str(item["question_id"]): Annotated([item["answer"]]) for item in items}
-    assert exact_accuracy(annotated, predictions) == recorded["accuracy"]
+    predictions = [answers[first] for first in best[:, 0].tolist()]
+    assert predictions == [p["answer"] for p in recorded["predictions"]]
+    annotated = [Annotated([item["answer"]]) for item in items]
+    assert accuracy_by_type(annotated, accuracies(annotated, predictions, "exact")) == recorded["accuracy"]
 
 
 @pytest.mark.shared
@@ -150,7 +146,8 @@ def test_official_choices(mode):
     items = [(visual, list(range(5 * visual, 5 * visual + 5))) for visual in range(len(frames))]
     config = EvalConfig(eval_frame_ensemble=mode)
     with torch.inference_mode():
-        visuals = encode_visuals(model, [(frames, torch.arange(len(frames)))], len(frames), config)
+        blocks = encode_blocks(model, [(frames, torch.arange(len(frames)))], config)
+        visuals = collect_visuals(model, blocks, len(frames), config)
         scores = np.stack(score_options(model, visuals, encode_texts(model, ids, mask), items, config))
     np.testing.assert_allclose(scores, expected[f"{mode}_scores"], rtol=1e-4, atol=2e-4)
     np.testing.assert_array_equal(scores.argmax(1), expected[f"{mode}_pred"])

@@ -13,10 +13,12 @@ from PIL import Image
 
 from eval.charts import Line, line_chart, smooth, ticks
 from eval.config import EvalConfig
+from eval.evaluations import find_evaluations, read_evaluation
 from eval.gallery import choose_queries, strip
-from eval.outputs import write_evaluation
-from eval.report import find_evaluations, main, read_evaluation, write_report
+from eval.outputs import Subject, write_evaluation
+from eval.report import main, write_report
 from eval.retrieval import evaluate_retrieval
+from eval.retrieval_output import retrieval_output
 from eval.tables import format_table
 from tests.eval.small import Drawn, Words, small_model
 
@@ -39,7 +41,8 @@ def evaluation_in(folder, config=None, **changes):
     config = config or EvalConfig(k_test=6, gallery=3)
     dataset = Pictured(**changes)
     result = evaluate_retrieval(small_model(), dataset, Words(), config, 2, max_length=12)
-    write_evaluation(folder, [result], [dataset], config, checkpoint="weights/step_00000007")
+    subject = Subject(checkpoint="weights/step_00000007")
+    write_evaluation(folder, [retrieval_output(result, dataset, config)], config, subject)
     return dataset, result
 
 
@@ -94,7 +97,7 @@ def test_results_of_other_ranks_are_refused(tmp_path):
     config = EvalConfig(k_test=2)
     result = evaluate_retrieval(small_model(), Pictured(), Words(), config, 2, max_length=12)
     with pytest.raises(ValueError, match="rank 0"):
-        write_evaluation(tmp_path / "label", [replace(result, scores=None)], [Pictured()], config)
+        retrieval_output(replace(result, scores=None), Pictured(), config)
 
 
 def test_the_page_is_self_contained_and_shows_every_part(run, tmp_path):
@@ -115,7 +118,7 @@ def test_captions_cannot_become_markup(tmp_path):
     config = EvalConfig(k_test=0, gallery=50)
     result = evaluate_retrieval(small_model(), dataset, Words(), config, 2, max_length=12)
     dataset.texts = ["<script>alert(1)</script>"] * len(dataset.texts)
-    write_evaluation(folder, [result], [dataset], config)
+    write_evaluation(folder, [retrieval_output(result, dataset, config)], config)
     page = (folder / "report.html").read_text()
     assert "<script>alert" not in page
     assert "&lt;script&gt;alert(1)" in page

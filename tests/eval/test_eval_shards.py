@@ -12,9 +12,12 @@ import torch
 from PIL import Image
 
 from eval.config import EvalConfig
+from eval.evaluations import find_evaluations
 from eval.outputs import write_evaluation
-from eval.report import console_table, find_evaluations, write_report
+from eval.report import write_report
+from eval.report_tables import console_table
 from eval.retrieval import evaluate_retrieval
+from eval.retrieval_output import retrieval_output
 from loaders.config import LoaderConfig, PerMedia
 from loaders.evaluation import RetrievalSet
 from model.config import ModelConfig, TemporalConfig, TextConfig, VisionConfig
@@ -48,7 +51,8 @@ def test_one_and_four_frames_of_packed_clips_up_to_the_report(shapes, model, tok
     for frames in (1, 4):
         datasets = [RetrievalSet(shapes.url(name), LOADER) for name in names]
         results = [evaluate_retrieval(model, dataset, tokenizer, CONFIG, frames) for dataset in datasets]
-        write_evaluation(tmp_path / "run" / "evaluation" / f"{frames}_frames", results, datasets, CONFIG)
+        outputs = [retrieval_output(result, dataset, CONFIG) for result, dataset in zip(results, datasets)]
+        write_evaluation(tmp_path / "run" / "evaluation" / f"{frames}_frames", outputs, CONFIG)
         for dataset in datasets:
             dataset.close()
     evaluations = find_evaluations([tmp_path / "run"])
@@ -82,7 +86,7 @@ def test_a_damaged_sample_is_listed_and_the_others_keep_their_scores(shapes, mod
     assert list(second.missing) == [5]
     others = np.arange(whole.num_visuals) != 5
     np.testing.assert_allclose(first.scores.similarity[others], second.scores.similarity[others], atol=1e-5)
-    folder = write_evaluation(tmp_path / "label", [second], [damaged], CONFIG)
+    folder = write_evaluation(tmp_path / "label", [retrieval_output(second, damaged, CONFIG)], CONFIG)
     missing = json.loads((folder / "evaluation.json").read_text())["splits"]["images_test"]["missing"]
     assert list(missing) == [damaged.sources[5]]
     assert damaged.sources[5] in (folder / "report.html").read_text()
@@ -93,7 +97,9 @@ def test_the_report_needs_no_corpus_later(shapes, model, tokenizer, tmp_path):
     shutil.copytree(shapes.url("images_test"), url)
     dataset = RetrievalSet(url, LOADER)
     result = evaluate_retrieval(model, dataset, tokenizer, CONFIG, 1)
-    folder = write_evaluation(tmp_path / "run" / "evaluation" / "label", [result], [dataset], CONFIG)
+    folder = write_evaluation(
+        tmp_path / "run" / "evaluation" / "label", [retrieval_output(result, dataset, CONFIG)], CONFIG
+    )
     dataset.close()
     shutil.rmtree(url)
     with tarfile.open(tmp_path / "moved.tar", "w") as tar:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from eval.config import FRAME_ENSEMBLES, EvalConfig
-from eval.features import encode_texts, encode_visuals
+from eval.features import collect_visuals, encode_blocks, encode_texts
 from eval.metrics import retrieval_metrics
 from eval.retrieval import score
 from model.checkpoint import load_model
@@ -37,7 +37,7 @@ def scores_of(stem):
     ids, mask = (torch.from_numpy(expected[f"{prefix}text_{name}"]) for name in ("input_ids", "attention_mask"))
     config = config_of(stem)
     with torch.inference_mode():
-        visuals = encode_visuals(model, batches, len(frames), config)
+        visuals = collect_visuals(model, encode_blocks(model, batches, config), len(frames), config)
         scores = score(model, visuals, encode_texts(model, ids, mask), config)
     return scores, expected
 

@@ -1,0 +1,161 @@
+"""Encoded visuals on disk: they bound an evaluation's memory, and the next one with the same weights reads them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import distributed, nn
+
+from eval.gather import gather_objects, share
+
+log = logging.getLogger(__name__)
+
+META = "meta.json"
+VERSION = 1
+DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+
+
+@dataclass(frozen=True)
+class Block:
+    """B encoded visuals: numbers (B,), tokens (B, F, S, D), and embeddings (B, E) float32 where the model has them.
+
+    F is 1 with all frames' tokens in one sequence (concat), or the number of frames, each by itself.
+    """
+
+    indices: np.ndarray
+    tokens: torch.Tensor
+    embeddings: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one process has written: its visuals' numbers in the order of the rows, their embeddings and tokens."""
+
+    indices: np.ndarray
+    embeddings: torch.Tensor | None
+    tokens: torch.Tensor
+
+
+class CachedBlocks:
+    """Blocks of this rank's visuals, those = rank mod world size, read from disk each time they are gone through."""
+
+    def __init__(self, parts: list[Part], batch_size: int, rank: int, world_size: int) -> None:
+        self._parts = parts
+        places = {int(v): (p, row) for p, part in enumerate(parts) for row, v in enumerate(part.indices)}
+        mine = sorted(visual for visual in places if visual % world_size == rank)
+        self._batches = [
+            [(visual, *places[visual]) for visual in mine[first : first + batch_size]]
+            for first in range(0, len(mine), batch_size)
+        ]
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Block]:
+        for batch in self._batches:
+            tokens = torch.stack([self._parts[part].tokens[row] for _, part, row in batch])
+            embeddings = [self._parts[part].embeddings for _, part, _ in batch]
+            rows = [each[row] for each, (_, _, row) in zip(embeddings, batch) if each is not None]
+            yield Block(np.array([visual for visual, _, _ in batch]), tokens, torch.stack(rows) if rows else None)
+
+
+def model_digest(model: nn.Module) -> str:
+    """A name for the model's numbers, in the precision they have."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def entry_name(**what: Any) -> str:
+    """The name of an entry: a digest of everything that decides what the encoded visuals are."""
+    return hashlib.sha256(json.dumps({"version": VERSION, **what}, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def read_entry(folder: Path, batch_size: int, rank: int, world_size: int) -> CachedBlocks | None:
+    """The blocks of a complete entry; nothing where there is none. The first rank decides for all."""
+    if not share(rank == 0 and (folder / META).is_file(), world_size):
+        return None
+    meta = json.loads((folder / META).read_text(encoding="utf-8"))
+    return CachedBlocks([_read_part(folder, number) for number in range(meta["parts"])], batch_size, rank, world_size)
+
+
+def write_entry(
+    folder: Path, blocks: Iterable[Block], num_visuals: int, batch_size: int, rank: int, world_size: int
+) -> CachedBlocks:
+    """Write all ranks' blocks as they come, and read them back; to be called by all ranks, on one file system.
+
+    The entry appears complete or not at all. It lasts for this evaluation only, and says so in the log, where some of
+    the `num_visuals` visuals could not be read: they are tried again the next time.
+    """
+    made = None
+    if rank == 0:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        made = tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)
+    aside = Path(share(made, world_size))
+    if not aside.is_dir():
+        raise ValueError(f"feature_cache={folder.parent}: not all processes see the same folder, give a shared one")
+    try:
+        _write_part(aside, rank, blocks)
+        written = sum(gather_objects(len(_read_part(aside, rank).indices), world_size))
+        parts = [_read_part(aside, number) for number in range(world_size)]
+        _barrier(world_size)  # whoever has opened the files keeps them, even when they are removed
+        if rank == 0 and written == num_visuals and not folder.exists():
+            (aside / META).write_text(json.dumps({"version": VERSION, "parts": world_size}), encoding="utf-8")
+            aside.rename(folder)
+        elif rank == 0 and written < num_visuals:
+            log.warning("%d visuals could not be read: the others are not kept in %s", num_visuals - written, folder)
+    finally:
+        if rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+    return CachedBlocks(parts, batch_size, rank, world_size)
+
+
+def _write_part(folder: Path, number: int, blocks: Iterable[Block]) -> None:
+    indices: list[int] = []
+    embeddings: list[torch.Tensor] = []
+    shape: list[int] = []
+    dtype = ""
+    with (folder / f"{number:04}.tokens").open("wb") as file:
+        for block in blocks:
+            tokens = block.tokens.detach().cpu().contiguous()
+            file.write(tokens.flatten().view(torch.uint8).numpy().tobytes())
+            indices += block.indices.tolist()
+            shape, dtype = list(tokens.shape[1:]), str(tokens.dtype)
+            if block.embeddings is not None:
+                embeddings.append(block.embeddings.float().cpu())
+    np.savez(
+        folder / f"{number:04}.npz",
+        indices=np.array(indices, dtype=np.int64),
+        shape=np.array(shape, dtype=np.int64),
+        dtype=np.array(dtype),
+        embeddings=torch.cat(embeddings).numpy() if embeddings else np.empty(0),
+    )
+
+
+def _read_part(folder: Path, number: int) -> Part:
+    with np.load(folder / f"{number:04}.npz") as saved:
+        indices, shape, dtype, embeddings = (saved[name] for name in ("indices", "shape", "dtype", "embeddings"))
+    if not len(indices):
+        return Part(indices, None, torch.empty(0))
+    size = len(indices) * int(np.prod(shape))
+    tokens = torch.from_file(
+        str(folder / f"{number:04}.tokens"), shared=False, size=size, dtype=DTYPES[str(dtype)]
+    ).view(len(indices), *shape.tolist())
+    return Part(indices, torch.from_numpy(embeddings) if embeddings.size else None, tokens)
+
+
+def _barrier(world_size: int) -> None:
+    if world_size > 1:
+        distributed.barrier()

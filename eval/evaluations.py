@@ -1,0 +1,66 @@
+"""Finds and reads the evaluation folders that reports and comparisons are made from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FORMAT_VERSION = 2
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation folder as read back; `run` is the run's folder, which may hold loss curves."""
+
+    folder: Path
+    run: Path
+    metrics: dict[str, dict[str, float]]
+    details: dict[str, Any]
+    gallery: dict[str, Any]
+
+    @property
+    def title(self) -> str:
+        """The evaluation's name: as it was given, or run and label."""
+        return self.details["title"] or f"{self.run.name} · {self.folder.name}"
+
+
+def find_evaluations(paths: Sequence[str | Path]) -> list[Evaluation]:
+    """The evaluations of run folders, or single evaluation folders, in the given order, those of a run by time.
+
+    Raises:
+        FileNotFoundError: a path holds no evaluation.
+        ValueError: a file in it cannot be read.
+    """
+    found: list[Evaluation] = []
+    for path in map(Path, paths):
+        folders = [path] if (path / "evaluation.json").is_file() else list(path.glob("evaluation/*/"))
+        folders = [folder for folder in folders if (folder / "evaluation.json").is_file()]
+        if not folders:
+            raise FileNotFoundError(
+                f"{path} holds no evaluation (no evaluation/LABEL/evaluation.json): "
+                "evaluate it first with launch/evaluate.py"
+            )
+        found += sorted(map(read_evaluation, folders), key=lambda e: (e.details["created"], e.folder.name))
+    return found
+
+
+def read_evaluation(folder: str | Path) -> Evaluation:
+    """One evaluation folder; raises ValueError naming a file that is missing, no JSON, or of another version."""
+    folder = Path(folder)
+    parts = []
+    for name in ("metrics.json", "evaluation.json", "gallery.json"):
+        try:
+            parts.append(json.loads((folder / name).read_text(encoding="utf-8")))
+        except (OSError, json.JSONDecodeError) as error:
+            raise ValueError(f"{folder / name} cannot be read ({error}): evaluate again") from None
+    version = parts[1].get("version")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{folder} is an evaluation of version {version}, this program reads version {FORMAT_VERSION}: "
+            "evaluate again"
+        )
+    run = folder.resolve().parent
+    return Evaluation(folder, run.parent if run.name == "evaluation" else run, *parts)

@@ -1,0 +1,165 @@
+"""How each single query went: the table that metrics' uncertainty and comparisons of two runs are made from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from eval.metrics import NOT_RANKED, RECALL_AT
+
+PREFIXES = {"text_to_visual": "img", "visual_to_text": "txt"}
+SCHEMA = pa.schema(
+    [
+        ("metrics", pa.string()),  # the entry of metrics.json that the query counts for
+        ("kind", pa.string()),  # text_to_visual | visual_to_text | accuracy
+        ("query", pa.string()),  # the text, the visual's name or the question's id
+        ("visual", pa.string()),  # queries about the same visual are no independent evidence
+        ("type", pa.string()),  # of the answer, where it has one
+        ("rank", pa.int64()),  # of the best true item, from 1; null where it was not ranked
+        ("accuracy", pa.float64()),  # of an answer, from 0 to 1
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """The outcomes of Q queries of one kind that count for one entry of metrics.json.
+
+    values (Q,): ranks from 1, infinity where the true item was not ranked; or accuracies from 0 to 1 where `kind` is
+    "accuracy". queries, visuals, types: Q texts each.
+    """
+
+    metrics: str
+    kind: str
+    queries: Sequence[str]
+    visuals: Sequence[str]
+    values: np.ndarray
+    types: Sequence[str] = ()
+
+    @cached_property
+    def points(self) -> dict[str, np.ndarray]:
+        """What each query contributes to each metric, (Q,) float64 by the metric's name; their means are the metric.
+
+        Queries that a metric does not look at hold NaN.
+        """
+        if self.kind != "accuracy":
+            prefix = PREFIXES[self.kind]
+            return {f"{prefix}_r{k}": (self.values <= k).astype(np.float64) for k in RECALL_AT}
+        types = np.array(self.types or [""] * len(self.values))
+        each = {name: np.where(types == name, self.values, np.nan) for name in sorted(set(types.tolist()) - {""})}
+        return {"overall": self.values} | {f"answer_type/{name}": values for name, values in each.items()}
+
+
+def outcomes_of_ranks(
+    metrics: str, kind: str, queries: Sequence[str], visuals: Sequence[str], ranks: np.ndarray
+) -> Outcomes:
+    """Outcomes from ranks (Q,) that count from 0, as `eval.metrics.true_ranks` has them."""
+    values = np.where(ranks == NOT_RANKED, np.inf, ranks.astype(np.float64) + 1)
+    return Outcomes(metrics, kind, queries, visuals, values)
+
+
+def write_outcomes(path: Path, outcomes: Sequence[Outcomes]) -> None:
+    """Write all queries' outcomes as one table of SCHEMA."""
+    tables = []
+    for part in outcomes:
+        ranked = part.kind != "accuracy"
+        ranks = [int(value) if np.isfinite(value) else None for value in part.values] if ranked else None
+        count = len(part.values)
+        columns = {
+            "metrics": [part.metrics] * count,
+            "kind": [part.kind] * count,
+            "query": list(part.queries),
+            "visual": list(part.visuals),
+            "type": list(part.types) or [""] * count,
+            "rank": ranks or [None] * count,
+            "accuracy": [None] * count if ranked else part.values.tolist(),
+        }
+        tables.append(pa.table(columns, schema=SCHEMA))
+    pq.write_table(pa.concat_tables(tables) if tables else SCHEMA.empty_table(), path)
+
+
+def read_outcomes(path: Path) -> list[Outcomes]:
+    """What `write_outcomes` wrote. Raises FileNotFoundError, or ValueError when it is no such table."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: evaluate again with launch/evaluate.py")
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ValueError(f"{path} is no table of outcomes ({error}): evaluate again") from None
+    if not table.schema.equals(SCHEMA):
+        raise ValueError(f"{path} has other columns than a table of outcomes: evaluate again")
+    found = []
+    keys = table.select(["metrics", "kind"]).to_pylist()
+    for key in dict.fromkeys((row["metrics"], row["kind"]) for row in keys):
+        rows = np.flatnonzero([(row["metrics"], row["kind"]) == key for row in keys])
+        part = table.take(rows).to_pydict()
+        ranks = [np.inf if rank is None else rank for rank in part["rank"]]
+        values = np.array(part["accuracy"] if key[1] == "accuracy" else ranks, dtype=np.float64)
+        found.append(Outcomes(*key, part["query"], part["visual"], values, part["type"]))
+    return found
+
+
+def intervals(outcomes: Sequence[Outcomes], resamples: int = 1000) -> dict[str, dict[str, tuple[float, float]]]:
+    """95 % intervals in percent of every metric, {"SPLIT/": {"img_r1": (low, high), ...}}.
+
+    Bootstrap over visuals: what is asked about the same visual is drawn together.
+    """
+    found: dict[str, dict[str, tuple[float, float]]] = {}
+    for name in dict.fromkeys(part.metrics for part in outcomes):
+        own = [part for part in outcomes if part.metrics == name]
+        drawn = with_means(bootstrap(own, [part.points for part in own], resamples))
+        found[name] = {
+            metric: (round(float(low), 2), round(float(high), 2))
+            for metric, (low, high) in ((m, np.percentile(v, [2.5, 97.5])) for m, v in drawn.items())
+        }
+    return found
+
+
+def bootstrap(
+    outcomes: Sequence[Outcomes], points: Sequence[Mapping[str, np.ndarray]], resamples: int
+) -> dict[str, np.ndarray]:
+    """Means in percent, (resamples,) by metric, of points that are drawn visual by visual with replacement.
+
+    points: for each of `outcomes` what its queries contribute to each metric, (Q,), NaN where nothing. The same
+    visuals are drawn for all metrics, and the same ones each time.
+    """
+    numbers: dict[str, int] = {}
+    owners = [
+        np.array([numbers.setdefault(visual, len(numbers)) for visual in part.visuals], dtype=np.int64)
+        for part in outcomes
+    ]
+    sums, counts, names = [], [], []
+    for own, part in zip(owners, points, strict=True):
+        for metric, values in part.items():
+            present = ~np.isnan(values)
+            names.append(metric)
+            sums.append(np.bincount(own[present], values[present], len(numbers)))
+            counts.append(np.bincount(own[present], minlength=len(numbers)))
+    if not numbers:
+        return {name: np.zeros(resamples) for name in names}
+    generator = np.random.default_rng(0)
+    result = np.empty((resamples, len(names)))
+    top, bottom = np.stack(sums, 1), np.stack(counts, 1).astype(np.float64)
+    for number in range(resamples):
+        weights = np.bincount(generator.integers(len(numbers), size=len(numbers)), minlength=len(numbers))
+        total = weights @ bottom
+        result[number] = 100 * (weights @ top) / np.where(total == 0, 1, total)
+    return {name: result[:, i] for i, name in enumerate(names)}
+
+
+def with_means(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Recalls completed by their means under the official names; other metrics as they are."""
+    result = dict(values)
+    for prefix in PREFIXES.values():
+        recalls = [values[name] for name in (f"{prefix}_r{k}" for k in RECALL_AT) if name in values]
+        if recalls:
+            result[f"{prefix}_r_mean"] = np.mean(recalls, axis=0)
+    if "txt_r_mean" in result and "img_r_mean" in result:
+        result["r_mean"] = (result["txt_r_mean"] + result["img_r_mean"]) / 2
+    return result

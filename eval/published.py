@@ -1,0 +1,64 @@
+"""Numbers of the paper (Lei, Berg and Bansal, ACL 2023), to stand beside ours in reports."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from eval.metrics import RECALL_AT
+
+SOURCE = "Lei, Berg and Bansal, Revealing Single Frame Bias for Video-and-Language Learning, ACL 2023"
+
+
+@dataclass(frozen=True)
+class Published:
+    """One row of the paper: a benchmark's split, in one setting, with metrics in percent by their official names.
+
+    pretraining: the corpora's size, 5M or 17M. num_frames: test frames.
+    """
+
+    benchmark: str
+    split: str
+    pretraining: str
+    temporal: bool
+    zero_shot: bool
+    num_frames: int
+    metrics: dict[str, float]
+
+    @property
+    def title(self) -> str:
+        """The setting in words."""
+        words = [f"Singularity{'-temporal' if self.temporal else ''} {self.pretraining}"]
+        return ", ".join([*words, "zero-shot" if self.zero_shot else "fine-tuned"])
+
+
+@cache
+def all_published() -> tuple[Published, ...]:
+    """Every row, means of recalls added."""
+    rows = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
+    return tuple(Published(**{**row, "metrics": _with_means(row["metrics"])}) for row in rows)
+
+
+def published(benchmark: str | None, split: str, zero_shot: bool) -> list[Published]:
+    """What the paper reports for a benchmark's split, of models that were or were not fine-tuned for it."""
+    return [
+        row for row in all_published() if (row.benchmark, row.split, row.zero_shot) == (benchmark, split, zero_shot)
+    ]
+
+
+def benchmarks() -> list[str]:
+    """Names of the benchmarks that the paper reports."""
+    return list(dict.fromkeys(row.benchmark for row in all_published()))
+
+
+def _with_means(metrics: dict[str, float]) -> dict[str, float]:
+    result = dict(metrics)
+    for prefix in ("txt", "img"):
+        recalls = [metrics[name] for name in (f"{prefix}_r{k}" for k in RECALL_AT) if name in metrics]
+        if recalls:
+            result[f"{prefix}_r_mean"] = round(sum(recalls) / len(recalls), 2)
+    if "txt_r_mean" in result and "img_r_mean" in result:
+        result["r_mean"] = round((result["txt_r_mean"] + result["img_r_mean"]) / 2, 2)
+    return result
