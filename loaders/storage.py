@@ -36,7 +36,7 @@ class CorpusReader:
     def __init__(self, url: str, options: dict[str, str] | None = None, open_shards: int = OPEN_SHARDS) -> None:
         self.options: dict[str, Any] = dict(options or {})
         self.corpus: Corpus = read_corpus(url, self.options)
-        self.filesystem, self.root = fsspec.url_to_fs(url, **self.options)
+        self.filesystem, self.root = fsspec.url_to_fs(self.corpus.tars or url, **self.options)
         self.local = isinstance(self.filesystem, LocalFileSystem)
         self._indices = LastUsed(self._load_index, open_shards)
         self._tars = LastUsed(self._open_tar, min(open_shards, OPEN_TARS))
@@ -93,7 +93,7 @@ class CorpusReader:
             if isinstance(found, FileNotFoundError):
                 raise self._missing(shard)
             if isinstance(found, BaseException):
-                url = join_url(self.corpus.url, self.corpus.shards[shard].name)
+                url = self.corpus.tar_url(shard)
                 raise OSError(f"{url} cannot be read: {type(found).__name__}: {found}") from found
         return data
 
@@ -107,9 +107,8 @@ class CorpusReader:
             raise self._missing(shard) from None
 
     def _missing(self, shard: int) -> FileNotFoundError:
-        url = self.corpus.url
         return FileNotFoundError(
-            f"{join_url(url, self.corpus.shards[shard].name)} is missing, though {url}/corpus.json lists it"
+            f"{self.corpus.tar_url(shard)} is missing, though {self.corpus.url}/corpus.json lists it"
         )
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sharding.annotations import Item, read_items
 from sharding.failures import FailureLog, TooManyFailures, summary
-from sharding.output import claim, local_form, open_output, remove, write_text
+from sharding.output import BUILD, claim, digest_of, local_form, open_output, remove, write_text
 from sharding.plan import Settings, Task, plan_shards
 from sharding.processes import run_tasks
 from sharding.progress import LOG_EVERY, Progress
@@ -72,8 +72,8 @@ def build_corpus(
         shown = Progress(len(items), f"packing {name}", progress, log_every=log_every)
         with shown:
             shards, rows = pack(tasks, workers or os.cpu_count() or 1, retry_failed, failures, shown)
-        corpus = Corpus(output, name, media_type, tuple(shards), asdict(settings))
-        failures.publish(output)
+        files = {BUILD: digest_of([join_url(output, BUILD)]), **failures.publish(output)}
+        corpus = Corpus(output, name, media_type, tuple(shards), asdict(settings), files)
         report(items, rows, corpus, failures)
         if failures.count > max_failures * len(items):
             raise TooManyFailures(

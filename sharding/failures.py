@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sharding.schema import join_url
-from sharding.writing import publish
+from sharding.writing import publish, sha256
 
 FILE = "failures.parquet"
 SCHEMA = pa.schema(
@@ -79,8 +79,8 @@ class FailureLog:
         self.rows += sum(failure["rows"] for failure in failures)
         count_kinds(self.kinds, (failure["reason"] for failure in failures))
 
-    def publish(self, output: str) -> None:
-        """Write `failures.parquet` to the folder `output`, in the order of shards."""
+    def publish(self, output: str) -> dict[str, str]:
+        """Write `failures.parquet` to the folder `output`, in the order of shards; returns {its name: its SHA-256}."""
         path = self.scratch / FILE
         with pq.ParquetWriter(path, SCHEMA) as writer:
             held: list[pa.Table] = []
@@ -90,7 +90,9 @@ class FailureLog:
                     writer.write_table(pa.concat_tables(held))
                     held = []
             writer.write_table(pa.concat_tables(held) if held else SCHEMA.empty_table())
+        digest = sha256(path)
         publish(path, join_url(output, FILE))
+        return {FILE: digest}
 
     def _part(self, shard: int) -> Path:
         return self.scratch / f"failures-{shard:06d}.parquet"

@@ -6,59 +6,250 @@ import argparse
 import hashlib
 import io
 import json
+import logging
+import os
 import sys
-import tarfile
-import tempfile
-import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
-from tqdm import tqdm
 
-from sharding.annotations import question_of
-from sharding.output import local_form, write_text
+from sharding.failures import FailureLog, TooManyFailures, summary
+from sharding.foreign import Contents, read_contents
+from sharding.output import local_form, open_output, write_text
+from sharding.processes import Advance, run_tasks
+from sharding.progress import LOG_EVERY, Progress
 from sharding.schema import INDEX_SCHEMA, Corpus, ShardInfo, join_url, read_corpus
-from sharding.writing import counts, publish, sha256, write_index
+from sharding.tar import open_stream
+from sharding.writing import INDEXED, NOTE, counts, publish, sha256, write_index
 
-PICTURES = ("jpg", "jpeg", "png", "webp")
-CAPTION_KEYS = ("captions", "caption", "text", "TEXT")
+HOPELESS = 16  # so many tars without anything to index end it
+
+log = logging.getLogger("sharding")
 
 
-def index_shards(url: str, fps: float = 0.0, progress: bool = False) -> Corpus:
-    """Write an index beside every tar in `url` and `corpus.json`; returns the corpus.
+@dataclass(frozen=True)
+class IndexTask:
+    """One tar to index: where it is, how long, where its index goes."""
+
+    number: int
+    tars: str
+    name: str
+    bytes: int
+    output: str
+    scratch: str
+    fps: float
+    anew: bool = False  # whether an index that is there is made again
+
+
+@dataclass(frozen=True)
+class IndexedShard:
+    """A shard's line of corpus.json, its media type, its failures (source, rows, reason), and damages of the tar.
+
+    Without `info` the tar could not be indexed at all, for the reason in `damages`.
+    """
+
+    info: ShardInfo | None
+    media_type: str
+    failures: list[dict[str, Any]]
+    damages: list[str]
+    rate_assumed: bool = False
+
+
+def index_shards(
+    url: str,
+    fps: float = 0.0,
+    output: str = "",
+    workers: int = 1,
+    max_failures: float = 0.05,
+    progress: bool = False,
+    log_every: float = LOG_EVERY,
+) -> Corpus:
+    """Write an index for every tar in the folder `url`, and `corpus.json`; returns the corpus.
 
     Samples are KEY.jpg (.png, .webp), or KEY.000.jpg, KEY.001.jpg ... for the frames of a clip, with KEY.txt or
     KEY.json for their texts (img2dataset's, video2dataset's and our own forms). fps: rate of clips' frames where
-    their JSON does not say it.
+    their JSON does not say it. Shards indexed earlier are kept. Index and corpus.json lie beside the tars, or in
+    `output`; samples that cannot be indexed are in its failures.parquet.
 
     Raises:
         FileNotFoundError: no tars at `url`.
-        ValueError: a tar is compressed or damaged, holds no pictures, or pictures and clips are mixed.
+        PermissionError: nothing can be written to `url`.
+        ValueError: tars are compressed or hold whole videos, or pictures and clips are mixed.
+        TooManyFailures: a tar is damaged, or a larger share of samples than `max_failures` cannot be indexed;
+            what can be read is indexed all the same.
     """
     url = local_form(url)
-    filesystem, root = fsspec.url_to_fs(url)
-    names = sorted(path.rsplit("/", 1)[-1] for path in filesystem.glob(join_url(root, "*.tar")))
-    if not names:
-        raise FileNotFoundError(f"{url} holds no .tar files: nothing to index")
-    shards, kinds = [], set()
-    for name in tqdm(names, unit="shard", desc="indexing", disable=not progress):
-        info, kind = index_shard(url, name, fps)
-        shards.append(info)
-        kinds.add(kind)
-    if len(kinds) > 1:
-        raise ValueError(f"{url} holds pictures and clips: a corpus has one kind, put them into folders of their own")
-    known = known_corpus(url)
-    name, settings = (known.name, known.settings) if known else (url.rstrip("/").rsplit("/", 1)[-1], {"indexed": True})
-    corpus = Corpus(url, name, kinds.pop(), tuple(shards), settings)
-    with scratch_for(url) as scratch:
-        write_text(join_url(url, "corpus.json"), corpus.to_json(), scratch)
+    output = local_form(output) or url
+    sizes = tars_at(url)
+    with writable(output) as scratch:
+        tasks = [IndexTask(n, url, name, size, output, str(scratch), fps) for n, (name, size) in enumerate(sizes)]
+        failures = FailureLog(scratch)
+        with Progress(len(tasks), f"indexing {url}", progress, "shard", "indexed", log_every) as shown:
+            shards = index_all(tasks, min(workers, len(tasks)), failures, shown)
+        files = failures.publish(output) if failures.count else {}
+        corpus = describe(shards, url, output, files)
+        write_text(join_url(output, "corpus.json"), corpus.to_json(), scratch)
+    report(corpus, shards, failures, max_failures)
     return corpus
+
+
+def index_all(
+    tasks: list[IndexTask], workers: int, failures: FailureLog, progress: Progress
+) -> dict[str, IndexedShard]:
+    """What became of each tar, by name and in order; raises ValueError when no tar can be indexed."""
+    shards: dict[str, IndexedShard] = {}
+    for task, shard in run_tasks(index_shard, tasks, workers, progress.advance):
+        shards[task.name] = shard
+        failures.add(task.number, shard.failures)
+        if len(shards) in (HOPELESS, len(tasks)) and not any(shard.media_type for shard in shards.values()):
+            raise ValueError(f"{join_url(task.tars, task.name)}: {shard.damages[0]}")
+    return dict(sorted(shards.items()))
+
+
+def tars_at(url: str) -> list[tuple[str, int]]:
+    """(name, bytes) of the tars in a folder, in order; raises FileNotFoundError when there is none."""
+    filesystem, root = fsspec.url_to_fs(url)
+    found = filesystem.glob(join_url(root, "*.tar"), detail=True)
+    if not found:
+        raise FileNotFoundError(f"{url} holds no .tar files: nothing to index")
+    sizes = {path.rsplit("/", 1)[-1]: entry.get("size") or filesystem.size(path) for path, entry in found.items()}
+    return sorted(sizes.items())
+
+
+@contextmanager
+def writable(output: str) -> Iterator[Path]:
+    """`open_output`, with an error that says what to do where nothing can be written."""
+    if output.startswith(("http://", "https://")):
+        raise PermissionError(f"nothing can be written to {output}: choose a place for the indices with --output")
+    with ExitStack() as stack:
+        try:
+            scratch = stack.enter_context(open_output(output, among_others=True))
+        except OSError as error:
+            raise read_only(output, error) from None
+        yield scratch
+
+
+def read_only(place: str, error: Exception) -> OSError:
+    """The error of a place where an index cannot be written."""
+    reason = getattr(error, "strerror", None) or error
+    return PermissionError(f"{place} cannot be written ({reason}): choose a place for the indices with --output")
+
+
+def index_shard(task: IndexTask, advance: Advance) -> IndexedShard:
+    """Index one tar, or keep the index that an earlier run made."""
+    index_name = task.name.removesuffix(".tar") + ".parquet"
+    if task.tars == task.output and is_foreign(join_url(task.output, index_name)):
+        index_name = task.name.removesuffix(".tar") + ".index.parquet"
+    kept = None if task.anew else kept_index(task, index_name)
+    if kept:
+        advance(1, 0, task.bytes)
+        return kept
+    try:
+        with open_stream(join_url(task.tars, task.name)) as file:
+            contents = read_contents(file, task.fps, lambda size: advance(0, 0, size))
+        move_unfit(contents)
+        if not contents.rows and not contents.damages:
+            reasons = ", ".join(sorted({failure["reason"] for failure in contents.failures})[:3])
+            raise ValueError("holds no pictures that could be indexed" + (f" ({reasons})" if reasons else ""))
+    except ValueError as error:
+        advance(0, 1, 0)
+        return IndexedShard(None, "", [], [str(error)])
+    shard = write_shard(task, index_name, contents)
+    advance(int(not contents.damages), len(contents.damages[:1]), 0)
+    return shard
+
+
+def move_unfit(contents: Contents) -> None:
+    """Samples whose texts do not fit the index's columns become failures."""
+    try:
+        pa.Table.from_pylist(contents.rows, schema=INDEX_SCHEMA)
+    except (pa.ArrowException, TypeError, ValueError):
+        sound = []
+        for row in contents.rows:
+            try:
+                pa.Table.from_pylist([row], schema=INDEX_SCHEMA)
+                sound.append(row)
+            except (pa.ArrowException, TypeError, ValueError) as error:
+                reason = f"its texts do not fit the index: {error}"
+                contents.failures.append({"source": row["key"], "rows": 1, "reason": reason})
+        contents.rows = sound
+
+
+def write_shard(task: IndexTask, index_name: str, contents: Contents) -> IndexedShard:
+    """Publish the index of a tar."""
+    facts: dict[str, Any] = {**counts(contents.rows), "bytes": contents.bytes, "sha256": contents.sha256}
+    media_type = ("video" if contents.is_video else "image") if contents.rows else ""
+    damages = [f"byte {damage.offset}: {damage.reason}" for damage in contents.damages]
+    note = {"facts": facts, "fps": task.fps, "failures": contents.failures, "damages": damages}
+    note |= {"rate_assumed": contents.rate_assumed}
+    index = Path(task.scratch) / index_name
+    write_index(index, contents.rows, note, INDEXED)
+    info = ShardInfo(
+        task.name,
+        **facts,
+        index_bytes=index.stat().st_size,
+        index_sha256=sha256(index),
+        index=index_name if index_name.endswith(".index.parquet") else "",
+    )
+    try:
+        publish(index, join_url(task.output, index_name))
+    except Exception as error:  # every store has exceptions of its own
+        raise read_only(join_url(task.output, index_name), error) from None
+    return IndexedShard(info, media_type, contents.failures, damages, contents.rate_assumed)
+
+
+def kept_index(task: IndexTask, index_name: str) -> IndexedShard | None:
+    """What an earlier run, or the build, said of a tar of this size; None when its index is not there, whole."""
+    try:
+        filesystem, path = fsspec.url_to_fs(join_url(task.output, index_name))
+        data = filesystem.cat_file(path)
+        table = pq.read_table(io.BytesIO(data), page_checksum_verification=True)
+        metadata = table.schema.metadata or {}
+        note = json.loads(metadata[INDEXED] if INDEXED in metadata else metadata[NOTE])
+        facts = note["facts"]
+    except (OSError, ValueError, KeyError):
+        return None
+    if facts["bytes"] != task.bytes or facts["samples"] != table.num_rows or not table.schema.equals(INDEX_SCHEMA):
+        return None
+    if note.get("fps", task.fps) != task.fps or note.get("damages"):
+        return None
+    digest = hashlib.sha256(data).hexdigest()
+    name = index_name if index_name.endswith(".index.parquet") else ""
+    info = ShardInfo(task.name, **facts, index_bytes=len(data), index_sha256=digest, index=name)
+    media_type = ("image" if table.column("fps").null_count else "video") if table.num_rows else ""
+    return IndexedShard(info, media_type, note["failures"], [], note.get("rate_assumed", False))
+
+
+def is_foreign(url: str) -> bool:
+    """Whether another tool's file has this name, as the metadata that img2dataset writes beside each tar."""
+    try:
+        with fsspec.open(url, "rb") as file:
+            return not pq.read_schema(file).equals(INDEX_SCHEMA)
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):
+        return False  # damaged, whoever wrote it
+
+
+def describe(shards: dict[str, IndexedShard], url: str, output: str, files: dict[str, str]) -> Corpus:
+    """The corpus of indexed shards, under the name and settings that it had; raises ValueError for a mixture."""
+    first = {shard.media_type: name for name, shard in reversed(shards.items()) if shard.media_type}
+    if len(first) > 1:
+        raise ValueError(
+            f"{url} holds pictures ({first['image']}) and clips ({first['video']}): a corpus has one kind, put them "
+            "into folders of their own"
+        )
+    known = known_corpus(output)
+    name, settings = (known.name, known.settings) if known else (url.rstrip("/").rsplit("/", 1)[-1], {"indexed": True})
+    tars = "" if output == url else url if "://" in url else str(Path(url).resolve())
+    infos = tuple(shard.info for shard in shards.values() if shard.info)
+    return Corpus(output, name, next(iter(first)), infos, settings, (known.files if known else {}) | files, tars)
 
 
 def known_corpus(url: str) -> Corpus | None:
@@ -69,133 +260,54 @@ def known_corpus(url: str) -> Corpus | None:
         return None
 
 
-@contextmanager
-def scratch_for(url: str) -> Iterator[Path]:
-    """A folder for unfinished files, inside `url` where that is local, so that they can be renamed into place."""
-    with tempfile.TemporaryDirectory(dir=None if "://" in url else url, prefix=".index-") as folder:
-        yield Path(folder)
-
-
-def index_shard(url: str, name: str, fps: float) -> tuple[ShardInfo, str]:
-    """Index one tar; returns its line of corpus.json and whether it holds images or video."""
-    with fsspec.open(join_url(url, name), "rb") as source:
-        data = source.read()
-    rows = list(sample_rows(data, name, fps))
-    if not rows:
-        raise ValueError(f"{join_url(url, name)} holds no pictures that could be indexed")
-    index_name = name.removesuffix(".tar") + ".parquet"
-    if is_foreign(join_url(url, index_name)):
-        index_name = name.removesuffix(".tar") + ".index.parquet"
-    with scratch_for(url) as scratch:
-        index = scratch / index_name
-        write_index(index, rows)
-        info = ShardInfo(
-            name,
-            **counts(rows),
-            bytes=len(data),
-            sha256=hashlib.sha256(data).hexdigest(),
-            index_bytes=index.stat().st_size,
-            index_sha256=sha256(index),
-            index=index_name if index_name.endswith(".index.parquet") else "",
+def report(corpus: Corpus, shards: dict[str, IndexedShard], failures: FailureLog, max_failures: float) -> None:
+    """Log what was left out; raises TooManyFailures when that is more than allowed."""
+    for line in summary(failures.kinds):
+        log.info("%s", line)
+    if any(shard.rate_assumed for shard in shards.values()):
+        log.info("the shards do not say the rate of their frames: 1 a second assumed; say it with --fps and run again")
+    damaged = {name: shard for name, shard in shards.items() if shard.damages}
+    for name, shard in damaged.items():
+        log.info("%s: %s%s", name, shard.damages[0], "; its sound samples are indexed" if shard.info else "")
+    if damaged:
+        raise TooManyFailures(
+            f"{len(damaged)} of {len(shards)} tars of {corpus.tars or corpus.url} are damaged, the first is "
+            f"{next(iter(damaged))}: get them again, and run this again"
         )
-        publish(index, join_url(url, index_name))
-    return info, "image" if rows[0]["fps"] is None else "video"
-
-
-def is_foreign(url: str) -> bool:
-    """Whether another tool's file has this name, as the metadata that img2dataset writes beside each tar."""
-    try:
-        with fsspec.open(url, "rb") as file:
-            return not pq.read_schema(file).equals(INDEX_SCHEMA)
-    except FileNotFoundError:
-        return False
-    except pa.ArrowInvalid:
-        return False  # damaged, whoever wrote it
-
-
-def sample_rows(data: bytes, name: str, fps: float) -> Iterator[dict[str, Any]]:
-    """Index rows of a tar's samples, in order."""
-    try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-            members = [member for member in tar if member.isfile()]
-    except tarfile.TarError as error:
-        raise ValueError(f"{name} is no plain tar ({error}); compressed shards cannot be read in part") from None
-    samples: dict[str, dict[str, tarfile.TarInfo]] = {}
-    for member in members:
-        folder, _, file = member.name.rpartition("/")
-        key, _, ending = file.partition(".")
-        samples.setdefault(f"{folder}/{key}" if folder else key, {})[ending.lower()] = member
-    for key, parts in samples.items():
-        pictures = sorted((ending for ending in parts if ending.rsplit(".", 1)[-1] in PICTURES), key=frame_number)
-        if pictures:
-            yield sample_row(key, [parts[ending] for ending in pictures], texts_of(data, parts), data, fps)
-
-
-def frame_number(ending: str) -> tuple[int, str]:
-    """Order of a clip's frames: 999.jpg before 1000.jpg."""
-    number = ending.split(".")[0]
-    return int(number) if number.isdecimal() else -1, ending
-
-
-def texts_of(data: bytes, parts: dict[str, tarfile.TarInfo]) -> dict[str, Any]:
-    """What KEY.json and KEY.txt say; the JSON's captions count first."""
-    found: dict[str, Any] = {}
-    if "json" in parts:
-        found = json.loads(content(data, parts["json"]))
-    given = next((found[key] for key in CAPTION_KEYS if found.get(key)), None)
-    if given is None and "txt" in parts:
-        given = content(data, parts["txt"]).decode("utf-8", "replace").strip()
-    found["captions"] = [given] if isinstance(given, str) else list(given or [])
-    return found
-
-
-def sample_row(
-    key: str, frames: list[tarfile.TarInfo], found: dict[str, Any], data: bytes, fps: float
-) -> dict[str, Any]:
-    """One row of the index."""
-    pictures = [content(data, frame) for frame in frames]
-    with Image.open(io.BytesIO(pictures[0])) as image:
-        width, height = image.size
-    still = len(frames) == 1 and not found.get("fps") and not fps
-    rate = None if still else float(found.get("fps") or fps or 1.0)
-    times = [] if rate is None else found.get("frame_times") or [number / rate for number in range(len(frames))]
-    questions = found.get("questions") or ([question_of(found, key)] if "question" in found else [])
-    return {
-        "key": key.replace(".", "_"),
-        "offsets": [frame.offset_data for frame in frames],
-        "sizes": [frame.size for frame in frames],
-        "crc32s": [zlib.crc32(picture) for picture in pictures],
-        "width": width,
-        "height": height,
-        "fps": rate,
-        "duration": None if rate is None else found.get("duration") or len(frames) / rate,
-        "frame_times": times,
-        "source": str(found.get("source") or found.get("url") or key),
-        "captions": found["captions"],
-        "questions": questions,
-        "choices": found.get("choices") or [],
-    }
-
-
-def content(data: bytes, member: tarfile.TarInfo) -> bytes:
-    """A member's bytes."""
-    return data[member.offset_data : member.offset_data + member.size]
+    total = corpus.samples + failures.count
+    if failures.count > max_failures * total:
+        raise TooManyFailures(
+            f"{failures.count} of {total} samples cannot be indexed, more than --max-failures {max_failures:g} allows; "
+            f"the others are indexed: see `python -m sharding.inspect {corpus.url} --failures`"
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = argparse.ArgumentParser(
-        "python -m sharding.index", description="Index existing webdataset shards, local or remote, in place."
+        "python -m sharding.index",
+        description="Index existing webdataset shards, local or remote, in place; run again to go on.",
+        epilog="Exit code: 0 indexed; 1 indexed but for damaged tars or too many samples; 2 not possible.",
     )
-    parser.add_argument("url", metavar="URL", help="folder or URL that holds the .tar files")
-    parser.add_argument("--fps", type=float, default=0.0, help="rate of clips' frames where the shards do not say it")
-    options = parser.parse_args(arguments)
+    add = parser.add_argument
+    add("url", metavar="URL", help="folder or URL that holds the .tar files")
+    add("--fps", type=float, default=0.0, help="rate of clips' frames where the shards do not say it")
+    add("--output", default="", metavar="URL", help="folder of the indices, where those of the tars cannot be written")
+    add("--workers", type=int, default=None, help="processes (default: one a core)")
+    add("--max-failures", type=float, default=0.05, metavar="SHARE", help="of the samples (default: %(default)s)")
+    add("--log-every", type=float, default=LOG_EVERY, metavar="SECONDS", help="see sharding.build")
+    options = vars(parser.parse_args(arguments))
+    options["workers"] = options["workers"] or os.cpu_count() or 1
     try:
-        corpus = index_shards(options.url, options.fps, progress=True)
+        corpus = index_shards(progress=True, **options)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
-        return 2
-    sys.stdout.write(f"{options.url}: {len(corpus.shards)} shards, {corpus.samples} samples\n")
+        return 1 if isinstance(error, TooManyFailures) else 2
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted: run the same command again to go on\n")
+        return 130
+    sys.stdout.write(f"{corpus.url}: {len(corpus.shards)} shards, {corpus.samples} samples\n")
     return 0
 
 

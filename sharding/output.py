@@ -20,6 +20,7 @@ from sharding.plan import Settings
 from sharding.schema import VERSION, join_url
 from sharding.writing import publish
 
+BUILD = "build.json"  # says what a build writes there
 PARTIAL = ".partial"  # folder inside a local output that holds unfinished files
 
 
@@ -29,8 +30,10 @@ def local_form(url: str) -> str:
 
 
 @contextmanager
-def open_output(output: str) -> Iterator[Path]:
+def open_output(output: str, among_others: bool = False) -> Iterator[Path]:
     """Hold `output` for one build; yields a local folder for unfinished files, removed at the end.
+
+    among_others: files that no build of this tool made may lie there.
 
     Raises:
         ValueError: another build is writing there, or it is a folder of other things.
@@ -47,7 +50,8 @@ def open_output(output: str) -> Iterator[Path]:
     lock = os.open(folder, os.O_RDONLY)
     try:
         lock_folder(lock, output)
-        if not (folder / "build.json").exists() and any(path.name != PARTIAL for path in folder.iterdir()):
+        ours = among_others or (folder / BUILD).exists()
+        if not ours and any(path.name != PARTIAL for path in folder.iterdir()):
             raise ValueError(f"{output} is not empty and holds no build of this tool: choose another --output")
         shutil.rmtree(folder / PARTIAL, ignore_errors=True)  # what a killed build left
         (folder / PARTIAL).mkdir()
@@ -74,7 +78,7 @@ def claim(output: str, settings: Settings, annotations: Sequence[str], items: in
     """Note in `build.json` what is built here; raise ValueError when the shards there are of another build."""
     plan = {"version": VERSION, **asdict(settings), "annotations_sha256": digest_of(annotations)}
     plan["samples_per_shard"] = settings.samples_per_shard(items)
-    place = join_url(output, "build.json")
+    place = join_url(output, BUILD)
     filesystem, path = fsspec.url_to_fs(place)
     if not filesystem.exists(path):
         write_text(place, json.dumps(plan, indent=1) + "\n", scratch)

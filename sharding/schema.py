@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -83,6 +84,16 @@ class Corpus:
     media_type: str
     shards: tuple[ShardInfo, ...]
     settings: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)  # SHA-256 of other files beside corpus.json
+    tars: str = ""  # folder of the tars, where they lie elsewhere than the indices
+
+    def tar_url(self, shard: int) -> str:
+        """Where a shard's tar lies."""
+        return join_url(self.tars or self.url, self.shards[shard].name)
+
+    def index_url(self, shard: int) -> str:
+        """Where a shard's index lies."""
+        return join_url(self.url, self.shards[shard].index_name)
 
     @property
     def samples(self) -> int:
@@ -94,15 +105,17 @@ class Corpus:
         return [getattr(shard, unit) for shard in self.shards]
 
     def to_json(self) -> str:
-        """The text of `corpus.json`; the same corpus always gives the same bytes."""
+        """The text of `corpus.json`; the same corpus always gives the same bytes. It ends with its own SHA-256."""
         totals = {
             unit: sum(getattr(shard, unit) for shard in self.shards)
             for unit in ("samples", "frames", "captions", "questions", "choices", "bytes")
         }
         head = {"format": FORMAT, "version": VERSION, "name": self.name, "media_type": self.media_type}
         shards = [{key: value for key, value in asdict(shard).items() if value != ""} for shard in self.shards]
-        body = {"settings": self.settings, "shards": shards}
-        return json.dumps({**head, **totals, **body}, indent=1, sort_keys=False) + "\n"
+        elsewhere = {"tars": self.tars} if self.tars else {}
+        body = {"settings": self.settings, "files": self.files, "shards": shards}
+        text = json.dumps({**head, **totals, **elsewhere, **body}, indent=1, sort_keys=False).removesuffix("\n}")
+        return f'{text},\n "sha256": "{hashlib.sha256(text.encode()).hexdigest()}"\n}}\n'
 
 
 def join_url(folder: str, name: str) -> str:
@@ -119,8 +132,8 @@ def read_corpus(url: str, storage_options: dict[str, Any] | None = None) -> Corp
     """
     path = join_url(url, "corpus.json")
     try:
-        with fsspec.open(path, "rt", **(storage_options or {})) as file:
-            text = file.read()
+        with fsspec.open(path, "rb", **(storage_options or {})) as file:
+            text = file.read().decode("utf-8", "replace")
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{path} does not exist: {url} is no packed corpus; pack it with `python -m sharding.build`, "
@@ -134,7 +147,9 @@ def parse_corpus(text: str, url: str) -> Corpus:
     try:
         data = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{url}/corpus.json is not valid JSON ({error}); pack the corpus again") from None
+        raise ValueError(
+            f"{url}/corpus.json is not valid JSON ({error}): `python -m sharding.verify {url} --repair` makes it again"
+        ) from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ValueError(f"{url}/corpus.json is not a {FORMAT} description; pack the corpus again")
     if data.get("version") != VERSION:
@@ -144,8 +159,14 @@ def parse_corpus(text: str, url: str) -> Corpus:
         )
     if data.get("media_type") not in MEDIA_TYPES:
         raise ValueError(f"{url}/corpus.json: media_type is {data.get('media_type')!r}, must be one of {MEDIA_TYPES}")
-    shards = tuple(ShardInfo(**shard) for shard in data["shards"])
-    return Corpus(url, data["name"], data["media_type"], shards, data.get("settings", {}))
+    try:
+        shards = tuple(ShardInfo(**shard) for shard in data["shards"])
+        more = data.get("settings", {}), data.get("files", {}), data.get("tars", "")
+        return Corpus(url, data["name"], data["media_type"], shards, *more)
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{url}/corpus.json is damaged ({error}): `python -m sharding.verify {url} --repair` makes it again"
+        ) from None
 
 
 def read_index(corpus: Corpus, shard: int, storage_options: dict[str, Any] | None = None) -> pa.Table:
@@ -156,12 +177,18 @@ def read_index(corpus: Corpus, shard: int, storage_options: dict[str, Any] | Non
         ValueError: it has another number of rows than `corpus.json` says, or other columns.
     """
     info = corpus.shards[shard]
-    path = join_url(corpus.url, info.index_name)
+    path = corpus.index_url(shard)
     try:
         with fsspec.open(path, "rb", **(storage_options or {})) as file:
             table = pq.read_table(file)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing: rebuild it with `python -m sharding.index {corpus.url}`") from None
+        raise FileNotFoundError(
+            f"{path} is missing: make it again with `python -m sharding.verify {corpus.url} --repair`"
+        ) from None
+    except pa.ArrowInvalid as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): make it again with `python -m sharding.verify {corpus.url} --repair`"
+        ) from None
     if table.num_rows != info.samples or not table.schema.equals(INDEX_SCHEMA):
         raise ValueError(
             f"{path} does not fit {corpus.url}/corpus.json ({table.num_rows} rows, {info.samples} expected): "

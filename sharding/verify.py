@@ -1,94 +1,209 @@
-"""`python -m sharding.verify`: checks a packed corpus byte by byte against its indices and its description."""
+"""`python -m sharding.verify`: checks a packed corpus byte by byte, and mends what can be made again from its tars."""
 
 from __future__ import annotations
 
 import argparse
-import hashlib
+import json
 import logging
+import os
 import sys
-import zlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 
 import fsspec
-import simplejpeg
-from tqdm import tqdm
+import pyarrow.parquet as pq
 
-from sharding.schema import Corpus, ShardInfo, join_url, read_corpus, read_index
+from sharding.checks import Check, Fault, Report, check_shard
+from sharding.output import BUILD, digest_of, local_form
+from sharding.processes import run_tasks
+from sharding.progress import LOG_EVERY, Progress
+from sharding.repair import repair
+from sharding.schema import INDEX_SCHEMA, Corpus, join_url, parse_corpus
+
+DESCRIPTION = "corpus.json"
 
 log = logging.getLogger("sharding")
 
 
-def verify_corpus(url: str, decode: bool = False, progress: bool = False) -> list[str]:
-    """Every fault of a corpus, a line each naming shard, key and reason; empty when it is sound.
+@dataclass
+class Findings:
+    """What a verification found: the corpus as corpus.json describes it (None: not to be trusted), faults, shards."""
+
+    url: str
+    corpus: Corpus | None
+    faults: list[Fault]
+    reports: list[Report] = field(default_factory=list)
+
+    @property
+    def all(self) -> list[Fault]:
+        """Faults of the corpus as a whole, then those of its shards in order."""
+        return [*self.faults, *(fault for report in self.reports for fault in report.faults)]
+
+
+def verify_corpus(url: str, decode: bool = False, workers: int = 1) -> list[Fault]:
+    """Every fault of a corpus: any byte that is not as it was written, anything missing or too much.
 
     decode: also decode every frame and compare its size in pixels with the index.
 
     Raises:
-        FileNotFoundError, ValueError: there is no corpus at `url` that could be checked.
+        FileNotFoundError: there is neither a corpus nor a shard at `url`.
     """
-    corpus = read_corpus(url)
-    faults: list[str] = []
-    for number, info in enumerate(tqdm(corpus.shards, unit="shard", desc="verifying", disable=not progress)):
-        faults += shard_faults(corpus, number, info, decode)
+    return examine(url, decode, workers).all
+
+
+def examine(
+    url: str, decode: bool = False, workers: int = 1, progress: bool = False, log_every: float = LOG_EVERY
+) -> Findings:
+    """`verify_corpus`, with all that a repair needs to know."""
+    url = local_form(url)
+    names = names_at(url)
+    findings = Findings(url, *read_description(url))
+    corpus = findings.corpus
+    tars = [name for name in names if name.endswith(".tar")]
+    if corpus is None and not tars:
+        raise FileNotFoundError(
+            f"{url} holds no corpus.json and no .tar files: it is no packed corpus; pack it with "
+            "`python -m sharding.build`"
+        )
+    checks = planned_checks(url, corpus, tars, names, decode)
+    findings.faults += other_files(url, corpus, names, checks)
+    processes = min(workers, len(checks))
+    with Progress(len(checks), f"verifying {url}", progress, "shard", "sound", log_every) as shown:
+        found = {check.number: report for check, report in run_tasks(check_shard, checks, processes, shown.advance)}
+    findings.reports = [found[number] for number in sorted(found)]
+    return findings
+
+
+def names_at(url: str) -> list[str]:
+    """Names of the files in a folder, in order; empty when there is no such folder."""
+    filesystem, root = fsspec.url_to_fs(url)
+    try:
+        entries = filesystem.ls(root, detail=True)
+    except FileNotFoundError:
+        return []
+    return sorted(entry["name"].rsplit("/", 1)[-1] for entry in entries if entry["type"] == "file")
+
+
+def read_description(url: str) -> tuple[Corpus | None, list[Fault]]:
+    """The corpus as corpus.json describes it, when every byte of that is as it was written, and its faults."""
+    try:
+        with fsspec.open(join_url(url, DESCRIPTION), "rb") as file:
+            data = file.read()
+        corpus = parse_corpus(data.decode("utf-8", "replace"), url)
+    except FileNotFoundError:
+        return None, [Fault(DESCRIPTION, "is missing")]
+    except (OSError, ValueError) as error:
+        return None, [Fault(DESCRIPTION, str(error))]
+    if b'"sha256"' not in data[-90:]:
+        return None, [Fault(DESCRIPTION, "carries no checksum: damaged, or written by an earlier version")]
+    if corpus.to_json().encode() != data:
+        return None, [Fault(DESCRIPTION, "does not match its own checksum, or its totals are not those of its shards")]
+    return corpus, []
+
+
+def planned_checks(url: str, corpus: Corpus | None, tars: list[str], names: list[str], decode: bool) -> list[Check]:
+    """The shards to check: those of corpus.json; without it, all tars in the folder."""
+    own = BUILD in names if corpus is None else not corpus.settings.get("indexed")
+    if corpus is not None:
+        return [
+            Check(number, corpus.tar_url(number), corpus.index_url(number), info, own, decode)
+            for number, info in enumerate(corpus.shards)
+        ]
+    checks = []
+    for number, tar in enumerate(tars):
+        stem = tar.removesuffix(".tar")
+        index = stem + (".index.parquet" if stem + ".index.parquet" in names else ".parquet")
+        checks.append(Check(number, join_url(url, tar), join_url(url, index), None, own, decode))
+    return checks
+
+
+def other_files(url: str, corpus: Corpus | None, names: list[str], checks: list[Check]) -> list[Fault]:
+    """Faults of what lies beside the shards: files of another content, shards too much, gaps in their numbers."""
+    faults = []
+    for name, digest in (corpus.files if corpus else {}).items():
+        if name not in names:
+            faults.append(Fault(name, "is missing"))
+        elif digest_of([join_url(url, name)]) != digest:
+            faults.append(Fault(name, "its SHA-256 is not the one in corpus.json"))
+    listed = {place.rsplit("/", 1)[-1] for check in checks for place in (check.tar, check.index)}
+    for name in names:
+        if name.endswith(".tar") and name not in listed:
+            faults.append(Fault(name, "is not in corpus.json"))
+        elif name.endswith(".parquet") and name not in listed and is_index(join_url(url, name)):
+            faults.append(Fault(name, "is an index without a shard"))
+    if corpus is None and BUILD in names:
+        numbers = {int(check.tar[-10:-4]) for check in checks if check.tar[-10:-4].isdecimal()}
+        faults += [
+            Fault(f"shard {number:06d}", "is missing: the numbers of the others leave a gap")
+            for number in sorted(set(range(max(numbers, default=-1) + 1)) - numbers)
+        ]
     return faults
 
 
-def shard_faults(corpus: Corpus, number: int, info: ShardInfo, decode: bool) -> Iterator[str]:
-    """Faults of one shard; a missing or unreadable file is one too."""
+def is_index(url: str) -> bool:
+    """Whether a parquet file is an index of ours."""
     try:
-        with fsspec.open(join_url(corpus.url, info.name), "rb") as file:
-            data = file.read()
-        with fsspec.open(join_url(corpus.url, info.index_name), "rb") as file:
-            index_digest = hashlib.sha256(file.read()).hexdigest()
-        rows = read_index(corpus, number).to_pylist()
-    except (OSError, ValueError) as error:
-        yield f"{info.name}: {error}"
-        return
-    if index_digest != info.index_sha256:
-        yield f"{info.index_name}: its SHA-256 is not the one in corpus.json"
-    if len(data) != info.bytes:
-        yield f"{info.name}: {len(data)} bytes, corpus.json says {info.bytes}"
-    found = False
-    for row in rows:
-        for reason in sample_faults(data, row, decode):
-            found = True
-            yield f"{info.name}: {row['key']}: {reason}"
-    if not found and hashlib.sha256(data).hexdigest() != info.sha256:
-        yield f"{info.name}: its SHA-256 is not the one in corpus.json, though every frame is sound"
-
-
-def sample_faults(data: bytes, row: dict[str, Any], decode: bool) -> Iterator[str]:
-    """Faults of one sample's frames in a tar's bytes."""
-    for frame, (offset, size, crc32) in enumerate(zip(row["offsets"], row["sizes"], row["crc32s"], strict=True)):
-        jpeg = data[offset : offset + size]
-        if zlib.crc32(jpeg) != crc32:
-            yield f"frame {frame}: CRC-32 does not match the index"
-        elif decode:
-            try:
-                height, width = simplejpeg.decode_jpeg(jpeg, "RGB").shape[:2]
-            except ValueError as error:
-                yield f"frame {frame}: {error}"
-                continue
-            if (width, height) != (row["width"], row["height"]):
-                yield f"frame {frame}: {width}x{height} pixels, the index says {row['width']}x{row['height']}"
+        with fsspec.open(url, "rb") as file:
+            return bool(pq.read_schema(file).equals(INDEX_SCHEMA))
+    except (OSError, ValueError):
+        return False
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0 when all is sound, 1 with faults, 2 when nothing could be checked."""
-    parser = argparse.ArgumentParser("python -m sharding.verify", description="Check a packed corpus byte by byte.")
-    parser.add_argument("url", metavar="URL", help="folder or URL of the corpus")
-    parser.add_argument("--decode", action="store_true", help="also decode every frame")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = argparse.ArgumentParser(
+        "python -m sharding.verify",
+        description="Check a packed corpus byte by byte.",
+        epilog="Exit code: 0 all is sound, or was repaired; 1 faults; 2 nothing could be checked.",
+    )
+    add = parser.add_argument
+    add("url", metavar="URL", help="folder or URL of the corpus")
+    add("--decode", action="store_true", help="also decode every frame")
+    add("--repair", action="store_true", help="make broken or missing indices, corpus.json and failures.parquet again")
+    add("--workers", type=int, default=None, help="processes (default: one a core)")
+    add("--json", action="store_true", help="print one JSON object instead of lines")
+    add("--log-every", type=float, default=LOG_EVERY, metavar="SECONDS", help="see sharding.build")
     options = parser.parse_args(arguments)
+    done: list[str] = []
+    how = (options.decode, options.workers or os.cpu_count() or 1, True, options.log_every)
     try:
-        faults = verify_corpus(options.url, options.decode, progress=True)
+        findings = examine(options.url, *how)
+        faults = findings.all
+        left = faults
+        if options.repair and faults:
+            done = repair(findings.url, findings.corpus, findings.reports)
+            left = examine(options.url, *how).all
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    for fault in faults:
-        sys.stdout.write(f"{fault}\n")
-    sys.stdout.write(f"{options.url}: {len(faults) or 'no'} faults\n")
-    return 1 if faults else 0
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
+    if options.json:
+        found = {"faults": [asdict(fault) for fault in faults], "repaired": done}
+        sys.stdout.write(json.dumps({"url": options.url, **found, "left": [asdict(fault) for fault in left]}) + "\n")
+    else:
+        sys.stdout.write(told(options.url, faults, done, left, options.repair))
+    return 1 if left else 0
+
+
+def told(url: str, faults: list[Fault], done: list[str], left: list[Fault], repaired: bool) -> str:
+    """What is printed."""
+    lines = [str(fault) for fault in faults]
+    lines.append(f"{url}: {len(faults) or 'no'} fault{'s' if len(faults) != 1 else ''}")
+    if repaired and faults:
+        lines += [f"repaired: {line}" for line in done]
+        lines += [f"cannot be repaired: {fault}" for fault in left]
+    tars = sorted({fault.file for fault in left if fault.file.endswith(".tar")})
+    if tars:
+        lines.append(
+            f"damaged or missing tars, such as {tars[0]}, can only be made again: delete the .parquet beside each and "
+            "run the same sharding.build again, or fetch the tars anew"
+        )
+    elif left and not repaired:
+        lines.append("all of this can be made again: run this with --repair")
+    return "".join(f"{line}\n" for line in lines)
 
 
 if __name__ == "__main__":

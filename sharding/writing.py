@@ -20,6 +20,7 @@ from sharding.schema import INDEX_SCHEMA, ShardInfo, join_url
 
 BLOCK = 512  # bytes of a tar header
 NOTE = b"build"  # key of an index's metadata: what a resumed build must know of a finished shard
+INDEXED = b"indexed"  # the same for an index that was made afterwards
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,7 @@ class ShardWriter:
 
     def write(self, name: str, data: bytes) -> int:
         """Append a member; returns the byte offset of its data in the tar."""
-        info = tarfile.TarInfo(name)
-        info.size, info.mtime, info.mode = len(data), 0, 0o644
+        info = tar_info(name, len(data))
         offset = self.tar.offset + BLOCK
         self.tar.addfile(info, io.BytesIO(data))
         return offset
@@ -83,10 +83,22 @@ class ShardWriter:
         return FinishedShard(info, rows, failures)
 
 
-def write_index(path: Path, rows: list[dict[str, Any]], note: dict[str, Any] | None = None) -> None:
+def tar_info(name: str, size: int) -> tarfile.TarInfo:
+    """What the tar says of a member: nothing but its name and its size in bytes."""
+    info = tarfile.TarInfo(name)
+    info.size, info.mtime, info.mode = size, 0, 0o644
+    return info
+
+
+def tar_header(name: str, size: int) -> bytes:
+    """The bytes before a member."""
+    return tar_info(name, size).tobuf(tarfile.USTAR_FORMAT)
+
+
+def write_index(path: Path, rows: list[dict[str, Any]], note: dict[str, Any], key: bytes = NOTE) -> None:
     """Write a shard's index; `note` goes into its metadata."""
-    schema = INDEX_SCHEMA.with_metadata({NOTE: json.dumps(note)}) if note else INDEX_SCHEMA
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, compression="zstd")
+    schema = INDEX_SCHEMA.with_metadata({key: json.dumps(note)})
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, compression="zstd", write_page_checksum=True)
 
 
 def counts(rows: list[dict[str, Any]]) -> dict[str, int]:
