@@ -36,3 +36,4 @@ def train(
         raise
     trainer.close()
     torch.distributed.barrier()
+    prepared.folder.release()

@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from torch import distributed
 from loaders.text import Tokenizer
 from model.checkpoint import save_model
 from model.config import ModelConfig
+from train.parts import read_parts, whole_weights, write_part
 from train.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -25,10 +26,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
-ENGINE = "engine"  # DeepSpeed's own files, below the checkpoint
+VERSION = 2
+PARTS = "parts"  # the ranks' own files: weights and moments
 STATE = "state.json"
 WEIGHTS = "weights"
+_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 _NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -39,7 +41,9 @@ class TrainingState:
     step: int = 0  # optimiser steps done
     epoch: int = 0  # of the next batch
     epoch_step: int = 0  # of the next batch, in its epoch
-    world_size: int = 1
+    world_size: int = 1  # that wrote the checkpoint
+    optimizer_step: int = 0  # steps that AdamW has taken: those done less those skipped
+    loss_scale: dict[str, float] = field(default_factory=dict)  # of fp16
     best: float | None = None  # r_mean of the stop_key's split so far
     evaluated_epochs: int = 0  # epochs whose evaluation is behind us
     versions: dict[str, str] = field(default_factory=dict)
@@ -71,15 +75,6 @@ def read_state(path: Path) -> TrainingState:
     return state
 
 
-def check_resumable(path: Path, ranks: Ranks) -> None:
-    """Raise ValueError when a checkpoint cannot be gone on from with this number of processes."""
-    world_size = read_state(path).world_size
-    if world_size != ranks.world_size:
-        raise ValueError(
-            f"{path} was written by {world_size} processes, this run has {ranks.world_size}: go on with {world_size}"
-        )
-
-
 def save_checkpoint(
     folder: Path,
     engine: DeepSpeedEngine,
@@ -98,16 +93,16 @@ def save_checkpoint(
     aside = folder / f".{final.name}.part"
     if ranks.is_first:
         shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        (aside / PARTS).mkdir(parents=True)
     _barrier()
-    engine.save_checkpoint(str(aside), tag=ENGINE, save_latest=False)
-    write_weights(aside / WEIGHTS, engine, model_config, tokenizer, ranks)
-    _flush([path for path in aside.rglob("*") if path.is_file() and _mine(path, ranks)])
+    _flush([write_part(aside / PARTS, engine, ranks)])
     _barrier()
     if ranks.is_first:
+        _write_whole_weights(aside, engine, model_config, tokenizer)
+        state = replace(state, world_size=ranks.world_size, **_optimizer_state(engine))
         text = json.dumps({"version": VERSION, **dataclasses.asdict(state)}, indent=1)
         (aside / STATE).write_text(text + "\n")
-        _flush([aside / STATE, aside])
+        _flush([*(path for path in (aside / WEIGHTS).iterdir()), aside / STATE, aside])
         shutil.rmtree(final, ignore_errors=True)
         os.replace(aside, final)
         _flush([folder])
@@ -117,15 +112,36 @@ def save_checkpoint(
     return final
 
 
-def write_weights(
+def save_weights(
     folder: Path, engine: DeepSpeedEngine, model_config: ModelConfig, tokenizer: Tokenizer, ranks: Ranks
 ) -> None:
-    """Write the model's weights in single precision with its vocabulary; all ranks call, the first one writes."""
-    state = full_weights(engine, ranks)
+    """Write `folder/weights`, the model in single precision with its vocabulary, or leave the old one; all call."""
+    aside = folder.with_name(f".{folder.name}.part")
     if ranks.is_first:
-        folder.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(folder)
-        save_model(state, model_config, folder, special_ids(tokenizer))
+        shutil.rmtree(aside, ignore_errors=True)
+        (aside / PARTS).mkdir(parents=True)
+    _barrier()
+    write_part(aside / PARTS, engine, ranks, moments=False)
+    _barrier()
+    if ranks.is_first:
+        _write_whole_weights(aside, engine, model_config, tokenizer)
+        shutil.rmtree(aside / PARTS)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(aside, folder)
+    _barrier()
+
+
+def _write_whole_weights(
+    folder: Path, engine: DeepSpeedEngine, model_config: ModelConfig, tokenizer: Tokenizer
+) -> None:
+    """Put the ranks' parts of the weights together on this host, on its CPU, and write `folder/weights`."""
+    shapes = {name: _shape(parameter) for name, parameter in engine.module.named_parameters()}
+    state = whole_weights(folder / PARTS, shapes)
+    persistent = engine.module.state_dict().keys()
+    state |= {name: buffer.detach().cpu() for name, buffer in engine.module.named_buffers() if name in persistent}
+    (folder / WEIGHTS).mkdir()
+    tokenizer.save(folder / WEIGHTS)
+    save_model(state, model_config, folder / WEIGHTS, special_ids(tokenizer))
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
@@ -133,37 +149,39 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
     return {"pad_id": tokenizer.pad_id, "cls_id": tokenizer.cls_id, "mask_id": tokenizer.mask_id}
 
 
-def full_weights(engine: DeepSpeedEngine, ranks: Ranks) -> dict[str, torch.Tensor]:
-    """All tensors in single precision on the CPU of the first rank (empty elsewhere), assembled one by one."""
-    from deepspeed.utils import safe_get_full_fp32_param
+def load_checkpoint(path: Path, engine: DeepSpeedEngine) -> TrainingState:
+    """Set the engine to a checkpoint of `save_checkpoint`; all ranks call. Returns where training was.
 
-    state: dict[str, torch.Tensor] = {}
-    for name, parameter in engine.module.named_parameters():
-        full = safe_get_full_fp32_param(parameter)
-        if ranks.is_first:
-            state[name] = (parameter if full is None else full).detach().float().cpu().view(_shape(parameter))
-    for name, buffer in engine.module.named_buffers():
-        if ranks.is_first and name in engine.module.state_dict():
-            state[name] = buffer.detach().cpu()
+    The number of ranks and the ZeRO stage may be others than those that wrote it.
+    """
+    state = read_state(path)
+    read_parts(path / PARTS, engine, state.optimizer_step)
+    engine.global_steps, engine.skipped_steps = state.step, state.step - state.optimizer_step
+    scaler = _loss_scaler(engine)
+    if scaler is not None:
+        vars(scaler).update(state.loss_scale)
     return state
 
 
-def load_checkpoint(path: Path, engine: DeepSpeedEngine) -> TrainingState:
-    """Set the engine to a checkpoint of `save_checkpoint`; all ranks call. Returns where training was."""
-    loaded, _ = engine.load_checkpoint(str(path), tag=ENGINE)
-    if loaded is None:
-        raise ValueError(f"{path} cannot be loaded: remove it, an earlier one is used")
-    return read_state(path)
+def _optimizer_state(engine: DeepSpeedEngine) -> dict[str, Any]:
+    """What of the optimiser is not a matter of single parameters."""
+    steps = {float(state["step"]) for state in engine.basic_optimizer.state.values() if "step" in state}
+    assert len(steps) <= 1, steps
+    scaler = _loss_scaler(engine)
+    numbers = {} if scaler is None else {key: value for key, value in vars(scaler).items() if key in _SCALER_STATE}
+    return {"optimizer_step": int(max(steps, default=0)), "loss_scale": numbers}
+
+
+def _loss_scaler(engine: DeepSpeedEngine) -> Any:
+    """What adapts the loss scale of fp16, or None."""
+    if not engine.fp16_enabled():
+        return None
+    optimizer: Any = engine.optimizer
+    return getattr(optimizer, "loss_scaler", None) or optimizer.loss_scale_config
 
 
 def _shape(parameter: torch.nn.Parameter) -> Any:
     return getattr(parameter, "ds_shape", parameter.shape)  # under ZeRO-3 a parameter holds only its own part
-
-
-def _mine(path: Path, ranks: Ranks) -> bool:
-    """Whether this rank has written a file: DeepSpeed's optimiser parts are named by rank, the first has the rest."""
-    part = re.search(r"_pp_rank_(\d+)_", path.name)
-    return int(part[1]) == ranks.rank if part else ranks.is_first
 
 
 def _flush(paths: list[Path]) -> None:

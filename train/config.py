@@ -80,6 +80,8 @@ class RunConfig(LoaderConfig, EvalConfig):
     # The optimisation.
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    accumulate: int = 1  # parts that a rank's share of a batch is computed in, one after another
+    gradient_checkpointing: bool = False  # compute activations again in the backward pass: more time, less memory
     precision: str = "bf16"  # bf16 | fp16 | fp32
     deepspeed: str = "deepspeed_configs/zero1.json"  # relative to the repository, or a path of your own
 
@@ -92,6 +94,7 @@ class RunConfig(LoaderConfig, EvalConfig):
     stop_key: str | None = None  # split whose r_mean chooses the best checkpoint; none: the last one counts
     log_every: int = 10  # steps
     save_every: int = 1000  # steps; checkpoints are also written at signals and at the end
+    save_minutes: float = 0.0  # also when so much time has passed since the last one; 0: not
     keep_checkpoints: int = 2
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
@@ -101,8 +104,9 @@ class RunConfig(LoaderConfig, EvalConfig):
             getattr(part, "__post_init__", lambda _: None)(self)
         _one_of("precision", self.precision, PRECISIONS)
         _one_of("wandb.mode", self.wandb.mode, WANDB_MODES)
-        for name in ("log_every", "save_every", "keep_checkpoints", "image_res", "embed_dim"):
+        for name in ("log_every", "save_every", "keep_checkpoints", "image_res", "embed_dim", "accumulate"):
             _at_least(name, getattr(self, name), 1)
+        _at_least("save_minutes", self.save_minutes, 0)
         _at_least("scheduler.epochs", self.scheduler.epochs, 1)
         _at_least("scheduler.warmup_epochs", self.scheduler.warmup_epochs, 0)
         _at_least("optimizer.lr", self.optimizer.lr, 0)

@@ -26,7 +26,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _SET_BY_YAML = {
     "train_batch_size": "batch_size",
     "train_micro_batch_size_per_gpu": "batch_size",
-    "gradient_accumulation_steps": "batch_size",
+    "gradient_accumulation_steps": "accumulate",
     "gradient_clipping": "optimizer.max_grad_norm",
     "bf16.enabled": "precision",
     "fp16.enabled": "precision",
@@ -57,11 +57,11 @@ def deepspeed_config(run: RunConfig, ranks: Ranks) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is no valid JSON ({error})") from None
     largest = max(run.batch_size.image, run.batch_size.video)
-    per_rank = max(1, largest // ranks.world_size)  # DeepSpeed uses it for its own figures only
+    micro = max(1, largest // ranks.world_size // run.accumulate)  # DeepSpeed uses it for its own figures only
     own: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": per_rank,
-        "gradient_accumulation_steps": 1,
-        "train_batch_size": per_rank * ranks.world_size,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": run.accumulate,
+        "train_batch_size": micro * run.accumulate * ranks.world_size,
         "gradient_clipping": max(0.0, run.optimizer.max_grad_norm),
     }
     for key, yaml_key in _SET_BY_YAML.items():
@@ -73,9 +73,11 @@ def deepspeed_config(run: RunConfig, ranks: Ranks) -> dict[str, Any]:
             )
     for name in ("bf16", "fp16"):
         config[name] = {**config.get(name, {}), "enabled": run.precision == name}
+    # Its own test of bf16 gradients would wait for the device at every step; train.guard skips bad steps without.
+    config["bf16"].setdefault("check_grad_overflow", _offloads(config))
     for name in ("optimizer", "scheduler"):
         config.pop(name, None)
-    return {"steps_per_print": 10**9, **config, **own}
+    return {"steps_per_print": 10**9, "zero_force_ds_cpu_optimizer": False, **config, **own}
 
 
 def device_for(ranks: Ranks) -> torch.device:
@@ -133,15 +135,19 @@ def _broadcast_scalars(parameters: dict[str, nn.Parameter], device: torch.device
 def _optimizer(
     groups: list[dict[str, Any]], run: RunConfig, config: dict[str, Any], device: torch.device
 ) -> torch.optim.Optimizer:
-    """AdamW: PyTorch's, fused on a GPU; DeepSpeed's own on the CPU when the optimiser's state is kept there."""
+    """AdamW: PyTorch's, fused; DeepSpeed's own where a GPU's optimiser state is kept on the CPU."""
     betas = (run.optimizer.opt_betas[0], run.optimizer.opt_betas[1])
-    zero = config.get("zero_optimization", {})
-    if device.type == "cuda" and zero.get("offload_optimizer", {}).get("device", "none") != "none":
+    if device.type == "cuda" and _offloads(config):
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, lr=run.optimizer.lr, betas=betas, adamw_mode=True)
-    fused = device.type == "cuda"
-    return torch.optim.AdamW(groups, lr=run.optimizer.lr, betas=betas, fused=fused or None)
+    return torch.optim.AdamW(groups, lr=run.optimizer.lr, betas=betas, fused=True)
+
+
+def _offloads(config: dict[str, Any]) -> bool:
+    """Whether the optimiser's state is kept off the device."""
+    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return offload.get("device", "none") != "none"
 
 
 def _get(config: dict[str, Any], key: str) -> Any:

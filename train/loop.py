@@ -26,7 +26,7 @@ from train.checkpoints import (
     complete_checkpoints,
     load_checkpoint,
     save_checkpoint,
-    write_weights,
+    save_weights,
 )
 from train.engine import DTYPES, start_engine
 from train.evaluation import Metrics
@@ -56,6 +56,7 @@ class Trainer:
         self.tokenizer, self.loader, self.device = prepared.tokenizer, prepared.loader, device
         self.model: Singularity = prepared.model
         self.model_config = prepared.model.config
+        self.model.set_gradient_checkpointing(self.run.gradient_checkpointing)
         self.engine, self.groups = start_engine(self.model, self.run, prepared.deepspeed, device)
         self.state = self._resume()
         per_epoch = self.loader.steps_per_epoch
@@ -202,9 +203,7 @@ class Trainer:
         score = metrics[f"{key}/" if f"{key}/" in metrics else f"{key}_emb/"]["r_mean"]
         if self.state.best is None or score > self.state.best:
             self.state.best = score
-            write_weights(
-                self.folder.checkpoints / "best" / "weights", self.engine, self.model_config, self.tokenizer, self.ranks
-            )
+            save_weights(self.folder.checkpoints / "best", self.engine, self.model_config, self.tokenizer, self.ranks)
             if self.ranks.is_first:
                 log.info("Best so far: %s r_mean %.2f after epoch %d", key, score, epoch)
         self.state.evaluated_epochs = epoch

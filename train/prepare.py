@@ -21,7 +21,7 @@ from model.initial import new_model
 from model.singularity import Singularity
 from sharding.schema import read_corpus
 from train.architecture import adopt, changes_to, check_texts, fresh_architecture
-from train.checkpoints import WEIGHTS, check_resumable, complete_checkpoints, special_ids
+from train.checkpoints import WEIGHTS, complete_checkpoints, special_ids
 from train.config import RunConfig
 from train.config_files import Settings
 from train.engine import deepspeed_config
@@ -72,7 +72,6 @@ def prepare_training(settings: Settings, ranks: Ranks, evaluates: bool) -> Prepa
     if ranks.is_first:
         folder.claim(run)
         for path in complete_checkpoints(folder.checkpoints)[-1:]:
-            check_resumable(path, ranks)
             _check_vocabulary(tokenizer, str(path / WEIGHTS), run)
     return Prepared(run, ranks, folder, zero, tokenizer, loader, model)
 

@@ -13,6 +13,7 @@ from sharding.shapes import write_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = 32
+VARYING = ("samples_per_second", "data_wait")
 
 CONFIG = f"""
 train_corpus: ["${{data_root}}/images_train", "${{data_root}}/clips_train"]
@@ -59,11 +60,8 @@ def command(script: str, *arguments: object, processes: int = 2) -> list[str]:
     words = [str(ROOT / "launch" / f"{script}.py"), *map(str, arguments)]
     if processes == 1:
         return [sys.executable, *words]
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
     launcher = Path(sys.executable).with_name("deepspeed")
-    return [str(launcher), "--num_accelerators", str(processes), "--master_port", str(port), *words]
+    return [str(launcher), "--num_accelerators", str(processes), "--master_port", str(_free_port()), *words]
 
 
 def run(script: str, *arguments: object, processes: int = 2, cwd: Path | None = None) -> subprocess.CompletedProcess:
@@ -81,6 +79,39 @@ def start(script: str, *arguments: object, log: Path, processes: int = 2) -> sub
             command(script, *arguments, processes=processes),
             env=environment(), stdout=output, stderr=output, start_new_session=True,
         )  # fmt: skip
+
+
+def job(entry: str, config: object, *settings: object) -> dict:
+    """A launch for `run_jobs`."""
+    return {"entry": entry, "config": str(config), "settings": list(map(str, settings))}
+
+
+def run_jobs(folder: Path, jobs: list[dict], processes: int = 2, timeout: int = 600) -> str:
+    """Run launches one after another in the same processes; fails with the first one's error. Returns the output."""
+    path = folder / f"jobs_{len(list(folder.glob('jobs_*.json')))}.json"
+    path.write_text(json.dumps(jobs))
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(_free_port())]
+    words = [*launcher, str(Path(__file__).with_name("job_worker.py")), str(path), str(path.with_suffix(".result"))]
+    result = subprocess.run(
+        [sys.executable, *words], env=environment(), capture_output=True, text=True, timeout=timeout
+    )  # fmt: skip
+    told = [each.read_text() for each in sorted(path.parent.glob(f"{path.stem}.[0-9]*"))]
+    failures = [failure for text in told for failure in json.loads(text) if failure]
+    assert not failures, "\n".join(failures)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+def learned(folder: Path) -> list[dict]:
+    """What a run has logged about its steps, without what varies from run to run."""
+    lines = [line for line in metrics(folder) if "loss" in line]
+    return [{key: value for key, value in line.items() if key not in VARYING} for line in lines]
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def metrics(folder: Path) -> list[dict]:

@@ -1,21 +1,16 @@
 """A run that is interrupted goes on, with the same command, as if nothing had happened."""
 
 import os
+import shutil
 import signal
 import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_run import metrics, run, start
+from small_run import job, learned, metrics, run, run_jobs, start
 
 pytestmark = pytest.mark.timeout(300)
-VARYING = ("samples_per_second", "data_wait")
-
-
-def learned(folder):
-    """What a run has logged, without times."""
-    return [{key: value for key, value in line.items() if key not in VARYING} for line in metrics(folder)]
 
 
 def interrupt(process, folder, step, stop):
@@ -56,3 +51,45 @@ def test_terminated_and_killed_runs_equal_an_uninterrupted_one(corpora, tmp_path
     finished = run("pretrain", config, f"output_dir={whole}", processes=1)
     assert finished.returncode == 2
     assert "is finished" in finished.stderr
+
+
+STEPS = 16
+
+
+def same_weights(*runs):
+    first, second = (load_file(run / f"checkpoints/step_{STEPS:08}/weights/model.safetensors") for run in runs)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def cut_off(whole, step):
+    """A copy of a run as it was when it had just saved `step`; what it had logged since is still there."""
+    part = whole.with_name(f"{whole.name}_resumed")
+    shutil.copytree(whole, part)
+    (part / "finished.json").unlink()
+    for path in (part / "checkpoints").glob("step_*"):
+        if path.name != f"step_{step:08}":
+            shutil.rmtree(path)
+    return part
+
+
+def test_every_zero_stage_and_precision_resumes_to_the_bit(corpora, tmp_path):
+    kinds = [(f"zero{stage}", precision) for stage in range(4) for precision in ("fp32", "bf16")]
+
+    def launches(suffix=""):
+        return [
+            job(
+                "pretrain", corpora / "tiny.yaml", f"output_dir={tmp_path}/{zero}_{precision}{suffix}",
+                f"deepspeed=deepspeed_configs/{zero}.json", f"precision={precision}",
+                "scheduler.epochs=2", "keep_checkpoints=9",
+            )
+            for zero, precision in kinds
+        ]  # fmt: skip
+
+    run_jobs(tmp_path, launches())
+    runs = [tmp_path / f"{zero}_{precision}" for zero, precision in kinds]
+    resumed = [cut_off(whole, 5) for whole in runs]
+    run_jobs(tmp_path, launches("_resumed"))
+    for whole, part in zip(runs, resumed):
+        assert [line["step"] for line in learned(whole)] == list(range(1, STEPS + 1))
+        assert learned(part) == learned(whole), whole.name
+        assert same_weights(whole, part), whole.name

@@ -1,0 +1,57 @@
+"""Runs several launches one after another in the same processes, which starts PyTorch and DeepSpeed only once.
+
+Started by `run_jobs` of small_run.py. A job: {"entry": "pretrain", "config": PATH, "settings": ["key=value", ...]}.
+"""
+
+import gc
+import importlib
+import json
+import logging
+import sys
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from launch.command import set_up_logging
+from train.config_files import load_settings
+from train.ranks import ranks_from_environment
+from train.stopped import Stopped
+
+
+def run_job(job, ranks):
+    """The launch's own `main`; returns "" or what went wrong."""
+    main = importlib.import_module(f"launch.{job['entry']}").main
+    try:
+        main(load_settings(job["config"], job["settings"]), ranks)
+    except Stopped as stopped:
+        return str(stopped)
+    except Exception:
+        return traceback.format_exc()
+    finally:
+        for logger in map(logging.getLogger, ("launch", "train", "eval", "loaders", "model", "sharding")):
+            for handler in [h for h in logger.handlers if isinstance(h, logging.FileHandler)]:
+                logger.removeHandler(handler)
+        gc.collect()
+    return ""
+
+
+def main():
+    jobs, results = (Path(path) for path in sys.argv[1:3])
+    ranks = ranks_from_environment()
+    set_up_logging(ranks)
+    failures = []
+    for job in json.loads(jobs.read_text()):
+        failures.append(run_job(job, ranks))
+        if failures[-1]:  # the other ranks may be anywhere
+            break
+    if any(failures) or ranks.is_first:
+        results.with_suffix(f".{ranks.rank}").write_text(json.dumps(failures))
+    sys.stdout.flush()
+    import os
+
+    os._exit(1 if any(failures) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""The training state on disk: a file a rank, read back by any number of ranks under any ZeRO stage."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from train.fragments import MOMENTS, before_loading, fragments, loaded, set_optimizer_step
+from train.ranks import Ranks
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+WEIGHT = "weight"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A fragment in one of the files: elements [start, start + length) of a parameter, flattened."""
+
+    start: int
+    length: int
+    file: Any  # an open safetensors file
+    key: str  # without the kind
+
+
+def write_part(folder: Path, engine: DeepSpeedEngine, ranks: Ranks, moments: bool = True) -> Path:
+    """Write this rank's fragments to a file of its own in `folder`; returns it. Nothing is gathered.
+
+    moments: also AdamW's; without them the files hold the weights only.
+    """
+    alone = engine.zero_optimization_stage() == 0  # every rank has everything: they share the work
+    tensors: dict[str, torch.Tensor] = {}
+    for number, part in enumerate(fragments(engine, moments)):
+        if not alone or number % ranks.world_size == ranks.rank:
+            key = f"{part.name}|{part.start}|"
+            for kind, tensor in {WEIGHT: part.weight, **part.moments}.items():
+                tensors[key + kind] = tensor.detach().float().cpu().clone()
+    path = folder / f"rank_{ranks.rank:05}_of_{ranks.world_size:05}.safetensors"
+    save_file(tensors, str(path))
+    return path
+
+
+def read_parts(folder: Path, engine: DeepSpeedEngine, step: int) -> None:
+    """Set the engine's weights and optimiser to what `write_part` wrote, on however many ranks; all ranks call.
+
+    step: of the optimiser. Raises ValueError when files are damaged or do not hold every parameter whole.
+    """
+    before_loading(engine)
+    with _open(folder) as pieces:
+        for part in fragments(engine):
+            for kind, tensor in {WEIGHT: part.weight, **part.moments}.items():
+                tensor.copy_(_assemble(pieces, part.name, kind, part.start, tensor.numel(), folder))
+    set_optimizer_step(engine, step)
+    loaded(engine)
+
+
+def whole_weights(folder: Path, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
+    """All weights of the files in `folder`, in single precision, of these shapes."""
+    with _open(folder) as pieces:
+        return {
+            name: _assemble(pieces, name, WEIGHT, 0, math.prod(shape), folder).view(shape)
+            for name, shape in shapes.items()
+        }
+
+
+@contextmanager
+def _open(folder: Path) -> Iterator[dict[str, list[Piece]]]:
+    """The pieces of every parameter in the files of `folder`, by name and in order."""
+    files = sorted(folder.glob("rank_*.safetensors"))
+    wanted = int(files[0].stem.split("_")[-1]) if files else 1
+    if len(files) != wanted:
+        raise ValueError(f"{folder} holds {len(files)} of {wanted} ranks' parts: copy the checkpoint again, whole")
+    with ExitStack() as stack:
+        pieces: dict[str, list[Piece]] = defaultdict(list)
+        for path in files:
+            try:
+                file = stack.enter_context(safe_open(str(path), framework="pt"))
+            except SafetensorError as error:
+                raise ValueError(
+                    f"{path} is damaged ({error}): remove its checkpoint, an earlier one is used"
+                ) from None
+            for key in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
+                name, start, kind = key.split("|")
+                if kind == WEIGHT:
+                    length = file.get_slice(key).get_shape()[0]
+                    pieces[name].append(Piece(int(start), length, file, f"{name}|{start}|"))
+        for found in pieces.values():
+            found.sort(key=lambda piece: piece.start)
+        yield pieces
+
+
+def _assemble(
+    pieces: Mapping[str, list[Piece]], name: str, kind: str, start: int, length: int, folder: Path
+) -> torch.Tensor:
+    """Elements [start, start + length) of a parameter's weight or moment; only the bytes in question are read."""
+    result, end, done = torch.empty(length), start + length, start
+    for piece in pieces.get(name, []):
+        first, last = max(done, piece.start), min(end, piece.start + piece.length)
+        if first == done and first < last:
+            part = piece.file.get_slice(piece.key + kind)
+            result[first - start : last - start] = part[first - piece.start : last - piece.start]
+            done = last
+    if done < end:
+        raise ValueError(f"{folder} holds no whole {name} ({', '.join((WEIGHT, *MOMENTS))}): take another checkpoint")
+    return result
