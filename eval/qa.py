@@ -18,7 +18,6 @@ from eval.config import EvalConfig
 from eval.features import TextEncoding, VisualData, check_ensemble, missing_visuals, visual_blocks
 from eval.gather import gather_rows
 from loaders.evaluation import Question
-from loaders.train import ANSWER_LENGTH, QUESTION_LENGTH
 from model.answering import SingularityQA
 
 QUESTIONS_AT_ONCE = 16
@@ -78,8 +77,8 @@ def evaluate_answers(
     model.eval()
     try:
         with torch.inference_mode():
-            questions = tokenizer.encode([item.question for item in dataset.questions], QUESTION_LENGTH)
-            length = ANSWER_LENGTH[dataset.media_type]
+            questions = tokenizer.encode([item.question for item in dataset.questions], dataset.config.max_q_len)
+            length = getattr(dataset.config.max_a_len, dataset.media_type)
             candidates = tokenizer.encode([f"{answer} [SEP]" for answer in answer_list], length)
             owners = np.array([item.visual for item in dataset.questions])
             blocks = visual_blocks(model, dataset, config, num_frames, rank, world_size, device)

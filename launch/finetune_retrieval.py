@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 def main(settings: Settings, ranks: Ranks) -> None:
     """The entry point's work."""
-    from launch.finetuning import finetune_retrieval
+    from launch.finetuning import finetune
 
-    finetune_retrieval(settings, ranks)
+    finetune(settings, ranks, ("retrieval", "choice"))
 
 
 if __name__ == "__main__":

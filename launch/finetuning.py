@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 
 from launch.training import train
-from model.singularity import Singularity
+from model.building import Model
 from train.config_files import Settings
 from train.evaluation import Metrics, evaluate_splits
 from train.loop import Evaluate
 from train.prepare import Prepared
 from train.ranks import Ranks
 
+ENTRY_POINTS = {"retrieval": "finetune_retrieval", "choice": "finetune_retrieval", "qa": "finetune_qa"}
 
-def finetune_retrieval(settings: Settings, ranks: Ranks) -> None:
-    """Fine-tune for retrieval. Raises ValueError when there is nothing to evaluate."""
-    if not settings.config.test_corpus:
+
+def finetune(settings: Settings, ranks: Ranks, tasks: Sequence[str]) -> None:
+    """Fine-tune for one of `tasks`. Raises ValueError for another one, or when there is nothing to evaluate."""
+    run = settings.config
+    if run.task not in tasks:
+        raise ValueError(f"the configuration is for task={run.task}: start it with launch/{ENTRY_POINTS[run.task]}.py")
+    if not run.test_corpus:
         raise ValueError("test_corpus is empty: name the packed corpora to evaluate, test_corpus.NAME=URL")
-    train(settings, ranks, _retrieval)
+    train(settings, ranks, _evaluation)
 
 
-def _retrieval(prepared: Prepared, device: torch.device) -> Evaluate:
+def _evaluation(prepared: Prepared, device: torch.device) -> Evaluate:
     return partial(_evaluate, prepared, device)
 
 
-def _evaluate(prepared: Prepared, device: torch.device, model: Singularity, splits: list[str], label: str) -> Metrics:
+def _evaluate(prepared: Prepared, device: torch.device, model: Model, splits: list[str], label: str) -> Metrics:
     folder = prepared.folder.path / "evaluation" / label
-    return evaluate_splits(model, prepared.tokenizer, prepared.run, prepared.ranks, device, splits, folder)
+    run, ranks = prepared.run, prepared.ranks
+    return evaluate_splits(model, prepared.tokenizer, run, ranks, device, splits, folder, answers=prepared.answers)

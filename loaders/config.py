@@ -32,6 +32,8 @@ class LoaderConfig:
     image_res: int = 224
     video_input: VideoInput = field(default_factory=VideoInput)
     max_txt_l: PerMedia = field(default_factory=lambda: PerMedia(32, 32))
+    max_q_len: int = 25  # tokens of a question
+    max_a_len: PerMedia = field(default_factory=lambda: PerMedia(6, 5))  # and of an answer about an image or a video
     unit: str = "samples"  # samples (a caption drawn each time) | captions (each its own item) | questions
     paragraph: bool = False  # all captions of a sample are one text (DiDeMo, ActivityNet)
     seed: int = 42

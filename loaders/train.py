@@ -27,8 +27,6 @@ log = logging.getLogger("loaders")
 READ_THREADS = 8
 MAX_REPLACEMENTS = 64  # tries for one sample before the loader gives up
 ENOUGH_TO_JUDGE = 200  # samples read before the share of bad ones is looked at
-ANSWER_LENGTH = {"image": 6, "video": 5}
-QUESTION_LENGTH = 25
 
 
 @dataclass
@@ -229,7 +227,7 @@ class TrainLoader:
             )
 
     def _collate(self, step: Step, frames: torch.Tensor) -> Batch:
-        length = QUESTION_LENGTH if self.config.unit == "questions" else getattr(self.config.max_txt_l, step.kind)
+        length = self.config.max_q_len if self.config.unit == "questions" else getattr(self.config.max_txt_l, step.kind)
         input_ids, attention_mask = self.tokenizer.encode([clean_text(draw.text) for draw in step.draws], length)
         return Batch(
             media_type=step.kind,
@@ -245,7 +243,7 @@ class TrainLoader:
 
     def _answers(self, step: Step) -> Answers:
         texts = [f"{clean_text(answer)} [SEP]" for draw in step.draws for answer, _ in draw.answers]
-        input_ids, attention_mask = self.tokenizer.encode(texts, ANSWER_LENGTH[step.kind])
+        input_ids, attention_mask = self.tokenizer.encode(texts, getattr(self.config.max_a_len, step.kind))
         weights = torch.tensor([weight for draw in step.draws for _, weight in draw.answers])
         return Answers(input_ids, attention_mask, weights, torch.tensor([len(draw.answers) for draw in step.draws]))
 

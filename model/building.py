@@ -8,8 +8,10 @@ from model.answering import SingularityQA
 from model.config import ModelConfig
 from model.singularity import Singularity
 
+Model = Singularity | SingularityQA
 
-def build_model(config: ModelConfig, special_ids: dict[str, int] | None = None) -> Singularity | SingularityQA:
+
+def build_model(config: ModelConfig, special_ids: dict[str, int] | None = None) -> Model:
     """A model with random weights: `SingularityQA` where `answer_decoder.enable`, else `Singularity`.
 
     special_ids: pad_id, cls_id, mask_id of the vocabulary. Raises ValueError when sizes do not fit together.

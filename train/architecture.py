@@ -7,7 +7,7 @@ from copy import deepcopy
 from typing import Any
 
 from loaders.text import Tokenizer
-from model.config import ModelConfig, config_to_dict
+from model.config import AnswerDecoderConfig, ModelConfig, config_to_dict
 from train.config import RunConfig
 from train.config_files import Settings
 
@@ -28,6 +28,7 @@ CHANGEABLE = (
 )
 # What concerns the beginning of training only, and what changes no weight and no score.
 _WITHOUT_EFFECT = ("temp", "vision_encoder.pretrained", "text_encoder.pretrained")
+_DEPTH = "answer_decoder.num_layers"  # means nothing to a model without an answer decoder
 _TRAINING_ONLY = ("itm_hard_neg", "mlm_prob", "loss_weight.", "vision_encoder.drop_path", "text_encoder.dropout")
 
 
@@ -39,10 +40,23 @@ def fresh_architecture(settings: Settings, tokenizer: Tokenizer) -> ModelConfig:
     run = settings.config
     config = deepcopy(_as_model(run))
     config.num_frames = run.video_input.num_frames
+    if run.task == "qa":
+        config.answer_decoder = AnswerDecoderConfig(True, _decoder_depth(settings, config))
     if "text_encoder.vocab_size" not in settings.explicit:
         config.text_encoder.vocab_size = tokenizer.vocab_size
     check_texts(run, config, tokenizer)
     return config
+
+
+def _decoder_depth(settings: Settings, config: ModelConfig) -> int:
+    """Layers of a new answer decoder: as many as there are fusion layers, which it begins as, unless set."""
+    text = config.text_encoder
+    depth = text.layers - text.fusion_layer
+    if _DEPTH in settings.explicit:
+        depth = settings.config.answer_decoder.num_layers
+    if not 1 <= depth <= text.layers:
+        raise ValueError(f"answer_decoder.num_layers is {depth}: must be from 1 to text_encoder.layers, {text.layers}")
+    return depth
 
 
 def changes_to(settings: Settings, stored: ModelConfig, source: str, training: bool) -> dict[str, Any]:
@@ -55,7 +69,7 @@ def changes_to(settings: Settings, stored: ModelConfig, source: str, training: b
     changes: dict[str, Any] = {}
     for key in sorted(settings.explicit & set(wanted)):
         value = wanted[key]
-        if value == there[key] or key in _WITHOUT_EFFECT:
+        if value == there[key] or key in _WITHOUT_EFFECT or (key == _DEPTH and not stored.answer_decoder.enable):
             continue
         if not training and key.startswith(_TRAINING_ONLY):
             continue
@@ -66,6 +80,9 @@ def changes_to(settings: Settings, stored: ModelConfig, source: str, training: b
         if key in CHANGEABLE:
             remedy += "; to change it, fine-tune with launch/finetune_retrieval.py first"
         raise ValueError(f"{key} is {value!r} here and {there[key]!r} in the checkpoint {source}: {remedy}")
+    if training and settings.config.task == "qa" and not stored.answer_decoder.enable:
+        changes["answer_decoder.enable"] = True
+        changes[_DEPTH] = _decoder_depth(settings, stored)
     if training and "video_input.num_frames" in settings.explicit:
         frames = settings.config.video_input.num_frames
         if frames != stored.num_frames:

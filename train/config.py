@@ -9,7 +9,7 @@ from typing import Any
 
 from eval.config import EvalConfig
 from loaders.config import LoaderConfig
-from model.config import LossWeights, TemporalConfig, TextConfig, VisionConfig
+from model.config import AnswerDecoderConfig, LossWeights, TemporalConfig, TextConfig, VisionConfig
 
 PRECISIONS = ("bf16", "fp16", "fp32")
 WANDB_MODES = ("online", "offline", "disabled")
@@ -62,6 +62,7 @@ class RunConfig(LoaderConfig, EvalConfig):
     vision_encoder: VisionConfig = field(default_factory=VisionConfig)
     text_encoder: TextConfig = field(default_factory=TextConfig)
     temporal_vision_encoder: TemporalConfig = field(default_factory=TemporalConfig)
+    answer_decoder: AnswerDecoderConfig = field(default_factory=AnswerDecoderConfig)  # enabled by task=qa
     add_temporal_embed: bool = False
     embed_dim: int = 256
     temp: float = 0.07

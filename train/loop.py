@@ -18,8 +18,9 @@ from torch import distributed
 from eval.gather import share
 from loaders.batch import Batch, normalize
 from loaders.train import TrainLoader
+from model.answering import SingularityQA
+from model.building import Model
 from model.checkpoint import load_weights
-from model.singularity import Singularity
 from train.checkpoints import (
     TrainingState,
     checkpoint_step,
@@ -38,7 +39,7 @@ from train.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
-Evaluate = Callable[[Singularity, list[str], str], Metrics]  # model, splits, label
+Evaluate = Callable[[Model, list[str], str], Metrics]  # model, splits, label
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -54,7 +55,7 @@ class Trainer:
         """Start the engine and, where the run's folder holds a checkpoint, go back to it; all ranks call."""
         self.run, self.ranks, self.folder = prepared.run, prepared.ranks, prepared.folder
         self.tokenizer, self.loader, self.device = prepared.tokenizer, prepared.loader, device
-        self.model: Singularity = prepared.model
+        self.model: Model = prepared.model
         self.model_config = prepared.model.config
         self.model.set_gradient_checkpointing(self.run.gradient_checkpointing)
         self.engine, self.groups = start_engine(self.model, self.run, prepared.deepspeed, device)
@@ -156,7 +157,7 @@ class Trainer:
             group["lr"] = settings.lr * multiplier
         batch = batch.to(self.device)
         frames = normalize(batch.frames, self.model.mean, self.model.std, DTYPES[self.run.precision])
-        losses = self.engine(frames, batch.input_ids, batch.attention_mask, batch.idx)
+        losses = self.engine(frames, *model_inputs(batch))
         self.engine.backward(torch.stack(list(losses.values())).sum())
         self.engine.step()
         return {name: loss.detach() for name, loss in losses.items()}
@@ -170,7 +171,6 @@ class Trainer:
             self._clock.restart()
             return
         means = (values / self.ranks.world_size).tolist()
-        temperature = self.model.temp
         figures: dict[str, Any] = {
             "step": self.state.step,
             "epoch": batch.epoch,
@@ -178,7 +178,7 @@ class Trainer:
             "loss": sum(means),
             **dict(zip(losses, means)),
             "lr": self.run.optimizer.lr * self.schedule.multiplier(self.state.step - 1),
-            "temperature": temperature.item() if temperature.numel() == 1 else None,
+            "temperature": _temperature(self.model),
             "grad_norm": _number(self.engine.get_global_grad_norm()),
             **self._clock.figures(),
         }
@@ -200,12 +200,12 @@ class Trainer:
             return
         metrics = evaluate(self.model, [key], f"epoch_{epoch:02}")
         self._record(metrics)
-        score = metrics[f"{key}/" if f"{key}/" in metrics else f"{key}_emb/"]["r_mean"]
+        measure, score = deciding_score(metrics, key)
         if self.state.best is None or score > self.state.best:
             self.state.best = score
             save_weights(self.folder.checkpoints / "best", self.engine, self.model_config, self.tokenizer, self.ranks)
             if self.ranks.is_first:
-                log.info("Best so far: %s r_mean %.2f after epoch %d", key, score, epoch)
+                log.info("Best so far: %s %s %.2f after epoch %d", key, measure, score, epoch)
         self.state.evaluated_epochs = epoch
         self._clock.restart()
 
@@ -258,6 +258,29 @@ def _timed(batches: Iterator[Batch], clock: _Clock) -> Iterator[Batch]:
             return
         clock.batch(batch.media_type, time.perf_counter() - began)
         yield batch
+
+
+def model_inputs(batch: Batch) -> tuple[torch.Tensor, ...]:
+    """What the model's training forward takes after the frames: captions, or questions and their answers."""
+    if batch.answers is None:
+        return batch.input_ids, batch.attention_mask, batch.idx
+    answers = batch.answers
+    own = (answers.input_ids, answers.attention_mask, answers.weights, answers.per_question)
+    return batch.input_ids, batch.attention_mask, *own
+
+
+def deciding_score(metrics: Metrics, split: str) -> tuple[str, float]:
+    """Name and value of what chooses the best checkpoint: `overall` of answers, `r_mean` of retrieval, re-ranked."""
+    row = next(metrics[name] for name in (split, f"{split}/", f"{split}_emb/") if name in metrics)
+    measure = "overall" if "overall" in row else "r_mean"
+    return measure, row[measure]
+
+
+def _temperature(model: Model) -> float | None:
+    """The contrast's temperature, where the model has one and it is whole on this rank."""
+    if isinstance(model, SingularityQA) or model.temp.numel() != 1:
+        return None
+    return model.temp.item()
 
 
 def _number(value: Any) -> float | None:

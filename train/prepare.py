@@ -13,12 +13,10 @@ import torch
 
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader
-from model.answering import SingularityQA
-from model.building import build_model
+from model.building import Model, build_model
 from model.checkpoint import fit_weights, load_weights, resolve_weights
 from model.config import with_changes
 from model.initial import new_model
-from model.singularity import Singularity
 from sharding.schema import read_corpus
 from train.architecture import adopt, changes_to, check_texts, fresh_architecture
 from train.checkpoints import WEIGHTS, complete_checkpoints, special_ids
@@ -45,7 +43,8 @@ class Prepared:
     deepspeed: dict[str, Any]
     tokenizer: Tokenizer
     loader: TrainLoader
-    model: Singularity
+    model: Model
+    answers: list[str]  # that may be given, in evaluations of questions
 
 
 def prepare_training(settings: Settings, ranks: Ranks, evaluates: bool) -> Prepared:
@@ -59,8 +58,10 @@ def prepare_training(settings: Settings, ranks: Ranks, evaluates: bool) -> Prepa
         raise ValueError("output_dir is not set: give the folder that is to hold the run, output_dir=runs/NAME")
     zero = deepspeed_config(run, ranks)
     check_tracking(run)
+    answers: list[str] = []
     if evaluates:
         check_test_corpora(run)
+        answers = read_answer_list(run)
     for url in run.train_urls():
         read_corpus(url, dict(run.storage))
     share_cores(ranks)
@@ -73,10 +74,10 @@ def prepare_training(settings: Settings, ranks: Ranks, evaluates: bool) -> Prepa
         folder.claim(run)
         for path in complete_checkpoints(folder.checkpoints)[-1:]:
             _check_vocabulary(tokenizer, str(path / WEIGHTS), run)
-    return Prepared(run, ranks, folder, zero, tokenizer, loader, model)
+    return Prepared(run, ranks, folder, zero, tokenizer, loader, model, answers)
 
 
-def prepare_evaluation(settings: Settings) -> tuple[Singularity | SingularityQA, Tokenizer]:
+def prepare_evaluation(settings: Settings) -> tuple[Model, Tokenizer]:
     """The model and tokenizer that `checkpoint` names; the settings take on its architecture.
 
     Raises FileNotFoundError or ValueError with the thing, the reason and the remedy.
@@ -127,28 +128,24 @@ def share_cores(ranks: Ranks) -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.ranks_here))
 
 
-def _model(settings: Settings) -> tuple[Singularity, Tokenizer]:
+def _model(settings: Settings) -> tuple[Model, Tokenizer]:
     run = settings.config
     if run.pretrained_path is not None:
-        model, tokenizer = _from_checkpoint(settings, run.pretrained_path, training=True)
-        assert isinstance(model, Singularity)
-        return model, tokenizer
+        return _from_checkpoint(settings, run.pretrained_path, training=True)
     tokenizer = Tokenizer.load(run.tokenizer)
     config = fresh_architecture(settings, tokenizer)
     adopt(settings, config)
-    fresh = new_model(config, special_ids(tokenizer))
-    assert isinstance(fresh, Singularity)
-    return fresh, tokenizer
+    return new_model(config, special_ids(tokenizer)), tokenizer
 
 
-def _from_checkpoint(settings: Settings, path: str, training: bool) -> tuple[Singularity | SingularityQA, Tokenizer]:
+def _from_checkpoint(settings: Settings, path: str, training: bool) -> tuple[Model, Tokenizer]:
     run = settings.config
     found = resolve_weights(path)
     weights = load_weights(found)
-    if weights.config.answer_decoder.enable and (training or run.task != "qa"):
+    if weights.config.answer_decoder.enable and run.task != "qa":
         raise ValueError(f"{path} answers questions: it has no retrieval heads, start from a pre-training checkpoint")
     if run.task == "qa" and not training and not weights.config.answer_decoder.enable:
-        raise ValueError(f"{path} has no answer decoder: fine-tune it for questions first, or set task=retrieval")
+        raise ValueError(f"{path} has no answer decoder: fine-tune it with launch/finetune_qa.py first")
     config = with_changes(weights.config, changes_to(settings, weights.config, str(found), training))
     if found.is_dir() and (found / "vocab.txt").is_file():
         if "tokenizer" in settings.explicit:

@@ -34,7 +34,7 @@ def test_settings_are_checked_before_anything_else(corpora, tmp_path):
     assert "--help" in refused("pretrain")
 
 
-@pytest.mark.parametrize("script", ["pretrain", "finetune_retrieval", "evaluate"])
+@pytest.mark.parametrize("script", ["pretrain", "finetune_retrieval", "finetune_qa", "evaluate"])
 def test_help_says_how_to_start(script):
     result = run(script, "--help", processes=1)
     assert result.returncode == 0

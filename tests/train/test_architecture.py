@@ -78,3 +78,15 @@ def test_evaluation_changes_nothing_that_would_need_training(settings):
 def test_texts_must_fit(settings, tokenizer):
     with pytest.raises(ValueError, match=r"max_txt_l\.image is 41: must be from 2 to text_encoder\.max_positions, 40"):
         check_texts(settings("max_txt_l.image=41").config, STORED, tokenizer)
+
+
+def test_questions_add_a_decoder_as_deep_as_the_fusion_layers(settings, tokenizer):
+    changes = changes_to(settings("task=qa"), STORED, "x", training=True)
+    assert changes == {"answer_decoder.enable": True, "answer_decoder.num_layers": 1}
+    changes = changes_to(settings("task=qa", "answer_decoder.num_layers=2"), STORED, "x", training=True)
+    assert changes["answer_decoder.num_layers"] == 2
+    with pytest.raises(ValueError, match=r"answer_decoder\.num_layers is 4: must be from 1 to text_encoder\.layers, 3"):
+        changes_to(settings("task=qa", "answer_decoder.num_layers=4"), STORED, "x", training=True)
+    assert changes_to(settings("answer_decoder.num_layers=2"), STORED, "x", training=True) == {}
+    fresh = fresh_architecture(settings("task=qa", "text_encoder.fusion_layer=10"), tokenizer)
+    assert (fresh.answer_decoder.enable, fresh.answer_decoder.num_layers) == (True, 2)

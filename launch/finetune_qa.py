@@ -1,0 +1,26 @@
+"""Fine-tuning for question answering from a pre-trained checkpoint (pretrained_path=...), then evaluation."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if TYPE_CHECKING:
+    from train.config_files import Settings
+    from train.ranks import Ranks
+
+
+def main(settings: Settings, ranks: Ranks) -> None:
+    """The entry point's work."""
+    from launch.finetuning import finetune
+
+    finetune(settings, ranks, ("qa",))
+
+
+if __name__ == "__main__":
+    from launch.command import run
+
+    run(__file__, __doc__, main)
