@@ -44,7 +44,7 @@ def find_evaluations(paths: Sequence[str | Path]) -> list[Evaluation]:
                 "evaluate it first with launch/evaluate.py"
             )
         found += sorted(map(read_evaluation, folders), key=lambda e: (e.details["created"], e.folder.name))
-    return found
+    return list({evaluation.folder.resolve(): evaluation for evaluation in found}.values())
 
 
 def read_evaluation(folder: str | Path) -> Evaluation:

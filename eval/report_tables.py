@@ -31,14 +31,15 @@ def tables(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
     for split, task in _splits(evaluations):
         rows: list[dict[str, Any]] = []
         theirs: dict[str, Published] = {}
+        details: dict[str, Any] = {}
         for number, evaluation in enumerate(evaluations):
-            details = evaluation.details["splits"].get(split)
-            if details is None or details["task"] != task:
+            own = evaluation.details["splits"].get(split)
+            if own is None or own["task"] != task:
                 continue
-            rows += _rows(evaluation, number, split, details)
+            details = details or own
+            rows += _rows(evaluation, number, split, own)
             benchmark, zero_shot = evaluation.details["benchmark"], evaluation.details["zero_shot"]
             theirs |= {row.title: row for row in published(benchmark, split, zero_shot)}
-        details = next(e.details["splits"][split] for e in evaluations if split in e.details["splits"])
         columns = COLUMNS if task == "retrieval" else _type_columns(rows, "answer_type/")
         found.append(
             {

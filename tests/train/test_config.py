@@ -108,7 +108,8 @@ def test_every_recipe_is_valid_and_says_its_command(recipe, monkeypatch):
     head = recipe.read_text().split("\nbase:")[0]
     if recipe.name == "base.yaml":
         return
-    assert settings.config.train_urls()
+    if settings.config.task != "choice":  # nothing is trained for it
+        assert settings.config.train_urls()
     assert f"{recipe.relative_to(ROOT)}" in head
     assert "Hardware:" in head
 

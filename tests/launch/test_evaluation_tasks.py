@@ -1,0 +1,150 @@
+"""All kinds of evaluation as a user starts them: the same files whatever the number of processes and batch sizes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from small_run import run
+
+from loaders.text import Tokenizer
+from model.answering import SingularityQA
+from model.building import build_model
+from model.checkpoint import save_model
+from model.config import AnswerDecoderConfig, LossWeights, ModelConfig, TextConfig, VisionConfig
+
+pytestmark = pytest.mark.timeout(400)
+
+TASKS = {
+    "retrieval": (
+        "retrieval",
+        "test_corpus: {motion: CORPORA/clips_test_motion, images: CORPORA/images_test}\nk_test: 9\n",
+    ),
+    "qa": ("qa", "task: qa\ntest_corpus: {test: CORPORA/qa_test}\nanswer_list: DRAWN/answer_list.json\nk_test: 7\n"),
+    "choice": ("retrieval", "task: choice\ntest_corpus: {test: CORPORA/mc_test}\n"),
+}  # fmt: skip
+COMMON = "video_input: {num_frames_test: 3}\nprecision: fp32\nmax_txt_l: {image: 24, video: 24}\n"
+
+
+@pytest.fixture(scope="module")
+def checkpoints(shapes, tmp_path_factory):
+    """Folder with a model for retrieval and one for questions, of random weights that tell every pair apart."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    tokenizer = Tokenizer.load(str(shapes.vocab))
+    text = TextConfig(
+        vocab_size=tokenizer.vocab_size, width=32, layers=4, fusion_layer=2, heads=2, intermediate=64, max_positions=40
+    )
+    vision = VisionConfig(patch_size=16, width=32, depth=2, heads=2)
+    for name, decodes in (("retrieval", False), ("qa", True)):
+        config = ModelConfig(
+            vision_encoder=vision,
+            text_encoder=text,
+            answer_decoder=AnswerDecoderConfig(enable=decodes, num_layers=2),
+            loss_weight=LossWeights(mlm=0.0),
+            image_res=32,
+            embed_dim=16,
+        )
+        torch.manual_seed(0)
+        model = build_model(
+            config, {"pad_id": tokenizer.pad_id, "cls_id": tokenizer.cls_id, "mask_id": tokenizer.mask_id}
+        )
+        assert isinstance(model, SingularityQA) == decodes
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, 0, 0.3)
+        save_model(model, config, folder / name)
+        tokenizer.save(folder / name)
+    return folder
+
+
+def evaluated(task, shapes, checkpoints, folder, *settings, processes=1):
+    """Evaluate into `folder` and return it."""
+    weights, yaml = TASKS[task]
+    recipe = folder.with_suffix(".yaml")
+    recipe.write_text(COMMON + yaml.replace("CORPORA", str(shapes.shards)).replace("DRAWN", str(shapes.folder)))
+    where = (f"checkpoint={checkpoints / weights}", f"output_dir={folder}")
+    result = run("evaluate", recipe, *where, *settings, processes=processes)
+    assert result.returncode == 0, result.stderr + result.stdout
+    return folder
+
+
+def assert_equal_predictions(first, second):
+    """The same files with the same items in the same order, scores but for the last digits."""
+    if isinstance(first, dict):
+        assert list(first) == list(second)
+        for key in first:
+            assert_equal_predictions(first[key], second[key])
+    elif isinstance(first, list):
+        assert len(first) == len(second)
+        for one, other in zip(first, second):
+            assert_equal_predictions(one, other)
+    elif isinstance(first, float):
+        assert first == pytest.approx(second, abs=2e-4)
+    else:
+        assert first == second
+
+
+def assert_same_results(first, second):
+    one, other = (next((folder / "evaluation").iterdir()) for folder in (first, second))
+    for name in ("metrics.json", "predictions.json"):
+        assert_equal_predictions(json.loads((one / name).read_text()), json.loads((other / name).read_text()))
+    assert (one / "metrics.json").read_bytes() == (other / "metrics.json").read_bytes()
+    assert (one / "outcomes.parquet").read_bytes() == (other / "outcomes.parquet").read_bytes()
+    if (one / "submission").is_dir():
+        assert (one / "submission/test.json").read_bytes() == (other / "submission/test.json").read_bytes()
+    if (one / "scores.npz").is_file():
+        with np.load(one / "scores.npz") as scores, np.load(other / "scores.npz") as others:
+            assert list(scores) == list(others)
+            for name in scores:
+                np.testing.assert_allclose(scores[name], others[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_two_processes_give_the_files_of_one(task, shapes, checkpoints, tmp_path):
+    alone = evaluated(task, shapes, checkpoints, tmp_path / "alone")
+    sizes = ("batch_size_test.video=5", "batch_size_test.image=3", "pair_batch_size=24")
+    assert_same_results(alone, evaluated(task, shapes, checkpoints, tmp_path / "two", *sizes, processes=2))
+    assert (alone / "report.html").is_file()
+    metrics = json.loads((alone / "metrics.json").read_text())
+    expected = {"retrieval": ["motion/", "motion_emb/", "images/", "images_emb/"]}.get(task, ["test"])
+    assert list(metrics) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+def test_three_processes_and_any_batch_size(task, shapes, checkpoints, tmp_path):
+    alone = evaluated(task, shapes, checkpoints, tmp_path / "alone", "batch_size_test.video=1", "pair_batch_size=1")
+    three = evaluated(task, shapes, checkpoints, tmp_path / "three", "batch_size_test.video=7", processes=3)
+    assert_same_results(alone, three)
+
+
+def test_several_numbers_of_frames_in_one_run(shapes, checkpoints, tmp_path):
+    settings = ("eval_num_frames=[1,2,4]", f"feature_cache={tmp_path / 'features'}")
+    first = evaluated("retrieval", shapes, checkpoints, tmp_path / "first", *settings)
+    assert {path.name for path in (first / "evaluation").iterdir()} == {"1_frame", "2_frames", "4_frames"}
+    four = (first / "evaluation/4_frames/metrics.json").read_bytes()
+    assert (first / "metrics.json").read_bytes() == four
+    assert "motion, mean of R@1, 5, 10, text to clip" in (first / "report.html").read_text()
+    # What is kept on disk serves other processes and gives the same; images have one frame and are kept once.
+    assert len(list((tmp_path / "features").iterdir())) == 4
+    settings = ("video_input.num_frames_test=4", f"feature_cache={tmp_path / 'features'}", "label=4_frames")
+    again = evaluated("retrieval", shapes, checkpoints, tmp_path / "again", *settings, processes=2)
+    assert (again / "metrics.json").read_bytes() == four
+    assert len(list((tmp_path / "features").iterdir())) == 4
+
+
+def test_a_checkpoint_of_another_task_is_refused(shapes, checkpoints, tmp_path):
+    for task, weights, message in (("qa", "retrieval", "has no answer decoder"), ("choice", "qa", "answers questions")):
+        recipe = tmp_path / f"{task}.yaml"
+        yaml = TASKS[task][1].replace("CORPORA", str(shapes.shards)).replace("DRAWN", str(shapes.folder))
+        recipe.write_text(COMMON + yaml)
+        where = (f"checkpoint={checkpoints / weights}", f"output_dir={tmp_path / 'run'}")
+        result = run("evaluate", recipe, *where, processes=1)
+        assert result.returncode == 2
+        assert message in result.stderr
+    questions = ("task=qa", f"answer_list={shapes.folder}/answer_list.json")
+    result = run("evaluate", recipe, f"checkpoint={checkpoints / 'qa'}", "output_dir=x", *questions, processes=1)
+    assert result.returncode == 2
+    assert "holds no questions, which task=qa needs" in result.stderr
+    result = run("evaluate", tmp_path / "qa.yaml", *where, f"answer_list={tmp_path}/none.json", processes=1)
+    assert "none.json does not exist" in result.stderr
