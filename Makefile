@@ -1,6 +1,7 @@
 # Everything a user or a developer runs. The targets create the virtual environment and reuse it.
 #   make demo   the whole system on a small corpus of coloured shapes, in a few minutes on a CPU
 #   make test   the tests        make test-all   also those that take minutes
+#   make servers   only the object stores that the tests use
 #   make lint   style and types  make clean      removes what these targets made
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -12,10 +13,14 @@ DEMO ?= demo
 
 BIN := $(abspath $(VENV))/bin
 READY := $(VENV)/.ready
+# S3 and GCS servers for the tests; tests/object_stores.py finds them by the variable.
+SERVERS ?= .venv-servers
+SERVERS_READY := $(SERVERS)/.ready
+export TEST_SERVERS := $(abspath $(SERVERS))
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help install demo test test-all lint format clean
+.PHONY: help install servers demo test test-all lint format clean
 
 help:
 	@sed -n 's/^#  *make/make/p' Makefile
@@ -32,13 +37,21 @@ $(READY): setup.cfg constraints.txt
 	@$(PIP) --no-build-isolation --editable ".[$(EXTRAS)]" 2>&1 | { grep -v -i warning || true; }
 	@touch $(READY)
 
+servers: $(SERVERS_READY)
+
+$(SERVERS_READY): tests/servers.txt $(READY)
+	@echo "Installing the tests' object stores into $(SERVERS) ..."
+	@$(BIN)/python -m venv $(SERVERS) || $(BIN)/python -m virtualenv --quiet $(SERVERS) || { $(PIP) virtualenv && $(BIN)/python -m virtualenv --quiet $(SERVERS); }
+	@$(SERVERS)/bin/python -m pip --disable-pip-version-check install --quiet --requirement tests/servers.txt
+	@touch $(SERVERS_READY)
+
 demo: $(READY)
 	@bash launch/demo.sh $(DEMO)
 
-test: $(READY)
+test: $(READY) $(SERVERS_READY)
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: $(READY)
+test-all: $(READY) $(SERVERS_READY)
 	$(BIN)/python -m pytest
 
 lint: $(READY)
@@ -51,5 +64,5 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(DEMO) build *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(SERVERS) $(DEMO) build *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -10,6 +10,8 @@ from loaders.vocab import learn_vocabulary
 from sharding.build import build_corpus
 from sharding.shapes import write_shapes
 
+pytest_plugins = ["object_stores"]
+
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
 

@@ -1,0 +1,246 @@
+"""Real object stores for tests: S3 (moto), GCS (gcp-storage-emulator) and plain HTTP servers on 127.0.0.1.
+
+Fixtures, usable from any test: `s3`, `gcs`, `http`. Each gives a Store whose `environment` is already set for this
+process and those it starts, so that `s3://...` and `gs://...` URLs work as they do for a user:
+
+    def test_something(s3: Store) -> None:
+        build_corpus(..., output=s3.url("photos"))             # a bucket of this test's own
+        s3.fill(local_folder, "photos")                         # or: copy a folder there; returns its URL
+
+`faulty` puts a proxy before a store that spoils a share of the requests (tests/faulty_proxy.py):
+
+    def test_it_survives(s3: Store, faulty: MakeFaulty) -> None:
+        url = s3.fill(folder, "photos")
+        proxy = faulty(s3, Faults.everywhere(0.1, seed=1))      # from here on s3:// goes through the proxy
+        ...                                                     # (of http: http.url("photos", proxy) does)
+        assert proxy.counts()["cut"] > 0                        # proxy.log has every request
+
+Import the names with `from object_stores import Store, MakeFaulty` and `from faulty_proxy import Faults`.
+
+The servers live in a virtual environment of their own, because moto's botocore is another one than s3fs's: `make`
+makes it (.venv-servers, `make servers`); the variable TEST_SERVERS names another place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import fsspec
+import pytest
+from faulty_proxy import Faults, FaultyProxy
+
+SERVERS = Path(os.environ.get("TEST_SERVERS", Path(__file__).resolve().parent.parent / ".venv-servers"))
+
+# Read when gcsfs is imported: otherwise it spends a minute a bucket on asking a gRPC endpoint for its type.
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
+
+MakeFaulty = Callable[["Store", Faults], FaultyProxy]
+
+
+@dataclass(frozen=True)
+class Store:
+    """A place for objects: `root` with a bucket (or folder) of the test's own, at `address` (host:port)."""
+
+    kind: str  # s3 | gcs | http
+    address: str
+    root: str
+    environment: dict[str, str] = field(default_factory=dict)
+    folder: Path | None = None  # that a plain HTTP server shows
+
+    def url(self, name: str, proxy: FaultyProxy | None = None) -> str:
+        """URL of something in the store; where the address stands in it, that of the proxy."""
+        url = f"{self.root}/{name}"
+        return url if proxy is None else url.replace(self.address, f"127.0.0.1:{proxy.port}")
+
+    def fill(self, source: Path | str, name: str) -> str:
+        """Copy a local folder into the store; returns its URL."""
+        if self.folder is not None:
+            shutil.copytree(source, self.folder / self.root.rsplit("/", 1)[-1] / name, dirs_exist_ok=True)
+            return self.url(name)
+        filesystem, root = fsspec.url_to_fs(self.url(name))
+        for path in sorted(Path(source).rglob("*")):
+            if path.is_file():
+                filesystem.pipe_file(f"{root}/{path.relative_to(source)}", path.read_bytes())
+        return self.url(name)
+
+
+def die_with_parent() -> None:
+    """Called in a new child: it ends when this process does, however that ends."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+@contextmanager
+def server(program: str, *arguments: str, port: int) -> Iterator[str]:
+    """A server of the servers' environment, answering at the address given back."""
+    path = SERVERS / "bin" / program
+    if not path.exists():
+        raise RuntimeError(f"{path} is missing: `make servers` makes it, or set TEST_SERVERS to where it is")
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen([path, *arguments], stdout=log, stderr=log, preexec_fn=die_with_parent)
+        try:
+            wait_for_port(port, process, log)
+            yield f"127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            process.wait(10)
+
+
+def wait_for_port(port: int, process: subprocess.Popen, log) -> None:
+    """Return when the server answers; raise with its output when it ends or does not."""
+    for _ in range(600):
+        with socket.socket() as sock:
+            if sock.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        if process.poll() is not None:
+            break
+        time.sleep(0.1)
+    log.seek(0)
+    raise RuntimeError(f"{process.args} does not answer on port {port}:\n{log.read().decode(errors='replace')}")
+
+
+@contextmanager
+def http_files(folder: Path) -> Iterator[str]:
+    """A plain HTTP server with ranges over a folder, in a thread; yields its address."""
+    from aiohttp import web
+
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="http-files", daemon=True)
+    thread.start()
+
+    async def start() -> web.AppRunner:
+        application = web.Application()
+        application.router.add_static("/", folder, show_index=True)
+        runner = web.AppRunner(application)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        return runner
+
+    runner = asyncio.run_coroutine_threadsafe(start(), loop).result(10)
+    host, port = runner.addresses[0][:2]
+    try:
+        yield f"{host}:{port}"
+    finally:
+        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(10)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+def environment_of(kind: str, address: str) -> dict[str, str]:
+    """What must be set for URLs of that kind to go to `address`."""
+    if kind == "s3":
+        keys = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing-secret", "AWS_REGION": "us-east-1"}
+        return {**keys, "AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": f"http://{address}"}
+    if kind == "gcs":
+        # The last two, read by fsspec when it is imported, save the search for credentials.
+        emulator = {"STORAGE_EMULATOR_HOST": f"http://{address}"}
+        return {**emulator, "FSSPEC_GS_TOKEN": "anon", "FSSPEC_GS_PROJECT": "testing"}
+    return {}
+
+
+def activate(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set the environment, for clients made from now on."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    options: dict[str, dict[str, str]] = {}
+    for name, value in environment.items():
+        if name.startswith("FSSPEC_GS_"):
+            options.setdefault("gs", {})[name.removeprefix("FSSPEC_GS_").lower()] = value
+    for scheme, found in options.items():
+        monkeypatch.setitem(fsspec.config.conf, scheme, found)
+    forget_clients()
+
+
+def forget_clients() -> None:
+    """Make fsspec connect anew: it keeps clients by their arguments, which do not show the environment."""
+    for scheme in ("s3", "gs", "http"):
+        fsspec.get_filesystem_class(scheme).clear_instance_cache()
+
+
+@pytest.fixture(scope="session")
+def s3_address() -> Iterator[str]:
+    port = free_port()
+    with server("moto_server", "-H", "127.0.0.1", "-p", str(port), port=port) as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def gcs_address() -> Iterator[str]:
+    port = free_port()
+    arguments = ["start", "--host", "127.0.0.1", "--port", str(port), "--in-memory", "--quiet"]
+    with server("gcp-storage-emulator", *arguments, port=port) as address:
+        yield address
+
+
+@pytest.fixture
+def s3(s3_address: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    environment = environment_of("s3", s3_address)
+    activate(environment, monkeypatch)
+    bucket = f"test-{uuid.uuid4().hex[:12]}"
+    fsspec.filesystem("s3").mkdir(bucket)
+    yield Store("s3", s3_address, f"s3://{bucket}", environment)
+    forget_clients()
+
+
+@pytest.fixture
+def gcs(gcs_address: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    environment = environment_of("gcs", gcs_address)
+    activate(environment, monkeypatch)
+    bucket = f"test-{uuid.uuid4().hex[:12]}"
+    fsspec.filesystem("gs").mkdir(bucket)
+    yield Store("gcs", gcs_address, f"gs://{bucket}", environment)
+    forget_clients()
+
+
+@pytest.fixture
+def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+    folder = tmp_path_factory.mktemp("http")
+    (folder / "files").mkdir()
+    with http_files(folder) as address:
+        yield Store("http", address, f"http://{address}/files", folder=folder)
+    forget_clients()
+
+
+@pytest.fixture
+def store(request: pytest.FixtureRequest) -> Store:
+    """The store of the parameter: `@pytest.mark.parametrize("store", STORES, indirect=True)`."""
+    return request.getfixturevalue(request.param)
+
+
+STORES = ["s3", "gcs", "http"]
+
+
+@pytest.fixture
+def faulty(monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeFaulty]:
+    proxies: list[FaultyProxy] = []
+
+    def put_before(target: Store, faults: Faults) -> FaultyProxy:
+        proxies.append(FaultyProxy(target.address, faults))
+        activate(environment_of(target.kind, f"127.0.0.1:{proxies[-1].port}"), monkeypatch)
+        return proxies[-1]
+
+    yield put_before
+    forget_clients()
+    for proxy in proxies:
+        proxy.close()

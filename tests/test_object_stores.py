@@ -1,0 +1,73 @@
+"""The tests' object stores and the faults before them are what their users take them for."""
+
+from collections import Counter
+from pathlib import Path
+
+import fsspec
+import pytest
+import requests
+from faulty_proxy import Faults, FaultyProxy
+from object_stores import STORES, MakeFaulty, Store
+
+DATA = bytes(range(256)) * 400
+
+
+@pytest.fixture
+def filled(store: Store, tmp_path: Path) -> Store:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "shard.tar").write_bytes(DATA)
+    store.fill(tmp_path / "data", "things")
+    return store
+
+
+@pytest.mark.parametrize("store", STORES, indirect=True)
+def test_what_was_put_there_is_read_in_parts(filled: Store) -> None:
+    filesystem, path = fsspec.url_to_fs(filled.url("things/shard.tar"))
+    assert filesystem.cat_file(path) == DATA
+    assert filesystem.cat_file(path, start=1000, end=1300) == DATA[1000:1300]
+    with pytest.raises(FileNotFoundError):
+        filesystem.cat_file(path + ".none")
+
+
+@pytest.mark.parametrize("store", STORES, indirect=True)
+def test_requests_pass_through_a_proxy(filled: Store, faulty: MakeFaulty) -> None:
+    proxy = faulty(filled, Faults(latency=0.02))
+    filesystem, path = fsspec.url_to_fs(filled.url("things/shard.tar", proxy))
+    assert filesystem.cat_file(path, start=5, end=4000) == DATA[5:4000]
+    assert proxy.log[-1].range == "bytes=5-3999"
+    assert set(proxy.counts()) == {""}
+
+
+def fetch(proxy: FaultyProxy, path: str, first: int) -> requests.Response:
+    headers = {"Range": f"bytes={first}-{first + 999}"}
+    return requests.get(f"{proxy.endpoint}/{path}", headers=headers, timeout=10)
+
+
+@pytest.mark.parametrize("store", ["http"], indirect=True)
+def test_faults_are_what_they_say(filled: Store, faulty: MakeFaulty) -> None:
+    path = "files/things/shard.tar"
+    proxy = faulty(filled, Faults(error=1))
+    assert fetch(proxy, path, 0).status_code == 503
+    proxy.faults = Faults(throttle=1, retry_after=3)
+    assert fetch(proxy, path, 0).headers["Retry-After"] == "3"
+    proxy.faults = Faults(cut=1)
+    with pytest.raises(requests.exceptions.ChunkedEncodingError):
+        fetch(proxy, path, 0)
+    proxy.faults = Faults(corrupt=1)
+    assert sum(a != b for a, b in zip(fetch(proxy, path, 0).content, DATA)) == 1
+    proxy.faults = Faults(slow=1, slow_seconds=0.3)
+    answer = fetch(proxy, path, 0)
+    assert answer.content == DATA[:1000]
+    proxy.faults = Faults(permanent="shard", permanent_status=403)
+    assert fetch(proxy, path, 0).status_code == 403
+    assert proxy.counts() == Counter(["error", "throttle", "cut", "corrupt", "slow", "permanent"])
+
+
+@pytest.mark.parametrize("store", ["http"], indirect=True)
+def test_faults_are_drawn_by_the_seed_and_come_in_their_share(filled: Store, faulty: MakeFaulty) -> None:
+    drawn = []
+    for seed in (1, 1, 2):
+        proxy = faulty(filled, Faults(error=0.3, seed=seed))
+        drawn.append([fetch(proxy, "files/things/shard.tar", first).status_code for first in range(150)])
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert 25 < drawn[0].count(503) < 65
