@@ -20,7 +20,11 @@ export TEST_SERVERS := $(abspath $(SERVERS))
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help install servers demo test test-all lint format clean
+# Programs that tests start and pip does not have; installed where they are missing and there is an apt-get.
+PACKAGES := chromium
+AS_ROOT := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
+
+.PHONY: help install servers packages demo test test-all lint format clean
 
 help:
 	@sed -n 's/^#  *make/make/p' Makefile
@@ -48,10 +52,15 @@ $(SERVERS_READY): tests/servers.txt $(READY)
 demo: $(READY)
 	@bash launch/demo.sh $(DEMO)
 
-test: $(READY) $(SERVERS_READY)
+packages:
+	@missing=$$(for name in $(PACKAGES); do command -v $$name >/dev/null || echo $$name; done); \
+	[ -z "$$missing" ] || ! command -v apt-get >/dev/null || { echo "Installing for the tests:" $$missing; \
+	$(AS_ROOT) apt-get update -qq && $(AS_ROOT) apt-get install -qq -y --no-install-recommends $$missing >/dev/null; }
+
+test: $(READY) $(SERVERS_READY) packages
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: $(READY) $(SERVERS_READY)
+test-all: $(READY) $(SERVERS_READY) packages
 	$(BIN)/python -m pytest
 
 lint: $(READY)

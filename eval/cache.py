@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,22 +51,23 @@ class CachedBlocks:
 
     def __init__(self, parts: list[Part], batch_size: int, rank: int, world_size: int) -> None:
         self._parts = parts
-        places = {int(v): (p, row) for p, part in enumerate(parts) for row, v in enumerate(part.indices)}
-        mine = sorted(visual for visual in places if visual % world_size == rank)
-        self._batches = [
-            [(visual, *places[visual]) for visual in mine[first : first + batch_size]]
-            for first in range(0, len(mine), batch_size)
-        ]
+        self._places = {int(v): (p, row) for p, part in enumerate(parts) for row, v in enumerate(part.indices)}
+        mine = sorted(visual for visual in self._places if visual % world_size == rank)
+        self._batches = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Block]:
-        for batch in self._batches:
-            tokens = torch.stack([self._parts[part].tokens[row] for _, part, row in batch])
-            embeddings = [self._parts[part].embeddings for _, part, _ in batch]
-            rows = [each[row] for each, (_, _, row) in zip(embeddings, batch) if each is not None]
-            yield Block(np.array([visual for visual, _, _ in batch]), tokens, torch.stack(rows) if rows else None)
+        return map(self.take, self._batches)
+
+    def take(self, visuals: Sequence[int]) -> Block:
+        """The block of some visuals, at least one, that have been read."""
+        places = [self._places[visual] for visual in visuals]
+        tokens = torch.stack([self._parts[part].tokens[row] for part, row in places])
+        embeddings = [self._parts[part].embeddings for part, _ in places]
+        rows = [each[row] for each, (_, row) in zip(embeddings, places) if each is not None]
+        return Block(np.array(visuals), tokens, torch.stack(rows) if rows else None)
 
 
 def model_digest(model: nn.Module) -> str:

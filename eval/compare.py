@@ -1,0 +1,248 @@
+"""Two evaluations query by query: differences of metrics with intervals, and the queries that changed the most."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eval.evaluations import find_evaluations
+from eval.outcomes import Outcomes, bootstrap, read_outcomes, with_means
+
+CHUNK = 1 << 22  # signs drawn at once
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A metric of both evaluations on the queries they share, in percent, and how sure the difference is.
+
+    low, high: 95 % interval of the difference, bootstrap over visuals. p: how often exchanging the two evaluations at
+    random, visual by visual, makes a difference at least as large.
+    """
+
+    first: float
+    second: float
+    difference: float
+    low: float
+    high: float
+    p: float
+
+
+@dataclass(frozen=True)
+class Change:
+    """A query that went otherwise: ranks from 1 (none: not ranked), or accuracies from 0 to 1."""
+
+    query: str
+    visual: str
+    first: float | None
+    second: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything about one entry of metrics.json that both evaluations have.
+
+    shared: queries of both; only_first and only_second: those left out. better, worse: counts of queries by kind;
+    improved, worsened: the largest changes by kind.
+    """
+
+    metrics: str
+    shared: int
+    only_first: int
+    only_second: int
+    differences: dict[str, Difference]
+    better: dict[str, int]
+    worse: dict[str, int]
+    improved: dict[str, list[Change]]
+    worsened: dict[str, list[Change]]
+
+
+def compare(
+    first: Sequence[Outcomes], second: Sequence[Outcomes], resamples: int = 2000, changes: int = 5
+) -> list[Comparison]:
+    """Compare what two evaluations share. Raises ValueError when that is nothing."""
+    ours = {(part.metrics, part.kind): part for part in first}
+    theirs = {(part.metrics, part.kind): part for part in second}
+    names = dict.fromkeys(name for name, kind in ours if (name, kind) in theirs)
+    if not names:
+        raise ValueError(
+            f"the evaluations share no test set: the first has {_listed(first)}, the second {_listed(second)}"
+        )
+    found = []
+    for name in names:
+        pairs = [_paired(ours[key], theirs[key]) for key in ours if key[0] == name and key in theirs]
+        shared = sum(len(one.queries) for one, _ in pairs)
+        if not shared:
+            raise ValueError(f"{name}: the evaluations share no query, they are of different test sets")
+        found.append(
+            Comparison(
+                metrics=name,
+                shared=shared,
+                only_first=sum(len(p.queries) for p in first if p.metrics == name) - shared,
+                only_second=sum(len(p.queries) for p in second if p.metrics == name) - shared,
+                differences=_differences(pairs, resamples),
+                better={one.kind: int((_gain(one, other) > 0).sum()) for one, other in pairs},
+                worse={one.kind: int((_gain(one, other) < 0).sum()) for one, other in pairs},
+                improved={one.kind: _changes(one, other, changes, 1) for one, other in pairs},
+                worsened={one.kind: _changes(one, other, changes, -1) for one, other in pairs},
+            )
+        )
+    return found
+
+
+def _listed(outcomes: Sequence[Outcomes]) -> str:
+    return ", ".join(dict.fromkeys(part.metrics for part in outcomes)) or "none"
+
+
+def _paired(first: Outcomes, second: Outcomes) -> tuple[Outcomes, Outcomes]:
+    """Both cut to the queries that they share, in the same order."""
+    places = {query: i for i, query in enumerate(second.queries)}
+    own = [i for i, query in enumerate(first.queries) if query in places]
+    return _taken(first, own), _taken(second, [places[first.queries[i]] for i in own])
+
+
+def _taken(part: Outcomes, rows: Sequence[int]) -> Outcomes:
+    types = [part.types[i] for i in rows] if part.types else []
+    queries, visuals = [part.queries[i] for i in rows], [part.visuals[i] for i in rows]
+    return Outcomes(part.metrics, part.kind, queries, visuals, part.values[rows], types)
+
+
+def _differences(pairs: Sequence[tuple[Outcomes, Outcomes]], resamples: int) -> dict[str, Difference]:
+    ours = [one for one, _ in pairs]
+    change = [
+        {name: other.points[name] - values for name, values in one.points.items() if name in other.points}
+        for one, other in pairs
+    ]
+    first, second, mean = (
+        _means(parts) for parts in ([one.points for one, _ in pairs], [other.points for _, other in pairs], change)
+    )
+    drawn = with_means(bootstrap(ours, change, resamples))
+    exchanged = with_means(_exchanged(ours, change, resamples))
+    return {
+        name: Difference(
+            first=round(float(first[name]), 2),
+            second=round(float(second[name]), 2),
+            difference=round(float(mean[name]), 2),
+            low=round(float(np.percentile(drawn[name], 2.5)), 2),
+            high=round(float(np.percentile(drawn[name], 97.5)), 2),
+            p=round(float((1 + (np.abs(exchanged[name]) >= abs(mean[name]) - 1e-9).sum()) / (1 + resamples)), 4),
+        )
+        for name in mean
+    }
+
+
+def _means(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Means in percent by metric, each a single number."""
+    return with_means({name: np.asarray(100 * np.nanmean(values)) for part in parts for name, values in part.items()})
+
+
+def _exchanged(
+    outcomes: Sequence[Outcomes], change: Sequence[Mapping[str, np.ndarray]], resamples: int
+) -> dict[str, np.ndarray]:
+    """Mean differences in percent, (resamples,) by metric, when each visual's change keeps or turns its sign."""
+    numbers: dict[str, int] = {}
+    sums: dict[str, np.ndarray] = {}
+    counts: dict[str, int] = {}
+    owners = [np.array([numbers.setdefault(v, len(numbers)) for v in part.visuals]) for part in outcomes]
+    for own, part in zip(owners, change, strict=True):
+        for name, values in part.items():
+            present = ~np.isnan(values)
+            sums[name] = np.bincount(own[present], values[present], len(numbers))
+            counts[name] = max(1, int(present.sum()))
+    totals = np.stack(list(sums.values()), 1)
+    generator, parts = np.random.default_rng(1), []
+    step = max(1, CHUNK // len(numbers))
+    for start in range(0, resamples, step):
+        signs = generator.integers(0, 2, (min(step, resamples - start), len(numbers)), dtype=np.int8)
+        parts.append((2.0 * signs - 1) @ totals)
+    result = np.concatenate(parts)
+    return {name: 100 * result[:, i] / counts[name] for i, name in enumerate(sums)}
+
+
+def _gain(first: Outcomes, second: Outcomes) -> np.ndarray:
+    """By how much each query went better in the second: in accuracy, or in the logarithm of its rank."""
+    if first.kind == "accuracy":
+        return second.values - first.values
+    worst = 2 * max([1.0, *(float(v) for p in (first, second) for v in p.values[np.isfinite(p.values)])])
+    return np.log(np.minimum(first.values, worst)) - np.log(np.minimum(second.values, worst))
+
+
+def _changes(first: Outcomes, second: Outcomes, count: int, sign: int) -> list[Change]:
+    gain = sign * _gain(first, second)
+    chosen = [int(i) for i in np.argsort(-gain, kind="stable")[:count] if gain[i] > 0]
+    return [Change(first.queries[i], first.visuals[i], _value(first, i), _value(second, i)) for i in chosen]
+
+
+def _value(part: Outcomes, row: int) -> float | None:
+    return float(part.values[row]) if np.isfinite(part.values[row]) else None
+
+
+def load(path: str | Path) -> tuple[str, list[Outcomes]]:
+    """Name and outcomes of a run folder's newest evaluation, of an evaluation folder, or of an outcomes.parquet."""
+    path = Path(path)
+    if path.is_file():
+        return str(path), read_outcomes(path)
+    folder = find_evaluations([path])[-1].folder
+    return str(folder), read_outcomes(folder / "outcomes.parquet")
+
+
+def as_text(names: Sequence[str], comparisons: Sequence[Comparison]) -> str:
+    """The comparisons as plain tables."""
+    lines = [f"A: {names[0]}", f"B: {names[1]}"]
+    for one in comparisons:
+        left_out = (
+            f", left out {one.only_first} of A and {one.only_second} of B" if one.only_first + one.only_second else ""
+        )
+        lines += ["", f"{one.metrics}  ({one.shared} queries{left_out})"]
+        lines.append(f"  {'':24}{'A':>8}{'B':>8}{'B - A':>8}   {'95 % interval':<18}{'p':>7}")
+        for name, d in one.differences.items():
+            interval = f"{d.low:+.2f} to {d.high:+.2f}"
+            mark = " *" if d.p < 0.05 else ""
+            lines.append(
+                f"  {name:24}{d.first:8.2f}{d.second:8.2f}{d.difference:+8.2f}   {interval:<18}{d.p:7.4f}{mark}"
+            )
+        for kind in one.better:
+            lines.append(f"  {kind.replace('_', ' ')}: B is better for {one.better[kind]}, worse for {one.worse[kind]}")
+            for word, changes in (("better", one.improved[kind]), ("worse", one.worsened[kind])):
+                lines += [
+                    f"    {word}: {_told(c.first)} -> {_told(c.second)}  {c.query}  [{c.visual}]" for c in changes
+                ]
+    return "\n".join(lines)
+
+
+def _told(value: float | None) -> str:
+    return "not ranked" if value is None else f"{value:g}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line: two evaluations of the same test sets."""
+    parser = argparse.ArgumentParser(prog="python -m eval.compare", description=__doc__)
+    parser.add_argument("first", metavar="RUN_A", help="a run (its newest evaluation), evaluation or outcomes.parquet")
+    parser.add_argument("second", metavar="RUN_B", help="likewise; differences are RUN_B minus RUN_A")
+    parser.add_argument(
+        "--resamples", type=int, default=2000, metavar="N", help="draws of intervals and p (%(default)s)"
+    )
+    parser.add_argument("--changes", type=int, default=5, metavar="N", help="queries listed of each kind (%(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="write the comparison there as well")
+    options = parser.parse_args(arguments)
+    try:
+        (first, ours), (second, theirs) = load(options.first), load(options.second)
+        found = compare(ours, theirs, max(1, options.resamples), max(0, options.changes))
+    except (OSError, ValueError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    if options.json:
+        content: dict[str, Any] = {"first": first, "second": second, "comparisons": [asdict(one) for one in found]}
+        Path(options.json).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    sys.stdout.write(as_text((first, second), found) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

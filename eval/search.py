@@ -1,0 +1,218 @@
+"""Searches one's own packed images or clips by a text: hits in a table, as a contact sheet, or on a local web page."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import logging
+import os
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from eval.cache import CachedBlocks
+from eval.config import EvalConfig
+from eval.features import collect_visuals, encode_texts, visual_blocks
+from eval.gallery import strip
+from eval.matching import match_pairs
+from eval.ranking import top_items
+from eval.search_page import serve
+from loaders.config import LoaderConfig, VideoInput
+from loaders.evaluation import VisualSet
+from loaders.text import Tokenizer, clean_text
+from model.checkpoint import load_model, resolve_weights
+from model.singularity import Singularity
+
+log = logging.getLogger(__name__)
+
+SHEET_WIDTH, MARGIN, TITLE, LINE = 1240, 16, 44, 24  # pixels
+CELL = 96  # of a frame on the sheet
+FRAMES_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Found:
+    """A hit: the visual's number and name, its match score, and its similarity by the dual encoder."""
+
+    visual: int
+    source: str
+    match: float | None
+    similarity: float
+
+
+class VisualSearch:
+    """A corpus' visuals, encoded once and kept on disk, and a model that finds them by a text."""
+
+    def __init__(
+        self,
+        checkpoint: str,
+        corpus: str,
+        cache: str | Path,
+        num_frames: int = 4,
+        tokenizer: str | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Encode what is not in `cache` yet. Raises FileNotFoundError or ValueError naming what is wrong."""
+        weights = resolve_weights(checkpoint)
+        brings_own = weights.is_dir() and (weights / "vocab.txt").is_file()
+        if not brings_own and tokenizer is None:
+            raise ValueError(f"{weights} brings no vocabulary: give the one it was trained with, --tokenizer vocab.txt")
+        self.tokenizer = Tokenizer.load(str(weights) if tokenizer is None else tokenizer)
+        model = load_model(weights)
+        if not isinstance(model, Singularity):
+            raise ValueError(f"{checkpoint} answers questions and cannot search: give a model for retrieval")
+        self.model = model.to(device)
+        video = VideoInput(num_frames_test=num_frames)
+        self.dataset = VisualSet(corpus, LoaderConfig(image_res=model.config.image_res, video_input=video))
+        self.config = EvalConfig(feature_cache=str(cache))
+        with torch.inference_mode():
+            blocks = visual_blocks(self.model, self.dataset, self.config, num_frames, 0, 1, device)
+            assert isinstance(blocks, CachedBlocks)
+            self.visuals = collect_visuals(self.model, blocks, self.dataset.num_visuals, self.config)
+        self._blocks = blocks
+        self._busy = threading.Lock()  # a web page asks from several threads
+
+    def find(self, query: str, count: int = 12, candidates: int = 32) -> list[Found]:
+        """The `count` best visuals for a text: the most similar `candidates` ordered by the match score.
+
+        candidates: 0 leaves the order to the dual encoder. Raises ValueError for a query without words.
+        """
+        text = clean_text(query)
+        if not text:
+            raise ValueError(f"the query {query!r} has no words: describe what is to be seen")
+        with self._busy, torch.inference_mode():
+            length = self.model.config.text_encoder.max_positions
+            texts = encode_texts(self.model, *self.tokenizer.encode([text], length))
+            similarity = (self.visuals.embeddings @ texts.embeddings[0]).cpu().numpy()
+            similarity[~self.visuals.present] = -np.inf
+            if not candidates:
+                return [self._found(int(i), similarity, None) for i in top_items(similarity, count)]
+            chosen = top_items(similarity, max(count, candidates))
+            block = self._blocks.take(chosen.tolist())
+            pairs = np.zeros((len(similarity), 1), dtype=bool)
+            pairs[chosen] = True
+            visuals, _, scores = match_pairs(self.model, [(block.indices, block.tokens)], texts, pairs, self.config)
+        matched = np.full(len(similarity), -np.inf, dtype=np.float32)
+        matched[visuals] = scores
+        return [self._found(int(i), similarity, float(matched[i])) for i in top_items(matched, count)]
+
+    def _found(self, visual: int, similarity: np.ndarray, match: float | None) -> Found:
+        return Found(visual, self.dataset.sources[visual], match, float(similarity[visual]))
+
+    def picture(self, visual: int) -> tuple[bytes, int]:
+        """A visual's frames side by side as JPEG, and how many they are; raises OSError where they cannot be read."""
+        with self._busy:
+            frames = self.dataset.thumbnail(visual, FRAMES_SHOWN if self.dataset.media_type == "video" else 1)
+        if not frames:
+            raise OSError(f"{self.dataset.sources[visual]} cannot be read")
+        return strip(frames), len(frames)
+
+
+def contact_sheet(search: VisualSearch, query: str, hits: Sequence[Found]) -> bytes:
+    """JPEG of the hits in order, with the query above, and rank, score and name below each."""
+    frames = FRAMES_SHOWN if search.dataset.media_type == "video" else 1
+    width = CELL * frames if frames > 1 else 2 * CELL
+    height = CELL if frames > 1 else 2 * CELL
+    columns = max(1, (SHEET_WIDTH - MARGIN) // (width + MARGIN))
+    rows = -(-len(hits) // columns)
+    sheet = Image.new("RGB", (SHEET_WIDTH, TITLE + MARGIN + rows * (height + LINE + MARGIN)), "#f6f6f4")
+    pen, large, small = ImageDraw.Draw(sheet), ImageFont.load_default(22), ImageFont.load_default(13)
+    pen.text((MARGIN, MARGIN), f"“{query}”", fill="#1c1d21", font=large)
+    for place, hit in enumerate(hits):
+        left = MARGIN + place % columns * (width + MARGIN)
+        top = TITLE + MARGIN + place // columns * (height + LINE + MARGIN)
+        try:
+            with Image.open(io.BytesIO(search.picture(hit.visual)[0])) as picture:
+                sheet.paste(picture.resize((width, height), Image.Resampling.LANCZOS), (left, top))
+        except OSError:
+            pen.rectangle((left, top, left + width, top + height), fill="#eceae6")
+            pen.text((left + 8, top + 8), "not readable", fill="#6c6f78", font=small)
+        label = f"{place + 1}  {hit.similarity:.3f}  {hit.source}"
+        while len(label) > 8 and pen.textlength(label, font=small) > width:
+            label = label[:-2].rstrip("…") + "…"
+        pen.text((left, top + height + 4), label, fill="#1c1d21", font=small)
+    out = io.BytesIO()
+    sheet.save(out, "JPEG", quality=88)
+    return out.getvalue()
+
+
+def hits_table(hits: Sequence[Found]) -> str:
+    """The hits as a plain table."""
+    lines = [f"{'rank':>4}  {'match':>8}  {'similarity':>10}  name"]
+    for place, hit in enumerate(hits, start=1):
+        match = "-" if hit.match is None else f"{hit.match:.3f}"
+        lines.append(f"{place:>4}  {match:>8}  {hit.similarity:>10.3f}  {hit.source}")
+    return "\n".join(lines)
+
+
+def default_cache() -> Path:
+    """Where encoded visuals are kept when nobody says otherwise."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "singularity" / "features"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        prog="python -m eval.search",
+        description=__doc__,
+        epilog='example: python -m eval.search runs/msrvtt data/my_clips "a red car turning left" --output hits.jpg',
+    )
+    result.add_argument("checkpoint", metavar="CHECKPOINT", help="a run, a weights folder or an official .pth")
+    result.add_argument("corpus", metavar="CORPUS", help="folder or URL of a packed corpus")
+    result.add_argument("query", nargs="?", metavar="QUERY", help="what is to be seen; not needed with --serve")
+    result.add_argument("--top", type=int, default=12, metavar="N", help="hits (default: %(default)s)")
+    result.add_argument(
+        "--candidates",
+        type=int,
+        default=32,
+        metavar="N",
+        help="visuals that the matching head orders; 0: none (default: %(default)s)",
+    )
+    result.add_argument("--frames", type=int, default=4, metavar="N", help="frames of a clip (default: %(default)s)")
+    result.add_argument("--output", default="hits.jpg", metavar="FILE", help="contact sheet (default: %(default)s)")
+    result.add_argument("--tokenizer", metavar="VOCAB", help="vocabulary, where the checkpoint brings none")
+    result.add_argument("--cache", type=Path, metavar="FOLDER", help=f"encoded visuals (default: {default_cache()})")
+    result.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    result.add_argument("--serve", action="store_true", help="a web page to search with, until Ctrl-C")
+    result.add_argument("--host", default="127.0.0.1", help="address of the web page (default: %(default)s)")
+    result.add_argument("--port", type=int, default=8765, help="its port; 0: any free one (default: %(default)s)")
+    return result  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line: search once, or serve a page."""
+    options = parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        if options.query is None and not options.serve:
+            raise ValueError("there is nothing to search for: give a QUERY, or --serve for a web page")
+        if options.top < 1 or options.candidates < 0 or options.frames < 1:
+            raise ValueError("--top and --frames must be at least 1, --candidates at least 0")
+        search = VisualSearch(
+            options.checkpoint,
+            options.corpus,
+            options.cache or default_cache(),
+            options.frames,
+            options.tokenizer,
+            options.device,
+        )
+        if options.serve:
+            serve(search, options.host, options.port, options.top, options.candidates)
+            return 0
+        hits = search.find(options.query, options.top, options.candidates)
+        Path(options.output).write_bytes(contact_sheet(search, options.query, hits))
+    except (OSError, ValueError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    sys.stdout.write(f"{hits_table(hits)}\n\ncontact sheet: {options.output}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

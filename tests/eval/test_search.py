@@ -1,0 +1,156 @@
+"""Searching packed clips by text: the right order, features kept, a contact sheet, and a page in a real browser."""
+
+import io
+import re
+import threading
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from eval import search as search_module
+from eval.config import EvalConfig
+from eval.retrieval import evaluate_retrieval
+from eval.search import VisualSearch, contact_sheet, main
+from eval.search_page import make_server
+from loaders.config import LoaderConfig, PerMedia
+from loaders.evaluation import RetrievalSet
+from model.answering import SingularityQA
+from model.checkpoint import save_model
+from model.config import LossWeights, ModelConfig, TextConfig, VisionConfig
+from model.singularity import Singularity
+
+
+def weights_in(folder, tokenizer, kind=Singularity):
+    """Random weights that tell every pair apart, with their vocabulary."""
+    torch.manual_seed(0)
+    text = TextConfig(
+        vocab_size=tokenizer.vocab_size, width=32, layers=4, fusion_layer=2, heads=2, intermediate=64, max_positions=40
+    )
+    config = ModelConfig(
+        vision_encoder=VisionConfig(patch_size=16, width=32, depth=2, heads=2),
+        text_encoder=text,
+        loss_weight=LossWeights(mlm=0.0),
+        image_res=32,
+        embed_dim=16,
+    )
+    config.answer_decoder.enable = kind is SingularityQA
+    model = kind(config, tokenizer.pad_id, tokenizer.cls_id, tokenizer.mask_id)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, 0, 0.3)
+    save_model(model, config, folder)
+    tokenizer.save(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def weights(tokenizer, tmp_path_factory):
+    return weights_in(tmp_path_factory.mktemp("weights"), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def search(shapes, weights, tmp_path_factory):
+    return VisualSearch(weights, shapes.url("clips_test_motion"), tmp_path_factory.mktemp("cache"), num_frames=3)
+
+
+def test_hits_are_those_of_the_evaluation(shapes, search, tokenizer):
+    dataset = RetrievalSet(shapes.url("clips_test_motion"), LoaderConfig(image_res=32, max_txt_l=PerMedia(40, 40)))
+    result = evaluate_retrieval(search.model, dataset, tokenizer, EvalConfig(k_test=10), 3)
+    for number in (0, 7, 20):
+        hits = search.find(dataset.texts[number].upper() + "!", count=6, candidates=10)
+        row = result.scores.text_to_visual[number]
+        expected = np.argsort(-row, kind="stable")[:6]
+        assert [hit.visual for hit in hits] == expected.tolist()
+        np.testing.assert_allclose([hit.match for hit in hits], row[expected], rtol=1e-4, atol=1e-4)
+        fast = search.find(dataset.texts[number], count=6, candidates=0)
+        similarity = result.scores.similarity[:, number]
+        assert [hit.visual for hit in fast] == np.argsort(-similarity, kind="stable")[:6].tolist()
+    dataset.close()
+
+
+def test_a_query_without_words_is_refused(search):
+    with pytest.raises(ValueError, match="has no words"):
+        search.find(" ?! ")
+
+
+def test_the_contact_sheet_shows_every_hit(search):
+    hits = search.find("a red circle", count=7)
+    with Image.open(io.BytesIO(contact_sheet(search, "a red circle", hits))) as sheet:
+        pixels = np.asarray(sheet.convert("L"), dtype=np.int64)
+    assert pixels.shape[1] == 1240
+    assert (pixels < 230).sum() > 7 * 4 * 50 * 50  # clips on grey or black
+
+
+def test_command_line_searches_and_keeps_what_it_encoded(shapes, weights, tmp_path, capsys, monkeypatch):
+    where = ("--cache", str(tmp_path / "cache"), "--output", str(tmp_path / "hits.jpg"), "--top", "3")
+    command = [weights, shapes.url("images_test"), "a small red star", *where]
+    assert main(command) == 0
+    first = capsys.readouterr().out
+    assert re.search(r"^ +1 +-?\d+\.\d+ +-?\d\.\d+  \S+\.jpg$", first, re.MULTILINE)
+    assert (tmp_path / "hits.jpg").stat().st_size > 1000
+    (entry,) = (tmp_path / "cache").iterdir()
+    monkeypatch.setattr(search_module.VisualSet, "batches", None)  # nothing is decoded a second time
+    assert main(command) == 0
+    assert capsys.readouterr().out == first
+    assert list((tmp_path / "cache").iterdir()) == [entry]
+
+
+def test_mistakes_are_one_clear_line(shapes, weights, tokenizer, tmp_path, capsys):
+    corpus = shapes.url("images_test")
+    answering = weights_in(tmp_path / "qa", tokenizer, SingularityQA)
+    for command, message in (
+        ([weights, corpus], "give a QUERY, or --serve"),
+        ([weights, str(tmp_path), "star"], "is no packed corpus"),
+        ([str(tmp_path / "none"), corpus, "star"], "does not exist"),
+        ([answering, corpus, "star"], "cannot search"),
+        ([weights, corpus, "star", "--top", "0"], "--top and --frames must be at least 1"),
+    ):
+        assert main([*command, "--cache", str(tmp_path / "cache"), "--output", str(tmp_path / "x.jpg")]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+        assert message in error
+
+
+@pytest.fixture
+def address(search):
+    server = make_server(search, "127.0.0.1", 0, 8, 12)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_one_types_submits_and_sees_hits(address, visitor, search, tmp_path):
+    page = visitor.page
+    page.goto(address)
+    assert page.inner_text("h1") == "clips_test_motion"
+    page.type("input[name=q]", "a red circle moves left")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("figure")
+    assert visitor.pictures() == (8, 8)
+    assert page.input_value("input[name=q]") == "a red circle moves left"
+    names = page.eval_on_selector_all("figure", "all => all.map((figure) => figure.title)")
+    assert names == [hit.source for hit in search.find("a red circle moves left", 8, 12)]
+    page.fill("input[name=q]", "'><script>alert(1)</script>")
+    page.click("button")
+    page.wait_for_function("document.title.includes('script')")
+    assert visitor.pictures() == (8, 8)
+    page.fill("input[name=q]", "???")
+    page.click("button")
+    page.wait_for_selector(".warning")
+    assert "has no words" in page.inner_text(".warning")
+    assert visitor.errors == []
+    assert visitor.sticks_out() <= 0
+
+
+def test_other_addresses_are_not_found(address):
+    for path in ("/picture/99999.jpg", "/../etc/passwd", "/picture/x.jpg"):
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(address + path)
