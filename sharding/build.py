@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from sharding.annotations import Item, read_items
+from sharding.annotations.reading import Reading, read_rows
+from sharding.annotations.staging import Staged, stage
 from sharding.failures import FailureLog, TooManyFailures, summary
 from sharding.output import BUILD, claim, digest_of, local_form, open_output, remove, write_text
 from sharding.plan import Settings, Task, plan_shards
@@ -40,6 +41,7 @@ def build_corpus(
     retry_failed: bool = False,
     progress: bool = False,
     log_every: float = LOG_EVERY,
+    reading: Reading | None = None,
 ) -> Corpus:
     """Pack annotated media into shards at `output` (a folder or an fsspec URL) and describe them in `corpus.json`.
 
@@ -58,26 +60,27 @@ def build_corpus(
     name = name or re.sub(r"[^A-Za-z0-9_-]+", "_", output.rstrip("/").rsplit("/", 1)[-1])[:60] or "corpus"
     settings = Settings(name, media_type, size, quality, float(fps), max_frames, shard_mb)
     settings.check()
+    reading = reading or Reading()
     if not 0 <= max_failures <= 1:
         raise ValueError(f"--max-failures is {max_failures:g}, must be a share from 0 to 1, such as 0.05")
     if "://" not in media_root and not Path(media_root).is_dir():
         raise FileNotFoundError(f"media root {media_root} does not exist: check --media-root")
-    items = read_items(annotations)
-    if not items:
-        raise ValueError(f"no records in {', '.join(annotations)}: nothing to pack")
     with open_output(output) as scratch:
-        claim(output, settings, annotations, len(items), scratch)
-        tasks = plan_shards(items, settings, media_root, output, scratch)
+        staged = stage(read_rows(annotations, reading), scratch / "rows.sqlite", reading.limit)
+        if not staged.items:
+            raise ValueError(nothing_to_pack(annotations, staged))
+        claim(output, settings, annotations, staged.items, scratch)
+        tasks = plan_shards(staged, settings, media_root, output, scratch)
         failures = FailureLog(scratch)
-        shown = Progress(len(items), f"packing {name}", progress, log_every=log_every)
+        shown = Progress(staged.items, f"packing {name}", progress, log_every=log_every)
         with shown:
             shards, rows = pack(tasks, workers or os.cpu_count() or 1, retry_failed, failures, shown)
         files = {BUILD: digest_of([join_url(output, BUILD)]), **failures.publish(output)}
         corpus = Corpus(output, name, media_type, tuple(shards), asdict(settings), files)
-        report(items, rows, corpus, failures)
-        if failures.count > max_failures * len(items):
+        report(staged, rows, corpus, failures)
+        if failures.count > max_failures * staged.items:
             raise TooManyFailures(
-                f"{failures.count} of {len(items)} media failed ({failures.count / len(items):.1%}, at most "
+                f"{failures.count} of {staged.items} media failed ({failures.count / staged.items:.1%}, at most "
                 f"{max_failures:.1%} allowed): see `python -m sharding.inspect {output} --failures`; mend them and "
                 "run this again with --retry-failed, or raise --max-failures"
             )
@@ -118,16 +121,28 @@ def unpublish(tasks: list[Task]) -> None:
         remove(join_url(task.output, task.name.removesuffix(".tar") + ".parquet"))
 
 
-def report(items: list[Item], packed_rows: int, corpus: Corpus, failures: FailureLog) -> None:
-    """Log the account; every annotation row was packed or failed, or it is an error of this program."""
-    rows = sum(item.rows for item in items)
-    if rows != packed_rows + failures.rows or len(items) != corpus.samples + failures.count:
+def nothing_to_pack(annotations: Sequence[str], staged: Staged) -> str:
+    """Why there is nothing to pack."""
+    files = ", ".join(annotations)
+    if not staged.rows:
+        return f"no records in {files}: nothing to pack"
+    reasons = "; ".join(f"{count} x {reason}" for reason, count in staged.filtered.items())
+    return f"all {staged.rows} rows of {files} are filtered ({reasons}): nothing to pack"
+
+
+def report(staged: Staged, packed_rows: int, corpus: Corpus, failures: FailureLog) -> None:
+    """Log the account; every annotation row was packed, failed or filtered, or it is an error of this program."""
+    if staged.kept != packed_rows + failures.rows or staged.items != corpus.samples + failures.count:
         raise RuntimeError(
-            f"{corpus.url}: {rows} rows, {packed_rows} packed, {failures.rows} failed; "
-            f"{len(items)} media, {corpus.samples} packed, {failures.count} failed: the numbers do not add up"
+            f"{corpus.url}: {staged.rows} rows, {packed_rows} packed, {failures.rows} failed, {staged.filtered} "
+            f"filtered; {staged.items} media, {corpus.samples} packed, {failures.count} failed: "
+            "the numbers do not add up"
         )
-    log.info("%d rows = %d packed + %d failed", rows, packed_rows, failures.rows)
-    log.info("%d media = %d packed + %d failed", len(items), corpus.samples, failures.count)
+    filtered = staged.rows - staged.kept
+    log.info("%d rows = %d packed + %d failed + %d filtered", staged.rows, packed_rows, failures.rows, filtered)
+    for reason, count in sorted(staged.filtered.items(), key=lambda pair: -pair[1]):
+        log.info("  %6d x filtered: %s", count, reason)
+    log.info("%d media = %d packed + %d failed", staged.items, corpus.samples, failures.count)
     for line in summary(failures.kinds):
         log.info("%s", line)
     if failures.count:

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from sharding.annotations import question_of
+from sharding.annotations.items import question_of
 from sharding.tar import Damage, Member, TarStream
 
 PICTURES = ("jpg", "jpeg", "png", "webp")

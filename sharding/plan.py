@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sharding.annotations import Item
+from sharding.annotations.items import Item
+from sharding.annotations.staging import Staged
 from sharding.schema import MEDIA_TYPES
 
 FRAMES_PER_CLIP = 24  # assumed when clips are spread over shards, before any is opened
@@ -50,7 +52,7 @@ class Task:
     """One shard to build: its number, its items, where from and where to."""
 
     number: int
-    items: list[Item]
+    items: Sequence[Item]  # read from disk where they are looked at; a list to send a task to another machine
     media_root: str
     output: str
     scratch: str
@@ -66,10 +68,10 @@ class Task:
         return f"{self.number:06d}{number:06d}"
 
 
-def plan_shards(items: list[Item], settings: Settings, media_root: str, output: str, scratch: Path) -> list[Task]:
+def plan_shards(staged: Staged, settings: Settings, media_root: str, output: str, scratch: Path) -> list[Task]:
     """One task a shard; together they hold every item once, in order."""
-    each = settings.samples_per_shard(len(items))
+    each = settings.samples_per_shard(staged.items)
     return [
-        Task(number, items[first : first + each], media_root, output, str(scratch), settings)
-        for number, first in enumerate(range(0, len(items), each))
+        Task(number, staged.between(first, first + each), media_root, output, str(scratch), settings)
+        for number, first in enumerate(range(0, staged.items, each))
     ]

@@ -10,7 +10,7 @@ from typing import Any
 
 import fsspec
 
-from sharding.annotations import Item, split_part
+from sharding.annotations.items import Item, split_part
 from sharding.media import Frames, MediaError, pack_image, pack_video
 from sharding.plan import Task
 from sharding.processes import Advance

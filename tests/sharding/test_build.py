@@ -158,8 +158,8 @@ def test_an_output_with_other_settings_or_other_files_is_refused(photos: Path, t
 @pytest.mark.parametrize(
     ("records", "message"),
     [
-        ({"image": "a.jpg"}, "must be a JSON list"),
-        ([{"caption": "x"}], 'no "image" or "video" path'),
+        ({"image": "a.jpg"}, "must be a JSON list of records, but is an object with image"),
+        ([{"caption": "x"}], 'record 1: no "image" or "video"; its columns are caption'),
         ([{"image": "a.jpg", "caption": 3}], '"caption" must be a text'),
         ([], "nothing to pack"),
         ([{"image": "a.jpg", "start": 5, "end": 2, "caption": "x"}], "must be seconds, start first"),

@@ -1,0 +1,222 @@
+"""From a record to a row: which columns hold the media, the texts, the question and its answers."""
+
+from __future__ import annotations
+
+import math
+import string
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from sharding.annotations.files import Record
+from sharding.annotations.items import Row, part_of, question_of
+
+ABSENT: Any = object()  # what a record says about a column that it does not have; null is a value
+Finder = Callable[[Mapping[str, Any]], Any]
+
+
+class RowError(ValueError):
+    """A record that is no row; the message names file, record, reason and remedy."""
+
+
+@dataclass
+class Columns:
+    """Where a record says what. The defaults are those of Singularity's own JSON.
+
+    Each is a column's name, or a template of several such as "{page_dir}/{videoid}.mp4", or a list of such of which
+    the first that a record has counts; "sentences.raw" reaches into objects, and into each object of a list.
+    Empty: the records do not say it.
+    """
+
+    media: Any = field(default_factory=lambda: ["image", "video"])  # path below --media-root, or URL
+    caption: Any = "caption"  # a text or a list of texts
+    question: Any = "question"
+    answer: Any = "answer"  # a text or a list of texts; of a choice: the number of the right option, from 0
+    options: Any = ""  # list of texts to choose from; Singularity's own JSON has them as its caption
+    question_id: Any = "question_id"
+    question_type: Any = "question_type"
+    answer_type: Any = "answer_type"
+    start: Any = "start"  # seconds; a number here is meant itself, for all records
+    end: Any = "end"
+
+
+class RowMaker:
+    """Makes rows of records; `keep` maps a column to the values that rows must have to be kept."""
+
+    def __init__(self, columns: Columns, keep: Mapping[str, Any]) -> None:
+        self.columns = columns
+        self.find = {each.name: finder(getattr(columns, each.name)) for each in fields(columns)}
+        self.keep = [
+            (column, finder(column), {str(value) for value in (values if isinstance(values, list) else [values])})
+            for column, values in keep.items()
+        ]
+
+    def row(self, record: Record) -> Row:
+        """The row of a record, filtered where it has no media or text, or is none of those kept.
+
+        Raises:
+            RowError: the record lacks a column, or holds what cannot be understood.
+        """
+        for column, find, values in self.keep:
+            value = find(record.fields)
+            if value is ABSENT:
+                raise self.missing(record, column, f"--keep {column}=VALUE")
+            if str(value) not in values:
+                return Row(filtered=f"{column} is not {' or '.join(sorted(values))}")
+        media = self.find["media"](record.fields)
+        if media is ABSENT:
+            raise self.missing(record, self.columns.media, "--columns media=NAME")
+        if media is None or not str(media).strip():
+            return Row(filtered="no media path")
+        return self.with_texts(str(media).strip() + self.part(record), record)
+
+    def with_texts(self, source: str, record: Record) -> Row:
+        """The row about `source` with the record's question, choice or captions."""
+        question = self.find["question"](record.fields)
+        if question is not ABSENT:
+            if question is None or not str(question).strip():
+                return Row(filtered="no question")
+            return Row(source, question=question_of(self.question_record(record), ""))
+        options, answer = self.find["options"](record.fields), self.find["answer"](record.fields)
+        texts = self.find["caption"](record.fields)
+        if options is ABSENT and isinstance(answer, int) and isinstance(texts, list):
+            options = texts
+        if options is not ABSENT:
+            return Row(source, choice=self.choice(record, options, answer))
+        return self.with_captions(source, record, texts)
+
+    def with_captions(self, source: str, record: Record, texts: Any) -> Row:
+        """The row about `source` with a text or a list of texts."""
+        if texts is ABSENT:
+            if self.columns.caption:
+                raise self.missing(record, self.columns.caption, "--columns caption=NAME (or caption= for none)")
+            return Row(source)
+        if texts is None or texts == []:
+            return Row(filtered="no caption")
+        captions = [texts] if isinstance(texts, str) else texts
+        if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
+            raise RowError(f'{record.place}: "caption" must be a text or a list of texts, not {shortened(texts)}')
+        kept = tuple(text.strip() for text in captions if text.strip())
+        return Row(source, kept) if kept else Row(filtered="no caption")
+
+    def question_record(self, record: Record) -> dict[str, Any]:
+        """The parts of a question under their own names."""
+        names = ("question", "answer", "question_id", "question_type", "answer_type")
+        found = {name: self.find[name](record.fields) for name in names}
+        return {name: value for name, value in found.items() if value is not ABSENT and value is not None}
+
+    def choice(self, record: Record, options: Any, answer: Any) -> dict[str, Any]:
+        """A multiple choice; raises RowError when the answer is no number of an option."""
+        number = self.find["question_id"](record.fields)
+        try:
+            right = -1 if answer is ABSENT or answer is None else int(answer)
+        except (TypeError, ValueError):
+            right = len(options)
+        if not isinstance(options, list) or not options or not -1 <= right < len(options):
+            raise RowError(
+                f"{record.place}: options {shortened(options)} with answer {shortened(answer)}: must be a list of "
+                "texts and the right one's number, from 0"
+            )
+        name = "" if number is ABSENT or number is None else str(number)
+        return {"question_id": name, "options": [str(option) for option in options], "answer": right}
+
+    def part(self, record: Record) -> str:
+        """`#t=START,END` (seconds) of a record with a start or an end; else nothing."""
+        start, end = self.find["start"](record.fields), self.find["end"](record.fields)
+        no_start, no_end = start is ABSENT or start is None, end is ABSENT or end is None
+        if no_start and no_end:
+            return ""
+        try:
+            first, last = 0.0 if no_start else float(start), math.inf if no_end else float(end)
+        except (TypeError, ValueError):
+            first, last = 0.0, -1.0
+        if not 0 <= first < last:
+            raise RowError(
+                f'{record.place}: "start" {None if no_start else start!r} and "end" {None if no_end else end!r} '
+                "must be seconds, start first"
+            )
+        return part_of(first, last)
+
+    def missing(self, record: Record, wanted: Any, remedy: str) -> RowError:
+        """The error for a record without a column."""
+        names = " or ".join(f'"{name}"' for name in (wanted if isinstance(wanted, list) else [wanted]))
+        return RowError(
+            f"{record.place}: no {names}; its columns are {', '.join(record.fields)}; name it with {remedy}"
+        )
+
+
+def finder(spec: Any) -> Finder:
+    """What looks up a column as `Columns` describes them; it returns ABSENT where the record lacks it."""
+    if isinstance(spec, list):
+        return first_of([finder(each) for each in spec])
+    if spec is None or spec == "":
+        return lambda record: ABSENT
+    if isinstance(spec, (int, float)):
+        return lambda record: spec
+    if "{" in spec:
+        return template(spec)
+    if "." in spec:
+        return lambda record: reach(record, spec, spec.split("."))
+    return lambda record: record.get(spec, ABSENT)
+
+
+def first_of(finders: list[Finder]) -> Finder:
+    """The first of several that the record has."""
+
+    def find(record: Mapping[str, Any]) -> Any:
+        for each in finders:
+            value = each(record)
+            if value is not ABSENT:
+                return value
+        return ABSENT
+
+    return find
+
+
+def reach(record: Mapping[str, Any], whole: str, path: list[str]) -> Any:
+    """The value at a dotted path, through each object of a list; a column that has the dots in its name comes first."""
+    if whole in record:
+        return record[whole]
+    value: Any = record
+    for number, name in enumerate(path):
+        if isinstance(value, list):
+            found = [reach(each, "", path[number:]) for each in value if isinstance(each, Mapping)]
+            return [each for each in found if each is not ABSENT]
+        if not isinstance(value, Mapping) or name not in value:
+            return ABSENT
+        value = value[name]
+    return value
+
+
+def template(spec: str) -> Finder:
+    """Fills "{column}" and "{column:012d}" from the record; null where one of them is null or blank."""
+    try:
+        parts = list(parsed(spec))
+    except ValueError as error:
+        raise ValueError(f"template {spec!r}: {error}; write it as {{column}} or {{column:012d}}") from None
+
+    def fill(record: Mapping[str, Any]) -> Any:
+        result = []
+        for literal, find, form in parts:
+            result.append(literal)
+            if find is None:
+                continue
+            value = find(record)
+            if value is ABSENT or value is None or value == "":
+                return ABSENT if value is ABSENT else None
+            result.append(format(int(value), form) if form.endswith("d") else format(value, form))
+        return "".join(result)
+
+    return fill
+
+
+def parsed(spec: str) -> Iterator[tuple[str, Finder | None, str]]:
+    """(text, what finds the column behind it, its format) of a template's parts."""
+    for literal, name, form, _ in string.Formatter().parse(spec):
+        yield literal, None if name is None else finder(name), form or ""
+
+
+def shortened(value: Any) -> str:
+    """A value for a message."""
+    text = "nothing" if value is ABSENT else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,80 @@
+"""What annotations come to: a row says something about one image or video, an item is that media with all its rows."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+PART = re.compile(r"#t=(\d+(?:\.\d+)?)(?:,(\d+(?:\.\d+)?))?$")  # the W3C's form of a part of a clip
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One annotation row: captions, or a question, or a choice about the media `source`.
+
+    source: path or URL, with `#t=START,END` where the row is about a part of a clip.
+    filtered: the reason why the row is left out, empty when it is not; the rest then says nothing.
+    """
+
+    source: str = ""
+    captions: tuple[str, ...] = ()
+    question: dict[str, Any] | None = None  # as schema.QUESTION; an empty question_id is filled in later
+    choice: dict[str, Any] | None = None  # as schema.CHOICE; likewise
+    filtered: str = ""
+
+
+@dataclass
+class Item:
+    """One image or video and every text that annotation rows give it; `rows` counts those rows."""
+
+    source: str
+    rows: int = 0
+    captions: list[str] = field(default_factory=list)
+    questions: list[dict[str, Any]] = field(default_factory=list)
+    choices: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, captions: Iterable[str], question: dict[str, Any] | None, choice: dict[str, Any] | None) -> None:
+        """Take in one more row."""
+        self.rows += 1
+        self.captions.extend(captions)
+        for entry, entries in ((question, self.questions), (choice, self.choices)):
+            if entry is not None:
+                entries.append({**entry, "question_id": entry["question_id"] or f"{self.source}#{len(entries)}"})
+
+
+def part_of(start: float, end: float) -> str:
+    """`#t=START,END` (seconds) of a part of a clip; `end` is infinite where the part reaches the clip's end."""
+    return f"#t={seconds(start)}" + ("" if math.isinf(end) else f",{seconds(end)}")
+
+
+def seconds(value: float) -> str:
+    """Seconds without needless digits."""
+    return f"{value:.3f}".rstrip("0").rstrip(".")
+
+
+def split_part(source: str) -> tuple[str, float, float]:
+    """(media path, start, end) of a source; 0 and infinity where it names no part."""
+    match = PART.search(source)
+    if match is None:
+        return source, 0.0, math.inf
+    return source[: match.start()], float(match[1]), float(match[2] or math.inf)
+
+
+def question_of(record: dict[str, Any], default_id: str) -> dict[str, Any]:
+    """A question with its distinct answers, most frequent first, and each one's share of the annotators."""
+    given = record.get("answer", [])
+    answers = Counter(str(answer) for answer in (given if isinstance(given, list) else [given]))
+    total = sum(answers.values())
+    ranked = sorted(answers.items(), key=lambda pair: -pair[1])
+    return {
+        "question_id": str(record.get("question_id", default_id)),
+        "question": str(record["question"]),
+        "answers": [answer for answer, _ in ranked],
+        "weights": [count / total for _, count in ranked],
+        "question_type": str(record.get("question_type", "")),
+        "answer_type": str(record.get("answer_type", "")),
+    }
