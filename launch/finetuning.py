@@ -25,10 +25,11 @@ def finetune(settings: Settings, ranks: Ranks, tasks: Sequence[str]) -> None:
         raise ValueError(f"the configuration is for task={run.task}: start it with launch/{ENTRY_POINTS[run.task]}.py")
     if not run.test_corpus:
         raise ValueError("test_corpus is empty: name the packed corpora to evaluate, test_corpus.NAME=URL")
-    train(settings, ranks, _evaluation)
+    train(settings, ranks, evaluation)
 
 
-def _evaluation(prepared: Prepared, device: torch.device) -> Evaluate:
+def evaluation(prepared: Prepared, device: torch.device) -> Evaluate:
+    """The evaluation of a run's splits, for its trainer."""
     return partial(_evaluate, prepared, device)
 
 

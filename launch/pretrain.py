@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
 def main(settings: Settings, ranks: Ranks) -> None:
     """The entry point's work."""
+    from launch.finetuning import evaluation
     from launch.training import train
 
-    train(settings, ranks)
+    train(settings, ranks, evaluation if settings.config.stop_key else None)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -14,6 +15,8 @@ from train.prepare import Prepared, prepare_training
 from train.ranks import Ranks
 from train.stopped import Stopped
 from train.stopping import StopRequest
+
+log = logging.getLogger(__name__)
 
 
 def train(
@@ -33,6 +36,11 @@ def train(
         trainer.train(evaluate(prepared, device) if evaluate else None)
     except Stopped:
         trainer.close()
+        raise
+    except RuntimeError:  # a collective, as a rule: was another rank the cause?
+        gone = trainer.watchdog.after_failure()
+        if gone:
+            log.error("%s; the job ends, the same command goes on from the last checkpoint", gone)
         raise
     trainer.close()
     torch.distributed.barrier()

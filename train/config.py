@@ -97,6 +97,10 @@ class RunConfig(LoaderConfig, EvalConfig):
     save_every: int = 1000  # steps; checkpoints are also written at signals and at the end
     save_minutes: float = 0.0  # also when so much time has passed since the last one; 0: not
     keep_checkpoints: int = 2
+    max_steps: int = 0  # ends the run after so many steps; 0: not
+    max_bad_steps: int = 10  # ends the run when so many steps in a row have no finite gradient
+    stall_seconds: float = 600.0  # ends the run when no step is done for so long
+    profile_steps: list[int] = field(default_factory=list)  # first and last step of a profiler's trace; empty: none
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
@@ -107,7 +111,13 @@ class RunConfig(LoaderConfig, EvalConfig):
         _one_of("wandb.mode", self.wandb.mode, WANDB_MODES)
         for name in ("log_every", "save_every", "keep_checkpoints", "image_res", "embed_dim", "accumulate"):
             _at_least(name, getattr(self, name), 1)
-        _at_least("save_minutes", self.save_minutes, 0)
+        for name in ("save_minutes", "max_steps"):
+            _at_least(name, getattr(self, name), 0)
+        for name in ("max_bad_steps", "stall_seconds"):
+            _at_least(name, getattr(self, name), 1)
+        steps = self.profile_steps
+        if steps and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
+            raise ValueError(f"profile_steps is {steps}: must be the first and the last step, such as [5,8]")
         _at_least("scheduler.epochs", self.scheduler.epochs, 1)
         _at_least("scheduler.warmup_epochs", self.scheduler.warmup_epochs, 0)
         _at_least("optimizer.lr", self.optimizer.lr, 0)

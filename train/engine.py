@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from train.config import RunConfig
+from train.fragments import set_optimizer_step
 from train.groups import ParameterGroup, parameter_groups
 from train.ranks import Ranks
 
@@ -109,12 +110,17 @@ def start_engine(
 
     parameters = dict(model.named_parameters())
     groups = parameter_groups({name: p.ndim for name, p in parameters.items() if p.requires_grad}, run.optimizer)
+    # No learning rate yet, the schedule sets it at every step: some of DeepSpeed's optimisers begin with an empty step.
     wanted = [
-        {"params": [parameters[name] for name in group.names], "lr": group.lr, "weight_decay": group.weight_decay}
+        {"params": [parameters[name] for name in group.names], "lr": 0.0, "weight_decay": group.weight_decay}
         for group in groups
     ]
     _broadcast_scalars(parameters, device)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=_optimizer(wanted, run, config, device), config=config)
+    optimizer = _optimizer(wanted, run, config, device)
+    if isinstance(optimizer, torch.optim.AdamW):
+        config = {**config, "gradient_clipping": 0.0}  # train.guard clips: DeepSpeed waits for the device to do it
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    set_optimizer_step(engine, 0)
     return engine, groups
 
 
@@ -140,8 +146,8 @@ def _optimizer(
     if device.type == "cuda" and _offloads(config):
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(groups, lr=run.optimizer.lr, betas=betas, adamw_mode=True)
-    return torch.optim.AdamW(groups, lr=run.optimizer.lr, betas=betas, fused=True)
+        return DeepSpeedCPUAdam(groups, lr=0.0, betas=betas, adamw_mode=True)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
 
 
 def _offloads(config: dict[str, Any]) -> bool:

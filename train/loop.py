@@ -5,19 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
-import numpy as np
 import torch
 from torch import distributed
 
 from eval.gather import share
-from loaders.batch import Batch, normalize
-from loaders.train import TrainLoader
+from loaders.batch import Batch
 from model.answering import SingularityQA
 from model.building import Model
 from model.checkpoint import load_weights
@@ -29,23 +27,23 @@ from train.checkpoints import (
     save_checkpoint,
     save_weights,
 )
-from train.engine import DTYPES, start_engine
+from train.config import RunConfig
+from train.engine import start_engine
 from train.evaluation import Metrics
+from train.figures import Clock
+from train.guard import StepGuard
 from train.prepare import Prepared
+from train.profiling import StepProfiler
 from train.schedule import Schedule
+from train.step import Losses, Stepper
 from train.stopped import Stopped
 from train.stopping import StopRequest, StopVote
 from train.tracking import Tracker
+from train.watchdog import LOADER, OTHER, STEP, Watchdog
 
 log = logging.getLogger(__name__)
 
 Evaluate = Callable[[Model, list[str], str], Metrics]  # model, splits, label
-
-
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Set all generators of PyTorch from (seed, step, rank), so that a step is the same whatever came before it."""
-    mixed = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]
-    torch.manual_seed(int(mixed >> np.uint64(1)))
 
 
 class Trainer:
@@ -58,19 +56,30 @@ class Trainer:
         self.model: Model = prepared.model
         self.model_config = prepared.model.config
         self.model.set_gradient_checkpointing(self.run.gradient_checkpointing)
-        self.engine, self.groups = start_engine(self.model, self.run, prepared.deepspeed, device)
+        self.engine, groups = start_engine(self.model, self.run, prepared.deepspeed, device)
+        self.watchdog = Watchdog(self.ranks, self.run.stall_seconds, self.folder.path)
         self.state = self._resume()
-        per_epoch = self.loader.steps_per_epoch
-        self.total_steps = per_epoch * self.run.scheduler.epochs
-        self.schedule = Schedule(
-            self.run.scheduler.warmup_epochs * per_epoch, self.total_steps, self.run.scheduler.min_lr_multi
+        self.total_steps = total_steps(self.run, self.loader.steps_per_epoch)
+        self.guard = StepGuard(
+            self.engine, self.ranks, self.run.precision, self.run.max_bad_steps, self.run.optimizer.max_grad_norm
         )
+        schedule = Schedule(
+            self.run.scheduler.warmup_epochs * self.loader.steps_per_epoch,
+            self.loader.steps_per_epoch * self.run.scheduler.epochs,
+            self.run.scheduler.min_lr_multi,
+        )
+        self.step = Stepper(
+            self.engine, groups, self.model, schedule, self.guard, device,
+            self.run.precision, self.run.seed, self.ranks.rank, self.run.accumulate,
+        )  # fmt: skip
         self.vote = StopVote(request, self.ranks.world_size)
+        self.profiler = StepProfiler(self.run.profile_steps, self.folder.path / "profile", self.ranks.rank)
         self.tracker: Tracker | None = None
         if self.ranks.is_first:
             self.tracker = Tracker(self.folder, self.run, self.total_steps, self.state.step)
-        self._saved_step = self.state.step
-        self._clock = _Clock(self.loader)
+        self._saved_step, self._saved_at = self.state.step, time.monotonic()
+        lengths = {kind: getattr(self.run.max_txt_l, kind) for kind in self.loader.batch_size}
+        self._clock = Clock(self.model_config, self.loader.batch_size, lengths, self.run.video_input.num_frames)
 
     def train(self, evaluate: Evaluate | None = None) -> None:
         """Train to the end. With `evaluate`: `stop_key` is evaluated after each epoch, all splits at the end.
@@ -88,7 +97,7 @@ class Trainer:
             )
         self.engine.train()
         self._after_epoch(evaluate)
-        while self.state.step < self.total_steps:
+        while not self._is_over():
             self._epoch()
             self._after_epoch(evaluate)
         self.vote.close()
@@ -99,7 +108,8 @@ class Trainer:
             self.folder.finish({"step": self.state.step, "best": self.state.best})
 
     def close(self) -> None:
-        """End the loader's threads and the records; not to be called after a failure, when other ranks may be gone."""
+        """End the threads and the records; not to be called after a failure, when other ranks may be gone."""
+        self.watchdog.close()
         self.loader.close()
         if self.tracker is not None:
             self.tracker.close()
@@ -108,6 +118,8 @@ class Trainer:
         """Write a checkpoint of the present step, unless there is one."""
         if self.state.step == self._saved_step and self.state.step > 0:
             return
+        self.guard.inspect()
+        self.watchdog.doing(OTHER, self.state.step)
         started = time.perf_counter()
         path = save_checkpoint(
             self.folder.checkpoints,
@@ -118,7 +130,7 @@ class Trainer:
             self.ranks,
             self.run.keep_checkpoints,
         )
-        self._saved_step = self.state.step
+        self._saved_step, self._saved_at = self.state.step, time.monotonic()
         self._clock.pause(time.perf_counter() - started)
         if self.ranks.is_first:
             log.info("Saved %s in %.1f s", path, time.perf_counter() - started)
@@ -138,32 +150,31 @@ class Trainer:
         """The rest of the present epoch."""
         epoch = self.state.epoch
         batches = self.loader.epoch(epoch, self.state.epoch_step)
+        self.watchdog.doing(LOADER, self.state.step)
         with closing(batches):  # type: ignore[type-var]
-            for batch in _timed(batches, self._clock):
-                losses = self.step(batch)
+            for batch in self._clock.timed(batches):
+                self.watchdog.doing(STEP, self.state.step)
+                self.profiler.before(self.state.step + 1)
+                losses = self.step(batch, self.state.step)
                 self.state.step += 1
                 self.state.epoch_step += 1
                 if self.state.epoch_step == self.loader.steps_per_epoch:
                     self.state.epoch, self.state.epoch_step = epoch + 1, 0
-                if self.state.step % self.run.log_every == 0 or self.state.step == self.total_steps:
+                self.profiler.after(self.state.step)
+                if self.state.step % self.run.log_every == 0 or self._is_over():
                     self._log(batch, losses)
                 self._maybe_save_and_stop()
+                if self._is_over():
+                    break
+                self.watchdog.doing(LOADER, self.state.step)
+        self.watchdog.doing(OTHER, self.state.step)
 
-    def step(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """One optimiser step on this rank's part of a global batch; returns its losses, still on the device."""
-        seed_step(self.run.seed, self.state.step, self.ranks.rank)
-        multiplier = self.schedule.multiplier(self.state.step)
-        for group, settings in zip(self.engine.optimizer.param_groups, self.groups, strict=True):
-            group["lr"] = settings.lr * multiplier
-        batch = batch.to(self.device)
-        frames = normalize(batch.frames, self.model.mean, self.model.std, DTYPES[self.run.precision])
-        losses = self.engine(frames, *model_inputs(batch))
-        self.engine.backward(torch.stack(list(losses.values())).sum())
-        self.engine.step()
-        return {name: loss.detach() for name, loss in losses.items()}
+    def _is_over(self) -> bool:
+        return self.state.step >= self.total_steps
 
-    def _log(self, batch: Batch, losses: dict[str, torch.Tensor]) -> None:
+    def _log(self, batch: Batch, losses: Losses) -> None:
         """Record the present step; its losses are means over the ranks. The only place that waits for the device."""
+        self.guard.inspect()
         values = torch.stack([loss.float() for loss in losses.values()])
         if self.ranks.world_size > 1:
             distributed.all_reduce(values)
@@ -177,26 +188,34 @@ class Trainer:
             "media_type": batch.media_type,
             "loss": sum(means),
             **dict(zip(losses, means)),
-            "lr": self.run.optimizer.lr * self.schedule.multiplier(self.state.step - 1),
+            "lr": self.run.optimizer.lr * self.step.schedule.multiplier(self.state.step - 1),
             "temperature": _temperature(self.model),
-            "grad_norm": _number(self.engine.get_global_grad_norm()),
-            **self._clock.figures(),
+            "grad_norm": _number(self.guard.norm),
+            **self._clock.figures(self.device, self.ranks.world_size),
+            **({"skipped": self.guard.skipped} if self.guard.skipped else {}),
         }
         self._clock.restart()
         self.tracker.step(figures)
 
     def _maybe_save_and_stop(self) -> None:
-        signal = self.vote.decided()
-        if self.state.step % self.run.save_every == 0:
+        minutes = (time.monotonic() - self._saved_at) / 60
+        decision = self.vote.decided(save=0 < self.run.save_minutes <= minutes)
+        if self.state.step % self.run.save_every == 0 or decision.save:
             self.save()
-        if signal:
+        if decision.signal:
             self.save()
-            raise Stopped(signal, self.state.step)
+            raise Stopped(decision.signal, self.state.step)
 
     def _after_epoch(self, evaluate: Evaluate | None) -> None:
         """Evaluate the split that chooses the best checkpoint, and keep its weights when it is one."""
         key, epoch = self.run.stop_key, self.state.epoch
-        if evaluate is None or key is None or self.state.epoch_step or self.state.evaluated_epochs >= epoch:
+        if evaluate is None or key is None:
+            return
+        if self.state.epoch_step and self._is_over():  # ended within an epoch, which then counts as one
+            epoch += 1
+        elif self.state.epoch_step:
+            return
+        if self.state.evaluated_epochs >= epoch:
             return
         metrics = evaluate(self.model, [key], f"epoch_{epoch:02}")
         self._record(metrics)
@@ -222,51 +241,10 @@ class Trainer:
             self.tracker.evaluation(self.state.step, self.state.epoch, metrics)
 
 
-class _Clock:
-    """Times the steps between two logged ones: samples a second and the share of waiting for the loader."""
-
-    def __init__(self, loader: TrainLoader) -> None:
-        self._sizes = loader.batch_size
-        self.waited = 0.0
-        self.restart()
-
-    def restart(self) -> None:
-        """Begin a new interval."""
-        self._began, self._samples, self.waited = time.perf_counter(), 0, 0.0
-
-    def pause(self, seconds: float) -> None:
-        """Leave out time that was spent on something else."""
-        self._began += seconds
-
-    def batch(self, media_type: str, waited: float) -> None:
-        """Count a batch and the time it was waited for."""
-        self._samples += self._sizes[media_type]
-        self.waited += waited
-
-    def figures(self) -> dict[str, float]:
-        """The interval's figures; samples are those of all ranks."""
-        seconds = max(1e-9, time.perf_counter() - self._began)
-        return {"samples_per_second": round(self._samples / seconds, 2), "data_wait": round(self.waited / seconds, 4)}
-
-
-def _timed(batches: Iterator[Batch], clock: _Clock) -> Iterator[Batch]:
-    """The batches, the waiting for each noted."""
-    while True:
-        began = time.perf_counter()
-        batch = next(batches, None)
-        if batch is None:
-            return
-        clock.batch(batch.media_type, time.perf_counter() - began)
-        yield batch
-
-
-def model_inputs(batch: Batch) -> tuple[torch.Tensor, ...]:
-    """What the model's training forward takes after the frames: captions, or questions and their answers."""
-    if batch.answers is None:
-        return batch.input_ids, batch.attention_mask, batch.idx
-    answers = batch.answers
-    own = (answers.input_ids, answers.attention_mask, answers.weights, answers.per_question)
-    return batch.input_ids, batch.attention_mask, *own
+def total_steps(run: RunConfig, per_epoch: int) -> int:
+    """Optimiser steps of a run."""
+    steps = per_epoch * run.scheduler.epochs
+    return min(steps, run.max_steps) if run.max_steps else steps
 
 
 def deciding_score(metrics: Metrics, split: str) -> tuple[str, float]:

@@ -69,12 +69,24 @@ def prepare_training(settings: Settings, ranks: Ranks, evaluates: bool) -> Prepa
     model, tokenizer = _model(settings)
     parameter_groups({name: p.ndim for name, p in model.named_parameters()}, run.optimizer)
     loader = TrainLoader(run.train_urls(), tokenizer, run, ranks.rank, ranks.world_size, ranks.ranks_here)
+    _check_parts(loader, run, ranks)
     folder = RunFolder(run.output_dir)
     if ranks.is_first:
         folder.claim(run)
         for path in complete_checkpoints(folder.checkpoints)[-1:]:
             _check_vocabulary(tokenizer, str(path / WEIGHTS), run)
     return Prepared(run, ranks, folder, zero, tokenizer, loader, model, answers)
+
+
+def _check_parts(loader: TrainLoader, run: RunConfig, ranks: Ranks) -> None:
+    """Raise ValueError unless each rank's share of a batch can be computed in `accumulate` equal parts."""
+    for kind, size in loader.batch_size.items():
+        share = size // ranks.world_size
+        if share % run.accumulate:
+            raise ValueError(
+                f"batch_size.{kind}={size} over {ranks.world_size} processes is {share} each, which accumulate="
+                f"{run.accumulate} does not divide: change one of them"
+            )
 
 
 def prepare_evaluation(settings: Settings) -> tuple[Model, Tokenizer]:

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import FrameType
 
 import psutil
@@ -71,6 +72,14 @@ def launcher_processes() -> list[psutil.Process]:
     return found
 
 
+@dataclass(frozen=True)
+class Decision:
+    """What all ranks do after the present step: stop because of `signal` (0: go on), save."""
+
+    signal: int = 0
+    save: bool = False
+
+
 class StopVote:
     """Brings all ranks to the same decision without waiting: a step's vote is counted at the next step.
 
@@ -81,22 +90,23 @@ class StopVote:
         self._request = request
         self._alone = world_size == 1
         self._group = None if self._alone else distributed.new_group(backend="gloo")
-        self._votes = torch.zeros(1, dtype=torch.int64)
+        self._votes = torch.zeros(2, dtype=torch.int64)
         self._work: distributed.Work | None = None
 
-    def decided(self) -> int:
-        """The signal because of which all ranks stop now, or 0; to be called by all ranks once a step."""
+    def decided(self, save: bool = False) -> Decision:
+        """What all ranks do now, where one was asked to stop or wants to `save`; all ranks call once a step."""
         if self._alone:
-            return self._request.signal
+            return Decision(self._request.signal, save)
         result = self.close()
-        self._votes.fill_(self._request.signal)
+        self._votes.copy_(torch.tensor([self._request.signal, save]))
         self._work = distributed.all_reduce(self._votes, op=distributed.ReduceOp.MAX, group=self._group, async_op=True)
         return result
 
-    def close(self) -> int:
-        """Count the vote under way, if any; returns its signal."""
+    def close(self) -> Decision:
+        """Count the vote under way, if any."""
         if self._work is None:
-            return 0
+            return Decision()
         self._work.wait()
         self._work = None
-        return int(self._votes)
+        signal, save = self._votes.tolist()
+        return Decision(signal, bool(save))

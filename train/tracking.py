@@ -81,6 +81,9 @@ def step_line(figures: dict[str, Any], total_steps: int) -> str:
         *([f"grad {norm:.2f}"] if norm is not None else []),
         f"{figures['samples_per_second']:.0f}/s",
         f"wait {100 * figures['data_wait']:.0f}%",
+        f"{figures['memory_gb']:.1f} GB",
+        *([f"MFU {100 * figures['mfu']:.1f}%"] if figures["mfu"] is not None else []),
+        *([f"skipped {figures['skipped']}"] if figures.get("skipped") else []),
     ]
     return " | ".join(parts)
 

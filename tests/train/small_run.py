@@ -13,7 +13,7 @@ from sharding.shapes import write_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = 32
-VARYING = ("samples_per_second", "data_wait")
+VARYING = ("samples_per_second", "data_wait", "memory_gb")
 
 CONFIG = f"""
 train_corpus: ["${{data_root}}/images_train", "${{data_root}}/clips_train"]
@@ -61,7 +61,7 @@ def command(script: str, *arguments: object, processes: int = 2) -> list[str]:
     if processes == 1:
         return [sys.executable, *words]
     launcher = Path(sys.executable).with_name("deepspeed")
-    return [str(launcher), "--num_accelerators", str(processes), "--master_port", str(_free_port()), *words]
+    return [str(launcher), "--num_accelerators", str(processes), "--master_port", str(free_port()), *words]
 
 
 def run(script: str, *arguments: object, processes: int = 2, cwd: Path | None = None) -> subprocess.CompletedProcess:
@@ -90,7 +90,7 @@ def run_jobs(folder: Path, jobs: list[dict], processes: int = 2, timeout: int = 
     """Run launches one after another in the same processes; fails with the first one's error. Returns the output."""
     path = folder / f"jobs_{len(list(folder.glob('jobs_*.json')))}.json"
     path.write_text(json.dumps(jobs))
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(_free_port())]
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(free_port())]
     words = [*launcher, str(Path(__file__).with_name("job_worker.py")), str(path), str(path.with_suffix(".result"))]
     result = subprocess.run(
         [sys.executable, *words], env=environment(), capture_output=True, text=True, timeout=timeout
@@ -108,7 +108,8 @@ def learned(folder: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if key not in VARYING} for line in lines]
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]

@@ -9,6 +9,7 @@ from train.tracking import Tracker, drop_after
 FIGURES = {
     "epoch": 0, "media_type": "image", "loss": 3.0, "loss_itc": 1.0, "loss_itm": 2.0, "lr": 1e-4,
     "temperature": 0.07, "grad_norm": 1.5, "samples_per_second": 12.3, "data_wait": 0.01,
+    "memory_gb": 1.5, "mfu": None,
 }  # fmt: skip
 
 

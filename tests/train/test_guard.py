@@ -1,0 +1,151 @@
+"""A step without a finite gradient changes nothing, is told with its samples, and too many in a row end the run."""
+
+import pytest
+import torch
+from small_run import ROOT, free_port
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model.config import ModelConfig, TextConfig, VisionConfig
+from model.singularity import Singularity
+from train.config import OptimizerConfig, RunConfig
+from train.engine import deepspeed_config, device_for, start_engine, start_processes
+from train.fragments import fragments
+from train.groups import parameter_groups
+from train.guard import StepGuard
+from train.ranks import Ranks
+
+SMALL = ModelConfig(
+    vision_encoder=VisionConfig(type="vit", width=32, depth=1, heads=2, drop_path=0.0),
+    text_encoder=TextConfig(
+        vocab_size=40, width=32, layers=2, fusion_layer=1, heads=2, intermediate=64, max_positions=16, dropout=0.0
+    ),
+    image_res=32,
+    embed_dim=16,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def processes():
+    """A group of one process, as a plain `python` launch has it."""
+    with pytest.MonkeyPatch.context() as patch:
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        for key, value in {**alone, "MASTER_PORT": str(free_port()), "DS_ACCELERATOR": "cpu"}.items():
+            patch.setenv(key, value)
+        start_processes(device_for(Ranks()))
+        yield
+
+
+def make(stage, precision):
+    run = RunConfig(
+        deepspeed=str(ROOT / f"deepspeed_configs/zero{stage}.json"), precision=precision,
+        optimizer=OptimizerConfig(lr=1e-2, max_grad_norm=1.0),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Singularity(SMALL, pad_id=0, cls_id=2, mask_id=4)
+    engine, _ = start_engine(model, run, deepspeed_config(run, Ranks()), torch.device("cpu"))
+    return engine, StepGuard(engine, Ranks(), precision, limit=3, max_grad_norm=1.0)
+
+
+def step(engine, guard, number, poisoned):
+    frames = torch.randn(4, 1, 3, 32, 32, dtype=next(engine.module.parameters()).dtype)
+    if poisoned:
+        frames[2] = float("nan")
+    ids = torch.randint(5, 40, (4, 8))
+    losses = engine(frames, ids, torch.ones_like(ids), torch.arange(4))
+    for group in engine.optimizer.param_groups:
+        group["lr"] = 1e-2
+    engine.backward(torch.stack(list(losses.values())).sum())
+    engine.step()
+    guard.note(number, tuple(f"corpus/{number}_{row}" for row in range(4)), losses)
+
+
+def numbers(engine):
+    """Weights and moments, single precision."""
+    return {
+        (part.name, kind): tensor.clone()
+        for part in fragments(engine)
+        for kind, tensor in {"weight": part.weight, **part.moments}.items()
+    }
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_poisoned_step_changes_nothing_and_is_told(stage, precision, caplog):
+    engine, guard = make(stage, precision)
+    step(engine, guard, 1, poisoned=False)
+    before = numbers(engine)
+    step(engine, guard, 2, poisoned=True)
+    after = numbers(engine)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    step(engine, guard, 3, poisoned=False)
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in numbers(engine).items())
+    steps = {float(state["step"]) for state in engine.basic_optimizer.state.values()}
+    assert steps == {2.0}
+    with caplog.at_level("WARNING", "train"):
+        guard.inspect()
+    assert guard.skipped == 1
+    assert [message for message in caplog.messages if message.startswith("Step ")] == [
+        "Step 2 is skipped, its gradient is not finite; samples of rank 0, loss nan: "
+        "corpus/2_0, corpus/2_1, corpus/2_2, corpus/2_3"
+    ]
+
+
+def test_too_many_in_a_row_end_the_run():
+    engine, guard = make(1, "bf16")
+    for number, poisoned in enumerate([True, True, False, True, True], 1):
+        step(engine, guard, number, poisoned)
+    guard.inspect()
+    assert guard.skipped == 4
+    step(engine, guard, 6, poisoned=True)
+    with pytest.raises(ValueError, match=r"3 steps in a row, the last one 6, .*max_bad_steps=3.*lower optimizer\.lr"):
+        guard.inspect()
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a tensor's value is asked for, which waits on a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_no_step_waits_for_the_device_in_bf16(stage):
+    engine, guard = make(stage, "bf16")
+    step(engine, guard, 1, poisoned=False)
+    with Reads() as reads:
+        step(engine, guard, 2, poisoned=True)
+    assert reads.count == 0
+    with Reads() as reads:
+        guard.inspect()
+    assert reads.count > 0
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_gradients_are_clipped_as_pytorch_does(stage):
+    engine, guard = make(stage, "fp32")
+    torch.manual_seed(0)
+    alone = Singularity(SMALL, pad_id=0, cls_id=2, mask_id=4)
+    groups = parameter_groups({name: p.ndim for name, p in alone.named_parameters()}, OptimizerConfig(lr=1e-2))
+    named = dict(alone.named_parameters())
+    plain = torch.optim.AdamW(
+        [{"params": [named[name] for name in g.names], "weight_decay": g.weight_decay} for g in groups], lr=1e-2
+    )
+    for number in (1, 2, 3):
+        torch.manual_seed(number)
+        step(engine, guard, number, poisoned=False)
+        torch.manual_seed(number)
+        frames, ids = torch.randn(4, 1, 3, 32, 32), torch.randint(5, 40, (4, 8))
+        plain.zero_grad()
+        torch.stack(list(alone(frames, ids, torch.ones_like(ids), torch.arange(4)).values())).sum().backward()
+        norm = torch.nn.utils.clip_grad_norm_(alone.parameters(), 1.0)
+        plain.step()
+        assert float(guard.norm) == pytest.approx(float(norm), rel=1e-4)
+        assert norm > 1
+    for part in fragments(engine):
+        if named[part.name].grad is None:  # no part of this model's losses
+            continue
+        expected = plain.state[named[part.name]]["exp_avg"].flatten()  # weights would show no scale
+        torch.testing.assert_close(part.moments["exp_avg"], expected, rtol=1e-3, atol=1e-5)

@@ -1,0 +1,74 @@
+"""A job that stands still ends by itself, and says which rank is the cause and at which step."""
+
+import os
+import signal
+import time
+
+import psutil
+import pytest
+from small_run import metrics, start
+
+from train.watchdog import LOADER, OTHER, STEP, Beat, verdict
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def beat(rank, step, doing, seconds, silent=0.0):
+    return Beat(rank, f"host{rank}", 100 + rank, step, doing, seconds, silent)
+
+
+def test_a_job_that_goes_on_is_left_alone():
+    assert verdict([beat(0, 5, STEP, 2), beat(1, 5, LOADER, 3)], limit=10) == ""
+    assert verdict([beat(0, 5, OTHER, 900), beat(1, 5, OTHER, 900)], limit=10) == ""  # a long evaluation
+    assert verdict([beat(0, 5, OTHER, 30), beat(1, 5, STEP, 30)], limit=10) == ""  # the other one saves
+
+
+def test_a_loader_that_stands_still_is_told_from_those_who_wait_for_it():
+    found = verdict([beat(0, 5, STEP, 11), beat(1, 5, STEP, 11), beat(2, 5, LOADER, 12)], limit=10)
+    assert found.startswith("rank 2 (host2) has been waiting for its loader for 12 s after step 5")
+    assert "rank 0" not in found
+
+
+def test_a_collective_that_stands_still_is_told_with_those_who_are_behind():
+    found = verdict([beat(0, 6, STEP, 11), beat(1, 5, STEP, 12), beat(2, 6, STEP, 11)], limit=10)
+    assert "no rank is waiting for its loader" in found
+    assert "fewest steps (5): 1" in found
+
+
+def test_a_silent_rank_is_named():
+    found = verdict([beat(0, 5, STEP, 11), beat(1, 4, STEP, 11, silent=12)], limit=10)
+    assert found.startswith("rank 1 (host1, process 101) has given no sign of life for 12 s, its last step was 4")
+
+
+def one_process(launcher, rank):
+    """The training process of a rank below `deepspeed`."""
+    for process in psutil.Process(launcher.pid).children(recursive=True):
+        words = process.cmdline()
+        if any(word.endswith("launch/pretrain.py") for word in words) and f"--local_rank={rank}" in words:
+            return process
+    raise AssertionError("no such rank")
+
+
+@pytest.mark.parametrize("what", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
+def test_a_killed_or_halted_rank_brings_the_job_down(corpora, tmp_path, what):
+    folder, log = tmp_path / "run", tmp_path / "log.txt"
+    settings = ("scheduler.epochs=400", "save_every=10000", "stall_seconds=5", f"output_dir={folder}")
+    launcher = start("pretrain", corpora / "tiny.yaml", *settings, log=log)
+    try:
+        while not any(line["step"] >= 5 for line in metrics(folder)):
+            assert launcher.poll() is None, log.read_text()
+            time.sleep(0.05)
+        one_process(launcher, 1).send_signal(what)
+        began = time.monotonic()
+        assert launcher.wait(60) != 0
+        assert time.monotonic() - began < 45
+    finally:
+        if launcher.poll() is None:
+            os.killpg(launcher.pid, signal.SIGKILL)
+    text = log.read_text()
+    assert "rank 1 (" in text
+    if what == signal.SIGKILL:
+        assert "has gone, its last step was" in text
+    else:
+        assert "given no sign of life for" in text
+        assert "Thread" in (folder / "stacks_rank_0.txt").read_text()

@@ -1,0 +1,126 @@
+"""Guards the weights: clips gradients; a step whose gradient is not finite changes nothing and is told."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from eval.gather import gather_objects
+from train.ranks import Ranks
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """A step behind us, not yet looked at: tensors are still on the device."""
+
+    step: int
+    keys: tuple[str, ...]
+    loss: torch.Tensor
+    skipped: torch.Tensor | bool
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What a rank knows about a skipped step."""
+
+    loss: float
+    keys: tuple[str, ...]
+
+
+class StepGuard:
+    """Clips gradients, and makes AdamW pass over steps with infinities or NaN in them, on all ranks alike.
+
+    Where DeepSpeed does not test the gradient itself (bf16 with ZeRO 1 and 2, fp32 without ZeRO), AdamW's own kernel
+    is told by a number on the device, so that no step waits for it. `inspect` waits, and tells what was skipped.
+    """
+
+    def __init__(
+        self, engine: DeepSpeedEngine, ranks: Ranks, precision: str, limit: int, max_grad_norm: float = 0.0
+    ) -> None:
+        """limit: skipped steps in a row that end the run. max_grad_norm: to clip to; 0 or less: not at all."""
+        self.skipped = 0  # since the start of this process
+        self.norm: torch.Tensor | float | None = None  # of the last step's gradient, before clipping
+        self._max_grad_norm = max_grad_norm
+        self._partitioned = engine.zero_optimization_stage() > 0
+        self._engine, self._ranks, self._limit = engine, ranks, limit
+        self._scales_loss = precision == "fp16"
+        self._taken: list[_Taken] = []
+        self._bad: torch.Tensor | None = None
+        self._row = 0
+        base: Any = engine.basic_optimizer
+        if isinstance(base, torch.optim.AdamW):
+            base.register_step_pre_hook(self._before_update)
+
+    def _before_update(self, optimizer: Any, *_: Any) -> None:
+        """Clip, and tell AdamW whether to act; ZeRO has the gradient's norm over all ranks (-1 where it is none)."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not parameters:
+            return
+        if self._partitioned:
+            norm = torch.as_tensor(self._engine.optimizer._global_grad_norm)
+        else:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        self.norm = norm
+        self._bad = ~(torch.isfinite(norm) & (norm >= 0))
+        device = parameters[0].device
+        optimizer.found_inf = self._bad.to(device, torch.float32)
+        if self._max_grad_norm > 0:
+            factor = (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0).to(device)
+            torch._foreach_mul_([p.grad for p in parameters], factor)
+
+    def note(self, step: int, keys: tuple[str, ...], losses: Mapping[str, torch.Tensor]) -> None:
+        """Remember step number `step` = 1, 2, ... until the next `inspect`."""
+        skipped: torch.Tensor | bool = bool(getattr(self._engine.optimizer, "overflow", False))
+        if skipped or self._bad is None:  # DeepSpeed's own test and norm
+            self.norm = None if skipped else self._engine.get_global_grad_norm()
+        else:
+            skipped = self._bad
+        self._taken.append(_Taken(step, keys, torch.stack(list(losses.values())).sum(), skipped))
+        self._bad = None
+
+    def inspect(self) -> None:
+        """Look at the steps noted since the last call; all ranks call after the same step. Waits for the device.
+
+        Raises ValueError on all ranks when too many in a row were skipped.
+        """
+        taken, self._taken = self._taken, []
+        if not taken:
+            return
+        device = taken[-1].loss.device
+        flags = torch.stack([torch.as_tensor(each.skipped, device=device) for each in taken]).tolist()
+        for each, skipped in zip(taken, flags):
+            if not skipped or not self._tell(each):
+                self._row = 0
+                continue
+            self.skipped += 1
+            self._row += 1
+            if self._row >= self._limit:
+                raise ValueError(
+                    f"{self._row} steps in a row, the last one {each.step}, have no finite gradient "
+                    f"(max_bad_steps={self._limit}): lower optimizer.lr, set optimizer.max_grad_norm, or take "
+                    "precision=bf16 or fp32; the log names the samples; the last checkpoint is from before"
+                )
+
+    def _tell(self, each: _Taken) -> bool:
+        """Log a skipped step with the samples of the ranks whose loss is not finite, or of all where all are.
+
+        False where it is only fp16 looking for its loss scale. All ranks call.
+        """
+        told = gather_objects(_Told(each.loss.item(), each.keys), self._ranks.world_size)
+        finite = [abs(rank.loss) < float("inf") for rank in told]
+        if self._scales_loss and all(finite):
+            return False
+        guilty = [number for number, good in enumerate(finite) if not good] or list(range(len(told)))
+        if self._ranks.is_first:
+            samples = "; ".join(f"rank {n}, loss {told[n].loss:.4g}: {', '.join(told[n].keys)}" for n in guilty)
+            log.warning("Step %d is skipped, its gradient is not finite; samples of %s", each.step, samples)
+        return True

@@ -1,0 +1,99 @@
+"""One optimiser step: the batch in parts, forward, backward, and AdamW at the schedule's learning rate."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from loaders.batch import Answers, Batch, normalize
+from model.building import Model
+from train.engine import DTYPES
+from train.groups import ParameterGroup
+from train.guard import StepGuard
+from train.schedule import Schedule
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+Losses = dict[str, torch.Tensor]
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Set all generators of PyTorch from (seed, step, rank), so that a step is the same whatever came before it."""
+    mixed = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]
+    torch.manual_seed(int(mixed >> np.uint64(1)))
+
+
+def model_inputs(batch: Batch) -> tuple[torch.Tensor, ...]:
+    """What the model's training forward takes after the frames: captions, or questions and their answers."""
+    if batch.answers is None:
+        return batch.input_ids, batch.attention_mask, batch.idx
+    answers = batch.answers
+    own = (answers.input_ids, answers.attention_mask, answers.weights, answers.per_question)
+    return batch.input_ids, batch.attention_mask, *own
+
+
+def split(batch: Batch, parts: int) -> list[Batch]:
+    """A batch of B pairs as `parts` batches of B / parts each, in order."""
+    if parts == 1:
+        return [batch]
+    size = len(batch.keys) // parts
+    result = []
+    for first in range(0, size * parts, size):
+        rows = slice(first, first + size)
+        tensors = {name: getattr(batch, name)[rows] for name in ("frames", "input_ids", "attention_mask", "idx")}
+        answers = None if batch.answers is None else _rows_of(batch.answers, rows)
+        result.append(replace(batch, **tensors, keys=batch.keys[rows], answers=answers))
+    return result
+
+
+def _rows_of(answers: Answers, rows: slice) -> Answers:
+    """The answers of some of the questions."""
+    counts = answers.per_question
+    first, end = int(counts[: rows.start].sum()), int(counts[: rows.stop].sum())
+    own = slice(first, end)
+    return Answers(answers.input_ids[own], answers.attention_mask[own], answers.weights[own], counts[rows])
+
+
+class Stepper:
+    """Takes the optimiser steps of a run; nothing in it waits for the device."""
+
+    def __init__(
+        self,
+        engine: DeepSpeedEngine,
+        groups: list[ParameterGroup],
+        model: Model,
+        schedule: Schedule,
+        guard: StepGuard,
+        device: torch.device,
+        precision: str,
+        seed: int,
+        rank: int,
+        accumulate: int = 1,
+    ) -> None:
+        """groups: of the optimiser, with their base learning rates. accumulate: parts that a batch is computed in."""
+        self.engine, self.groups, self.model, self.schedule, self.guard = engine, groups, model, schedule, guard
+        self._device, self._dtype = device, DTYPES[precision]
+        self._seed, self._rank, self._accumulate = seed, rank, accumulate
+
+    def __call__(self, batch: Batch, step: int) -> Losses:
+        """Step number `step` on this rank's part of a global batch; returns its losses (), still on the device."""
+        seed_step(self._seed, step, self._rank)
+        multiplier = self.schedule.multiplier(step)
+        for group, settings in zip(self.engine.optimizer.param_groups, self.groups, strict=True):
+            group["lr"] = settings.lr * multiplier
+        each = [self._part(part.to(self._device)) for part in split(batch, self._accumulate)]
+        losses = {name: torch.stack([part[name] for part in each]).mean() for name in each[0]}
+        self.guard.note(step + 1, batch.keys, losses)
+        return losses
+
+    def _part(self, batch: Batch) -> Losses:
+        """Forward and backward of one part; the optimiser acts after the last one, on the mean of the gradients."""
+        frames = normalize(batch.frames, self.model.mean, self.model.std, self._dtype)
+        losses = self.engine(frames, *model_inputs(batch))
+        self.engine.backward(torch.stack(list(losses.values())).sum())
+        self.engine.step()
+        return {name: loss.detach() for name, loss in losses.items()}
