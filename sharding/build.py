@@ -8,8 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, fields
 
 from sharding.annotations.reading import Reading, read_rows
 from sharding.annotations.staging import Staged, stage
@@ -19,6 +18,7 @@ from sharding.plan import Settings, Task, plan_shards
 from sharding.processes import run_tasks
 from sharding.progress import LOG_EVERY, Progress
 from sharding.schema import MEDIA_TYPES, Corpus, ShardInfo, join_url
+from sharding.sources import Fetching, check_root
 from sharding.workers import build_shard
 from sharding.writing import FinishedShard, finished_shard
 
@@ -42,6 +42,7 @@ def build_corpus(
     progress: bool = False,
     log_every: float = LOG_EVERY,
     reading: Reading | None = None,
+    fetching: Fetching | None = None,
 ) -> Corpus:
     """Pack annotated media into shards at `output` (a folder or an fsspec URL) and describe them in `corpus.json`.
 
@@ -63,14 +64,15 @@ def build_corpus(
     reading = reading or Reading()
     if not 0 <= max_failures <= 1:
         raise ValueError(f"--max-failures is {max_failures:g}, must be a share from 0 to 1, such as 0.05")
-    if "://" not in media_root and not Path(media_root).is_dir():
-        raise FileNotFoundError(f"media root {media_root} does not exist: check --media-root")
+    fetching = fetching or Fetching()
+    fetching.check()
+    check_root(media_root)
     with open_output(output) as scratch:
         staged = stage(read_rows(annotations, reading), scratch / "rows.sqlite", reading.limit)
         if not staged.items:
             raise ValueError(nothing_to_pack(annotations, staged))
         claim(output, settings, annotations, staged.items, scratch)
-        tasks = plan_shards(staged, settings, media_root, output, scratch)
+        tasks = plan_shards(staged, settings, media_root, output, scratch, fetching)
         failures = FailureLog(scratch)
         shown = Progress(staged.items, f"packing {name}", progress, log_every=log_every)
         with shown:
@@ -166,7 +168,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help='JSON lists of {"image" or "video": path, "caption": ...}',
     )
-    add("--media-root", required=True, metavar="URL", help="folder that the media paths start from")
+    add(
+        "--media-root",
+        default="",
+        metavar="URL",
+        help="folder, archive (.tar, .zip) or URL that the media paths start from; not needed where they are URLs",
+    )
     add("--media-type", required=True, choices=MEDIA_TYPES)
     add(
         "--output",
@@ -180,6 +187,7 @@ def parser() -> argparse.ArgumentParser:
     add("--max-frames", type=int, default=0, help="at most so many frames a clip (default: all)")
     add("--shard-mb", type=int, default=256, help="aim for shards of this size (default: %(default)s)")
     add("--workers", type=int, default=None, help="processes (default: one a core)")
+    add_fetching(result.add_argument_group("media from URLs"))
     add("--quality", type=int, default=90, help="JPEG quality, 1 to 100 (default: %(default)s)")
     add(
         "--max-failures",
@@ -199,12 +207,34 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+def add_fetching(group: argparse._ArgumentGroup) -> None:
+    """The flags of `Fetching`."""
+    default = Fetching()
+    add = group.add_argument
+    add("--connections", type=int, default=default.connections, help="of each process at once (default: %(default)s)")
+    add("--per-host", type=int, default=default.per_host, help="of these to one web server (default: %(default)s)")
+    add(
+        "--attempts",
+        type=int,
+        default=default.attempts,
+        help="at what may pass (default: %(default)s)",
+    )
+    add(
+        "--timeout",
+        type=float,
+        default=default.timeout,
+        metavar="SECONDS",
+        help="without a byte, until a connection is given up (default: %(default)s)",
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options = vars(parser().parse_args(arguments))
     try:
-        build_corpus(progress=True, **options)
+        fetching = Fetching(**{field.name: options.pop(field.name) for field in fields(Fetching)})
+        build_corpus(progress=True, fetching=fetching, **options)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1 if isinstance(error, TooManyFailures) else 2

@@ -10,6 +10,7 @@ from pathlib import Path
 from sharding.annotations.items import Item
 from sharding.annotations.staging import Staged
 from sharding.schema import MEDIA_TYPES
+from sharding.sources import Fetching
 
 FRAMES_PER_CLIP = 24  # assumed when clips are spread over shards, before any is opened
 BYTES_PER_PIXEL = 0.25  # of a JPEG at the usual quality, assumed likewise
@@ -57,6 +58,7 @@ class Task:
     output: str
     scratch: str
     settings: Settings
+    fetching: Fetching
 
     @property
     def name(self) -> str:
@@ -68,10 +70,12 @@ class Task:
         return f"{self.number:06d}{number:06d}"
 
 
-def plan_shards(staged: Staged, settings: Settings, media_root: str, output: str, scratch: Path) -> list[Task]:
+def plan_shards(
+    staged: Staged, settings: Settings, media_root: str, output: str, scratch: Path, fetching: Fetching
+) -> list[Task]:
     """One task a shard; together they hold every item once, in order."""
     each = settings.samples_per_shard(staged.items)
     return [
-        Task(number, staged.between(first, first + each), media_root, output, str(scratch), settings)
+        Task(number, staged.between(first, first + each), media_root, output, str(scratch), settings, fetching)
         for number, first in enumerate(range(0, staged.items, each))
     ]

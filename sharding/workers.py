@@ -2,79 +2,75 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
-
-import fsspec
 
 from sharding.annotations.items import Item, split_part
 from sharding.media import Frames, MediaError, pack_image, pack_video
-from sharding.plan import Task
+from sharding.plan import Settings, Task
 from sharding.processes import Advance
-from sharding.schema import join_url
+from sharding.remote import naming
+from sharding.sources import Media, opened
 from sharding.writing import FinishedShard, ShardWriter
+
+Outcome = Frames | MediaError
 
 
 def build_shard(task: Task, advance: Advance) -> FinishedShard:
     """Build one shard whole and publish it."""
-    try:
-        writer = ShardWriter(task.output, task.name, task.scratch)
-        failures = []
-        rows = 0
-        for number, item in enumerate(task.items):
-            try:
-                frames = pack_media(item.source, task)
-            except MediaError as error:
-                failures.append({"source": item.source, "rows": item.rows, "reason": str(error)})
+    scratch = Path(task.scratch)
+    failures: list[dict[str, Any]] = []
+    rows = 0
+    with naming(task.scratch, "write to"), ShardWriter(task.output, task.name, scratch) as writer:
+        for number, (item, frames) in enumerate(in_order(packed(task, scratch), task.items)):
+            if isinstance(frames, MediaError):
+                failures.append({"source": item.source, "rows": item.rows, "reason": str(frames)})
                 advance(0, 1, 0)
                 continue
             writer.add(task.key(number), frames.jpegs, index_row(item, frames))
             rows += item.rows
             advance(1, 0, sum(map(len, frames.jpegs)))
         return writer.close(rows, failures)
-    except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, join_url(task.output, task.name)) from None
 
 
-def pack_media(source: str, task: Task) -> Frames:
-    """Read and convert one media file; raises MediaError with the reason when that fails."""
-    settings = task.settings
+def packed(task: Task, scratch: Path) -> Iterator[tuple[int, Outcome]]:
+    """(number of the item, what became of it) as media come; a clip that several items are parts of is read once."""
+    parts = [(number, *split_part(item.source)) for number, item in enumerate(task.items)]
+    files = [list(group) for _, group in itertools.groupby(parts, key=lambda part: part[1])]
+    with Media(task.media_root, task.settings.media_type, scratch, task.fetching) as media:
+        for place, found in media.fetched([file[0][1] for file in files]):
+            if isinstance(found, MediaError):
+                yield from ((number, found) for number, *_ in files[place])
+                continue
+            with opened(found) as data:
+                for number, _, start, end in files[place]:
+                    yield number, pack_media(data, task.settings, start, end)
+
+
+def in_order(outcomes: Iterator[tuple[int, Outcome]], items: Sequence[Item]) -> Iterator[tuple[Item, Outcome]]:
+    """Items with what became of them, in the order of the items."""
+    early: dict[int, Outcome] = {}
+    due = 0
+    for number, outcome in outcomes:
+        early[number] = outcome
+        while due in early:
+            yield items[due], early.pop(due)
+            due += 1
+
+
+def pack_media(data: bytes | mmap.mmap, settings: Settings, start: float, end: float) -> Outcome:
+    """Convert one media; the reason when that fails."""
     try:
         if settings.media_type == "image":
-            with fsspec.open(join_url(task.media_root, source), "rb") as file:
-                data = file.read()
-            return pack_image(data, settings.size, settings.quality)
-        path, start, end = split_part(source)
-        with clip_bytes(join_url(task.media_root, path)) as clip:
-            return pack_video(clip, settings.size, settings.quality, settings.fps, settings.max_frames, start, end)
-    except MediaError:
-        raise
-    except FileNotFoundError:
-        raise MediaError("file not found") from None
-    except OSError as error:
-        raise MediaError(f"unreadable file: {error.strerror or error}") from None
+            return pack_image(bytes(data), settings.size, settings.quality)
+        return pack_video(data, settings.size, settings.quality, settings.fps, settings.max_frames, start, end)
+    except MediaError as error:
+        return error
     except Exception as error:  # decoders raise all sorts of things on damaged files; one file must not end a build
-        raise MediaError(f"cannot be decoded: {type(error).__name__}: {error}") from None
-
-
-@contextmanager
-def clip_bytes(path: str) -> Iterator[bytes | mmap.mmap]:
-    """A clip's bytes: mapped, where it is a local file, so that a long one costs no memory."""
-    if "://" in path:
-        with fsspec.open(path, "rb") as file:
-            yield file.read()
-        return
-    with open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:
-            yield b""
-            return
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            yield data
+        return MediaError(f"cannot be decoded: {type(error).__name__}: {error}")
 
 
 def index_row(item: Item, frames: Frames) -> dict[str, Any]:

@@ -6,7 +6,9 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import tarfile
+import tempfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sharding.remote import again, naming
 from sharding.schema import INDEX_SCHEMA, ShardInfo, join_url
 
 BLOCK = 512  # bytes of a tar header
@@ -33,15 +36,27 @@ class FinishedShard:
 
 
 class ShardWriter:
-    """Collects the samples of one shard in a temporary file; `close` publishes it under its name."""
+    """Collects the samples of one shard in a temporary file; `close` publishes it under its name.
 
-    def __init__(self, output: str, name: str, scratch: str) -> None:
+    Use as a context manager: what is unfinished at its end goes. Each writer has a folder of its own in `scratch`,
+    because an older attempt at the same shard may still be running on a node that was given up.
+    """
+
+    def __init__(self, output: str, name: str, scratch: Path) -> None:
         self.output, self.name = output, name
-        self.path = Path(scratch) / name
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.folder = Path(tempfile.mkdtemp(dir=scratch))
+        self.path = self.folder / name
         self.file = self.path.open("wb")
         self.tar = tarfile.TarFile(fileobj=self.file, mode="w", format=tarfile.USTAR_FORMAT)
         self.rows: list[dict[str, Any]] = []
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Remove what is left of the temporary file."""
+        self.file.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def add(self, key: str, jpegs: list[bytes], row: dict[str, Any]) -> None:
         """Write a sample's frames and its JSON; `row` holds its other index columns."""
@@ -113,7 +128,8 @@ def publish(path: Path, target: str) -> None:
     if "file" in (filesystem.protocol if isinstance(filesystem.protocol, tuple) else (filesystem.protocol,)):
         os.replace(path, place)
     else:
-        filesystem.put_file(str(path), place)
+        with naming(target, "write"):
+            again(filesystem.put_file, str(path), place)
         path.unlink()
 
 

@@ -1,0 +1,167 @@
+"""What can go wrong between here and a store or a web server: tried again where that helps, named where it does not."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import aiohttp
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
+from tenacity.nap import sleep_using_event
+from tenacity.stop import stop_when_event_set
+from tenacity.wait import wait_exponential_jitter
+
+ATTEMPTS = 4
+LONGEST_PAUSE = 30.0  # seconds between two attempts
+AGAIN = {408, 425, 429, 500, 502, 503, 504}  # HTTP statuses that may be another one the next time
+PASSING = {
+    errno.ECONNRESET,
+    errno.ECONNREFUSED,
+    errno.ECONNABORTED,
+    errno.EPIPE,
+    errno.ETIMEDOUT,
+    errno.EHOSTUNREACH,
+    errno.ENETUNREACH,
+    errno.EBUSY,
+    errno.EAGAIN,
+    errno.ESTALE,
+}
+# Classes of the stores' clients, which are optional, by name: connections that failed or broke off, no credentials.
+BROKEN_OFF = {"HTTPClientError", "ConnectionError", "ResponseParserError", "TransportError", "ChecksumError"}
+NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "RefreshError"}
+REFUSED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "403", "401"}
+
+Result = TypeVar("Result")
+
+
+def again(
+    function: Callable[..., Result], *arguments: Any, attempts: int = ATTEMPTS, stop: threading.Event | None = None
+) -> Result:
+    """`function(*arguments)`, tried again after a growing, random pause (or the one the server asks for) when an error
+    is transient; `stop` ends the trying.
+    """
+    enough = stop_after_attempt(attempts)
+    retrying = Retrying(
+        stop=enough | stop_when_event_set(stop) if stop else enough,
+        wait=pause,
+        retry=retry_if_exception(is_transient),
+        sleep=sleep_using_event(stop or threading.Event()),
+        reraise=True,
+    )
+    return retrying(function, *arguments)
+
+
+def pause(state: RetryCallState) -> float:
+    """Seconds until the next attempt: what the server's Retry-After says, else exponential with jitter."""
+    error = state.outcome.exception() if state.outcome else None
+    asked = str((getattr(error, "headers", None) or {}).get("Retry-After", ""))
+    if asked.isdigit():
+        return min(float(asked), LONGEST_PAUSE)
+    return wait_exponential_jitter(initial=0.3, max=LONGEST_PAUSE, jitter=0.3)(state)
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An error and the errors behind it."""
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__
+
+
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status behind an error of aiohttp, s3fs, gcsfs; None where there is none."""
+    if isinstance(error, aiohttp.ClientPayloadError | aiohttp.ClientConnectionError):
+        return None  # aiohttp gives these a status of its own making
+    for cause in causes(error):
+        response = getattr(cause, "response", None)
+        inner = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None
+        for value in (inner, getattr(cause, "status", None), getattr(cause, "code", None)):
+            if isinstance(value, int) and 100 <= value < 600:
+                return value
+    return None
+
+
+def class_names(error: BaseException) -> set[str]:
+    """Names of the classes of an error and of those behind it."""
+    return {kind.__name__ for cause in causes(error) for kind in type(cause).__mro__}
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same request may succeed a moment later."""
+    if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
+        return False
+    status = status_of(error)
+    if status is not None and status >= 400:
+        return status in AGAIN
+    if isinstance(error, aiohttp.ClientConnectorDNSError):
+        return error.os_error.errno == socket.EAI_AGAIN
+    if isinstance(error, aiohttp.ClientSSLError):
+        return False
+    if isinstance(error, aiohttp.ClientConnectionError | aiohttp.ClientPayloadError | asyncio.TimeoutError):
+        return True
+    names = class_names(error)
+    if names & NO_CREDENTIALS:
+        return False
+    return bool(names & BROKEN_OFF) or (isinstance(error, OSError) and error.errno in PASSING)
+
+
+def reason_of(error: BaseException) -> str:
+    """A short reason why something could not be read, for the report of failures."""
+    status = status_of(error)
+    if status is not None and status >= 400:
+        phrase = getattr(error, "message", "") if isinstance(error, aiohttp.ClientResponseError) else ""
+        return f"HTTP {status} {phrase}".strip()
+    if isinstance(error, FileNotFoundError):
+        return "file not found"
+    if isinstance(error, PermissionError):
+        return "permission denied"
+    if isinstance(error, aiohttp.ClientConnectorDNSError):
+        return f"host not found: {error.host}"
+    if isinstance(error, aiohttp.ClientSSLError):
+        return f"no valid certificate: {error.host}"
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return f"cannot connect to {error.host}:{error.port}"
+    if isinstance(error, TimeoutError):
+        return "timed out"
+    if isinstance(error, aiohttp.ClientPayloadError | aiohttp.ServerDisconnectedError | ConnectionError):
+        return "connection broke off"
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return f"unreadable file: {text}"
+
+
+def credentials_missing(error: BaseException) -> str:
+    """What is wrong with the credentials, where an error is about them; else nothing."""
+    if class_names(error) & NO_CREDENTIALS:
+        return f"no credentials ({error})"
+    codes = {
+        str(response.get("Error", {}).get("Code"))
+        for cause in causes(error)
+        if isinstance(response := getattr(cause, "response", None), dict)
+    }
+    if codes & REFUSED or status_of(error) in (401, 403) or (isinstance(error, PermissionError) and not error.filename):
+        return f"access refused ({error})"
+    return ""
+
+
+@contextmanager
+def naming(url: str, doing: str) -> Iterator[None]:
+    """Errors of a store inside the block become an OSError that names `url`, what was being done, and the remedy."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise  # errors of this program
+    except Exception as error:
+        if "://" not in url or url.startswith("file://"):
+            if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+                raise OSError(error.errno, error.strerror, url) from None
+            raise
+        if problem := credentials_missing(error):
+            remedy = "check the credentials in the environment (see docs/packing.md) and the rights on the bucket"
+            raise PermissionError(f"cannot {doing} {url}: {problem}; {remedy}") from error
+        remedy = "nothing is lost: run the same command again to go on"
+        raise OSError(f"cannot {doing} {url}: {reason_of(error)}; {remedy}") from error
