@@ -94,9 +94,12 @@ class VisualFeatures:
 
 @dataclass(frozen=True)
 class TextFeatures:
-    """All M texts, cut to the longest: states (M, Lt, D), mask (M, Lt), lengths (M,), embeddings (M, E) float32."""
+    """All M texts, cut to the longest: attended (M, Lt, D), mask (M, Lt), lengths (M,), embeddings (M, E) float32.
 
-    states: torch.Tensor
+    attended: what matching does with a text before it sees a visual.
+    """
+
+    attended: torch.Tensor
     mask: torch.Tensor
     lengths: np.ndarray
     embeddings: torch.Tensor
@@ -219,16 +222,14 @@ def encode_texts(
     longest = max(1, int(lengths.max())) if len(lengths) else 1
     ids, mask = input_ids[:, :longest].to(device), attention_mask[:, :longest].to(device)
     first, last = (len(ids) * part // world_size for part in (rank, rank + 1))
-    states, embeddings = [], []
-    for rows in _slices(first, last, TEXT_BATCH):
-        each, pooled = model.encode_text(ids[rows], mask[rows])
-        states.append(each)
-        embeddings.append(model.project_text(pooled).float())
-    if not states:
-        each, pooled = model.encode_text(ids[:1], mask[:1])
-        states, embeddings = [each[:0]], [model.project_text(pooled).float()[:0]]
+    attended, embeddings = [], []
+    for rows in _slices(first, last, TEXT_BATCH) if last > first else [slice(0, 1)]:
+        states, pooled = model.encode_text(ids[rows], mask[rows])
+        own = slice(0, last - first)  # nothing of what a rank without texts encodes, to learn the shapes
+        attended.append(model.text_encoder.attend_texts(states, mask[rows])[own])
+        embeddings.append(model.project_text(pooled).float()[own])
     return TextFeatures(
-        gather_rows(torch.cat(states), world_size),
+        gather_rows(torch.cat(attended), world_size),
         mask,
         lengths.cpu().numpy(),
         gather_rows(torch.cat(embeddings), world_size),

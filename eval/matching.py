@@ -101,8 +101,8 @@ def _match_block(
         sources = (visuals[:, None] * frames + torch.arange(frames, device=device)).flatten()  # (n·F,)
         chosen = torch.from_numpy(groups.texts[batch].T.copy()).to(device)  # (GROUP, n)
         rows = chosen[:, :, None].expand(-1, -1, frames).flatten()  # pair g·(n·F) + source
-        logits = model.match_logits(
-            texts.states[rows, :length], texts.mask[rows, :length], tuple((k[sources], v[sources]) for k, v in keys)
+        logits = model.match_attended(
+            texts.attended[rows, :length], texts.mask[rows, :length], tuple((k[sources], v[sources]) for k, v in keys)
         )
         each = logits[:, 1].float().view(GROUP, -1, frames).permute(2, 1, 0)  # (F, n, GROUP)
         scores.append(combine(each, config.eval_frame_ensemble))

@@ -81,8 +81,13 @@ class Singularity(Encoders):
         index[p].
         """
         keys = self.visual_keys(visual) if isinstance(visual, torch.Tensor) else visual
-        states = self.text_encoder.fuse(text_states, text_mask, keys, index)
-        return self.itm_head(states[:, 0]).float()
+        return self.match_attended(self.text_encoder.attend_texts(text_states, text_mask), text_mask, keys, index)
+
+    def match_attended(
+        self, attended: torch.Tensor, text_mask: torch.Tensor, visual: VisualKeys, index: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`match_logits` from what does not depend on the visual, `text_encoder.attend_texts`: (P, Lt, D) to (P, 2)."""
+        return self.itm_head(self.text_encoder.fuse_first(attended, text_mask, visual, index)).float()
 
     def temperature(self) -> torch.Tensor:
         """The temperature (1, 1) for a training step, after the parameter itself has been clamped to its range."""

@@ -156,7 +156,33 @@ class FusionLayer(nn.Module):
         cross_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """States (P, Lt, D) to states of the same shape; masks are added to the scores, cross_mask (N, 1, 1, S)."""
-        states, _ = self.attention(states, self_mask)
+        return self.look(self.attend(states, self_mask), keys, values, index, cross_mask)
+
+    def attend(self, states: torch.Tensor, self_mask: torch.Tensor) -> torch.Tensor:
+        """The layer's first part, self-attention over (P, Lt, D), which knows nothing of visuals."""
+        return self.attention(states, self_mask)[0]
+
+    def attend_first(self, states: torch.Tensor, self_mask: torch.Tensor) -> torch.Tensor:
+        """`attend` for the first token alone: (P, Lt, D) to (P, 1, D)."""
+        core = self.attention.self
+        shape = (states.shape[0], -1, core.num_attention_heads, core.attention_head_size)
+        query, key, value = (
+            layer(rows).view(shape).transpose(1, 2)
+            for layer, rows in ((core.query, states[:, :1]), (core.key, states), (core.value, states))
+        )
+        dropout = core.dropout.p if self.training else 0.0
+        context = functional.scaled_dot_product_attention(query, key, value, attn_mask=self_mask, dropout_p=dropout)
+        return self.attention.output(context.transpose(1, 2).flatten(2), states[:, :1])
+
+    def look(
+        self,
+        states: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        index: torch.Tensor | None = None,
+        cross_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The layer's other parts: cross-attention and feed-forward, token by token."""
         states = self.crossattention(states, keys, values, index, cross_mask)
         return self.output(self.intermediate(states), states)
 
@@ -209,6 +235,38 @@ class TextEncoder(nn.Module):
         for layer, (keys, values) in zip(self.layer[self.fusion_layer :], visual, strict=True):
             states = run_layer(layer, self.recompute, states, mask, keys, values, index)
         return states
+
+    def attend_texts(self, states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """What the fusion layers do with texts (M, Lt, D) before they see a visual, for `fuse_first`; once a text."""
+        if self.fusion_layer == len(self.layer):
+            return states
+        return cast(FusionLayer, self.layer[self.fusion_layer]).attend(
+            states, additive_mask(attention_mask, states.dtype)
+        )
+
+    def fuse_first(
+        self,
+        attended: torch.Tensor,
+        attention_mask: torch.Tensor,
+        visual: VisualKeys,
+        index: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The first token (P, D) of what `fuse` makes of P pairs, which is all that matching looks at.
+
+        attended (P, Lt, D) of `attend_texts`, other parameters as `fuse`. The last layer is computed for that token
+        alone.
+        """
+        mask = additive_mask(attention_mask, attended.dtype)
+        layers = [cast(FusionLayer, layer) for layer in self.layer[self.fusion_layer :]]
+        states = attended
+        for number, (layer, (keys, values)) in enumerate(zip(layers, visual, strict=True)):
+            last = number == len(layers) - 1
+            if number:
+                states = layer.attend_first(states, mask) if last else layer.attend(states, mask)
+            elif last:
+                states = states[:, :1]
+            states = layer.look(states, keys, values, index)
+        return states[:, 0]
 
 
 class WordHead(nn.Module):

@@ -7,6 +7,7 @@ from small_models import CLS, MASK, PAD, VOCAB, small_batch, small_config, small
 from model.answering import SingularityQA
 from model.config import AnswerDecoderConfig, LossWeights, TemporalConfig
 from model.scoring import ENSEMBLES, combine, pair_scores, visual_features
+from model.singularity import Singularity
 
 
 @pytest.mark.parametrize("ensemble", ENSEMBLES)
@@ -28,6 +29,23 @@ def test_scores_of_many_pairs_are_those_of_each_pair(ensemble, pairs_per_call):
                 for f in range(tokens.shape[1])
             ]
             torch.testing.assert_close(scores[p], combine(torch.stack(frames), ensemble))
+
+
+@pytest.mark.parametrize("fusion_layer", [1, 2, 3])
+def test_matching_computes_no_more_than_the_first_token_needs(fusion_layer):
+    config = small_config()
+    config.text_encoder.layers, config.text_encoder.fusion_layer = 3, fusion_layer
+    torch.manual_seed(0)
+    model = Singularity(config, PAD, CLS, MASK).eval()
+    images, ids, mask, _ = small_batch(pairs=5)
+    index = torch.tensor([3, 0, 4, 4, 1])
+    with torch.no_grad():
+        states, _ = model.encode_text(ids, mask)
+        keys = model.visual_keys(model.encode_visual(images)[0])
+        for where in (None, index):
+            whole = model.text_encoder.fuse(states, mask, keys, where)
+            first = model.text_encoder.fuse_first(model.text_encoder.attend_texts(states, mask), mask, keys, where)
+            torch.testing.assert_close(first, whole[:, 0])
 
 
 def test_no_pairs_have_no_scores():

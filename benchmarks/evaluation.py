@@ -1,0 +1,179 @@
+"""Re-ranking for retrieval: ours against one query at a time, at equal scores; and its growth with the gallery.
+
+    python benchmarks/evaluation.py                          1,000 clips x 1,000 texts, both sides, alternating
+    python benchmarks/evaluation.py --grow 1000 2000 5000 10000    ours alone, time and memory
+
+One query at a time, as the official code does it: for each clip its k_test texts and for each text its k_test clips go
+through the fusion layers as one batch, texts padded to the full length, keys and values projected for every pair.
+Ours: `eval.retrieval.score`. Both start from the same encoded clips and texts. Clips are random pictures, texts random
+words of the length that captions have; the model has random weights. Times are the process' own seconds on one core,
+which a busy machine does not change much (OMP_NUM_THREADS=1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # else a file here hides the package `model`
+
+import numpy as np
+import torch
+
+from benchmarks.model import SIZES
+from eval.config import EvalConfig
+from eval.features import TextFeatures, VisualFeatures, collect_visuals, encode_blocks, encode_texts
+from eval.ranking import top_k_mask
+from eval.retrieval import NOT_RERANKED, Scores, score
+from model.singularity import Singularity
+
+
+def make_model(size: str) -> Singularity:
+    """Random weights that make every score depend on its pair."""
+    torch.manual_seed(0)
+    model = Singularity(SIZES[size]).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, 0, 0.05)
+    return model
+
+
+def clips(model: Singularity, count: int, frames: int, batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Random clips, the same ones each time, batch by batch, and their numbers."""
+    size = model.config.image_res
+    for start in range(0, count, batch):
+        generator = torch.Generator().manual_seed(start)
+        indices = torch.arange(start, min(count, start + batch))
+        yield torch.randn(len(indices), frames, 3, size, size, generator=generator), indices
+
+
+def texts(model: Singularity, count: int, length: int, words: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask (count, length) of random texts of `words` tokens on average."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1000, model.config.text_encoder.vocab_size, (count, length), generator=generator)
+    ids[:, 0] = 101
+    lengths = (torch.randn(count, generator=generator) * words / 3 + words).round().clamp(4, length)
+    mask = (torch.arange(length)[None] < lengths[:, None]).long()
+    return ids * mask, mask
+
+
+def match_one_query(model: Singularity, states: torch.Tensor, mask: torch.Tensor, tokens: torch.Tensor) -> np.ndarray:
+    """Match logits (P,) of P pairs, row by row, the straightforward way."""
+    fused = model.text_encoder.fuse(states, mask, model.visual_keys(tokens))
+    return model.itm_head(fused[:, 0])[:, 1].numpy()
+
+
+def one_query_at_a_time(
+    model: Singularity, visuals: VisualFeatures, states: torch.Tensor, mask: torch.Tensor, found: TextFeatures, k: int
+) -> Scores:
+    """The same scores, each query's candidates as a batch of their own; states (M, Lt, D) and mask of the texts."""
+    tokens = torch.cat([block.tokens[:, 0] for block in visuals.blocks])
+    similarity = (visuals.embeddings @ found.embeddings.T).numpy()
+    visual_to_text = np.full(similarity.shape, NOT_RERANKED, dtype=np.float32)
+    text_to_visual = np.full(similarity.T.shape, NOT_RERANKED, dtype=np.float32)
+    for n, row in enumerate(top_k_mask(similarity, k)):
+        chosen = np.flatnonzero(row)
+        repeated = tokens[n, None].repeat(len(chosen), 1, 1)
+        visual_to_text[n, chosen] = match_one_query(model, states[chosen], mask[chosen], repeated)
+    for m, row in enumerate(top_k_mask(similarity.T, k)):
+        chosen = np.flatnonzero(row)
+        text = states[m, None].repeat(len(chosen), 1, 1), mask[m, None].repeat(len(chosen), 1)
+        text_to_visual[m, chosen] = match_one_query(model, *text, tokens[chosen])
+    return Scores(similarity, visual_to_text, text_to_visual)
+
+
+def encoded(
+    options: argparse.Namespace, model: Singularity, size: int, config: EvalConfig
+) -> tuple[VisualFeatures, TextFeatures, torch.Tensor, torch.Tensor]:
+    """Clips and texts through their encoders, and the texts' states and mask at their full length."""
+    blocks = encode_blocks(model, clips(model, size, options.frames, options.batch), config)
+    visuals = collect_visuals(model, blocks, size, config)
+    ids, mask = texts(model, size, options.length, options.words)
+    states = torch.cat([model.encode_text(*part)[0] for part in zip(ids.split(256), mask.split(256))])
+    return visuals, encode_texts(model, ids, mask), states, mask
+
+
+def compare(options: argparse.Namespace) -> dict[str, Any]:
+    """Both sides, alternating."""
+    model, config = make_model(options.size), EvalConfig(k_test=options.k_test, pair_batch_size=options.pairs)
+    visuals, found, states, mask = encoded(options, model, options.gallery, config)
+    seconds: dict[str, list[float]] = {"ours": [], "one query at a time": []}
+    deviation = 0.0
+    for _ in range(options.repeats):
+        began = time.process_time()
+        ours = score(model, visuals, found, config)
+        seconds["ours"].append(time.process_time() - began)
+        began = time.process_time()
+        theirs = one_query_at_a_time(model, visuals, states, mask, found, options.k_test)
+        seconds["one query at a time"].append(time.process_time() - began)
+        assert ours is not None
+        for name in ("visual_to_text", "text_to_visual"):
+            deviation = max(deviation, float(np.abs(getattr(ours, name) - getattr(theirs, name)).max()))
+    assert ours.visual_to_text is not None
+    spread = float(ours.visual_to_text[ours.visual_to_text > NOT_RERANKED].std())
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    ratios = [b / a for a, b in zip(*seconds.values())]
+    return {
+        "gallery": options.gallery,
+        "k_test": options.k_test,
+        "median_cpu_seconds": {name: round(value, 2) for name, value in medians.items()},
+        "faster": round(statistics.median(ratios), 2),
+        "each": [round(value, 2) for value in ratios],
+        "largest_deviation": f"{deviation:.1e}",
+        "standard_deviation_of_scores": round(spread, 3),
+    }
+
+
+def grow(options: argparse.Namespace, size: int) -> dict[str, Any]:
+    """Ours for one gallery size, features on disk where a folder for them is given."""
+    model, config = make_model(options.size), EvalConfig(k_test=options.k_test, pair_batch_size=options.pairs)
+    began = time.process_time()
+    visuals, found, _, _ = encoded(options, model, size, config)
+    ready = time.process_time()
+    result = score(model, visuals, found, config)
+    done = time.process_time()
+    assert result is not None
+    assert result.visual_to_text is not None
+    assert result.text_to_visual is not None
+    pairs = int(((result.visual_to_text > NOT_RERANKED) | (result.text_to_visual.T > NOT_RERANKED)).sum())
+    return {
+        "gallery": size,
+        "k_test": options.k_test,
+        "encode_cpu_seconds": round(ready - began, 1),
+        "match_cpu_seconds": round(done - ready, 1),
+        "pairs": pairs,
+        "pairs_per_cpu_second": round(pairs / (done - ready)),
+        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="tiny")
+    parser.add_argument("--gallery", type=int, default=1000, help="clips, and as many texts")
+    parser.add_argument("--grow", type=int, nargs="+", metavar="GALLERY", help="ours alone, ascending sizes")
+    parser.add_argument("--k_test", type=int, default=128)
+    parser.add_argument("--frames", type=int, default=4)
+    parser.add_argument("--length", type=int, default=32, help="tokens that texts are padded to")
+    parser.add_argument("--words", type=float, default=12, help="mean tokens of a text")
+    parser.add_argument("--batch", type=int, default=32, help="clips encoded at once")
+    parser.add_argument("--pairs", type=int, default=EvalConfig.pair_batch_size)
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        for size in options.grow or []:
+            print(json.dumps(grow(options, size)), flush=True)
+        if not options.grow:
+            print(json.dumps(compare(options)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
