@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
-import threading
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 CROP_AREA = (0.5, 1.0)
 CROP_ASPECT = (3 / 4, 4 / 3)
-CLIP = 4  # what a generator is for; part of its key
-_own = threading.local()  # each thread's generator
+CROP_TRIES = 10
+FLIP, TEXT, CROP, FRAMES = 0, 1, 2, 64  # which of a sample's random numbers are for what
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-@dataclass(frozen=True)
-class Window:
+class Window(NamedTuple):
     """The part of a frame that is shown, in pixels, and whether it is mirrored."""
 
     top: int
@@ -26,15 +24,17 @@ class Window:
 
 
 def choose_frames(
-    sample_type: str, num_frames: int, length: int, fps: float, rng: np.random.Generator | None = None
+    sample_type: str, num_frames: int, length: int, fps: float, numbers: np.ndarray | None = None
 ) -> np.ndarray:
     """Indices (num_frames,) int64 of the frames to show of a clip of `length` frames stored at `fps` a second.
 
     `rand`: a random frame of each of num_frames equal intervals; `middle`: the middle one of each; `fpsX`: frames at
     X a second, spread evenly where they are more than num_frames. Where there are too few, the last is repeated.
 
+    numbers: (num_frames,) random ones in [0, 1), for `rand`.
+
     Raises:
-        ValueError: unknown sample_type, or `rand` without a generator.
+        ValueError: unknown sample_type, or `rand` without numbers.
     """
     check_sample_type(sample_type)
     if sample_type.startswith("fps"):
@@ -45,10 +45,10 @@ def choose_frames(
         edges = np.linspace(0, length, min(num_frames, length) + 1).astype(np.int64)
         if sample_type == "middle":
             chosen = (edges[:-1] + edges[1:] - 1) // 2
-        elif sample_type == "rand" and rng is not None:
-            chosen = rng.integers(edges[:-1], edges[1:])
+        elif sample_type == "rand" and numbers is not None:
+            chosen = edges[:-1] + (numbers[: len(edges) - 1] * np.diff(edges)).astype(np.int64)
         else:
-            raise ValueError(f"sample_type is {sample_type!r}: without a generator it must be middle or fpsX")
+            raise ValueError(f"sample_type is {sample_type!r}: without random numbers it must be middle or fpsX")
     return np.concatenate([chosen, np.full(num_frames - len(chosen), chosen[-1], np.int64)])
 
 
@@ -79,30 +79,47 @@ def frames_at_rate(rate: float, length: int, fps: float) -> np.ndarray:
     return found if len(found) else np.array([length // 2], np.int64)
 
 
-def random_window(height: int, width: int, rng: np.random.Generator, flip: bool) -> Window:
-    """A random resized crop (area 0.5-1, aspect 3/4-4/3) and, if wanted, a flip for half of all clips."""
-    mirrored = bool(rng.random() < 0.5) and flip
-    for _ in range(10):
-        for_area, for_aspect, for_top, for_left = rng.random(4).tolist()
+def random_windows(heights: np.ndarray, widths: np.ndarray, keys: np.ndarray, flip: bool) -> list[Window]:
+    """A random resized crop (area 0.5-1, aspect 3/4-4/3) of each of B frames and, if wanted, a flip for half of them.
+
+    heights, widths: (B,) pixels; keys: (B,) of `draw_keys`. Where no crop fits in ten tries, it is the middle.
+    """
+    mirrored = (random_numbers(keys, FLIP, 1)[:, 0] < 0.5) & flip
+    w = np.where(widths > heights, np.minimum(widths, np.rint(heights * CROP_ASPECT[1])), widths)
+    h = np.where(heights >= widths, np.minimum(heights, np.rint(widths / CROP_ASPECT[0])), heights)
+    boxes = np.stack([(heights - h) // 2, (widths - w) // 2, h, w], axis=1).astype(np.int64)
+    rows = np.arange(len(keys))
+    for attempt in range(CROP_TRIES):
+        height, width = heights[rows], widths[rows]
+        for_area, for_aspect, for_top, for_left = random_numbers(keys[rows], CROP + 4 * attempt, 4).T
         area = height * width * (CROP_AREA[0] + for_area * (CROP_AREA[1] - CROP_AREA[0]))
         aspect = CROP_ASPECT[0] * (CROP_ASPECT[1] / CROP_ASPECT[0]) ** for_aspect  # uniform in the logarithm
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            return Window(int(for_top * (height - h + 1)), int(for_left * (width - w + 1)), h, w, mirrored)
-    w = min(width, round(height * CROP_ASPECT[1])) if width > height else width
-    h = min(height, round(width / CROP_ASPECT[0])) if height >= width else height
-    return Window((height - h) // 2, (width - w) // 2, h, w, mirrored)
+        w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+        fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+        found = np.stack([for_top * (height - h + 1), for_left * (width - w + 1), h, w], axis=1)
+        boxes[rows[fits]] = found[fits].astype(np.int64)
+        rows = rows[~fits]
+        if not len(rows):
+            break
+    return list(map(Window, *boxes.T.tolist(), mirrored.tolist()))
 
 
-def clip_generator(seed: int, epoch: int, corpus: int, shard: int, unit: int) -> np.random.Generator:
-    """The generator of everything random about one sample in one epoch; valid until the thread asks for the next.
+def draw_keys(seed: int, corpora: np.ndarray, shards: np.ndarray, units: np.ndarray, passes: np.ndarray) -> np.ndarray:
+    """(B,) uint64: what decides everything random about B samples, each in one pass over its corpus; arrays (B,)."""
+    key = scrambled(np.full(len(units), seed, np.uint64) + GOLDEN)
+    for part in (corpora, shards, units, passes):
+        key = scrambled((key + GOLDEN) ^ np.asarray(part).astype(np.uint64))
+    return key
 
-    It is the thread's own one set to a state that the arguments decide: making a new one takes ten times as long.
-    """
-    if not hasattr(_own, "bits"):
-        _own.bits = np.random.Philox(0)
-        _own.generator = np.random.Generator(_own.bits)
-        _own.state = {**_own.bits.state, "buffer_pos": 4, "has_uint32": 0, "uinteger": 0}
-    key = np.array([(seed << 20) ^ (epoch << 4) ^ CLIP, (corpus << 56) ^ (shard << 32) ^ unit], np.uint64)
-    _own.bits.state = {**_own.state, "state": {"counter": np.zeros(4, np.uint64), "key": key}}
-    return _own.generator
+
+def random_numbers(keys: np.ndarray, first: int, count: int) -> np.ndarray:
+    """Numbers `first` to `first + count` of each key's endless sequence, (B, count) float64 in [0, 1)."""
+    counters = np.arange(first + 1, first + count + 1, dtype=np.uint64) * GOLDEN
+    return (scrambled(keys[:, None] + counters) >> np.uint64(11)) * 2.0**-53
+
+
+def scrambled(values: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64: one-to-one, and each bit of the argument changes half of the result's."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

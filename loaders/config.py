@@ -36,6 +36,7 @@ class LoaderConfig:
     max_a_len: PerMedia = field(default_factory=lambda: PerMedia(6, 5))  # and of an answer about an image or a video
     unit: str = "samples"  # samples (a caption drawn each time) | captions (each its own item) | questions
     paragraph: bool = False  # all captions of a sample are one text (DiDeMo, ActivityNet)
+    corpus_weights: dict[str, float] = field(default_factory=dict)  # corpus name -> passes over it an epoch; else 1
     seed: int = 42
     lanes: int = 64
     window_shards: int = 4

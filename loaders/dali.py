@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,9 +27,14 @@ class DaliDecoder:
         self.size, self.threads, self.antialias, self.device = size, threads, antialias, device
         self._pipeline: Pipeline | None = None
         self._capacity = 0
+        self._one_at_a_time = threading.Lock()
 
     def decode(self, clips: Sequence[Clip]) -> tuple[torch.Tensor, dict[int, str]]:
         """See Decoder."""
+        with self._one_at_a_time:  # a pipeline is not to be used from two threads
+            return self._decode(clips)
+
+    def _decode(self, clips: Sequence[Clip]) -> tuple[torch.Tensor, dict[int, str]]:
         shape = (len(clips), len(clips[0].jpegs), self.size, self.size, 3)
         try:
             return self._run(clips).view(shape), {}

@@ -9,8 +9,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import cv2
 import numpy as np
@@ -22,13 +21,12 @@ from loaders.clips import Window
 from loaders.storage import BadSampleError
 
 BACKENDS = ("auto", "dali", "cpu")
-PARTS_PER_THREAD = 4  # a batch is dealt out in so many parts, so that the threads end together
+PARTS_PER_THREAD = 2  # a batch is dealt out in so many parts, so that the threads end together
 
 cv2.setNumThreads(0)  # our threads are one a clip; nested ones only get in the way
 
 
-@dataclass(frozen=True)
-class Clip:
+class Clip(NamedTuple):
     """What is to be decoded: T frames' bytes, their size in the index, and the part to show."""
 
     jpegs: list[bytes]
@@ -38,7 +36,7 @@ class Clip:
 
 
 class Decoder(Protocol):
-    """Decodes the clips of a batch; a bad one harms no other."""
+    """Decodes the clips of a batch; a bad one harms no other. Safe to use from several threads."""
 
     def decode(self, clips: Sequence[Clip]) -> tuple[torch.Tensor, dict[int, str]]:
         """Frames (B, T, S, S, 3) uint8 RGB, and the reason of each clip that failed (its frames are undefined)."""
@@ -80,7 +78,7 @@ class CpuDecoder:
     def __init__(self, size: int, threads: int, antialias: bool = False) -> None:
         self.size, self.antialias, self.threads = size, antialias, threads
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-        self._scratch = threading.local()
+        self._scratch = Scratch()
         self._memory = UsedAgain()
 
     def decode(self, clips: Sequence[Clip]) -> tuple[torch.Tensor, dict[int, str]]:
@@ -109,31 +107,38 @@ class CpuDecoder:
         return bad
 
     def _decode_clip(self, clip: Clip, out: np.ndarray) -> None:
-        done: dict[int, int] = {}
+        """Write a clip's frames into `out` (T, S, S, 3); raises BadSampleError naming the frame that fails."""
+        size = self.size
+        as_it_is = clip.height == clip.width == size and clip.window == (0, 0, size, size, False)
+        room = None if as_it_is else self._scratch.room(0, clip.height * clip.width * 3)
         for number, data in enumerate(clip.jpegs):
-            if id(data) in done:  # a repeated frame is decoded once
-                out[number] = out[done[id(data)]]
+            if number and data is clip.jpegs[number - 1]:  # a repeated frame is decoded once
+                out[number] = out[number - 1]
                 continue
-            size_is_shown = (clip.height, clip.width) == (self.size, self.size)
-            as_it_is = size_is_shown and clip.window == Window(0, 0, self.size, self.size)
             try:
-                pixels = decode_frame(data, clip, out[number] if as_it_is else self._room(clip))
+                pixels = decode_frame(data, clip, out[number] if room is None else room)
             except BadSampleError as error:
                 raise BadSampleError(f"frame {number} of those shown: {error}") from None
-            if not np.may_share_memory(pixels, out):  # else it was decoded into its place
-                show(pixels, clip.window, out[number], self.antialias)
-            done[id(data)] = number
-
-    def _room(self, clip: Clip) -> np.ndarray:
-        """Room for a decoded frame, this thread's own and used again: fresh pages cost as much as decoding."""
-        size = clip.height * clip.width * 3
-        if getattr(self._scratch, "room", np.empty(0)).size < size:
-            self._scratch.room = np.empty(size, np.uint8)
-        return self._scratch.room
+            if room is not None or not np.may_share_memory(pixels, out):  # else it was decoded into its place
+                mirror = self._scratch.room(1, size * size * 3)
+                show(pixels, clip.window, out[number], self.antialias, mirror)
 
     def close(self) -> None:
         """See Decoder."""
         self.pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Scratch(threading.local):
+    """Each thread's own memory, used again: fresh pages cost as much as decoding."""
+
+    def __init__(self) -> None:
+        self._rooms: dict[int, np.ndarray] = {}
+
+    def room(self, number: int, size: int) -> np.ndarray:
+        """Room `number`, of `size` bytes or more."""
+        if number not in self._rooms or self._rooms[number].size < size:
+            self._rooms[number] = np.empty(size, np.uint8)
+        return self._rooms[number]
 
 
 class UsedAgain:
@@ -184,17 +189,18 @@ def decode_other(data: bytes) -> np.ndarray:
         raise BadSampleError(f"{len(data)} bytes that are no image ({type(error).__name__})") from None
 
 
-def show(pixels: np.ndarray, window: Window, out: np.ndarray, antialias: bool) -> None:
-    """Write a picture's window into `out` (S, S, 3), resized bicubically, mirrored if it says so."""
+def show(pixels: np.ndarray, window: Window, out: np.ndarray, antialias: bool, room: np.ndarray) -> None:
+    """Write a picture's window into `out` (S, S, 3), resized bicubically, mirrored if it says so; room: S*S*3 bytes."""
+    top, left, height, width, flip = window
     size = out.shape[0]
-    crop = pixels[window.top : window.top + window.height, window.left : window.left + window.width]
-    if crop.shape[:2] != (size, size):
-        target = None if window.flip else out
+    crop = pixels[top : top + height, left : left + width]
+    if (height, width) != (size, size):
+        target = room[: out.size].reshape(out.shape) if flip else out
         if antialias:  # Pillow's kernel is that of PyTorch's antialiased bicubic, OpenCV's that of the plain one
             crop = np.asarray(Image.fromarray(crop).resize((size, size), Image.Resampling.BICUBIC))
         else:
             crop = cv2.resize(crop, (size, size), dst=target, interpolation=cv2.INTER_CUBIC)
-    if window.flip:
+    if flip:
         cv2.flip(crop, 1, dst=out)
     elif crop is not out:
         np.copyto(out, crop)

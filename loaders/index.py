@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 UNITS = ("samples", "captions", "questions", "choices")
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: those take twice as long to make
 class Record:
     """A sample's place in its tar and its shape; arrays (F,) over its frames."""
 
@@ -36,9 +36,10 @@ class ShardIndex:
         self._offsets, self._sizes, self._crc32s = (
             column(table, name).values.to_numpy(zero_copy_only=False) for name in ("offsets", "sizes", "crc32s")
         )
-        self._widths, self._heights = (column(table, name).to_numpy() for name in ("width", "height"))
+        self.widths, self.heights = (column(table, name).to_numpy() for name in ("width", "height"))  # (rows,)
         self._fps = np.nan_to_num(column(table, "fps").to_numpy(zero_copy_only=False), nan=1.0)
         self._texts = {name: column(table, name) for name in UNITS[1:]}
+        self._text_values = {name: texts.flatten() for name, texts in self._texts.items()}
         self._sources = column(table, "source")
         # (rows + 1,) number of each row's first text among the shard's
         self._text_first = {
@@ -57,8 +58,8 @@ class ShardIndex:
             offsets=self._offsets[span],
             sizes=self._sizes[span],
             crc32s=self._crc32s[span],
-            width=int(self._widths[row]),
-            height=int(self._heights[row]),
+            width=int(self.widths[row]),
+            height=int(self.heights[row]),
             fps=float(self._fps[row]),
         )
 
@@ -77,6 +78,14 @@ class ShardIndex:
     def texts(self, name: str, row: int) -> list[Any]:
         """A sample's captions (str), questions or choices (dict, as in the schema)."""
         return self._texts[name][row].as_py() or []
+
+    def text_count(self, name: str, row: int) -> int:
+        """How many captions, questions or choices a sample has."""
+        return int(self._text_first[name][row + 1] - self._text_first[name][row])
+
+    def text(self, name: str, row: int, number: int) -> Any:
+        """One of a sample's captions, questions or choices."""
+        return self._text_values[name][int(self._text_first[name][row]) + number].as_py()
 
     def source(self, row: int) -> str:
         """The media's name in the annotations."""

@@ -8,48 +8,51 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from loaders.clips import Window, check_sample_type, choose_frames, clip_generator, random_window
+from loaders.clips import (
+    FRAMES,
+    TEXT,
+    Window,
+    check_sample_type,
+    choose_frames,
+    draw_keys,
+    random_numbers,
+    random_windows,
+)
 from loaders.config import LoaderConfig
 from loaders.decoding import Clip
-from loaders.index import UNITS, Record
+from loaders.index import Record, ShardIndex
 from loaders.plan import EpochPlan
 from loaders.storage import BadSampleError, CorpusReader
 
+TRAINING_UNITS = ("samples", "captions", "questions")
 DRAWS_A_READ = 32  # samples whose bytes one thread reads; a remote store is asked for all of them at once
+IMAGE_FRAMES = np.zeros(1, np.int64)
 
 
-@dataclass(frozen=True)
-class Sample:
-    """A unit of the line, found: which corpus, shard and row, and which of the row's texts."""
+@dataclass(slots=True)  # not frozen: those take twice as long to make
+class Draw:
+    """A unit of the line and what is shown of it this time: frames (T,), window, its text or its question's answers."""
 
+    name: str  # corpus and key, as logs show it
     corpus: int
     shard: int
-    unit: int
     row: int
-    text: int
-    name: str  # corpus and key, as logs show it
+    record: Record
+    frames: np.ndarray
+    window: Window
+    text: str
+    answers: tuple[tuple[str, float], ...]  # with their weights
+    fault: str = ""  # why it cannot be used, as its index already tells
 
     @property
     def visual(self) -> int:
         """A number that is the same for all units of one image or video."""
         return (self.corpus << 56) | (self.shard << 32) | self.row
 
-
-@dataclass(frozen=True)
-class Draw:
-    """What is shown of a sample in an epoch: frames (T,), window, and its text or its question's answers."""
-
-    sample: Sample
-    record: Record
-    frames: np.ndarray
-    window: Window
-    text: str
-    answers: tuple[tuple[str, float], ...] = ()  # with their weights
-
     @property
-    def name(self) -> tuple[str, bytes]:
+    def pixels(self) -> tuple[str, bytes]:
         """What decides whether its pixels can be had: the sample and the frames."""
-        return self.sample.name, self.frames.tobytes()
+        return self.name, self.frames.tobytes()
 
     def clip(self, jpegs: list[bytes]) -> Clip:
         """What the decoder gets."""
@@ -62,65 +65,102 @@ class Line:
     def __init__(
         self, media_type: str, readers: Sequence[CorpusReader], config: LoaderConfig, pool: ThreadPoolExecutor
     ) -> None:
-        if config.unit not in UNITS:
-            raise ValueError(f"unit is {config.unit!r}, must be one of {', '.join(UNITS)}")
+        if config.unit not in TRAINING_UNITS:
+            raise ValueError(f"unit is {config.unit!r}, must be one of {', '.join(TRAINING_UNITS)}")
         check_sample_type(config.video_input.sample_type)
         self.media_type, self.readers, self.config, self.pool = media_type, readers, config, pool
         self.shards = [
             (number, shard) for number, reader in enumerate(readers) for shard in range(len(reader.corpus.shards))
         ]
         self.counts = tuple(count for reader in readers for count in reader.corpus.counts(config.unit))
+        self.weights = tuple(float(config.corpus_weights.get(reader.corpus.name, 1.0)) for reader in readers)
         text_kind = "questions" if config.unit == "questions" else "captions"
         for reader in readers:
             if not sum(reader.corpus.counts(text_kind)):
                 raise ValueError(f"{reader.corpus.url} holds no {text_kind}: this task cannot train on it")
+        self.units = self.plan(0).units  # in every epoch
+        self._places = np.array(self.shards, np.int64).reshape(-1, 2)  # (S, 2) corpus and shard
 
     def plan(self, epoch: int) -> EpochPlan:
         """The order of an epoch."""
-        return EpochPlan(self.counts, self.config.seed, epoch, self.config.lanes, self.config.window_shards)
+        corpora = tuple(len(reader.corpus.shards) for reader in self.readers)
+        config = self.config
+        return EpochPlan(
+            self.counts, config.seed, epoch, config.lanes, config.window_shards, corpora, weights=self.weights
+        )
 
-    def find(self, plan: EpochPlan, positions: np.ndarray) -> list[Sample]:
-        """The samples at positions of the epoch."""
-        shards, units = (values.tolist() for values in plan.at(positions))
-        self._load_indices(set(shards))
-        return [self._sample(place, unit) for place, unit in zip(shards, units, strict=True)]
+    def draw(self, plan: EpochPlan, positions: np.ndarray) -> list[Draw]:
+        """The samples at positions (P,) of the epoch; what is random about one, only it and the pass decide."""
+        places, units, passes = plan.at(positions)
+        indices = self._indices(places)
+        mine = [indices[place] for place in places.tolist()]
+        rows = [index.locate(self.config.unit, unit) for index, unit in zip(mine, units.tolist(), strict=True)]
+        corpora, shards = self._places[places].T
+        keys = draw_keys(self.config.seed, corpora, shards, units, passes)
+        records = [index.record(row) for index, (row, _) in zip(mine, rows, strict=True)]
+        return [
+            self._draw(int(corpus), int(shard), index, row, text, *parts)
+            for corpus, shard, index, (row, text), *parts in zip(
+                corpora, shards, mine, rows, records, self._frames(records, keys), self._windows(records, keys),
+                random_numbers(keys, TEXT, 1)[:, 0].tolist(), strict=True,
+            )
+        ]  # fmt: skip
 
-    def _load_indices(self, places: set[int]) -> None:
-        """Load the indices that are not in memory side by side."""
-        absent = [(reader, shard) for reader, shard in map(self._shard, places) if not reader.has_index(shard)]
-        list(self.pool.map(lambda pair: pair[0].index(pair[1]), absent))
+    def _indices(self, places: np.ndarray) -> dict[int, ShardIndex]:
+        """The indices of the line's shards of these numbers; those not in memory are loaded side by side."""
+        wanted = [(place, *self.shards[place]) for place in set(places.tolist())]
+        absent = [(corpus, shard) for _, corpus, shard in wanted if not self.readers[corpus].has_index(shard)]
+        list(self.pool.map(lambda pair: self.readers[pair[0]].index(pair[1]), absent))
+        return {place: self.readers[corpus].index(shard) for place, corpus, shard in wanted}
 
-    def _shard(self, place: int) -> tuple[CorpusReader, int]:
-        corpus, shard = self.shards[place]
-        return self.readers[corpus], shard
-
-    def _sample(self, place: int, unit: int) -> Sample:
-        corpus, shard = self.shards[place]
-        index = self.readers[corpus].index(shard)
-        row, text = index.locate(self.config.unit, unit)
-        return Sample(corpus, shard, unit, row, text, f"{self.readers[corpus].corpus.name}/{index.key(row)}")
-
-    def draw(self, sample: Sample, epoch: int) -> Draw:
-        """Draw what is random about a sample, by a generator that only the sample and the epoch decide."""
-        index = self.readers[sample.corpus].index(sample.shard)
-        record = index.record(sample.row)
-        rng = clip_generator(self.config.seed, epoch, sample.corpus, sample.shard, sample.unit)
+    def _frames(self, records: Sequence[Record], keys: np.ndarray) -> Sequence[np.ndarray]:
+        """Which frames of each sample are shown, (T,) each."""
+        if self.media_type == "image":
+            return [IMAGE_FRAMES] * len(records)
         video = self.config.video_input
-        frames = np.zeros(1, np.int64)
-        if self.media_type == "video":
-            frames = choose_frames(video.sample_type, video.num_frames, len(record.sizes), record.fps, rng)
-        window = Window(0, 0, record.height, record.width)
-        if self.config.augment:
-            window = random_window(record.height, record.width, rng, self.config.flip)
-        if self.config.unit == "questions":
-            question = index.texts("questions", sample.row)[sample.text]
+        numbers = random_numbers(keys, FRAMES, video.num_frames)
+        return [
+            choose_frames(video.sample_type, video.num_frames, max(1, len(record.sizes)), record.fps, mine)
+            for record, mine in zip(records, numbers, strict=True)
+        ]
+
+    def _windows(self, records: Sequence[Record], keys: np.ndarray) -> list[Window]:
+        """The part of each sample's frames that is shown."""
+        if not self.config.augment:
+            return [Window(0, 0, record.height, record.width) for record in records]
+        heights, widths = (np.array([getattr(record, side) for record in records]) for side in ("height", "width"))
+        return random_windows(heights, widths, keys, self.config.flip)
+
+    def _draw(
+        self,
+        corpus: int,
+        shard: int,
+        index: ShardIndex,
+        row: int,
+        text: int,
+        record: Record,
+        frames: np.ndarray,
+        window: Window,
+        number: float,
+    ) -> Draw:
+        """A draw with its texts; number: a random one in [0, 1) that chooses among captions."""
+        unit, fault, shown = self.config.unit, "", ""
+        answers: tuple[tuple[str, float], ...] = ()
+        if unit == "questions":
+            question = index.text("questions", row, text)
             answers = tuple(zip(question["answers"], question["weights"], strict=True))
-            return Draw(sample, record, frames, window, question["question"], answers)
-        captions = index.texts("captions", sample.row)
-        if self.config.paragraph:
-            return Draw(sample, record, frames, window, " ".join(captions))
-        number = sample.text if self.config.unit == "captions" else int(rng.integers(len(captions)))
-        return Draw(sample, record, frames, window, captions[number])
+            shown, fault = question["question"], "" if answers else "its question has no answer"
+        elif not index.text_count("captions", row):
+            fault = "it has no caption"
+        elif self.config.paragraph:
+            shown = " ".join(index.texts("captions", row))
+        else:
+            chosen = text if unit == "captions" else int(number * index.text_count("captions", row))
+            shown = index.text("captions", row, chosen)
+        if not len(record.sizes) or min(record.height, record.width) < 1:
+            fault = f"{len(record.sizes)} frames of {record.width}x{record.height} pixels in the index"
+        name = f"{self.readers[corpus].corpus.name}/{record.key}"
+        return Draw(name, corpus, shard, row, record, frames, window, shown, answers, fault)
 
     def read(self, draws: Sequence[Draw]) -> list[list[bytes] | BadSampleError]:
         """The frames' JPEG bytes of each draw, or why there are none; read by several threads."""
@@ -128,10 +168,11 @@ class Line:
         return [jpegs for part in self.pool.map(self._read_part, parts) for jpegs in part]
 
     def _read_part(self, draws: Sequence[Draw]) -> list[list[bytes] | BadSampleError]:
-        found: list[list[bytes] | BadSampleError] = [[]] * len(draws)
+        found: list[list[bytes] | BadSampleError]
+        found = [BadSampleError(draw.fault) if draw.fault else [] for draw in draws]
         for number, reader in enumerate(self.readers):
-            rows = [row for row, draw in enumerate(draws) if draw.sample.corpus == number]
-            wanted = [(draws[row].sample.shard, draws[row].record, draws[row].frames) for row in rows]
+            rows = [row for row, draw in enumerate(draws) if draw.corpus == number and not draw.fault]
+            wanted = [(draws[row].shard, draws[row].record, draws[row].frames) for row in rows]
             for row, jpegs in zip(rows, reader.read(wanted), strict=True):
                 found[row] = jpegs
         return found

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 
 import numpy as np
 
 CHUNKS_PER_LANE = 8  # a corpus of few shards is cut finer, so that it mixes well too
-SHARD_ORDER, WINDOW_ORDER, MEDIA_ORDER = 1, 2, 3  # what a generator is for; part of its key
+SHARD_ORDER, WINDOW_ORDER, MEDIA_ORDER, PASS_ORDER = 1, 2, 3, 4  # what a generator is for; part of its key
+NOTHING = np.zeros(0, np.int64)
 
 
 def generator(seed: int, *counters: int) -> np.random.Generator:
@@ -24,7 +26,11 @@ class EpochPlan:
     Within its lane a unit moves inside a window of `window_shards` shards' worth. Position p of the epoch is unit
     p // lanes of lane p % lanes. Memory and time grow with the number of shards and the window, not with the units.
 
-    counts: units in each shard, (S,).
+    A corpus of weight w is passed over w times an epoch: epoch e holds the units e*n to (e+1)*n of its endless
+    sequence of whole passes, where n is w times its units, rounded. Each pass holds each of its units once.
+
+    counts: units in each shard, (S,). corpora: how many of the shards belong to each corpus; () means one corpus.
+    weights: passes over each corpus an epoch; () means 1.
     """
 
     counts: tuple[int, ...]
@@ -32,28 +38,45 @@ class EpochPlan:
     epoch: int
     lanes: int = 64
     window_shards: int = 4
+    corpora: tuple[int, ...] = ()
+    weights: tuple[float, ...] = ()
     units: int = field(init=False)  # in the epoch
     window: int = field(init=False)  # units that a window holds
-    chunk_starts: np.ndarray = field(init=False, repr=False, compare=False)  # (C,) place on the line of each chunk
-    chunk_shards: np.ndarray = field(init=False, repr=False, compare=False)  # (C,) its shard
-    chunk_firsts: np.ndarray = field(init=False, repr=False, compare=False)  # (C,) its first unit in that shard
+    chunks: Chunks = field(init=False, repr=False, compare=False)  # in the order of the line
+    starts: np.ndarray = field(init=False, repr=False, compare=False)  # (C,) place on the line of each chunk
 
     def __post_init__(self) -> None:
         """Lay the permuted chunks on the line."""
         counts = np.asarray(self.counts, np.int64)
-        object.__setattr__(self, "units", int(counts.sum()))
-        mean = self.units / max(1, int(np.count_nonzero(counts)))
+        mean = int(counts.sum()) / max(1, int(np.count_nonzero(counts)))
         object.__setattr__(self, "window", max(1, round(self.window_shards * mean)))
-        shards, firsts, sizes = cut_chunks(counts, CHUNKS_PER_LANE * self.lanes)
-        order = generator(self.seed, self.epoch, SHARD_ORDER).permutation(len(sizes))
-        starts = np.concatenate([[0], np.cumsum(sizes[order])[:-1]]) if len(sizes) else np.zeros(0, np.int64)
-        object.__setattr__(self, "chunk_starts", starts.astype(np.int64))
-        object.__setattr__(self, "chunk_shards", shards[order])
-        object.__setattr__(self, "chunk_firsts", firsts[order])
+        chunks = self._chunks(counts)
+        order = generator(self.seed, self.epoch, SHARD_ORDER).permutation(len(chunks.sizes))
+        object.__setattr__(self, "chunks", chunks.at(order))
+        object.__setattr__(self, "units", int(chunks.sizes.sum()))
+        object.__setattr__(self, "starts", np.cumsum(self.chunks.sizes) - self.chunks.sizes)
         object.__setattr__(self, "_window", lru_cache(maxsize=2 * self.lanes)(self._permute_window))
 
-    def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(shard, unit in the shard) of each position of the epoch; all arrays (P,) int64.
+    def _chunks(self, counts: np.ndarray) -> Chunks:
+        """The chunks of the epoch's part of each corpus' passes."""
+        pieces = max(1, -(-CHUNKS_PER_LANE * self.lanes // max(1, int(np.count_nonzero(counts)))))
+        found, first_shard = [], 0
+        for corpus, shards in enumerate(self.corpora or (len(counts),)):
+            chunks = cut_chunks(counts[first_shard : first_shard + shards], pieces, first_shard)
+            first_shard += shards
+            units = int(chunks.sizes.sum())
+            share = epoch_units(units, self.weights[corpus] if self.weights else 1.0)
+            for number in range(self.epoch * share // max(1, units), -(-(self.epoch + 1) * share // max(1, units))):
+                begin, end = self.epoch * share - number * units, (self.epoch + 1) * share - number * units
+                part = replace(chunks, passes=np.full(len(chunks.sizes), number, np.int64))
+                if begin > 0 or end < units:  # the pass reaches over several epochs: its own order decides which part
+                    order = generator(self.seed, number, PASS_ORDER, corpus).permutation(len(part.sizes))
+                    part = part.at(order).between(max(0, begin), min(units, end))
+                found.append(part)
+        return Chunks.joined(found)
+
+    def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(shard, unit in the shard, pass over its corpus) of each position of the epoch; all arrays (P,) int64.
 
         Raises:
             IndexError: a position is not in 0 .. units - 1.
@@ -62,8 +85,9 @@ class EpochPlan:
         if positions.size and (positions.min() < 0 or positions.max() >= self.units):
             raise IndexError(f"positions must be in 0 .. {self.units - 1}")
         lines = self._lines(positions % self.lanes, positions // self.lanes)
-        chunks = np.searchsorted(self.chunk_starts, lines, side="right") - 1
-        return self.chunk_shards[chunks], self.chunk_firsts[chunks] + lines - self.chunk_starts[chunks]
+        places = np.searchsorted(self.starts, lines, side="right") - 1
+        units = self.chunks.firsts[places] + lines - self.starts[places]
+        return self.chunks.shards[places], units, self.chunks.passes[places]
 
     def lane_bounds(self, lane: int) -> tuple[int, int]:
         """First place on the line of a lane, and the first one past it; lanes differ by one unit at most."""
@@ -88,17 +112,46 @@ class EpochPlan:
         return generator(self.seed, self.epoch, WINDOW_ORDER, lane, number).permutation(size).astype(np.int32)
 
 
-def cut_chunks(counts: np.ndarray, wanted: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(shard, first unit, units) of each chunk: whole shards, or equal pieces where shards are fewer than `wanted`."""
-    shards, firsts, sizes = [], [], []
-    pieces = max(1, -(-wanted // max(1, int(np.count_nonzero(counts)))))
-    for shard, count in enumerate(counts.tolist()):
-        edges = np.linspace(0, count, min(pieces, count) + 1).astype(np.int64) if count else np.zeros(1, np.int64)
-        shards.append(np.full(len(edges) - 1, shard, np.int64))
-        firsts.append(edges[:-1])
-        sizes.append(np.diff(edges))
-    empty = [np.zeros(0, np.int64)]
-    return np.concatenate(shards or empty), np.concatenate(firsts or empty), np.concatenate(sizes or empty)
+@dataclass(frozen=True)
+class Chunks:
+    """Runs of neighbouring units of a shard; all arrays (C,) int64."""
+
+    shards: np.ndarray
+    firsts: np.ndarray  # unit in the shard
+    sizes: np.ndarray  # units
+    passes: np.ndarray  # over their corpus
+
+    def at(self, order: np.ndarray) -> Chunks:
+        """The chunks of these numbers, in this order."""
+        return Chunks(*(values[order] for values in vars(self).values()))
+
+    def between(self, begin: int, end: int) -> Chunks:
+        """What lies from the unit number `begin` to before `end` when the chunks stand in a row."""
+        ends = np.cumsum(self.sizes)
+        starts = ends - self.sizes
+        lost = np.maximum(begin - starts, 0)
+        cut = replace(self, firsts=self.firsts + lost, sizes=np.minimum(ends, end) - np.maximum(starts, begin))
+        return cut.at(cut.sizes > 0)
+
+    @staticmethod
+    def joined(parts: Sequence[Chunks]) -> Chunks:
+        """All of them, one after another."""
+        names = [part.name for part in fields(Chunks)]
+        return Chunks(*(np.concatenate([getattr(part, name) for part in parts] or [NOTHING]) for name in names))
+
+
+def epoch_units(units: int, weight: float) -> int:
+    """Units of a corpus in an epoch: `weight` times all of them, rounded, and of a corpus that counts at least one."""
+    return max(1, round(units * weight)) if units and weight > 0 else 0
+
+
+def cut_chunks(counts: np.ndarray, pieces: int, first_shard: int) -> Chunks:
+    """Each shard in so many equal pieces, fewer where it has fewer units; pass 0."""
+    each = np.minimum(pieces, counts)
+    rows = np.repeat(np.arange(len(counts)), each)
+    places = np.arange(len(rows)) - np.repeat(np.cumsum(each) - each, each)
+    firsts, ends = (number * counts[rows] // each[rows] for number in (places, places + 1))
+    return Chunks(rows + first_shard, firsts, ends - firsts, np.zeros(len(rows), np.int64))
 
 
 def rank_positions(step: int, batch_size: int, rank: int, world_size: int) -> np.ndarray:

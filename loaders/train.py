@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 import torch
@@ -25,6 +27,7 @@ from loaders.text import Tokenizer, clean_text
 log = logging.getLogger("loaders")
 
 READ_THREADS = 8
+BATCHES_AT_ONCE = 2  # in the decoding stage: the second one fills the gaps at the end of the first
 MAX_REPLACEMENTS = 64  # tries for one sample before the loader gives up
 ENOUGH_TO_JUDGE = 200  # samples read before the share of bad ones is looked at
 
@@ -71,6 +74,8 @@ class TrainLoader:
         readers = [CorpusReader(url, config.storage, lanes * (config.window_shards + 2)) for url in corpora]
         kinds = sorted({reader.corpus.media_type for reader in readers})
         self.pool = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="read")
+        self.batch_pool = ThreadPoolExecutor(BATCHES_AT_ONCE, thread_name_prefix="batch")
+        self._counting = threading.Lock()
         self.lines = {
             kind: Line(kind, [reader for reader in readers if reader.corpus.media_type == kind], config, self.pool)
             for kind in kinds
@@ -87,7 +92,7 @@ class TrainLoader:
 
     def _count_steps(self, kind: str) -> int:
         """Batches of a medium in an epoch; what does not fill one is left out, other samples each epoch."""
-        size, units = self.batch_size[kind], sum(self.lines[kind].counts)
+        size, units = self.batch_size[kind], self.lines[kind].units
         check_world_size(size, self.world_size, kind)
         if size > units:
             raise ValueError(
@@ -116,7 +121,7 @@ class TrainLoader:
         """Batches start_step, start_step + 1 ... of an epoch; reading and decoding are at most `prefetch` ahead."""
         if self.rank == 0:
             for kind, line in self.lines.items():
-                steps, size, units = self.media_steps[kind], self.batch_size[kind], sum(line.counts)
+                steps, size, units = self.media_steps[kind], self.batch_size[kind], line.units
                 log.debug(
                     "epoch %d: %d %s batches of %d, %d of %d left out", epoch, steps, kind, size, units % size, units
                 )
@@ -160,27 +165,38 @@ class TrainLoader:
 
     def _make_batches(self, fetched: Ahead[Step]) -> Generator[Batch, None, None]:
         """The decoding stage: steps to batches, their texts to tokens."""
-        before = self.counters["decode_wait_seconds"]
-        for step in fetched:
-            self.counters["decode_wait_seconds"] = before + fetched.waited
-            started = time.perf_counter()
-            frames = self._decode(step)
-            batch = self._collate(step, frames)
-            self.counters["decode_seconds"] += time.perf_counter() - started
-            self.counters["samples"] += len(step.draws)
-            self.counters["bytes_read"] += sum(len(data) for jpegs in step.jpegs for data in jpegs)
+        waited, making = self.counters["decode_wait_seconds"], deque[Future[Batch]]()
+        started, waited_before = time.perf_counter(), 0.0
+        for step in chain(fetched, [None] * (BATCHES_AT_ONCE - 1)):
+            if step is not None:
+                making.append(self.batch_pool.submit(self._make_batch, step))
+            if (step is not None and len(making) < BATCHES_AT_ONCE) or not making:
+                continue
+            batch = making.popleft().result()
+            self.counters["decode_wait_seconds"] = waited + fetched.waited
+            self.counters["decode_seconds"] += time.perf_counter() - started - (fetched.waited - waited_before)
             self._judge()
             yield batch
+            started, waited_before = time.perf_counter(), fetched.waited
+
+    def _make_batch(self, step: Step) -> Batch:
+        """One step's batch; a thread of `batch_pool` is at the next one meanwhile, so that no decoder idles."""
+        frames = self._decode(step)
+        batch = self._collate(step, frames)
+        with self._counting:
+            self.counters["samples"] += len(step.draws)
+            self.counters["bytes_read"] += sum(len(data) for jpegs in step.jpegs for data in jpegs)
+        return batch
 
     def _fetch(self, step: Step, rows: list[int]) -> None:
         """Find and read the samples of some of a step's rows; unusable ones give way to the next of their lanes."""
         line = self.lines[step.kind]
         while rows:
             places = [replacement(int(step.positions[row]), step.tries[row], step.plan) for row in rows]
-            draws = [line.draw(sample, step.plan.epoch) for sample in line.find(step.plan, np.array(places))]
+            draws = line.draw(step.plan, np.array(places))
             again = []
             for row, draw, jpegs in zip(rows, draws, line.read(draws), strict=True):
-                reason = str(jpegs) if isinstance(jpegs, BadSampleError) else self._unusable.get(draw.name)
+                reason = str(jpegs) if isinstance(jpegs, BadSampleError) else self._unusable.get(draw.pixels)
                 if reason is not None:
                     self._pass_over(step, row, draw, reason)
                     again.append(row)
@@ -203,15 +219,15 @@ class TrainLoader:
 
     def _pass_over(self, step: Step, row: int, draw: Draw, reason: str) -> None:
         """Note an unusable sample, and that its row wants another one."""
-        self._unusable[draw.name] = reason
-        if draw.sample.name not in self.quarantine:
-            self.quarantine[draw.sample.name] = reason
+        self._unusable[draw.pixels] = reason
+        if draw.name not in self.quarantine:
+            self.quarantine[draw.name] = reason
             self.counters["quarantined"] = len(self.quarantine)
-            log.warning("rank %d: %s is left out: %s", self.rank, draw.sample.name, reason)
+            log.warning("rank %d: %s is left out: %s", self.rank, draw.name, reason)
         step.tries[row] += 1
         if step.tries[row] >= MAX_REPLACEMENTS:
             raise ValueError(
-                f"{MAX_REPLACEMENTS} samples in a row are unusable, the last {draw.sample.name} ({reason}): "
+                f"{MAX_REPLACEMENTS} samples in a row are unusable, the last {draw.name} ({reason}): "
                 "check the corpus with `python -m sharding.verify`"
             )
 
@@ -236,8 +252,8 @@ class TrainLoader:
             frames=frames,
             input_ids=input_ids,
             attention_mask=attention_mask,
-            idx=torch.tensor([draw.sample.visual for draw in step.draws]),
-            keys=tuple(draw.sample.name for draw in step.draws),
+            idx=torch.tensor([draw.visual for draw in step.draws]),
+            keys=tuple(draw.name for draw in step.draws),
             answers=self._answers(step) if self.config.unit == "questions" else None,
         )
 
@@ -250,7 +266,8 @@ class TrainLoader:
     def close(self) -> None:
         """End the threads, also those of an iteration that is not over, and close the files."""
         self._end(list(self._running))
-        self.pool.shutdown(wait=True, cancel_futures=True)
+        for pool in (self.batch_pool, self.pool):
+            pool.shutdown(wait=True, cancel_futures=True)
         self.decoder.close()
         for line in self.lines.values():
             line.close()

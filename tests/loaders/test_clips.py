@@ -5,22 +5,38 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loaders.clips import choose_frames, clip_generator, frames_at_rate, random_window
+from loaders.clips import (
+    FRAMES,
+    TEXT,
+    Window,
+    choose_frames,
+    draw_keys,
+    frames_at_rate,
+    random_numbers,
+    random_windows,
+)
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 TABLE = SHARED / "golden" / "08_pure" / "tables" / "frame_indices.json"
 
 
-def rng(number: int = 0) -> np.random.Generator:
-    return clip_generator(1, 2, 0, 3, number)
+def keys(count: int, **other: int) -> np.ndarray:
+    part = {"corpora": 0, "shards": 3, "passes": 2} | other
+    return draw_keys(1, units=np.arange(count), **{name: np.full(count, value) for name, value in part.items()})
+
+
+def windows(height: int, width: int, count: int, flip: bool = True) -> list[Window]:
+    return random_windows(np.full(count, height), np.full(count, width), keys(count), flip)
 
 
 @given(st.integers(1, 12), st.integers(1, 100), st.integers(0, 1000))
 def test_random_frames_come_from_their_intervals(num_frames: int, length: int, number: int) -> None:
-    chosen = choose_frames("rand", num_frames, length, 2.0, rng(number))
+    numbers = random_numbers(keys(number + 1)[-1:], FRAMES, num_frames)[0]
+    chosen = choose_frames("rand", num_frames, length, 2.0, numbers)
     assert chosen.shape == (num_frames,)
     edges = np.linspace(0, length, min(num_frames, length) + 1).astype(int)
     drawn = chosen[: len(edges) - 1]
@@ -29,7 +45,8 @@ def test_random_frames_come_from_their_intervals(num_frames: int, length: int, n
 
 
 def test_a_random_frame_can_be_the_last_of_its_interval() -> None:
-    assert {int(choose_frames("rand", 1, 3, 2.0, rng(number))[0]) for number in range(60)} == {0, 1, 2}
+    drawn = random_numbers(keys(60), FRAMES, 1)
+    assert {int(choose_frames("rand", 1, 3, 2.0, numbers)[0]) for numbers in drawn} == {0, 1, 2}
 
 
 def test_frames_at_a_rate_are_spread_and_never_none() -> None:
@@ -37,33 +54,59 @@ def test_frames_at_a_rate_are_spread_and_never_none() -> None:
     assert choose_frames("fps0.01", 2, 5, 2.0).tolist() == [2, 2]
 
 
-@pytest.mark.parametrize("name", ["center", "fps", "fpsx", "fps0", "fps-1"])
+@pytest.mark.parametrize("name", ["center", "fps", "fpsx", "fps0", "fps-1", "rand"])
 def test_unknown_ways_to_choose_are_named(name: str) -> None:
     with pytest.raises(ValueError, match=name):
-        choose_frames(name, 1, 5, 2.0, rng())
+        choose_frames(name, 1, 5, 2.0)
 
 
-@given(st.integers(1, 400), st.integers(1, 400), st.integers(0, 500))
-def test_windows_lie_inside_the_frame(height: int, width: int, number: int) -> None:
-    window = random_window(height, width, rng(number), flip=True)
-    assert window.height > 0
-    assert window.width > 0
-    assert 0 <= window.top <= height - window.height
-    assert 0 <= window.left <= width - window.width
+@given(st.integers(1, 400), st.integers(1, 400))
+def test_windows_lie_inside_the_frame(height: int, width: int) -> None:
+    for window in windows(height, width, 20):
+        assert window.height > 0
+        assert window.width > 0
+        assert 0 <= window.top <= height - window.height
+        assert 0 <= window.left <= width - window.width
 
 
 def test_windows_cover_half_to_all_of_the_frame_and_half_are_mirrored() -> None:
-    windows = [random_window(224, 300, rng(number), flip=True) for number in range(400)]
-    areas = np.array([w.height * w.width for w in windows]) / (224 * 300)
+    found = windows(224, 300, 2000)
+    areas = np.array([w.height * w.width for w in found]) / (224 * 300)
     assert areas.min() > 0.48
     assert areas.max() <= 1
-    assert 0.4 < np.mean([w.flip for w in windows]) < 0.6
-    assert not any(random_window(224, 300, rng(number), flip=False).flip for number in range(50))
+    assert 0.46 < np.mean([w.flip for w in found]) < 0.54
+    assert not any(window.flip for window in windows(224, 300, 50, flip=False))
 
 
-def test_what_is_random_is_a_function_of_seed_epoch_and_unit() -> None:
-    assert rng(5).random() == rng(5).random()
-    assert len({clip_generator(*key).random() for key in np.ndindex(2, 3, 2, 3, 4)}) == 2 * 3 * 2 * 3 * 4
+def test_windows_are_those_of_the_official_crop_in_distribution() -> None:
+    import model.torchvision_cpu  # noqa: F401 - lets the next line work where torchvision's extension does not load
+    from torchvision.transforms import RandomResizedCrop
+
+    ours = np.array([window[:4] for window in windows(224, 224, 4000)])
+    torch.manual_seed(0)
+    image = torch.empty(3, 224, 224)
+    theirs = np.array([RandomResizedCrop.get_params(image, [0.5, 1.0], [3 / 4, 4 / 3]) for _ in range(4000)])
+    for column in range(4):
+        for share in (0.1, 0.5, 0.9):
+            assert abs(np.quantile(ours[:, column], share) - np.quantile(theirs[:, column], share)) <= 6
+
+
+def test_what_is_random_is_a_function_of_seed_pass_and_unit() -> None:
+    def number(seed: int, *parts: int) -> float:
+        return float(random_numbers(draw_keys(seed, *(np.array([part]) for part in parts)), TEXT, 1)[0, 0])
+
+    assert number(1, 0, 3, 5, 2) == number(1, 0, 3, 5, 2)
+    assert len({number(*key) for key in np.ndindex(2, 3, 3, 4, 2)}) == 2 * 3 * 3 * 4 * 2
+
+
+def test_random_numbers_are_even_and_independent() -> None:
+    numbers = random_numbers(keys(20_000), 0, 8)
+    assert numbers.min() >= 0
+    assert numbers.max() < 1
+    counts = np.stack([np.histogram(column, 20, (0, 1))[0] for column in numbers.T])
+    assert np.abs(counts - 1000).max() < 160  # five standard deviations
+    assert np.abs(np.corrcoef(numbers.T) - np.eye(8)).max() < 0.035
+    assert abs(np.corrcoef(numbers[1:, 0], numbers[:-1, 0])[0, 1]) < 0.035  # neighbouring samples
 
 
 @pytest.mark.shared
