@@ -1,5 +1,6 @@
 """What a step sees of a clip: frames, crops and flips."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def test_windows_cover_half_to_all_of_the_frame_and_half_are_mirrored() -> None:
 
 
 def test_windows_are_those_of_the_official_crop_in_distribution() -> None:
-    import model.torchvision_cpu  # noqa: F401 - lets the next line work where torchvision's extension does not load
+    importlib.import_module("model.torchvision_cpu")  # torchvision works then where its extension does not load
     from torchvision.transforms import RandomResizedCrop
 
     ours = np.array([window[:4] for window in windows(224, 224, 4000)])
