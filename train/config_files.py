@@ -16,11 +16,21 @@ from omegaconf.errors import OmegaConfBaseException
 
 from train.config import RunConfig
 
-# Keys of the official YAMLs that have another name here (docs/training.md has the whole table).
+# Keys of the official YAMLs that have another name here (docs/migrating.md has the whole table).
 RENAMED = {
     "train_file": "train_corpus",
     "test_file": "test_corpus",
     "test_types": "splits",
+    "is_paragraph_retrieval": "paragraph",
+    "has_multi_vision_gt": "nothing: it is found in the data",
+    "caption_type": "nothing: a recipe each, configs/retrieval/ssv2_label.yaml and ssv2_template.yaml",
+    "dataset_name": "benchmark",
+    "text_decoder": "answer_decoder.num_layers",
+    "eos": "nothing: answers end in [SEP]",
+    "device": "nothing: what the launcher says",
+    "dist_url": "nothing: what the launcher says",
+    "distributed": "nothing: what the launcher says",
+    "debug": "max_steps",
     "vit_type": "vision_encoder.type",
     "vit_name_or_pretrained_path": "vision_encoder.pretrained",
     "vit_zoo": "vision_encoder.pretrained",
