@@ -7,13 +7,33 @@ import logging
 import os
 import re
 import sys
+import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
 
-from sharding.annotations.reading import Reading, read_rows
-from sharding.annotations.staging import Staged, stage
+from tqdm import tqdm
+
+from sharding.annotations.config import Reading
+from sharding.annotations.reading import expanded, read_rows
+from sharding.annotations.staging import Staged, open_staged, stage
+from sharding.arguments import add_annotation_arguments, read_options
+from sharding.estimate import Estimate, estimate_build
 from sharding.failures import FailureLog, TooManyFailures, summary
-from sharding.output import BUILD, claim, digest_of, local_form, open_output, remove, write_text
+from sharding.output import (
+    BUILD,
+    check_claim,
+    claim,
+    digest_of,
+    local_form,
+    open_output,
+    plan_of,
+    remove,
+    staging_place,
+    write_text,
+)
 from sharding.plan import Settings, Task, plan_shards
 from sharding.processes import run_tasks
 from sharding.progress import LOG_EVERY, Progress
@@ -57,28 +77,27 @@ def build_corpus(
         ValueError: bad settings or annotations, or an output that holds something else or is in use.
         TooManyFailures: a larger share of media failed than `max_failures`.
     """
-    output, media_root = local_form(output), local_form(media_root)
-    name = name or re.sub(r"[^A-Za-z0-9_-]+", "_", output.rstrip("/").rsplit("/", 1)[-1])[:60] or "corpus"
-    settings = Settings(name, media_type, size, quality, float(fps), max_frames, shard_mb)
-    settings.check()
-    reading = reading or Reading()
+    settings = checked_settings(output, name, media_type, size, quality, fps, max_frames, shard_mb)
     if not 0 <= max_failures <= 1:
         raise ValueError(f"--max-failures is {max_failures:g}, must be a share from 0 to 1, such as 0.05")
     fetching = fetching or Fetching()
     fetching.check()
+    output, media_root = local_form(output), local_form(media_root)
     check_root(media_root)
+    annotations, reading = expanded(annotations), reading or Reading()
     with open_output(output) as scratch:
-        staged = stage(read_rows(annotations, reading), scratch / "rows.sqlite", reading.limit)
-        if not staged.items:
-            raise ValueError(nothing_to_pack(annotations, staged))
-        claim(output, settings, annotations, staged.items, scratch)
+        plan = plan_of(settings, reading, annotations)
+        check_claim(output, plan)
+        place = staging_place(output, scratch, plan)
+        staged = stage_annotations(annotations, reading, place, scratch, progress)
+        claim(output, plan | settings.shares(staged.items), scratch)
         tasks = plan_shards(staged, settings, media_root, output, scratch, fetching)
         failures = FailureLog(scratch)
-        shown = Progress(staged.items, f"packing {name}", progress, log_every=log_every)
+        shown = Progress(staged.items, f"packing {settings.name}", progress, log_every=log_every)
         with shown:
             shards, rows = pack(tasks, workers or os.cpu_count() or 1, retry_failed, failures, shown)
         files = {BUILD: digest_of([join_url(output, BUILD)]), **failures.publish(output)}
-        corpus = Corpus(output, name, media_type, tuple(shards), asdict(settings), files)
+        corpus = Corpus(output, settings.name, media_type, tuple(shards), asdict(settings), files)
         report(staged, rows, corpus, failures)
         if failures.count > max_failures * staged.items:
             raise TooManyFailures(
@@ -88,6 +107,66 @@ def build_corpus(
             )
         write_text(join_url(output, "corpus.json"), corpus.to_json(), scratch)
     return corpus
+
+
+def checked_settings(output: str, name: str, *settings: Any) -> Settings:
+    """The settings of a corpus, named after its output folder unless it has a `name`. Raises ValueError."""
+    usual = re.sub(r"[^A-Za-z0-9_-]+", "_", output.rstrip("/").rsplit("/", 1)[-1])[:60] or "corpus"
+    result = Settings(name or usual, *settings)
+    result.check()
+    return result
+
+
+def stage_annotations(
+    annotations: Sequence[str], reading: Reading, place: Path, scratch: Path, progress: bool
+) -> Staged:
+    """The rows of annotation files on disk, read unless an interrupted build left them there.
+
+    Raises:
+        FileNotFoundError, ValueError: a file cannot be read; or there is nothing to pack in them.
+    """
+    if place.exists():
+        log.info("annotations: read by an earlier run")
+        return open_staged(place)
+    start = time.monotonic()
+    rows = tqdm(read_rows(annotations, reading), unit="row", desc="annotations", disable=None if progress else True)
+    staged = stage(rows, place, scratch, reading.limit)
+    if not staged.items:
+        place.unlink()
+        raise ValueError(nothing_to_pack(annotations, staged))
+    seconds = time.monotonic() - start
+    log.info("annotations: %d rows about %d media, read in %.1f seconds", staged.rows, staged.items, seconds)
+    return staged
+
+
+def estimate_corpus(
+    annotations: Sequence[str],
+    media_root: str,
+    media_type: str,
+    output: str,
+    name: str = "",
+    size: int = 224,
+    fps: float = 2.0,
+    max_frames: int = 0,
+    shard_mb: int = 256,
+    workers: int | None = None,
+    quality: int = 90,
+    progress: bool = False,
+    reading: Reading | None = None,
+    fetching: Fetching | None = None,
+) -> Estimate:
+    """What `build_corpus` with these arguments would give and take; nothing is written to `output`. Raises like it."""
+    settings = checked_settings(output, name, media_type, size, quality, fps, max_frames, shard_mb)
+    fetching = fetching or Fetching()
+    fetching.check()
+    output, media_root = local_form(output), local_form(media_root)
+    check_root(media_root)
+    annotations, reading = expanded(annotations), reading or Reading()
+    with tempfile.TemporaryDirectory(prefix="singularity-estimate-") as folder:
+        scratch = Path(folder)
+        staged = stage_annotations(annotations, reading, scratch / "rows.sqlite", scratch, progress)
+        tasks = plan_shards(staged, settings, media_root, output, scratch, fetching)
+        return estimate_build(staged, tasks, workers or os.cpu_count() or 1)
 
 
 def pack(
@@ -160,21 +239,15 @@ def parser() -> argparse.ArgumentParser:
         description="Pack images or videos with their texts into webdataset shards.",
         epilog="Exit code: 0 packed; 1 too many media failed; 2 not possible; 130 interrupted.",
     )
+    add_annotation_arguments(result)
     add = result.add_argument
-    add(
-        "--annotations",
-        nargs="+",
-        required=True,
-        metavar="FILE",
-        help='JSON lists of {"image" or "video": path, "caption": ...}',
-    )
     add(
         "--media-root",
         default="",
         metavar="URL",
         help="folder, archive (.tar, .zip) or URL that the media paths start from; not needed where they are URLs",
     )
-    add("--media-type", required=True, choices=MEDIA_TYPES)
+    add("--media-type", choices=MEDIA_TYPES, help="required unless --corpus says it")
     add(
         "--output",
         required=True,
@@ -182,9 +255,9 @@ def parser() -> argparse.ArgumentParser:
         help="folder of the packed corpus; run again to go on after an interruption",
     )
     add("--name", default="", help="first part of the shards' file names (default: the output folder's name)")
-    add("--size", type=int, default=224, help="shorter side of stored frames in pixels (default: %(default)s)")
-    add("--fps", type=float, default=2.0, help="stored frames a second of video (default: %(default)s)")
-    add("--max-frames", type=int, default=0, help="at most so many frames a clip (default: all)")
+    add("--size", type=int, help="shorter side of stored frames in pixels (default: as --corpus says, or 224)")
+    add("--fps", type=float, help="stored frames a second of video (default: as --corpus says, or 2)")
+    add("--max-frames", type=int, help="at most so many frames a clip (default: as --corpus says, or all)")
     add("--shard-mb", type=int, default=256, help="aim for shards of this size (default: %(default)s)")
     add("--workers", type=int, default=None, help="processes (default: one a core)")
     add_fetching(result.add_argument_group("media from URLs"))
@@ -203,6 +276,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="where the output is no terminal, log a line of JSON so often (default: %(default)g; 0: never)",
     )
+    add("--dry-run", action="store_true", help="write nothing; estimate size and time from a sample of the media")
     add("--retry-failed", action="store_true", help="build the shards again that miss media, after mending those")
     return result
 
@@ -231,10 +305,15 @@ def add_fetching(group: argparse._ArgumentGroup) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    options = vars(parser().parse_args(arguments))
     try:
-        fetching = Fetching(**{field.name: options.pop(field.name) for field in fields(Fetching)})
-        build_corpus(progress=True, fetching=fetching, **options)
+        options = read_options(vars(parser().parse_args(arguments)))
+        options["fetching"] = Fetching(**{field.name: options.pop(field.name) for field in fields(Fetching)})
+        if options.pop("dry_run"):
+            ignored = ("max_failures", "retry_failed", "log_every")
+            estimate = estimate_corpus(**{key: value for key, value in options.items() if key not in ignored})
+            sys.stdout.writelines(f"{line}\n" for line in estimate.lines())
+        else:
+            build_corpus(progress=True, **options)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1 if isinstance(error, TooManyFailures) else 2

@@ -13,15 +13,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import fsspec
 
+from sharding.annotations.config import Reading
 from sharding.plan import Settings
 from sharding.schema import VERSION, join_url
 from sharding.writing import publish
 
 BUILD = "build.json"  # says what a build writes there
 PARTIAL = ".partial"  # folder inside a local output that holds unfinished files
+STAGED = "rows-*.sqlite"  # files in it that an interrupted build leaves to the next one
 
 
 def local_form(url: str) -> str:
@@ -53,14 +56,35 @@ def open_output(output: str, among_others: bool = False) -> Iterator[Path]:
         ours = among_others or (folder / BUILD).exists()
         if not ours and any(path.name != PARTIAL for path in folder.iterdir()):
             raise ValueError(f"{output} is not empty and holds no build of this tool: choose another --output")
-        shutil.rmtree(folder / PARTIAL, ignore_errors=True)  # what a killed build left
-        (folder / PARTIAL).mkdir()
+        clear_partial(folder / PARTIAL)  # what a killed build left
+        (folder / PARTIAL).mkdir(exist_ok=True)
         try:
             yield Path(tempfile.mkdtemp(dir=folder / PARTIAL))  # a name of its own: no older process writes there
-        finally:
-            shutil.rmtree(folder / PARTIAL, ignore_errors=True)
+        except BaseException:
+            clear_partial(folder / PARTIAL)
+            raise
+        shutil.rmtree(folder / PARTIAL, ignore_errors=True)
     finally:
         os.close(lock)
+
+
+def clear_partial(folder: Path) -> None:
+    """Delete unfinished files; staged rows stay, and the folder where there are any."""
+    staged = set(folder.glob(STAGED))
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path not in staged:
+            path.unlink(missing_ok=True)
+    if folder.is_dir() and not staged:
+        folder.rmdir()
+
+
+def staging_place(output: str, scratch: Path, plan: dict[str, Any]) -> Path:
+    """Where the rows of a plan are staged: inside a local output, for an interrupted build to find them again."""
+    digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
+    folder = scratch if "://" in output else Path(output) / PARTIAL
+    return folder / STAGED.replace("*", digest)
 
 
 def lock_folder(descriptor: int, output: str) -> None:
@@ -74,15 +98,21 @@ def lock_folder(descriptor: int, output: str) -> None:
             ) from None
 
 
-def claim(output: str, settings: Settings, annotations: Sequence[str], items: int, scratch: Path) -> None:
-    """Note in `build.json` what is built here; raise ValueError when the shards there are of another build."""
-    plan = {"version": VERSION, **asdict(settings), "annotations_sha256": digest_of(annotations)}
-    plan["samples_per_shard"] = settings.samples_per_shard(items)
-    place = join_url(output, BUILD)
-    filesystem, path = fsspec.url_to_fs(place)
+def plan_of(settings: Settings, reading: Reading, annotations: Sequence[str]) -> dict[str, Any]:
+    """What decides the bytes of a corpus, besides its media; for `build.json`."""
+    return {
+        "version": VERSION,
+        **asdict(settings),
+        "annotations_sha256": digest_of(annotations),
+        "reading": asdict(reading),
+    }
+
+
+def check_claim(output: str, plan: dict[str, Any]) -> bool:
+    """Whether `build.json` is there; raises ValueError when the shards there are of another build than `plan`."""
+    filesystem, path = fsspec.url_to_fs(join_url(output, BUILD))
     if not filesystem.exists(path):
-        write_text(place, json.dumps(plan, indent=1) + "\n", scratch)
-        return
+        return False
     with filesystem.open(path, "rb") as file:
         found = json.loads(file.read())
     different = sorted(key for key in plan if plan[key] != found.get(key))
@@ -91,6 +121,13 @@ def claim(output: str, settings: Settings, annotations: Sequence[str], items: in
             f"{output} holds a corpus built with another {', '.join(different)}: "
             "choose another --output, or delete that folder first"
         )
+    return True
+
+
+def claim(output: str, plan: dict[str, Any], scratch: Path) -> None:
+    """Note in `build.json` what is built here; raise ValueError when the shards there are of another build."""
+    if not check_claim(output, plan):
+        write_text(join_url(output, BUILD), json.dumps(plan, indent=1, ensure_ascii=False) + "\n", scratch)
 
 
 def digest_of(files: Sequence[str]) -> str:

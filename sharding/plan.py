@@ -47,6 +47,10 @@ class Settings:
         by_size = self.shard_mb * 2**20 / (frames * self.size**2 * 4 / 3 * BYTES_PER_PIXEL)
         return max(1, min(int(by_size), max(SMALLEST_SHARD[self.media_type], math.ceil(samples / SPREAD))))
 
+    def shares(self, samples: int) -> dict[str, int]:
+        """How `samples` items are shared out, for `build.json`: other numbers mean other shards."""
+        return {"items": samples, "samples_per_shard": self.samples_per_shard(samples)}
+
 
 @dataclass(frozen=True)
 class Task:

@@ -16,7 +16,11 @@ Finder = Callable[[Mapping[str, Any]], Any]
 
 
 class RowError(ValueError):
-    """A record that is no row; the message names file, record, reason and remedy."""
+    """A record that is no row; the message names file, record and `reason`, which has the remedy."""
+
+    def __init__(self, record: Record, reason: str) -> None:
+        super().__init__(f"{record.place}: {reason}")
+        self.reason = reason
 
 
 @dataclass
@@ -57,6 +61,10 @@ class RowMaker:
         Raises:
             RowError: the record lacks a column, or holds what cannot be understood.
         """
+        if record.fault:
+            raise RowError(record, record.fault)
+        if record.filtered:
+            return Row(filtered=record.filtered)
         for column, find, values in self.keep:
             value = find(record.fields)
             if value is ABSENT:
@@ -69,6 +77,10 @@ class RowMaker:
         if media is None or not str(media).strip():
             return Row(filtered="no media path")
         return self.with_texts(str(media).strip() + self.part(record), record)
+
+    def knows_media(self, record: Record) -> bool:
+        """Whether the record has the media where the columns say, and not just where Singularity's own JSON has it."""
+        return self.columns.media != Columns().media and self.find["media"](record.fields) is not ABSENT
 
     def with_texts(self, source: str, record: Record) -> Row:
         """The row about `source` with the record's question, choice or captions."""
@@ -95,7 +107,7 @@ class RowMaker:
             return Row(filtered="no caption")
         captions = [texts] if isinstance(texts, str) else texts
         if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
-            raise RowError(f'{record.place}: "caption" must be a text or a list of texts, not {shortened(texts)}')
+            raise RowError(record, f'"caption" must be a text or a list of texts, not {shortened(texts)}')
         kept = tuple(text.strip() for text in captions if text.strip())
         return Row(source, kept) if kept else Row(filtered="no caption")
 
@@ -114,8 +126,9 @@ class RowMaker:
             right = len(options)
         if not isinstance(options, list) or not options or not -1 <= right < len(options):
             raise RowError(
-                f"{record.place}: options {shortened(options)} with answer {shortened(answer)}: must be a list of "
-                "texts and the right one's number, from 0"
+                record,
+                f"options {shortened(options)} with answer {shortened(answer)}: must be a list of "
+                "texts and the right one's number, from 0",
             )
         name = "" if number is ABSENT or number is None else str(number)
         return {"question_id": name, "options": [str(option) for option in options], "answer": right}
@@ -132,17 +145,16 @@ class RowMaker:
             first, last = 0.0, -1.0
         if not 0 <= first < last:
             raise RowError(
-                f'{record.place}: "start" {None if no_start else start!r} and "end" {None if no_end else end!r} '
-                "must be seconds, start first"
+                record,
+                f'"start" {None if no_start else start!r} and "end" {None if no_end else end!r} '
+                "must be seconds, start first",
             )
         return part_of(first, last)
 
     def missing(self, record: Record, wanted: Any, remedy: str) -> RowError:
         """The error for a record without a column."""
         names = " or ".join(f'"{name}"' for name in (wanted if isinstance(wanted, list) else [wanted]))
-        return RowError(
-            f"{record.place}: no {names}; its columns are {', '.join(record.fields)}; name it with {remedy}"
-        )
+        return RowError(record, f"no {names}; its columns are {', '.join(record.fields)}; name it with {remedy}")
 
 
 def finder(spec: Any) -> Finder:

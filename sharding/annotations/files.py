@@ -6,6 +6,7 @@ import codecs
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import IO, Any
 
 import fsspec
@@ -21,6 +22,14 @@ class Record:
     file: str
     number: int
     fields: dict[str, Any]
+    filtered: str = ""  # why a reader leaves it out
+    fault: str = ""  # why it cannot be understood
+
+    def value(self, key: str) -> Any:
+        """What it says under a key; raises ValueError when it says nothing."""
+        if key not in self.fields:
+            raise ValueError(f'{self.place}: no "{key}"; its columns are {", ".join(self.fields)}: check --corpus')
+        return self.fields[key]
 
     @property
     def place(self) -> str:
@@ -68,28 +77,42 @@ def json_records(file: str, place: str = "") -> Iterator[Record]:
         values = ijson.items(handle, f"{place}.item" if place else "item", use_float=True)
         for number, value in enumerate(values, 1):
             found = True
-            if not isinstance(value, dict):
-                raise ValueError(f"annotation file {file}, record {number} must be an object, not {str(value)[:60]!r}")
-            yield Record(file, number, value)
-    if place and not found and place.split(".")[0] not in json_keys(file):
-        raise ValueError(f'annotation file {file} has no "{place}"; it has {", ".join(json_keys(file)) or "nothing"}')
+            if isinstance(value, dict):
+                yield Record(file, number, value)
+            else:
+                yield Record(file, number, {}, fault=f"must be an object, not {str(value)[:60]!r}")
+    if place and not found and place.split(".")[0] not in list(json_keys(file)):
+        has = ", ".join(islice(json_keys(file), 12)) or "nothing"
+        raise ValueError(f'annotation file {file} has no "{place}", but {has}: check --corpus and --records')
 
 
-def json_keys(file: str) -> list[str]:
-    """The keys of a JSON object, or of the first object of a JSON list; none for anything else."""
-    keys: list[str] = []
+def first_record(file: str) -> Record | None:
+    """The first object of a JSON list; None where there is no such."""
+    with opened(file) as handle, json_errors(file):
+        if handle.read(4096).lstrip()[:1] != b"[":
+            return None
+    return next(json_records(file), None)
+
+
+def json_value(file: str, key: str) -> Any:
+    """A value of a JSON object that stands before its long lists; None where it has none of that name."""
+    with opened(file) as handle, json_errors(file):
+        return next(ijson.items(handle, key, use_float=True), None)
+
+
+def json_keys(file: str) -> Iterator[str]:
+    """The keys of a JSON object, or of the first object of a JSON list, as they are met; none for anything else."""
     with opened(file) as handle, json_errors(file):
         depth, wanted = 0, 1
         for event, value in ijson.basic_parse(handle):
             if event == "start_array" and depth == 0:
                 wanted = 2
             if event == "map_key" and depth == wanted:
-                keys.append(value)
+                yield value
             depth += event in ("start_map", "start_array")
             depth -= event in ("end_map", "end_array")
             if wanted == 2 and depth < 2 and event != "start_array":
-                break
-    return keys
+                return
 
 
 def check_form(file: str, wanted: str) -> None:
@@ -104,7 +127,7 @@ def check_form(file: str, wanted: str) -> None:
     if found != wanted and found == "object":
         raise ValueError(
             f"annotation file {file} must be a JSON list of records, but is an object with "
-            f"{', '.join(json_keys(file)[:12])}: choose the --corpus that describes it, or name the list's key "
+            f"{', '.join(islice(json_keys(file), 12))}: choose the --corpus that describes it, or name the list's key "
             "with --records"
         )
     if found != wanted:

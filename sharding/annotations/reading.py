@@ -1,33 +1,125 @@
-"""How the files of a corpus are read: the form they have, and their rows."""
+"""From a corpus' annotation files to its rows: each file by the reader of its form."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from difflib import get_close_matches
+from itertools import groupby
 
-from sharding.annotations.columns import Columns, RowMaker
-from sharding.annotations.files import json_records
+import fsspec
+
+from sharding.annotations.captions import coco_records, flickr_records, sbu_records, something_records
+from sharding.annotations.columns import Columns, RowError, RowMaker
+from sharding.annotations.config import Reading
+from sharding.annotations.files import Record, first_record, json_records
 from sharding.annotations.items import Row
+from sharding.annotations.msrvtt import msrvtt_records
+from sharding.annotations.questions import activitynet_qa_records, vqa_records
+from sharding.annotations.tables import csv_records, jsonl_records, parquet_records, tsv_records
+from sharding.annotations.visual_genome import visual_genome_records
+from sharding.failures import kind_of
+
+FileReader = Callable[[str, Reading], Iterator[Record]]
+Reader = Callable[[Sequence[str], Reading], Iterator[Record]]
+
+ENDINGS: dict[str, FileReader] = {
+    "json": lambda file, reading: json_records(file, reading.records),
+    "jsonl": jsonl_records,
+    "ndjson": jsonl_records,
+    "csv": csv_records,
+    "tsv": tsv_records,
+    "parquet": parquet_records,
+}
+PACKED = (".gz", ".bz2", ".xz", ".zst")
 
 
-@dataclass
-class Reading:
-    """What decides which rows annotation files give, besides their contents."""
+def each_file(reader: FileReader) -> Reader:
+    """A reader of several files from one of a single file."""
+    return lambda files, reading: (record for file in files for record in reader(file, reading))
 
-    columns: Columns = field(default_factory=Columns)
-    keep: dict[str, Any] = field(default_factory=dict)  # column -> the value, or the list of values, of rows to keep
-    limit: int = 0  # at most so many media, 0: all
+
+def by_ending(file: str, reading: Reading) -> Iterator[Record]:
+    """Records of a file whose form its name tells; raises ValueError when it does not."""
+    name = file.lower()
+    for packed in PACKED:
+        name = name.removesuffix(packed)
+    ending = name.rpartition(".")[2]
+    if ending not in ENDINGS:
+        raise ValueError(
+            f"annotation file {file}: its name does not tell its form; set --format to one of {', '.join(READERS)}"
+        )
+    return ENDINGS[ending](file, reading)
+
+
+READERS: dict[str, Reader] = {
+    "auto": each_file(by_ending),
+    "json": each_file(ENDINGS["json"]),
+    "jsonl": each_file(jsonl_records),
+    "csv": each_file(csv_records),
+    "tsv": each_file(tsv_records),
+    "parquet": each_file(parquet_records),
+    "coco": coco_records,
+    "flickr": flickr_records,
+    "sbu": sbu_records,
+    "something": something_records,
+    "msrvtt": msrvtt_records,
+    "visual_genome": visual_genome_records,
+    "vqa": vqa_records,
+    "activitynet_qa": activitynet_qa_records,
+}
 
 
 def read_rows(files: Sequence[str], reading: Reading) -> Iterator[Row]:
-    """The rows of annotation files, in order.
+    """The rows of annotation files, in order. Files in Singularity's own JSON are known by their first record.
 
     Raises:
         FileNotFoundError: a file does not exist.
         ValueError: a file has another form, or a record lacks its media or its text.
     """
+    if reading.format not in READERS:
+        near = get_close_matches(reading.format, READERS, n=3) or list(READERS)
+        raise ValueError(f"--format {reading.format}: there is no such format, nearest are {', '.join(near)}")
     maker = RowMaker(reading.columns, reading.keep)
-    for file in files:
-        for record in json_records(file):
-            yield maker.row(record)
+    # Parts of clips that the corpus itself sets, such as the first 30 seconds, hold for its official JSON as well.
+    own = RowMaker(Columns(start=reading.columns.start, end=reading.columns.end), reading.keep)
+    for official, group in groupby(files, key=lambda file: is_official(file, maker)):
+        reader = READERS["json" if official else reading.format]
+        settings = Reading() if official else reading
+        for record in reader(list(group), settings):
+            try:
+                yield (own if official else maker).row(record)
+            except RowError as error:
+                if not reading.skip_bad_rows:
+                    raise
+                yield Row(filtered=f"bad row: {kind_of(error.reason)}")
+
+
+def is_official(file: str, maker: RowMaker) -> bool:
+    """Whether a file is a JSON list in Singularity's own form, and not what the columns describe."""
+    if ".json" not in file.lower() or ".jsonl" in file.lower():
+        return False
+    first = first_record(file)
+    if first is None or not any(isinstance(first.fields.get(key), str) for key in ("image", "video")):
+        return False
+    return ("caption" in first.fields or "question" in first.fields) and not maker.knows_media(first)
+
+
+def expanded(patterns: Sequence[str]) -> list[str]:
+    """Names of files, those with `*`, `?` or `[` replaced by what they match, in order of name.
+
+    Raises:
+        FileNotFoundError: a file does not exist, or nothing matches.
+    """
+    files = []
+    for pattern in patterns:
+        filesystem, path = fsspec.url_to_fs(pattern)
+        if filesystem.exists(path):
+            files.append(pattern)
+            continue
+        if not any(sign in pattern for sign in "*?["):
+            raise FileNotFoundError(f"annotation file {pattern} does not exist: check --annotations")
+        found = sorted(filesystem.glob(path))
+        if not found:
+            raise FileNotFoundError(f"no annotation file matches {pattern}: check --annotations")
+        files += [filesystem.unstrip_protocol(each) if "://" in pattern else each for each in found]
+    return files

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -65,7 +66,7 @@ class StagedItems(Sequence[Item]):
 def read_items(path: str, first: int, end: int) -> tuple[Item, ...]:
     """The staged items numbered `first` to `end - 1`, each with its rows in their order of reading."""
     query = "SELECT item, source, texts FROM sorted WHERE item >= ? AND item < ? ORDER BY item, number"
-    with closing(sqlite3.connect(f"{Path(path).absolute().as_uri()}?mode=ro&immutable=1", uri=True)) as database:
+    with closing(connect(path)) as database:
         items = []
         for _, rows in groupby(database.execute(query, (first, end)), key=lambda row: row[0]):
             for place, (_, source, texts) in enumerate(rows):
@@ -75,29 +76,46 @@ def read_items(path: str, first: int, end: int) -> tuple[Item, ...]:
     return tuple(items)
 
 
-def stage(rows: Iterable[Row], path: Path, limit: int = 0) -> Staged:
+def stage(rows: Iterable[Row], path: Path, scratch: Path, limit: int = 0) -> Staged:
     """Sort rows into a file at `path`, by media in the order of first appearance, and count them.
 
+    The file appears whole or not at all; `scratch` is a folder for what is unfinished, on the same disk.
     limit: at most so many media are kept, 0 for all; rows about others are counted as filtered.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written to.
     """
-    unsorted = path.with_suffix(".unsorted")
+    unfinished, unsorted = scratch / "rows.sorted", scratch / "rows.unsorted"
     filtered: Counter[str] = Counter()
     try:
-        with closing(sqlite3.connect(path)) as database:
-            prepare(database, path, unsorted)
+        with closing(sqlite3.connect(unfinished)) as database:
+            prepare(database, scratch, unsorted)
             with database:
                 database.executemany("INSERT INTO new.row VALUES (NULL, ?, ?)", kept_rows(rows, filtered))
             numbered = Numbering(database.execute(BY_MEDIA), limit, filtered)
             with database:
                 database.executemany("INSERT INTO sorted VALUES (?, ?, ?, ?)", numbered)
+                rows_read = numbered.rows + sum(filtered.values())
+                account = numbered.items, rows_read, json.dumps(dict(filtered), ensure_ascii=False)
+                database.execute("INSERT INTO account VALUES (?, ?, ?)", account)
     except sqlite3.OperationalError as error:
-        raise OSError(f"annotation rows cannot be staged in {path.parent}: {error}") from None
+        raise OSError(f"annotation rows cannot be staged in {scratch}: {error}") from None
     finally:
         unsorted.unlink(missing_ok=True)
-    return Staged(str(path), numbered.items, numbered.rows + sum(filtered.values()), dict(filtered))
+    os.replace(unfinished, path)
+    return open_staged(path)
+
+
+def open_staged(path: Path) -> Staged:
+    """What `stage` left at `path`."""
+    with closing(connect(str(path))) as database:
+        items, rows, filtered = database.execute("SELECT items, rows, filtered FROM account").fetchone()
+    return Staged(str(path), items, rows, json.loads(filtered))
+
+
+def connect(path: str) -> sqlite3.Connection:
+    """Open a finished file to read it, on file systems without locks as well."""
+    return sqlite3.connect(f"{Path(path).absolute().as_uri()}?mode=ro&immutable=1", uri=True)
 
 
 # A window over the rows of each media finds its first appearance; sorted by it, media stand in that order.
@@ -108,20 +126,21 @@ ORDER BY first, number
 """
 
 
-def prepare(database: sqlite3.Connection, path: Path, unsorted: Path) -> None:
+def prepare(database: sqlite3.Connection, scratch: Path, unsorted: Path) -> None:
     """Create the tables; nothing here needs to outlive a crash, so that nothing waits for the disk."""
     database.execute("ATTACH ? AS new", (str(unsorted),))
     for name in ("main", "new"):
         database.execute(f"PRAGMA {name}.journal_mode = OFF")
         database.execute(f"PRAGMA {name}.synchronous = OFF")
         database.execute(f"PRAGMA {name}.cache_size = -{CACHE_KB}")
-    folder = str(path.parent).replace("'", "''")
+    folder = str(scratch).replace("'", "''")
     database.execute(f"PRAGMA temp_store_directory = '{folder}'")  # for the sort; /tmp is often small
     database.execute("CREATE TABLE new.row (number INTEGER PRIMARY KEY, source TEXT, texts TEXT)")
     database.execute(
         "CREATE TABLE sorted (item INTEGER, number INTEGER, source TEXT, texts TEXT, PRIMARY KEY (item, number)) "
         "WITHOUT ROWID"
     )
+    database.execute("CREATE TABLE account (items INTEGER, rows INTEGER, filtered TEXT)")
 
 
 def kept_rows(rows: Iterable[Row], filtered: Counter[str]) -> Iterator[tuple[str, str]]:

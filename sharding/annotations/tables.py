@@ -1,0 +1,121 @@
+"""CSV, TSV, Parquet and JSON-lines annotation files as records, one at a time."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sharding.annotations.config import Reading
+from sharding.annotations.files import Record, opened
+
+DELIMITERS = ",;\t|"
+LONGEST_FIELD = 2**24  # characters; an unclosed quote reaches it soon
+BATCH = 4096  # rows of Parquet read at a time
+
+
+def csv_records(file: str, reading: Reading) -> Iterator[Record]:
+    """Rows of a CSV, its quoted fields free to hold delimiters and line breaks."""
+    return delimited(file, reading, reading.delimiter or guessed_delimiter(file, reading), csv.QUOTE_MINIMAL)
+
+
+def tsv_records(file: str, reading: Reading) -> Iterator[Record]:
+    """Rows of a TSV, in which quotes are characters as others."""
+    return delimited(file, reading, reading.delimiter or "\t", csv.QUOTE_NONE)
+
+
+def delimited(file: str, reading: Reading, delimiter: str, quoting: int) -> Iterator[Record]:
+    """Rows of a table as text; the first line names the columns unless `reading.header` does.
+
+    Raises:
+        ValueError: it is empty, in another encoding, or a quote is not closed.
+    """
+    csv.field_size_limit(LONGEST_FIELD)
+    number = 0
+    with opened(file) as handle, io.TextIOWrapper(handle, encoding=reading.encoding, newline="") as text:
+        try:
+            rows = csv.reader(text, delimiter=delimiter, quoting=quoting, strict=False)  # type: ignore[arg-type]
+            names = [name.strip() for name in reading.header or next(rows, [])]
+            if not names:
+                raise ValueError(f"annotation file {file} is empty")
+            for values in rows:
+                if not values:
+                    continue
+                number += 1
+                fault = ""
+                if len(values) != len(names):
+                    fault = (
+                        f"{len(values)} fields where {len(names)} columns are expected ({', '.join(names)}): mend "
+                        "the row, or set --delimiter or --header"
+                    )
+                yield Record(file, number, dict(zip(names, values, strict=False)), fault=fault)
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"annotation file {file} is not in {reading.encoding} (byte {error.object[error.start]:#04x} near row "
+                f"{number + 1}): name its --encoding, such as latin-1 or cp1252"
+            ) from None
+        except LookupError:
+            raise ValueError(f"--encoding {reading.encoding}: there is no such encoding") from None
+        except csv.Error as error:
+            raise ValueError(
+                f"annotation file {file}, row {number + 1}: {error}; a quote may not be closed, or it is no table"
+            ) from None
+
+
+def guessed_delimiter(file: str, reading: Reading) -> str:
+    """The delimiter that the first line of a file has most of."""
+    with opened(file) as handle:
+        line = handle.read(65536).split(b"\n")[0].decode(reading.encoding, "replace")
+    return max(DELIMITERS, key=line.count)
+
+
+def parquet_records(file: str, reading: Reading) -> Iterator[Record]:
+    """Rows of a Parquet file."""
+    number = 0
+    with opened(file) as handle:
+        try:
+            for batch in pq.ParquetFile(handle).iter_batches(BATCH):
+                for fields in batch.to_pylist():
+                    number += 1
+                    yield Record(file, number, fields)
+        except pa.ArrowInvalid as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"annotation file {file} is no Parquet file, or damaged ({reason})") from None
+
+
+def jsonl_records(file: str, reading: Reading) -> Iterator[Record]:
+    """Lines of a file of JSON objects."""
+    number = 0
+    with opened(file) as handle:
+        for line in handle:
+            if not line.strip():
+                continue
+            number += 1
+            try:
+                fields = json.loads(line)
+            except ValueError as error:
+                yield Record(file, number, {}, fault=f"the line is not JSON ({error})")
+                continue
+            if not isinstance(fields, dict):
+                yield Record(file, number, {}, fault=f"must be an object, not {str(fields)[:60]!r}")
+            else:
+                yield Record(file, number, fields)
+
+
+def text_lines(file: str, reading: Reading) -> Iterator[str]:
+    """Lines of a text file without their line breaks."""
+    with opened(file) as handle, io.TextIOWrapper(handle, encoding=reading.encoding, newline="\n") as text:
+        number = 0
+        try:
+            for line in text:
+                number += 1
+                yield line.rstrip("\r\n")
+        except UnicodeDecodeError:
+            raise ValueError(
+                f"annotation file {file} is not in {reading.encoding} (near line {number + 1}): name its --encoding, "
+                "such as latin-1 or cp1252"
+            ) from None
