@@ -78,7 +78,7 @@ def paired(file: str, pairs: Iterator[tuple[Any, Any]]) -> Iterator[Record]:
     for number, (url, caption) in enumerate(pairs, 1):
         if url is None or caption is None:
             raise ValueError(
-                f"{file}, record {number}: it has an {'address' if caption is None else 'caption'} but no "
+                f"{file}, record {number}: it has {'an address' if caption is None else 'a caption'} but no "
                 f"{'caption' if caption is None else 'address'}: the two lists must be equally long"
             )
         yield Record(file, number, {"url": url, "caption": caption})

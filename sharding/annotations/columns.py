@@ -78,9 +78,16 @@ class RowMaker:
             return Row(filtered="no media path")
         return self.with_texts(str(media).strip() + self.part(record), record)
 
-    def knows_media(self, record: Record) -> bool:
-        """Whether the record has the media where the columns say, and not just where Singularity's own JSON has it."""
-        return self.columns.media != Columns().media and self.find["media"](record.fields) is not ABSENT
+    def fits(self, record: Record) -> bool:
+        """Whether the record has media or texts where these columns say, and Singularity's own JSON has not."""
+        usual = Columns()
+        if self.columns.media == usual.media and self.columns.caption == usual.caption:
+            return False
+        others = {name: value for name, value in record.fields.items() if name not in usual.media}
+        if self.find["media"](others) is not ABSENT:
+            return True
+        text = ABSENT if self.columns.caption == usual.caption else self.find["caption"](record.fields)
+        return text is not ABSENT and self.find["media"](record.fields) is not ABSENT
 
     def with_texts(self, source: str, record: Record) -> Row:
         """The row about `source` with the record's question, choice or captions."""

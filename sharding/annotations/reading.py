@@ -101,7 +101,7 @@ def is_official(file: str, maker: RowMaker) -> bool:
     first = first_record(file)
     if first is None or not any(isinstance(first.fields.get(key), str) for key in ("image", "video")):
         return False
-    return ("caption" in first.fields or "question" in first.fields) and not maker.knows_media(first)
+    return ("caption" in first.fields or "question" in first.fields) and not maker.fits(first)
 
 
 def expanded(patterns: Sequence[str]) -> list[str]:
