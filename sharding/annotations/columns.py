@@ -71,7 +71,10 @@ class RowMaker:
                 raise self.missing(record, column, f"--keep {column}=VALUE")
             if str(value) not in values:
                 return Row(filtered=f"{column} is not {' or '.join(sorted(values))}")
-        media = self.find["media"](record.fields)
+        try:
+            media = self.find["media"](record.fields)
+        except (TypeError, ValueError) as error:
+            raise RowError(record, f'"{self.columns.media}" cannot be filled in ({error}): check --columns') from None
         if media is ABSENT:
             raise self.missing(record, self.columns.media, "--columns media=NAME")
         if media is None or not str(media).strip():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
 from itertools import groupby
@@ -79,6 +80,10 @@ def read_rows(files: Sequence[str], reading: Reading) -> Iterator[Row]:
     if reading.format not in READERS:
         near = get_close_matches(reading.format, READERS, n=3) or list(READERS)
         raise ValueError(f"--format {reading.format}: there is no such format, nearest are {', '.join(near)}")
+    try:
+        codecs.lookup(reading.encoding)
+    except LookupError:
+        raise ValueError(f"--encoding {reading.encoding}: there is no such encoding") from None
     maker = RowMaker(reading.columns, reading.keep)
     # Parts of clips that the corpus itself sets, such as the first 30 seconds, hold for its official JSON as well.
     own = RowMaker(Columns(start=reading.columns.start, end=reading.columns.end), reading.keep)

@@ -49,7 +49,7 @@ def delimited(file: str, reading: Reading, delimiter: str, quoting: int) -> Iter
                 fault = ""
                 if len(values) != len(names):
                     fault = (
-                        f"{len(values)} fields where {len(names)} columns are expected ({', '.join(names)}): mend "
+                        f"has {len(values)} fields where {len(names)} columns are expected ({', '.join(names)}): mend "
                         "the row, or set --delimiter or --header"
                     )
                 yield Record(file, number, dict(zip(names, values, strict=False)), fault=fault)
@@ -58,8 +58,6 @@ def delimited(file: str, reading: Reading, delimiter: str, quoting: int) -> Iter
                 f"annotation file {file} is not in {reading.encoding} (byte {error.object[error.start]:#04x} near row "
                 f"{number + 1}): name its --encoding, such as latin-1 or cp1252"
             ) from None
-        except LookupError:
-            raise ValueError(f"--encoding {reading.encoding}: there is no such encoding") from None
         except csv.Error as error:
             raise ValueError(
                 f"annotation file {file}, row {number + 1}: {error}; a quote may not be closed, or it is no table"
