@@ -19,7 +19,7 @@ from PIL import Image
 from sharding.foreign import PICTURES, split_name
 from sharding.media import MediaError, decode_jpeg
 from sharding.processes import Advance
-from sharding.schema import INDEX_SCHEMA, ShardInfo
+from sharding.schema import INDEX_SCHEMA, UNREADABLE, ShardInfo
 from sharding.tar import Damage, Member, TarStream, open_stream
 from sharding.writing import INDEXED, NOTE, counts, tar_header
 
@@ -124,7 +124,7 @@ def read_table(check: Check, name: str) -> tuple[pa.Table | None, str, int, list
         return None, digest, len(data), [Fault(name, f"its SHA-256 is not the one in corpus.json{size}")]
     try:
         table = pq.read_table(io.BytesIO(data), page_checksum_verification=True)
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         return None, digest, len(data), [Fault(name, f"is no readable index: {error}")]
     if not table.schema.equals(INDEX_SCHEMA):
         return None, digest, len(data), [Fault(name, "has other columns than an index")]

@@ -126,7 +126,7 @@ def read_failures(url: str) -> Iterator[dict[str, Any]]:
                 yield from batch.to_pylist()
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist: {url} was packed without it, or is not done yet") from None
-    except pa.ArrowInvalid as error:
+    except (ValueError, pa.ArrowException) as error:
         raise ValueError(
             f"{path} is damaged ({error}): `python -m sharding.verify {url} --repair` makes it again"
         ) from None

@@ -24,7 +24,7 @@ from sharding.foreign import Contents, read_contents
 from sharding.output import local_form, open_output, write_text
 from sharding.processes import Advance, run_tasks
 from sharding.progress import LOG_EVERY, Progress
-from sharding.schema import INDEX_SCHEMA, Corpus, ShardInfo, join_url, read_corpus
+from sharding.schema import INDEX_SCHEMA, UNREADABLE, Corpus, ShardInfo, join_url, read_corpus
 from sharding.tar import open_stream
 from sharding.writing import INDEXED, NOTE, counts, publish, sha256, write_index
 
@@ -213,7 +213,7 @@ def kept_index(task: IndexTask, index_name: str) -> IndexedShard | None:
         metadata = table.schema.metadata or {}
         note = json.loads(metadata[INDEXED] if INDEXED in metadata else metadata[NOTE])
         facts = note["facts"]
-    except (OSError, ValueError, KeyError):
+    except (*UNREADABLE, KeyError):
         return None
     if facts["bytes"] != task.bytes or facts["samples"] != table.num_rows or not table.schema.equals(INDEX_SCHEMA):
         return None
@@ -233,7 +233,7 @@ def is_foreign(url: str) -> bool:
             return not pq.read_schema(file).equals(INDEX_SCHEMA)
     except FileNotFoundError:
         return False
-    except (OSError, ValueError):
+    except UNREADABLE:
         return False  # damaged, whoever wrote it
 
 

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 FORMAT = "singularity-shards"
 VERSION = 1
 MEDIA_TYPES = ("image", "video")
+UNREADABLE = (OSError, ValueError, pa.ArrowException)  # what reading a damaged parquet file may raise
 
 QUESTION = pa.struct(
     [
@@ -185,7 +186,7 @@ def read_index(corpus: Corpus, shard: int, storage_options: dict[str, Any] | Non
         raise FileNotFoundError(
             f"{path} is missing: make it again with `python -m sharding.verify {corpus.url} --repair`"
         ) from None
-    except pa.ArrowInvalid as error:
+    except (ValueError, pa.ArrowException) as error:
         raise ValueError(
             f"{path} is damaged ({error}): make it again with `python -m sharding.verify {corpus.url} --repair`"
         ) from None

@@ -18,7 +18,7 @@ from sharding.output import BUILD, digest_of, local_form
 from sharding.processes import run_tasks
 from sharding.progress import LOG_EVERY, Progress
 from sharding.repair import repair
-from sharding.schema import INDEX_SCHEMA, Corpus, join_url, parse_corpus
+from sharding.schema import INDEX_SCHEMA, UNREADABLE, Corpus, join_url, parse_corpus
 
 DESCRIPTION = "corpus.json"
 
@@ -145,7 +145,7 @@ def is_index(url: str) -> bool:
     try:
         with fsspec.open(url, "rb") as file:
             return bool(pq.read_schema(file).equals(INDEX_SCHEMA))
-    except (OSError, ValueError):
+    except UNREADABLE:
         return False
 
 

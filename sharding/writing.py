@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sharding.remote import again, naming
-from sharding.schema import INDEX_SCHEMA, ShardInfo, join_url
+from sharding.schema import INDEX_SCHEMA, UNREADABLE, ShardInfo, join_url
 
 BLOCK = 512  # bytes of a tar header
 NOTE = b"build"  # key of an index's metadata: what a resumed build must know of a finished shard
@@ -148,7 +148,7 @@ def finished_shard(output: str, name: str) -> FinishedShard | None:
     data = filesystem.cat_file(index)
     try:
         note = json.loads((pq.read_schema(io.BytesIO(data)).metadata or {})[NOTE])
-    except (pa.ArrowInvalid, KeyError):
+    except (*UNREADABLE, KeyError):
         return None
     if filesystem.size(tar) != note["facts"]["bytes"]:
         return None
