@@ -10,7 +10,7 @@ from loaders.vocab import learn_vocabulary
 from sharding.build import build_corpus
 from sharding.shapes import write_shapes
 
-pytest_plugins = ["object_stores"]
+pytest_plugins = ["object_stores", "browser"]
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 

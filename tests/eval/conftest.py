@@ -1,49 +1,5 @@
-"""A real browser for the pages. Small models on busy machines: one thread is faster than several that wait."""
+"""Small models on busy machines: one thread is faster than several that wait for each other."""
 
-import shutil
-
-import pytest
 import torch
-from playwright.sync_api import sync_playwright
 
 torch.set_num_threads(1)
-
-
-class Visitor:
-    """A page in a real browser that notes every error it meets."""
-
-    def __init__(self, page):
-        self.page, self.errors = page, []
-        page.on("pageerror", lambda error: self.errors.append(str(error)))
-        page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
-        page.on("requestfailed", lambda request: self.errors.append(f"{request.url}: {request.failure}"))
-
-    def pictures(self):
-        """How many of the visible pictures are loaded, and how many there are."""
-        self.page.wait_for_load_state("networkidle")
-        widths = self.page.eval_on_selector_all(
-            ".picture img", "all => all.filter((i) => i.offsetParent).map((i) => i.naturalWidth)"
-        )
-        return sum(width > 50 for width in widths), len(widths)
-
-    def sticks_out(self):
-        """By how many pixels the page is wider than the window."""
-        return self.page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
-
-
-@pytest.fixture(scope="session")
-def browser():
-    with sync_playwright() as driver:
-        chromium = driver.chromium.launch(
-            executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu", "--disable-quic"]
-        )
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture(params=[1280, 400])
-def visitor(request, browser):
-    """A visitor with a desktop's and with a phone's window."""
-    page = browser.new_page(viewport={"width": request.param, "height": 900})
-    yield Visitor(page)
-    page.close()
