@@ -19,6 +19,7 @@ from PIL import Image
 from sharding.foreign import PICTURES, split_name
 from sharding.media import MediaError, decode_jpeg
 from sharding.processes import Advance
+from sharding.remote import again, reason_of
 from sharding.schema import INDEX_SCHEMA, UNREADABLE, ShardInfo
 from sharding.tar import Damage, Member, TarStream, open_stream
 from sharding.writing import INDEXED, NOTE, counts, tar_header
@@ -77,16 +78,21 @@ def check_shard(check: Check, advance: Advance) -> Report:
     note = note_of(table)
     expected = check.info or (ShardInfo(tar_name, **note["facts"], index_bytes=0, index_sha256="") if note else None)
     report.faults += faults
-    try:
+
+    def walk_through() -> Walk:
         with open_stream(check.tar) as file:
             stream = TarStream(file, lambda part: advance(0, 0, part))
             walk = Walk(check, tar_name, table, rows, stream)
             walk.run(None if expected is None else expected.bytes)
-    except OSError as error:
-        reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
+            return walk
+
+    try:
+        walk = again(walk_through)
+    except Exception as error:  # each store has errors of its own
+        reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {reason_of(error)}"
         report.faults.append(Fault(tar_name, reason))
     else:
-        sha256 = stream.sha256.hexdigest()
+        sha256 = walk.stream.sha256.hexdigest()
         as_written = expected is None or sha256 == expected.sha256
         found = walk.faults + ([] if as_written else walk.doubts)
         report.faults += found if as_written or found else [unnamed(tar_name)]
@@ -95,7 +101,7 @@ def check_shard(check: Check, advance: Advance) -> Report:
         if report.index_is_sound and table is not None:
             report.failures = note.get("failures", []) if note else []
             report.media_type = "" if not table.num_rows else "image" if table.column("fps").null_count else "video"
-            facts: dict[str, Any] = {**counts(rows), "bytes": stream.position, "sha256": sha256}
+            facts: dict[str, Any] = {**counts(rows), "bytes": walk.stream.position, "sha256": sha256}
             name = "" if tar_name.removesuffix(".tar") + ".parquet" == index_name else index_name
             report.info = ShardInfo(tar_name, **facts, index_bytes=size, index_sha256=digest, index=name)
     more = len(report.faults) - LISTED
@@ -114,9 +120,9 @@ def read_table(check: Check, name: str) -> tuple[pa.Table | None, str, int, list
     """(the index, or None where it cannot be used; its SHA-256; its bytes; its faults)."""
     try:
         filesystem, path = fsspec.url_to_fs(check.index)
-        data = filesystem.cat_file(path)
-    except OSError as error:
-        reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
+        data = again(filesystem.cat_file, path)
+    except Exception as error:  # each store has errors of its own
+        reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {reason_of(error)}"
         return None, "", 0, [Fault(name, reason)]
     digest = hashlib.sha256(data).hexdigest()
     if check.info and digest != check.info.index_sha256:

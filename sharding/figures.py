@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sharding.progress import Progress
+from sharding.remote import again
 from sharding.schema import UNREADABLE, Corpus, join_url
 
 THREADS = 16  # that read indices
@@ -151,7 +152,7 @@ def columns_of(corpus: Corpus, shard: int, columns: Sequence[str]) -> pa.Table:
     url = corpus.index_url(shard)
     try:
         filesystem, path = fsspec.url_to_fs(url)
-        return pq.read_table(io.BytesIO(filesystem.cat_file(path)), columns=list(columns))
+        return pq.read_table(io.BytesIO(again(filesystem.cat_file, path)), columns=list(columns))
     except FileNotFoundError:
         reason = "is missing"
     except UNREADABLE as error:

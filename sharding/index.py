@@ -24,6 +24,7 @@ from sharding.foreign import Contents, read_contents
 from sharding.output import local_form, open_output, write_text
 from sharding.processes import Advance, run_tasks
 from sharding.progress import LOG_EVERY, Progress
+from sharding.remote import again, naming
 from sharding.schema import INDEX_SCHEMA, UNREADABLE, Corpus, ShardInfo, join_url, read_corpus
 from sharding.tar import open_stream
 from sharding.writing import INDEXED, NOTE, counts, publish, sha256, write_index
@@ -150,9 +151,14 @@ def index_shard(task: IndexTask, advance: Advance) -> IndexedShard:
     if kept:
         advance(1, 0, task.bytes)
         return kept
-    try:
+
+    def read() -> Contents:
         with open_stream(join_url(task.tars, task.name)) as file:
-            contents = read_contents(file, task.fps, lambda size: advance(0, 0, size))
+            return read_contents(file, task.fps, lambda size: advance(0, 0, size))
+
+    try:
+        with naming(join_url(task.tars, task.name), "read"):
+            contents = again(read)
         move_unfit(contents)
         if not contents.rows and not contents.damages:
             reasons = ", ".join(sorted({failure["reason"] for failure in contents.failures})[:3])
