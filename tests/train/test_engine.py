@@ -66,4 +66,4 @@ def test_every_shipped_configuration_fits(path, monkeypatch, tmp_path):
     name = f"deepspeed_configs/{path.name}"
     assert find_deepspeed_config(name) == path
     stage = deepspeed_config(RunConfig(deepspeed=name), Ranks())["zero_optimization"]["stage"]
-    assert path.stem in (f"zero{stage}", f"zero{stage}_offload", "cpu")
+    assert path.stem in (f"zero{stage}", f"zero{stage}_offload", f"zero{stage}_nvme", "cpu")
