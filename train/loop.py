@@ -217,8 +217,7 @@ class Trainer:
             return
         if self.state.evaluated_epochs >= epoch:
             return
-        metrics = evaluate(self.model, [key], f"epoch_{epoch:02}")
-        self._record(metrics)
+        metrics = self._evaluate(evaluate, [key], f"epoch_{epoch:02}")
         measure, score = deciding_score(metrics, key)
         if self.state.best is None or score > self.state.best:
             self.state.best = score
@@ -234,11 +233,14 @@ class Trainer:
         if self.run.stop_key is not None:
             weights = load_weights(best)
             self.model.load_state_dict(weights.state)
-        self._record(evaluate(self.model, list(self.run.test_urls()), "final"))
+        self._evaluate(evaluate, list(self.run.test_urls()), "final")
 
-    def _record(self, metrics: Metrics) -> None:
+    def _evaluate(self, evaluate: Evaluate, splits: list[str], label: str) -> Metrics:
+        metrics = evaluate(self.model, splits, label)
         if self.tracker is not None:
-            self.tracker.evaluation(self.state.step, self.state.epoch, metrics)
+            folder = self.folder.path / "evaluation" / label
+            self.tracker.evaluation(self.state.step, self.state.epoch, metrics, folder)
+        return metrics
 
 
 def total_steps(run: RunConfig, per_epoch: int) -> int:

@@ -18,6 +18,8 @@ from train.folder import RunFolder
 
 log = logging.getLogger(__name__)
 
+PICTURES = 12  # of an evaluation that Weights & Biases gets
+
 
 def check_tracking(run: RunConfig) -> None:
     """Raise ValueError when Weights & Biases is asked for and not installed."""
@@ -40,10 +42,14 @@ class Tracker:
         self._write(figures)
         log.info("%s | %s left", step_line(figures, self._total_steps), self._left(figures["step"]))
 
-    def evaluation(self, step: int, epoch: int, metrics: dict[str, dict[str, float]]) -> None:
-        """Record an evaluation's metrics, named SPLIT/METRIC."""
+    def evaluation(
+        self, step: int, epoch: int, metrics: dict[str, dict[str, float]], folder: Path | None = None
+    ) -> None:
+        """Record an evaluation's metrics, named SPLIT/METRIC; to Weights & Biases also its report and pictures."""
         flat = {f"{split.rstrip('/')}/{name}": value for split, row in metrics.items() for name, value in row.items()}
         self._write({"step": step, "epoch": epoch, **flat})
+        if self._wandb is not None and folder is not None:
+            self._wandb.log(_report(folder), step=step)
 
     def close(self) -> None:
         """End the records."""
@@ -62,6 +68,17 @@ class Tracker:
         seconds = (time.perf_counter() - self._started) / (step - self._first_step) * (self._total_steps - step)
         minutes, seconds = divmod(round(seconds), 60)
         return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+def _report(folder: Path) -> dict[str, Any]:
+    """An evaluation's page and the first of its pictures, for Weights & Biases."""
+    import wandb
+
+    pictures = sorted(folder.glob("thumbnails/*.jpg"))[:PICTURES]
+    found: dict[str, Any] = {"pictures": [wandb.Image(str(path), caption=path.stem) for path in pictures]}
+    if (folder / "report.html").is_file():
+        found["report"] = wandb.Html((folder / "report.html").read_text(encoding="utf-8"), inject=False)
+    return {f"{folder.name}/{name}": value for name, value in found.items() if value}
 
 
 def _is_nan(value: Any) -> bool:

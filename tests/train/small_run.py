@@ -86,20 +86,31 @@ def job(entry: str, config: object, *settings: object) -> dict:
     return {"entry": entry, "config": str(config), "settings": list(map(str, settings))}
 
 
-def run_jobs(folder: Path, jobs: list[dict], processes: int = 2, timeout: int = 600) -> str:
-    """Run launches one after another in the same processes; fails with the first one's error. Returns the output."""
+def _jobs_command(folder: Path, jobs: list[dict], processes: int) -> tuple[Path, list[str]]:
+    """The file that describes the jobs, and the command that runs them."""
     path = folder / f"jobs_{len(list(folder.glob('jobs_*.json')))}.json"
     path.write_text(json.dumps(jobs))
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(free_port())]
     words = [*launcher, str(Path(__file__).with_name("job_worker.py")), str(path), str(path.with_suffix(".result"))]
-    result = subprocess.run(
-        [sys.executable, *words], env=environment(), capture_output=True, text=True, timeout=timeout
-    )  # fmt: skip
+    return path, [sys.executable, *words]
+
+
+def run_jobs(folder: Path, jobs: list[dict], processes: int = 2, timeout: int = 600) -> str:
+    """Run launches one after another in the same processes; fails with the first one's error. Returns the output."""
+    path, words = _jobs_command(folder, jobs, processes)
+    result = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=timeout)
     told = [each.read_text() for each in sorted(path.parent.glob(f"{path.stem}.[0-9]*"))]
     failures = [failure for text in told for failure in json.loads(text) if failure]
     assert not failures, "\n".join(failures)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout + result.stderr
+
+
+def start_jobs(folder: Path, jobs: list[dict], processes: int = 2) -> subprocess.Popen:
+    """Start launches as `run_jobs` does, in a process group of their own."""
+    _, words = _jobs_command(folder, jobs, processes)
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen(words, env=environment(), stdout=quiet, stderr=quiet, start_new_session=True)
 
 
 def learned(folder: Path) -> list[dict]:

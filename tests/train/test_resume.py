@@ -1,14 +1,16 @@
 """A run that is interrupted goes on, with the same command, as if nothing had happened."""
 
 import os
+import random
 import shutil
 import signal
 import time
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_run import job, learned, metrics, run, run_jobs, start
+from small_run import job, learned, metrics, run, run_jobs, start, start_jobs
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -61,6 +63,12 @@ def same_weights(*runs):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+def kill_all(launcher):
+    """SIGKILL a launcher and every process below it, whose groups are their own."""
+    for process in (*psutil.Process(launcher.pid).children(recursive=True), launcher):
+        process.kill()
+
+
 def cut_off(whole, step):
     """A copy of a run as it was when it had just saved `step`; what it had logged since is still there."""
     part = whole.with_name(f"{whole.name}_resumed")
@@ -72,24 +80,44 @@ def cut_off(whole, step):
     return part
 
 
+KINDS = [(f"zero{stage}", precision) for stage in range(4) for precision in ("fp32", "bf16")]
+
+
+def launch(corpora, folder, kind):
+    """A run of two epochs, 16 steps, under a ZeRO stage and in a precision."""
+    zero, precision = kind
+    return job(
+        "pretrain", corpora / "tiny.yaml", f"output_dir={folder}", f"deepspeed=deepspeed_configs/{zero}.json",
+        f"precision={precision}", "scheduler.epochs=2", "keep_checkpoints=9",
+    )  # fmt: skip
+
+
+def check_same(whole, part):
+    assert [line["step"] for line in learned(whole)] == list(range(1, STEPS + 1))
+    assert learned(part) == learned(whole), whole.name
+    assert same_weights(whole, part), whole.name
+
+
 def test_every_zero_stage_and_precision_resumes_to_the_bit(corpora, tmp_path):
-    kinds = [(f"zero{stage}", precision) for stage in range(4) for precision in ("fp32", "bf16")]
+    runs = {kind: tmp_path / "_".join(kind) for kind in KINDS}
+    run_jobs(tmp_path, [launch(corpora, folder, kind) for kind, folder in runs.items()])
+    resumed = {kind: cut_off(whole, 5) for kind, whole in runs.items()}
+    run_jobs(tmp_path, [launch(corpora, folder, kind) for kind, folder in resumed.items()])
+    for kind in KINDS:
+        check_same(runs[kind], resumed[kind])
 
-    def launches(suffix=""):
-        return [
-            job(
-                "pretrain", corpora / "tiny.yaml", f"output_dir={tmp_path}/{zero}_{precision}{suffix}",
-                f"deepspeed=deepspeed_configs/{zero}.json", f"precision={precision}",
-                "scheduler.epochs=2", "keep_checkpoints=9",
-            )
-            for zero, precision in kinds
-        ]  # fmt: skip
 
-    run_jobs(tmp_path, launches())
-    runs = [tmp_path / f"{zero}_{precision}" for zero, precision in kinds]
-    resumed = [cut_off(whole, 5) for whole in runs]
-    run_jobs(tmp_path, launches("_resumed"))
-    for whole, part in zip(runs, resumed):
-        assert [line["step"] for line in learned(whole)] == list(range(1, STEPS + 1))
-        assert learned(part) == learned(whole), whole.name
-        assert same_weights(whole, part), whole.name
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_killed_at_any_step_every_stage_and_precision_goes_on_to_the_bit(corpora, tmp_path):
+    whole = {kind: tmp_path / "_".join(kind) for kind in KINDS}
+    killed = {kind: tmp_path / f"{'_'.join(kind)}_killed" for kind in KINDS}
+    run_jobs(tmp_path, [launch(corpora, folder, kind) for kind, folder in whole.items()])
+    steps = random.Random(7)
+    for kind, folder in killed.items():
+        process = start_jobs(tmp_path, [launch(corpora, folder, kind)])
+        interrupt(process, folder, steps.randrange(5, 15), kill_all)
+        assert not (folder / "finished.json").exists()
+    run_jobs(tmp_path, [launch(corpora, folder, kind) for kind, folder in killed.items()])
+    for kind in KINDS:
+        check_same(whole[kind], killed[kind])

@@ -1,6 +1,11 @@
 """What a run writes about its steps."""
 
 import json
+import struct
+import time
+
+from PIL import Image
+from wandb.proto.wandb_internal_pb2 import Record
 
 from train.config import RunConfig
 from train.folder import RunFolder
@@ -52,15 +57,60 @@ def test_what_json_has_no_word_for_becomes_null(tmp_path):
     assert second == {"step": 1, "epoch": 1, "val/r_mean": 50.0, "val_emb/r_mean": 40.0}
 
 
-def test_wandb_offline_keeps_the_run_and_its_settings(tmp_path, monkeypatch):
+BLOCK, HEADER = 32768, 7  # of the log format that .wandb files have, LevelDB's
+
+
+def records(folder):
+    """What Weights & Biases has stored under `folder`, oldest run first."""
+    found = []
+    for path in sorted(folder.rglob("*.wandb"), key=lambda path: path.stat().st_mtime_ns):
+        content, place, whole = path.read_bytes(), HEADER, b""
+        while place + HEADER <= len(content):
+            if BLOCK - place % BLOCK < HEADER:
+                place += BLOCK - place % BLOCK
+                continue
+            length, kind = struct.unpack_from("<HB", content, place + 4)
+            whole += content[place + HEADER : place + HEADER + length]
+            place += HEADER + length
+            if kind in (1, 4):  # a whole record, or the last part of one
+                found.append(Record.FromString(whole))
+                whole = b""
+    return found
+
+
+def test_wandb_offline_receives_settings_losses_and_pictures(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
-    run = RunConfig()
+    run = RunConfig(seed=77)
     run.wandb.enable, run.wandb.mode = True, "offline"
-    identities = []
-    for start in (0, 1):
+    report = tmp_path / "evaluation/final"
+    (report / "thumbnails").mkdir(parents=True)
+    Image.new("RGB", (40, 30), "red").save(report / "thumbnails/clip-000001.jpg")
+    (report / "report.html").write_text("<h1>Evaluation</h1>")
+    for start in (0, 1):  # the second time after an interruption
         tracker = Tracker(RunFolder(tmp_path), run, total_steps=10, step=start)
-        tracker.step({"step": start + 1, **FIGURES})
+        tracker.step({"step": start + 1, **FIGURES, "loss": 3.0 - start})
+        if start:
+            tracker.evaluation(start + 1, 1, {"val/": {"r_mean": 50.0}}, report)
         tracker.close()
-        identities.append((tmp_path / "wandb_id.txt").read_text())
-    assert identities[0] == identities[1]
-    assert list(tmp_path.rglob("*.wandb"))
+        time.sleep(1.1)  # the name of wandb's folder has the second
+
+    stored = records(tmp_path)
+    runs = [record.run for record in stored if record.HasField("run")]
+    assert {each.run_id for each in runs} == {(tmp_path / "wandb_id.txt").read_text()}
+    settings = {item.key: json.loads(item.value_json) for item in runs[0].config.update}
+    assert settings["seed"] == 77
+    assert settings["optimizer.lr"] == 1e-4
+    history = [
+        {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+        for record in stored
+        if record.HasField("history")
+    ]
+    assert [line["loss"] for line in history if "loss" in line] == [3.0, 2.0]
+    assert [line["val/r_mean"] for line in history if "val/r_mean" in line] == [50.0]
+    (line,) = [line for line in history if "final/pictures._type" in line]
+    assert line["final/pictures.captions"] == ["clip-000001"]
+    (name,) = line["final/pictures.filenames"]
+    (path,) = [path for path in tmp_path.rglob("*.jpg") if path.name == name.rpartition("/")[2]]
+    with Image.open(path) as picture:
+        assert picture.size == (40, 30)
+    assert any(path.suffix == ".html" and "Evaluation" in path.read_text() for path in tmp_path.rglob("final/report_*"))

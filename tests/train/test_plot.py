@@ -1,0 +1,59 @@
+"""`python -m train.plot` draws what runs have logged."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from train.plot import main, read_run, smooth
+
+
+@pytest.fixture
+def runs(tmp_path):
+    for name, factor in (("first", 1.0), ("second", 0.5)):
+        folder = tmp_path / name
+        folder.mkdir()
+        lines = [
+            {"step": step, "epoch": 0, "media_type": "video", "loss": factor * 5 / step, "lr": 1e-4, "mfu": None}
+            for step in range(1, 101)
+        ]
+        lines.insert(50, {"step": 50, "epoch": 1, "val/r_mean": 40 * factor})
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 101, "lo')
+    return [str(tmp_path / name) for name in ("first", "second")]
+
+
+def test_curves_are_read_as_logged(runs, tmp_path):
+    run = read_run(tmp_path / "second")
+    assert run.steps == 100
+    assert run.curves["loss"][0] == list(range(1, 101))
+    assert run.curves["loss"][1][9] == 0.25
+    assert run.curves["val/r_mean"] == ([50], [20.0])
+    assert "mfu" not in run.curves
+
+
+def test_a_picture_and_a_page(runs, tmp_path, capsys):
+    assert main([*runs, "--output", str(tmp_path / "out/curves.png")]) == 0
+    assert capsys.readouterr().out.strip().endswith("curves.png: loss, lr, val/r_mean")
+    with Image.open(tmp_path / "out/curves.png") as picture:
+        colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 24)}
+        assert {(31, 119, 180), (255, 127, 14)} <= colours  # a line of each run
+        assert picture.width > 1000
+    assert main([runs[0], "--output", str(tmp_path / "page.html"), "--figures", "loss", "val/r_mean"]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "<td>40" in page
+    assert "http" not in page
+
+
+def test_mistakes_are_told(runs, tmp_path, capsys):
+    assert main([str(tmp_path)]) == 2
+    assert "holds no metrics.jsonl" in capsys.readouterr().err
+    assert main([*runs, "--figures", "los"]) == 2
+    assert "no run has logged 'los': there are loss, lr" in capsys.readouterr().err
+    assert main([*runs, "--output", "x.pdf"]) == 2
+    assert "ends in .png" in capsys.readouterr().err
+
+
+def test_smoothing_keeps_a_constant_and_the_mean_of_a_line():
+    assert smooth([3.0] * 100) == [3.0] * 100
+    assert smooth([float(i) for i in range(100)])[50] == 50.0

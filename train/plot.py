@@ -1,0 +1,168 @@
+"""`python -m train.plot RUN ...`: the curves of one or several runs, as a picture or a page."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, select_autoescape
+
+SMOOTH_FROM = 40  # points of a curve; with fewer it is drawn as it is
+FIRST = ("loss", "loss_itc", "loss_itm", "loss_mlm", "loss_qa", "grad_norm", "temperature", "lr")
+LAST = ("samples_per_second", "data_wait", "memory_gb", "mfu")
+NO_CURVE = ("step", "epoch", "media_type", "skipped")
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{{ title }}</title><style>body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:75rem;
+padding:0 1rem}img{max-width:100%}
+td,th{padding:.2rem 1rem .2rem 0;text-align:left;font-variant-numeric:tabular-nums}</style>
+<h1>{{ title }}</h1><table><tr><th>run<th>steps{% for name in columns %}<th>{{ name }}{% endfor %}</tr>
+{% for run in runs %}<tr><td>{{ run.name }}<td>{{ run.steps }}{% for name in columns %}<td>{{ run.last(name) }}
+{% endfor %}</tr>{% endfor %}</table><img alt="curves of {{ title }}" src="data:image/png;base64,{{ picture }}"></html>
+"""
+
+
+@dataclass
+class Run:
+    """A run's curves: for each figure its steps and values."""
+
+    name: str
+    curves: dict[str, tuple[list[int], list[float]]] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int:
+        """The last step that was logged."""
+        return max((steps[-1] for steps, _ in self.curves.values()), default=0)
+
+    def last(self, figure: str) -> str:
+        """A figure's last value, shortly."""
+        return f"{self.curves[figure][1][-1]:.4g}" if figure in self.curves else ""
+
+
+def read_run(folder: Path) -> Run:
+    """The curves in a run's metrics.jsonl; a line cut short is left out.
+
+    Raises FileNotFoundError or ValueError when there is none or nothing in it.
+    """
+    path = folder / "metrics.jsonl" if folder.is_dir() else folder
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no metrics.jsonl: give the folder of a run")
+    run = Run(path.parent.name)
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            line: dict[str, Any] = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        for figure, value in line.items():
+            if figure not in NO_CURVE and isinstance(value, int | float):
+                steps, values = run.curves.setdefault(figure, ([], []))
+                steps.append(int(line["step"]))
+                values.append(float(value))
+    if not run.curves:
+        raise ValueError(f"{path} holds no step yet: wait until the run has logged one (log_every)")
+    return run
+
+
+def figures_of(runs: Sequence[Run]) -> list[str]:
+    """What the runs have curves of: losses first, then evaluations, speed last."""
+    found = list(dict.fromkeys(figure for run in runs for figure in run.curves))
+    metrics = sorted(figure for figure in found if figure not in FIRST + LAST)
+    return [f for f in FIRST if f in found] + metrics + [f for f in LAST if f in found]
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """A running mean over a fortieth of the values; its ends have fewer."""
+    half = max(1, len(values) // SMOOTH_FROM)
+    sums = [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    edges = ((max(0, i - half), min(len(values), i + half + 1)) for i in range(len(values)))
+    return [(sums[last] - sums[first]) / (last - first) for first, last in edges]
+
+
+def draw(runs: Sequence[Run], figures: Sequence[str]) -> bytes:
+    """A PNG with a panel a figure and a colour a run; evaluations are marked points."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = min(3, len(figures))
+    rows = -(-len(figures) // columns)
+    canvas, panels = pyplot.subplots(
+        rows, columns, figsize=(5 * columns, 3 * rows), squeeze=False, layout="constrained"
+    )
+    for panel, figure in zip(panels.flat, figures):
+        for number, run in enumerate(runs):
+            steps, values = run.curves.get(figure, ([], []))
+            colour, single = f"C{number % 10}", "/" in figure
+            if len(values) >= SMOOTH_FROM and not single:
+                panel.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+                values = smooth(values)
+            panel.plot(steps, values, color=colour, label=run.name, marker="o" if single or len(values) == 1 else None)
+        panel.set_title(figure, fontsize=10)
+        panel.set_xlabel("step", fontsize=8)
+        panel.grid(alpha=0.3)
+    for panel in list(panels.flat)[len(figures) :]:
+        panel.axis("off")
+    if len(runs) > 1:
+        handles, labels = panels.flat[0].get_legend_handles_labels()
+        canvas.legend(handles, labels, loc="outside upper center", ncols=min(4, len(runs)))
+    output = io.BytesIO()
+    canvas.savefig(output, format="png", dpi=110)
+    pyplot.close(canvas)
+    return output.getvalue()
+
+
+def write_plot(folders: Sequence[Path], output: Path, figures: Sequence[str] = ()) -> list[str]:
+    """Draw the runs' curves to OUTPUT.png or OUTPUT.html; returns the figures drawn.
+
+    Raises FileNotFoundError or ValueError for a run without curves, an unknown figure or another kind of output.
+    """
+    if output.suffix not in (".png", ".html"):
+        raise ValueError(f"{output}: a picture ends in .png, a page in .html")
+    runs = [read_run(folder) for folder in folders]
+    known = figures_of(runs)
+    unknown = [figure for figure in figures if figure not in known]
+    if unknown:
+        raise ValueError(f"no run has logged {unknown[0]!r}: there are {', '.join(known)}")
+    chosen = list(figures) or known
+    picture = draw(runs, chosen)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if output.suffix == ".png":
+        output.write_bytes(picture)
+        return chosen
+    page = Environment(autoescape=select_autoescape(default=True)).from_string(PAGE)
+    title = ", ".join(run.name for run in runs)
+    columns = [figure for figure in chosen if "/" in figure or figure == "loss"]
+    text = page.render(title=title, runs=runs, columns=columns, picture=base64.b64encode(picture).decode())
+    output.write_text(text, encoding="utf-8")
+    return chosen
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m train.plot", description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs, also of running ones")
+    parser.add_argument("--output", type=Path, default=Path("plot.png"), help="a .png or .html (default: %(default)s)")
+    parser.add_argument(
+        "--figures", nargs="+", default=[], metavar="NAME", help="for example loss val/r_mean (default: all)"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        drawn = write_plot(options.runs, options.output, options.figures)
+    except (FileNotFoundError, ValueError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    sys.stdout.write(f"{options.output}: {', '.join(drawn)}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
