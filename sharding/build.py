@@ -20,6 +20,7 @@ from sharding.annotations.config import Reading
 from sharding.annotations.reading import expanded, read_rows
 from sharding.annotations.staging import Staged, open_staged, stage
 from sharding.arguments import add_annotation_arguments, read_options
+from sharding.engines import ENGINES, Engine, pack
 from sharding.estimate import Estimate, estimate_build
 from sharding.failures import FailureLog, TooManyFailures, summary
 from sharding.output import (
@@ -30,17 +31,13 @@ from sharding.output import (
     local_form,
     open_output,
     plan_of,
-    remove,
     staging_place,
     write_text,
 )
-from sharding.plan import Settings, Task, plan_shards
-from sharding.processes import run_tasks
+from sharding.plan import Settings, plan_shards
 from sharding.progress import LOG_EVERY, Progress
-from sharding.schema import MEDIA_TYPES, Corpus, ShardInfo, join_url
+from sharding.schema import MEDIA_TYPES, Corpus, join_url
 from sharding.sources import Fetching, check_root
-from sharding.workers import build_shard
-from sharding.writing import FinishedShard, finished_shard
 
 log = logging.getLogger("sharding")
 
@@ -63,10 +60,12 @@ def build_corpus(
     log_every: float = LOG_EVERY,
     reading: Reading | None = None,
     fetching: Fetching | None = None,
+    engine: Engine | None = None,
 ) -> Corpus:
     """Pack annotated media into shards at `output` (a folder or an fsspec URL) and describe them in `corpus.json`.
 
-    Shards that an interrupted build completed are kept; the result is byte-identical whatever `workers` is.
+    Shards that an interrupted build completed are kept; the result is byte-identical whatever `workers` and `engine`.
+    Of several jobs on one output the last one describes it; the others give back what is complete.
     `size` is the shorter side of stored frames in pixels, `fps` their rate, `max_frames` 0 means all.
 
     `retry_failed` builds shards again that miss media, after those were mended. `progress` shows a bar on a terminal,
@@ -82,10 +81,12 @@ def build_corpus(
         raise ValueError(f"--max-failures is {max_failures:g}, must be a share from 0 to 1, such as 0.05")
     fetching = fetching or Fetching()
     fetching.check()
+    engine = engine or Engine()
+    engine.check()
     output, media_root = local_form(output), local_form(media_root)
     check_root(media_root)
     annotations, reading = expanded(annotations), reading or Reading()
-    with open_output(output) as scratch:
+    with open_output(output, part=engine.part) as scratch:
         plan = plan_of(settings, reading, annotations)
         check_claim(output, plan)
         place = staging_place(output, scratch, plan)
@@ -95,7 +96,9 @@ def build_corpus(
         failures = FailureLog(scratch)
         shown = Progress(staged.items, f"packing {settings.name}", progress, log_every=log_every)
         with shown:
-            shards, rows = pack(tasks, workers or os.cpu_count() or 1, retry_failed, failures, shown)
+            shards, rows = pack(tasks, engine, workers or os.cpu_count() or 1, retry_failed, failures, shown)
+        if len(shards) < len(tasks):
+            return Corpus(output, settings.name, media_type, tuple(shards), asdict(settings))
         files = {BUILD: digest_of([join_url(output, BUILD)]), **failures.publish(output)}
         corpus = Corpus(output, settings.name, media_type, tuple(shards), asdict(settings), files)
         report(staged, rows, corpus, failures)
@@ -169,39 +172,6 @@ def estimate_corpus(
         return estimate_build(staged, tasks, workers or os.cpu_count() or 1)
 
 
-def pack(
-    tasks: list[Task], workers: int, retry_failed: bool, failures: FailureLog, progress: Progress
-) -> tuple[list[ShardInfo], int]:
-    """Every shard, in order, and the annotation rows in them; those already complete are not built again."""
-    shards: dict[int, ShardInfo] = {}
-    rows = 0
-
-    def keep(number: int, shard: FinishedShard) -> None:
-        nonlocal rows
-        shards[number] = shard.info
-        rows += shard.rows
-        failures.add(number, shard.failures)
-
-    for task in tasks:
-        done = finished_shard(task.output, task.name)
-        if done and not (retry_failed and done.failures):
-            keep(task.number, done)
-            progress.skip(done.info.samples, len(done.failures), done.info.bytes)
-    pending = [task for task in tasks if task.number not in shards]
-    if pending:
-        unpublish(pending)
-    for task, shard in run_tasks(build_shard, pending, min(workers, len(pending)), progress.advance):
-        keep(task.number, shard)
-    return [shards[task.number] for task in tasks], rows
-
-
-def unpublish(tasks: list[Task]) -> None:
-    """Before shards are built anew: what describes older ones goes first, so that nothing looks complete."""
-    remove(join_url(tasks[0].output, "corpus.json"))
-    for task in tasks:
-        remove(join_url(task.output, task.name.removesuffix(".tar") + ".parquet"))
-
-
 def nothing_to_pack(annotations: Sequence[str], staged: Staged) -> str:
     """Why there is nothing to pack."""
     files = ", ".join(annotations)
@@ -260,6 +230,14 @@ def parser() -> argparse.ArgumentParser:
     add("--max-frames", type=int, help="at most so many frames a clip (default: as --corpus says, or all)")
     add("--shard-mb", type=int, default=256, help="aim for shards of this size (default: %(default)s)")
     add("--workers", type=int, default=None, help="processes (default: one a core)")
+    add(
+        "--engine",
+        choices=ENGINES,
+        default="processes",
+        help="ray: tasks on a running Ray cluster (default: %(default)s)",
+    )
+    add("--part", default="", metavar="I/N", help="build the I-th of N shares of the shards, as one of N jobs")
+    add("--finish", action="store_true", help="build nothing: describe the corpus once all parts are done")
     add_fetching(result.add_argument_group("media from URLs"))
     add("--quality", type=int, default=90, help="JPEG quality, 1 to 100 (default: %(default)s)")
     add(
@@ -308,12 +286,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = read_options(vars(parser().parse_args(arguments)))
         options["fetching"] = Fetching(**{field.name: options.pop(field.name) for field in fields(Fetching)})
+        engine = Engine(options.pop("engine"), options.pop("part"), options.pop("finish"))
         if options.pop("dry_run"):
             ignored = ("max_failures", "retry_failed", "log_every")
             estimate = estimate_corpus(**{key: value for key, value in options.items() if key not in ignored})
             sys.stdout.writelines(f"{line}\n" for line in estimate.lines())
         else:
-            build_corpus(progress=True, **options)
+            build_corpus(progress=True, engine=engine, **options)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1 if isinstance(error, TooManyFailures) else 2

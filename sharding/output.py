@@ -33,10 +33,11 @@ def local_form(url: str) -> str:
 
 
 @contextmanager
-def open_output(output: str, among_others: bool = False) -> Iterator[Path]:
+def open_output(output: str, among_others: bool = False, part: str = "") -> Iterator[Path]:
     """Hold `output` for one build; yields a local folder for unfinished files, removed at the end.
 
     among_others: files that no build of this tool made may lie there.
+    part: this is one of several jobs, such as 2/8, that write there at the same time.
 
     Raises:
         ValueError: another build is writing there, or it is a folder of other things.
@@ -52,10 +53,14 @@ def open_output(output: str, among_others: bool = False) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
     try:
-        lock_folder(lock, output)
+        lock_folder(lock, output, shared=bool(part))
         ours = among_others or (folder / BUILD).exists()
         if not ours and any(path.name != PARTIAL for path in folder.iterdir()):
             raise ValueError(f"{output} is not empty and holds no build of this tool: choose another --output")
+        if part:
+            with part_folder(folder, part) as scratch:
+                yield scratch
+            return
         clear_partial(folder / PARTIAL)  # what a killed build left
         (folder / PARTIAL).mkdir(exist_ok=True)
         try:
@@ -87,10 +92,28 @@ def staging_place(output: str, scratch: Path, plan: dict[str, Any]) -> Path:
     return folder / STAGED.replace("*", digest)
 
 
-def lock_folder(descriptor: int, output: str) -> None:
+@contextmanager
+def part_folder(folder: Path, part: str) -> Iterator[Path]:
+    """Hold one job's share of the local output `folder`; yields a folder in it for unfinished files."""
+    name = f"part-{part.replace('/', '-of-')}"
+    (folder / PARTIAL).mkdir(exist_ok=True)
+    with open(folder / PARTIAL / f"{name}.lock", "w") as lock:
+        lock_folder(lock.fileno(), f"part {part} of {folder}")
+        for left in (folder / PARTIAL).glob(f"{name}-*"):  # by a killed job
+            shutil.rmtree(left, ignore_errors=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=folder / PARTIAL))
+        try:
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    if (folder / "corpus.json").exists():  # all parts are done
+        shutil.rmtree(folder / PARTIAL, ignore_errors=True)
+
+
+def lock_folder(descriptor: int, output: str, shared: bool = False) -> None:
     """Lock an open folder until it is closed, or until this process dies; file systems without locks pass."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno == errno.EWOULDBLOCK:
             raise ValueError(
