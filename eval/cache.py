@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import distributed, nn
 
-from eval.gather import gather_objects, share
+from eval.gather import gather_objects, meet, share
 
 log = logging.getLogger(__name__)
 
@@ -159,4 +159,5 @@ def _read_part(folder: Path, number: int) -> Part:
 
 def _barrier(world_size: int) -> None:
     if world_size > 1:
+        meet()
         distributed.barrier()

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 from torch import distributed
 
 T = TypeVar("T")
+
+# Called on every rank before ranks exchange anything: what they must have finished together.
+before_exchange: list[Callable[[], None]] = []
+
+
+def meet() -> None:
+    """Call what has been asked to be called before an exchange."""
+    for call in before_exchange:
+        call()
 
 
 def gather_rows(rows: torch.Tensor, world_size: int) -> torch.Tensor:
@@ -17,6 +27,7 @@ def gather_rows(rows: torch.Tensor, world_size: int) -> torch.Tensor:
     """
     if world_size == 1:
         return rows
+    meet()
     device = _group_device(rows)
     counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size)]
     distributed.all_gather(counts, torch.tensor([len(rows)], device=device))
@@ -32,6 +43,7 @@ def gather_objects(value: T, world_size: int) -> list[T]:
     """Every rank's small value, in rank order, on every rank."""
     if world_size == 1:
         return [value]
+    meet()
     values: list[T | None] = [None] * world_size
     distributed.all_gather_object(values, value)
     return values  # type: ignore[return-value]
@@ -41,6 +53,7 @@ def share(value: T | None, world_size: int) -> T:
     """Rank 0's small value on every rank."""
     values = [value]
     if world_size > 1:
+        meet()
         distributed.broadcast_object_list(values, src=0)
     return values[0]  # type: ignore[return-value]
 

@@ -32,6 +32,8 @@ from train.engine import start_engine
 from train.evaluation import Metrics
 from train.figures import Clock
 from train.guard import StepGuard
+from train.in_step import layer_by_layer
+from train.parts import set_weights
 from train.prepare import Prepared
 from train.profiling import StepProfiler
 from train.schedule import Schedule
@@ -231,12 +233,12 @@ class Trainer:
         """Evaluate all splits with the best weights, or the last where no split chooses."""
         best = self.folder.checkpoints / "best" / "weights"
         if self.run.stop_key is not None:
-            weights = load_weights(best)
-            self.model.load_state_dict(weights.state)
+            set_weights(self.engine, load_weights(best).state)
         self._evaluate(evaluate, list(self.run.test_urls()), "final")
 
     def _evaluate(self, evaluate: Evaluate, splits: list[str], label: str) -> Metrics:
-        metrics = evaluate(self.model, splits, label)
+        with layer_by_layer(self.engine):
+            metrics = evaluate(self.model, splits, label)
         if self.tracker is not None:
             folder = self.folder.path / "evaluation" / label
             self.tracker.evaluation(self.state.step, self.state.epoch, metrics, folder)

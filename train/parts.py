@@ -64,6 +64,15 @@ def read_parts(folder: Path, engine: DeepSpeedEngine, step: int) -> None:
     loaded(engine)
 
 
+def set_weights(engine: DeepSpeedEngine, state: Mapping[str, torch.Tensor]) -> None:
+    """Set the engine's weights to whole ones, by name; all ranks call. The optimiser's moments stay as they are."""
+    before_loading(engine)
+    for part in fragments(engine, moments=False):
+        end = part.start + part.weight.numel()
+        part.weight.copy_(state[part.name].flatten()[part.start : end])
+    loaded(engine)
+
+
 def whole_weights(folder: Path, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
     """All weights of the files in `folder`, in single precision, of these shapes."""
     with _open(folder) as pieces:
