@@ -104,9 +104,11 @@ def contents_of(samples: dict[str, Sample], fps: float, damages: list[Damage], s
     pictured = [sample for sample in samples.values() if sample.pictures]
     videos = [sample for sample in samples.values() if any(ending in VIDEOS for ending in sample.others)]
     if videos and not pictured:
+        file = next(f"{videos[0].key}.{ending}" for ending in videos[0].others if ending in VIDEOS)
         raise ValueError(
-            f"holds whole videos ({videos[0].key}.{videos[0].others[0]}), and frames cannot be read from those one by "
-            "one: repack them, `python -m sharding.build --media-type video` reads the clips in such tars"
+            f"holds whole videos ({file}), and frames cannot be read from those one by one: repack them with "
+            "`python -m sharding.build --media-type video --media-root FOLDER_OF_THE_TARS`, which reads clips inside "
+            f'tars: in the annotations a path is such as "00000.tar/{file}"'
         )
     is_video = any(sample.is_clip for sample in pictured)
     rows, failures = [], []

@@ -3,15 +3,25 @@
 import io
 import json
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
+import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import simplejpeg
 import webdataset
+from object_stores import Store
 
+from loaders.storage import CorpusReader
+from sharding.build import build_corpus
+from sharding.failures import read_failures
 from sharding.index import index_shards, main
+from sharding.media import pack_video
 from sharding.schema import read_corpus, read_index
 from sharding.verify import verify_corpus
 
@@ -31,21 +41,225 @@ def test_a_lost_index_is_made_again(corpus: Path) -> None:
     assert not verify_corpus(str(corpus), decode=True)
 
 
-def test_shards_of_other_tools_are_indexed_in_place(shapes, tmp_path: Path) -> None:
-    pictures = sorted((shapes.folder / "media" / "images").rglob("*.jpg"))[:30]
-    with webdataset.ShardWriter(str(tmp_path / "%05d.tar"), maxcount=12, verbose=0) as sink:
-        for number, path in enumerate(pictures):
-            texts = (
-                {"txt": f"caption {number}"} if number % 2 else {"json": json.dumps({"caption": f"caption {number}"})}
-            )
-            sink.write({"__key__": f"{number:09d}", "jpg": path.read_bytes(), **texts})
-    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.tar")}
-    assert main([str(tmp_path)]) == 0
-    corpus = read_corpus(str(tmp_path))
-    rows = [row for shard in range(len(corpus.shards)) for row in read_index(corpus, shard).to_pylist()]
-    assert [row["captions"] for row in rows] == [[f"caption {number}"] for number in range(30)]
-    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.tar")} == before
-    assert not verify_corpus(str(tmp_path), decode=True)
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def img2dataset(folder: Path, pictures: list[Path], each: int = 12) -> None:
+    """Tars as img2dataset writes them: KEY.jpg, KEY.txt, KEY.json; a table and figures of its own beside each."""
+    folder.mkdir()
+    for shard in range(-(-len(pictures) // each)):
+        name = f"{shard:05d}"
+        rows = []
+        with webdataset.TarWriter(str(folder / f"{name}.tar")) as sink:
+            for place, path in enumerate(pictures[shard * each : shard * each + each]):
+                key = f"{shard:05d}{place:04d}"
+                row = {"caption": f"caption {key}", "url": f"http://x/{path.name}", "key": key, "status": "success"}
+                row |= {"error_message": None, "width": 48, "height": 48, "exif": "{}", "sha256": "0" * 64}
+                sink.write({"__key__": key, "jpg": path.read_bytes(), "txt": row["caption"], "json": row})
+                rows.append(row)
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet")
+        (folder / f"{name}_stats.json").write_text(json.dumps({"count": len(rows), "successes": len(rows)}))
+
+
+def video2dataset(folder: Path, clips: list[Path], frames: bool) -> None:
+    """Tars as video2dataset writes them: KEY.mp4, KEY.txt, KEY.json; or KEY.000.jpg ... where it took frames."""
+    folder.mkdir()
+    with webdataset.TarWriter(str(folder / "00000.tar")) as sink:
+        for number, path in enumerate(clips):
+            meta = {"videoID": number, "url": f"http://x/{path.name}", "caption": f"clip {number}", "status": "success"}
+            media = {"mp4": path.read_bytes()}
+            if frames:
+                jpegs = pack_video(path.read_bytes(), 48, 90, 4).jpegs
+                media = {f"{place:03d}.jpg": jpeg for place, jpeg in enumerate(jpegs)}
+            sink.write({"__key__": f"{number:08d}", **media, "txt": meta["caption"], "json": meta})
+    pq.write_table(pa.table({"videoID": range(len(clips))}), folder / "00000.parquet")
+
+
+@pytest.fixture
+def pictures(shapes) -> list[Path]:
+    return sorted((shapes.folder / "media" / "images").rglob("*.jpg"))[:30]
+
+
+@pytest.fixture
+def media(shapes) -> list[Path]:
+    return sorted((shapes.folder / "media" / "clips").rglob("*.mp4"))[:5]
+
+
+def rows_of(url: str) -> list[dict]:
+    corpus = read_corpus(url)
+    return [row for shard in range(len(corpus.shards)) for row in read_index(corpus, shard).to_pylist()]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("where", ["local", "s3", "gcs"])
+@pytest.mark.parametrize("layout", ["img2dataset", "video2dataset"])
+def test_shards_of_other_tools_are_indexed_in_place(
+    pictures, media, tmp_path: Path, where: str, layout: str, request: pytest.FixtureRequest
+) -> None:
+    folder = tmp_path / layout
+    img2dataset(folder, pictures) if layout == "img2dataset" else video2dataset(folder, media, frames=True)
+    before = contents(folder)
+    url = str(folder) if where == "local" else request.getfixturevalue(where).fill(folder, "foreign")
+    words = [sys.executable, "-m", "sharding.index", url, "--workers", "2", "--fps", "4"]
+    subprocess.run(words, cwd=ROOT, check=True)
+    rows = rows_of(url)
+    if layout == "img2dataset":
+        assert [row["captions"] for row in rows] == [[f"caption {n // 12:05d}{n % 12:04d}"] for n in range(30)]
+        assert [row["source"] for row in rows] == [f"http://x/{path.name}" for path in pictures]
+        assert {row["fps"] for row in rows} == {None}
+    else:
+        assert [row["captions"] for row in rows] == [[f"clip {n}"] for n in range(5)]
+        assert {len(row["offsets"]) for row in rows} == {8}
+        assert {(row["fps"], row["duration"], row["frame_times"][-1]) for row in rows} == {(4.0, 2.0, 1.75)}
+    assert not verify_corpus(url, decode=True)
+    filesystem, root = fsspec.url_to_fs(url)
+    assert {name: filesystem.cat_file(f"{root}/{name}") for name in before} == before
+    with CorpusReading(url) as reader:
+        for shard, record in reader.records():
+            (frames,) = reader.read([(shard, record, np.arange(len(record.offsets)))])
+            assert all(simplejpeg.decode_jpeg(frame).shape == (48, 48, 3) for frame in frames)
+
+
+class CorpusReading(CorpusReader):
+    """The loaders' reader, over all of a corpus."""
+
+    def records(self):
+        for shard, info in enumerate(self.corpus.shards):
+            index = self.index(shard)
+            yield from ((shard, index.record(row)) for row in range(info.samples))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def test_whole_videos_are_refused_with_a_remedy_that_works(media, tmp_path: Path, capsys) -> None:
+    video2dataset(tmp_path / "v", media, frames=False)
+    before = contents(tmp_path / "v")
+    assert main([str(tmp_path / "v")]) == 2
+    error = capsys.readouterr().err
+    assert "holds whole videos (00000000.mp4)" in error
+    assert '"00000.tar/00000000.mp4"' in error
+    assert contents(tmp_path / "v") == before
+    records = [{"video": f"00000.tar/{number:08d}.mp4", "caption": f"clip {number}"} for number in range(5)]
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    corpus = build_corpus([str(tmp_path / "a.json")], str(tmp_path / "v"), "video", str(tmp_path / "out"), size=48)
+    assert (corpus.samples, sum(corpus.counts("frames"))) == (5, 20)
+
+
+def test_indices_that_are_there_are_kept(pictures, tmp_path: Path) -> None:
+    img2dataset(tmp_path / "i", pictures, each=5)
+    first = index_shards(str(tmp_path / "i"))
+    (tmp_path / "i" / "corpus.json").unlink()
+    (tmp_path / "i" / "00002.index.parquet").unlink()
+    damaged = tmp_path / "i" / "00004.index.parquet"
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 4] ^= 1
+    damaged.write_bytes(data)
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "i").glob("*.index.parquet")}
+    assert index_shards(str(tmp_path / "i")) == first
+    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "i").glob("*.index.parquet")}
+    again = {name for name in after if before.get(name) != after[name]}
+    assert again == {"00002.index.parquet", "00004.index.parquet"}
+    assert not verify_corpus(str(tmp_path / "i"))
+
+
+def test_a_place_that_cannot_be_written_keeps_its_tars_and_the_index_goes_elsewhere(
+    shapes, http: Store, tmp_path: Path, capsys
+) -> None:
+    url = http.fill(shapes.url("clips_train"), "clips")
+    assert main([url]) == 2
+    assert "--output" in capsys.readouterr().err
+    assert main([url, "--output", str(tmp_path / "index"), "--workers", "1"]) == 0
+    assert not list((tmp_path / "index").glob("*.tar"))
+    assert read_corpus(str(tmp_path / "index")).tars == url
+    same = read_corpus(shapes.url("clips_train"))
+    assert rows_of(str(tmp_path / "index")) == rows_of(same.url)
+    assert not verify_corpus(str(tmp_path / "index"), decode=True)
+    with CorpusReading(str(tmp_path / "index")) as reader:
+        assert sum(1 for shard, record in reader.records() if reader.read([(shard, record, np.arange(8))])) == 40
+
+
+def test_a_local_output_finds_the_tars_from_any_folder(shapes, tmp_path: Path, monkeypatch) -> None:
+    shutil.copytree(shapes.url("clips_train"), tmp_path / "clips")
+    monkeypatch.chdir(tmp_path)
+    index_shards("clips", output="index")
+    monkeypatch.chdir(tmp_path.parent)
+    assert not verify_corpus(str(tmp_path / "index"))
+
+
+def test_what_is_damaged_is_listed_and_the_rest_is_indexed(pictures, tmp_path: Path, capsys) -> None:
+    img2dataset(tmp_path / "i", pictures, each=5)
+    folder = tmp_path / "i"
+    tar = folder / "00001.tar"
+    tar.write_bytes(tar.read_bytes()[: tar.stat().st_size // 2])  # as a killed download leaves it
+    (folder / "00003.tar").write_text("<html>403</html>")
+    with webdataset.TarWriter(str(folder / "00009.tar")) as sink:
+        sink.write({"__key__": "good", "jpg": pictures[0].read_bytes(), "txt": "fine"})
+        sink.write({"__key__": "empty", "jpg": b"", "txt": "x"})
+        sink.write({"__key__": "html", "jpg": b"<html>", "txt": "x"})
+        sink.write({"__key__": "json", "jpg": pictures[0].read_bytes(), "json": b"{broken"})
+        sink.write({"__key__": "questions", "jpg": pictures[0].read_bytes(), "json": b'{"questions": ["why?"]}'})
+        sink.write({"__key__": "number", "jpg": pictures[0].read_bytes(), "json": b'{"caption": 7}'})
+        sink.write({"__key__": "textonly", "txt": "no picture"})
+    assert main([str(folder), "--workers", "1"]) == 1
+    error = capsys.readouterr().err
+    assert "2 of 7 tars" in error
+    rows = rows_of(str(folder))
+    assert {row["key"] for row in rows if not row["key"].isdecimal()} == {"good"}
+    assert 20 < len(rows) < 26
+    failures = {row["source"]: row["reason"] for row in read_failures(str(folder))}
+    assert set(failures) == {"empty", "html", "json", "questions", "number", "textonly"}
+    assert failures["textonly"] == "no picture among its files (txt)"
+    assert failures["html"].startswith("unreadable picture")
+    assert {(fault.file, fault.reason) for fault in verify_corpus(str(folder), decode=True)} == {
+        ("00003.tar", "is not in corpus.json"),
+        ("00001.tar", "the tar ends without an end mark: it was cut off"),
+    }
+    (folder / "00001.tar").unlink()
+    (folder / "00003.tar").unlink()
+    assert main([str(folder), "--workers", "1"]) == 1  # 6 of 27 samples
+    assert "6 of 27 samples cannot be indexed" in capsys.readouterr().err
+    assert main([str(folder), "--workers", "1", "--max-failures", "0.5"]) == 0
+
+
+def test_pictures_and_clips_in_one_folder_are_refused(pictures, media, tmp_path: Path) -> None:
+    img2dataset(tmp_path / "i", pictures[:5])
+    video2dataset(tmp_path / "v", media, frames=True)
+    shutil.copy(tmp_path / "v" / "00000.tar", tmp_path / "i" / "clips.tar")
+    with pytest.raises(ValueError, match=r"holds pictures \(00000.tar\) and clips \(clips.tar\)"):
+        index_shards(str(tmp_path / "i"))
+
+
+def test_long_names_and_folders_in_a_tar(pictures, tmp_path: Path) -> None:
+    for name, form in (("pax", tarfile.PAX_FORMAT), ("gnu", tarfile.GNU_FORMAT)):
+        folder = tmp_path / name
+        folder.mkdir()
+        long = "a" * 60 + "/" + "b" * 90
+        with tarfile.open(folder / "x.tar", "w", format=form) as tar:
+            for key in (long, "deep/er/c", "./d"):
+                for ending, data in (("jpg", pictures[0].read_bytes()), ("txt", key.encode())):
+                    info = tarfile.TarInfo(f"{key}.{ending}")
+                    info.size, info.mtime = len(data), 1.5
+                    tar.addfile(info, io.BytesIO(data))
+        index_shards(str(folder))
+        assert [(row["key"], row["captions"]) for row in rows_of(str(folder))] == [
+            (long, [long]), ("deep/er/c", ["deep/er/c"]), ("d", ["./d"]),
+        ]  # fmt: skip
+        assert not verify_corpus(str(folder), decode=True)
+
+
+def test_masks_beside_pictures_are_no_frames(pictures, tmp_path: Path) -> None:
+    with webdataset.TarWriter(str(tmp_path / "x.tar")) as sink:
+        data = pictures[0].read_bytes()
+        sink.write({"__key__": "a", "jpg": data, "mask.png": b"not looked at", "cls": b"3", "txt": "x"})
+    corpus = index_shards(str(tmp_path))
+    assert (corpus.media_type, sum(corpus.counts("frames"))) == ("image", 1)
 
 
 def test_files_of_other_tools_beside_the_shards_are_left_alone(shapes, tmp_path: Path) -> None:

@@ -49,21 +49,54 @@ def command(photos: Path, output: Path, workers: int) -> list[str]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-@pytest.mark.parametrize("workers", [1, 2, 4])
-def test_killed_builds_end_in_the_same_bytes(photos: Path, tmp_path: Path, workers: int) -> None:
-    build(photos, tmp_path / "whole")
-    words = command(photos, tmp_path / "cut", workers)
-    moments = random.Random(workers)
-    for _ in range(3):
-        process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.DEVNULL)
-        time.sleep(0.6 + moments.random())
-        process.kill()  # the parent alone: its workers must end by themselves, and harm nothing until then
+def killed(words: list[str], moment: float, alone: bool) -> bool:
+    """Start a build and kill it after so many seconds; whether it was still at work.
+
+    alone: the parent only, its workers must end by themselves and harm nothing until then; else all at once, as when
+    a machine dies.
+    """
+    process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        process.wait(moment)
+        return False
+    except subprocess.TimeoutExpired:
+        if alone:
+            process.kill()
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    subprocess.run(words, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
-    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+        return True
+
+
+SLOW = [pytest.param(workers, 20, marks=pytest.mark.slow) for workers in (1, 2, 4)]
+
+
+@pytest.mark.parametrize(("workers", "kills"), [(1, 2), (2, 4), (4, 2), *SLOW])
+def test_killed_builds_end_in_the_same_bytes(photos: Path, tmp_path: Path, workers: int, kills: int) -> None:
+    """Moments are spread over the whole life of a build; of two kills in one folder the second hits a resumed build."""
+    more = ["--size", "448", "--shard-mb", "1"]  # 18 shards
+    started = time.monotonic()
+    subprocess.run(command(photos, tmp_path / "whole", workers) + more, cwd=ROOT, check=True, capture_output=True)
+    life = time.monotonic() - started
+    whole = contents(tmp_path / "whole")
+    assert len([name for name in whole if name.endswith(".tar")]) == 18
+    chance = random.Random(workers)
+    moments = [life * (number + chance.random()) / kills for number in range(kills)]
+    chance.shuffle(moments)
+    hits = 0
+    for number, moment in enumerate(moments):
+        words = command(photos, tmp_path / f"cut{number // 2}", workers) + more
+        hits += killed(words, moment, alone=chance.random() < 0.5)
+        found = contents(tmp_path / f"cut{number // 2}") if (tmp_path / f"cut{number // 2}").exists() else {}
+        for name, data in found.items():  # whatever has its final name is whole
+            assert data == whole[name], f"{name}, killed after {moment:.2f} of {life:.2f} s"
+        if number % 2:
+            subprocess.run(words, cwd=ROOT, check=True, capture_output=True)
+            assert contents(tmp_path / f"cut{number // 2}") == whole
+    assert hits >= kills / 2
 
 
 def test_shards_that_are_there_are_not_built_again(photos: Path, tmp_path: Path) -> None:
