@@ -14,8 +14,6 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from sharding.annotations.config import Reading
 from sharding.annotations.reading import expanded, read_rows
 from sharding.annotations.staging import Staged, open_staged, stage
@@ -35,7 +33,7 @@ from sharding.output import (
     write_text,
 )
 from sharding.plan import Settings, plan_shards
-from sharding.progress import LOG_EVERY, Progress
+from sharding.progress import LOG_EVERY, Progress, counted
 from sharding.schema import MEDIA_TYPES, Corpus, join_url
 from sharding.sources import Fetching, check_root
 
@@ -90,7 +88,7 @@ def build_corpus(
         plan = plan_of(settings, reading, annotations)
         check_claim(output, plan)
         place = staging_place(output, scratch, plan)
-        staged = stage_annotations(annotations, reading, place, scratch, progress)
+        staged = stage_annotations(annotations, reading, place, scratch, progress, log_every)
         claim(output, plan | settings.shares(staged.items), scratch)
         tasks = plan_shards(staged, settings, media_root, output, scratch, fetching)
         failures = FailureLog(scratch)
@@ -121,7 +119,7 @@ def checked_settings(output: str, name: str, *settings: Any) -> Settings:
 
 
 def stage_annotations(
-    annotations: Sequence[str], reading: Reading, place: Path, scratch: Path, progress: bool
+    annotations: Sequence[str], reading: Reading, place: Path, scratch: Path, progress: bool, log_every: float
 ) -> Staged:
     """The rows of annotation files on disk, read unless an interrupted build left them there.
 
@@ -132,8 +130,8 @@ def stage_annotations(
         log.info("annotations: read by an earlier run")
         return open_staged(place)
     start = time.monotonic()
-    rows = tqdm(read_rows(annotations, reading), unit="row", desc="annotations", disable=None if progress else True)
-    staged = stage(rows, place, scratch, reading.limit)
+    rows = read_rows(annotations, reading)
+    staged = stage(counted(rows, log_every) if progress else rows, place, scratch, reading.limit)
     if not staged.items:
         place.unlink()
         raise ValueError(nothing_to_pack(annotations, staged))
@@ -155,6 +153,7 @@ def estimate_corpus(
     workers: int | None = None,
     quality: int = 90,
     progress: bool = False,
+    log_every: float = LOG_EVERY,
     reading: Reading | None = None,
     fetching: Fetching | None = None,
 ) -> Estimate:
@@ -167,7 +166,7 @@ def estimate_corpus(
     annotations, reading = expanded(annotations), reading or Reading()
     with tempfile.TemporaryDirectory(prefix="singularity-estimate-") as folder:
         scratch = Path(folder)
-        staged = stage_annotations(annotations, reading, scratch / "rows.sqlite", scratch, progress)
+        staged = stage_annotations(annotations, reading, scratch / "rows.sqlite", scratch, progress, log_every)
         tasks = plan_shards(staged, settings, media_root, output, scratch, fetching)
         return estimate_build(staged, tasks, workers or os.cpu_count() or 1)
 
@@ -288,8 +287,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options["fetching"] = Fetching(**{field.name: options.pop(field.name) for field in fields(Fetching)})
         engine = Engine(options.pop("engine"), options.pop("part"), options.pop("finish"))
         if options.pop("dry_run"):
-            ignored = ("max_failures", "retry_failed", "log_every")
-            estimate = estimate_corpus(**{key: value for key, value in options.items() if key not in ignored})
+            ignored = ("max_failures", "retry_failed")
+            estimate = estimate_corpus(
+                progress=True, **{key: value for key, value in options.items() if key not in ignored}
+            )
             sys.stdout.writelines(f"{line}\n" for line in estimate.lines())
         else:
             build_corpus(progress=True, engine=engine, **options)

@@ -6,13 +6,29 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from types import TracebackType
+from typing import TypeVar
 
 from tqdm import tqdm
 
 LOG_EVERY = 30.0  # seconds
 
 log = logging.getLogger("sharding")
+
+T = TypeVar("T")
+
+
+def counted(rows: Iterable[T], log_every: float = LOG_EVERY, stage: str = "annotations") -> Iterator[T]:
+    """Pass rows on and show how many there were, as `Progress` does where it is not known how many there will be."""
+    terminal = sys.stderr.isatty()
+    logged = time.monotonic()
+    with tqdm(rows, unit="row", desc=stage, disable=not terminal, dynamic_ncols=True) as bar:
+        for number, row in enumerate(bar, 1):
+            yield row
+            if log_every and not terminal and number % 4096 == 0 and time.monotonic() - logged >= log_every:
+                logged = time.monotonic()
+                log.info(json.dumps({"stage": stage, "done": number}))
 
 
 class Progress:

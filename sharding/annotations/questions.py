@@ -9,13 +9,17 @@ from sharding.annotations.config import Reading
 from sharding.annotations.files import Record, json_keys, json_records, json_value
 from sharding.annotations.lookup import Lookup
 
+KINDS = ("questions", "annotations")  # of VQA's files, by the key of their list
+
 
 def vqa_records(files: Sequence[str], reading: Reading) -> Iterator[Record]:
     """VQA v2's questions with the fields of their annotation (ten answers under "answers") and data_subtype.
 
     files: v2_OpenEnded_*_questions.json and v2_*_annotations.json, in any order.
     """
-    kinds = {file: "questions" if "questions" in json_keys(file) else "annotations" for file in files}
+    kinds = {file: next((key for key in json_keys(file) if key in KINDS), "") for file in files}
+    for file in (file for file in files if not kinds[file]):
+        raise ValueError(f'annotation file {file} has neither "questions" nor "annotations": check --corpus')
     questions = (vqa_questions(file) for file in files if kinds[file] == "questions")
     answers = [file for file in files if kinds[file] == "annotations"]
     lookup = Lookup(chain.from_iterable(json_records(file, "annotations") for file in answers), "question_id")

@@ -18,6 +18,8 @@ from sharding.annotations.items import Item, Row
 
 CACHE_KB = 16 * 1024  # of each open database
 
+encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
 
 @dataclass(frozen=True)
 class Staged:
@@ -103,6 +105,7 @@ def stage(rows: Iterable[Row], path: Path, scratch: Path, limit: int = 0) -> Sta
     finally:
         unsorted.unlink(missing_ok=True)
     os.replace(unfinished, path)
+    read_items.cache_clear()  # of another file that had this path
     return open_staged(path)
 
 
@@ -149,7 +152,7 @@ def kept_rows(rows: Iterable[Row], filtered: Counter[str]) -> Iterator[tuple[str
         if row.filtered:
             filtered[row.filtered] += 1
         else:
-            yield row.source, json.dumps([row.captions, row.question, row.choice], ensure_ascii=False)
+            yield row.source, encode([row.captions, row.question, row.choice])
 
 
 class Numbering:
