@@ -255,8 +255,10 @@ def write_media(root: Path, sources: list[str], clip: bytes) -> None:
             path.write_bytes(clip)
 
 
-def test_every_yaml_is_tested() -> None:
+def test_every_yaml_is_tested_and_on_the_page_about_packing() -> None:
     assert sorted(LAYOUTS) == NAMES
+    page = (CORPORA.parent.parent / "docs" / "packing.md").read_text()
+    assert [name for name in NAMES if f"`{name}`" not in page and f"{name}.yaml" not in page] == []
 
 
 @pytest.mark.parametrize("name", NAMES)

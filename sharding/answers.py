@@ -1,0 +1,71 @@
+"""`python -m sharding.answers`: the list of answers to rank, from the questions of packed corpora."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from sharding.schema import read_corpus, read_index
+
+
+def count_answers(url: str) -> Counter[str]:
+    """How many questions of a packed corpus have an answer, by the answer. Raises like `read_corpus`."""
+    corpus = read_corpus(url)
+    counts: Counter[str] = Counter()
+    for shard in range(len(corpus.shards)):
+        for questions in read_index(corpus, shard).column("questions").to_pylist():
+            for question in questions:
+                counts.update(question["answers"])
+    return counts
+
+
+def answer_list(corpora: Sequence[str], size: int = 0, least: int = 1) -> list[str]:
+    """The answers that at least `least` questions have, most frequent first; at most `size`, 0 for all.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_corpus`, or no answer is that frequent.
+    """
+    counts: Counter[str] = Counter()
+    for url in corpora:
+        counts.update(count_answers(url))
+    ranked = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
+    kept = [answer for answer, count in ranked if count >= least][: size or None]
+    if not kept:
+        raise ValueError(f"{', '.join(corpora)}: no answer of {least} questions or more; pack questions first")
+    return kept
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        "python -m sharding.answers",
+        description="Write the answers of packed training corpora as the JSON list that question answering ranks.",
+    )
+    parser.add_argument("corpora", nargs="+", metavar="CORPUS", help="folders or URLs of packed corpora")
+    parser.add_argument("--size", type=int, default=0, help="at most so many, the most frequent (default: all)")
+    parser.add_argument(
+        "--least", type=int, default=1, help="questions that an answer must have (default: %(default)s)"
+    )
+    parser.add_argument("--output", required=True, metavar="FILE", help="the JSON file to write")
+    options = parser.parse_args(arguments)
+    try:
+        answers = answer_list(options.corpora, options.size, options.least)
+        target = Path(options.output)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(target.name + ".partial")
+        partial.write_text(json.dumps(answers, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
+        os.replace(partial, target)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    sys.stdout.write(f"{options.output}: {len(answers)} answers\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
