@@ -28,13 +28,19 @@ def step_flops(config: ModelConfig, pairs: int, frames: int, text_length: int) -
         per_layer = layer_flops(frames, vision.width, wide, frames)
         result["temporal"] = pairs * tokens * temporal.num_layers * per_layer
     words = config.loss_weight.mlm > 0
-    texts, fused = (2 if words else 1) * pairs, (4 if words else 3) * pairs
-    text_layer = layer_flops(text_length, text.width, text.intermediate, text_length)
-    result["text"] = texts * text.fusion_layer * text_layer
-    source = tokens * frames
-    keys = 4 * source * vision.width * text.width
-    cross = 4 * text_length * text.width**2 + 4 * text_length * source * text.width
-    result["fusion"] = (text.layers - text.fusion_layer) * (pairs * keys + fused * (text_layer + cross))
+    texts, matched, read = (2 if words else 1) * pairs, 3 * pairs, pairs if words else 0
+    width, inner, length, source = text.width, text.intermediate, text_length, tokens * frames
+    result["text"] = texts * text.fusion_layer * layer_flops(length, width, inner, length)
+    attend = 8 * length * width**2 + 4 * length**2 * width
+    look = 4 * width**2 + 4 * source * width + 4 * width * inner  # of one token
+    layers = text.layers - text.fusion_layer
+    keys = layers * pairs * 4 * source * vision.width * width
+    # The first layer attends once a text; the last computes one token of the matched pairs.
+    lower = max(0, layers - 1) * (matched + read) * length * look + max(0, layers - 2) * (matched + read) * attend
+    last = matched * look + read * length * look
+    if layers > 1:
+        last += matched * (4 * length * width**2 + 4 * width**2 + 4 * length * width) + read * attend
+    result["fusion"] = keys + texts * attend + lower + last if layers else 0
     if words:
         chosen = most_labels(pairs * text_length, config.mlm_prob)
         result["words"] = chosen * (2 * text.width**2 + 2 * text.width * text.vocab_size)

@@ -53,17 +53,31 @@ def _watch_layers(model: Singularity, recorder: Recorder, batch: int) -> None:
     for i, block in enumerate(blocks):
         recorder.watch(f"vision_layer_{i:02d}_output", block, lambda states: states)
     recorder.watch("text_layer_00_input", model.text_encoder.embeddings, lambda states: states[:batch])
-    for i, layer in enumerate(model.text_encoder.layer):
-        if i < model.text_encoder.fusion_layer:
-            recorder.watch(f"text_layer_{i:02d}_output", layer, lambda states: states[:batch])
-        else:
-            recorder.watch(f"fusion_layer_{i:02d}_output", layer, lambda states: matching_rows(states, batch))
+    for i, layer in enumerate(model.text_encoder.layer[: model.text_encoder.fusion_layer]):
+        recorder.watch(f"text_layer_{i:02d}_output", layer, lambda states: states[:batch])
+    recorder.watch_input("itm_cls_embeds", model.itm_head)
 
 
-def matching_rows(states: torch.Tensor, batch: int) -> torch.Tensor:
-    """Of the rows that a training forward fuses the 3B that are matched: true pairs, (text, negative visual), (negative
-    text, visual)."""
-    return torch.cat([states[:batch], states[-batch:], states[batch : 2 * batch]])
+def _fused(
+    model: Singularity, inputs: dict[str, torch.Tensor], states: torch.Tensor, tokens: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """All tokens of the 3B pairs after each fusion layer, in the official order, and the masked words' logits; a step
+    computes of these only what its losses need."""
+    recorder, first = Recorder(), model.text_encoder.fusion_layer
+    for i, layer in enumerate(model.text_encoder.layer[first:], first):
+        recorder.watch(f"fusion_layer_{i:02d}_output", layer, lambda states: states)
+    keys, mask, own = model.visual_keys(tokens), inputs["attention_mask"], torch.arange(len(states))
+    texts = inputs["itm_text_neg_idx"]
+    index = torch.cat([own, inputs["itm_image_neg_idx"], own])
+    masks = torch.cat([mask, mask, mask[texts]])
+    fused = model.text_encoder.fuse(torch.cat([states, states, states[texts]]), masks, keys, index)
+    recorder.stop()
+    values = recorder.values | {"itm_logits": model.itm_head(fused[:, 0])}
+    if model.word_head is not None:
+        masked = model.text_encoder.fuse(model.text_encoder.encode(inputs["mlm_input_ids"], mask), mask, keys)
+        values["mlm_logits"] = model.word_head(masked, model.text_encoder.embeddings.word_embeddings.weight)
+        values["loss_mlm"] = word_loss(values["mlm_logits"], inputs["mlm_labels"])
+    return values
 
 
 def given_draws(inputs: dict[str, torch.Tensor], prefix: str = "") -> Draws:
@@ -76,16 +90,16 @@ def given_draws(inputs: dict[str, torch.Tensor], prefix: str = "") -> Draws:
     )
 
 
-def _values(model: Singularity, inputs: dict[str, torch.Tensor], fused: torch.Tensor) -> dict[str, torch.Tensor]:
+def _values(model: Singularity, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Everything between the encoders and the losses, under the recorded names."""
     batch = len(inputs["idx"])
     tokens, pooled = model.encode_visual(inputs["image"])
     states, pooled_text = model.encode_text(inputs["input_ids"], inputs["attention_mask"])
     similarity = model.similarity(pooled, pooled_text) / model.temp.clamp(*TEMPERATURE_RANGE)
-    same, first = same_visual(inputs["idx"]), matching_rows(fused, batch)[:, 0]
+    same = same_visual(inputs["idx"])
     targets = contrastive_targets(inputs["idx"])
     has_negative = torch.ones(batch, dtype=torch.bool)
-    logits = model.itm_head(first)
+    fused = _fused(model, inputs, states, tokens)
     values = {
         "image_embeds": tokens,
         "pooled_image_embeds": pooled,
@@ -98,20 +112,14 @@ def _values(model: Singularity, inputs: dict[str, torch.Tensor], fused: torch.Te
         "sim_targets": targets,
         "itm_weights_i2t": negative_weights(similarity, same, hard=True),
         "itm_weights_t2i": negative_weights(similarity.T, same, hard=True),
-        "itm_cls_embeds": first,
-        "itm_logits": logits,
         "loss_ita": contrastive_loss(similarity, targets),
-        "loss_itm": matching_loss(logits, has_negative),
+        "loss_itm": matching_loss(fused["itm_logits"], has_negative),
     }
-    if model.word_head is not None:
-        embeddings = model.text_encoder.embeddings.word_embeddings.weight
-        values["mlm_logits"] = model.word_head(fused[2 * batch : 3 * batch], embeddings)
-        values["loss_mlm"] = word_loss(values["mlm_logits"], inputs["mlm_labels"])
     for name, frames in inputs.items():
         if name.startswith("image_T"):
             suffix = name.removeprefix("image")
             values[f"image_embeds{suffix}"], values[f"pooled_image_embeds{suffix}"] = model.encode_visual(frames)
-    return values
+    return values | fused
 
 
 def compare_forward(folder: Path) -> Comparison:
@@ -122,15 +130,14 @@ def compare_forward(folder: Path) -> Comparison:
     inputs, expected = case.inputs, case.expected
     batch, recorder = len(inputs["idx"]), Recorder()
     _watch_layers(model, recorder, batch)
-    fused: list[torch.Tensor] = []
-    last = model.text_encoder.layer[-1].register_forward_hook(lambda _, __, output: fused.append(output.detach()))
     losses = model(inputs["image"], inputs["input_ids"], inputs["attention_mask"], inputs["idx"], given_draws(inputs))
     recorder.stop()
-    last.remove()
     total = torch.stack(list(losses.values())).sum()
     total.backward()
     with torch.no_grad():
-        values = recorder.values | _values(model, inputs, fused[0])
+        values = recorder.values | _values(model, inputs)
+    true, texts, visuals = values["itm_cls_embeds"].split(batch)  # the official order is another one
+    values["itm_cls_embeds"] = torch.cat([true, visuals, texts])
     values |= {"loss_total": total, "temp_after_clamp": model.temp.squeeze()}
     values |= {f"weighted_loss_{name}": losses[f"loss_{ours}"] for name, ours in _names(losses)}
     lowest = bool(torch.isclose(expected["temp_after_clamp"], torch.tensor(TEMPERATURE_RANGE[0])))

@@ -134,16 +134,18 @@ class Singularity(Encoders):
         similarity = self.similarity(pooled, states[:, 0]) / self.temperature()
         losses = {"loss_itc": contrastive_loss(similarity, contrastive_targets(idx)) * weights.itc}
 
-        # Fusion layers, once: true pairs, visuals with negative texts, masked texts; then texts with negative visuals.
+        # Fusion layers, once: masked texts, read whole; of the true pairs, visuals with negative texts, and texts with
+        # negative visuals the first token only. What the first of them does before it sees a visual: once a text.
         negative_visuals, negative_texts, has_negative = self._negatives(similarity, idx, draws)
-        rows = [states, states[negative_texts], all_states[batch:], states]
-        masks = [attention_mask, attention_mask[negative_texts], all_masks[batch:], attention_mask]
-        fused = self.text_encoder.fuse(torch.cat(rows), torch.cat(masks), keys, negative_visuals)
-        first = torch.cat([fused[:batch, 0], fused[-batch:, 0], fused[batch : 2 * batch, 0]])
+        attended = self.text_encoder.attend_texts(all_states, all_masks)
+        texts, words = attended[:batch], len(attended) - batch
+        rows = torch.cat([attended[batch:], texts, texts[negative_texts], texts])
+        masks = torch.cat([all_masks[batch:], attention_mask, attention_mask[negative_texts], attention_mask])
+        first, whole = self.text_encoder.fuse_pairs(rows, masks, keys, negative_visuals, whole=words)
         losses["loss_itm"] = matching_loss(self.itm_head(first), has_negative) * weights.itm
-        if self.word_head is not None and labels is not None:
+        if labels is not None:
             limit = labels.numel() if draws.labels is not None else most_labels(labels.numel(), self.config.mlm_prob)
-            losses["loss_mlm"] = self._word_loss(fused[2 * batch : 3 * batch], labels, limit) * weights.mlm
+            losses["loss_mlm"] = self._word_loss(whole, labels, limit) * weights.mlm
         return losses
 
     def _word_loss(self, states: torch.Tensor, labels: torch.Tensor, limit: int) -> torch.Tensor:

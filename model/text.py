@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -27,7 +28,7 @@ PADDED = -10000.0  # added to the attention scores of padded keys
 VisualKeys = tuple[tuple[torch.Tensor, torch.Tensor], ...]
 
 
-def run_layer(layer: nn.Module, recompute: bool, *inputs: torch.Tensor | None) -> torch.Tensor:
+def run_layer(layer: Callable[..., torch.Tensor], recompute: bool, *inputs: torch.Tensor | None) -> torch.Tensor:
     """Output of `layer`; with `recompute` its activations are computed again in the backward pass, not kept."""
     if recompute and torch.is_grad_enabled():
         return checkpoint(layer, *inputs, use_reentrant=False)
@@ -251,22 +252,38 @@ class TextEncoder(nn.Module):
         visual: VisualKeys,
         index: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The first token (P, D) of what `fuse` makes of P pairs, which is all that matching looks at.
+        """The first token (P, D) of what `fuse` makes of P pairs, which is all that matching looks at."""
+        return self.fuse_pairs(attended, attention_mask, visual, index)[0]
 
-        attended (P, Lt, D) of `attend_texts`, other parameters as `fuse`. The last layer is computed for that token
-        alone.
+    def fuse_pairs(
+        self,
+        attended: torch.Tensor,
+        attention_mask: torch.Tensor,
+        visual: VisualKeys,
+        index: torch.Tensor | None = None,
+        whole: int = 0,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of what `fuse` makes of P pairs all tokens of the first `whole` ones, and of the others the first token.
+
+        attended (P, Lt, D) of `attend_texts`, other parameters as `fuse`. Returns first tokens (P - whole, D), for
+        which alone the last layer is computed, and states (whole, Lt, D).
         """
-        mask = additive_mask(attention_mask, attended.dtype)
         layers = [cast(FusionLayer, layer) for layer in self.layer[self.fusion_layer :]]
-        states = attended
-        for number, (layer, (keys, values)) in enumerate(zip(layers, visual, strict=True)):
-            last = number == len(layers) - 1
+        if not layers:
+            return attended[whole:, 0], attended[:whole]
+        mask, states = additive_mask(attention_mask, attended.dtype), attended
+        for number, (layer, (keys, values)) in enumerate(zip(layers[:-1], visual[:-1], strict=True)):
             if number:
-                states = layer.attend_first(states, mask) if last else layer.attend(states, mask)
-            elif last:
-                states = states[:, :1]
-            states = layer.look(states, keys, values, index)
-        return states[:, 0]
+                states = run_layer(layer.attend, self.recompute, states, mask)
+            states = run_layer(layer.look, self.recompute, states, keys, values, index)
+        last, (keys, values) = layers[-1], visual[-1]
+        first, read = states[whole:, :1], states[:whole]
+        if len(layers) > 1:
+            first = run_layer(last.attend_first, self.recompute, states[whole:], mask[whole:])
+            read = run_layer(last.attend, self.recompute, read, mask[:whole]) if whole else read
+        first = run_layer(last.look, self.recompute, first, keys, values, index)
+        read = run_layer(last.look, self.recompute, read, keys, values) if whole else read
+        return first[:, 0], read
 
 
 class WordHead(nn.Module):

@@ -86,6 +86,7 @@ class FrameEncoder(nn.Module):
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (N, 3, H, W) to tokens (N, L, D), the first one [CLS], and pooled vectors (N, D)."""
         self._match_key_biases()
+        self._choose_attention(images)
         raw = self.transformer.forward_features(images)
         pooled = self.transformer.forward_head(raw, pre_logits=True)
         return self.layernorm(raw), pooled
@@ -96,3 +97,14 @@ class FrameEncoder(nn.Module):
             attention: Any = block.attn
             if getattr(attention, "k_bias", None) is not None and attention.k_bias.dtype != attention.q_bias.dtype:
                 attention.k_bias = attention.k_bias.to(attention.q_bias.dtype)
+
+    def _choose_attention(self, images: torch.Tensor) -> None:
+        """Fused attention but for training on a CPU with BEiT's bias or in half precision.
+
+        PyTorch's kernel for the CPU computes no gradient of a mask; what it falls back to is slower than plain
+        operators, twice so in bfloat16 (benchmarks/model.py).
+        """
+        biased = not isinstance(self.layernorm, nn.Identity)
+        plain = images.device.type == "cpu" and torch.is_grad_enabled() and (biased or images.dtype != torch.float32)
+        for block in self.transformer.blocks:
+            block.attn.fused_attn = not plain
