@@ -107,4 +107,5 @@ class FrameEncoder(nn.Module):
         biased = not isinstance(self.layernorm, nn.Identity)
         plain = images.device.type == "cpu" and torch.is_grad_enabled() and (biased or images.dtype != torch.float32)
         for block in self.transformer.blocks:
-            block.attn.fused_attn = not plain
+            attention: Any = block.attn
+            attention.fused_attn = not plain

@@ -10,7 +10,9 @@ import torch
 
 from loaders.batch import Answers, Batch, normalize
 from model.building import Model
+from model.singularity import TEMPERATURE_RANGE
 from train.engine import DTYPES
+from train.fragments import fragments
 from train.groups import ParameterGroup
 from train.guard import StepGuard
 from train.schedule import Schedule
@@ -78,6 +80,10 @@ class Stepper:
         self.engine, self.groups, self.model, self.schedule, self.guard = engine, groups, model, schedule, guard
         self._device, self._dtype = device, DTYPES[precision]
         self._seed, self._rank, self._accumulate = seed, rank, accumulate
+        # The model's forward clamps what it computes with; this is the copy that AdamW changes. On NVMe it is not kept.
+        swaps = getattr(engine.optimizer, "swap_optimizer", False)
+        kept = [] if swaps else [part.weight for part in fragments(engine, moments=False) if part.name == "temp"]
+        self._temperatures = kept
 
     def __call__(self, batch: Batch, step: int) -> Losses:
         """Step number `step` on this rank's part of a global batch; returns its losses (), still on the device."""
@@ -96,4 +102,6 @@ class Stepper:
         losses = self.engine(frames, *model_inputs(batch))
         self.engine.backward(torch.stack(list(losses.values())).sum())
         self.engine.step()
+        for temperature in self._temperatures:
+            temperature.clamp_(*TEMPERATURE_RANGE)
         return {name: loss.detach() for name, loss in losses.items()}
