@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -25,7 +27,7 @@ import torch
 from torch.nn import functional
 
 from model.config import ModelConfig, TextConfig, VisionConfig
-from model.flops import step_flops
+from model.flops import layer_flops, step_flops
 from model.losses import contrastive_loss, contrastive_targets, matching_loss, word_loss
 from model.singularity import Draws, Singularity
 from model.text import additive_mask
@@ -127,31 +129,33 @@ def eager_attention(model: Singularity) -> Singularity:
 Step = Callable[[], dict[str, torch.Tensor]]
 
 
-def timed(step: Step, backward: bool, repeats: int, cuda: bool) -> tuple[float, float]:
-    """Fastest of `repeats` runs in seconds, after one to warm up; and peak memory in GB (of the GPU, else process).
-
-    On a CPU with one thread the process's own time is taken, which other programs on the machine disturb less.
-    """
+def one_step(step: Step, model: Singularity, backward: bool, cuda: bool) -> float:
+    """Seconds of one step; on a CPU with one thread the process's own, which other programs disturb less."""
     clock = time.process_time if not cuda and torch.get_num_threads() == 1 else time.perf_counter
-    seconds = []
-    for _ in range(repeats + 1):
-        if cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        start = clock()
-        with torch.set_grad_enabled(backward):
-            losses = step()
-        if backward:
-            torch.stack(list(losses.values())).sum().backward()
-        if cuda:
-            torch.cuda.synchronize()
-        seconds.append(clock() - start)
+    model.zero_grad(set_to_none=True)
+    if cuda:
+        torch.cuda.synchronize()
+    start = clock()
+    with torch.set_grad_enabled(backward):
+        losses = step()
+    if backward:
+        torch.stack(list(losses.values())).sum().backward()
+    if cuda:
+        torch.cuda.synchronize()
+    return clock() - start
+
+
+def peak_memory(step: Step, model: Singularity, cuda: bool) -> float:
+    """Peak GB of a step with its backward pass: of the GPU, or of the process, which must be one that runs one side."""
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    one_step(step, model, True, cuda)
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return min(seconds[1:]), peak / 1e9
+    return round(peak / 1e9, 2)
 
 
-def measure(options: argparse.Namespace, straight: bool) -> dict[str, Any]:
-    """Times of one way, forward alone and forward with backward, on the device."""
+def prepare(options: argparse.Namespace, straight: bool) -> tuple[Step, Step, Singularity, int]:
+    """A training step of one side, the same with the given words, its model, and the length of its texts."""
     cuda = options.device == "cuda"
     config = SIZES[options.size]
     torch.manual_seed(0)
@@ -171,30 +175,89 @@ def measure(options: argparse.Namespace, straight: bool) -> dict[str, Any]:
             batch[name] = batch[name][:, :longest].contiguous()
     batch = {name: tensor.to(options.device) for name, tensor in batch.items()}
     function = straightforward if straight else ours
-    if options.compile and not straight:
-        function = torch.compile(function, fullgraph=True)
+    compiled = torch.compile(function, fullgraph=True) if options.compile and not straight else function
 
     def step() -> dict[str, torch.Tensor]:
         with torch.autocast(options.device, dtype=torch.float16 if cuda else dtype, enabled=autocast):
-            return function(model, batch)
+            return compiled(model, batch)
 
-    forward, _ = timed(step, False, options.repeats, cuda)
-    both, memory = timed(step, True, options.repeats, cuda)
-    with torch.no_grad():
-        model.eval()
-        losses = {name: round(float(loss), 5) for name, loss in function(model, batch, True).items()}
-    flops = step_flops(config, options.batch, options.frames, batch["input_ids"].shape[1])
-    report = {
-        "way": "straightforward" if straight else "ours",
+    def given_words() -> dict[str, torch.Tensor]:
+        return function(model, batch, True)
+
+    return step, given_words, model, batch["input_ids"].shape[1]
+
+
+def report(
+    options: argparse.Namespace, way: str, seconds: dict[bool, list[float]], flops: dict[str, int], memory: float
+) -> dict[str, Any]:
+    """Medians of one side, and its rate by its own count of operations."""
+    forward, both = (statistics.median(seconds[backward]) for backward in (False, True))
+    rate = 3 * flops["total"] / both
+    result = {
+        "way": way,
         "forward_s": round(forward, 4),
         "forward_backward_s": round(both, 4),
         "samples_per_s": round(options.batch / both, 2),
-        "tflop_per_s": round(3 * flops["total"] / both / 1e12, 3),
-        "peak_gb": round(memory, 2),
-        "losses_eval": losses,
+        "gflop_forward_a_sample": {name: round(count / options.batch / 1e9, 2) for name, count in flops.items()},
+        "tflop_per_s": round(rate / 1e12, 3),
+        "peak_gb": memory,
     }
-    peak = next((value for name, value in PEAKS.items() if cuda and name in torch.cuda.get_device_name()), None)
-    return report | ({"mfu": round(3 * flops["total"] / both / peak, 3)} if peak else {})
+    names = torch.cuda.get_device_name() if options.device == "cuda" else ""
+    peak = next((value for name, value in PEAKS.items() if name in names), None)
+    return result | ({"mfu": round(rate / peak, 3)} if peak else {})
+
+
+def straightforward_flops(config: ModelConfig, pairs: int, frames: int, length: int) -> dict[str, int]:
+    """Forward operations of the straightforward way: every pair's keys, values and tokens, words at every position."""
+    result = dict(step_flops(config, pairs, frames, length))
+    vision, text = config.vision_encoder, config.text_encoder
+    source = ((config.image_res // vision.patch_size) ** 2 + 1) * frames
+    layer = layer_flops(length, text.width, text.intermediate, length)
+    cross = 4 * length * text.width**2 + 4 * length * source * text.width + 4 * source * vision.width * text.width
+    result["fusion"] = (text.layers - text.fusion_layer) * 4 * pairs * (layer + cross)
+    result["words"] = pairs * length * (2 * text.width**2 + 2 * text.width * text.vocab_size)
+    result.pop("total")
+    return result | {"total": sum(result.values())}
+
+
+def memory_apart(way: str) -> float:
+    """Peak GB of one side in a process of its own, on a CPU."""
+    words = [sys.executable, __file__, *sys.argv[1:], "--only", way, "--repeats", "0"]
+    return json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)["peak_gb"]
+
+
+def compare(options: argparse.Namespace, ways: list[str]) -> None:
+    """Run the sides in turn, and print a line for each and the ratios of their medians."""
+    cuda, config = options.device == "cuda", SIZES[options.size]
+    sides = {way: prepare(options, way == "straightforward") for way in ways}
+    memory = {}
+    for way, (step, _, model, _) in sides.items():
+        memory[way] = peak_memory(step, model, cuda) if cuda or len(ways) == 1 else memory_apart(way)
+        model.zero_grad(set_to_none=True)
+    if not options.repeats:
+        print(json.dumps({"way": ways[0], "peak_gb": memory[ways[0]]}))
+        return
+    seconds: dict[str, dict[bool, list[float]]] = {way: {False: [], True: []} for way in ways}
+    for repeat in range(options.repeats + 1):
+        for way, (step, _, model, _) in sides.items():
+            for backward, taken in seconds[way].items():
+                each = one_step(step, model, backward, cuda)
+                if repeat:  # the first one warms up
+                    taken.append(each)
+            model.zero_grad(set_to_none=True)
+    medians = {}
+    for way, (_, given_words, model, length) in sides.items():
+        count = straightforward_flops if way == "straightforward" else step_flops
+        flops = count(config, options.batch, options.frames, length)
+        model.eval()
+        with torch.no_grad():
+            losses = {name: round(float(loss), 5) for name, loss in given_words().items()}
+        result = report(options, way, seconds[way], flops, memory[way])
+        print(json.dumps(result | {"losses_eval": losses}))
+        medians[way] = [statistics.median(seconds[way][backward]) for backward in (False, True)]
+    if len(ways) == 2:
+        ratios = [a / b for a, b in zip(medians["straightforward"], medians["ours"])]
+        print(json.dumps({"speedup_forward": round(ratios[0], 2), "speedup_forward_backward": round(ratios[1], 2)}))
 
 
 def main() -> None:
@@ -212,20 +275,11 @@ def main() -> None:
     parser.add_argument("--no-dropout", action="store_true")
     parser.add_argument("--compile", action="store_true", help="ours under torch.compile, one graph")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on a CPU")
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5, help="0: peak memory only")
     parser.add_argument("--only", choices=("ours", "straightforward"))
     options = parser.parse_args()
-    config = SIZES[options.size]
-    print(
-        json.dumps({"gflop_forward_a_sample": step_flops(config, 1, options.frames, options.text_length)}, default=str)
-    )
-    ways = [way for way in ("straightforward", "ours") if options.only in (None, way)]
-    reports = [measure(options, way == "straightforward") for way in ways]
-    for report in reports:
-        print(json.dumps(report))
-    if len(reports) == 2:
-        ratio = reports[0]["forward_backward_s"] / reports[1]["forward_backward_s"]
-        print(json.dumps({"speedup_forward_backward": round(ratio, 2)}))
+    torch.set_num_threads(options.threads)
+    compare(options, [way for way in ("straightforward", "ours") if options.only in (None, way)])
 
 
 if __name__ == "__main__":
