@@ -89,12 +89,13 @@ def sample_facts(corpus: Corpus, name: str, frame: int, shown: bool = False) -> 
 
 def sample_text(facts: dict[str, Any]) -> str:
     """One sample in lines."""
-    times = f", {len(facts['offsets'])} frames, {facts['fps']:g} a second, {facts['duration']:.2f} s"
+    times = ""
+    if facts["fps"] is not None:
+        times = f", {len(facts['offsets'])} frames, {facts['fps']:g} a second, {facts['duration']:.2f} s"
     lines = [
         f"sample {facts['key']} in {facts['shard']}",
         f"  source: {facts['source']}",
-        f"  {facts['width']}x{facts['height']} pixels, {sum(facts['sizes']):,} bytes"
-        + ("" if facts["fps"] is None else times),
+        f"  {facts['width']}x{facts['height']} pixels, {sum(facts['sizes']):,} bytes{times}",
     ]
     lines += [f"  caption: {caption}" for caption in facts["captions"]]
     for question in facts["questions"]:

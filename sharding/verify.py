@@ -14,6 +14,7 @@ import fsspec
 import pyarrow.parquet as pq
 
 from sharding.checks import Check, Fault, Report, check_shard
+from sharding.index import is_foreign
 from sharding.output import BUILD, digest_of, local_form
 from sharding.processes import run_tasks
 from sharding.progress import LOG_EVERY, Progress
@@ -111,8 +112,9 @@ def planned_checks(url: str, corpus: Corpus | None, tars: list[str], names: list
         ]
     checks = []
     for number, tar in enumerate(tars):
-        stem = tar.removesuffix(".tar")
-        index = stem + (".index.parquet" if stem + ".index.parquet" in names else ".parquet")
+        index = tar.removesuffix(".tar") + ".parquet"
+        if not own and is_foreign(join_url(url, index)):
+            index = tar.removesuffix(".tar") + ".index.parquet"
         checks.append(Check(number, join_url(url, tar), join_url(url, index), None, own, decode))
     return checks
 

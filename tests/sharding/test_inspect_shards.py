@@ -52,6 +52,19 @@ def test_a_summary_and_the_first_sample_come_without_flags(corpus: Path, capsys)
     assert "8 frames, 4 a second, 2.00 s" in out
 
 
+@pytest.mark.parametrize("name", ["images_train", "qa_train", "mc_test"])
+def test_every_kind_of_sample_is_told_in_full(shapes, capsys, name: str) -> None:
+    row = rows_of(read_corpus(shapes.url(name)))[3]
+    assert main([shapes.url(name), "--sample", "3"]) == 0
+    out = capsys.readouterr().out
+    texts = [*row["captions"], *(question["question"] for question in row["questions"])]
+    texts += [option for choice in row["choices"] for option in choice["options"]]
+    texts += [answer for question in row["questions"] for answer in question["answers"]]
+    assert texts
+    assert all(text in out for text in [*texts, row["source"], row["key"], "48x48 pixels"])
+    assert all(f"{offset:11d} {size:9d}" in out for offset, size in zip(row["offsets"], row["sizes"]))
+
+
 @pytest.mark.parametrize("by", ["number", "key", "source"])
 def test_a_sample_is_found_by_number_key_and_source(corpus: Path, capsys, by: str) -> None:
     rows = rows_of(read_corpus(str(corpus)))
