@@ -1,0 +1,72 @@
+"""Verifying, repairing and indexing in object stores, on days when requests fail."""
+
+import shutil
+from pathlib import Path
+
+import fsspec
+import pytest
+from faulty_proxy import Faults
+from object_stores import MakeFaulty, Store
+
+from sharding.index import index_shards
+from sharding.inspect import main as inspect_main
+from sharding.schema import read_corpus
+from sharding.verify import main, verify_corpus
+
+FAILING = Faults(error=0.08, throttle=0.04, cut=0.08, seed=3)
+
+
+@pytest.fixture
+def corpus(shapes, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(shapes.url("clips_train"), tmp_path / "clips"))
+
+
+@pytest.mark.parametrize("store", ["s3", "gcs"], indirect=True)
+def test_a_damaged_byte_in_a_store_is_found_and_an_index_is_repaired_there(corpus: Path, store: Store, capsys) -> None:
+    url = store.fill(corpus, "clips")
+    assert not verify_corpus(url, decode=True)
+    known = read_corpus(url)
+    filesystem, root = fsspec.url_to_fs(url)
+    tar = f"{root}/{known.shards[1].name}"
+    whole = filesystem.cat_file(tar)
+    filesystem.pipe_file(tar, whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
+    (fault,) = verify_corpus(url)
+    assert (fault.file, fault.offset <= 5000) == (known.shards[1].name, True)
+    filesystem.pipe_file(tar, whole)
+    filesystem.rm_file(f"{root}/{known.shards[0].index_name}")
+    filesystem.pipe_file(f"{root}/corpus.json", b"{}")
+    filesystem.invalidate_cache()
+    assert main([url, "--repair", "--workers", "1", "--log-every", "0"]) == 0
+    out = capsys.readouterr().out
+    assert f"repaired: {known.shards[0].index_name} made again" in out
+    assert not verify_corpus(url, decode=True)
+    assert [shard.sha256 for shard in read_corpus(url).shards] == [shard.sha256 for shard in known.shards]
+
+
+@pytest.mark.parametrize("store", ["s3", "gcs"], indirect=True)
+def test_failing_requests_are_no_faults_of_the_corpus(corpus: Path, store: Store, faulty: MakeFaulty) -> None:
+    url = store.fill(corpus, "clips")
+    proxy = faulty(store, FAILING)
+    assert not verify_corpus(url, decode=True)
+    assert inspect_main([url, "--stats", "--log-every", "0"]) == 0
+    spoiled = proxy.counts()
+    assert spoiled["error"] + spoiled["cut"] + spoiled["throttle"] > 0
+
+
+def test_shards_are_indexed_though_requests_fail(corpus: Path, s3: Store, faulty: MakeFaulty) -> None:
+    known = read_corpus(str(corpus))
+    for path in [*corpus.glob("*.parquet"), *corpus.glob("*.json")]:
+        path.unlink()
+    url = s3.fill(corpus, "tars")
+    faulty(s3, FAILING)
+    corpus_there = index_shards(url)
+    assert [shard.sha256 for shard in corpus_there.shards] == [shard.sha256 for shard in known.shards]
+    assert not verify_corpus(url, decode=True)
+
+
+def test_bytes_that_arrive_changed_are_found(corpus: Path, s3: Store, faulty: MakeFaulty) -> None:
+    url = s3.fill(corpus, "clips")
+    faulty(s3, Faults(corrupt=1, corrupt_only=r"000002\.tar"))
+    faults = verify_corpus(url)
+    assert faults
+    assert {fault.file for fault in faults} == {"clips_train-000002.tar"}
