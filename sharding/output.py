@@ -19,6 +19,7 @@ import fsspec
 
 from sharding.annotations.config import Reading
 from sharding.plan import Settings
+from sharding.remote import again, naming
 from sharding.schema import VERSION, join_url
 from sharding.writing import publish
 
@@ -133,11 +134,9 @@ def plan_of(settings: Settings, reading: Reading, annotations: Sequence[str]) ->
 
 def check_claim(output: str, plan: dict[str, Any]) -> bool:
     """Whether `build.json` is there; raises ValueError when the shards there are of another build than `plan`."""
-    filesystem, path = fsspec.url_to_fs(join_url(output, BUILD))
-    if not filesystem.exists(path):
+    found = read_claim(join_url(output, BUILD))
+    if found is None:
         return False
-    with filesystem.open(path, "rb") as file:
-        found = json.loads(file.read())
     different = sorted(key for key in plan if plan[key] != found.get(key))
     if different:
         raise ValueError(
@@ -145,6 +144,16 @@ def check_claim(output: str, plan: dict[str, Any]) -> bool:
             "choose another --output, or delete that folder first"
         )
     return True
+
+
+def read_claim(url: str) -> dict[str, Any] | None:
+    """What `build.json` says; None where there is none."""
+    with naming(url, "read"):
+        filesystem, path = fsspec.url_to_fs(url)
+        try:
+            return json.loads(again(filesystem.cat_file, path))
+        except FileNotFoundError:
+            return None
 
 
 def claim(output: str, plan: dict[str, Any], scratch: Path) -> None:
@@ -172,6 +181,7 @@ def write_text(url: str, text: str, scratch: Path) -> None:
 
 def remove(url: str) -> None:
     """Delete a file if it is there."""
-    filesystem, path = fsspec.url_to_fs(url)
-    if filesystem.exists(path):
-        filesystem.rm_file(path)
+    with naming(url, "delete"):
+        filesystem, path = fsspec.url_to_fs(url)
+        if again(filesystem.exists, path):
+            again(filesystem.rm_file, path)

@@ -143,8 +143,10 @@ def credentials_missing(error: BaseException) -> str:
         for cause in causes(error)
         if isinstance(response := getattr(cause, "response", None), dict)
     }
-    if codes & REFUSED or status_of(error) in (401, 403) or (isinstance(error, PermissionError) and not error.filename):
-        return f"access refused ({error})"
+    forbidden = str(error).startswith(("Forbidden", "Unauthorized"))  # gcsfs says it in words only
+    denied = isinstance(error, PermissionError) and not error.filename
+    if codes & REFUSED or status_of(error) in (401, 403) or forbidden or denied:
+        return f"access refused ({' '.join(str(error).split())})"
     return ""
 
 

@@ -141,16 +141,19 @@ def sha256(path: Path) -> str:
 
 def finished_shard(output: str, name: str) -> FinishedShard | None:
     """A shard that an earlier build completed; None when it is not there, whole, with its index."""
-    filesystem, tar = fsspec.url_to_fs(join_url(output, name))
-    index = tar.removesuffix(".tar") + ".parquet"
-    if not (filesystem.exists(index) and filesystem.exists(tar)):
-        return None
-    data = filesystem.cat_file(index)
+    url = join_url(output, name)
+    with naming(url, "read"):
+        filesystem, tar = fsspec.url_to_fs(url)
+        try:
+            data = again(filesystem.cat_file, tar.removesuffix(".tar") + ".parquet")
+            size = again(filesystem.size, tar)
+        except FileNotFoundError:
+            return None
     try:
         note = json.loads((pq.read_schema(io.BytesIO(data)).metadata or {})[NOTE])
     except (*UNREADABLE, KeyError):
         return None
-    if filesystem.size(tar) != note["facts"]["bytes"]:
+    if size != note["facts"]["bytes"]:
         return None
     digest = hashlib.sha256(data).hexdigest()
     info = ShardInfo(name, **note["facts"], index_bytes=len(data), index_sha256=digest)

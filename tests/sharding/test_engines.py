@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -20,7 +21,7 @@ QUICK_TO_NOTICE = {"health_check_initial_delay_ms": 500, "health_check_period_ms
 
 
 def draw(folder: Path, images: int, size: int = 64) -> Path:
-    return write_shapes(folder, images=images, clips=1, test_items=1, size=size, seed=1)
+    return write_shapes(folder, images=images, clips=1, test_items=1, size=size, seed=1, workers=2)
 
 
 @pytest.fixture(scope="module")
@@ -60,15 +61,18 @@ def cluster(monkeypatch: pytest.MonkeyPatch):
 
 
 def kill_node_when_it_is_busy(cluster, output: Path, shards: int) -> None:
-    """After some shards are there, kill a node: its raylet and every worker process under it."""
-    while len(list(output.glob("*.parquet"))) < shards:
-        time.sleep(0.02)
-    node = cluster.nodes[0]
-    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-    family = [raylet, *raylet.children(recursive=True)]
-    assert any("build_on_node" in " ".join(process.cmdline()) for process in family), "the node has nothing to do"
-    for process in family:
-        process.kill()
+    """After some shards are there, kill a node at work: its raylet and every worker process under it."""
+    raylet = psutil.Process(cluster.nodes[0].all_processes["raylet"][0].process.pid)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        family = [raylet, *raylet.children(recursive=True)]
+        with suppress(psutil.NoSuchProcess):
+            busy = any("build_on_node" in " ".join(process.cmdline()) for process in family)
+            if busy and len(list(output.glob("*.parquet"))) >= shards:
+                for process in family:
+                    process.kill()
+                return
+    raise AssertionError("the node never had anything to do")
 
 
 def pack_while_a_node_dies(cluster, drawn: Path, tmp_path: Path, shards: int, **settings) -> None:

@@ -1,0 +1,152 @@
+"""Packing from and to stores that have a bad day, and onto disks that are full: the same bytes, or a clear end."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from faulty_proxy import Faults
+from object_stores import MakeFaulty, Store
+from PIL import Image
+
+from sharding.build import build_corpus
+from sharding.sources import Fetching
+from sharding.verify import verify_corpus
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+COUNT = 96
+BAD_DAY = Faults(error=0.05, throttle=0.03, cut=0.05, slow=0.02, slow_seconds=0.3, seed=1)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("stores")
+    (root / "photos").mkdir()
+    for number in range(COUNT):
+        noise = np.random.default_rng(number).integers(0, 255, (48, 64, 3), np.uint8)
+        Image.fromarray(noise).save(root / "photos" / f"{number}.jpg", quality=90)
+    records = [{"image": f"{number}.jpg", "caption": f"photo {number}"} for number in range(COUNT)]
+    (root / "photos.json").write_text(json.dumps(records))
+    return root / "photos"
+
+
+def build(photos: Path, root: str, output: str, **settings):
+    options = {"size": 48, "workers": 1, "name": "x", "fetching": Fetching(timeout=5)} | settings
+    return build_corpus([str(photos.parent / "photos.json")], root, "image", output, **options)
+
+
+def words(photos: Path, root: str, output: str) -> list[str]:
+    head = [sys.executable, "-m", "sharding.build", "--annotations", str(photos.parent / "photos.json")]
+    return [*head, "--media-root", root, "--media-type", "image", "--output", output, "--size", "48", "--name", "x"]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def stored(url: str) -> dict[str, bytes]:
+    filesystem, path = fsspec.url_to_fs(url)
+    return {name.rsplit("/", 1)[-1]: filesystem.cat_file(name) for name in filesystem.find(path)}
+
+
+@pytest.mark.parametrize("store", ["s3", "gcs"], indirect=True)
+def test_from_a_store_to_a_store_is_the_same_as_from_disk_to_disk(store: Store, photos: Path, tmp_path: Path) -> None:
+    build(photos, str(photos), str(tmp_path / "local"))
+    corpus = build(photos, store.fill(photos, "media"), store.url("out"))
+    assert stored(store.url("out")) == contents(tmp_path / "local")
+    assert build(photos, store.url("media"), store.url("out")) == corpus
+    assert not verify_corpus(store.url("out"), decode=True)
+
+
+@pytest.mark.parametrize("store", ["s3", "gcs", "http"], indirect=True)
+def test_errors_on_the_way_in_change_nothing(store: Store, faulty: MakeFaulty, photos: Path, tmp_path: Path) -> None:
+    build(photos, str(photos), str(tmp_path / "local"))
+    store.fill(photos, "media")
+    proxy = faulty(store, BAD_DAY)
+    build(photos, store.url("media", proxy), str(tmp_path / "out"))
+    assert contents(tmp_path / "out") == contents(tmp_path / "local")
+    assert sum(count for kind, count in proxy.counts().items() if kind) >= 5
+
+
+@pytest.mark.parametrize("store", ["s3", "gcs"], indirect=True)
+def test_errors_on_the_way_out_change_nothing(store: Store, faulty: MakeFaulty, photos: Path, tmp_path: Path) -> None:
+    build(photos, str(photos), str(tmp_path / "local"))
+    proxy = faulty(store, Faults(error=0.15, cut=0.1, seed=2))
+    build(photos, str(photos), store.url("out", proxy))
+    assert sum(count for kind, count in proxy.counts().items() if kind) >= 2
+    proxy.faults = Faults()
+    assert stored(store.url("out")) == contents(tmp_path / "local")
+
+
+@pytest.mark.parametrize("store", ["s3", "gcs"], indirect=True)
+def test_a_store_that_fails_for_good_is_named_and_nothing_is_lost(
+    store: Store, faulty: MakeFaulty, photos: Path, tmp_path: Path
+) -> None:
+    build(photos, str(photos), str(tmp_path / "local"))
+    proxy = faulty(store, Faults(permanent="x-000001", permanent_status=403))
+    with pytest.raises(OSError, match=r"cannot (write|read) .*/out/x-000001.*access refused"):
+        build(photos, str(photos), store.url("out"))
+    proxy.faults = Faults()
+    assert "corpus.json" not in stored(store.url("out"))
+    build(photos, str(photos), store.url("out"))
+    assert stored(store.url("out")) == contents(tmp_path / "local")
+
+
+def test_media_that_the_store_refuses_end_the_build_and_are_no_failures(
+    s3: Store, faulty: MakeFaulty, photos: Path, tmp_path: Path
+) -> None:
+    url = s3.fill(photos, "media")
+    faulty(s3, Faults(permanent=r"media/70\.jpg", permanent_status=403))
+    with pytest.raises(PermissionError, match=r"cannot read s3://.*/media/70.jpg: access refused"):
+        build(photos, url, str(tmp_path / "out"))
+
+
+def test_without_credentials_there_is_one_line_that_names_the_place(s3: Store, photos: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("AWS_")}
+    environment |= {key: value for key, value in os.environ.items() if "ENDPOINT" in key}
+    environment |= {"AWS_EC2_METADATA_DISABLED": "true", "HOME": "/nonexistent"}
+    done = subprocess.run(
+        words(photos, str(photos), s3.url("out")), cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2, done.stderr
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith(f"error: cannot read {s3.url('out')}")
+    assert "credentials" in line
+    assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path):
+    """A file system of one megabyte."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount one")
+    folder = tmp_path / "small"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_disk_is_named_and_nothing_is_lost(photos: Path, tmp_path: Path, small_disk: Path, workers: int) -> None:
+    build(photos, str(photos), str(tmp_path / "local"))
+    size = sum(map(len, contents(tmp_path / "local").values()))
+    (small_disk / "ballast").write_bytes(b"x" * (2**20 - size * 2 // 3))
+    with pytest.raises(OSError, match=f"No space left on device.*{small_disk}/out|staged in {small_disk}/out"):
+        build(photos, str(photos), str(small_disk / "out"), workers=workers)
+    assert not (small_disk / "out" / "corpus.json").exists()
+    (small_disk / "ballast").unlink()
+    build(photos, str(photos), str(small_disk / "out"), workers=workers)
+    assert contents(small_disk / "out") == contents(tmp_path / "local")
+
+
+def test_a_disk_that_cannot_be_written_to_is_named(photos: Path, small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    done = subprocess.run(words(photos, str(photos), str(small_disk / "out")), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"Read-only file system: '{small_disk}/out'" in done.stderr
+    assert "Traceback" not in done.stderr
