@@ -47,4 +47,5 @@ class LoaderConfig:
     threads: int = 0  # decoding threads; 0: chosen from the cores this rank may use
     prefetch: int = 3  # batches made ahead of the step
     max_bad_share: float = 0.01  # of the samples read; above it the run fails
+    quarantine_file: str = ""  # bad samples are appended to it as JSON lines; {rank} is filled in
     storage: dict[str, str] = field(default_factory=dict)  # fsspec options of the corpora

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn, types
 
-from loaders.decoding import Clip
+from loaders.decoding import Clip, header_fault
 
 QUEUE = 1  # iterations in flight; batches are made ahead of the step by the loader, not here
 
@@ -27,15 +27,36 @@ class DaliDecoder:
         self.size, self.threads, self.antialias, self.device = size, threads, antialias, device
         self._pipeline: Pipeline | None = None
         self._capacity = 0
-        self._one_at_a_time = threading.Lock()
+        # A pipeline that is used from several threads, be it in turn, ends in a crash or a hang after a failed run.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="dali")
 
     def decode(self, clips: Sequence[Clip]) -> tuple[torch.Tensor, dict[int, str]]:
         """See Decoder."""
-        with self._one_at_a_time:  # a pipeline is not to be used from two threads
-            return self._decode(clips)
+        return self._thread.submit(self._decode, clips).result()
 
     def _decode(self, clips: Sequence[Clip]) -> tuple[torch.Tensor, dict[int, str]]:
-        shape = (len(clips), len(clips[0].jpegs), self.size, self.size, 3)
+        bad = {
+            number: fault
+            for number, clip in enumerate(clips)
+            for fault in [next(filter(None, (header_fault(data, clip) for data in clip.jpegs)), None)]
+            if fault is not None
+        }
+        if not bad:
+            return self._decode_checked(clips)
+        device = "cpu" if self.device is None else f"cuda:{self.device}"
+        frames = torch.zeros((len(clips), *self._shape(clips)[1:]), dtype=torch.uint8, device=device)
+        rows = [number for number in range(len(clips)) if number not in bad]
+        if rows:
+            frames[torch.tensor(rows)], more = self._decode_checked([clips[row] for row in rows])
+            bad |= {rows[place]: reason for place, reason in more.items()}
+        return frames, bad
+
+    def _shape(self, clips: Sequence[Clip]) -> tuple[int, ...]:
+        return (len(clips), len(clips[0].jpegs), self.size, self.size, 3)
+
+    def _decode_checked(self, clips: Sequence[Clip]) -> tuple[torch.Tensor, dict[int, str]]:
+        """`decode` of clips whose headers are sound; a failed run is dear, and not without danger to the process."""
+        shape = self._shape(clips)
         try:
             return self._run(clips).view(shape), {}
         except RuntimeError as error:
@@ -90,6 +111,7 @@ class DaliDecoder:
 
     def close(self) -> None:
         """See Decoder."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
         self._pipeline = None
 
 

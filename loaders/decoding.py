@@ -180,6 +180,21 @@ def decode_frame(data: bytes, clip: Clip, room: np.ndarray | None = None) -> np.
     return pixels
 
 
+def header_fault(data: bytes, clip: Clip) -> str | None:
+    """What an image's header already tells against it, by looking at some bytes of it; None when nothing."""
+    try:
+        if data[:2] == b"\xff\xd8":
+            height, width = simplejpeg.decode_jpeg_header(data)[:2]
+        else:
+            with Image.open(io.BytesIO(data)) as image:
+                width, height = image.size
+    except Exception as error:  # Pillow's parsers raise many kinds
+        return f"{len(data)} bytes that are no image ({type(error).__name__})"
+    if (height, width) != (clip.height, clip.width):
+        return f"{width}x{height} pixels, the index says {clip.width}x{clip.height}"
+    return None
+
+
 def decode_other(data: bytes) -> np.ndarray:
     """RGB pixels (H, W, 3) of an image that is no JPEG; foreign shards hold PNG, WebP and others."""
     try:

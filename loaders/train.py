@@ -21,6 +21,7 @@ from loaders.config import LoaderConfig
 from loaders.decoding import make_decoder, usable_threads
 from loaders.line import Draw, Line
 from loaders.plan import EpochPlan, check_world_size, media_schedule, rank_positions
+from loaders.quarantine import Quarantine
 from loaders.storage import BadSampleError, CorpusReader
 from loaders.text import Tokenizer, clean_text
 
@@ -29,7 +30,6 @@ log = logging.getLogger("loaders")
 READ_THREADS = 8
 BATCHES_AT_ONCE = 2  # in the decoding stage: the second one fills the gaps at the end of the first
 MAX_REPLACEMENTS = 64  # tries for one sample before the loader gives up
-ENOUGH_TO_JUDGE = 200  # samples read before the share of bad ones is looked at
 
 
 @dataclass
@@ -85,8 +85,7 @@ class TrainLoader:
         threads = usable_threads(config.threads, ranks_here or world_size)
         self.decoder = make_decoder(config.decode, config.image_res, threads, config.antialias)
         self.counters: dict[str, float] = defaultdict(float)
-        self.quarantine: dict[str, str] = {}
-        self._unusable: dict[tuple[str, bytes], str] = {}
+        self.quarantine = Quarantine(rank, config.max_bad_share, config.quarantine_file.format(rank=rank))
         self._running: list[Ahead[Step] | Ahead[Batch]] = []
         self.next_epoch, self.next_step = 0, 0
 
@@ -175,7 +174,7 @@ class TrainLoader:
             batch = making.popleft().result()
             self.counters["decode_wait_seconds"] = waited + fetched.waited
             self.counters["decode_seconds"] += time.perf_counter() - started - (fetched.waited - waited_before)
-            self._judge()
+            self.quarantine.judge(self.counters["samples"])
             yield batch
             started, waited_before = time.perf_counter(), fetched.waited
 
@@ -196,7 +195,7 @@ class TrainLoader:
             draws = line.draw(step.plan, np.array(places))
             again = []
             for row, draw, jpegs in zip(rows, draws, line.read(draws), strict=True):
-                reason = str(jpegs) if isinstance(jpegs, BadSampleError) else self._unusable.get(draw.pixels)
+                reason = str(jpegs) if isinstance(jpegs, BadSampleError) else self.quarantine.known(draw)
                 if reason is not None:
                     self._pass_over(step, row, draw, reason)
                     again.append(row)
@@ -219,26 +218,13 @@ class TrainLoader:
 
     def _pass_over(self, step: Step, row: int, draw: Draw, reason: str) -> None:
         """Note an unusable sample, and that its row wants another one."""
-        self._unusable[draw.pixels] = reason
-        if draw.name not in self.quarantine:
-            self.quarantine[draw.name] = reason
-            self.counters["quarantined"] = len(self.quarantine)
-            log.warning("rank %d: %s is left out: %s", self.rank, draw.name, reason)
+        tar = self.lines[step.kind].readers[draw.corpus].corpus.tar_url(draw.shard)
+        self.quarantine.add(draw, tar, reason, step.plan.epoch, step.number)
+        self.counters["quarantined"] = len(self.quarantine)
         step.tries[row] += 1
         if step.tries[row] >= MAX_REPLACEMENTS:
             raise ValueError(
                 f"{MAX_REPLACEMENTS} samples in a row are unusable, the last {draw.name} ({reason}): "
-                "check the corpus with `python -m sharding.verify`"
-            )
-
-    def _judge(self) -> None:
-        """Raise ValueError when more of the samples read are unusable than `max_bad_share`."""
-        seen = self.counters["samples"]
-        if seen >= ENOUGH_TO_JUDGE and len(self.quarantine) > self.config.max_bad_share * seen:
-            name, reason = list(self.quarantine.items())[-1]
-            raise ValueError(
-                f"{len(self.quarantine)} of {seen:.0f} samples are unusable, more than max_bad_share="
-                f"{self.config.max_bad_share}; the last is {name} ({reason}): "
                 "check the corpus with `python -m sharding.verify`"
             )
 

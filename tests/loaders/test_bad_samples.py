@@ -67,9 +67,9 @@ def test_bad_samples_are_quarantined_and_replaced_with_their_text(shapes, tokeni
     loader = TrainLoader([url], tokenizer, config(max_bad_share=0.1))
     batches = [batch for _ in range(3) for batch in loader]
     assert len(batches) == 36
-    assert set(loader.quarantine) == set(bad)
+    assert set(loader.quarantine.reasons) == set(bad)
     assert loader.counters["quarantined"] == 3
-    assert all("CRC-32" in reason for reason in loader.quarantine.values())
+    assert all("CRC-32" in reason for reason in loader.quarantine.reasons.values())
     assert not {key for batch in batches for key in batch.keys} & set(bad)
     check_texts(batches, tokenizer, own)
 
@@ -82,9 +82,9 @@ def test_what_only_the_decoder_finds_is_replaced_too(shapes, tokenizer: Tokenize
     batches = [batch for _ in range(2) for batch in loader]
     loader.close()
     assert len(batches) == 24
-    assert set(loader.quarantine) <= set(bad)
+    assert set(loader.quarantine.reasons) <= set(bad)
     assert len(loader.quarantine) >= 4  # an epoch leaves out some samples
-    assert all(reason and "CRC" not in reason for reason in loader.quarantine.values())
+    assert all(reason and "CRC" not in reason for reason in loader.quarantine.reasons.values())
     assert not {key for batch in batches for key in batch.keys} & set(bad)
     check_texts(batches, tokenizer, texts_by_key(str(tmp_path / "bad")))
 

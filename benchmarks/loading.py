@@ -1,0 +1,211 @@
+"""Loading speed on this machine: our loader, the bare decoding loop, and the peers, in one run, taking turns.
+
+    python benchmarks/loading.py --photos train.json images --clips videos_train.json media --work /tmp/loading \\
+        --peers /tmp/peers --make-peers
+
+Images: random resized crops of 224 pixels, flips, captions, batches of 128. Clips: one random frame, batches of 32.
+Everybody has two decoding threads or two worker processes. `bare` decodes with libjpeg-turbo and OpenCV from memory and
+throws the pixels away; `bare-batches` writes them into batches, as a loader must. Contenders run one at a time, a few
+seconds a round, and are idle otherwise; medians over rounds. Two rates: samples a second, and samples a second of CPU
+time over all processes, which other work on the machine disturbs less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import cv2
+import numpy as np
+import simplejpeg
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from loading_peers import PEERS, serve
+
+from loaders.config import LoaderConfig, PerMedia
+from loaders.decoding import Clip
+from loaders.text import Tokenizer
+from loaders.train import TrainLoader
+from loaders.vocab import learn_vocabulary
+from sharding.build import build_corpus
+
+BATCH = {"image": 128, "video": 32}
+CONTENDERS = {
+    "image": ["ours", "bare", "bare-batches", "official", "webdataset", "mosaic", "litdata", "energon"],
+    "video": ["ours", "bare", "bare-batches", "decord", "pyav"],
+}
+CLIPS_REPEATED = 20  # a few dozen clips make an epoch of several hundred
+
+
+def open_loader(options: argparse.Namespace) -> TrainLoader:
+    """Our loader over the packed corpus, with texts, as training uses it."""
+    config = LoaderConfig(
+        batch_size=PerMedia(**BATCH),
+        decode="cpu",
+        threads=options.threads,
+        corpus_weights={"video": CLIPS_REPEATED},
+    )
+    return TrainLoader([f"{options.work}/{options.kind}"], Tokenizer.load(f"{options.work}/vocab.txt"), config)
+
+
+def ours(options: argparse.Namespace) -> Iterator[int]:
+    """Sizes of our loader's batches."""
+    loader = open_loader(options)
+    while True:
+        for batch in loader:
+            yield len(batch.keys)
+
+
+def bare(options: argparse.Namespace, into_batches: bool) -> Iterator[int]:
+    """Sizes of batches that are decoded and cropped from memory, with nothing around it."""
+    loader = open_loader(options)
+    clips: list[Clip] = []
+    for step in islice(loader.fetch_steps(0, 0), 2000 // BATCH[options.kind]):
+        clips += [draw.clip(jpegs) for draw, jpegs in zip(step.draws, step.jpegs, strict=True)]
+    loader.close()
+    batch = BATCH[options.kind]
+    memory = np.zeros((8 if into_batches else 1, batch, 224, 224, 3), np.uint8)  # as many as our loader has at once
+
+    def work(thread: int, begin: int, slot: int) -> None:
+        largest = max(clip.height * clip.width for clip in clips)
+        room, own = np.empty(largest * 3, np.uint8), np.empty((224, 224, 3), np.uint8)
+        for number in range(thread, batch, options.threads):
+            clip = clips[(begin + number) % len(clips)]
+            top, left, height, width, flip = clip.window
+            out = memory[slot, number] if into_batches else own
+            pixels = simplejpeg.decode_jpeg(clip.jpegs[0], "RGB", fastdct=False, fastupsample=False, buffer=room)
+            crop = pixels[top : top + height, left : left + width]
+            cv2.resize(crop, (224, 224), dst=out, interpolation=cv2.INTER_CUBIC)
+            if flip:
+                cv2.flip(out, 1, dst=out)
+
+    def many(thread: int, first: int) -> None:
+        for number in range(first, first + 16):  # so many batches between two meetings of the threads
+            work(thread, number * batch, number % len(memory))
+
+    with ThreadPoolExecutor(options.threads) as pool:
+        number = 0
+        while True:
+            list(pool.map(many, range(options.threads), [number] * options.threads))
+            number += 16
+            yield 16 * batch
+
+
+def prepare(options: argparse.Namespace) -> None:
+    """Pack what is asked for, learn a vocabulary, make the peers' environment; each where it is not there yet."""
+    for kind, source in (("image", options.photos), ("video", options.clips)):
+        if source and not Path(options.work, kind, "corpus.json").exists():
+            build_corpus([source[0]], source[1], kind, str(Path(options.work, kind)), fps=2, progress=True)
+    packed = [str(folder.parent) for folder in Path(options.work).glob("*/corpus.json")]
+    learn_vocabulary(packed, 8000, Path(options.work) / "vocab.txt")
+    python = Path(options.peers) / "bin" / "python"
+    if not python.exists():
+        if not options.make_peers:
+            raise SystemExit(f"error: {options.peers} is no virtual environment: add --make-peers to make it")
+        subprocess.run([sys.executable, "-m", "venv", options.peers], check=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *PEERS], check=True)
+
+
+class Contender:
+    """A process that runs one of the loaders when told to."""
+
+    def __init__(self, name: str, options: argparse.Namespace, kind: str) -> None:
+        source, folder = (options.photos if kind == "image" else options.clips), Path(__file__).parent
+        if name in ("ours", "bare", "bare-batches"):
+            command = [sys.executable, folder / "loading.py", "--run", name, "--kind", kind]
+            command += ["--threads", str(options.threads)]
+        else:
+            command = [Path(options.peers) / "bin" / "python", folder / "loading_peers.py", name]
+            command += ["--annotations", source[0], "--media", source[1], "--tars", f"{options.work}/{kind}"]
+            command += ["--batch", str(BATCH[kind]), "--workers", str(options.threads)]
+            command += ["--repeat", str(CLIPS_REPEATED)] if kind == "video" else []
+        self.name = name
+        self.log = Path(options.work, f"{name}.log").open("w")  # noqa: SIM115
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(
+            [*map(str, command), "--work", options.work], stdin=pipe, stdout=pipe, stderr=self.log, text=True
+        )
+        self.rates: list[dict[str, float]] = []
+        self._answer("ready")
+
+    def _answer(self, wanted: str) -> str:
+        """The next line that begins so; others are a library's."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith(wanted):
+                return line
+        raise SystemExit(f"error: {self.name} ended: see {self.log.name}")
+
+    def run(self, seconds: float) -> None:
+        """Note the rates of that many seconds."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{seconds}\n")
+        self.process.stdin.flush()
+        self.rates.append(json.loads(self._answer("{")))
+
+    def close(self) -> None:
+        """End the process and its workers."""
+        self.process.terminate()
+        self.process.wait()
+        self.log.close()
+
+
+def compare(options: argparse.Namespace, kind: str) -> None:
+    """Run the contenders of a medium in turn and print medians, and ratios of the rounds to ours."""
+    names = [name for name in CONTENDERS[kind] if not options.only or name in options.only]
+    contenders = [Contender(name, options, kind) for name in names]
+    try:
+        for number in range(options.rounds):
+            for contender in contenders[:: 1 if number % 2 else -1]:
+                contender.run(options.seconds)
+                print(f"round {number + 1} {contender.name} {contender.rates[-1]['rate']:.0f}", file=sys.stderr)
+    finally:
+        for contender in contenders:
+            contender.close()
+    mine = next(contender for contender in contenders if contender.name == "ours")
+    print(
+        f"\n{kind}: medians of {options.rounds} rounds of {options.seconds:g} s, {options.threads} threads or workers"
+    )
+    print(f"{'':<14}{'samples/s':>10}{'ours is':>9}{'/core-second':>14}{'ours is':>9}")
+    for contender in contenders:
+        cells = []
+        for unit in ("rate", "core"):
+            ratios = [own[unit] / other[unit] for own, other in zip(mine.rates, contender.rates, strict=True)]
+            cells += [statistics.median(rates[unit] for rates in contender.rates), statistics.median(ratios)]
+        print(f"{contender.name:<14}{cells[0]:>10.0f}{cells[1]:>8.2f}x{cells[2]:>14.0f}{cells[3]:>8.2f}x", flush=True)
+
+
+def main() -> None:
+    """The comparison, or one of our own contenders when it starts itself."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--photos", nargs=2, metavar=("JSON", "FOLDER"), help="annotations and their media")
+    add("--clips", nargs=2, metavar=("JSON", "FOLDER"), help="the same of videos")
+    add("--work", required=True, help="folder for packed data, kept for the next run")
+    add("--peers", default="peers", help="virtual environment of the other loaders (default: %(default)s)")
+    add("--make-peers", action="store_true", help="make it, with the versions that were compared")
+    add("--rounds", type=int, default=5)
+    add("--seconds", type=float, default=4.0)
+    add("--threads", type=int, default=2, help="decoding threads, or worker processes (default: %(default)s)")
+    add("--only", nargs="*", help="these contenders; ours must be one")
+    add("--run", help=argparse.SUPPRESS)
+    add("--kind", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.run:
+        serve(ours(options) if options.run == "ours" else bare(options, options.run == "bare-batches"))
+        return
+    prepare(options)
+    for kind, source in (("image", options.photos), ("video", options.clips)):
+        if source:
+            compare(options, kind)
+
+
+if __name__ == "__main__":
+    main()

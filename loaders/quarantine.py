@@ -1,0 +1,70 @@
+"""Samples that cannot be used: each once with its reason, in the log and in a file, and never too many."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import threading
+from pathlib import Path
+from typing import Any
+
+from loaders.line import Draw
+
+log = logging.getLogger("loaders")
+
+ENOUGH_TO_JUDGE = 200  # samples read before the share of bad ones is looked at
+CERTAIN = 3  # standard deviations above the permitted share: a few bad samples early on end no run
+
+
+class Quarantine:
+    """What one rank could not use. Safe to use from several threads.
+
+    file: JSON lines are appended to it: sample, tar, row, frames, reason, epoch, step; none when empty.
+    reasons: sample -> why, in the order they were met.
+    """
+
+    def __init__(self, rank: int, max_share: float, file: str | Path | None = None) -> None:
+        self.rank, self.max_share, self.file = rank, max_share, Path(file) if file else None
+        self.reasons: dict[str, str] = {}
+        self._unusable: dict[tuple[str, bytes], str] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.reasons)
+
+    def known(self, draw: Draw) -> str | None:
+        """Why these frames of a sample were unusable before; None when nothing is known against them."""
+        return self._unusable.get(draw.pixels) if self._unusable else None
+
+    def add(self, draw: Draw, tar: str, reason: str, epoch: int, step: int) -> None:
+        """Note an unusable sample; the first time it is logged and written down."""
+        with self._lock:
+            self._unusable[draw.pixels] = reason
+            if draw.name in self.reasons:
+                return
+            self.reasons[draw.name] = reason
+            log.warning("rank %d: %s of %s is left out: %s", self.rank, draw.name, tar, reason)
+            where = {"sample": draw.name, "tar": tar, "row": draw.row, "frames": draw.frames.tolist()}
+            self._write({**where, "reason": reason, "epoch": epoch, "step": step, "rank": self.rank})
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self.file is None:
+            return
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        except OSError as error:
+            log.warning("%s cannot be written (%s): see this log for the samples left out", self.file, error)
+            self.file = None
+
+    def judge(self, seen: float) -> None:
+        """Raise ValueError when more of the samples seen are unusable than `max_share`, beyond what chance explains."""
+        spread = math.sqrt(seen * self.max_share * max(0.0, 1 - self.max_share))
+        if seen >= ENOUGH_TO_JUDGE and len(self) > self.max_share * seen + CERTAIN * spread:
+            name, reason = list(self.reasons.items())[-1]
+            raise ValueError(
+                f"{len(self)} of {seen:.0f} samples are unusable, more than max_bad_share={self.max_share}; "
+                f"the last is {name} ({reason}): check the corpus with `python -m sharding.verify`"
+            )
