@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import fields, replace
 from typing import Any
 
 from sharding.annotations.config import CorpusConfig, Reading, load_corpus, parse_pairs, with_columns
 
 SETTINGS = ("media_type", "size", "fps", "max_frames")  # of the build, that a corpus' YAML may set
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on, of the command line."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return number
+
+
+def folder_of_shards(text: str) -> str:
+    """The URL of a corpus, of the command line; a shard's own URL is a mistake worth naming."""
+    if re.search(r"\.(tar|parquet|json)$", text):
+        folder = text.rpartition("/")[0] or "."
+        raise argparse.ArgumentTypeError(f"{text} is a file: give the folder that holds the shards, such as {folder}")
+    return text
 
 
 def add_annotation_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,12 +19,13 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sharding.arguments import folder_of_shards, positive
 from sharding.failures import FailureLog, TooManyFailures, summary
 from sharding.foreign import Contents, read_contents
 from sharding.output import local_form, open_output, write_text
 from sharding.processes import Advance, run_tasks
 from sharding.progress import LOG_EVERY, Progress
-from sharding.remote import again, naming
+from sharding.remote import again, naming, told
 from sharding.schema import INDEX_SCHEMA, UNREADABLE, Corpus, ShardInfo, join_url, read_corpus
 from sharding.tar import open_stream
 from sharding.writing import INDEXED, NOTE, counts, publish, sha256, write_index
@@ -297,22 +298,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="Exit code: 0 indexed; 1 indexed but for damaged tars or too many samples; 2 not possible.",
     )
     add = parser.add_argument
-    add("url", metavar="URL", help="folder or URL that holds the .tar files")
+    add("url", metavar="URL", type=folder_of_shards, help="folder or URL that holds the .tar files")
     add("--fps", type=float, default=0.0, help="rate of clips' frames where the shards do not say it")
     add("--output", default="", metavar="URL", help="folder of the indices, where those of the tars cannot be written")
-    add("--workers", type=int, default=None, help="processes (default: one a core)")
+    add("--workers", type=positive, default=None, help="processes (default: one a core)")
     add("--max-failures", type=float, default=0.05, metavar="SHARE", help="of the samples (default: %(default)s)")
     add("--log-every", type=float, default=LOG_EVERY, metavar="SECONDS", help="see sharding.build")
     options = vars(parser.parse_args(arguments))
     options["workers"] = options["workers"] or os.cpu_count() or 1
     try:
         corpus = index_shards(progress=True, **options)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1 if isinstance(error, TooManyFailures) else 2
     except KeyboardInterrupt:
         sys.stderr.write("interrupted: run the same command again to go on\n")
         return 130
+    except Exception as error:  # stores have errors of their own
+        sys.stderr.write(f"error: {told(error, options['url'])}\n")
+        return 1 if isinstance(error, TooManyFailures) else 2
     sys.stdout.write(f"{corpus.url}: {len(corpus.shards)} shards, {corpus.samples} samples\n")
     return 0
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
+from sharding.arguments import folder_of_shards, positive
 from sharding.failures import count_kinds, read_failures
 from sharding.failures import summary as failure_lines
 from sharding.figures import Figures, columns_of, in_threads, measure, short, summary, text_histogram
@@ -22,6 +23,7 @@ from sharding.gallery import gallery
 from sharding.output import local_form
 from sharding.pictures import SHARDS, contact_sheet, fetch_command, pick
 from sharding.progress import LOG_EVERY, Progress
+from sharding.remote import told
 from sharding.schema import INDEX_SCHEMA, Corpus, read_corpus
 
 SHEET_SAMPLES = 64
@@ -182,12 +184,20 @@ def inspect(options: argparse.Namespace) -> None:
             say["statistics"] = figures.to_json()
             lines += [figures_text(figures, corpus)] if options.stats else []
         if options.sheet:
+            options.sheet.parent.mkdir(parents=True, exist_ok=True)
             contact_sheet(corpus, options.count or SHEET_SAMPLES, options.shards).save(options.sheet)
             lines.append(f"contact sheet: {options.sheet}")
         if options.html:
             write_gallery(corpus, Path(options.html), options.count or GALLERY_SAMPLES, options.shards, figures)
             lines.append(f"gallery: {options.html}")
     sys.stdout.write((json.dumps(say) if options.json else "\n".join(lines)) + "\n")
+
+
+def png_file(text: str) -> Path:
+    """A file to write a picture to, of the command line."""
+    if not text.lower().endswith(".png"):
+        raise argparse.ArgumentTypeError(f"{text} must end in .png")
+    return Path(text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -197,15 +207,26 @@ def parser() -> argparse.ArgumentParser:
         description="Show what is in a packed corpus, local or remote; without flags a summary and the first sample.",
     )
     add = result.add_argument
-    add("url", metavar="URL", help="folder or URL of the corpus")
+    add("url", metavar="URL", type=folder_of_shards, help="folder or URL of the corpus")
     add("--sample", default="", metavar="KEY", help="show one sample: its key, its source, or its number from 0")
     add("--frame", type=int, default=0, help="frame of the sample that the printed command fetches")
     add("--stats", action="store_true", help="histograms of texts, sizes, frames, seconds, bytes, from the indices")
-    add("--stats-shards", type=int, default=0, metavar="N", help="from N evenly spread shards only (default: all)")
-    add("--sheet", metavar="FILE.png", help=f"write a contact sheet of {SHEET_SAMPLES} samples from all over")
+    add("--stats-shards", type=positive, default=0, metavar="N", help="from N evenly spread shards only (default: all)")
+    add(
+        "--sheet",
+        type=png_file,
+        metavar="FILE.png",
+        help=f"write a contact sheet of {SHEET_SAMPLES} samples from all over",
+    )
     add("--html", metavar="FILE.html", help=f"write a page with histograms and {GALLERY_SAMPLES} samples to look at")
-    add("--count", type=int, default=0, metavar="N", help="samples on the sheet and the page")
-    add("--shards", type=int, default=SHARDS, metavar="N", help="shards that pictures come from (default: %(default)s)")
+    add("--count", type=positive, default=0, metavar="N", help="samples on the sheet and the page")
+    add(
+        "--shards",
+        type=positive,
+        default=SHARDS,
+        metavar="N",
+        help="shards that pictures come from (default: %(default)s)",
+    )
     add("--failures", action="store_true", help="what could not be packed, and why")
     add("--json", action="store_true", help="print one JSON object instead of text")
     add("--log-every", type=float, default=LOG_EVERY, metavar="SECONDS", help="see sharding.build")
@@ -220,11 +241,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         inspect(options)
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
     except KeyboardInterrupt:
         return 130
+    except Exception as error:  # stores have errors of their own
+        sys.stderr.write(f"error: {told(error, options.url)}\n")
+        return 2
     return 0
 
 

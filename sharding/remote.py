@@ -150,6 +150,17 @@ def credentials_missing(error: BaseException) -> str:
     return ""
 
 
+def told(error: Exception, url: str) -> str:
+    """What a command says of an error while it looked at `url`; errors of this program are raised again."""
+    if "://" in url and not isinstance(error, FileNotFoundError) and (problem := credentials_missing(error)):
+        return f"cannot reach {url}: {problem}; check the credentials in the environment (see docs/packing.md)"
+    if isinstance(error, ValueError | OSError):
+        return str(error)
+    if isinstance(error, aiohttp.ClientError) or status_of(error) is not None or class_names(error) & BROKEN_OFF:
+        return f"cannot read {url}: {reason_of(error)}"
+    raise error
+
+
 @contextmanager
 def naming(url: str, doing: str) -> Iterator[None]:
     """Errors of a store inside the block become an OSError that names `url`, what was being done, and the remedy."""

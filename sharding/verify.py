@@ -13,11 +13,13 @@ from dataclasses import asdict, dataclass, field
 import fsspec
 import pyarrow.parquet as pq
 
+from sharding.arguments import folder_of_shards, positive
 from sharding.checks import Check, Fault, Report, check_shard
 from sharding.index import is_foreign
 from sharding.output import BUILD, digest_of, local_form
 from sharding.processes import run_tasks
 from sharding.progress import LOG_EVERY, Progress
+from sharding.remote import told
 from sharding.repair import repair
 from sharding.schema import INDEX_SCHEMA, UNREADABLE, Corpus, join_url, parse_corpus
 
@@ -160,10 +162,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="Exit code: 0 all is sound, or was repaired; 1 faults; 2 nothing could be checked.",
     )
     add = parser.add_argument
-    add("url", metavar="URL", help="folder or URL of the corpus")
+    add("url", metavar="URL", type=folder_of_shards, help="folder or URL of the corpus")
     add("--decode", action="store_true", help="also decode every frame")
     add("--repair", action="store_true", help="make broken or missing indices, corpus.json and failures.parquet again")
-    add("--workers", type=int, default=None, help="processes (default: one a core)")
+    add("--workers", type=positive, default=None, help="processes (default: one a core)")
     add("--json", action="store_true", help="print one JSON object instead of lines")
     add("--log-every", type=float, default=LOG_EVERY, metavar="SECONDS", help="see sharding.build")
     options = parser.parse_args(arguments)
@@ -176,21 +178,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.repair and faults:
             done = repair(findings.url, findings.corpus, findings.reports)
             left = examine(options.url, *how).all
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130
+    except Exception as error:  # stores have errors of their own
+        sys.stderr.write(f"error: {told(error, options.url)}\n")
+        return 2
     if options.json:
         found = {"faults": [asdict(fault) for fault in faults], "repaired": done}
         sys.stdout.write(json.dumps({"url": options.url, **found, "left": [asdict(fault) for fault in left]}) + "\n")
     else:
-        sys.stdout.write(told(options.url, faults, done, left, options.repair))
+        sys.stdout.write(outcome(options.url, faults, done, left, options.repair))
     return 1 if left else 0
 
 
-def told(url: str, faults: list[Fault], done: list[str], left: list[Fault], repaired: bool) -> str:
+def outcome(url: str, faults: list[Fault], done: list[str], left: list[Fault], repaired: bool) -> str:
     """What is printed."""
     lines = [str(fault) for fault in faults]
     lines.append(f"{url}: {len(faults) or 'no'} fault{'s' if len(faults) != 1 else ''}")

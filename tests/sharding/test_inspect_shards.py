@@ -13,14 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from object_stores import Store
+from object_stores import Store, forget_clients
 from PIL import Image
 
 from sharding.build import build_corpus
 from sharding.figures import Distribution, measure, spread, text_histogram
+from sharding.index import main as index_main
 from sharding.inspect import main
 from sharding.pictures import pick
 from sharding.schema import Corpus, read_corpus, read_index
+from sharding.verify import main as verify_main
 
 MEASURED = """import sys; from sharding.inspect import main; code = main(sys.argv[1:])
 sys.stderr.write(open("/proc/self/status").read()); sys.exit(code)"""  # so that the peak of memory is known
@@ -175,6 +177,43 @@ def test_pictures_come_from_all_over_and_broken_ones_are_shown_as_such(corpus: P
     assert (tmp_path / "page.html").read_text().count("not readable") > 3
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width > 1000
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--count", "0"], "0 must be at least 1"),
+        (["--stats-shards", "-2", "--stats"], "-2 must be at least 1"),
+        (["--sheet", "sheet.bmp"], "sheet.bmp must end in .png"),
+    ],
+)
+def test_odd_words_are_refused_before_any_work(shapes, capsys, words: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([shapes.url("clips_train"), *words])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [main, verify_main, index_main])
+def test_a_shard_in_place_of_its_folder_is_named(shapes, capsys, command) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command([shapes.url("clips_train") + "/clips_train-000000.tar"])
+    assert f"give the folder that holds the shards, such as {shapes.url('clips_train')}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [main, verify_main, index_main])
+def test_missing_credentials_and_buckets_are_one_line(s3: Store, monkeypatch, tmp_path: Path, capsys, command) -> None:
+    assert command(["s3://no-such-bucket-here/corpus"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "no-such-bucket-here" in error
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    forget_clients()
+    assert command([s3.url("corpus")]) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if not line.startswith("{"))
+    assert line.startswith(f"error: cannot reach {s3.url('corpus')}: no credentials")
 
 
 def test_texts_cannot_become_markup(tmp_path: Path) -> None:
