@@ -110,7 +110,7 @@ def straightforward(model: Singularity, batch: dict[str, torch.Tensor], _: bool 
     masked = straightforward_fusion(model, model.text_encoder.encode(batch["masked_ids"], mask), mask, tokens)
     words = model.word_head(masked, model.text_encoder.embeddings.word_embeddings.weight)
     return {
-        "loss_itc": contrastive_loss(similarity, contrastive_targets(batch["idx"])),
+        "loss_itc": contrastive_loss(similarity, similarity.T, contrastive_targets(batch["idx"])),
         "loss_itm": matching_loss(model.itm_head(fused[:, 0]), has_negative),
         "loss_mlm": word_loss(words, batch["labels"]),
     }

@@ -80,6 +80,7 @@ class ModelConfig:
     embed_dim: int = 256
     temp: float = 0.07
     itm_hard_neg: bool = True
+    gather_negatives: bool = False  # of all processes; the published models took those of their own only
     mlm_prob: float = 0.5
     loss_weight: LossWeights = field(default_factory=LossWeights)
 

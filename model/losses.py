@@ -10,26 +10,28 @@ from torch.nn import functional
 IGNORED = -100
 
 
-def same_visual(idx: torch.Tensor) -> torch.Tensor:
-    """Identities (B,) to (B, B) bool: whether two pairs show the same visual."""
-    return idx[:, None] == idx[None, :]
+def same_visual(idx: torch.Tensor, others: torch.Tensor | None = None) -> torch.Tensor:
+    """Identities (B,) and those of N others, by default the same, to (B, N) bool: whether two pairs show one visual."""
+    return idx[:, None] == (idx if others is None else others)[None, :]
 
 
-def contrastive_targets(idx: torch.Tensor) -> torch.Tensor:
-    """Identities (B,) to (B, B) float32: each row's mass is shared equally by the pairs with its identity."""
-    same = same_visual(idx).float()
+def contrastive_targets(idx: torch.Tensor, others: torch.Tensor | None = None) -> torch.Tensor:
+    """As `same_visual`, (B, N) float32: each row's mass is shared equally by the pairs with its identity."""
+    same = same_visual(idx, others).float()
     return same / same.sum(1, keepdim=True)
 
 
-def contrastive_loss(similarity: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean of the two directions' cross entropies; similarity (B, B) over temperature, rows visuals, columns texts."""
-    to_text = -(functional.log_softmax(similarity, dim=1) * targets).sum(1).mean()
-    to_visual = -(functional.log_softmax(similarity.T, dim=1) * targets).sum(1).mean()
-    return (to_text + to_visual) / 2
+def contrastive_loss(to_text: torch.Tensor, to_visual: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean of the two directions' cross entropies; similarities (B, N) over temperature of visuals to N texts, and of
+    texts to N visuals."""
+    return (
+        -((functional.log_softmax(to_text, dim=1) + functional.log_softmax(to_visual, dim=1)) * targets).sum(1).mean()
+        / 2
+    )
 
 
 def negative_weights(similarity: torch.Tensor, same: torch.Tensor, hard: bool) -> torch.Tensor:
-    """Weights (B, B) by which a row draws its negative: softmax of the similarity, or 1 if not `hard`; 0 where same.
+    """Weights (B, N) by which a row draws its negative: softmax of the similarity, or 1 if not `hard`; 0 where same.
 
     A row whose hard weights are all 0 although it has candidates draws uniformly from them.
     """
@@ -41,7 +43,7 @@ def negative_weights(similarity: torch.Tensor, same: torch.Tensor, hard: bool) -
 
 
 def draw(weights: torch.Tensor) -> torch.Tensor:
-    """One index for each row of (B, B) weights, with probability proportional to them: (B,) int64.
+    """One index for each row of (B, N) weights, with probability proportional to them: (B,) int64.
 
     An exponential race instead of torch.multinomial, which waits for the device to check its input.
     """

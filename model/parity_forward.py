@@ -112,7 +112,7 @@ def _values(model: Singularity, inputs: dict[str, torch.Tensor]) -> dict[str, to
         "sim_targets": targets,
         "itm_weights_i2t": negative_weights(similarity, same, hard=True),
         "itm_weights_t2i": negative_weights(similarity.T, same, hard=True),
-        "loss_ita": contrastive_loss(similarity, targets),
+        "loss_ita": contrastive_loss(similarity, similarity.T, targets),
         "loss_itm": matching_loss(fused["itm_logits"], has_negative),
     }
     for name, frames in inputs.items():

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from model.config import ModelConfig
 from model.encoders import Encoders
+from model.gathering import gather_with_gradient
 from model.losses import (
     chosen_positions,
     contrastive_loss,
@@ -31,7 +32,8 @@ TEMPERATURE_RANGE = (0.001, 0.5)
 class Draws:
     """The random choices of one training forward, where they are given instead of drawn.
 
-    negative_visuals and negative_texts (B,): the row of the negative of each text and of each visual;
+    negative_visuals and negative_texts (B,): the row of the negative of each text and of each visual, among all
+    ranks' rows with `gather_negatives`;
     masked_ids and labels (B, Lt), labels -100 where a word is not to be predicted.
     """
 
@@ -131,18 +133,31 @@ class Singularity(Encoders):
         all_states = self.text_encoder.encode(all_ids, all_masks)
         states = all_states[:batch]
 
-        similarity = self.similarity(pooled, states[:, 0]) / self.temperature()
-        losses = {"loss_itc": contrastive_loss(similarity, contrastive_targets(idx)) * weights.itc}
+        gather = gather_with_gradient if self.config.gather_negatives else _as_it_is
+        visual, text = self.project_visual(pooled).mean(1), self.project_text(states[:, 0])
+        everyone, temperature = gather(idx), self.temperature()
+        to_text, to_visual = visual @ gather(text).T / temperature, text @ gather(visual).T / temperature
+        targets = contrastive_targets(idx, everyone)
+        losses = {"loss_itc": contrastive_loss(to_text, to_visual, targets) * weights.itc}
 
         # Fusion layers, once: masked texts, read whole; of the true pairs, visuals with negative texts, and texts with
         # negative visuals the first token only. What the first of them does before it sees a visual: once a text.
-        negative_visuals, negative_texts, has_negative = self._negatives(similarity, idx, draws)
+        same = same_visual(idx, everyone)
+        negative_visuals, negative_texts = self._negatives(to_text, to_visual, same, draws)
         attended = self.text_encoder.attend_texts(all_states, all_masks)
         texts, words = attended[:batch], len(attended) - batch
-        rows = torch.cat([attended[batch:], texts, texts[negative_texts], texts])
-        masks = torch.cat([all_masks[batch:], attention_mask, attention_mask[negative_texts], attention_mask])
-        first, whole = self.text_encoder.fuse_pairs(rows, masks, keys, negative_visuals, whole=words)
-        losses["loss_itm"] = matching_loss(self.itm_head(first), has_negative) * weights.itm
+        rows = [attended[batch:], texts, gather(texts)[negative_texts]]
+        masks = [all_masks[batch:], attention_mask, gather(attention_mask)[negative_texts]]
+        if self.config.gather_negatives:
+            first, whole = self.text_encoder.fuse_pairs(torch.cat(rows), torch.cat(masks), keys, whole=words)
+            others = self.visual_keys(gather(tokens)[negative_visuals])
+            first = torch.cat([first, self.text_encoder.fuse_first(texts, attention_mask, others)])
+        else:
+            rows, masks = [*rows, texts], [*masks, attention_mask]
+            first, whole = self.text_encoder.fuse_pairs(
+                torch.cat(rows), torch.cat(masks), keys, negative_visuals, whole=words
+            )
+        losses["loss_itm"] = matching_loss(self.itm_head(first), (~same).any(1)) * weights.itm
         if labels is not None:
             limit = labels.numel() if draws.labels is not None else most_labels(labels.numel(), self.config.mlm_prob)
             losses["loss_mlm"] = self._word_loss(whole, labels, limit) * weights.mlm
@@ -157,14 +172,17 @@ class Singularity(Encoders):
 
     @torch.no_grad()
     def _negatives(
-        self, similarity: torch.Tensor, idx: torch.Tensor, draws: Draws
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The row of each text's negative visual and of each visual's negative text, and who has any; each (B,)."""
-        same, hard = same_visual(idx), self.config.itm_hard_neg
-        has_negative = (~same).any(1)
+        self, to_text: torch.Tensor, to_visual: torch.Tensor, same: torch.Tensor, draws: Draws
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The row of each text's negative visual and of each visual's negative text, each (B,), of N; all (B, N)."""
+        hard = self.config.itm_hard_neg
         visuals, texts = draws.negative_visuals, draws.negative_texts
         if visuals is None:
-            visuals = draw(negative_weights(similarity.T, same, hard))
+            visuals = draw(negative_weights(to_visual, same, hard))
         if texts is None:
-            texts = draw(negative_weights(similarity, same, hard))
-        return visuals, texts, has_negative
+            texts = draw(negative_weights(to_text, same, hard))
+        return visuals, texts
+
+
+def _as_it_is(rows: torch.Tensor) -> torch.Tensor:
+    return rows

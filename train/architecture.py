@@ -19,6 +19,7 @@ CHANGEABLE = (
     "temporal_vision_encoder.num_layers",
     "temporal_vision_encoder.update_pooler_embed",
     "itm_hard_neg",
+    "gather_negatives",
     "mlm_prob",
     "loss_weight.itc",
     "loss_weight.itm",
@@ -29,7 +30,14 @@ CHANGEABLE = (
 # What concerns the beginning of training only, and what changes no weight and no score.
 _WITHOUT_EFFECT = ("temp", "vision_encoder.pretrained", "text_encoder.pretrained")
 _DEPTH = "answer_decoder.num_layers"  # means nothing to a model without an answer decoder
-_TRAINING_ONLY = ("itm_hard_neg", "mlm_prob", "loss_weight.", "vision_encoder.drop_path", "text_encoder.dropout")
+_TRAINING_ONLY = (
+    "itm_hard_neg",
+    "gather_negatives",
+    "mlm_prob",
+    "loss_weight.",
+    "vision_encoder.drop_path",
+    "text_encoder.dropout",
+)
 
 
 def fresh_architecture(settings: Settings, tokenizer: Tokenizer) -> ModelConfig:

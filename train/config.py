@@ -67,6 +67,7 @@ class RunConfig(LoaderConfig, EvalConfig):
     embed_dim: int = 256
     temp: float = 0.07
     itm_hard_neg: bool = True
+    gather_negatives: bool = False  # of all processes; costs their tokens' memory and their transport
     mlm_prob: float = 0.5
     loss_weight: LossWeights = field(default_factory=LossWeights)
     tokenizer: str = "bert-base-uncased"  # folder with vocab.txt, vocab.txt, or hub name
