@@ -24,6 +24,28 @@ class VideoInput:
 
 
 @dataclass
+class RemoteReads:
+    """How objects of S3, GCS and web servers are read. Nothing of it changes what a batch holds."""
+
+    connections: int = 32  # requests of a process at the same time
+    gap_kb: int = 64  # frames so near to each other in a shard come in one request
+    ahead_mb: int = 256  # read ahead of decoding at most
+    ahead_steps: int = 8  # the same, in steps
+    deadline: float = 120.0  # seconds for one part, all tries together
+    try_seconds: float = 30.0  # seconds for one try
+    hedge_percentile: float = 0.95  # a request slower than this share of the others is sent twice; 0: never
+
+
+@dataclass
+class CacheConfig:
+    """Where a node keeps what it has read from remote shards; all its processes share it."""
+
+    folder: str = ""  # on a local disk; empty: no cache
+    gb: float = 0.0  # how large it may grow
+    clips: bool = False  # keep whole clips, although few of their frames are shown at a time
+
+
+@dataclass
 class LoaderConfig:
     """Everything that decides what a batch holds, and how it is made."""
 
@@ -49,3 +71,8 @@ class LoaderConfig:
     max_bad_share: float = 0.01  # of the samples read; above it the run fails
     quarantine_file: str = ""  # bad samples are appended to it as JSON lines; {rank} is filled in
     storage: dict[str, str] = field(default_factory=dict)  # fsspec options of the corpora
+    remote: RemoteReads = field(default_factory=RemoteReads)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    patience: float = (
+        600.0  # seconds without a batch after which the loader says what it waits for, and fails; 0: never
+    )

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 import threading
 import zlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, Generic, TypeVar
 
 import fsspec
 import numpy as np
-from fsspec.implementations.local import LocalFileSystem
 
+from loaders.blocks import Blocks, content_name
+from loaders.cache import DiskCache
+from loaders.config import RemoteReads
+from loaders.failures import check_no_credentials
 from loaders.index import Record, ShardIndex
-from sharding.schema import Corpus, join_url, read_corpus, read_index
+from loaders.ranges import Span, coalesce, cut
+from loaders.remote import Part, Remote, is_local
+from sharding.schema import Corpus, join_url, no_corpus, no_index, parse_corpus, parse_index, read_corpus, read_index
 
 OPEN_SHARDS = 128
 OPEN_TARS = 128  # at most: a process may have some 1,000 files open, and there are several corpora
+LARGEST_REQUEST = 2**22  # bytes; neighbours are not joined beyond
 
 Value = TypeVar("Value")
 
@@ -31,15 +39,43 @@ class CorpusReader:
     """Reads one corpus: its indices and frames' bytes. Safe to use from several threads.
 
     open_shards: indices kept in memory; fewer than are in use at a time make it slow.
+    remote: how a store is read; cache: where what was read is kept, of clips only with keep_clips.
+    Raises FileNotFoundError or ValueError when there is no corpus, or the URL or the options hold credentials.
     """
 
-    def __init__(self, url: str, options: dict[str, str] | None = None, open_shards: int = OPEN_SHARDS) -> None:
+    def __init__(
+        self,
+        url: str,
+        options: dict[str, str] | None = None,
+        open_shards: int = OPEN_SHARDS,
+        remote: RemoteReads | None = None,
+        cache: DiskCache | None = None,
+        keep_clips: bool = False,
+    ) -> None:
         self.options: dict[str, Any] = dict(options or {})
-        self.corpus: Corpus = read_corpus(url, self.options)
-        self.filesystem, self.root = fsspec.url_to_fs(self.corpus.tars or url, **self.options)
-        self.local = isinstance(self.filesystem, LocalFileSystem)
+        check_no_credentials(url, self.options)
+        self.remote = remote or RemoteReads()
+        self.cache = cache
+        self._folder = self._connect(url)
+        self.corpus: Corpus = read_corpus(url, self.options) if self._folder is None else self._fetch_corpus(url)
+        tars = self.corpus.tars or url
+        self._tar_folder = self._folder if tars == url else self._connect(tars)
+        self.local = self._tar_folder is None
+        self._blocks: Blocks | None = None
+        if self._tar_folder is not None and cache is not None and (self.corpus.media_type == "image" or keep_clips):
+            self._blocks = Blocks(cache, self._tar_folder, self.corpus)
+        self._root = fsspec.url_to_fs(tars, **self.options)[1]
         self._indices = LastUsed(self._load_index, open_shards)
         self._tars = LastUsed(self._open_tar, min(open_shards, OPEN_TARS))
+        self._refetched = 0
+
+    def _connect(self, url: str) -> Remote | None:
+        return None if is_local(url, self.options) else Remote(url, self.options, self.remote)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the shards' bytes are kept in the cache."""
+        return self._blocks is not None
 
     def index(self, shard: int) -> ShardIndex:
         """The index of a shard, kept among the last used."""
@@ -52,8 +88,9 @@ class CorpusReader:
     def read(self, wanted: Sequence[tuple[int, Record, np.ndarray]]) -> list[list[bytes] | BadSampleError]:
         """JPEG bytes of the chosen frames of several samples, given as (shard, record, frames).
 
-        Each frame is read once, all ranges of remote shards at the same time, and checked against its CRC-32; what
-        is missing or different is a BadSampleError in the sample's place.
+        Each frame is read once, all those of remote shards at the same time, and checked against its CRC-32. What is
+        different is fetched once more from a store; what is missing or still different is a BadSampleError in the
+        sample's place.
 
         Raises:
             FileNotFoundError: a tar is missing. OSError: it cannot be read.
@@ -61,60 +98,150 @@ class CorpusReader:
         plans = [self._spans(shard, record, chosen) for shard, record, chosen in wanted]
         spans = [span for plan in plans if not isinstance(plan, BadSampleError) for span in plan.values()]
         data = iter(self.ranges(spans))
+        read = [{} if isinstance(plan, BadSampleError) else dict(zip(plan, data)) for plan in plans]
+        damaged = [
+            (number, frame)
+            for number, frames in enumerate(read)
+            for frame in frames
+            if is_damaged(frames[frame], wanted[number][1], frame)
+        ]
+        if damaged and not self.local:
+            spans = [plans[number][frame] for number, frame in damaged]  # type: ignore[index]
+            for (number, frame), data_again in zip(damaged, self._once_more(spans), strict=True):
+                read[number][frame] = data_again
         found: list[list[bytes] | BadSampleError] = []
-        for (_, record, chosen), plan in zip(wanted, plans, strict=True):
+        for (_, record, chosen), plan, frames in zip(wanted, plans, read, strict=True):
+            bad = next((frame for frame in frames if is_damaged(frames[frame], record, frame)), None)
             if isinstance(plan, BadSampleError):
                 found.append(plan)
-                continue
-            frames = dict(zip(plan, data))
-            bad = [frame for frame in plan if zlib.crc32(frames[frame]) != int(record.crc32s[frame])]
-            found.append(mismatch(frames, record, bad[0]) if bad else [frames[frame] for frame in chosen.tolist()])
+            else:
+                found.append([frames[f] for f in chosen.tolist()] if bad is None else mismatch(frames, record, bad))
         return found
 
-    def _spans(
-        self, shard: int, record: Record, chosen: np.ndarray
-    ) -> dict[int, tuple[int, int, int]] | BadSampleError:
-        """(shard, offset, size) of each distinct frame, or why the index cannot be right."""
-        spans = {frame: (shard, int(record.offsets[frame]), int(record.sizes[frame])) for frame in chosen.tolist()}
+    def _spans(self, shard: int, record: Record, chosen: np.ndarray) -> dict[int, Span] | BadSampleError:
+        """Where each distinct frame is, or why the index cannot be right."""
+        spans = {frame: Span(shard, int(record.offsets[frame]), int(record.sizes[frame])) for frame in chosen.tolist()}
         end = self.corpus.shards[shard].bytes
         for frame, (_, offset, size) in spans.items():
             if size <= 0 or offset < 0 or offset + size > end:
                 return BadSampleError(f"frame {frame}: the index says {size} bytes at {offset} of a tar of {end}")
         return spans
 
-    def ranges(self, spans: Sequence[tuple[int, int, int]]) -> list[bytes]:
+    def ranges(self, spans: Sequence[Span]) -> list[bytes]:
         """The bytes at (shard, offset, size)."""
         if self.local:
             return [os.pread(self._tars.get(shard).descriptor, size, offset) for shard, offset, size in spans]
-        paths = [join_url(self.root, self.corpus.shards[shard].name) for shard, _, _ in spans]
-        starts, ends = [offset for _, offset, _ in spans], [offset + size for _, offset, size in spans]
-        data = self.filesystem.cat_ranges(paths, starts, ends, on_error="return")
-        for (shard, _, _), found in zip(spans, data, strict=True):
-            if isinstance(found, FileNotFoundError):
-                raise self._missing(shard)
-            if isinstance(found, BaseException):
-                url = self.corpus.tar_url(shard)
-                raise OSError(f"{url} cannot be read: {type(found).__name__}: {found}") from found
-        return data
+        try:
+            if self._blocks is None:
+                return self._fetch(spans)
+            found = self._blocks.read(spans)
+            missing = [number for number, data in enumerate(found) if data is None]
+            for number, data in zip(missing, self._fetch([spans[number] for number in missing]), strict=True):
+                found[number] = data
+            return [data for data in found if data is not None]
+        except FileNotFoundError as error:
+            raise self._missing(str(error)) from None
+
+    def _fetch(self, spans: Sequence[Span]) -> list[bytes]:
+        """The spans' bytes from the store, in as few requests as their distances allow."""
+        assert self._tar_folder is not None
+        requests, holder = coalesce(spans, self.remote.gap_kb * 1024, LARGEST_REQUEST)
+        names = [self.corpus.shards[request.object].name for request in requests]
+        parts = [Part(name, request.start, request.end) for name, request in zip(names, requests, strict=True)]
+        return cut(spans, requests, holder, self._tar_folder.fetch(parts))
+
+    def _once_more(self, spans: Sequence[Span]) -> list[bytes]:
+        """Bytes that came damaged, fetched again, and not from the cache."""
+        self._refetched += len(spans)
+        if self._blocks is not None:
+            self._blocks.forget(spans)
+        return self._fetch(spans)
+
+    def _fetch_corpus(self, url: str) -> Corpus:
+        assert self._folder is not None
+        try:
+            (data,) = self._folder.fetch([Part("corpus.json")])
+        except FileNotFoundError:
+            raise no_corpus(url) from None
+        return parse_corpus(data.decode("utf-8", "replace"), url)
 
     def _load_index(self, shard: int) -> ShardIndex:
-        return ShardIndex(read_index(self.corpus, shard, self.options))
+        if self._folder is None:
+            return ShardIndex(read_index(self.corpus, shard, self.options))
+        return ShardIndex(parse_index(self.corpus, shard, io.BytesIO(self._index_bytes(shard))))
+
+    def _index_bytes(self, shard: int) -> bytes:
+        """A remote index file: from the cache, or fetched; once more when it came damaged."""
+        info = self.corpus.shards[shard]
+        name = content_name(self.corpus.index_url(shard), info.index_bytes, info.index_sha256)
+        data = self.cache.read(name) if self.cache is not None else None
+        if data is not None and hashlib.sha256(data).hexdigest() == info.index_sha256:
+            return data
+        reserved = self.cache is not None and self.cache.reserve({name: info.index_bytes})[name]
+        try:
+            data = self._fetch_index(shard)
+        except BaseException:
+            if reserved and self.cache is not None:
+                self.cache.drop([name])
+            raise
+        if reserved and self.cache is not None:
+            self.cache.put(name, data)
+        return data
+
+    def _fetch_index(self, shard: int) -> bytes:
+        assert self._folder is not None
+        info = self.corpus.shards[shard]
+        for _ in range(2):
+            try:
+                (data,) = self._folder.fetch([Part(info.index_name, 0, info.index_bytes)])
+            except FileNotFoundError:
+                raise no_index(self.corpus, shard) from None
+            if hashlib.sha256(data).hexdigest() == info.index_sha256:
+                return data
+            self._refetched += 1
+        return data  # its reader says what is wrong with it
 
     def _open_tar(self, shard: int) -> OpenFile:
         try:
-            return OpenFile(join_url(self.root, self.corpus.shards[shard].name))
+            return OpenFile(join_url(self._root, self.corpus.shards[shard].name))
         except FileNotFoundError:
-            raise self._missing(shard) from None
+            raise self._missing(f"{self.corpus.tar_url(shard)} is missing") from None
 
-    def _missing(self, shard: int) -> FileNotFoundError:
-        return FileNotFoundError(
-            f"{self.corpus.tar_url(shard)} is missing, though {self.corpus.url}/corpus.json lists it"
-        )
+    def _missing(self, what: str) -> FileNotFoundError:
+        return FileNotFoundError(f"{what}, though {self.corpus.url}/corpus.json lists it")
+
+    def counters(self) -> Counter[str]:
+        """What reading from a store took so far; without the cache's, which several readers share."""
+        total = Counter({"refetched": self._refetched})
+        for folder in {id(f): f for f in (self._folder, self._tar_folder) if f is not None}.values():
+            total.update(folder.counters)
+        if self._blocks is not None:
+            total.update(self._blocks.counters)
+        return total
+
+    def pending(self) -> list[str]:
+        """What of a store is being waited for."""
+        folders = {id(folder): folder for folder in (self._folder, self._tar_folder) if folder is not None}
+        return [line for folder in folders.values() for line in folder.pending()]
+
+    def cancel(self) -> None:
+        """End reads from a store that are under way: their callers get CancelledError."""
+        for folder in (self._folder, self._tar_folder):
+            if folder is not None:
+                folder.cancel()
 
     def close(self) -> None:
-        """Close the open tars and forget the indices."""
+        """Close files and connections, and forget the indices."""
+        for folder in (self._folder, self._tar_folder):
+            if folder is not None:
+                folder.close()
         self._tars.clear()
         self._indices.clear()
+
+
+def is_damaged(data: bytes, record: Record, frame: int) -> bool:
+    """Whether a frame's bytes are not those that were packed."""
+    return zlib.crc32(data) != int(record.crc32s[frame])
 
 
 def mismatch(frames: dict[int, bytes], record: Record, frame: int) -> BadSampleError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
 import pyarrow as pa
@@ -136,11 +136,16 @@ def read_corpus(url: str, storage_options: dict[str, Any] | None = None) -> Corp
         with fsspec.open(path, "rb", **(storage_options or {})) as file:
             text = file.read().decode("utf-8", "replace")
     except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path} does not exist: {url} is no packed corpus; pack it with `python -m sharding.build`, "
-            "or index existing webdataset shards with `python -m sharding.index`"
-        ) from None
+        raise no_corpus(url) from None
     return parse_corpus(text, url)
+
+
+def no_corpus(url: str) -> FileNotFoundError:
+    """What is said where there is no corpus."""
+    return FileNotFoundError(
+        f"{join_url(url, 'corpus.json')} does not exist: {url} is no packed corpus; pack it with "
+        "`python -m sharding.build`, or index existing webdataset shards with `python -m sharding.index`"
+    )
 
 
 def parse_corpus(text: str, url: str) -> Corpus:
@@ -177,15 +182,25 @@ def read_index(corpus: Corpus, shard: int, storage_options: dict[str, Any] | Non
         FileNotFoundError: the index file is missing.
         ValueError: it has another number of rows than `corpus.json` says, or other columns.
     """
-    info = corpus.shards[shard]
-    path = corpus.index_url(shard)
     try:
-        with fsspec.open(path, "rb", **(storage_options or {})) as file:
-            table = pq.read_table(file)
+        with fsspec.open(corpus.index_url(shard), "rb", **(storage_options or {})) as file:
+            return parse_index(corpus, shard, file)
     except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path} is missing: make it again with `python -m sharding.verify {corpus.url} --repair`"
-        ) from None
+        raise no_index(corpus, shard) from None
+
+
+def no_index(corpus: Corpus, shard: int) -> FileNotFoundError:
+    """What is said where a shard's index is missing."""
+    return FileNotFoundError(
+        f"{corpus.index_url(shard)} is missing: make it again with `python -m sharding.verify {corpus.url} --repair`"
+    )
+
+
+def parse_index(corpus: Corpus, shard: int, file: BinaryIO) -> pa.Table:
+    """The index of one shard from its file's contents; raises ValueError as `read_index` does."""
+    info, path = corpus.shards[shard], corpus.index_url(shard)
+    try:
+        table = pq.read_table(file)
     except (ValueError, pa.ArrowException) as error:
         raise ValueError(
             f"{path} is damaged ({error}): make it again with `python -m sharding.verify {corpus.url} --repair`"

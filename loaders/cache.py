@@ -1,0 +1,240 @@
+"""A node's cache of remote bytes on a local disk: bounded, least recently used out first, safe against any crash.
+
+How it stays whole, with any number of processes that may be killed at any moment:
+- SQLite holds one row an item: its name, its size, when it was last used, and which process is fetching it.
+- Room is reserved before anything is fetched: a row is written, and older items leave, in one transaction. So the
+  files never take more than the budget.
+- An item's file is written aside and renamed: a file of that name is whole. What a dead process had reserved is taken
+  back by whoever comes next.
+- A file leaves before its row does. A row without a file is an item that is not there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import sqlite3
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+log = logging.getLogger("loaders")
+
+FOLDER = "singularity-cache-1"  # inside the folder of the user: nothing else is ever removed
+NOTE_USE = 5.0  # seconds between notes of which items were used
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS items (
+    name TEXT PRIMARY KEY, size INTEGER NOT NULL, used REAL NOT NULL,
+    owner TEXT  -- the process that fetches it; null: it is there
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS by_use ON items (used);
+CREATE TABLE IF NOT EXISTS total (bytes INTEGER NOT NULL);
+INSERT INTO total SELECT 0 WHERE NOT EXISTS (SELECT * FROM total);
+CREATE TRIGGER IF NOT EXISTS added AFTER INSERT ON items BEGIN UPDATE total SET bytes = bytes + new.size; END;
+CREATE TRIGGER IF NOT EXISTS removed AFTER DELETE ON items BEGIN UPDATE total SET bytes = bytes - old.size; END;
+"""
+
+
+class DiskCache:
+    """Items by name, `budget` bytes of them at most. Safe to use from several threads and processes.
+
+    counters: cache_hits, cache_misses, cache_evictions.
+    """
+
+    def __init__(self, folder: str, budget: int) -> None:
+        """Open or make the cache. Raises ValueError when the folder cannot be written to."""
+        self.folder, self.budget = Path(folder) / FOLDER, budget
+        self.counters: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self._process = 0
+        self._used: dict[str, float] = {}
+        self._noted = time.monotonic()
+        self._full = False
+        try:
+            (self.folder / "items").mkdir(parents=True, exist_ok=True)
+            with self._changing() as database:
+                self._take_back(database)
+        except OSError as error:
+            raise ValueError(f"cache.folder={folder} cannot be written to ({error.strerror}): choose another") from None
+
+    def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes | None:
+        """An item's bytes from `offset` on; None when it is not there."""
+        try:
+            descriptor = os.open(self._path(name), os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        try:
+            data = os.pread(descriptor, os.fstat(descriptor).st_size if size is None else size, offset)
+        finally:
+            os.close(descriptor)
+        self._used[name] = time.time()
+        return data
+
+    def has(self, name: str) -> bool:
+        """Whether an item is there."""
+        return self._path(name).exists()
+
+    def reserve(self, sizes: Mapping[str, int]) -> dict[str, bool]:
+        """Room for items that are not there yet: name -> True for those that the caller now must `put` or `drop`.
+
+        Those with False are being fetched by another process, or are there, or do not fit beside what others fetch.
+        """
+        mine = dict.fromkeys(sizes, False)
+        with self._changing() as database:
+            self._note_use(database)
+            for name, size in sizes.items():
+                row = database.execute("SELECT owner FROM items WHERE name = ?", (name,)).fetchone()
+                if row is not None and (is_alive(row[0]) if row[0] is not None else self.has(name)):
+                    continue
+                self._remove(database, name)
+                if self._make_room(database, size):
+                    values = name, size, time.time(), me()
+                    database.execute("INSERT INTO items VALUES (?, ?, ?, ?)", values)
+                    mine[name] = True
+        return mine
+
+    def is_coming(self, name: str) -> bool:
+        """Whether a living process is fetching an item."""
+        with self._changing() as database:
+            row = database.execute("SELECT owner FROM items WHERE name = ?", (name,)).fetchone()
+        return row is not None and row[0] is not None and is_alive(row[0])
+
+    def put(self, name: str, data: bytes) -> None:
+        """The bytes of an item that was reserved; where the disk is full it is dropped instead."""
+        aside = self._path(name).with_suffix(f".{os.getpid()}-{threading.get_ident()}.part")
+        try:
+            aside.parent.mkdir(exist_ok=True)
+            aside.write_bytes(data)
+            os.replace(aside, self._path(name))
+        except OSError as error:
+            if not self._full:
+                log.warning("cache %s: %s; reading goes on without it", self.folder, error.strerror)
+            self._full = True
+            self.drop([name])
+            return
+        with self._changing() as database:
+            mine = database.execute("UPDATE items SET owner = NULL WHERE name = ? AND owner = ?", (name, me()))
+            if not mine.rowcount:  # taken for dead: nobody counts this file
+                self._path(name).unlink(missing_ok=True)
+
+    def drop(self, names: Sequence[str]) -> None:
+        """Remove items: damaged ones, or what was reserved and could not be fetched."""
+        with self._changing() as database:
+            for name in names:
+                self._remove(database, name)
+
+    def bytes_used(self) -> int:
+        """Bytes that are taken or reserved."""
+        with self._changing() as database:
+            return self._total(database)
+
+    def close(self) -> None:
+        """Note what was used, and close the list of items; it opens again when it is needed."""
+        with self._changing() as database:
+            self._noted = -NOTE_USE
+            self._note_use(database)
+        with self._lock:
+            self._database.close()
+            self._process = 0
+
+    def _path(self, name: str) -> Path:
+        return self.folder / "items" / name[:2] / name
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[sqlite3.Connection]:
+        """A transaction that no other thread or process has at the same time."""
+        with self._lock:
+            if self._process != os.getpid():  # a connection must not be taken through a fork
+                self._database, self._process = self._open(), os.getpid()
+            database = self._database
+            database.execute("BEGIN IMMEDIATE")
+            try:
+                yield database
+            except BaseException:
+                database.rollback()
+                raise
+            database.commit()
+
+    def _open(self) -> sqlite3.Connection:
+        path = self.folder / "items.sqlite"
+        try:
+            return self._connect(path)
+        except sqlite3.OperationalError as error:
+            raise OSError(0, f"SQLite: {error}") from None
+        except sqlite3.DatabaseError as error:
+            log.warning("cache %s is damaged (%s): it begins anew", self.folder, error)
+            for file in self.folder.glob("items.sqlite*"):
+                file.unlink(missing_ok=True)
+            shutil.rmtree(self.folder / "items", ignore_errors=True)
+            return self._connect(path)
+
+    def _connect(self, path: Path) -> sqlite3.Connection:
+        database = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
+        database.execute("PRAGMA journal_mode=WAL")
+        database.execute("PRAGMA synchronous=NORMAL")
+        database.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
+        return database
+
+    def _total(self, database: sqlite3.Connection) -> int:
+        return int(database.execute("SELECT bytes FROM total").fetchone()[0])
+
+    def _make_room(self, database: sqlite3.Connection, size: int) -> bool:
+        """Let the least recently used items go until `size` bytes fit; False when they cannot."""
+        while self._total(database) + size > self.budget:
+            rows = database.execute("SELECT name FROM items WHERE owner IS NULL ORDER BY used LIMIT 16").fetchall()
+            if not rows:
+                return False
+            for (name,) in rows:
+                self._remove(database, name)
+                self.counters["cache_evictions"] += 1
+                if self._total(database) + size <= self.budget:
+                    break
+        return True
+
+    def _remove(self, database: sqlite3.Connection, name: str) -> None:
+        self._path(name).unlink(missing_ok=True)
+        database.execute("DELETE FROM items WHERE name = ?", (name,))
+
+    def _take_back(self, database: sqlite3.Connection) -> None:
+        """What dead processes had reserved, and files that no row knows."""
+        for name, owner in database.execute("SELECT name, owner FROM items WHERE owner IS NOT NULL").fetchall():
+            if not is_alive(owner):
+                self._remove(database, name)
+        known = {name for (name,) in database.execute("SELECT name FROM items")}
+        for path in (self.folder / "items").glob("*/*"):
+            part = path.suffix == ".part"
+            if not (psutil.pid_exists(int(path.name.split(".")[-2].split("-")[0])) if part else path.name in known):
+                path.unlink(missing_ok=True)
+
+    def _note_use(self, database: sqlite3.Connection) -> None:
+        """Write down now and then which items this process has used."""
+        if time.monotonic() - self._noted < NOTE_USE:
+            return
+        self._noted, used, self._used = time.monotonic(), self._used, {}
+        database.executemany("UPDATE items SET used = ? WHERE name = ?", [(at, name) for name, at in used.items()])
+
+
+def me() -> str:
+    """This process, told apart from later ones with its number."""
+    return f"{os.getpid()} {started(os.getpid())}"
+
+
+def is_alive(owner: str) -> bool:
+    """Whether the process that `me` described still runs."""
+    process, _, begun = owner.partition(" ")
+    return started(int(process)) == begun
+
+
+def started(process: int) -> str:
+    """When a process was started, in the kernel's ticks; empty when it has ended."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        return "" if fields[0] == "Z" else fields[19]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
