@@ -73,6 +73,4 @@ class LoaderConfig:
     storage: dict[str, str] = field(default_factory=dict)  # fsspec options of the corpora
     remote: RemoteReads = field(default_factory=RemoteReads)
     cache: CacheConfig = field(default_factory=CacheConfig)
-    patience: float = (
-        600.0  # seconds without a batch after which the loader says what it waits for, and fails; 0: never
-    )
+    patience: float = 600.0  # seconds without a batch after which the loader tells what it waits for; 0: never
