@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -40,6 +41,7 @@ class TooManyFailures(ValueError):
     """A larger share of the media failed than the user allows."""
 
 
+@functools.lru_cache(2**16)
 def kind_of(reason: str) -> str:
     """A reason without its particulars (numbers, names, URLs), the same for all failures of one kind.
 

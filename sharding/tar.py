@@ -115,10 +115,9 @@ class TarStream:
         yield Member(name, header, offset, size, data if keep else None)
         place = self.position
         padding = self.read(-size % BLOCK)
-        for byte, value in enumerate(padding):
-            if value:
-                yield Damage(place + byte, f"the padding after {name} is not zero", certain=False)
-                break
+        if any(padding):
+            byte = len(padding) - len(padding.lstrip(b"\0"))
+            yield Damage(place + byte, f"the padding after {name} is not zero", certain=False)
 
     def next_header(self, known: Mapping[int, tuple[str, int]]) -> tuple[tarfile.TarInfo | None, bytes]:
         """Read on until behind a sound header, or to a place that is known."""

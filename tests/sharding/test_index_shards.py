@@ -2,10 +2,12 @@
 
 import io
 import json
+import random
 import shutil
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import fsspec
@@ -307,3 +309,22 @@ def test_what_cannot_be_indexed_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(b"\x1f\x8b not a tar")
     with pytest.raises(ValueError, match="no plain tar"):
         index_shards(str(tmp_path))
+
+
+def test_an_index_run_that_is_killed_goes_on_and_leaves_nothing(pictures, tmp_path: Path) -> None:
+    img2dataset(tmp_path / "i", pictures * 20, each=10)
+    shutil.copytree(tmp_path / "i", tmp_path / "whole")
+    words = [sys.executable, "-m", "sharding.index", "--workers", "2"]
+    chance = random.Random(0)
+    for _ in range(3):
+        process = subprocess.Popen([*words, str(tmp_path / "i")], cwd=ROOT, stderr=subprocess.DEVNULL)
+        time.sleep(0.8 + 1.5 * chance.random())
+        process.kill()
+        process.wait()
+    for name in ("i", "whole"):
+        subprocess.run([*words, str(tmp_path / name)], cwd=ROOT, check=True)
+    files = [contents(tmp_path / name) for name in ("i", "whole")]
+    for found in files:
+        del found["corpus.json"]  # its name is the folder's
+    assert files[0] == files[1]
+    assert read_corpus(str(tmp_path / "i")).shards == read_corpus(str(tmp_path / "whole")).shards
