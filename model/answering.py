@@ -71,6 +71,12 @@ def answer_losses(logits: torch.Tensor, answer_ids: torch.Tensor, pad_id: int) -
     return each.view_as(labels).sum(1)
 
 
+def _leading(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k highest of each row of scores (B, C) and their places, ties by place: many answers share a first word."""
+    ordered, places = scores.sort(dim=1, descending=True, stable=True)
+    return ordered[:, :k], places[:, :k]
+
+
 class SingularityQA(Encoders):
     """Singularity for questions: no dual encoder and no matching, instead an answer decoder."""
 
@@ -154,13 +160,13 @@ class SingularityQA(Encoders):
         questions = [self.answer_decoder.project(each) for each in states]
         opening = self.first_token_probabilities(questions, question_mask, int(answer_ids[0, 0]), ensemble)
         k = min(k, answer_ids.shape[0])
-        chance, candidates = opening[:, answer_ids[:, 1]].topk(k, dim=1)  # (B, k)
+        chance, candidates = _leading(opening[:, answer_ids[:, 1]], k)  # (B, k)
         order = candidates.T.flatten()  # candidate g of question b at g·B + b
         ids, mask = answer_ids[order], answer_mask[order]
         scores = torch.stack(
             [chance.log() - self._losses(ids, mask, keys, question_mask).view(k, -1).T for keys in questions]
         )
-        probability, rank = combine(scores, ensemble).softmax(1).topk(k, dim=1)
+        probability, rank = _leading(combine(scores, ensemble).softmax(1), k)
         return candidates.gather(1, rank), probability
 
     def _losses(

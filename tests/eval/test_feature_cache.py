@@ -1,0 +1,101 @@
+"""Encoded visuals on disk: read back as they were, by any number of processes, and only where they are the same."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from eval.cache import Block, read_entry, write_entry
+from eval.config import EvalConfig
+from eval.retrieval import evaluate_retrieval
+from tests.eval.small import Drawn, Words, small_model
+
+
+def blocks(count=7, dtype=torch.float32, embeddings=True):
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(count, 2, 5, 8, generator=generator).to(dtype)
+    rows = torch.randn(count, 4, generator=generator)
+    numbers = np.arange(count)
+    return [
+        Block(numbers[part], tokens[part], rows[part] if embeddings else None)
+        for part in (slice(0, 3), slice(3, 4), slice(4, count))
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_was_written_is_read_by_any_number_of_processes(tmp_path, dtype):
+    written = blocks(dtype=dtype)
+    write_entry(tmp_path / "entry", iter(written), 7, 2, 0, 1)
+    whole = torch.cat([block.tokens for block in written])
+    for world_size in (1, 2, 3, 9):
+        seen = []
+        for rank in range(world_size):
+            # One process asks about each rank's share; whether there is an entry is rank 0's to say.
+            found = read_entry(tmp_path / "entry", 2, 0, 1)
+            found = type(found)(found._parts, 2, rank, world_size)
+            for block in found:
+                assert len(block.indices) <= 2
+                assert (block.indices % world_size == rank).all()
+                assert torch.equal(block.tokens, whole[block.indices])
+                assert torch.equal(block.embeddings, torch.cat([b.embeddings for b in written])[block.indices])
+                seen += block.indices.tolist()
+        assert sorted(seen) == list(range(7))
+
+
+def test_models_without_embeddings_have_none(tmp_path):
+    found = write_entry(tmp_path / "entry", blocks(embeddings=False), 7, 4, 0, 1)
+    assert all(block.embeddings is None for block in found)
+
+
+def test_an_entry_is_complete_or_absent(tmp_path):
+    def failing():
+        yield from blocks()[:2]
+        raise RuntimeError("the job was killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        write_entry(tmp_path / "entry", failing(), 7, 2, 0, 1)
+    assert list(tmp_path.iterdir()) == []
+    assert read_entry(tmp_path / "entry", 2, 0, 1) is None
+
+
+def test_visuals_that_could_not_be_read_are_tried_again(tmp_path, caplog):
+    found = write_entry(tmp_path / "entry", blocks()[:2], 7, 2, 0, 1)
+    assert [block.indices.tolist() for block in found] == [[0, 1], [2, 3]]  # good for this evaluation
+    assert list(tmp_path.iterdir()) == []
+    assert "3 visuals could not be read" in caplog.text
+
+
+def evaluate(config, model=None, dataset=None):
+    return evaluate_retrieval(model or small_model(), dataset or Drawn(), Words(), config, 2, max_length=12)
+
+
+def test_an_evaluation_from_disk_equals_the_first_one_and_decodes_nothing(tmp_path):
+    config = EvalConfig(k_test=5, feature_cache=str(tmp_path))
+    plain = evaluate(EvalConfig(k_test=5))
+    first = evaluate(config)
+    unreadable = Drawn()
+    unreadable.batches = None  # never asked for
+    second = evaluate(config, dataset=unreadable)
+    for result in (first, second):
+        assert result.metrics == plain.metrics
+        np.testing.assert_allclose(result.scores.visual_to_text, plain.scores.visual_to_text, atol=1e-5)
+    np.testing.assert_array_equal(first.scores.similarity, second.scores.similarity)
+
+
+def test_anything_that_changes_the_features_makes_another_entry(tmp_path):
+    config = EvalConfig(k_test=2, feature_cache=str(tmp_path))
+    evaluate(config)
+    evaluate(replace(config, k_test=4))
+    assert len(list(tmp_path.iterdir())) == 1
+    evaluate(config, model=small_model(seed=1))
+    other = Drawn()
+    other.digest = "another corpus"
+    evaluate(config, dataset=other)
+    evaluate(replace(config, eval_frame_ensemble="mean"))
+    evaluate_retrieval(small_model(), Drawn(), Words(), config, 1, max_length=12)
+    assert len(list(tmp_path.iterdir())) == 5
+    evaluate(replace(config, eval_frame_ensemble="lse"))  # the same frames, each by itself
+    assert len(list(tmp_path.iterdir())) == 5
+    assert all(json.loads((entry / "meta.json").read_text())["parts"] == 1 for entry in tmp_path.iterdir())
