@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import resource
+import os
 import subprocess
 import sys
 import tempfile
@@ -94,7 +94,7 @@ def child(side: str, path: Path) -> None:
     start = time.process_time()
     items = SIDES[side](path)
     used = {"items": items, "seconds": time.process_time() - start}
-    used["mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    used["mb"] = peak_mb(os.getpid())  # ru_maxrss would begin with the parent's
     print(json.dumps(used))
 
 

@@ -166,10 +166,18 @@ def digest_of(files: Sequence[str]) -> str:
     """SHA-256 over the contents of files, in order."""
     digest = hashlib.sha256()
     for file in files:
-        with fsspec.open(file, "rb") as handle:
-            while block := handle.read(2**20):
-                digest.update(block)
+        with naming(file, "read"):
+            digest = again(with_contents, digest, file)
     return digest.hexdigest()
+
+
+def with_contents(digest: Any, file: str) -> Any:
+    """A copy of a digest that has taken in a file."""
+    result = digest.copy()
+    with fsspec.open(file, "rb") as handle:
+        while block := handle.read(2**20):
+            result.update(block)
+    return result
 
 
 def write_text(url: str, text: str, scratch: Path) -> None:

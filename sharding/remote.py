@@ -175,6 +175,6 @@ def naming(url: str, doing: str) -> Iterator[None]:
             raise
         if problem := credentials_missing(error):
             remedy = "check the credentials in the environment (see docs/packing.md) and the rights on the bucket"
-            raise PermissionError(f"cannot {doing} {url}: {problem}; {remedy}") from error
+            raise PermissionError(f"cannot {doing} {url}: {' '.join(problem.split())}; {remedy}") from error
         remedy = "nothing is lost: run the same command again to go on"
-        raise OSError(f"cannot {doing} {url}: {reason_of(error)}; {remedy}") from error
+        raise OSError(f"cannot {doing} {url}: {' '.join(reason_of(error).split())}; {remedy}") from error

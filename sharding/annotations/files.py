@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,12 @@ from typing import IO, Any
 
 import fsspec
 import ijson
+from fsspec.compression import compr
+from fsspec.utils import infer_compression
 
+from sharding.remote import again, causes, naming, status_of
+
+BLOCK = 2**20  # bytes of a remote file read at a time
 BOMS = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
 
 
@@ -37,24 +43,73 @@ class Record:
         return f"{self.file}, record {self.number}"
 
 
+class Steady(io.RawIOBase):
+    """A file of a remote store; a read that breaks off is tried again from where it began."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def seekable(self) -> bool:
+        """Always."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """As of any file."""
+        return self.file.seek(offset, whence)
+
+    def tell(self) -> int:
+        """As of any file."""
+        return self.file.tell()
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill `buffer` as far as there is something."""
+        data = again(self._read_at, self.file.tell(), len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def _read_at(self, position: int, size: int) -> bytes:
+        self.file.seek(position)
+        return self.file.read(size)
+
+
+@contextmanager
+def unpacked(file: str) -> Iterator[IO[bytes]]:
+    """An annotation file of any store, decompressed."""
+    if "://" not in file or file.startswith("file://"):
+        with fsspec.open(file, "rb", compression="infer") as handle:
+            yield handle
+        return
+    packed = infer_compression(file)
+    with again(fsspec.open(file, "rb").open) as remote, io.BufferedReader(Steady(remote), BLOCK) as handle:
+        yield compr[packed](handle, mode="rb") if packed else handle
+
+
 @contextmanager
 def opened(file: str) -> Iterator[IO[bytes]]:
     """An annotation file's bytes, decompressed (.gz, .bz2, .xz, .zst), without a byte order mark.
 
     Raises:
         FileNotFoundError: it does not exist.
+        OSError: a remote store fails again and again, or refuses the credentials.
         ValueError: it is in UTF-16.
     """
     try:
-        with fsspec.open(file, "rb", compression="infer") as handle:
+        with naming(file, "read annotations from"), unpacked(file) as handle:
             start = handle.read(4)
             if start[:2] in BOMS:
                 raise ValueError(f"annotation file {file} is in {BOMS[start[:2]]}: save it as UTF-8")
             handle.seek(len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0)
             yield handle
-    except FileNotFoundError:
-        raise FileNotFoundError(f"annotation file {file} does not exist: check --annotations") from None
-    except IsADirectoryError:
+    except OSError as error:
+        absent = any(isinstance(cause, FileNotFoundError) for cause in causes(error))
+        if absent and status_of(error) in (None, 404):
+            raise FileNotFoundError(f"annotation file {file} does not exist: check --annotations") from None
+        if not isinstance(error, IsADirectoryError):
+            raise
         raise ValueError(f"{file} is a folder: --annotations are files, such as {file.rstrip('/')}/*.json") from None
 
 

@@ -12,13 +12,14 @@ import fsspec
 from sharding.annotations.captions import coco_records, flickr_records, sbu_records, something_records
 from sharding.annotations.columns import Columns, RowError, RowMaker
 from sharding.annotations.config import Reading
-from sharding.annotations.files import Record, first_record, json_records
+from sharding.annotations.files import Record, first_record, json_records, opened
 from sharding.annotations.items import Row
 from sharding.annotations.msrvtt import msrvtt_records
 from sharding.annotations.questions import activitynet_qa_records, vqa_records
 from sharding.annotations.tables import csv_records, jsonl_records, parquet_records, tsv_records
 from sharding.annotations.visual_genome import visual_genome_records
 from sharding.failures import kind_of
+from sharding.remote import again, naming
 
 FileReader = Callable[[str, Reading], Iterator[Record]]
 Reader = Callable[[Sequence[str], Reading], Iterator[Record]]
@@ -117,13 +118,13 @@ def expanded(patterns: Sequence[str]) -> list[str]:
     """
     files = []
     for pattern in patterns:
-        filesystem, path = fsspec.url_to_fs(pattern)
-        if filesystem.exists(path):
-            files.append(pattern)
-            continue
         if not any(sign in pattern for sign in "*?["):
-            raise FileNotFoundError(f"annotation file {pattern} does not exist: check --annotations")
-        found = sorted(filesystem.glob(path))
+            with opened(pattern):
+                files.append(pattern)
+            continue
+        filesystem, path = fsspec.url_to_fs(pattern)
+        with naming(pattern, "read annotations from"):
+            found = [path] if again(filesystem.exists, path) else sorted(again(filesystem.glob, path))
         if not found:
             raise FileNotFoundError(f"no annotation file matches {pattern}: check --annotations")
         files += [filesystem.unstrip_protocol(each) if "://" in pattern else each for each in found]
