@@ -1,5 +1,6 @@
 # Everything a user or a developer runs. The targets create the virtual environment and reuse it.
 #   make demo   the whole system on a small corpus of coloured shapes, in a few minutes on a CPU
+#   make study  the paper's claim in small: one frame for what things are, four for where they go; half an hour
 #   make test   the tests        make test-all   also those that take minutes
 #   make servers   only the object stores that the tests use
 #   make lint   style and types  make clean      removes what these targets made
@@ -10,6 +11,7 @@ VENV ?= .venv
 DALI ?= cuda13
 EXTRAS ?= $(DALI),s3,gcs,wandb,dev
 DEMO ?= demo
+STUDY ?= study
 
 BIN := $(abspath $(VENV))/bin
 READY := $(VENV)/.ready
@@ -24,7 +26,7 @@ export PATH := $(BIN):$(PATH)
 PACKAGES := chromium
 AS_ROOT := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
 
-.PHONY: help install servers packages demo test test-all lint format clean
+.PHONY: help install servers packages demo study test test-all lint format clean
 
 help:
 	@sed -n 's/^#  *make/make/p' Makefile
@@ -51,6 +53,9 @@ $(SERVERS_READY): tests/servers.txt $(READY)
 
 demo: $(READY)
 	@bash launch/demo.sh $(DEMO)
+
+study: $(READY)
+	@bash launch/study.sh $(STUDY)
 
 packages:
 	@missing=$$(for name in $(PACKAGES); do command -v $$name >/dev/null || echo $$name; done); \

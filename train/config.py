@@ -98,6 +98,7 @@ class RunConfig(LoaderConfig, EvalConfig):
     save_every: int = 1000  # steps; checkpoints are also written at signals and at the end
     save_minutes: float = 0.0  # also when so much time has passed since the last one; 0: not
     keep_checkpoints: int = 2
+    checkpoint_url: str | None = None  # where checkpoints are copied to as well, for example s3://bucket/runs/first
     max_steps: int = 0  # ends the run after so many steps; 0: not
     max_bad_steps: int = 10  # ends the run when so many steps in a row have no finite gradient
     stall_seconds: float = 600.0  # ends the run when no step is done for so long

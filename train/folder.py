@@ -25,7 +25,8 @@ FREE = (
     "output_dir", "data_root", "available_corpus", "test_corpus", "splits", "label", "checkpoint", "resume",
     "log_every", "save_every", "save_minutes", "keep_checkpoints", "wandb", "threads", "prefetch", "storage",
     "max_bad_share", "batch_size_test", "pair_batch_size", "gallery", "gallery_frames", "eval_offload", "tokenizer",
-    "deepspeed", "accumulate", "gradient_checkpointing", "max_bad_steps", "stall_seconds", "profile_steps",
+    "checkpoint_url", "deepspeed", "accumulate", "gradient_checkpointing", "max_bad_steps", "stall_seconds",
+    "profile_steps",
 )  # fmt: skip
 
 

@@ -56,6 +56,7 @@ class Trainer:
         self.run, self.ranks, self.folder = prepared.run, prepared.ranks, prepared.folder
         self.tokenizer, self.loader, self.device = prepared.tokenizer, prepared.loader, device
         self.model: Model = prepared.model
+        self._remote = prepared.remote
         self.model_config = prepared.model.config
         self.model.set_gradient_checkpointing(self.run.gradient_checkpointing)
         self.engine, groups = start_engine(self.model, self.run, prepared.deepspeed, device)
@@ -134,6 +135,8 @@ class Trainer:
         )
         self._saved_step, self._saved_at = self.state.step, time.monotonic()
         self._clock.pause(time.perf_counter() - started)
+        if self.ranks.is_first and self._remote is not None:
+            self._remote.upload(path, self.folder.settings, self.run.keep_checkpoints)
         if self.ranks.is_first:
             log.info("Saved %s in %.1f s", path, time.perf_counter() - started)
 

@@ -26,6 +26,7 @@ from train.engine import deepspeed_config
 from train.folder import RunFolder
 from train.groups import parameter_groups
 from train.ranks import Ranks
+from train.remote import RemoteCheckpoints
 from train.tracking import check_tracking
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class Prepared:
     loader: TrainLoader
     model: Model
     answers: list[str]  # that may be given, in evaluations of questions
+    remote: RemoteCheckpoints | None  # where checkpoints are copied to
 
 
 def prepare_training(settings: Settings, ranks: Ranks, evaluates: bool) -> Prepared:
@@ -71,11 +73,14 @@ def prepare_training(settings: Settings, ranks: Ranks, evaluates: bool) -> Prepa
     loader = TrainLoader(run.train_urls(), tokenizer, run, ranks.rank, ranks.world_size, ranks.ranks_here)
     _check_parts(loader, run, ranks)
     folder = RunFolder(run.output_dir)
+    remote = RemoteCheckpoints(run.checkpoint_url, run.storage) if run.checkpoint_url else None
     if ranks.is_first:
+        if remote is not None and run.resume:
+            remote.fetch(folder.path)
         folder.claim(run)
         for path in complete_checkpoints(folder.checkpoints)[-1:]:
             _check_vocabulary(tokenizer, str(path / WEIGHTS), run)
-    return Prepared(run, ranks, folder, zero, tokenizer, loader, model, answers)
+    return Prepared(run, ranks, folder, zero, tokenizer, loader, model, answers, remote)
 
 
 def _check_parts(loader: TrainLoader, run: RunConfig, ranks: Ranks) -> None:

@@ -102,3 +102,39 @@ def test_every_stage_and_offload_learn_the_same_over_50_steps(recipe, tmp_path):
         assert len(losses(tmp_path / name)) == 50
         assert_close(tmp_path / name, tmp_path / "zero0", rtol=2e-3)
     assert losses(tmp_path / "zero0")[-1] < losses(tmp_path / "zero0")[0]
+
+
+def test_a_run_whose_disk_is_lost_goes_on_from_the_copies(recipe, tmp_path):
+    run, copies = tmp_path / "run", tmp_path / "copies"
+    settings = (
+        f"output_dir={run}",
+        f"checkpoint_url=file://{copies}",
+        zero("zero1"),
+        "keep_checkpoints=2",
+        "scheduler.epochs=12",
+    )
+    whole = tmp_path / "whole"
+    jobs = [
+        job(
+            "pretrain",
+            recipe,
+            f"output_dir={whole}",
+            zero("zero1"),
+            "scheduler.epochs=12",
+            "max_steps=12",
+            "save_every=2",
+        ),
+        job("pretrain", recipe, *settings, "max_steps=12", "save_every=2"),
+    ]
+    run_jobs(tmp_path, jobs)
+    assert sorted(path.name for path in copies.glob("step_*")) == ["step_00000010", "step_00000012"]
+    shutil.rmtree(run)
+    shutil.rmtree(copies / "step_00000012/parts")  # as an upload that was cut off leaves it
+    (copies / "step_00000012/state.json").unlink()
+    run_jobs(tmp_path, [jobs[1]])
+    assert [line["step"] for line in learned(run)] == [11, 12]
+    assert torch.equal(losses(run), losses(whole)[10:])
+    shutil.rmtree(run)
+    other = job("pretrain", recipe, *settings, "max_steps=12", "save_every=2", "seed=5")
+    with pytest.raises(AssertionError, match="in use by a run with other settings"):
+        run_jobs(tmp_path, [other])
