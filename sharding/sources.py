@@ -108,6 +108,8 @@ class Media:
         """One media's bytes or open file, or why it cannot be read."""
         url = self.location(source)
         try:
+            if url.startswith("/"):
+                return self._fetch(url, False)
             return again(self._fetch, url, "://" in source, attempts=self.fetching.attempts, stop=self.stop)
         except MediaError as error:
             return error

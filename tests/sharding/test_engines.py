@@ -92,7 +92,7 @@ def test_a_ray_cluster_that_loses_a_node_gives_the_same_bytes(cluster, drawn: Pa
 @pytest.mark.slow
 def test_ten_thousand_items_on_a_ray_cluster_that_loses_a_node(cluster, tmp_path: Path) -> None:
     drawn = draw(tmp_path / "drawn", 10_000)
-    pack_while_a_node_dies(cluster, drawn, tmp_path, shards=20, shard_mb=1)
+    pack_while_a_node_dies(cluster, drawn, tmp_path, shards=4)
 
 
 def test_without_a_ray_cluster_there_is_one_line(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

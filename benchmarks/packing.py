@@ -1,0 +1,263 @@
+"""How fast packing is a core: beside img2dataset and ffmpeg doing the same work, and beside the bare libraries.
+
+    python benchmarks/packing.py                                     photos and clips, what is needed gets installed
+    python benchmarks/packing.py --photos FOLDER --clips FOLDER --rounds 5 --img2dataset /path/to/env/bin/img2dataset
+
+Photos come from a web server on this machine, for both sides the same ones, shorter side 224, JPEG quality 90. Clips:
+2 frames a second, shorter side 224, JPEG. All sides run on one process in turn, several rounds; what counts is the
+processor time of a process and its children, without that of a run on very few media (start-up), as a median.
+The floor of photos is libjpeg-turbo's decoding, OpenCV's shrinking and libjpeg-turbo's encoding in a bare loop; that
+of clips PyAV's decoding of every frame.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+SHARED = ROOT.parent / "shared" / "data"
+SIZE, QUALITY, FPS = 224, 90, 2
+FEW = 32  # photos of the run that tells the start-up
+Side = Callable[[list[Path], Path], list[list[str]]]  # media, empty folder -> commands
+
+FLOOR_PHOTOS = """
+import sys, cv2, simplejpeg
+cv2.setNumThreads(1)
+for path in open(sys.argv[1]).read().split("\\n"):
+    data = open(path, "rb").read()
+    pixels = simplejpeg.decode_jpeg(data, "RGB", min_height={size}, min_width={size}, fastdct=False)
+    height, width = pixels.shape[:2]
+    scale = min(1, {size} / min(height, width))
+    if scale < 1:
+        pixels = cv2.resize(pixels, (round(width * scale), round(height * scale)), interpolation=cv2.INTER_AREA)
+    simplejpeg.encode_jpeg(pixels, quality={quality}, colorsubsampling="420")
+"""
+FLOOR_CLIPS = """
+import sys, av
+for path in open(sys.argv[1]).read().split("\\n"):
+    with av.open(path) as container:
+        container.streams.video[0].thread_type = "NONE"
+        for _ in container.decode(video=0):
+            pass
+"""
+
+
+def quiet(folder: str, port: multiprocessing.Queue) -> None:
+    """Serve a folder, in a process of its own."""
+
+    class Answer(SimpleHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def __init__(self, *arguments: object) -> None:
+            super().__init__(*arguments, directory=folder)  # type: ignore[arg-type]
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    port.put(server.server_address[1])
+    server.serve_forever()
+
+
+def cpu_seconds(command: list[str]) -> float:
+    """Processor time of a command and the processes that it waits for."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NO_ALBUMENTATIONS_UPDATE": "1"}
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, stdin=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            log.seek(0)
+            raise SystemExit(f"{' '.join(command)[:300]} failed:\n{log.read().decode()[-3000:]}")
+    return usage.ru_utime + usage.ru_stime
+
+
+def photo_sides(url: str, img2dataset: str) -> dict[str, Side]:
+    """What is measured on photos: each gives its commands for some photos."""
+
+    def ours(media: list[Path], folder: Path) -> list[list[str]]:
+        records = [{"image": path.name, "caption": "a photo"} for path in media]
+        (folder / "a.json").write_text(json.dumps(records))
+        words = [
+            "--annotations",
+            str(folder / "a.json"),
+            "--media-root",
+            url,
+            "--media-type",
+            "image",
+            "--workers",
+            "1",
+        ]
+        words += ["--size", str(SIZE), "--quality", str(QUALITY), "--output", str(folder / "out")]
+        return [[sys.executable, "-m", "sharding.build", *words, "--workers", "1"]]
+
+    def local(media: list[Path], folder: Path) -> list[list[str]]:
+        [command] = ours(media, folder)
+        return [[str(media[0].parent) if word == url else word for word in command]]
+
+    def theirs(media: list[Path], folder: Path) -> list[list[str]]:
+        records = [{"url": f"{url}/{path.name}", "caption": "a photo"} for path in media]
+        (folder / "a.json").write_text(json.dumps(records))
+        options = {"url_list": folder / "a.json", "input_format": "json", "url_col": "url", "caption_col": "caption"}
+        options |= {"output_folder": folder / "out", "output_format": "webdataset", "image_size": SIZE}
+        options |= {"resize_mode": "keep_ratio", "resize_only_if_bigger": True, "encode_quality": QUALITY}
+        options |= {"processes_count": 1, "thread_count": 16, "number_sample_per_shard": 1000, "compute_hash": None}
+        return [[img2dataset, *(f"--{name}={value}" for name, value in options.items())]]
+
+    return {"ours (http)": ours, "img2dataset (http)": theirs, "ours (files)": local, "floor": floor(FLOOR_PHOTOS)}
+
+
+def clip_sides(ffmpeg: str) -> dict[str, Side]:
+    """What is measured on clips."""
+
+    def ours(media: list[Path], folder: Path) -> list[list[str]]:
+        (folder / "a.json").write_text(json.dumps([{"video": path.name, "caption": "a clip"} for path in media]))
+        words = ["--annotations", str(folder / "a.json"), "--media-root", str(media[0].parent), "--media-type", "video"]
+        words += ["--size", str(SIZE), "--fps", str(FPS), "--output", str(folder / "out"), "--workers", "1"]
+        return [[sys.executable, "-m", "sharding.build", *words]]
+
+    def theirs(media: list[Path], folder: Path) -> list[list[str]]:
+        scale = f"scale='if(gt(iw,ih),-2,min(iw,{SIZE}))':'if(gt(iw,ih),min(ih,{SIZE}),-2)':flags=area"
+        head = [ffmpeg, "-nostdin", "-loglevel", "error", "-threads", "1"]
+        tail = [
+            "-filter_threads",
+            "1",
+            "-vf",
+            f"fps={FPS},{scale}",
+            "-pix_fmt",
+            "yuvj420p",
+            "-threads",
+            "1",
+            "-q:v",
+            "3",
+        ]
+        return [[*head, "-i", str(path), *tail, str(folder / f"{path.name}.%03d.jpg")] for path in media]
+
+    return {"ours": ours, "ffmpeg, one command a clip": theirs, "floor (PyAV, every frame)": floor(FLOOR_CLIPS)}
+
+
+def floor(program: str) -> Side:
+    """The bare libraries in a loop over files."""
+
+    def commands(media: list[Path], folder: Path) -> list[list[str]]:
+        (folder / "list").write_text("\n".join(map(str, media)))
+        filled = program.replace("{size}", str(SIZE)).replace("{quality}", str(QUALITY))
+        return [[sys.executable, "-c", filled, str(folder / "list")]]
+
+    return commands
+
+
+def compare(sides: dict[str, Side], media: list[Path], few: list[Path], rounds: int, unit: str) -> dict[str, float]:
+    """Print and return the media a second of processor time of each side: medians over rounds in turn."""
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(rounds):
+        for name in sides if number % 2 == 0 else reversed(sides):
+            seconds = []
+            for chosen in (few, media):
+                with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+                    commands = sides[name](chosen, Path(folder)) if chosen else []
+                    seconds.append(sum(cpu_seconds(command) for command in commands))
+            rates[name].append((len(media) - len(few)) / (seconds[1] - seconds[0]))
+    found = {name: median(values) for name, values in rates.items()}
+    first = next(iter(found))
+    for name, rate in found.items():
+        spread = f"{min(rates[name]):.1f} to {max(rates[name]):.1f}"
+        print(
+            f"{name:28} {rate:8.1f} {unit}/s a core ({spread}); {first} / this = {found[first] / rate:.2f}", flush=True
+        )
+    return found
+
+
+def prepare_photos(source: Path | None, count: int, scale: float, folder: Path) -> list[Path]:
+    """`count` JPEG files, those of `source` or Shapes over and over, `scale` times as large."""
+    if source is None:
+        from sharding.shapes import write_shapes
+
+        source = write_shapes(folder / "shapes", images=200, clips=1, test_items=1, size=320, seed=0) / "media"
+    found = sorted(path for path in source.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+    place = folder / "photos"
+    place.mkdir()
+    for number, path in enumerate(itertools.islice(itertools.cycle(found), count)):
+        target = place / f"{number:06d}.jpg"
+        if number >= len(found):
+            os.link(place / f"{number - len(found):06d}.jpg", target)
+        elif scale == 1:
+            shutil.copy(path, target)
+        else:
+            from PIL import Image
+
+            with Image.open(path) as image:
+                size = (round(image.width * scale), round(image.height * scale))
+                image.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(target, quality=QUALITY)
+    return sorted(place.iterdir())
+
+
+def own_environment(package: str, program: str) -> str:
+    """A program in a virtual environment of its own, made on first use beside the cache of pip."""
+    place = Path.home() / ".cache" / "singularity-benchmarks" / package
+    if not (place / "bin" / program).exists():
+        print(f"installing {package} into {place}", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
+        subprocess.run([str(place / "bin" / "pip"), "install", "--quiet", package], check=True)
+    return str(place / "bin" / program)
+
+
+def find_ffmpeg() -> str:
+    """The system's ffmpeg, else the one that the package imageio-ffmpeg carries."""
+    if found := shutil.which("ffmpeg"):
+        return found
+    import imageio_ffmpeg
+
+    return imageio_ffmpeg.get_ffmpeg_exe()
+
+
+def first_folder(*names: str) -> Path | None:
+    """The first folder of the shared data that is there."""
+    return next((SHARED / name for name in names if (SHARED / name).is_dir()), None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", type=Path, default=first_folder("photos/images", "flickr8k/images"))
+    parser.add_argument("--scale", type=float, default=1.0, help="enlarge the photos first, as large ones are rare")
+    parser.add_argument("--count", type=int, default=2000, help="photos")
+    parser.add_argument("--clips", type=Path, default=first_folder("videos/media", "clips/videos"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--img2dataset", default="", help="its program (default: installed when needed)")
+    parser.add_argument("--only", choices=("photos", "clips"))
+    options = parser.parse_args()
+    if options.only != "clips":
+        img2dataset = options.img2dataset or own_environment("img2dataset", "img2dataset")
+        with tempfile.TemporaryDirectory(prefix="benchmark-photos-") as folder:
+            media = prepare_photos(options.photos, options.count, options.scale, Path(folder))
+            port: multiprocessing.Queue = multiprocessing.Queue()
+            server = multiprocessing.Process(target=quiet, args=(str(media[0].parent), port), daemon=True)
+            server.start()
+            sides = photo_sides(f"http://127.0.0.1:{port.get()}", img2dataset)
+            print(f"{len(media)} photos of {options.photos or 'Shapes'}, {options.scale:g} times as large")
+            compare(sides, media, media[:FEW], options.rounds, "photos")
+            server.kill()
+    if options.only != "photos":
+        if options.clips is None:
+            raise SystemExit("--clips is needed: there is no folder of clips beside the checkout")
+        clips = sorted(path for path in options.clips.iterdir() if path.is_file())
+        print(f"{len(clips)} clips of {options.clips}")
+        compare(clip_sides(find_ffmpeg()), clips, [], options.rounds, "clips")
+
+
+if __name__ == "__main__":
+    main()
