@@ -2,6 +2,9 @@
 
 import io
 import re
+import signal
+import subprocess
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -148,6 +151,18 @@ def test_one_types_submits_and_sees_hits(address, visitor, search, tmp_path):
     assert "has no words" in page.inner_text(".warning")
     assert visitor.errors == []
     assert visitor.sticks_out() <= 0
+
+
+def test_the_page_is_served_until_it_is_stopped(shapes, weights, tmp_path):
+    command = [sys.executable, "-m", "eval.search", weights, shapes.url("images_test"), "--serve", "--port", "0"]
+    with subprocess.Popen([*command, "--cache", str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            address = re.search(r"http://\S+", process.stdout.readline()).group()
+            with urllib.request.urlopen(address + "?q=a+star", timeout=30) as answer:
+                assert answer.read().count(b"<figure") == 12
+        finally:
+            process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
 
 
 def test_other_addresses_are_not_found(address):
