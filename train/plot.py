@@ -17,6 +17,7 @@ from jinja2 import Environment, select_autoescape
 SMOOTH_FROM = 40  # points of a curve; with fewer it is drawn as it is
 FIRST = ("loss", "loss_itc", "loss_itm", "loss_mlm", "loss_qa", "grad_norm", "temperature", "lr")
 LAST = ("samples_per_second", "data_wait", "memory_gb", "mfu")
+SUMMARIES = ("/r_mean", "/overall")  # of evaluations' many figures those drawn unless others are asked for
 NO_CURVE = ("step", "epoch", "media_type", "skipped")
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{{ title }}</title><style>body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:75rem;
@@ -70,7 +71,7 @@ def read_run(folder: Path) -> Run:
 
 
 def figures_of(runs: Sequence[Run]) -> list[str]:
-    """What the runs have curves of: losses first, then evaluations, speed last."""
+    """All that the runs have curves of: losses first, then evaluations, speed last."""
     found = list(dict.fromkeys(figure for run in runs for figure in run.curves))
     metrics = sorted(figure for figure in found if figure not in FIRST + LAST)
     return [f for f in FIRST if f in found] + metrics + [f for f in LAST if f in found]
@@ -108,6 +109,7 @@ def draw(runs: Sequence[Run], figures: Sequence[str]) -> bytes:
             panel.plot(steps, values, color=colour, label=run.name, marker="o" if single or len(values) == 1 else None)
         panel.set_title(figure, fontsize=10)
         panel.set_xlabel("step", fontsize=8)
+        panel.set_xlim(left=0)
         panel.grid(alpha=0.3)
     for panel in list(panels.flat)[len(figures) :]:
         panel.axis("off")
@@ -132,7 +134,7 @@ def write_plot(folders: Sequence[Path], output: Path, figures: Sequence[str] = (
     unknown = [figure for figure in figures if figure not in known]
     if unknown:
         raise ValueError(f"no run has logged {unknown[0]!r}: there are {', '.join(known)}")
-    chosen = list(figures) or known
+    chosen = list(figures) or [figure for figure in known if "/" not in figure or figure.endswith(SUMMARIES)]
     picture = draw(runs, chosen)
     output.parent.mkdir(parents=True, exist_ok=True)
     if output.suffix == ".png":
@@ -152,7 +154,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs, also of running ones")
     parser.add_argument("--output", type=Path, default=Path("plot.png"), help="a .png or .html (default: %(default)s)")
     parser.add_argument(
-        "--figures", nargs="+", default=[], metavar="NAME", help="for example loss val/r_mean (default: all)"
+        "--figures",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="for example loss val/txt_r1 (default: all, of evaluations the means)",
     )
     options = parser.parse_args(arguments)
     try:

@@ -17,7 +17,7 @@ def runs(tmp_path):
             {"step": step, "epoch": 0, "media_type": "video", "loss": factor * 5 / step, "lr": 1e-4, "mfu": None}
             for step in range(1, 101)
         ]
-        lines.insert(50, {"step": 50, "epoch": 1, "val/r_mean": 40 * factor})
+        lines.insert(50, {"step": 50, "epoch": 1, "val/r_mean": 40 * factor, "val/txt_r1": 20.0})
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 101, "lo')
     return [str(tmp_path / name) for name in ("first", "second")]
 
@@ -38,10 +38,13 @@ def test_a_picture_and_a_page(runs, tmp_path, capsys):
         colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 24)}
         assert {(31, 119, 180), (255, 127, 14)} <= colours  # a line of each run
         assert picture.width > 1000
-    assert main([runs[0], "--output", str(tmp_path / "page.html"), "--figures", "loss", "val/r_mean"]) == 0
+    assert (
+        main([runs[0], "--output", str(tmp_path / "page.html"), "--figures", "loss", "val/r_mean", "val/txt_r1"]) == 0
+    )
     page = (tmp_path / "page.html").read_text()
     assert "data:image/png;base64," in page
     assert "<td>40" in page
+    assert "<th>val/txt_r1" in page
     assert "http" not in page
 
 
