@@ -13,6 +13,7 @@ time over all processes, which other work on the machine disturbs less.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import subprocess
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import psutil
 import simplejpeg
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -50,7 +52,7 @@ def open_loader(options: argparse.Namespace) -> TrainLoader:
         batch_size=PerMedia(**BATCH),
         decode="cpu",
         threads=options.threads,
-        corpus_weights={"video": CLIPS_REPEATED},
+        corpus_weights={"video": CLIPS_REPEATED} if options.kind == "video" else {},
     )
     return TrainLoader([f"{options.work}/{options.kind}"], Tokenizer.load(f"{options.work}/vocab.txt"), config)
 
@@ -152,7 +154,11 @@ class Contender:
 
     def close(self) -> None:
         """End the process and its workers."""
-        self.process.terminate()
+        started = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.kill()
+        for worker in started:  # a loader's worker processes may outlive it
+            with contextlib.suppress(psutil.NoSuchProcess):
+                worker.kill()
         self.process.wait()
         self.log.close()
 

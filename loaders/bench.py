@@ -13,6 +13,9 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
+import torch
+
+from loaders.batch import Batch, normalize
 from loaders.config import LoaderConfig, PerMedia, VideoInput
 from loaders.decoding import usable_threads
 from loaders.storage import CorpusReader
@@ -22,6 +25,9 @@ from loaders.vocab import corpus_texts, learn_from_texts
 
 TEXTS_TO_LEARN_FROM = 5000
 GUILTY = 0.3  # share of the time that decoding waits for reading, from which reading is to blame
+UNNOTICED = 0.02  # share of the time that a loop waits for batches, below which nobody cares
+REPLAYED = 8  # batches kept for the replay
+HALF = (0.5, 0.5, 0.5)
 LARGER = 1.5  # stored frames over shown ones, from which packing them smaller is worth while
 
 
@@ -39,6 +45,8 @@ class Figures:
     decode_share: float  # the decoding stage was at work
     decode_wait_share: float  # the decoding stage waited for the reading one
     decode_alone_per_second: float  # samples of one batch, decoded from memory again and again
+    wait_share: float  # the loop waited for a batch
+    replayed_per_second: float  # the same loop over batches kept in memory: the most that any loader gives
     quarantined: int
 
 
@@ -54,8 +62,10 @@ class Setup:
     shown_size: int
 
 
-def measure(corpora: Sequence[str], config: LoaderConfig, seconds: float) -> tuple[Figures, Setup]:
-    """Take batches for that long, doing nothing with them; then decode one batch from memory.
+def measure(
+    corpora: Sequence[str], config: LoaderConfig, seconds: float, step_seconds: float = 0.0
+) -> tuple[Figures, Setup]:
+    """Take batches for that long, a step of `step_seconds` after each; then decode one from memory, then replay some.
 
     Raises:
         FileNotFoundError, ValueError: as TrainLoader.
@@ -71,7 +81,7 @@ def measure(corpora: Sequence[str], config: LoaderConfig, seconds: float) -> tup
     try:
         next(iter(loader))
         first = time.perf_counter() - started - learned
-        figures = take_batches(loader, seconds, first)
+        figures = take_batches(loader, seconds, first, step_seconds)
     finally:
         loader.close()
     setup = Setup(
@@ -85,15 +95,21 @@ def measure(corpora: Sequence[str], config: LoaderConfig, seconds: float) -> tup
     return figures, setup
 
 
-def take_batches(loader: TrainLoader, seconds: float, first_batch_seconds: float) -> Figures:
+def take_batches(loader: TrainLoader, seconds: float, first_batch_seconds: float, step_seconds: float) -> Figures:
     """The figures of that many seconds of batches, epoch after epoch."""
     loader.counters.clear()
-    samples, began, cpu = 0, time.perf_counter(), time.process_time()
+    samples, waited, began, cpu = 0, 0.0, time.perf_counter(), time.process_time()
+    kept: list[Batch] = []
     while time.perf_counter() - began < seconds:
+        asked = time.perf_counter()
         for batch in loader:
+            waited += time.perf_counter() - asked
             samples += len(batch.keys)
+            kept = [*kept[-REPLAYED + 1 :], batch]
+            step(batch, step_seconds)
             if time.perf_counter() - began >= seconds:
                 break
+            asked = time.perf_counter()
     elapsed, cpu = time.perf_counter() - began, time.process_time() - cpu
     counters = loader.counters
     return Figures(
@@ -107,8 +123,28 @@ def take_batches(loader: TrainLoader, seconds: float, first_batch_seconds: float
         decode_share=min(1.0, counters["decode_seconds"] / elapsed),
         decode_wait_share=min(1.0, counters["decode_wait_seconds"] / elapsed),
         decode_alone_per_second=decode_alone(loader, min(3.0, seconds / 2)),
+        wait_share=min(1.0, waited / elapsed),
+        replayed_per_second=replay(kept, min(2.0, seconds / 2), step_seconds),
         quarantined=len(loader.quarantine),
     )
+
+
+def step(batch: Batch, seconds: float) -> None:
+    """What stands for a training step: the bytes made pixels on the device, then a wait."""
+    if seconds:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        normalize(batch.to(device).frames, HALF, HALF, torch.bfloat16)
+        time.sleep(seconds)
+
+
+def replay(batches: Sequence[Batch], seconds: float, step_seconds: float) -> float:
+    """Samples a second of the loop over batches that are in memory already."""
+    began, done, taken = time.perf_counter(), 0, 0
+    while not taken or time.perf_counter() - began < seconds:
+        batch = batches[taken % len(batches)]
+        step(batch, step_seconds)
+        done, taken = done + len(batch.keys), taken + 1
+    return done / (time.perf_counter() - began)
 
 
 def decode_alone(loader: TrainLoader, seconds: float) -> float:
@@ -126,6 +162,9 @@ def decode_alone(loader: TrainLoader, seconds: float) -> float:
 def advice(figures: Figures, setup: Setup) -> list[str]:
     """What would make it faster, most telling first."""
     found = []
+    if figures.wait_share < UNNOTICED:
+        share = figures.samples_per_second / figures.replayed_per_second
+        return [f"Loading holds nothing up: the steps get {share:.0%} of what batches kept in memory would give."]
     if figures.decode_wait_share > GUILTY:
         where = "copy the shards to a local disk, or start more prefetch" if setup.remote else "use a faster disk"
         found.append(
@@ -163,6 +202,8 @@ def table(figures: Figures, setup: Setup) -> str:
             f"{figures.decode_alone_per_second:,.0f}/s",
             "from memory: the most that faster reading gives",
         ),
+        ("step waits", f"{figures.wait_share:.0%}", "of the time the loop waited for a batch"),
+        ("replayed", f"{figures.replayed_per_second:,.0f}/s", "the loop over batches in memory: no loader gives more"),
         ("CPU", f"{figures.cpu_milliseconds_per_sample:.2f} ms", "a sample, over all threads"),
     ]
     lines = [f"{name:<15}{value:>12}   {note}" for name, value, note in rows]
@@ -190,6 +231,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--threads", type=int, default=0, help="decoding threads (default: the cores)")
     result.add_argument("--decode", default="auto", choices=("auto", "dali", "cpu"), help="(default: %(default)s)")
     result.add_argument("--prefetch", type=int, default=3, help="batches made ahead (default: %(default)s)")
+    result.add_argument("--step-ms", type=float, default=0, help="time of a training step (default: none)")
     result.add_argument("--seconds", type=float, default=10, help="how long to measure (default: %(default)s)")
     result.add_argument("--storage", nargs="*", default=[], metavar="KEY=VALUE", help="fsspec options of the URLs")
     result.add_argument("--json", action="store_true", help="print the figures as JSON")
@@ -223,7 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = parser().parse_args(arguments)
     try:
-        figures, setup = measure(options.corpora, configuration(options), options.seconds)
+        figures, setup = measure(options.corpora, configuration(options), options.seconds, options.step_ms / 1000)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

@@ -72,6 +72,7 @@ class TrainLoader:
         self.config, self.tokenizer, self.rank, self.world_size = config, tokenizer, rank, world_size
         lanes = config.lanes // math.gcd(config.lanes, world_size)  # that this rank reads
         readers = [CorpusReader(url, config.storage, lanes * (config.window_shards + 2)) for url in corpora]
+        check_weights(config, [reader.corpus.name for reader in readers])
         kinds = sorted({reader.corpus.media_type for reader in readers})
         self.pool = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="read")
         self.batch_pool = ThreadPoolExecutor(BATCHES_AT_ONCE, thread_name_prefix="batch")
@@ -267,6 +268,15 @@ def check_positive(config: LoaderConfig) -> None:
     for name, value in {**values, "video_input.num_frames": config.video_input.num_frames}.items():
         if value < 1:
             raise ValueError(f"{name} is {value}, must be at least 1")
+
+
+def check_weights(config: LoaderConfig, names: Sequence[str]) -> None:
+    """Raise ValueError for weights of corpora that are not there, and of no use."""
+    for name, weight in config.corpus_weights.items():
+        if name not in names:
+            raise ValueError(f"corpus_weights names {name!r}, the corpora are {', '.join(sorted(set(names)))}")
+        if not 0 < weight < math.inf:
+            raise ValueError(f"corpus_weights.{name} is {weight}, must be above 0: passes over the corpus an epoch")
 
 
 def replacement(position: int, tried: int, plan: EpochPlan) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -70,7 +71,11 @@ def prepare_training(settings: Settings, ranks: Ranks, evaluates: bool) -> Prepa
     torch.manual_seed(run.seed)
     model, tokenizer = _model(settings)
     parameter_groups({name: p.ndim for name, p in model.named_parameters()}, run.optimizer)
-    loader = TrainLoader(run.train_urls(), tokenizer, run, ranks.rank, ranks.world_size, ranks.ranks_here)
+    bad_samples = run.quarantine_file or str(Path(run.output_dir) / "quarantine-{rank}.jsonl")
+    settings_of_loader = replace(run, quarantine_file=bad_samples)
+    loader = TrainLoader(
+        run.train_urls(), tokenizer, settings_of_loader, ranks.rank, ranks.world_size, ranks.ranks_here
+    )
     _check_parts(loader, run, ranks)
     folder = RunFolder(run.output_dir)
     remote = RemoteCheckpoints(run.checkpoint_url, run.storage) if run.checkpoint_url else None

@@ -10,7 +10,7 @@ from loaders import bench, preview, vocab
 from loaders.bench import Figures, Setup, advice
 from loaders.text import SPECIAL, Tokenizer
 
-FIGURES = Figures(1000, 10.0, 100.0, 1.0, 0.4, 0.3, 0.2, 0.9, 0.0, 110.0, 0)
+FIGURES = Figures(1000, 10.0, 100.0, 1.0, 0.4, 0.3, 0.2, 0.9, 0.0, 110.0, 0.9, 200.0, 0)
 SETUP = Setup(threads=2, cores=2, backend="cpu", remote=False, stored_size=224, shown_size=224)
 
 
@@ -43,6 +43,15 @@ def test_a_benchmark_says_how_fast_and_why(shapes, capsys, name: str) -> None:
     assert "Decoding" in text
 
 
+def test_a_slow_step_hides_the_loading(shapes, capsys) -> None:
+    arguments = [shapes.url("images_train"), "--seconds", "2", "--size", "32", "--batch-size", "8", "--step-ms", "150"]
+    assert bench.main([*arguments, "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["replayed_per_second"] <= 8 / 0.15
+    assert figures["samples_per_second"] <= 1.2 * figures["replayed_per_second"]
+    assert 0 <= figures["wait_share"] < 0.9
+
+
 def test_advice_names_the_guilty_stage() -> None:
     assert "all 2 cores" in advice(FIGURES, SETUP)[0]
     assert "raise threads" in advice(FIGURES, replace(SETUP, cores=8))[0]
@@ -51,6 +60,9 @@ def test_advice_names_the_guilty_stage() -> None:
     assert advice(slow, SETUP) == [
         "Decoding waits for reading 80% of the time: use a faster disk. "
         "With the bytes at hand it would reach 110 samples/s."
+    ]
+    assert advice(replace(FIGURES, wait_share=0.01), SETUP) == [
+        "Loading holds nothing up: the steps get 50% of what batches kept in memory would give."
     ]
     assert "local disk" in advice(slow, replace(SETUP, remote=True))[0]
 

@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+import loaders.text as text_module
 from loaders.text import Tokenizer, clean_text
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
@@ -42,6 +45,28 @@ def test_what_cannot_be_loaded_says_what_to_set(tmp_path) -> None:
     (tmp_path / "bad.txt").write_text("one\ntwo\n")
     with pytest.raises(ValueError, match=r"lacks \[CLS\], \[MASK\], \[PAD\]"):
         Tokenizer.load(str(tmp_path / "bad.txt"))
+
+
+@given(st.lists(st.text(alphabet="abcdsrtéß李 \t\x1c[SEP]'-.é", max_size=40), min_size=1, max_size=4))
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_words_encoded_apart_give_the_ids_of_the_whole_text(tokenizer: Tokenizer, texts: list[str]) -> None:
+    ids, mask = tokenizer.encode(texts, 12)
+    for text, row, shown in zip(texts, ids.tolist(), mask.tolist(), strict=True):
+        whole = [tokenizer.cls_id, *tokenizer._tokenizer.encode(text, add_special_tokens=False).ids][:12]
+        assert row == whole + [tokenizer.pad_id] * (12 - len(whole))
+        assert shown == [1] * len(whole) + [0] * (12 - len(whole))
+
+
+def test_words_remembered_are_bounded(shapes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_module, "WORDS_KEPT", 50)
+    own = Tokenizer.load(str(shapes.vocab))
+    for number in range(40):
+        own.encode([f"a large word{number} {number}"], 8)
+        assert len(own._words) <= 50
+    assert (
+        own.encode(["a large red star"], 8)[0].tolist()
+        == Tokenizer.load(str(shapes.vocab)).encode(["a large red star"], 8)[0].tolist()
+    )
 
 
 @pytest.mark.shared

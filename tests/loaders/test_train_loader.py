@@ -1,14 +1,18 @@
 """The training loader: exactly once, the same batches whatever the ranks, bad samples replaced whole."""
 
+import json
+import re
 import threading
 from pathlib import Path
 
 import pytest
 import torch
 
+from loaders.batch import Batch
 from loaders.config import LoaderConfig, PerMedia, VideoInput
 from loaders.text import Tokenizer, clean_text
 from loaders.train import TrainLoader
+from sharding.build import build_corpus
 from sharding.schema import read_corpus, read_index
 
 
@@ -100,6 +104,79 @@ def test_each_caption_or_question_can_be_an_item_of_its_own(shapes, tokenizer: T
     assert batch.answers.per_question.tolist() == [1] * 6
     assert batch.answers.weights.tolist() == [1.0] * 6
     assert tokenizer.sep_id in batch.answers.input_ids[0]
+
+
+def test_questions_come_with_all_their_answers_and_the_annotators_shares(
+    shapes, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """As the official VQA training has it: each distinct answer once, weighted by how many gave it."""
+    pictures = json.loads((shapes.folder / "images_train.json").read_text())[:6]
+    given = ["Red"] * 7 + ["blue"] * 2 + ["a large green star of many words"]
+    rows = [{"image": row["image"], "question": "What colour IS it?", "answer": given} for row in pictures]
+    rows += [{"image": row["image"], "question": "is it red", "answer": "yes"} for row in pictures]
+    (tmp_path / "qa.json").write_text(json.dumps(rows))
+    build_corpus([str(tmp_path / "qa.json")], str(shapes.folder / "media"), "image", str(tmp_path / "qa"), size=48)
+    loader = TrainLoader([str(tmp_path / "qa")], tokenizer, config(unit="questions"))
+    (batch,) = list(loader)
+    loader.close()
+    assert batch.answers is not None
+    assert batch.input_ids.shape == (12, 25)
+    assert len(set(batch.idx.tolist())) == 6  # both questions about a photo know that they share it
+    first = 0
+    for ids, count in zip(batch.input_ids.tolist(), batch.answers.per_question.tolist(), strict=True):
+        mine = slice(first, first + count)
+        texts = [tokenizer.decode(row) for row in batch.answers.input_ids[mine].tolist()]
+        weights = [round(weight, 4) for weight in batch.answers.weights[mine].tolist()]
+        if tokenizer.decode(ids) == "what colour is it":
+            assert list(zip(texts[:2], weights, strict=False)) == [("red", 0.7), ("blue", 0.2)]
+            assert weights[2] == 0.1
+            assert batch.answers.attention_mask[mine][2].sum() == 6  # cut to the official length
+        else:
+            assert (texts, weights) == (["yes"], [1.0])
+        assert tokenizer.sep_id in batch.answers.input_ids[first]
+        first += count
+    assert first == len(batch.answers.weights)
+
+
+def test_a_corpus_of_weight_two_is_seen_twice_each_time_differently(shapes, tokenizer: Tokenizer) -> None:
+    settings = config(corpus_weights={"clips_train": 2.0, "images_train": 0.5})
+    loader = TrainLoader(corpora(shapes), tokenizer, settings)
+    assert loader.media_steps == {"image": 75 // 12, "video": 80 // 6}
+    shown: dict[str, list[torch.Tensor]] = {}
+    images: list[str] = []
+    for _ in range(2):
+        for batch in loader:
+            images += batch.keys if batch.media_type == "image" else ()
+            for key, frames in zip(batch.keys, batch.frames, strict=True):
+                shown.setdefault(key, []).append(frames)
+    loader.close()
+    assert len(images) == len(set(images)) == 2 * 6 * 12
+    clips = [views for key, views in shown.items() if key.startswith("clips")]
+    assert {len(views) for views in clips} <= {3, 4}  # the last batch of an epoch is left out
+    different = [not torch.equal(views[0], views[1]) for views in clips]
+    assert sum(different) > 0.9 * len(different)
+
+
+def test_a_weight_for_no_corpus_is_told(shapes, tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="corpus_weights names 'cc3m', the corpora are clips_train, images_train"):
+        TrainLoader(corpora(shapes), tokenizer, config(corpus_weights={"cc3m": 2.0}))
+    with pytest.raises(ValueError, match=r"corpus_weights.clips_train is -1.0, must be above 0"):
+        TrainLoader(corpora(shapes), tokenizer, config(corpus_weights={"clips_train": -1.0}))
+
+
+def test_the_loop_on_the_page_works_as_written(shapes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "streaming.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "data").mkdir()
+    for name, corpus in (("photos", "images_train"), ("clips", "clips_train")):
+        (tmp_path / "data" / name).symlink_to(shapes.url(corpus))
+    (tmp_path / "data" / "vocab.txt").symlink_to(shapes.vocab)
+    monkeypatch.chdir(tmp_path)
+    example = example.replace("image=128, video=32", "image=12, video=6").replace("range(10)", "range(2)")
+    trained: list[Batch] = []
+    exec(compile(example, "streaming.md", "exec"), {"train_step": trained.append, "device": "cpu"})
+    assert len(trained) == 2 * (12 + 6)
+    assert {batch.epoch for batch in trained} == {0, 1}
 
 
 def test_threads_end_with_the_iteration(shapes, tokenizer: Tokenizer) -> None:
