@@ -86,7 +86,7 @@ class TrainLoader:
         threads = usable_threads(config.threads, ranks_here or world_size)
         self.decoder = make_decoder(config.decode, config.image_res, threads, config.antialias)
         self.counters: dict[str, float] = defaultdict(float)
-        self.quarantine = Quarantine(rank, config.max_bad_share, config.quarantine_file.format(rank=rank))
+        self.quarantine = Quarantine(rank, config.max_bad_share, config.quarantine_file.replace("{rank}", str(rank)))
         self._running: list[Ahead[Step] | Ahead[Batch]] = []
         self.next_epoch, self.next_step = 0, 0
 
