@@ -245,7 +245,7 @@ class TrainLoader:
         )
 
     def _answers(self, step: Step) -> Answers:
-        texts = [f"{clean_text(answer)} [SEP]" for draw in step.draws for answer, _ in draw.answers]
+        texts = [f"{answer} [SEP]" for draw in step.draws for answer, _ in draw.answers]
         input_ids, attention_mask = self.tokenizer.encode(texts, getattr(self.config.max_a_len, step.kind))
         weights = torch.tensor([weight for draw in step.draws for _, weight in draw.answers])
         return Answers(input_ids, attention_mask, weights, torch.tensor([len(draw.answers) for draw in step.draws]))

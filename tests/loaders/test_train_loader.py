@@ -179,6 +179,17 @@ def test_the_loop_on_the_page_works_as_written(shapes, tmp_path: Path, monkeypat
     assert {batch.epoch for batch in trained} == {0, 1}
 
 
+def test_answers_are_trained_as_they_are_ranked_with_their_punctuation(shapes, tokenizer: Tokenizer, tmp_path) -> None:
+    rows = json.loads((shapes.folder / "qa_train.json").read_text())[:6]
+    (tmp_path / "qa.json").write_text(json.dumps([{**row, "answer": "left/right"} for row in rows]))
+    media, target = str(shapes.folder / "media"), str(tmp_path / "qa")
+    build_corpus([str(tmp_path / "qa.json")], media, "video", target, size=32, fps=4, workers=1)
+    (batch,) = TrainLoader([target], tokenizer, config(unit="questions"))
+    expected, _ = tokenizer.encode(["left/right [SEP]"], batch.answers.input_ids.shape[1])
+    assert torch.equal(batch.answers.input_ids, expected.expand(6, -1))
+    assert not torch.equal(expected, tokenizer.encode(["left right [SEP]"], expected.shape[1])[0])
+
+
 def test_threads_end_with_the_iteration(shapes, tokenizer: Tokenizer) -> None:
     before = threading.active_count()
     loader = TrainLoader(corpora(shapes), tokenizer, config())
