@@ -95,6 +95,8 @@ def jsonl_records(file: str, reading: Reading) -> Iterator[Record]:
             number += 1
             try:
                 fields = json.loads(line)
+                if b"\\ud" in line.lower():  # half of a pair of surrogates is no text that could be stored
+                    fields = json.loads(json.dumps(fields, ensure_ascii=False).encode("utf-8", "replace"))
             except ValueError as error:
                 yield Record(file, number, {}, fault=f"the line is not JSON ({error})")
                 continue

@@ -127,6 +127,13 @@ def test_files_come_compressed_with_byte_order_marks_and_by_pattern(tmp_path: Pa
     assert expanded([f"file://{tmp_path}/2*"]) == [f"file://{tmp_path}/2.csv"]
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_half_a_surrogate_pair_is_replaced(tmp_path: Path, name: str) -> None:
+    text = r'{"image": "1.jpg", "caption": "a \ud83d dog \ud83d\ude00"}'
+    (tmp_path / name).write_text(f"[{text}]" if name == "a.json" else text)
+    assert next(read_rows([str(tmp_path / name)], Reading())).captions == ("a ? dog 😀",)
+
+
 def test_columns_are_templates_paths_and_alternatives(tmp_path: Path) -> None:
     record = {"folder": "a", "id": 7, "texts": [{"raw": "one"}, {"raw": "two"}], "box.x": "dotted", "when": {"s": 2}}
     (tmp_path / "a.json").write_text(json.dumps([record]))

@@ -11,6 +11,8 @@ import pytest
 from sharding.annotations.config import load_corpus
 from sharding.annotations.items import Row
 from sharding.annotations.reading import read_rows
+from sharding.build import main
+from sharding.schema import read_corpus, read_index
 
 FOLDER = Path(__file__).resolve().parent.parent.parent.parent / "shared" / "data" / "annotations"
 CORPORA = Path(__file__).resolve().parent.parent.parent / "configs" / "corpora"
@@ -204,3 +206,41 @@ def test_vqa_answers_are_weighed_by_annotators(tmp_path: Path) -> None:
         assert row.question["answer_type"] == each["answer_type"]
     with pytest.raises(ValueError, match="holds answers, and no file with their questions is given"):
         read("vqa", "vqa_v2/v2_mscoco_val2014_annotations.json")
+
+
+@pytest.mark.parametrize(
+    ("corpus", "file", "media", "flags", "expected"),
+    [
+        (
+            "ssv2_template",
+            "ssv2/something-something-v2-validation.json",
+            "videos/media",
+            ["--limit", "1"],
+            "166766.webm",
+        ),
+        ("activitynet", "activitynet_captions/train.json", "videos/media", ["--limit", "1"], "v_ZNVhz7ctTq0.mp4"),
+        ("coco", "coco_captions/captions_val2017.json", "photos/images/val2017", ["--max-failures", "1"], ""),
+    ],
+)
+def test_real_annotations_pack_their_real_media(
+    tmp_path: Path, corpus: str, file: str, media: str, flags, expected
+) -> None:
+    out = str(tmp_path / "out")
+    root = FOLDER.parent / media
+    words = [
+        "--corpus",
+        str(CORPORA / f"{corpus}.yaml"),
+        "--annotations",
+        str(FOLDER / file),
+        "--media-root",
+        str(root),
+    ]
+    assert main([*words, "--output", out, "--workers", "1", *flags]) == 0
+    packed = read_corpus(out)
+    rows = [row for shard in range(len(packed.shards)) for row in read_index(packed, shard).to_pylist()]
+    if expected:
+        assert [row["source"] for row in rows] == [expected]
+        assert rows[0]["captions"]
+    else:
+        assert {row["source"] for row in rows} == {path.name for path in root.iterdir()}
+        assert {len(row["captions"]) for row in rows} <= {5, 6}
