@@ -2,23 +2,45 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 import threading
 import time
+import traceback
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, wait
 from typing import Generic, TypeVar
 
+log = logging.getLogger("loaders")
+
 Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class StalledError(RuntimeError):
+    """Nothing came for longer than `patience`; the log holds every thread's stack."""
 
 
 class Ahead(Iterator[Item], Generic[Item]):
     """The items of `source`, made by a thread at most `depth` ahead; its errors are raised where the items are taken.
 
     waited: seconds that the taker has waited for items so far.
+    patience: seconds without an item after which StalledError is raised; 0: never. pending: what is waited for then.
     """
 
-    def __init__(self, source: Generator[Item, None, None], depth: int, name: str) -> None:
+    def __init__(
+        self,
+        source: Generator[Item, None, None],
+        depth: int,
+        name: str,
+        patience: float = 0.0,
+        pending: Callable[[], Sequence[str]] = list,
+    ) -> None:
         self.waited = 0.0
+        self._patience, self._pending = patience, pending
+        self._began = self._empty_since = time.perf_counter()
+        self._empty_seconds = 0.0
         self._source, self._depth = source, max(1, depth)
         self._items: deque[Item] = deque()
         self._changed = threading.Condition()
@@ -32,13 +54,19 @@ class Ahead(Iterator[Item], Generic[Item]):
         started = time.perf_counter()
         with self._changed:
             while not (self._items or self._ended or self._stopped):
-                self._changed.wait()
+                left = self._patience - (time.perf_counter() - started)
+                if self._patience and left <= 0:
+                    raise stalled(self._thread.name, self._patience, self._pending())
+                self._changed.wait(left if self._patience else None)
             self.waited += time.perf_counter() - started
             if self._stopped:
                 raise StopIteration
             if self._items:
                 self._changed.notify_all()
-                return self._items.popleft()
+                item = self._items.popleft()
+                if not self._items:
+                    self._empty_since = time.perf_counter()
+                return item
             if self._error is not None:
                 raise self._error
             raise StopIteration
@@ -62,9 +90,18 @@ class Ahead(Iterator[Item], Generic[Item]):
             while len(self._items) >= self._depth and not self._stopped:
                 self._changed.wait()
             if not self._stopped:
+                if not self._items:
+                    self._empty_seconds += time.perf_counter() - self._empty_since
                 self._items.append(item)
                 self._changed.notify_all()
             return not self._stopped
+
+    def readiness(self) -> float:
+        """The share of the time, since the start, in which there was an item to take."""
+        with self._changed:
+            now = time.perf_counter()
+            empty = self._empty_seconds + (0 if self._items else now - self._empty_since)
+            return 1 - min(1.0, empty / max(now - self._began, 1e-9))
 
     def stop(self) -> None:
         """Tell the thread to end after the item it is making; returns at once."""
@@ -73,7 +110,42 @@ class Ahead(Iterator[Item], Generic[Item]):
             self._items.clear()
             self._changed.notify_all()
 
+    def ended(self, seconds: float) -> bool:
+        """Whether the thread has ended, or ends within that time."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
     def close(self) -> None:
         """Stop, and wait for the thread's end."""
         self.stop()
         self._thread.join()
+
+
+def overlapped(
+    work: Callable[[Item], Result], items: Iterable[Item], pool: Executor, at_once: Callable[[], int]
+) -> Generator[Result, None, None]:
+    """`work` of each item, in order; the pool is at `at_once()` of them at the same time."""
+    running: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            running.append(pool.submit(work, item))
+            while len(running) >= max(1, at_once()):
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+    finally:
+        for future in running:
+            future.cancel()
+        wait(running)
+
+
+def stalled(name: str, seconds: float, pending: Sequence[str]) -> StalledError:
+    """Log every thread's stack; the error that says what is being waited for."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    stacks = (
+        f"thread {names.get(number, number)}:\n{''.join(traceback.format_stack(frame))}"
+        for number, frame in sys._current_frames().items()
+    )
+    log.critical("%s has given nothing for %.0f s; all threads:\n%s", name, seconds, "\n".join(stacks))
+    what = "; ".join(pending) or "no read is under way: see the threads' stacks in the log"
+    return StalledError(f"{name} has given nothing for patience={seconds:g} s; waiting for: {what}")

@@ -70,7 +70,21 @@ class LoaderConfig:
     prefetch: int = 3  # batches made ahead of the step
     max_bad_share: float = 0.01  # of the samples read; above it the run fails
     quarantine_file: str = ""  # bad samples are appended to it as JSON lines; {rank} is filled in
-    storage: dict[str, str] = field(default_factory=dict)  # fsspec options of the corpora
+    storage: dict[str, str] = field(default_factory=dict)  # fsspec options of the corpora; no credentials
     remote: RemoteReads = field(default_factory=RemoteReads)
     cache: CacheConfig = field(default_factory=CacheConfig)
-    patience: float = 600.0  # seconds without a batch after which the loader tells what it waits for; 0: never
+    patience: float = 300.0  # seconds without a batch after which the loader tells what it waits for; 0: never
+
+
+def check_storage(config: LoaderConfig) -> None:
+    """Raise ValueError for settings of stores and the cache that cannot be meant."""
+    remote, cache = config.remote, config.cache
+    for name in ("connections", "ahead_mb", "ahead_steps", "deadline", "try_seconds"):
+        if getattr(remote, name) <= 0:
+            raise ValueError(f"remote.{name} is {getattr(remote, name)}, must be more than 0")
+    if remote.gap_kb < 0 or config.patience < 0:
+        raise ValueError("remote.gap_kb and patience must be 0 or more")
+    if not 0 <= remote.hedge_percentile < 1:
+        raise ValueError(f"remote.hedge_percentile is {remote.hedge_percentile}, must be at least 0 and below 1")
+    if bool(cache.folder) != (cache.gb > 0):
+        raise ValueError(f"cache.folder is {cache.folder!r} and cache.gb {cache.gb}: set both, or neither")

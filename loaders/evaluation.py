@@ -15,7 +15,7 @@ from loaders.clips import Window, check_sample_type, choose_frames
 from loaders.config import LoaderConfig
 from loaders.decoding import Clip, Decoder, make_decoder, usable_threads
 from loaders.index import Record, ShardIndex
-from loaders.storage import BadSampleError, CorpusReader
+from loaders.storage import BadSampleError, open_corpus
 from loaders.text import clean_text
 
 
@@ -41,7 +41,7 @@ class VisualSet:
             raise ValueError(
                 "sample_type_test is 'rand', but test sets show the same frames each time: set middle or fpsX"
             )
-        self.reader = CorpusReader(url, config.storage)
+        self.reader = open_corpus(url, config)
         self.config = config
         self.name, self.media_type = self.reader.corpus.name, self.reader.corpus.media_type
         self.num_visuals = self.reader.corpus.samples

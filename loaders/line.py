@@ -177,6 +177,11 @@ class Line:
                 found[row] = jpegs
         return found
 
+    def cancel(self) -> None:
+        """Break off what is being read from stores."""
+        for reader in self.readers:
+            reader.cancel()
+
     def close(self) -> None:
         """Close the readers."""
         for reader in self.readers:

@@ -17,7 +17,7 @@ import numpy as np
 
 from loaders.blocks import Blocks, content_name
 from loaders.cache import DiskCache
-from loaders.config import RemoteReads
+from loaders.config import LoaderConfig, RemoteReads, check_storage
 from loaders.failures import check_no_credentials
 from loaders.index import Record, ShardIndex
 from loaders.ranges import Span, coalesce, cut
@@ -211,12 +211,14 @@ class CorpusReader:
         return FileNotFoundError(f"{what}, though {self.corpus.url}/corpus.json lists it")
 
     def counters(self) -> Counter[str]:
-        """What reading from a store took so far; without the cache's, which several readers share."""
+        """What reading from a store and the cache took so far."""
         total = Counter({"refetched": self._refetched})
         for folder in {id(f): f for f in (self._folder, self._tar_folder) if f is not None}.values():
             total.update(folder.counters)
         if self._blocks is not None:
             total.update(self._blocks.counters)
+        if self.cache is not None:
+            total.update(self.cache.counters)
         return total
 
     def pending(self) -> list[str]:
@@ -231,12 +233,39 @@ class CorpusReader:
                 folder.cancel()
 
     def close(self) -> None:
-        """Close files and connections, and forget the indices."""
+        """Close files and connections, and forget the indices; reading opens them again."""
         for folder in (self._folder, self._tar_folder):
             if folder is not None:
                 folder.close()
+        if self.cache is not None:
+            self.cache.close()
         self._tars.clear()
         self._indices.clear()
+
+
+def open_corpus(url: str, config: LoaderConfig, open_shards: int = OPEN_SHARDS) -> CorpusReader:
+    """A reader with the settings of a run; raises as CorpusReader, and ValueError for settings that cannot be meant."""
+    check_storage(config)
+    check_no_credentials(url, config.storage)
+    cache = None
+    if config.cache.folder and not is_local(url, config.storage):
+        cache = DiskCache(config.cache.folder, int(config.cache.gb * 1e9))
+    return CorpusReader(url, config.storage, open_shards, config.remote, cache, config.cache.clips)
+
+
+def check_cache(readers: Sequence[CorpusReader], config: LoaderConfig, lanes_here: int) -> None:
+    """Raise ValueError when the cache cannot hold what a node's lanes are at; with less it would be read anew."""
+    need = 0.0
+    for reader in readers:
+        shards = reader.corpus.shards
+        if reader.keeps and shards:
+            size = sum(shard.bytes + shard.index_bytes for shard in shards)
+            need += min(1.0, lanes_here * (config.window_shards + 1) / len(shards)) * size
+    if need > config.cache.gb * 1e9:
+        raise ValueError(
+            f"cache.gb={config.cache.gb:g} is too little: {lanes_here} lanes of this node are at {need / 1e9:.3g} GB "
+            f"at a time (window_shards={config.window_shards}); raise cache.gb to that, or lower lanes or window_shards"
+        )
 
 
 def is_damaged(data: bytes, record: Record, frame: int) -> bool:

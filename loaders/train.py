@@ -15,14 +15,14 @@ from itertools import chain
 import numpy as np
 import torch
 
-from loaders.ahead import Ahead
+from loaders.ahead import Ahead, StalledError, overlapped
 from loaders.batch import Answers, Batch
 from loaders.config import LoaderConfig
 from loaders.decoding import make_decoder, usable_threads
 from loaders.line import Draw, Line
 from loaders.plan import EpochPlan, check_world_size, media_schedule, rank_positions
 from loaders.quarantine import Quarantine
-from loaders.storage import BadSampleError, CorpusReader
+from loaders.storage import BadSampleError, check_cache, open_corpus
 from loaders.text import Tokenizer, clean_text
 
 log = logging.getLogger("loaders")
@@ -49,8 +49,9 @@ class TrainLoader:
     """Batches of images and videos, exactly once an epoch over all ranks, the same for any number of ranks.
 
     Iterating gives the rest of the current epoch; `state_dict` is (epoch, step) and resuming costs nothing.
-    counters: seconds that the stages worked (read_, decode_) and that they waited for the one before (decode_wait_,
-    and wait_ for the training step); samples, bytes_read, quarantined.
+    `figures()` are all counters; `counters` those of the loader itself: seconds that the stages worked (read_, decode_)
+    and that they waited for the one before (decode_wait_, and wait_ for the training step); samples,
+    bytes_read, quarantined.
 
     Raises:
         FileNotFoundError, ValueError: a corpus is missing, of another version or without the needed texts; a batch
@@ -71,11 +72,15 @@ class TrainLoader:
         check_positive(config)
         self.config, self.tokenizer, self.rank, self.world_size = config, tokenizer, rank, world_size
         lanes = config.lanes // math.gcd(config.lanes, world_size)  # that this rank reads
-        readers = [CorpusReader(url, config.storage, lanes * (config.window_shards + 2)) for url in corpora]
+        readers = [open_corpus(url, config, lanes * (config.window_shards + 2)) for url in corpora]
+        check_cache(readers, config, min(config.lanes, lanes * (ranks_here or world_size)))
         check_weights(config, [reader.corpus.name for reader in readers])
         kinds = sorted({reader.corpus.media_type for reader in readers})
         self.pool = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="read")
         self.batch_pool = ThreadPoolExecutor(BATCHES_AT_ONCE, thread_name_prefix="batch")
+        self._remote = any(not reader.local for reader in readers)
+        steps_at_once = config.remote.ahead_steps if self._remote else 1
+        self.step_pool = ThreadPoolExecutor(steps_at_once, thread_name_prefix="step")
         self._counting = threading.Lock()
         self.lines = {
             kind: Line(kind, [reader for reader in readers if reader.corpus.media_type == kind], config, self.pool)
@@ -88,6 +93,8 @@ class TrainLoader:
         self.counters: dict[str, float] = defaultdict(float)
         self.quarantine = Quarantine(rank, config.max_bad_share, config.quarantine_file.replace("{rank}", str(rank)))
         self._running: list[Ahead[Step] | Ahead[Batch]] = []
+        self._stalled = False
+        self._readiness: dict[str, float] = {}
         self.next_epoch, self.next_step = 0, 0
 
     def _count_steps(self, kind: str) -> int:
@@ -126,7 +133,9 @@ class TrainLoader:
                     "epoch %d: %d %s batches of %d, %d of %d left out", epoch, steps, kind, size, units % size, units
                 )
         fetched = Ahead(self.fetch_steps(epoch, start_step), self.config.prefetch, "loader-read")
-        batches = Ahead(self._make_batches(fetched), self.config.prefetch, "loader-decode")
+        batches = Ahead(
+            self._make_batches(fetched), self.config.prefetch, "loader-decode", self.config.patience, self.pending
+        )
         self._running += [fetched, batches]
         before = self.counters["wait_seconds"]
         try:
@@ -135,33 +144,74 @@ class TrainLoader:
                 last = batch.step + 1 == self.steps_per_epoch
                 self.next_epoch, self.next_step = (epoch + 1, 0) if last else (epoch, batch.step + 1)
                 yield batch
+        except StalledError:
+            self._stalled = True  # its threads cannot be waited for
+            raise
         finally:
-            self._end([fetched, batches])
+            if not self._stalled:
+                self._end([fetched, batches])
 
     def _end(self, stages: list[Ahead[Step] | Ahead[Batch]]) -> None:
-        """Stop stages and wait for their threads."""
+        """Stop stages and wait for their threads; what they read from stores is broken off."""
+        self._note_readiness()
         for stage in stages:
             stage.stop()
         for stage in stages:
-            stage.close()
+            while not stage.ended(0.05):
+                for line in self.lines.values():
+                    line.cancel()
             if stage in self._running:
                 self._running.remove(stage)
 
+    def pending(self) -> list[str]:
+        """What of the stores is being waited for: URL, bytes, seconds, tries."""
+        return [what for line in self.lines.values() for reader in line.readers for what in reader.pending()]
+
+    def figures(self) -> dict[str, float]:
+        """All counters so far: the loader's, the stores' and the cache's, and how ready the stages' queues were."""
+        total = dict(self.counters)
+        for line in self.lines.values():
+            for reader in line.readers:
+                for name, value in reader.counters().items():
+                    total[name] = total.get(name, 0) + value
+        self._note_readiness()
+        return total | self._readiness
+
+    def _note_readiness(self) -> None:
+        for stage, name in zip(self._running, ("read_ready", "decode_ready"), strict=False):
+            self._readiness[name] = round(stage.readiness(), 4)
+
     def fetch_steps(self, epoch: int, start_step: int) -> Generator[Step, None, None]:
-        """The reading stage: this rank's part of every step, as bytes."""
+        """The reading stage: this rank's part of every step, as bytes; of stores several steps at the same time."""
+        return overlapped(self._fetch_step, self._steps(epoch, start_step), self.step_pool, self._steps_at_once)
+
+    def _steps(self, epoch: int, start_step: int) -> Iterator[Step]:
+        """The steps of an epoch, nothing read yet."""
         schedule = media_schedule(self.media_steps, self.config.seed, epoch)
         plans = {kind: line.plan(epoch) for kind, line in self.lines.items()}
         done = {kind: schedule[:start_step].count(kind) for kind in self.lines}
         for number in range(start_step, len(schedule)):
-            started = time.perf_counter()
             kind = schedule[number]
             positions = rank_positions(done[kind], self.batch_size[kind], self.rank, self.world_size)
             done[kind] += 1
-            step = Step(kind, number, plans[kind], positions)
-            step.draws, step.jpegs, step.tries = [None] * len(positions), [[]] * len(positions), [0] * len(positions)  # type: ignore[list-item]
-            self._fetch(step, list(range(len(positions))))
+            yield Step(kind, number, plans[kind], positions)
+
+    def _fetch_step(self, step: Step) -> Step:
+        started, rows = time.perf_counter(), len(step.positions)
+        step.draws, step.jpegs, step.tries = [None] * rows, [[]] * rows, [0] * rows  # type: ignore[list-item]
+        self._fetch(step, list(range(rows)))
+        with self._counting:
             self.counters["read_seconds"] += time.perf_counter() - started
-            yield step
+            self.counters["steps_read"] += 1
+            self.counters["bytes_read"] += sum(len(data) for jpegs in step.jpegs for data in jpegs)
+        return step
+
+    def _steps_at_once(self) -> int:
+        """How many steps are read at the same time: of stores as many as `remote.ahead_mb` allows."""
+        if not self._remote:
+            return 1
+        size = self.counters["bytes_read"] / max(1.0, self.counters["steps_read"])
+        return min(self.config.remote.ahead_steps, int(self.config.remote.ahead_mb * 2**20 // max(1.0, size)))
 
     def _make_batches(self, fetched: Ahead[Step]) -> Generator[Batch, None, None]:
         """The decoding stage: steps to batches, their texts to tokens."""
@@ -185,7 +235,6 @@ class TrainLoader:
         batch = self._collate(step, frames)
         with self._counting:
             self.counters["samples"] += len(step.draws)
-            self.counters["bytes_read"] += sum(len(data) for jpegs in step.jpegs for data in jpegs)
         return batch
 
     def _fetch(self, step: Step, rows: list[int]) -> None:
@@ -252,9 +301,12 @@ class TrainLoader:
 
     def close(self) -> None:
         """End the threads, also those of an iteration that is not over, and close the files."""
-        self._end(list(self._running))
-        for pool in (self.batch_pool, self.pool):
-            pool.shutdown(wait=True, cancel_futures=True)
+        if not self._stalled:
+            self._end(list(self._running))
+        for line in self.lines.values():
+            line.cancel()
+        for pool in (self.step_pool, self.batch_pool, self.pool):
+            pool.shutdown(wait=not self._stalled, cancel_futures=True)
         self.decoder.close()
         for line in self.lines.values():
             line.close()

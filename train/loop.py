@@ -197,6 +197,7 @@ class Trainer:
             "temperature": _temperature(self.model),
             "grad_norm": _number(self.guard.norm),
             **self._clock.figures(self.device, self.ranks.world_size),
+            **{f"loader/{name}": round(value, 4) for name, value in sorted(self.loader.figures().items())},
             **({"skipped": self.guard.skipped} if self.guard.skipped else {}),
         }
         self._clock.restart()

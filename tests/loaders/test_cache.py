@@ -1,0 +1,154 @@
+"""The node's cache: bounded, shared, whole after any crash, and never wrong."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from pathlib import Path
+
+import pytest
+
+from loaders.cache import FOLDER, DiskCache
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def content(name: str) -> bytes:
+    """What an item of that name must hold: its bytes tell whose they are."""
+    rng = random.Random(name)
+    return rng.randbytes(rng.randint(500, 5000))
+
+
+def get(cache: DiskCache, name: str) -> bytes:
+    """An item as a reader gets it."""
+    data = cache.read(name)
+    if data is None:
+        data = content(name)
+        if cache.reserve({name: len(data)})[name]:
+            cache.put(name, data)
+    return data
+
+
+def files(cache: DiskCache) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in (cache.folder / "items").glob("*/*")}
+
+
+def test_items_are_kept_and_read_in_parts(tmp_path: Path) -> None:
+    cache = DiskCache(str(tmp_path), 10**6)
+    assert cache.read("aa") is None
+    assert get(cache, "aa") == content("aa")
+    assert cache.read("aa", 10, 20) == content("aa")[10:30]
+    cache.close()
+    again = DiskCache(str(tmp_path), 10**6)
+    assert again.read("aa") == content("aa")
+    assert again.bytes_used() == len(content("aa"))
+
+
+def test_the_least_recently_used_leave_first_and_the_budget_holds(tmp_path: Path) -> None:
+    cache = DiskCache(str(tmp_path), 3000)
+    for name in ("a1", "b2", "c3"):
+        assert cache.reserve({name: 1000}) == {name: True}
+        cache.put(name, name.encode() * 500)
+    cache.read("a1")
+    cache._noted = 0.0  # long ago: uses are noted now
+    cache.reserve({"d4": 1000})
+    cache.put("d4", b"d4" * 500)
+    assert sorted(files(cache)) == ["a1", "c3", "d4"]
+    assert cache.counters["cache_evictions"] == 1
+    assert cache.bytes_used() == 3000
+
+
+def test_what_is_being_fetched_does_not_leave_and_counts(tmp_path: Path) -> None:
+    cache = DiskCache(str(tmp_path), 3000)
+    assert cache.reserve({"a1": 2000, "b2": 1000}) == {"a1": True, "b2": True}
+    assert cache.reserve({"c3": 1}) == {"c3": False}
+    assert cache.reserve({"a1": 2000}) == {"a1": False}
+    cache.drop(["a1"])
+    assert cache.reserve({"c3": 2000}) == {"c3": True}
+
+
+def test_a_damaged_list_begins_anew_and_touches_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("mine")
+    cache = DiskCache(str(tmp_path), 10**6)
+    get(cache, "aa")
+    cache.close()
+    for path in (tmp_path / FOLDER).glob("items.sqlite*"):
+        path.write_bytes(b"garbage" * 1000)
+    again = DiskCache(str(tmp_path), 10**6)
+    assert again.read("aa") is None
+    assert get(again, "aa") == content("aa")
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"cache\.folder=.*file/cache cannot be written to"):
+        DiskCache(str(tmp_path / "file" / "cache"), 10**6)
+
+
+def test_threads_share_a_cache(tmp_path: Path) -> None:
+    cache = DiskCache(str(tmp_path), 60_000)
+    wrong: list[str] = []
+
+    def work(seed: int) -> None:
+        rng = random.Random(seed)
+        for _ in range(150):
+            name = f"{rng.randrange(40):02}"
+            if get(cache, name) != content(name):
+                wrong.append(name)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert sum(files(cache).values()) <= 60_000
+    assert cache.bytes_used() == sum(files(cache).values())
+
+
+WORKER = """
+import random, sys
+sys.path[:0] = [{root!r}, {here!r}]
+from test_cache import content, get
+from loaders.cache import DiskCache
+cache, rng = DiskCache(sys.argv[1], 60_000), random.Random(int(sys.argv[2]))
+print("ready", flush=True)
+for _ in range(int(sys.argv[3])):
+    name = f"{{rng.randrange(60):02}}"
+    assert get(cache, name) == content(name), name
+cache.close()
+"""
+
+
+def start(folder: Path, seed: int, rounds: int) -> subprocess.Popen:
+    program = WORKER.format(root=str(ROOT), here=str(Path(__file__).parent))
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(folder), str(seed), str(rounds)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_processes_killed_at_any_moment_leave_a_whole_cache_to_the_others(tmp_path: Path) -> None:
+    rng = random.Random(7)
+    survivor = start(tmp_path, 1000, 1500)
+    for seed in range(6):
+        victim = start(tmp_path, seed, 10**9)
+        time.sleep(rng.uniform(0.01, 0.3))
+        os.kill(victim.pid, signal.SIGKILL)
+        victim.wait()
+        victim.stdout.close()
+    assert survivor.wait(120) == 0  # every item it read was right
+    survivor.stdout.close()
+    cache = DiskCache(str(tmp_path), 60_000)  # takes back what the dead had reserved
+    found = files(cache)
+    assert all(zlib.crc32(cache.read(name)) == zlib.crc32(content(name)) for name in found)
+    assert cache.bytes_used() == sum(found.values()) <= 60_000
+    assert not [name for name in found if name.endswith(".part")]
+    assert cache.reserve({"zz": 60_000}) == {"zz": True}  # nothing holds room for the dead

@@ -1,0 +1,201 @@
+"""An epoch from real stores, on good days and bad ones: the batches of the local corpus, nothing lost or left out."""
+
+import threading
+import time
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+from faulty_proxy import KINDS, Faults
+from object_stores import STORES, MakeFaulty, Store
+
+from loaders.ahead import StalledError
+from loaders.config import CacheConfig, LoaderConfig, PerMedia, RemoteReads, VideoInput
+from loaders.text import Tokenizer
+from loaders.train import TrainLoader
+
+
+def config(**settings) -> LoaderConfig:
+    options = {"batch_size": PerMedia(6, 4), "image_res": 32, "decode": "cpu", "threads": 1, "lanes": 8}
+    return LoaderConfig(**options | {"video_input": VideoInput(num_frames=2)} | settings)
+
+
+def epoch_of(corpora: list[str], tokenizer: Tokenizer, settings: LoaderConfig):
+    loader = TrainLoader(corpora, tokenizer, settings)
+    try:
+        return list(loader), loader.figures(), loader.quarantine
+    finally:
+        loader.close()
+
+
+def assert_same(batches, expected) -> None:
+    assert [batch.keys for batch in batches] == [batch.keys for batch in expected]
+    assert all(torch.equal(mine.frames, theirs.frames) for mine, theirs in zip(batches, expected, strict=True))
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["direct", "cached"])
+@pytest.mark.parametrize("store", STORES, indirect=True)
+def test_an_epoch_through_every_fault_is_that_of_the_local_corpus(
+    store: Store, faulty: MakeFaulty, shapes, tokenizer: Tokenizer, tmp_path: Path, cached: bool
+) -> None:
+    names = ["images_train", "clips_train"]
+    for name in names:
+        store.fill(shapes.url(name), name)
+    expected, _, _ = epoch_of([shapes.url(name) for name in names], tokenizer, config())
+    # of small requests there are few when blocks are cached: the share is larger
+    proxy = faulty(store, Faults.everywhere(0.4 if cached else 0.1, seed=5, slow_seconds=0.3))
+    cache = CacheConfig(str(tmp_path / "cache"), 1.0, clips=True) if cached else CacheConfig()
+    settings = config(cache=cache, remote=RemoteReads(gap_kb=0))
+    batches, figures, quarantine = epoch_of([store.url(name, proxy) for name in names], tokenizer, settings)
+    assert_same(batches, expected)
+    assert not quarantine
+    counts = proxy.counts()
+    assert sum(counts[kind] for kind in KINDS) > 0
+    if not cached:
+        assert all(counts[kind] for kind in KINDS)
+        assert figures["refetched"] > 0
+    assert figures["retries"] > 0
+    assert figures["requests"] >= figures["retries"]
+    assert 0 <= figures["read_ready"] <= 1
+
+
+@pytest.mark.parametrize("store", STORES, indirect=True)
+def test_with_a_cache_the_second_epoch_asks_for_nothing(
+    store: Store, faulty: MakeFaulty, shapes, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    store.fill(shapes.url("images_train"), "images_train")
+    proxy = faulty(store, Faults())
+    loader = TrainLoader(
+        [store.url("images_train", proxy)], tokenizer, config(cache=CacheConfig(str(tmp_path / "cache"), 1.0))
+    )
+    first = sorted(key for batch in loader for key in batch.keys)
+    asked = len(proxy.log)
+    second = sorted(key for batch in loader for key in batch.keys)
+    assert first == second
+    assert len(proxy.log) == asked
+    assert loader.figures()["cache_hits"] > len(second)
+    loader.close()
+
+
+@pytest.mark.parametrize("status", [403, 404, 400])
+@pytest.mark.parametrize("store", STORES, indirect=True)
+def test_a_permanent_error_ends_the_epoch_within_the_deadline_and_names_the_url(
+    store: Store, faulty: MakeFaulty, shapes, tokenizer: Tokenizer, status: int
+) -> None:
+    store.fill(shapes.url("images_train"), "images_train")
+    proxy = faulty(store, Faults(permanent=r"\.tar", permanent_status=status))
+    url = store.url("images_train", proxy)
+    began = time.monotonic()
+    with pytest.raises(OSError, match=rf"{url}/images_train-00000\d\.tar"):
+        epoch_of([url], tokenizer, config())
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("store", ["s3"], indirect=True)
+def test_a_store_that_goes_down_ends_the_epoch_at_the_deadline(
+    store: Store, faulty: MakeFaulty, shapes, tokenizer: Tokenizer
+) -> None:
+    store.fill(shapes.url("images_train"), "images_train")
+    proxy = faulty(store, Faults())
+    loader = TrainLoader([store.url("images_train")], tokenizer, config(remote=RemoteReads(deadline=5)))
+    next(iter(loader))
+    proxy.faults = Faults(error=1)
+    began = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"s3://.*\.tar bytes .*remote\.deadline=5 s .*status 503"):
+        list(loader)
+    assert time.monotonic() - began < 15
+    loader.close()
+
+
+@pytest.mark.parametrize("store", ["http"], indirect=True)
+def test_an_epoch_that_stands_still_says_what_it_waits_for(
+    store: Store, faulty: MakeFaulty, shapes, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.fill(shapes.url("images_train"), "images_train")
+    proxy = faulty(store, Faults())
+    url = store.url("images_train", proxy)
+    loader = TrainLoader([url], tokenizer, config(patience=1.5))
+    proxy.faults = Faults(latency=60)
+    with pytest.raises(StalledError, match=rf"patience=1\.5 s; waiting for: {url}/.* s, try 1"):
+        next(iter(loader))
+    assert "thread loader-read" in caplog.text
+    assert "thread MainThread" in caplog.text
+    loader.close()
+
+
+@pytest.mark.parametrize("store", ["s3", "http"], indirect=True)
+def test_leaving_an_epoch_ends_its_reads_and_threads_at_once(
+    store: Store, faulty: MakeFaulty, shapes, tokenizer: Tokenizer
+) -> None:
+    store.fill(shapes.url("images_train"), "images_train")
+    proxy = faulty(store, Faults())
+    before = {thread.name for thread in threading.enumerate()}
+    loader = TrainLoader([store.url("images_train", proxy)], tokenizer, config())
+    batches = iter(loader)
+    next(batches)
+    proxy.faults = Faults(latency=60)
+    time.sleep(0.2)
+    began = time.monotonic()
+    batches.close()
+    loader.close()
+    assert time.monotonic() - began < 3
+    left = {thread.name for thread in threading.enumerate()} - before
+    assert not {name for name in left if name.startswith(("loader", "step", "batch", "read", "decode"))}
+
+
+def test_credentials_in_urls_and_options_are_refused_without_being_told(
+    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    for url, options in (
+        ("https://user:hunter2@host/photos", {}),
+        ("s3://AKIAEXAMPLE:hunter2@bucket/photos", {}),
+        ("https://host/photos?X-Amz-Signature=hunter2", {}),
+        ("s3://bucket/photos", {"secret": "hunter2"}),
+    ):
+        with pytest.raises(ValueError, match="environment") as raised:
+            TrainLoader([url], tokenizer, config(storage=options))
+        assert "hunter2" not in str(raised.value)
+    assert "hunter2" not in caplog.text
+
+
+@pytest.mark.parametrize("store", ["s3"], indirect=True)
+def test_a_secret_of_the_environment_is_in_no_message(
+    store: Store, faulty: MakeFaulty, shapes, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", logger="loaders")
+    store.fill(shapes.url("images_train"), "images_train")
+    for faults in (Faults(permanent=r"\.tar"), Faults(error=1, only=r"\.tar"), Faults(cut=1, only=r"\.tar")):
+        faulty(store, faults)
+        with pytest.raises(OSError) as raised:
+            epoch_of([store.url("images_train")], tokenizer, config(remote=RemoteReads(deadline=1)))
+        told = "".join(traceback.format_exception(raised.value)) + caplog.text
+        assert "testing-secret" not in told
+        assert "Signature" not in told
+        assert store.url("images_train") in told
+
+
+def test_a_cache_that_cannot_hold_what_is_read_is_refused_with_the_number(
+    http: Store, shapes, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    url = http.fill(shapes.url("images_train"), "images_train")
+    with pytest.raises(ValueError, match=r"cache\.gb=1e-05 is too little: 8 lanes .* [\d.e-]+ GB at a time"):
+        TrainLoader([url], tokenizer, config(cache=CacheConfig(str(tmp_path), 0.00001)))
+    with pytest.raises(ValueError, match="set both, or neither"):
+        TrainLoader([url], tokenizer, config(cache=CacheConfig(str(tmp_path))))
+
+
+def test_a_damaged_file_of_the_cache_is_found_and_fetched_again(
+    http: Store, shapes, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    url = http.fill(shapes.url("images_train"), "images_train")
+    settings = config(cache=CacheConfig(str(tmp_path), 1.0))
+    expected, _, _ = epoch_of([url], tokenizer, settings)
+    for path in tmp_path.glob("singularity-cache-1/items/*/*"):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 3 :: 997] = b"\0" * len(data[len(data) // 3 :: 997])
+        path.write_bytes(data)
+    batches, figures, quarantine = epoch_of([url], tokenizer, settings)
+    assert_same(batches, expected)
+    assert not quarantine
+    assert figures["refetched"] > 0
