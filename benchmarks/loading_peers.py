@@ -29,6 +29,7 @@ PEERS = """
 HALF = [0.5, 0.5, 0.5]
 AREA = (0.5, 1.0)
 PASSED_OVER = 8  # batches before the clock starts: those that were made while others ran
+FEWEST = 6  # batches that are timed, however slow they come
 
 
 def serve(batches: Iterator[int]) -> None:
@@ -41,9 +42,9 @@ def serve(batches: Iterator[int]) -> None:
         seconds = float(line)
         for _ in range(PASSED_OVER):
             next(batches)
-        samples, began, cpu = 0, time.perf_counter(), cpu_seconds()
-        while time.perf_counter() - began < seconds:
-            samples += next(batches)
+        samples, taken, began, cpu = 0, 0, time.perf_counter(), cpu_seconds()
+        while time.perf_counter() - began < seconds or taken < FEWEST:
+            samples, taken = samples + next(batches), taken + 1
         elapsed = time.perf_counter() - began
         print(json.dumps({"rate": samples / elapsed, "core": samples / (cpu_seconds() - cpu)}), flush=True)
 

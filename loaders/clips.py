@@ -52,6 +52,15 @@ def choose_frames(
     return np.concatenate([chosen, np.full(num_frames - len(chosen), chosen[-1], np.int64)])
 
 
+def random_frames(num_frames: int, lengths: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """`choose_frames("rand", ...)` of B clips at once: (B, num_frames) of lengths (B,) and numbers (B, num_frames)."""
+    edges = np.linspace(0, lengths, num_frames + 1, axis=1).astype(np.int64)
+    chosen = edges[:, :-1] + (numbers * np.diff(edges, axis=1)).astype(np.int64)
+    for row in np.flatnonzero(lengths < num_frames).tolist():
+        chosen[row] = choose_frames("rand", num_frames, int(lengths[row]), 1.0, numbers[row])
+    return chosen
+
+
 def check_sample_type(sample_type: str) -> None:
     """Raise ValueError unless it is one that `choose_frames` knows."""
     if sample_type.startswith("fps"):

@@ -15,6 +15,7 @@ from loaders.clips import (
     check_sample_type,
     choose_frames,
     draw_keys,
+    random_frames,
     random_numbers,
     random_windows,
 )
@@ -118,10 +119,12 @@ class Line:
         if self.media_type == "image":
             return [IMAGE_FRAMES] * len(records)
         video = self.config.video_input
-        numbers = random_numbers(keys, FRAMES, video.num_frames)
+        lengths = np.array([max(1, len(record.sizes)) for record in records])
+        if video.sample_type == "rand":
+            return list(random_frames(video.num_frames, lengths, random_numbers(keys, FRAMES, video.num_frames)))
         return [
-            choose_frames(video.sample_type, video.num_frames, max(1, len(record.sizes)), record.fps, mine)
-            for record, mine in zip(records, numbers, strict=True)
+            choose_frames(video.sample_type, video.num_frames, length, record.fps)
+            for length, record in zip(lengths.tolist(), records, strict=True)
         ]
 
     def _windows(self, records: Sequence[Record], keys: np.ndarray) -> list[Window]:

@@ -17,6 +17,7 @@ from loaders.clips import (
     choose_frames,
     draw_keys,
     frames_at_rate,
+    random_frames,
     random_numbers,
     random_windows,
 )
@@ -43,6 +44,14 @@ def test_random_frames_come_from_their_intervals(num_frames: int, length: int, n
     drawn = chosen[: len(edges) - 1]
     assert np.all((drawn >= edges[:-1]) & (drawn < edges[1:]))
     assert np.all(chosen[len(drawn) :] == drawn[-1])
+
+
+@given(st.integers(1, 12), st.lists(st.integers(1, 100), min_size=1, max_size=9))
+def test_frames_of_many_clips_are_those_of_each(num_frames: int, lengths: list[int]) -> None:
+    numbers = random_numbers(keys(len(lengths)), FRAMES, num_frames)
+    found = random_frames(num_frames, np.array(lengths), numbers)
+    for row, length in enumerate(lengths):
+        assert found[row].tolist() == choose_frames("rand", num_frames, length, 2.0, numbers[row]).tolist()
 
 
 def test_a_random_frame_can_be_the_last_of_its_interval() -> None:

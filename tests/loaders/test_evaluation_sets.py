@@ -9,7 +9,7 @@ from sharding.build import build_corpus
 CONFIG = LoaderConfig(image_res=32, decode="cpu", threads=1)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 5])
+@pytest.mark.parametrize("world_size", [1, 2, 5, 16, 25])  # the last: more ranks than visuals
 @pytest.mark.parametrize("name", ["images_test", "clips_test_motion"])
 def test_every_visual_exactly_once(shapes, name: str, world_size: int) -> None:
     dataset = RetrievalSet(shapes.url(name), CONFIG)
