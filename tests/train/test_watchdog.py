@@ -1,14 +1,15 @@
 """A job that stands still ends by itself, and says which rank is the cause and at which step."""
 
 import os
+import shutil
 import signal
 import time
 
 import psutil
 import pytest
-from small_run import metrics, start
+from small_run import metrics, run, start
 
-from train.watchdog import LOADER, OTHER, STEP, Beat, verdict
+from train.watchdog import EXIT_CODE, LOADER, OTHER, STEP, Beat, verdict
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -72,3 +73,21 @@ def test_a_killed_or_halted_rank_brings_the_job_down(corpora, tmp_path, what):
     else:
         assert "given no sign of life for" in text
         assert "Thread" in (folder / "stacks_rank_0.txt").read_text()
+
+
+def test_a_loader_that_stands_still_is_named(corpora, tmp_path):
+    """A shard that cannot be read, as on a file system that has gone: a pipe that nobody writes into."""
+    stuck = tmp_path / "images"
+    shutil.copytree(corpora / "images_train", stuck)
+    for tar in stuck.glob("*.tar"):
+        tar.unlink()
+        os.mkfifo(tar)
+    settings = (f"train_corpus={stuck}", f"output_dir={tmp_path}/run", "stall_seconds=4")
+    result = run("pretrain", corpora / "tiny.yaml", *settings, processes=1)
+    assert result.returncode == EXIT_CODE, result.stderr
+    assert "rank 0 (" in result.stdout
+    assert "has been waiting for its loader for" in result.stdout
+    assert (
+        "loader-read" in (tmp_path / "run/stacks_rank_0.txt").read_text()
+        or "ahead.py" in (tmp_path / "run/stacks_rank_0.txt").read_text()
+    )
