@@ -116,7 +116,10 @@ def start_jobs(folder: Path, jobs: list[dict], processes: int = 2) -> subprocess
 def learned(folder: Path) -> list[dict]:
     """What a run has logged about its steps, without what varies from run to run."""
     lines = [line for line in metrics(folder) if "loss" in line]
-    return [{key: value for key, value in line.items() if key not in VARYING} for line in lines]
+    return [
+        {key: value for key, value in line.items() if key not in VARYING and not key.startswith("loader/")}
+        for line in lines
+    ]
 
 
 def free_port() -> int:

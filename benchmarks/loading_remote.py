@@ -1,0 +1,128 @@
+"""Loading from S3 against loading from the local disk: one run, taking turns, medians and ratios.
+
+    python benchmarks/loading_remote.py --corpus data/photos [--latency 0.02] [--rounds 5] [--cache]
+
+The S3 server (moto, of the tests' environment, see tests/object_stores.py) and the proxy that adds the latency run on
+the first core, our loader on the second, for the local rounds too: the server's work is nobody's gain or loss. Every
+round opens the corpus anew and takes batches for some seconds after the first one; the local round and the remote ones
+of a round follow each other. Two rates: by the clock, and by the CPU time of our process, which other work on the
+machine disturbs less. `--cache`: an empty cache and one epoch a round, so that all bytes come from the store.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import fsspec  # noqa: E402
+from object_stores import Store, environment_of, forget_clients, free_port, server  # noqa: E402
+
+from loaders.config import CacheConfig, LoaderConfig, PerMedia  # noqa: E402
+from loaders.text import Tokenizer  # noqa: E402
+from loaders.train import TrainLoader  # noqa: E402
+from loaders.vocab import learn_vocabulary  # noqa: E402
+
+SERVE = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from faulty_proxy import Faults, FaultyProxy
+proxy = FaultyProxy(sys.argv[1], Faults(latency=float(sys.argv[2])), port=int(sys.argv[3]))
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def proxy_at(core: int, upstream: str, latency: float) -> tuple[subprocess.Popen[str], str]:
+    """The proxy in a process of its own on one core; its address."""
+    port = free_port()
+    words = [sys.executable, "-c", SERVE, upstream, str(latency), str(port)]
+    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    os.sched_setaffinity(process.pid, {core})
+    assert process.stdout is not None
+    process.stdout.readline()
+    return process, f"127.0.0.1:{port}"
+
+
+def rate(url: str, address: str, vocab: Path, options: argparse.Namespace) -> tuple[float, float, dict[str, float]]:
+    """Samples a second and a CPU second of one opening of the corpus, and the loader's figures."""
+    os.environ.update(environment_of("s3", address))
+    forget_clients()
+    folder = tempfile.mkdtemp(prefix="cache-")
+    cache = CacheConfig(folder, 50.0, clips=True) if options.cache else CacheConfig()
+    config = LoaderConfig(
+        batch_size=PerMedia(options.batch, options.batch), decode="cpu", threads=1, cache=cache, max_bad_share=0.5
+    )
+    loader = TrainLoader([url], Tokenizer.load(str(vocab)), config)
+    next(iter(loader))
+    samples, began, cpu = 0, time.perf_counter(), time.process_time()
+    while time.perf_counter() - began < options.seconds:
+        for batch in loader:
+            samples += len(batch.keys)
+            if time.perf_counter() - began >= options.seconds:
+                break
+        if options.cache:
+            break
+    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+    figures = loader.figures()
+    loader.close()
+    shutil.rmtree(folder)
+    return samples / seconds, samples / cpu, figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", required=True, help="a packed corpus on the local disk")
+    parser.add_argument("--latency", type=float, default=0.02, help="seconds added to every answer")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=5, help="of every measurement")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--cache", action="store_true", help="whole blocks through a cache that begins empty")
+    options = parser.parse_args()
+    first, second = sorted(os.sched_getaffinity(0))[:2]
+    os.sched_setaffinity(0, {first})  # what is started now stays there
+    port = free_port()
+    with server("moto_server", "-H", "127.0.0.1", "-p", str(port), port=port) as address:
+        os.environ.update(environment_of("s3", address))
+        fsspec.filesystem("s3").mkdir("corpora")
+        url = Store("s3", address, "s3://corpora").fill(options.corpus, "corpus")
+        plain, plain_address = proxy_at(first, address, 0.0)
+        slow, slow_address = proxy_at(first, address, options.latency)
+        vocab = Path(tempfile.mkdtemp()) / "vocab.txt"
+        learn_vocabulary([options.corpus], 2000, vocab)
+        for thread in os.listdir("/proc/self/task"):
+            os.sched_setaffinity(int(thread), {second})
+        sides = {
+            "local": (options.corpus, address),
+            "s3": (url, plain_address),
+            f"s3+{options.latency * 1000:g}ms": (url, slow_address),
+        }
+        found: dict[str, list[tuple[float, float, dict[str, float]]]] = {name: [] for name in sides}
+        for number in range(options.rounds):
+            for name, (where, at) in sides.items():
+                found[name].append(rate(where, at, vocab, options))
+                print(number, name, *(f"{value:,.0f}" for value in found[name][-1][:2]), flush=True)
+        for process in (plain, slow):
+            process.terminate()
+    for name, rounds in found.items():
+        clock, of_cpu = (statistics.median(r[k] for r in rounds) for k in (0, 1))
+        by_clock, by_cpu = ([r[k] / f[k] for r, f in zip(rounds, found["local"])] for k in (0, 1))
+        last = {key: round(value, 2) for key, value in rounds[-1][2].items() if value}
+        print(
+            f"{name:9} {clock:8,.0f}/s {of_cpu:8,.0f}/CPU s; of local {statistics.median(by_clock):.2f} by the clock, "
+            f"{statistics.median(by_cpu):.2f} by CPU"
+        )
+        print("   ", last)
+
+
+if __name__ == "__main__":
+    main()
