@@ -69,6 +69,7 @@ class FaultyProxy:
 
     def __post_init__(self) -> None:
         self._seen: Counter[str] = Counter()
+        self._connections: set[asyncio.Task | None] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="faulty-proxy", daemon=True)
         self._thread.start()
@@ -103,12 +104,15 @@ class FaultyProxy:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One client's connection: requests one after another, until either side ends it."""
+        task = asyncio.current_task()
+        self._connections.add(task)  # asyncio itself forgets tasks that nobody holds
         try:
             while await self._request(reader, writer):
                 pass
         except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass
         finally:
+            self._connections.discard(task)
             writer.close()
 
     async def _request(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
