@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -35,5 +36,6 @@ def evaluation(prepared: Prepared, device: torch.device) -> Evaluate:
 
 def _evaluate(prepared: Prepared, device: torch.device, model: Model, splits: list[str], label: str) -> Metrics:
     folder = prepared.folder.path / "evaluation" / label
-    run, ranks = prepared.run, prepared.ranks
+    # Features of weights that change are of no use later: kept on disk they would only fill it, epoch after epoch.
+    run, ranks = replace(prepared.run, feature_cache=None), prepared.ranks
     return evaluate_splits(model, prepared.tokenizer, run, ranks, device, splits, folder, answers=prepared.answers)

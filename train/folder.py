@@ -26,7 +26,7 @@ FREE = (
     "log_every", "save_every", "save_minutes", "keep_checkpoints", "wandb", "threads", "prefetch", "storage",
     "max_bad_share", "batch_size_test", "pair_batch_size", "gallery", "gallery_frames", "eval_offload", "tokenizer",
     "checkpoint_url", "deepspeed", "accumulate", "gradient_checkpointing", "max_bad_steps", "stall_seconds",
-    "profile_steps", "quarantine_file", "cache",
+    "profile_steps", "quarantine_file", "cache", "feature_cache", "eval_num_frames", "benchmark",
 )  # fmt: skip
 
 
