@@ -6,12 +6,12 @@ import asyncio
 import errno
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import aiohttp
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
+from tenacity import AsyncRetrying, RetryCallState, Retrying, retry_if_exception, stop_after_attempt
 from tenacity.nap import sleep_using_event
 from tenacity.stop import stop_when_event_set
 from tenacity.wait import wait_exponential_jitter
@@ -48,12 +48,20 @@ def again(
     enough = stop_after_attempt(attempts)
     retrying = Retrying(
         stop=enough | stop_when_event_set(stop) if stop else enough,
-        wait=pause,
-        retry=retry_if_exception(is_transient),
         sleep=sleep_using_event(stop or threading.Event()),
-        reraise=True,
+        **policy(),
     )
     return retrying(function, *arguments)
+
+
+async def again_async(function: Callable[..., Awaitable[Result]], *arguments: Any, attempts: int = ATTEMPTS) -> Result:
+    """`again` of a coroutine."""
+    return await AsyncRetrying(stop=stop_after_attempt(attempts), **policy())(function, *arguments)
+
+
+def policy() -> dict[str, Any]:
+    """What is tried again, and after which pause."""
+    return {"wait": pause, "retry": retry_if_exception(is_transient), "reraise": True}
 
 
 def pause(state: RetryCallState) -> float:

@@ -21,7 +21,7 @@ import fsspec
 
 from sharding.archives import Archive, split_archive
 from sharding.media import MediaError
-from sharding.remote import ATTEMPTS, again, credentials_missing, naming, reason_of
+from sharding.remote import ATTEMPTS, again, again_async, credentials_missing, naming, reason_of
 from sharding.schema import join_url
 
 WINDOW = {"image": 1024, "video": 64}  # media: how far finished ones may run ahead of one that is slow to come
@@ -90,13 +90,31 @@ class Media:
                         and len(pending) < AHEAD * self.fetching.connections
                         and following - min(pending.values(), default=following) < window
                     ):
-                        pending[pool.submit(self.fetch, sources[following])] = following
+                        pending[self.start(pool, sources[following])] = following
                         following = next(places, None)
                     for future in wait(pending, return_when=FIRST_COMPLETED).done:
                         yield pending.pop(future), future.result()
             finally:
                 self.stop.set()
+                for future in pending:
+                    future.cancel()
                 pool.shutdown(wait=False, cancel_futures=True)
+
+    def start(self, pool: ThreadPoolExecutor, source: str) -> Future[Fetched | MediaError]:
+        """Begin to fetch: photos from the web in the client's own loop, which costs half of what threads do."""
+        url = self.location(source)
+        absolute = "://" in source
+        if self.media_type == "image" and url.startswith(WEB) and (absolute or not split_archive(url)):
+            filesystem, path = fsspec.url_to_fs(url, **web_options(self.fetching))
+            return asyncio.run_coroutine_threadsafe(self.fetch_from_web(filesystem, path), filesystem.loop)
+        return pool.submit(self.fetch, source)
+
+    async def fetch_from_web(self, filesystem: Any, path: str) -> Fetched | MediaError:
+        """`fetch` of a photo on a web server, as a coroutine."""
+        try:
+            return await again_async(filesystem._cat_file, path, attempts=self.fetching.attempts)
+        except Exception as error:  # as in `fetch`
+            return MediaError(reason_of(error))
 
     def location(self, source: str) -> str:
         """A source's URL, or its absolute path where it is a local file."""
