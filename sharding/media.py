@@ -18,6 +18,7 @@ from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps
 
 EXIF_ORIENTATION = 0x0112
+DETAIL = 2  # times the stored size: a JPEG is decoded no smaller, what is left to the area filter keeps it sharp
 SEEK_BEYOND = 5.0  # seconds; to a start that is nearer a clip is decoded from its beginning
 
 
@@ -51,7 +52,7 @@ def pack_image(data: bytes, size: int, quality: int) -> Frames:
     if plain and min(plain) <= size:
         decode_jpeg(data, 1)  # a truncated file must not pass through
         return Frames([data], *plain)
-    pixels = decode_jpeg(data, size) if plain else decode_any(data)
+    pixels = decode_jpeg(data, DETAIL * size) if plain else decode_any(data)
     pixels = shrink(pixels, size)
     return Frames([encode(pixels, quality)], pixels.shape[1], pixels.shape[0])
 

@@ -4,6 +4,7 @@ import io
 from fractions import Fraction
 
 import av
+import cv2
 import numpy as np
 import pytest
 import simplejpeg
@@ -83,6 +84,25 @@ def test_a_small_jpeg_keeps_its_bytes_and_a_large_one_shrinks() -> None:
     assert pack_image(data, 30, 90).height == 30
     wide = pack_image(saved(halves(2000, 10), "JPEG"), 64, 90)
     assert (wide.width, wide.height) == (2000, 10)
+
+
+def shown_at(data: bytes, size: int) -> np.ndarray:
+    return simplejpeg.decode_jpeg(pack_image(data, size, 100).jpegs[0], "RGB")
+
+
+def psnr(one: np.ndarray, other: np.ndarray) -> float:
+    return 10 * np.log10(255**2 / np.mean((one.astype(float) - other) ** 2))
+
+
+@pytest.mark.parametrize("width", [700, 1024, 1500, 4000])
+def test_a_large_jpeg_decoded_at_a_smaller_size_is_as_good_as_one_decoded_in_full(width: int) -> None:
+    grey = np.random.default_rng(0).integers(0, 255, (75, 100, 1), np.uint8).repeat(3, 2)
+    large = Image.fromarray(grey).resize((width, width * 3 // 4), Image.Resampling.BICUBIC)
+    data = saved(large, "JPEG", quality=90)
+    stored = shown_at(data, 224)
+    size = (stored.shape[1], stored.shape[0])
+    truth = cv2.resize(np.asarray(large), size, interpolation=cv2.INTER_AREA)
+    assert psnr(stored, truth) > 30
 
 
 @pytest.mark.parametrize(
