@@ -1,5 +1,6 @@
 """What several rooms' tests stand on: a small Shapes corpus, packed once a session by the real tools."""
 
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,10 @@ from sharding.build import build_corpus
 from sharding.shapes import write_shapes
 
 pytest_plugins = ["object_stores", "browser"]
+
+# Programs that tests start are interrupted as a terminal does it; a shell's background job would have them ignore it.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
