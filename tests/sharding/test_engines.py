@@ -17,7 +17,11 @@ from sharding.engines import Engine
 from sharding.shapes import write_shapes
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-QUICK_TO_NOTICE = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_timeout_ms": 500}
+QUICK_TO_NOTICE = {  # on a busy machine less is too little
+    "health_check_initial_delay_ms": 1000,
+    "health_check_period_ms": 1000,
+    "health_check_timeout_ms": 5000,
+}
 
 
 def draw(folder: Path, images: int, size: int = 64) -> Path:
