@@ -132,6 +132,8 @@ class RunConfig(LoaderConfig, EvalConfig):
         unknown = [name for name in self.splits if name not in self.test_corpus]
         if unknown:
             raise ValueError(f"splits names {unknown[0]!r}, test_corpus has {', '.join(self.test_corpus) or 'none'}")
+        if self.label is not None and (self.label in ("", "..") or Path(self.label).name != self.label):
+            raise ValueError(f"label is {self.label!r}, must be the name of a folder within OUTPUT_DIR/evaluation")
         if self.stop_key is not None and self.stop_key not in self.test_corpus:
             raise ValueError(f"stop_key is {self.stop_key!r}, test_corpus has {', '.join(self.test_corpus) or 'none'}")
 
