@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -102,9 +103,19 @@ def _listed(outcomes: Sequence[Outcomes]) -> str:
 
 def _paired(first: Outcomes, second: Outcomes) -> tuple[Outcomes, Outcomes]:
     """Both cut to the queries that they share, in the same order."""
-    places = {query: i for i, query in enumerate(second.queries)}
-    own = [i for i, query in enumerate(first.queries) if query in places]
-    return _taken(first, own), _taken(second, [places[first.queries[i]] for i in own])
+    keys, places = _numbered(first.queries), {key: i for i, key in enumerate(_numbered(second.queries))}
+    own = [i for i, key in enumerate(keys) if key in places]
+    return _taken(first, own), _taken(second, [places[keys[i]] for i in own])
+
+
+def _numbered(queries: Sequence[str]) -> list[tuple[str, int]]:
+    """Queries with how often each has come before: a name that comes twice means two queries."""
+    seen: Counter[str] = Counter()
+    keys = []
+    for query in queries:
+        keys.append((query, seen[query]))
+        seen[query] += 1
+    return keys
 
 
 def _taken(part: Outcomes, rows: Sequence[int]) -> Outcomes:
