@@ -23,6 +23,7 @@ from eval.features import (
 )
 from eval.gather import gather_rows, share
 from eval.matching import match_pairs
+from eval.metrics import NOT_FINITE
 from loaders.evaluation import Choice
 from model.singularity import Singularity
 
@@ -83,6 +84,8 @@ def evaluate_choice(
             scores = score_options(model, visuals, texts, items, config, world_size)
     finally:
         model.train(training)
+    if any(np.isnan(row).any() for row in scores):
+        raise ValueError(NOT_FINITE)
     chosen = [int(row.argmax()) if np.isfinite(row).all() else NO_CHOICE for row in scores]
     known = [(choice.answer, one) for choice, one in zip(dataset.choices, chosen) if choice.answer >= 0]
     correct = sum(answer == one for answer, one in known)

@@ -12,6 +12,7 @@ from eval.ranking import row_blocks
 
 RECALL_AT = (1, 5, 10)
 NOT_RANKED = np.iinfo(np.int64).max  # rank of a true item that was never scored
+NOT_FINITE = "scores hold NaN: the model's weights or its input are not finite"
 Truth = Sequence[Sequence[int]]  # for each query the indices of its true items
 
 
@@ -61,7 +62,7 @@ def true_ranks(scores: np.ndarray, truth: Truth) -> TrueRanks:
     for block in row_blocks(len(queries), scores.shape[1]):
         rows = scores[queries[block]]
         if np.isnan(rows).any():
-            raise ValueError("scores hold NaN: the model's weights or its input are not finite")
+            raise ValueError(NOT_FINITE)
         is_true = np.zeros(rows.shape, dtype=bool)
         for row, query in enumerate(queries[block]):
             is_true[row, truth[query]] = True

@@ -17,6 +17,7 @@ from eval.cache import Block
 from eval.config import EvalConfig
 from eval.features import TextEncoding, VisualData, check_ensemble, missing_visuals, visual_blocks
 from eval.gather import gather_rows
+from eval.metrics import NOT_FINITE
 from loaders.evaluation import Question
 from model.answering import SingularityQA
 
@@ -90,6 +91,8 @@ def evaluate_answers(
     probabilities = np.zeros((len(owners), k), dtype=np.float32)
     nothing = (torch.empty(0, dtype=torch.int64), torch.empty(0, k, dtype=torch.int64), torch.empty(0, k))
     rows, ids, values = (gather_rows(torch.cat(part), world_size).numpy() for part in zip(nothing, *own))
+    if np.isnan(values).any():
+        raise ValueError(NOT_FINITE)
     answers[rows], probabilities[rows] = ids, values
     predictions = [answer_list[first] if first >= 0 else None for first in answers[:, 0].tolist()]
     annotated = [annotated_by(item) for item in dataset.questions]

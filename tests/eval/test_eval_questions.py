@@ -98,6 +98,17 @@ def test_bad_settings_are_refused(shapes, tokenizer):
         evaluate_answers(model, dataset, tokenizer, ["red"], EvalConfig(k_test=0), 1)
 
 
+def test_weights_that_are_not_finite_are_an_error_not_a_result(shapes, tokenizer):
+    questions, choices = QASet(shapes.url("qa_test"), LOADER), ChoiceSet(shapes.url("mc_test"), LOADER)
+    answering, matching = model_for(SingularityQA, tokenizer), model_for(Singularity, tokenizer)
+    for model in (answering, matching):
+        next(model.vision_encoder.parameters()).data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="scores hold NaN"):
+        evaluate_answers(answering, questions, tokenizer, ["red", "blue"], EvalConfig(), 1)
+    with pytest.raises(ValueError, match="scores hold NaN"):
+        evaluate_choice(matching, choices, tokenizer, EvalConfig(), 1)
+
+
 def test_annotators_come_back_from_shares():
     def answers(*shares):
         names = tuple("abcdefghij"[: len(shares)])
