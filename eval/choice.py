@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from eval.config import EvalConfig
 from eval.features import (
@@ -81,7 +82,7 @@ def evaluate_choice(
             visuals = collect_visuals(model, blocks, dataset.num_visuals, config, world_size)
             texts = encode_texts(model, *tokenizer.encode(list(numbers), length), rank, world_size)
             items = [(choice.visual, [numbers[text] for text in choice.options]) for choice in dataset.choices]
-            scores = score_options(model, visuals, texts, items, config, world_size)
+            scores = score_options(model, visuals, texts, items, config, world_size, rank)
     finally:
         model.train(training)
     if any(np.isnan(row).any() for row in scores):
@@ -102,6 +103,7 @@ def score_options(
     items: list[tuple[int, list[int]]],
     config: EvalConfig,
     world_size: int = 1,
+    rank: int = 0,
 ) -> list[np.ndarray]:
     """Match logits, float32, of each item's options; -inf where the visual is missing.
 
@@ -110,7 +112,8 @@ def score_options(
     pairs = np.zeros((len(visuals.present), len(texts.lengths)), dtype=bool)
     for visual, options in items:
         pairs[visual, options] = True
-    blocks = ((block.indices, block.tokens) for block in visuals.blocks)
+    progress = tqdm(visuals.blocks, desc="matching", leave=False, disable=None if rank == 0 else True)
+    blocks = ((block.indices, block.tokens) for block in progress)
     matched = match_pairs(model, blocks, texts, pairs, config)
     visual_numbers, text_numbers, logits = (gather_rows(torch.from_numpy(part), world_size).numpy() for part in matched)
     scores = np.full(pairs.shape, -np.inf, dtype=np.float32)

@@ -11,9 +11,10 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from eval.answers import Annotated, accuracies, accuracy_by_type
-from eval.cache import Block
+from eval.cache import Block, CachedBlocks
 from eval.config import EvalConfig
 from eval.features import TextEncoding, VisualData, check_ensemble, missing_visuals, visual_blocks
 from eval.gather import gather_rows
@@ -83,7 +84,9 @@ def evaluate_answers(
             candidates = tokenizer.encode([f"{answer} [SEP]" for answer in answer_list], length)
             owners = np.array([item.visual for item in dataset.questions])
             blocks = visual_blocks(model, dataset, config, num_frames, rank, world_size, device)
-            own = [rank_for_block(model, block, questions, owners, candidates, config) for block in blocks]
+            hidden = rank > 0 or not isinstance(blocks, CachedBlocks)  # encoding, as one goes, has its own bar
+            bar = tqdm(blocks, desc=f"answering {dataset.name}", leave=False, disable=hidden or None)
+            own = [rank_for_block(model, block, questions, owners, candidates, config) for block in bar]
     finally:
         model.train(training)
     k = min(config.k_test, len(answer_list))

@@ -1,6 +1,8 @@
 """Answers and multiple choice: on packed Shapes by the real loader, and the official cases."""
 
+import io
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,6 +109,31 @@ def test_weights_that_are_not_finite_are_an_error_not_a_result(shapes, tokenizer
         evaluate_answers(answering, questions, tokenizer, ["red", "blue"], EvalConfig(), 1)
     with pytest.raises(ValueError, match="scores hold NaN"):
         evaluate_choice(matching, choices, tokenizer, EvalConfig(), 1)
+
+
+def test_visuals_from_disk_show_progress_as_well(shapes, tokenizer, tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    config = EvalConfig(k_test=2, feature_cache=str(tmp_path))
+    shown = []
+    for _ in range(2):
+        monkeypatch.setattr(sys, "stderr", Terminal())
+        evaluate_answers(
+            model_for(SingularityQA, tokenizer),
+            QASet(shapes.url("qa_test"), LOADER),
+            tokenizer,
+            ["red", "2"],
+            config,
+            1,
+        )
+        evaluate_choice(
+            model_for(Singularity, tokenizer), ChoiceSet(shapes.url("mc_test"), LOADER), tokenizer, config, 1
+        )
+        shown.append(sys.stderr.getvalue())
+    assert ["encoding" in text for text in shown] == [True, False]
+    assert all("answering qa_test" in text and "matching" in text for text in shown)
 
 
 def test_annotators_come_back_from_shares():
