@@ -202,15 +202,18 @@ class DiskCache:
         database.execute("DELETE FROM items WHERE name = ?", (name,))
 
     def _take_back(self, database: sqlite3.Connection) -> None:
-        """What dead processes had reserved, and files that no row knows."""
-        for name, owner in database.execute("SELECT name, owner FROM items WHERE owner IS NOT NULL").fetchall():
-            if not is_alive(owner):
-                self._remove(database, name)
-        known = {name for (name,) in database.execute("SELECT name FROM items")}
+        """What dead processes had reserved or were removing, and files that no row knows."""
+        owners = dict(database.execute("SELECT name, owner FROM items").fetchall())
+        there = set()
         for path in (self.folder / "items").glob("*/*"):
             part = path.suffix == ".part"
-            if not (psutil.pid_exists(int(path.name.split(".")[-2].split("-")[0])) if part else path.name in known):
+            if not (psutil.pid_exists(int(path.name.split(".")[-2].split("-")[0])) if part else path.name in owners):
                 path.unlink(missing_ok=True)
+            elif not part:
+                there.add(path.name)
+        for name, owner in owners.items():
+            if name not in there if owner is None else not is_alive(owner):
+                self._remove(database, name)
 
     def _note_use(self, database: sqlite3.Connection) -> None:
         """Write down now and then which items this process has used."""

@@ -25,6 +25,7 @@ from loaders.remote import Part, Remote, is_local
 from sharding.schema import Corpus, join_url, no_corpus, no_index, parse_corpus, parse_index, read_corpus, read_index
 
 OPEN_SHARDS = 128
+REFETCHES = 3  # of bytes that came damaged: a bad line may spoil them more than once
 OPEN_TARS = 128  # at most: a process may have some 1,000 files open, and there are several corpora
 LARGEST_REQUEST = 2**22  # bytes; neighbours are not joined beyond
 
@@ -89,8 +90,8 @@ class CorpusReader:
         """JPEG bytes of the chosen frames of several samples, given as (shard, record, frames).
 
         Each frame is read once, all those of remote shards at the same time, and checked against its CRC-32. What is
-        different is fetched once more from a store; what is missing or still different is a BadSampleError in the
-        sample's place.
+        different is fetched again from a store, up to REFETCHES times; what is missing or still different is a
+        BadSampleError in the sample's place.
 
         Raises:
             FileNotFoundError: a tar is missing. OSError: it cannot be read.
@@ -99,15 +100,17 @@ class CorpusReader:
         spans = [span for plan in plans if not isinstance(plan, BadSampleError) for span in plan.values()]
         data = iter(self.ranges(spans))
         read = [{} if isinstance(plan, BadSampleError) else dict(zip(plan, data)) for plan in plans]
-        damaged = [
-            (number, frame)
-            for number, frames in enumerate(read)
-            for frame in frames
-            if is_damaged(frames[frame], wanted[number][1], frame)
-        ]
-        if damaged and not self.local:
+        for _ in range(0 if self.local else REFETCHES):
+            damaged = [
+                (number, frame)
+                for number, frames in enumerate(read)
+                for frame in frames
+                if is_damaged(frames[frame], wanted[number][1], frame)
+            ]
+            if not damaged:
+                break
             spans = [plans[number][frame] for number, frame in damaged]  # type: ignore[index]
-            for (number, frame), data_again in zip(damaged, self._once_more(spans), strict=True):
+            for (number, frame), data_again in zip(damaged, self._fetch_again(spans), strict=True):
                 read[number][frame] = data_again
         found: list[list[bytes] | BadSampleError] = []
         for (_, record, chosen), plan, frames in zip(wanted, plans, read, strict=True):
@@ -150,7 +153,7 @@ class CorpusReader:
         parts = [Part(name, request.start, request.end) for name, request in zip(names, requests, strict=True)]
         return cut(spans, requests, holder, self._tar_folder.fetch(parts))
 
-    def _once_more(self, spans: Sequence[Span]) -> list[bytes]:
+    def _fetch_again(self, spans: Sequence[Span]) -> list[bytes]:
         """Bytes that came damaged, fetched again, and not from the cache."""
         self._refetched += len(spans)
         if self._blocks is not None:
@@ -171,7 +174,7 @@ class CorpusReader:
         return ShardIndex(parse_index(self.corpus, shard, io.BytesIO(self._index_bytes(shard))))
 
     def _index_bytes(self, shard: int) -> bytes:
-        """A remote index file: from the cache, or fetched; once more when it came damaged."""
+        """A remote index file: from the cache, or fetched; again when it came damaged."""
         info = self.corpus.shards[shard]
         name = content_name(self.corpus.index_url(shard), info.index_bytes, info.index_sha256)
         data = self.cache.read(name) if self.cache is not None else None
@@ -191,7 +194,7 @@ class CorpusReader:
     def _fetch_index(self, shard: int) -> bytes:
         assert self._folder is not None
         info = self.corpus.shards[shard]
-        for _ in range(2):
+        for _ in range(1 + REFETCHES):
             try:
                 (data,) = self._folder.fetch([Part(info.index_name, 0, info.index_bytes)])
             except FileNotFoundError:

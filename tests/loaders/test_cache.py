@@ -135,6 +135,15 @@ def start(folder: Path, seed: int, rounds: int) -> subprocess.Popen:
     return process
 
 
+def test_what_a_process_was_removing_when_it_died_takes_no_room(tmp_path: Path) -> None:
+    cache = DiskCache(str(tmp_path), 60_000)
+    assert cache.reserve({"00": 100}) == {"00": True}
+    cache.put("00", b"x" * 100)
+    (path,) = (tmp_path / FOLDER / "items").glob("*/*")
+    path.unlink()  # the file leaves before its row does
+    assert DiskCache(str(tmp_path), 60_000).bytes_used() == 0
+
+
 def test_processes_killed_at_any_moment_leave_a_whole_cache_to_the_others(tmp_path: Path) -> None:
     rng = random.Random(7)
     survivor = start(tmp_path, 1000, 1500)
