@@ -139,7 +139,7 @@ def test_leaving_an_epoch_ends_its_reads_and_threads_at_once(
     began = time.monotonic()
     batches.close()
     loader.close()
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 10
     left = {thread.name for thread in threading.enumerate()} - before
     assert not {name for name in left if name.startswith(("loader", "step", "batch", "read", "decode"))}
 
