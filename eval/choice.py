@@ -8,7 +8,6 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from eval.config import EvalConfig
 from eval.features import (
@@ -16,14 +15,13 @@ from eval.features import (
     TextFeatures,
     VisualData,
     VisualFeatures,
-    check_ensemble,
     collect_visuals,
     encode_texts,
     missing_visuals,
     visual_blocks,
 )
-from eval.gather import gather_rows, share
-from eval.matching import match_pairs
+from eval.gather import share
+from eval.matching import match_marked
 from eval.metrics import NOT_FINITE
 from loaders.evaluation import Choice
 from model.singularity import Singularity
@@ -69,7 +67,7 @@ def evaluate_choice(
 
     Items without a known answer are predicted, and left out of the metric.
     """
-    check_ensemble(model, config)
+    model.check_ensemble(config.eval_frame_ensemble, config.ensemble_skips_temporal)
     start = time.perf_counter()
     length = max_length or int(getattr(dataset.config.max_txt_l, dataset.media_type))
     options = [choice.options for choice in dataset.choices]
@@ -109,13 +107,8 @@ def score_options(
 
     items: the visual's number and those of the texts. The same on all ranks.
     """
-    pairs = np.zeros((len(visuals.present), len(texts.lengths)), dtype=bool)
+    pairs = np.zeros((len(visuals.present), len(texts.mask)), dtype=bool)
     for visual, options in items:
         pairs[visual, options] = True
-    progress = tqdm(visuals.blocks, desc="matching", leave=False, disable=None if rank == 0 else True)
-    blocks = ((block.indices, block.tokens) for block in progress)
-    matched = match_pairs(model, blocks, texts, pairs, config)
-    visual_numbers, text_numbers, logits = (gather_rows(torch.from_numpy(part), world_size).numpy() for part in matched)
-    scores = np.full(pairs.shape, -np.inf, dtype=np.float32)
-    scores[visual_numbers, text_numbers] = logits
+    scores = match_marked(model, visuals, texts, pairs, config, -np.inf, rank, world_size)
     return [scores[visual, options] for visual, options in items]

@@ -7,8 +7,8 @@ from difflib import get_close_matches
 
 from eval.published import benchmarks
 from loaders.config import PerMedia
+from model.config import ENSEMBLES
 
-FRAME_ENSEMBLES = ("concat", "mean", "max", "lse")
 TASKS = ("retrieval", "qa", "choice")
 ACCURACIES = ("exact", "vqa")
 
@@ -35,7 +35,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         """Check the values; raises ValueError naming the key."""
-        for name, choices in (("task", TASKS), ("eval_frame_ensemble", FRAME_ENSEMBLES), ("accuracy", ACCURACIES)):
+        for name, choices in (("task", TASKS), ("eval_frame_ensemble", ENSEMBLES), ("accuracy", ACCURACIES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, must be one of {', '.join(choices)}")
         if self.benchmark is not None and self.benchmark not in benchmarks():

@@ -94,26 +94,14 @@ class VisualFeatures:
 
 @dataclass(frozen=True)
 class TextFeatures:
-    """All M texts, cut to the longest: attended (M, Lt, D), mask (M, Lt), lengths (M,), embeddings (M, E) float32.
+    """All M texts, cut to the longest: attended (M, Lt, D), mask (M, Lt), embeddings (M, E) float32.
 
     attended: what matching does with a text before it sees a visual.
     """
 
     attended: torch.Tensor
     mask: torch.Tensor
-    lengths: np.ndarray
     embeddings: torch.Tensor
-
-
-def check_ensemble(model: Encoders, config: EvalConfig) -> None:
-    """Raises ValueError where late fusion would pass by the model's temporal modules and nobody asked for that."""
-    temporal = model.temporal_vision_encoder is not None or model.config.add_temporal_embed
-    if config.eval_frame_ensemble != "concat" and temporal and not config.ensemble_skips_temporal:
-        raise ValueError(
-            f"eval_frame_ensemble={config.eval_frame_ensemble} scores each frame by itself and would leave out this "
-            "model's temporal modules: use eval_frame_ensemble=concat, or ensemble_skips_temporal=true to repeat what "
-            "the official code does"
-        )
 
 
 def pixel_batches(
@@ -142,20 +130,12 @@ def missing_visuals(dataset: VisualData, present: np.ndarray, world_size: int) -
     return {int(i): reasons.get(int(i), "not delivered by the loader") for i in np.flatnonzero(~present)}
 
 
-def encode_tokens(model: Encoders, frames: torch.Tensor, config: EvalConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Clips (B, T, 3, H, W) to tokens (B, F, S, D), as `Block` has them, and pooled vectors (B, T, D)."""
-    if config.eval_frame_ensemble != "concat":
-        return model.encode_frames(frames)
-    tokens, pooled = model.encode_visual(frames)
-    return tokens[:, None], pooled
-
-
 def encode_blocks(
     model: Encoders, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], config: EvalConfig
 ) -> Iterator[Block]:
     """Encode normalised frames (B, T, 3, H, W) on the model's device, with their indices (B,), batch by batch."""
     for frames, indices in batches:
-        tokens, pooled = encode_tokens(model, frames, config)
+        tokens, pooled = model.encode_clips(frames, config.eval_frame_ensemble, config.ensemble_skips_temporal)
         embeddings = model.project_visual(pooled).float().mean(1) if isinstance(model, Singularity) else None
         yield Block(indices.cpu().numpy(), tokens, embeddings)
 
@@ -231,7 +211,6 @@ def encode_texts(
     return TextFeatures(
         gather_rows(torch.cat(attended), world_size),
         mask,
-        lengths.cpu().numpy(),
         gather_rows(torch.cat(embeddings), world_size),
     )
 

@@ -1,109 +1,38 @@
-"""Scores (text, visual) pairs by the cross-encoder in large batches, whatever queries they belong to.
-
-Pairs are grouped by visual: what the fusion layers read of a visual is computed once for all its texts, and each rank
-scores the pairs of the visuals it has encoded, so that visual tokens never travel.
-"""
+"""Scores pairs of texts and visuals over all ranks, each rank those of its own visuals, whose tokens never travel."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from eval.config import EvalConfig
-from eval.features import TextFeatures
-from model.scoring import combine
+from eval.features import TextFeatures, VisualFeatures
+from eval.gather import gather_rows
+from model.scoring import match_pairs
 from model.singularity import Singularity
 
-GROUP = 8  # texts that look at one visual side by side; the last group of a visual is filled up
 
-
-@dataclass(frozen=True)
-class Groups:
-    """The pairs of a block of visuals as C groups of up to GROUP texts that share a visual.
-
-    visuals (C,): number of the visual in its block; texts (C, GROUP); real (C, GROUP) bool: not filled up;
-    longest (C,): tokens of the longest text.
-    """
-
-    visuals: np.ndarray
-    texts: np.ndarray
-    real: np.ndarray
-    longest: np.ndarray
-
-
-def group_pairs(pairs: np.ndarray, lengths: np.ndarray) -> Groups:
-    """Groups of the pairs marked in (B, M) bool, texts of like length together; groups come shortest first."""
-    order = np.argsort(lengths, kind="stable")
-    visuals, texts, real = [], [], []
-    for visual, row in enumerate(pairs):
-        chosen = order[row[order]]
-        if not len(chosen):
-            continue
-        filled = np.resize(chosen[-1:], -len(chosen) % GROUP)
-        groups = np.concatenate([chosen, filled]).reshape(-1, GROUP)
-        visuals.append(np.full(len(groups), visual))
-        texts.append(groups)
-        real.append((np.arange(groups.size) < len(chosen)).reshape(groups.shape))
-    if not visuals:
-        empty = np.empty((0, GROUP), dtype=np.int64)
-        return Groups(empty[:, 0], empty, empty.astype(bool), empty[:, 0])
-    result_texts = np.concatenate(texts)
-    longest = lengths[result_texts].max(1)
-    by_length = np.argsort(longest, kind="stable")
-    return Groups(
-        np.concatenate(visuals)[by_length],
-        result_texts[by_length],
-        np.concatenate(real)[by_length],
-        longest[by_length],
-    )
-
-
-def match_pairs(
+def match_marked(
     model: Singularity,
-    blocks: Iterable[tuple[np.ndarray, torch.Tensor]],
+    visuals: VisualFeatures,
     texts: TextFeatures,
     pairs: np.ndarray,
     config: EvalConfig,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The match logits of the pairs that are marked in `pairs` (N, M) bool and whose visual is in `blocks`.
-
-    blocks: visual indices (B,) and tokens (B, F, S, D), see `VisualFeatures`. Returns visual and text of each of P
-    pairs, and its score: (P,) int64, (P,) int64, (P,) float32; with several scores a pair (F > 1) combined by
-    `config.eval_frame_ensemble`.
-    """
-    empty = np.empty(0, dtype=np.int64)
-    parts = [(empty, empty, empty.astype(np.float32))]
-    for indices, tokens in blocks:
-        groups = group_pairs(pairs[indices], texts.lengths)
-        if len(groups.visuals):
-            scores = _match_block(model, tokens.to(model.temp.device), texts, groups, config)
-            visuals = np.broadcast_to(indices[groups.visuals][:, None], groups.texts.shape)
-            parts.append((visuals[groups.real], groups.texts[groups.real], scores[groups.real]))
-    visual, text, score = (np.concatenate(column) for column in zip(*parts))
-    return visual, text, score
-
-
-def _match_block(
-    model: Singularity, tokens: torch.Tensor, texts: TextFeatures, groups: Groups, config: EvalConfig
+    outside: float,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> np.ndarray:
-    """Scores (C, GROUP) of groups of texts for the visuals with tokens (B, F, S, D)."""
-    frames, device = tokens.shape[1], tokens.device
-    keys = model.visual_keys(tokens.flatten(0, 1))  # of B·F sources
-    step = max(1, config.pair_batch_size // (GROUP * frames))
-    scores = []
-    for start in range(0, len(groups.visuals), step):
-        batch = slice(start, start + step)
-        length = max(1, int(groups.longest[batch].max()))
-        visuals = torch.from_numpy(groups.visuals[batch]).to(device)
-        sources = (visuals[:, None] * frames + torch.arange(frames, device=device)).flatten()  # (n·F,)
-        chosen = torch.from_numpy(groups.texts[batch].T.copy()).to(device)  # (GROUP, n)
-        rows = chosen[:, :, None].expand(-1, -1, frames).flatten()  # pair g·(n·F) + source
-        logits = model.match_attended(
-            texts.attended[rows, :length], texts.mask[rows, :length], tuple((k[sources], v[sources]) for k, v in keys)
-        )
-        each = logits[:, 1].float().view(GROUP, -1, frames).permute(2, 1, 0)  # (F, n, GROUP)
-        scores.append(combine(each, config.eval_frame_ensemble))
-    return torch.cat(scores).cpu().numpy()
+    """Match logits (N, M) float32 of the pairs marked in `pairs` (N, M) bool, `outside` elsewhere; on all ranks.
+
+    Marked pairs of a visual that could not be read hold `outside` too.
+    """
+    progress = tqdm(visuals.blocks, desc="matching", leave=False, disable=None if rank == 0 else True)
+    blocks = ((block.indices, block.tokens) for block in progress)
+    own = match_pairs(
+        model, blocks, texts.attended, texts.mask, pairs, config.eval_frame_ensemble, config.pair_batch_size
+    )
+    visual, text, logit = (gather_rows(torch.from_numpy(part), world_size).numpy() for part in own)
+    scores = np.full(pairs.shape, outside, dtype=np.float32)
+    scores[visual, text] = logit
+    return scores

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from eval.answers import Annotated, accuracies, accuracy_by_type
 from eval.cache import Block, CachedBlocks
 from eval.config import EvalConfig
-from eval.features import TextEncoding, VisualData, check_ensemble, missing_visuals, visual_blocks
+from eval.features import TextEncoding, VisualData, missing_visuals, visual_blocks
 from eval.gather import gather_rows
 from eval.metrics import NOT_FINITE
 from loaders.evaluation import Question
@@ -69,7 +69,7 @@ def evaluate_answers(
     To be called by all ranks; parameters otherwise as `eval.retrieval.evaluate_retrieval`. Raises ValueError for an
     empty list and for settings that do not fit the model.
     """
-    check_ensemble(model, config)
+    model.check_ensemble(config.eval_frame_ensemble, config.ensemble_skips_temporal)
     if not answer_list:
         raise ValueError("the answer list is empty: give the answers that may be given, one string each")
     if config.k_test < 1:
@@ -140,7 +140,7 @@ def rank_for_block(
         numbers = mine[start : start + QUESTIONS_AT_ONCE]
         ids, mask = (part[torch.from_numpy(numbers)].to(device) for part in questions)
         seen = tokens[[place[int(owners[number])] for number in numbers]]
-        states = [model.question_states(seen[:, frame], ids, mask) for frame in range(seen.shape[1])]
+        states = model.frame_states(seen, ids, mask)
         best, probability = model.rank_answers(
             states, mask, answer_ids, answer_mask, config.k_test, config.eval_frame_ensemble
         )

@@ -8,7 +8,6 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from eval.config import EvalConfig
 from eval.features import (
@@ -16,14 +15,13 @@ from eval.features import (
     TextFeatures,
     VisualData,
     VisualFeatures,
-    check_ensemble,
     collect_visuals,
     encode_texts,
     missing_visuals,
     visual_blocks,
 )
-from eval.gather import gather_rows, share
-from eval.matching import match_pairs
+from eval.gather import share
+from eval.matching import match_marked
 from eval.metrics import chance_metrics, retrieval_metrics
 from eval.ranking import top_k_mask
 from model.singularity import Singularity
@@ -89,7 +87,7 @@ def evaluate_retrieval(
     ranks; the result does not depend on their number, nor on the batch sizes, beyond rounding. Raises ValueError for
     settings that do not fit the model.
     """
-    check_ensemble(model, config)
+    model.check_ensemble(config.eval_frame_ensemble, config.ensemble_skips_temporal)
     max_length = max_length or int(getattr(dataset.config.max_txt_l, dataset.media_type))
     start = time.perf_counter()
     training = model.training
@@ -138,14 +136,9 @@ def score(
     k = everything if config.eval_x_only else config.k_test
     of_visual = top_k_mask(similarity, k)
     of_text = top_k_mask(similarity.T, k)
-    progress = tqdm(visuals.blocks, desc="matching", leave=False, disable=None if rank == 0 else True)
-    blocks = ((block.indices, block.tokens) for block in progress)
-    pairs = match_pairs(model, blocks, texts, of_visual | of_text.T, config)
-    visual, text, logit = (gather_rows(torch.from_numpy(part), world_size).numpy() for part in pairs)
+    matched = match_marked(model, visuals, texts, of_visual | of_text.T, config, NOT_RERANKED, rank, world_size)
     if rank:
         return None
-    matched = np.full(similarity.shape, NOT_RERANKED, dtype=np.float32)
-    matched[visual, text] = logit
     visual_to_text = np.where(of_visual, matched, np.float32(NOT_RERANKED))
     text_to_visual = np.where(of_text, matched.T, np.float32(NOT_RERANKED))
     visual_to_text[~visuals.present] = -np.inf

@@ -20,13 +20,13 @@ from eval.cache import CachedBlocks
 from eval.config import EvalConfig
 from eval.features import collect_visuals, encode_texts, visual_blocks
 from eval.gallery import strip
-from eval.matching import match_pairs
 from eval.ranking import top_items
 from eval.search_page import serve
 from loaders.config import LoaderConfig, VideoInput
 from loaders.evaluation import VisualSet
 from loaders.text import Tokenizer, clean_text
 from model.checkpoint import load_model, resolve_weights
+from model.scoring import match_pairs
 from model.singularity import Singularity
 
 log = logging.getLogger(__name__)
@@ -97,7 +97,8 @@ class VisualSearch:
             block = self._blocks.take(chosen.tolist())
             pairs = np.zeros((len(similarity), 1), dtype=bool)
             pairs[chosen] = True
-            visuals, _, scores = match_pairs(self.model, [(block.indices, block.tokens)], texts, pairs, self.config)
+            tokens = [(block.indices, block.tokens)]
+            visuals, _, scores = match_pairs(self.model, tokens, texts.attended, texts.mask, pairs)
         matched = np.full(len(similarity), -np.inf, dtype=np.float32)
         matched[visuals] = scores
         return [self._found(int(i), similarity, float(matched[i])) for i in top_items(matched, count)]

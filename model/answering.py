@@ -113,18 +113,9 @@ class SingularityQA(Encoders):
         losses = answer_losses(logits, answer_ids, self.pad_id)
         return {"loss_qa": (answer_weights * losses).sum() / batch}
 
-    def frame_states(
-        self, frames: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, ensemble: str = "concat"
-    ) -> list[torch.Tensor]:
-        """Question states for `rank_answers`: one (B, Lq, D) with all frames fused early, or one a frame.
-
-        The late ensembles see each frame by itself. Raises ValueError where that would skip temporal modules.
-        """
-        if ensemble == "concat":
-            return [self.question_states(self.encode_visual(frames)[0], ids, mask)]
-        self.check_late_fusion(ensemble)
-        tokens, _ = self.encode_frames(frames)
-        return [self.question_states(tokens[:, t], ids, mask) for t in range(tokens.shape[1])]
+    def frame_states(self, tokens: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
+        """Question states for `rank_answers`, F times (B, Lq, D), from tokens (B, F, S, D) of `encode_clips`."""
+        return [self.question_states(each, ids, mask) for each in tokens.unbind(1)]
 
     def first_token_probabilities(
         self, questions: list[VisualKeys], question_mask: torch.Tensor, start_id: int, ensemble: str

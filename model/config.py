@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
+ENSEMBLES = ("concat", "mean", "max", "lse")  # of frames: fused early, or their scores combined
+
 
 @dataclass
 class VisionConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from model.config import ModelConfig
+from model.config import ENSEMBLES, ModelConfig
 from model.temporal import TemporalEncoder, embeddings_for_frames
 from model.text import TextEncoder, VisualKeys
 from model.vision import PIXEL_STATISTICS, FrameEncoder
@@ -57,6 +57,19 @@ class Encoders(nn.Module):
                 pooled = tokens[:, :, 0]
         return tokens.flatten(1, 2), pooled
 
+    def encode_clips(
+        self, frames: torch.Tensor, ensemble: str = "concat", skip_temporal: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clips (B, T, 3, H, W) to tokens (B, F, S, D) to score texts with, and pooled vectors (B, T, D).
+
+        concat: F = 1, all frames fused early; mean, max, lse: F = T, each frame by itself. Raises as `check_ensemble`.
+        """
+        self.check_ensemble(ensemble, skip_temporal)
+        if ensemble != "concat":
+            return self.encode_frames(frames)
+        tokens, pooled = self.encode_visual(frames)
+        return tokens[:, None], pooled
+
     def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Text-only layers: ids and mask (B, Lt) to states (B, Lt, D) and the first token's state (B, D)."""
         states = self.text_encoder.encode(input_ids, attention_mask)
@@ -66,10 +79,15 @@ class Encoders(nn.Module):
         """What the fusion layers read of visuals (N, S, D); compute it once for all texts that look at them."""
         return self.text_encoder.project_visual(visual_tokens)
 
-    def check_late_fusion(self, ensemble: str) -> None:
-        """Raise ValueError when scoring frames one by one would skip what relates this model's frames."""
-        if self.temporal_vision_encoder is not None or self.config.add_temporal_embed:
+    def check_ensemble(self, ensemble: str, skip_temporal: bool = False) -> None:
+        """Raise ValueError for an unknown ensemble, and for one that scores frames one by one where that would pass by
+        this model's temporal modules and nobody asked for it (`skip_temporal`)."""
+        if ensemble not in ENSEMBLES:
+            raise ValueError(f"eval_frame_ensemble is {ensemble!r}: must be one of {', '.join(ENSEMBLES)}")
+        temporal = self.temporal_vision_encoder is not None or self.config.add_temporal_embed
+        if ensemble != "concat" and temporal and not skip_temporal:
             raise ValueError(
-                f"eval_frame_ensemble is {ensemble!r}, but this model relates frames to each other, which only "
-                "concat does: set eval_frame_ensemble=concat"
+                f"eval_frame_ensemble={ensemble} scores each frame by itself and would leave out this model's temporal "
+                "modules: use eval_frame_ensemble=concat, or ensemble_skips_temporal=true to repeat what the official "
+                "code does"
             )

@@ -6,27 +6,36 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from model.answering import SingularityQA, answer_losses
-from model.encoders import Encoders
+from model.config import ENSEMBLES
 from model.parity_forward import compare_gradients
 from model.parity_report import Case, Comparison
 from model.parity_text import tokenise
-from model.scoring import ENSEMBLES, pair_scores
+from model.scoring import match_pairs
 from model.singularity import Singularity
 
 UNSCORED = -100.0
 EVERYTHING = 10**9
 
 
-def features(model: Encoders, frames: torch.Tensor, mode: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens (B, F, S, D) and pooled vectors as `visual_features` has them; but like the official code, and unlike
-    that, the late ensembles skip whatever temporal modules there are."""
-    if mode != "concat":
-        return model.encode_frames(frames)
-    tokens, pooled = model.encode_visual(frames)
-    return tokens[:, None], pooled
+def match_scores(
+    model: Singularity,
+    states: torch.Tensor,
+    mask: torch.Tensor,
+    tokens: torch.Tensor,
+    pairs: torch.Tensor,
+    mode: str = "concat",
+) -> torch.Tensor:
+    """Match logits (N, M) of texts (M, Lt, D) for visuals with tokens (N, F, S, D) where `pairs` (N, M) is true."""
+    attended = model.text_encoder.attend_texts(states, mask)
+    blocks = [(np.arange(len(tokens)), tokens)]
+    visuals, texts, scores = match_pairs(model, blocks, attended, mask, pairs.numpy(), mode)
+    result = torch.full(pairs.shape, UNSCORED)
+    result[visuals, texts] = torch.from_numpy(scores)
+    return result
 
 
 def reranked(similarity: torch.Tensor, k: int, score: torch.Tensor) -> torch.Tensor:
@@ -51,10 +60,9 @@ def compare_retrieval(folder: Path) -> Comparison:
         frames = case.inputs["frames"][_video_numbers(recorded[f"{texts}dataset"]["image"])]
         states, pooled_text = model.encode_text(case.expected[f"{texts}text_input_ids"], mask)
         for mode in settings.get("modes", ENSEMBLES):
-            tokens, pooled = features(model, frames, mode)
+            tokens, pooled = model.encode_clips(frames, mode, skip_temporal=True)
             similarity = model.similarity(pooled, pooled_text)
-            pairs = torch.cartesian_prod(torch.arange(len(tokens)), torch.arange(len(states)))
-            scores = pair_scores(model, states, mask, tokens, pairs[:, 1], pairs[:, 0], mode).view_as(similarity)
+            scores = match_scores(model, states, mask, tokens, torch.ones_like(similarity, dtype=torch.bool), mode)
             for cut, k in cuts.items():
                 matrices = {
                     "i2t_x": reranked(similarity, k, scores),
@@ -87,19 +95,17 @@ def compare_choices(folder: Path) -> Comparison:
     assert isinstance(model, Singularity)
     ids, mask = case.expected["option_input_ids"], case.expected["option_attention_mask"]
     questions, options = ids.shape[:2]
-    states, _ = model.encode_text(ids.flatten(0, 1), mask.flatten(0, 1))
-    texts, visuals = torch.arange(questions * options), torch.arange(questions).repeat_interleave(options)
+    mask = mask.flatten(0, 1)
+    states, _ = model.encode_text(ids.flatten(0, 1), mask)
+    own = torch.eye(questions, dtype=torch.bool).repeat_interleave(options, dim=1)  # a question's options: its visual's
     for mode in json.loads((folder / "case.json").read_text()).get("modes", ENSEMBLES):
-        tokens, _ = features(model, case.inputs["frames"], mode)
-        scores = pair_scores(model, states, mask.flatten(0, 1), tokens, texts, visuals, mode).view(questions, options)
+        tokens, _ = model.encode_clips(case.inputs["frames"], mode, skip_temporal=True)
+        scores = match_scores(model, states, mask, tokens, own, mode)[own].view(questions, options)
         result.close(f"{mode}_scores", scores, case.expected[f"{mode}_scores"])
         result.equal(f"{mode}_pred", scores.argmax(1), case.expected[f"{mode}_pred"])
         if f"{mode}_frame_scores" in case.expected:
             frames = torch.stack(
-                [
-                    pair_scores(model, states, mask.flatten(0, 1), tokens[:, t : t + 1], texts, visuals)
-                    for t in range(tokens.shape[1])
-                ]
+                [match_scores(model, states, mask, tokens[:, t : t + 1], own)[own] for t in range(tokens.shape[1])]
             ).view(-1, questions, options)
             result.close(f"{mode}_frame_scores", frames.transpose(0, 1), case.expected[f"{mode}_frame_scores"])
             chosen = frames.argmax(2).T
@@ -129,7 +135,7 @@ def _compare_answer_training(model: SingularityQA, case: Case, result: Compariso
     loss.backward()
     result.loss("train_loss", loss, recorded["loss"])
     with torch.no_grad():
-        states = model.frame_states(case.inputs["train_image"], *questions)[0]
+        states = model.frame_states(model.encode_clips(case.inputs["train_image"])[0], *questions)[0]
         owner = torch.arange(len(states)).repeat_interleave(recorded["n"])
         logits = model.answer_decoder(*answers, model.answer_decoder.project(states), questions[1], owner)
     result.close("train_question_states", states, recorded["question_states"])
@@ -143,8 +149,7 @@ def _compare_answer_ranking(model: SingularityQA, case: Case, result: Comparison
     questions = _eval_questions(case)
     answers = expected["answer_list_ids"], expected["answer_list_mask"]
     for mode in settings.get("modes", ENSEMBLES):
-        tokens, _ = features(model, frames, mode)
-        states = [model.question_states(tokens[:, f], *questions) for f in range(tokens.shape[1])]
+        states = model.frame_states(model.encode_clips(frames, mode, skip_temporal=True)[0], *questions)
         keys = [model.answer_decoder.project(each) for each in states]
         opening = model.first_token_probabilities(keys, questions[1], int(answers[0][0, 0]), mode)
         result.close(f"{mode}_first_token_probs", opening[:, answers[0][:, 1]], expected[f"{mode}_first_token_probs"])

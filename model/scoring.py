@@ -1,12 +1,21 @@
-"""Scores of many pairs of a text and a visual with the fusion layers, for re-ranking and multiple choice."""
+"""Scores many pairs of a text and a visual by the fusion layers, in large batches, whatever queries they belong to.
+
+Pairs are grouped by visual: what the fusion layers read of a visual is computed once for all its texts and never
+copied for them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 
+from model.config import ENSEMBLES
 from model.singularity import Singularity
 
-ENSEMBLES = ("concat", "mean", "max", "lse")
+GROUP = 8  # texts that look at one visual side by side; the last group of a visual is filled up
 
 
 def combine(scores: torch.Tensor, ensemble: str) -> torch.Tensor:
@@ -25,71 +34,100 @@ def combine(scores: torch.Tensor, ensemble: str) -> torch.Tensor:
     )
 
 
-def visual_features(
-    model: Singularity, frames: torch.Tensor, ensemble: str = "concat"
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Clips (B, T, 3, H, W) to tokens (B, F, S, D) for `pair_scores` and pooled vectors (B, T, D).
+@dataclass(frozen=True)
+class Groups:
+    """The pairs of a block of visuals as C groups of up to GROUP texts that share a visual.
 
-    concat: F = 1, all frames fused early. mean, max, lse: F = T, each frame by itself; raises ValueError for a model
-    with temporal modules, which these would skip.
+    visuals (C,): number of the visual in its block; texts (C, GROUP); real (C, GROUP) bool: not filled up;
+    longest (C,): tokens of the longest text.
     """
-    if ensemble == "concat":
-        tokens, pooled = model.encode_visual(frames)
-        return tokens[:, None], pooled
-    if ensemble not in ENSEMBLES:
-        raise ValueError(f"eval_frame_ensemble is {ensemble!r}: must be one of {', '.join(ENSEMBLES)}")
-    model.check_late_fusion(ensemble)
-    return model.encode_frames(frames)
+
+    visuals: np.ndarray
+    texts: np.ndarray
+    real: np.ndarray
+    longest: np.ndarray
+
+
+def group_pairs(pairs: np.ndarray, lengths: np.ndarray) -> Groups:
+    """Groups of the pairs marked in (B, M) bool, texts of like length together; groups come shortest first."""
+    order = np.argsort(lengths, kind="stable")
+    visuals, texts, real = [], [], []
+    for visual, row in enumerate(pairs):
+        chosen = order[row[order]]
+        if not len(chosen):
+            continue
+        filled = np.resize(chosen[-1:], -len(chosen) % GROUP)
+        groups = np.concatenate([chosen, filled]).reshape(-1, GROUP)
+        visuals.append(np.full(len(groups), visual))
+        texts.append(groups)
+        real.append((np.arange(groups.size) < len(chosen)).reshape(groups.shape))
+    if not visuals:
+        empty = np.empty((0, GROUP), dtype=np.int64)
+        return Groups(empty[:, 0], empty, empty.astype(bool), empty[:, 0])
+    result_texts = np.concatenate(texts)
+    longest = lengths[result_texts].max(1)
+    by_length = np.argsort(longest, kind="stable")
+    return Groups(
+        np.concatenate(visuals)[by_length],
+        result_texts[by_length],
+        np.concatenate(real)[by_length],
+        longest[by_length],
+    )
 
 
 @torch.no_grad()
-def pair_scores(
+def match_pairs(
     model: Singularity,
-    text_states: torch.Tensor,
-    text_mask: torch.Tensor,
-    visual_tokens: torch.Tensor,
-    text_index: torch.Tensor,
-    visual_index: torch.Tensor,
+    blocks: Iterable[tuple[np.ndarray, torch.Tensor]],
+    attended: torch.Tensor,
+    mask: torch.Tensor,
+    pairs: np.ndarray,
     ensemble: str = "concat",
-    pairs_per_call: int = 512,
-) -> torch.Tensor:
-    """Match logits (P,) float32 of the pairs text_index[p], visual_index[p].
+    pairs_at_once: int = 256,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The match logits of the pairs that are marked in `pairs` (N, M) bool and whose visual is in `blocks`.
 
-    text_states (M, Lt, D) and text_mask (M, Lt) of `encode_text`; visual_tokens (N, F, S, D) of `visual_features`, on
-    any device. Every visual's keys and values are projected once, and never copied for its texts: the pairs are
-    grouped by visual, visuals with about as many texts together, and short groups are padded.
+    blocks: visual indices (B,) and tokens (B, F, S, D) of `encode_clips`, on any device. attended (M, Lt, D) of
+    `attend_texts` and mask (M, Lt) on the model's. Returns visual and text of each of P pairs, and its score: (P,)
+    int64, (P,) int64, (P,) float32; the scores of several frames (F > 1) combined by `ensemble`.
     """
-    device = text_states.device
-    visuals, order, counts = _grouped(visual_index.cpu())
-    scores = torch.empty(len(text_index), dtype=torch.float32, device=device)
-    first = 0
-    while first < len(visuals):
-        group = int(counts[first])  # the largest of what is left
-        last = min(len(visuals), first + max(1, pairs_per_call // group))
-        pairs, real = _padded_pairs(order, counts, first, last, group)
-        texts = text_index.to(device)[pairs.flatten().to(device)]
-        tokens = visual_tokens[visuals[first:last].to(visual_tokens.device)].to(device)
-        by_frame = [
-            model.match_logits(text_states[texts], text_mask[texts], tokens[:, frame])[:, 1]
-            for frame in range(tokens.shape[1])
-        ]
-        result = combine(torch.stack(by_frame), ensemble)
-        scores[pairs[real].to(device)] = result[real.flatten().to(device)]
-        first = last
-    return scores
+    lengths = mask.sum(1).cpu().numpy()
+    empty = np.empty(0, dtype=np.int64)
+    parts = [(empty, empty, empty.astype(np.float32))]
+    for indices, tokens in blocks:
+        groups = group_pairs(pairs[indices], lengths)
+        if len(groups.visuals):
+            scores = _match_block(model, tokens.to(attended.device), attended, mask, groups, ensemble, pairs_at_once)
+            visuals = np.broadcast_to(indices[groups.visuals][:, None], groups.texts.shape)
+            parts.append((visuals[groups.real], groups.texts[groups.real], scores[groups.real]))
+    visual, text, score = (np.concatenate(column) for column in zip(*parts))
+    return visual, text, score
 
 
-def _grouped(visual_index: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
-    """Distinct visuals, most pairs first; the pairs of each; and how many they are."""
-    visuals, inverse, counts = visual_index.unique(return_inverse=True, return_counts=True)
-    by_visual = list(inverse.argsort(stable=True).split(counts.tolist()))
-    ranked = counts.argsort(descending=True, stable=True)
-    return visuals[ranked], [by_visual[i] for i in ranked.tolist()], counts[ranked]
-
-
-def _padded_pairs(
-    order: list[torch.Tensor], counts: torch.Tensor, first: int, last: int, group: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pair numbers (group, last - first), column n those of visual first + n, and which of them are no padding."""
-    pairs = torch.stack([torch.cat([own, own[:1].expand(group - len(own))]) for own in order[first:last]], dim=1)
-    return pairs, torch.arange(group)[:, None] < counts[None, first:last]
+def _match_block(
+    model: Singularity,
+    tokens: torch.Tensor,
+    attended: torch.Tensor,
+    mask: torch.Tensor,
+    groups: Groups,
+    ensemble: str,
+    pairs_at_once: int,
+) -> np.ndarray:
+    """Scores (C, GROUP) of groups of texts for the visuals with tokens (B, F, S, D)."""
+    frames, device = tokens.shape[1], tokens.device
+    keys = model.visual_keys(tokens.flatten(0, 1))  # of B·F sources
+    step = max(1, pairs_at_once // (GROUP * frames))
+    scores = []
+    for start in range(0, len(groups.visuals), step):
+        batch = slice(start, start + step)
+        length = max(1, int(groups.longest[batch].max()))
+        visuals = torch.from_numpy(groups.visuals[batch]).to(device)
+        sources = (visuals[:, None] * frames + torch.arange(frames, device=device)).flatten()  # (n·F,)
+        chosen = torch.from_numpy(groups.texts[batch].T.copy()).to(device)  # (GROUP, n)
+        rows = chosen[:, :, None].expand(-1, -1, frames).flatten()  # pair g·(n·F) + source
+        logits = model.match_attended(
+            attended[rows, :length], mask[rows, :length], tuple((k[sources], v[sources]) for k, v in keys)
+        )
+        each = logits[:, 1].float().view(GROUP, -1, frames).permute(2, 1, 0)  # (F, n, GROUP)
+        scores.append(combine(each, ensemble))
+    return torch.cat(scores).cpu().numpy()

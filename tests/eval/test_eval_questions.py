@@ -14,7 +14,7 @@ from eval.answers import Annotated, accuracies, accuracy_by_type
 from eval.cache import Block
 from eval.choice import evaluate_choice, score_options
 from eval.config import EvalConfig
-from eval.features import collect_visuals, encode_blocks, encode_texts, encode_tokens
+from eval.features import collect_visuals, encode_blocks, encode_texts
 from eval.qa import annotated_by, evaluate_answers, rank_for_block
 from loaders.config import LoaderConfig, PerMedia
 from loaders.evaluation import ChoiceSet, QASet, Question
@@ -164,7 +164,7 @@ def test_official_answers(mode):
     config = EvalConfig(k_test=recorded["k_test"], eval_frame_ensemble=mode)
     everyone = np.arange(len(items))
     with torch.inference_mode():
-        block = Block(everyone, encode_tokens(model, frames, config)[0])
+        block = Block(everyone, model.encode_clips(frames, config.eval_frame_ensemble)[0])
         _, best, probability = rank_for_block(model, block, questions, everyone, candidates, config)
     np.testing.assert_array_equal(best.numpy(), expected[f"{mode}_topk_ids"])
     np.testing.assert_allclose(probability.numpy(), expected[f"{mode}_topk_probs"], rtol=1e-4, atol=2e-4)

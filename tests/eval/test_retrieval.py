@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from eval.config import EvalConfig
-from eval.matching import GROUP, group_pairs
 from eval.retrieval import evaluate_retrieval
 from loaders.batch import normalize
 from loaders.config import PerMedia
@@ -123,20 +122,6 @@ def test_the_model_is_left_as_it_was():
     evaluate(model, Drawn(), EvalConfig(k_test=2))
     assert model.training
     assert not any(parameter.is_inference() for parameter in model.parameters())
-
-
-def test_groups_hold_every_pair_once():
-    rng = np.random.default_rng(0)
-    pairs = rng.random((6, 40)) < 0.3
-    pairs[2] = False
-    lengths = rng.integers(1, 20, 40)
-    groups = group_pairs(pairs, lengths)
-    visuals = np.broadcast_to(groups.visuals[:, None], groups.texts.shape)
-    found = sorted(zip(visuals[groups.real].tolist(), groups.texts[groups.real].tolist()))
-    assert found == sorted(zip(*(axis.tolist() for axis in np.nonzero(pairs))))
-    assert groups.texts.shape[1] == GROUP
-    assert (np.diff(groups.longest) >= 0).all()
-    assert group_pairs(np.zeros((3, 40), dtype=bool), lengths).texts.shape == (0, GROUP)
 
 
 def _one_rank(rank, world_size, meeting, config, dataset, results):

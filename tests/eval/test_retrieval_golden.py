@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from eval.config import FRAME_ENSEMBLES, EvalConfig
+from eval.config import EvalConfig
 from eval.features import collect_visuals, encode_blocks, encode_texts
 from eval.metrics import retrieval_metrics
 from eval.retrieval import score
 from model.checkpoint import load_model
+from model.config import ENSEMBLES
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "golden" / "05_ret_eval"
 CASES = json.loads((GOLDEN / "expected.json").read_text()) if GOLDEN.is_dir() else {}
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.shared
 def config_of(stem):
     case = json.loads((GOLDEN / "case.json").read_text())
     k_test = case["k_small"] if "ksmall_" in stem else 10_000 if "full_" in stem else case["k_test"]
-    ensemble = next((mode for mode in FRAME_ENSEMBLES if stem.endswith(mode)), "concat")
+    ensemble = next((mode for mode in ENSEMBLES if stem.endswith(mode)), "concat")
     return EvalConfig(k_test=k_test, eval_frame_ensemble=ensemble, eval_x_only="xonly" in stem, pair_batch_size=40)
 
 

@@ -1,34 +1,51 @@
 """Scores of pairs for re-ranking and multiple choice, and answers: against one pair at a time."""
 
+import numpy as np
 import pytest
 import torch
 from small_models import CLS, MASK, PAD, VOCAB, small_batch, small_config, small_model
 
 from model.answering import SingularityQA
-from model.config import AnswerDecoderConfig, LossWeights, TemporalConfig
-from model.scoring import ENSEMBLES, combine, pair_scores, visual_features
+from model.config import ENSEMBLES, AnswerDecoderConfig, LossWeights, TemporalConfig
+from model.scoring import GROUP, combine, group_pairs, match_pairs
 from model.singularity import Singularity
 
 
 @pytest.mark.parametrize("ensemble", ENSEMBLES)
-@pytest.mark.parametrize("pairs_per_call", [1, 5, 512])
-def test_scores_of_many_pairs_are_those_of_each_pair(ensemble, pairs_per_call):
+@pytest.mark.parametrize("pairs_at_once", [1, 40, 512])
+def test_scores_of_many_pairs_are_those_of_each_pair(ensemble, pairs_at_once):
     model = small_model().eval()
     images, ids, mask, _ = small_batch(pairs=5, frames=3)
-    texts = torch.tensor([0, 4, 2, 1, 0, 3, 2])
-    visuals = torch.tensor([2, 2, 0, 1, 0, 2, 2])
+    marked = torch.rand(5, 5, generator=torch.Generator().manual_seed(3)).numpy() < 0.5
     with torch.no_grad():
         states, _ = model.encode_text(ids, mask)
-        tokens, pooled = visual_features(model, images, ensemble)
+        attended = model.text_encoder.attend_texts(states, mask)
+        tokens, pooled = model.encode_clips(images, ensemble)
         assert tokens.shape[1] == (1 if ensemble == "concat" else 3)
         assert pooled.shape == (5, 3, 48)
-        scores = pair_scores(model, states, mask, tokens, texts, visuals, ensemble, pairs_per_call)
-        for p, (text, visual) in enumerate(zip(texts.tolist(), visuals.tolist())):
+        blocks = [(np.array([0, 3]), tokens[[0, 3]]), (np.array([1, 2, 4]), tokens[[1, 2, 4]])]
+        found = match_pairs(model, blocks, attended, mask, marked, ensemble, pairs_at_once)
+        assert sorted(zip(*(part.tolist() for part in found[:2]))) == list(zip(*(i.tolist() for i in marked.nonzero())))
+        for visual, text, score in zip(*(part.tolist() for part in found)):
             frames = [
                 model.match_logits(states[text, None], mask[text, None], tokens[visual, None, f])[0, 1]
                 for f in range(tokens.shape[1])
             ]
-            torch.testing.assert_close(scores[p], combine(torch.stack(frames), ensemble))
+            torch.testing.assert_close(torch.tensor(score), combine(torch.stack(frames), ensemble))
+
+
+def test_groups_hold_every_pair_once():
+    rng = np.random.default_rng(0)
+    pairs = rng.random((6, 40)) < 0.3
+    pairs[2] = False
+    lengths = rng.integers(1, 20, 40)
+    groups = group_pairs(pairs, lengths)
+    visuals = np.broadcast_to(groups.visuals[:, None], groups.texts.shape)
+    found = sorted(zip(visuals[groups.real].tolist(), groups.texts[groups.real].tolist()))
+    assert found == sorted(zip(*(axis.tolist() for axis in np.nonzero(pairs))))
+    assert groups.texts.shape[1] == GROUP
+    assert (np.diff(groups.longest) >= 0).all()
+    assert group_pairs(np.zeros((3, 40), dtype=bool), lengths).texts.shape == (0, GROUP)
 
 
 @pytest.mark.parametrize("fusion_layer", [1, 2, 3])
@@ -52,19 +69,23 @@ def test_no_pairs_have_no_scores():
     model = small_model().eval()
     images, ids, mask, _ = small_batch()
     states, _ = model.encode_text(ids, mask)
-    none = torch.empty(0, dtype=torch.long)
-    assert pair_scores(model, states, mask, visual_features(model, images)[0], none, none).shape == (0,)
+    tokens = model.encode_clips(images)[0]
+    nothing = np.zeros((len(images), len(ids)), dtype=bool)
+    found = match_pairs(model, [(np.arange(len(images)), tokens)], states, mask, nothing)
+    assert [part.shape for part in found] == [(0,)] * 3
 
 
-def test_late_fusion_of_a_model_that_relates_frames_is_refused():
-    model = small_model(temporal_vision_encoder=TemporalConfig(enable=True))
-    with pytest.raises(ValueError, match="set eval_frame_ensemble=concat"):
-        visual_features(model, small_batch(frames=2)[0], "mean")
+def test_late_fusion_of_a_model_that_relates_frames_is_refused_unless_asked_for():
+    model = small_model(temporal_vision_encoder=TemporalConfig(enable=True)).eval()
+    images = small_batch(frames=2)[0]
+    with pytest.raises(ValueError, match="use eval_frame_ensemble=concat"):
+        model.encode_clips(images, "mean")
+    torch.testing.assert_close(model.encode_clips(images, "mean", skip_temporal=True), model.encode_frames(images))
 
 
 def test_an_unknown_ensemble_is_named():
     with pytest.raises(ValueError, match="'median': must be one of concat, mean, max, lse"):
-        visual_features(small_model(), small_batch()[0], "median")
+        small_model().encode_clips(small_batch()[0], "median")
 
 
 @pytest.fixture
@@ -103,7 +124,7 @@ def test_a_later_word_does_not_change_what_an_earlier_one_predicts(answering):
     answers, answer_mask, _, _ = answers_of_questions()
     answering.eval()
     with torch.no_grad():
-        keys = answering.answer_decoder.project(answering.frame_states(images, ids, mask)[0])
+        keys = answering.answer_decoder.project(answering.frame_states(answering.encode_clips(images)[0], ids, mask)[0])
         first = answering.answer_decoder(answers, answer_mask, keys, mask)
         changed = answers.clone()
         changed[:, 2] = 7
@@ -118,7 +139,7 @@ def test_ranked_answers_are_distinct_and_in_order(answering, ensemble):
     images, ids, mask, _ = small_batch(pairs=3, frames=2)
     answers, answer_mask, _, _ = answers_of_questions()
     with torch.no_grad():
-        states = answering.frame_states(images, ids, mask, ensemble)
+        states = answering.frame_states(answering.encode_clips(images, ensemble)[0], ids, mask)
         numbers, probabilities = answering.rank_answers(states, mask, answers, answer_mask, 4, ensemble)
     assert numbers.shape == probabilities.shape == (3, 4)
     assert all(len(set(row)) == 4 for row in numbers.tolist())
@@ -138,6 +159,6 @@ def test_training_makes_the_right_answer_likelier(answering):
         optimizer.step()
     answering.eval()
     with torch.no_grad():
-        states = answering.frame_states(images, ids, mask)
+        states = answering.frame_states(answering.encode_clips(images)[0], ids, mask)
         numbers, _ = answering.rank_answers(states, mask, answers, answer_mask, 6)
     assert torch.equal(numbers[:, 0], right)
