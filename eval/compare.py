@@ -119,7 +119,7 @@ def _numbered(queries: Sequence[str]) -> list[tuple[str, int]]:
 
 
 def _taken(part: Outcomes, rows: Sequence[int]) -> Outcomes:
-    types = [part.types[i] for i in rows] if part.types else []
+    types = {kind: [names[i] for i in rows] for kind, names in part.types.items()}
     queries, visuals = [part.queries[i] for i in rows], [part.visuals[i] for i in rows]
     return Outcomes(part.metrics, part.kind, queries, visuals, part.values[rows], types)
 

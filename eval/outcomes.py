@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from eval.metrics import NOT_RANKED, RECALL_AT
 
+TYPES = ("question_type", "answer_type")
 PREFIXES = {"text_to_visual": "img", "visual_to_text": "txt"}
 SCHEMA = pa.schema(
     [
@@ -20,7 +21,8 @@ SCHEMA = pa.schema(
         ("kind", pa.string()),  # text_to_visual | visual_to_text | accuracy
         ("query", pa.string()),  # the text, the visual's name or the question's id
         ("visual", pa.string()),  # queries about the same visual are no independent evidence
-        ("type", pa.string()),  # of the answer, where it has one
+        ("question_type", pa.string()),  # where it has one
+        ("answer_type", pa.string()),
         ("rank", pa.int64()),  # of the best true item, from 1; null where it was not ranked
         ("accuracy", pa.float64()),  # of an answer, from 0 to 1
     ]
@@ -32,7 +34,7 @@ class Outcomes:
     """The outcomes of Q queries of one kind that count for one entry of metrics.json.
 
     values (Q,): ranks from 1, infinity where the true item was not ranked; or accuracies from 0 to 1 where `kind` is
-    "accuracy". queries, visuals, types: Q texts each.
+    "accuracy". queries, visuals: Q texts each; types: Q texts, empty where unknown, for each of TYPES that there is.
     """
 
     metrics: str
@@ -40,7 +42,7 @@ class Outcomes:
     queries: Sequence[str]
     visuals: Sequence[str]
     values: np.ndarray
-    types: Sequence[str] = ()
+    types: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @cached_property
     def points(self) -> dict[str, np.ndarray]:
@@ -51,9 +53,11 @@ class Outcomes:
         if self.kind != "accuracy":
             prefix = PREFIXES[self.kind]
             return {f"{prefix}_r{k}": (self.values <= k).astype(np.float64) for k in RECALL_AT}
-        types = np.array(self.types or [""] * len(self.values))
-        each = {name: np.where(types == name, self.values, np.nan) for name in sorted(set(types.tolist()) - {""})}
-        return {"overall": self.values} | {f"answer_type/{name}": values for name, values in each.items()}
+        found = {"overall": self.values}
+        for kind, types in self.types.items():
+            for name in sorted(set(types) - {""}):
+                found[f"{kind}/{name}"] = np.where(np.array(types) == name, self.values, np.nan)
+        return found
 
 
 def outcomes_of_ranks(
@@ -76,7 +80,7 @@ def write_outcomes(path: Path, outcomes: Sequence[Outcomes]) -> None:
             "kind": [part.kind] * count,
             "query": list(part.queries),
             "visual": list(part.visuals),
-            "type": list(part.types) or [""] * count,
+            **{kind: list(part.types.get(kind, [""] * count)) for kind in TYPES},
             "rank": ranks or [None] * count,
             "accuracy": [None] * count if ranked else part.values.tolist(),
         }
@@ -101,7 +105,7 @@ def read_outcomes(path: Path) -> list[Outcomes]:
         part = table.take(rows).to_pydict()
         ranks = [np.inf if rank is None else rank for rank in part["rank"]]
         values = np.array(part["accuracy"] if key[1] == "accuracy" else ranks, dtype=np.float64)
-        found.append(Outcomes(*key, part["query"], part["visual"], values, part["type"]))
+        found.append(Outcomes(*key, part["query"], part["visual"], values, {kind: part[kind] for kind in TYPES}))
     return found
 
 

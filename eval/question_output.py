@@ -10,7 +10,7 @@ import numpy as np
 from eval.choice import NO_CHOICE, ChoiceData, ChoiceResult
 from eval.config import EvalConfig
 from eval.gallery import PicturedData, draw_visuals
-from eval.outcomes import Outcomes
+from eval.outcomes import TYPES, Outcomes
 from eval.outputs import SplitOutput
 from eval.qa import QAData, QAResult
 
@@ -31,78 +31,71 @@ def qa_output(
 ) -> SplitOutput:
     """Everything to be written of a result on questions."""
     items = [_answered(result, dataset, answer_list, number) for number in range(len(dataset.questions))]
-    gallery, pictures = _gallery(items, dataset, result.name, set(result.missing), config)
-    known = [number for number, value in enumerate(result.accuracies) if value is not None]
-    outcomes = Outcomes(
-        result.name,
-        "accuracy",
-        [dataset.questions[i].question_id for i in known],
-        [dataset.sources[dataset.questions[i].visual] for i in known],
-        np.array([result.accuracies[i] for i in known], dtype=np.float64),
-        [dataset.questions[i].answer_type for i in known],
-    )
-    protocol = f"{min(config.k_test, len(answer_list))} of a list of {len(answer_list)} answers ranked by likelihood"
+    k = min(config.k_test, len(answer_list))
     details = {
-        "protocol": protocol,
+        "task": "qa",
+        "protocol": f"{k} of a list of {len(answer_list)} answers ranked by likelihood",
         "accuracy": {"exact": "exact match", "vqa": "VQA soft accuracy"}[config.accuracy],
         "num_answers": len(answer_list),
     }
-    return SplitOutput(
-        name=result.name,
-        metrics=result.metrics,
-        details=_details("qa", result, dataset, items) | details,
-        outcomes=[outcomes] if known else [],
-        predictions=[_told(item) for item in items],
-        gallery=gallery,
-        pictures=pictures,
-        submission=[{"question_id": _number(i["question_id"]), "answer": i["answer"] or ""} for i in items],
-    )
+    return _output(result, dataset, items, details, [item["answer"] or "" for item in items], config)
 
 
 def choice_output(result: ChoiceResult, dataset: PicturedChoices, config: EvalConfig) -> SplitOutput:
     """Everything to be written of a result on multiple choice, which holds its scores on rank 0."""
     items = [_chosen(result, dataset, number) for number in range(len(dataset.choices))]
+    sizes = [len(choice.options) for choice in dataset.choices if choice.answer >= 0]
+    details = {
+        "task": "choice",
+        "protocol": "the option with the highest match score",
+        "accuracy": "exact match",
+        "chance": {"overall": round(100 * sum(1 / size for size in sizes) / len(sizes), 2)} if sizes else {},
+    }
+    return _output(result, dataset, items, details, result.chosen, config)
+
+
+def _output(
+    result: QAResult | ChoiceResult,
+    dataset: PicturedData,
+    items: Sequence[dict[str, Any]],
+    details: dict[str, Any],
+    submitted: Sequence[str | int],
+    config: EvalConfig,
+) -> SplitOutput:
+    """The output of Q answered questions `items`, with what is `submitted` for each."""
     gallery, pictures = _gallery(items, dataset, result.name, set(result.missing), config)
-    known = [i for i, choice in enumerate(dataset.choices) if choice.answer >= 0]
+    known = [item for item in items if item["accuracy"] is not None]
     outcomes = Outcomes(
         result.name,
         "accuracy",
-        [dataset.choices[i].question_id for i in known],
-        [dataset.sources[dataset.choices[i].visual] for i in known],
-        np.array([float(result.chosen[i] == dataset.choices[i].answer) for i in known], dtype=np.float64),
+        [item["question_id"] for item in known],
+        [item["source"] for item in known],
+        np.array([item["accuracy"] for item in known], dtype=np.float64),
+        {kind: [item[kind] for item in known] for kind in TYPES},
     )
-    sizes = [len(dataset.choices[i].options) for i in known]
-    chance = {"overall": round(100 * sum(1 / size for size in sizes) / len(sizes), 2)} if sizes else {}
-    details = {"protocol": "the option with the highest match score", "accuracy": "exact match", "chance": chance}
     return SplitOutput(
         name=result.name,
         metrics=result.metrics,
-        details=_details("choice", result, dataset, items) | details,
+        details={
+            "media_type": dataset.media_type,
+            "num_visuals": dataset.num_visuals,
+            "num_questions": len(items),
+            "num_annotated": len(known),
+            "num_unanswered": sum(item["answer"] is None for item in items),
+            "num_frames": result.num_frames,
+            "missing": {dataset.sources[i]: reason for i, reason in result.missing.items()},
+            "seconds": {stage: round(value, 2) for stage, value in result.seconds.items()},
+        }
+        | details,
         outcomes=[outcomes] if known else [],
         predictions=[_told(item) for item in items],
         gallery=gallery,
         pictures=pictures,
         submission=[
-            {"question_id": _number(choice.question_id), "answer": chosen}
-            for choice, chosen in zip(dataset.choices, result.chosen)
+            {"question_id": _number(item["question_id"]), "answer": answer}
+            for item, answer in zip(items, submitted, strict=True)
         ],
     )
-
-
-def _details(
-    task: str, result: QAResult | ChoiceResult, dataset: PicturedData, items: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
-    return {
-        "task": task,
-        "media_type": dataset.media_type,
-        "num_visuals": dataset.num_visuals,
-        "num_questions": len(items),
-        "num_annotated": sum(item["accuracy"] is not None for item in items),
-        "num_unanswered": sum(item["answer"] is None for item in items),
-        "num_frames": result.num_frames,
-        "missing": {dataset.sources[i]: reason for i, reason in result.missing.items()},
-        "seconds": {stage: round(value, 2) for stage, value in result.seconds.items()},
-    }
 
 
 def _answered(result: QAResult, dataset: PicturedQuestions, answers: Sequence[str], number: int) -> dict[str, Any]:
@@ -118,7 +111,8 @@ def _answered(result: QAResult, dataset: PicturedQuestions, answers: Sequence[st
         "source": dataset.sources[question.visual],
         "question_id": question.question_id,
         "question": question.question,
-        "type": " · ".join(filter(None, (question.question_type, question.answer_type))),
+        "question_type": question.question_type,
+        "answer_type": question.answer_type,
         "answer": result.predictions[number],
         "correct": [
             {"text": text, "share": round(float(share), 4)} for text, share in zip(question.answers, question.weights)
@@ -142,7 +136,8 @@ def _chosen(result: ChoiceResult, dataset: PicturedChoices, number: int) -> dict
         "source": dataset.sources[choice.visual],
         "question_id": choice.question_id,
         "question": "",
-        "type": "",
+        "question_type": "",
+        "answer_type": "",
         "answer": choice.options[chosen] if answered else None,
         "correct": [{"text": choice.options[choice.answer], "share": 1.0}] if choice.answer >= 0 else [],
         "accuracy": float(chosen == choice.answer) if choice.answer >= 0 else None,

@@ -9,10 +9,10 @@ from eval.compare import compare, main
 from eval.outcomes import Outcomes, intervals, outcomes_of_ranks, read_outcomes, write_outcomes
 
 
-def answers(values, visuals=None, queries=None, types=(), name="test"):
+def answers(values, visuals=None, queries=None, types=None, name="test"):
     count = len(values)
     queries = queries or [f"q{i}" for i in range(count)]
-    return Outcomes(name, "accuracy", queries, visuals or queries, np.asarray(values, dtype=float), types)
+    return Outcomes(name, "accuracy", queries, visuals or queries, np.asarray(values, dtype=float), types or {})
 
 
 def ranks(values, kind="text_to_visual", name="test/"):
@@ -47,15 +47,28 @@ def test_intervals_enclose_every_metric_and_type():
     assert {"img_r_mean", "txt_r_mean", "r_mean"} <= set(found)
     assert all(low < high for name, (low, high) in found.items() if name != "txt_r10")
     assert found["txt_r10"] == (100, 100)
-    types = ["yes/no"] * 5 + ["other"] * 15
+    types = {"answer_type": ["yes/no"] * 5 + ["other"] * 15, "question_type": ["is"] * 10 + ["what"] * 9 + [""]}
     found = intervals([answers([1.0] * 5 + [0.5] * 15, types=types)])["test"]
     assert found["answer_type/yes/no"] == (100, 100)
-    assert found["answer_type/other"] == (50, 50)
+    assert found["answer_type/other"] == found["question_type/what"] == (50, 50)
+    low, high = found["question_type/is"]
+    assert 50 <= low < 75 < high <= 100
+    assert set(found) == {
+        "overall",
+        "answer_type/yes/no",
+        "answer_type/other",
+        "question_type/is",
+        "question_type/what",
+    }
 
 
 def test_outcomes_come_back_from_disk(tmp_path):
     unranked = np.iinfo(np.int64).max
-    parts = [ranks([0, 4, unranked]), ranks([1], "visual_to_text"), answers([1.0, 0.3], types=["a", "b"])]
+    parts = [
+        ranks([0, 4, unranked]),
+        ranks([1], "visual_to_text"),
+        answers([1.0, 0.3], types={"question_type": ["", "what"], "answer_type": ["a", "b"]}),
+    ]
     write_outcomes(tmp_path / "outcomes.parquet", parts)
     back = read_outcomes(tmp_path / "outcomes.parquet")
     assert [(part.metrics, part.kind, part.queries) for part in back] == [
@@ -63,7 +76,8 @@ def test_outcomes_come_back_from_disk(tmp_path):
     ]
     np.testing.assert_array_equal(back[0].values, [1, 5, np.inf])
     np.testing.assert_array_equal(back[2].values, [1, 0.3])
-    assert back[2].types == ["a", "b"]
+    assert back[2].types == {"question_type": ["", "what"], "answer_type": ["a", "b"]}
+    assert list(back[2].points) == ["overall", "question_type/what", "answer_type/a", "answer_type/b"]
     assert back[0].points["img_r5"].tolist() == [1, 1, 0]
     (tmp_path / "other").write_text("{}")
     with pytest.raises(ValueError, match="is no table of outcomes"):
