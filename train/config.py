@@ -129,6 +129,14 @@ class RunConfig(LoaderConfig, EvalConfig):
             raise ValueError(f"optimizer.opt_betas is {self.optimizer.opt_betas}: must be two numbers")
         if not 0 <= self.scheduler.min_lr_multi <= 1:
             raise ValueError(f"scheduler.min_lr_multi is {self.scheduler.min_lr_multi}: must be between 0 and 1")
+        for name in self.test_corpus:  # folders and files are named by it, and entries of metrics.json
+            if not name or name.startswith(".") or Path(name).name != name:
+                raise ValueError(f"test_corpus has a split {name!r}: must be a name that a file can have, without /")
+            if f"{name}_emb" in self.test_corpus:
+                raise ValueError(
+                    f"test_corpus has splits {name!r} and '{name}_emb', which is what the results of {name!r} by the "
+                    "dual encoder are called: give one of them another name"
+                )
         unknown = [name for name in self.splits if name not in self.test_corpus]
         if unknown:
             raise ValueError(f"splits names {unknown[0]!r}, test_corpus has {', '.join(self.test_corpus) or 'none'}")

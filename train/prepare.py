@@ -63,6 +63,8 @@ def prepare_training(settings: Settings, ranks: Ranks, evaluates: bool) -> Prepa
     check_tracking(run)
     answers: list[str] = []
     if evaluates:
+        if run.stop_key is not None and run.splits and run.stop_key not in run.splits:
+            raise ValueError(f"stop_key={run.stop_key} is not among splits={run.splits}: add it, or leave splits out")
         check_test_corpora(run)
         answers = read_answer_list(run)
     for url in run.train_urls():
