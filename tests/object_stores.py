@@ -48,6 +48,14 @@ SERVERS = Path(os.environ.get("TEST_SERVERS", Path(__file__).resolve().parent.pa
 # Read when gcsfs is imported: otherwise it spends a minute a bucket on asking a gRPC endpoint for its type.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
+# Its queue holds 5 connections, and the system lets a sixth wait for minutes: parallel reads would be a matter of luck.
+GCS_EMULATOR = """
+import socketserver, sys
+socketserver.TCPServer.request_queue_size = 512
+from gcp_storage_emulator.__main__ import main
+main(sys.argv[1:])
+"""
+
 MakeFaulty = Callable[["Store", Faults], FaultyProxy]
 
 
@@ -189,7 +197,7 @@ def s3_address() -> Iterator[str]:
 def gcs_address() -> Iterator[str]:
     port = free_port()
     arguments = ["start", "--host", "127.0.0.1", "--port", str(port), "--in-memory", "--quiet"]
-    with server("gcp-storage-emulator", *arguments, port=port) as address:
+    with server("python", "-c", GCS_EMULATOR, *arguments, port=port) as address:
         yield address
 
 

@@ -39,7 +39,7 @@ def tables(tmp_path: Path) -> Path:
 def test_rows_come_whole_though_requests_fail(
     tables: Path, store: Store, faulty: MakeFaulty, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(annotation_files, "BLOCK", 2**16)
+    monkeypatch.setattr(annotation_files, "BLOCK", 2**18)
     store.fill(tables, "tables")
     proxy = faulty(store, Faults(error=0.1, cut=0.1, seed=1))
     expected = list(read_rows([str(tables / "a.json")], Reading()))
