@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 
 EXIF_ORIENTATION = 0x0112
 DETAIL = 2  # times the stored size: a JPEG is decoded no smaller, what is left to the area filter keeps it sharp
+SHARP, SOFT = 1.25, 2.6  # scales up to which bicubic alone, and bicubic after a slight blur, come nearest to Lanczos
 SEEK_BEYOND = 5.0  # seconds; to a start that is nearer a clip is decoded from its beginning
 
 
@@ -106,11 +107,21 @@ def decode_any(data: bytes) -> np.ndarray:
 
 
 def shrink(pixels: np.ndarray, size: int) -> np.ndarray:
-    """The picture with its shorter side at most `size` pixels, aspect kept."""
-    target = stored_size(pixels.shape[1], pixels.shape[0], size)
-    if target == (pixels.shape[1], pixels.shape[0]):
+    """The picture with its shorter side at most `size` pixels, aspect kept.
+
+    The filters are OpenCV's fastest that are no further from Lanczos than its area filter, whose cost is several times
+    as high at all scales but whole ones.
+    """
+    height, width = pixels.shape[:2]
+    target = stored_size(width, height, size)
+    if target == (width, height):
         return np.ascontiguousarray(pixels)
-    return cv2.resize(pixels, target, interpolation=cv2.INTER_AREA)
+    scale = min(height, width) / min(target)
+    if scale > SOFT:
+        return cv2.resize(pixels, target, interpolation=cv2.INTER_AREA)
+    if scale > SHARP:
+        pixels = cv2.GaussianBlur(pixels, (3, 3), 0.42 * math.sqrt(scale**2 - 1), borderType=cv2.BORDER_REPLICATE)
+    return cv2.resize(pixels, target, interpolation=cv2.INTER_CUBIC)
 
 
 def stored_size(width: int, height: int, size: int) -> tuple[int, int]:

@@ -46,8 +46,8 @@ class ShardWriter:
         self.output, self.name = output, name
         self.folder = Path(tempfile.mkdtemp(dir=scratch))
         self.path = self.folder / name
-        self.file = self.path.open("wb")
-        self.tar = tarfile.TarFile(fileobj=self.file, mode="w", format=tarfile.USTAR_FORMAT)
+        self.file = self.path.open("wb", buffering=2**20)
+        self.size = 0  # bytes written so far
         self.rows: list[dict[str, Any]] = []
 
     def __enter__(self) -> ShardWriter:
@@ -75,10 +75,16 @@ class ShardWriter:
         )
 
     def write(self, name: str, data: bytes) -> int:
-        """Append a member; returns the byte offset of its data in the tar."""
-        info = tar_info(name, len(data))
-        offset = self.tar.offset + BLOCK
-        self.tar.addfile(info, io.BytesIO(data))
+        """Append a member; returns the byte offset of its data in the tar.
+
+        The headers are those of tarfile, whose `addfile` would copy the header's fields and the data once more.
+        """
+        padding = -len(data) % BLOCK
+        self.file.write(tar_header(name, len(data)))
+        self.file.write(data)
+        self.file.write(bytes(padding))
+        offset = self.size + BLOCK
+        self.size = offset + len(data) + padding
         return offset
 
     def close(self, rows: int, failures: list[dict[str, Any]]) -> FinishedShard:
@@ -87,7 +93,8 @@ class ShardWriter:
         `rows` (annotation rows packed) and `failures` (source, rows, reason) travel in the index's metadata,
         so that an interrupted build forgets none.
         """
-        self.tar.close()
+        end = 2 * BLOCK  # of zeros mark the end, and more of them fill the last record
+        self.file.write(bytes(end + -(self.size + end) % tarfile.RECORDSIZE))
         self.file.close()
         index = self.path.with_suffix(".parquet")
         facts: dict[str, Any] = {**counts(self.rows), "bytes": self.path.stat().st_size, "sha256": sha256(self.path)}
