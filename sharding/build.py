@@ -35,7 +35,8 @@ from sharding.output import (
 from sharding.plan import Settings, plan_shards
 from sharding.progress import LOG_EVERY, Progress, counted
 from sharding.schema import MEDIA_TYPES, Corpus, join_url
-from sharding.sources import Fetching, check_root
+from sharding.sources import check_root
+from sharding.web import Fetching
 
 log = logging.getLogger("sharding")
 

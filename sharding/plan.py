@@ -10,7 +10,7 @@ from pathlib import Path
 from sharding.annotations.items import Item
 from sharding.annotations.staging import Staged
 from sharding.schema import MEDIA_TYPES
-from sharding.sources import Fetching
+from sharding.web import Fetching
 
 FRAMES_PER_CLIP = 24  # assumed when clips are spread over shards, before any is opened
 BYTES_PER_PIXEL = 0.25  # of a JPEG at the usual quality, assumed likewise

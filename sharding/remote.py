@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import random
 import socket
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import aiohttp
-from tenacity import AsyncRetrying, RetryCallState, Retrying, retry_if_exception, stop_after_attempt
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
 from tenacity.nap import sleep_using_event
 from tenacity.stop import stop_when_event_set
-from tenacity.wait import wait_exponential_jitter
 
 ATTEMPTS = 4
 LONGEST_PAUSE = 30.0  # seconds between two attempts
@@ -39,6 +39,18 @@ REFUSED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "Expir
 Result = TypeVar("Result")
 
 
+class WebError(Exception):
+    """A web server did not give what was asked for; the message is the reason that the report shows.
+
+    status: of its answer, 0 where there was none, and then `passing` says whether another attempt may go better.
+    after: seconds that the server asks to wait.
+    """
+
+    def __init__(self, reason: str, status: int = 0, passing: bool = False, after: int = 0) -> None:
+        super().__init__(reason)
+        self.status, self.passing, self.after = status, passing, after
+
+
 def again(
     function: Callable[..., Result], *arguments: Any, attempts: int = ATTEMPTS, stop: threading.Event | None = None
 ) -> Result:
@@ -54,23 +66,23 @@ def again(
     return retrying(function, *arguments)
 
 
-async def again_async(function: Callable[..., Awaitable[Result]], *arguments: Any, attempts: int = ATTEMPTS) -> Result:
-    """`again` of a coroutine."""
-    return await AsyncRetrying(stop=stop_after_attempt(attempts), **policy())(function, *arguments)
-
-
 def policy() -> dict[str, Any]:
     """What is tried again, and after which pause."""
     return {"wait": pause, "retry": retry_if_exception(is_transient), "reraise": True}
 
 
 def pause(state: RetryCallState) -> float:
-    """Seconds until the next attempt: what the server's Retry-After says, else exponential with jitter."""
+    """`pause_after` for tenacity."""
     error = state.outcome.exception() if state.outcome else None
-    asked = str((getattr(error, "headers", None) or {}).get("Retry-After", ""))
-    if asked.isdigit():
+    return pause_after(error, state.attempt_number)
+
+
+def pause_after(error: BaseException | None, attempt: int) -> float:
+    """Seconds until the next attempt: what the server's Retry-After says, else exponential with jitter."""
+    asked = str((getattr(error, "headers", None) or {}).get("Retry-After", "")) or str(getattr(error, "after", ""))
+    if asked.isdigit() and int(asked):
         return min(float(asked), LONGEST_PAUSE)
-    return wait_exponential_jitter(initial=0.3, max=LONGEST_PAUSE, jitter=0.3)(state)
+    return min(0.3 * 2 ** (attempt - 1) + random.uniform(0, 0.3), LONGEST_PAUSE)
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
@@ -106,6 +118,8 @@ def is_transient(error: BaseException) -> bool:
     status = status_of(error)
     if status is not None and status >= 400:
         return status in AGAIN
+    if isinstance(error, WebError):
+        return error.passing
     if isinstance(error, aiohttp.ClientConnectorDNSError):
         return error.os_error.errno == socket.EAI_AGAIN
     if isinstance(error, aiohttp.ClientSSLError):
@@ -120,6 +134,8 @@ def is_transient(error: BaseException) -> bool:
 
 def reason_of(error: BaseException) -> str:
     """A short reason why something could not be read, for the report of failures."""
+    if isinstance(error, WebError):
+        return str(error)
     status = status_of(error)
     if status is not None and status >= 400:
         phrase = getattr(error, "message", "") if isinstance(error, aiohttp.ClientResponseError) else ""

@@ -2,51 +2,35 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
+import io
 import mmap
 import os
+import queue
 import re
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
-import aiohttp
 import fsspec
 
 from sharding.archives import Archive, split_archive
 from sharding.media import MediaError
-from sharding.remote import ATTEMPTS, again, again_async, credentials_missing, naming, reason_of
+from sharding.remote import WebError, again, credentials_missing, naming, reason_of
 from sharding.schema import join_url
+from sharding.web import Fetching, web_client
 
 WINDOW = {"image": 1024, "video": 64}  # media: how far finished ones may run ahead of one that is slow to come
 AHEAD = 2  # media under way or waiting to be decoded, for each connection
 OPEN_ARCHIVES = 8
 COMPRESSED_TAR = re.compile(r"\.(tar\.\w+|tgz|tbz2|txz)$", re.IGNORECASE)
 WEB = ("http://", "https://")
-AGENT = "Mozilla/5.0 (compatible; singularity-at-scale)"  # some hosts refuse clients without a name
 
 Fetched = bytes | BinaryIO  # an image's bytes, or a clip's open file
-
-
-@dataclass(frozen=True)
-class Fetching:
-    """How media are fetched over a network; it changes no byte of the result."""
-
-    connections: int = 16  # at once, of each worker process
-    per_host: int = 8  # of these to one host
-    attempts: int = ATTEMPTS
-    timeout: float = 30.0  # seconds without a byte
-
-    def check(self) -> None:
-        """Raise ValueError, with the remedy, for settings that cannot work."""
-        if min(self.connections, self.per_host, self.attempts) < 1 or self.timeout <= 0:
-            raise ValueError("--connections, --per-host and --attempts must be at least 1, --timeout above 0")
 
 
 class Media:
@@ -80,41 +64,44 @@ class Media:
             yield from ((place, self.fetch(sources[place])) for place in places)
             return
         window = WINDOW[self.media_type]
+        done: queue.SimpleQueue[tuple[int, Future[Fetched | MediaError]]] = queue.SimpleQueue()
         with ThreadPoolExecutor(self.fetching.connections) as pool:
-            pending: dict[Future[Fetched | MediaError], int] = {}
+            pending: dict[int, Future[Any]] = {}
             following = next(places, None)
             try:
                 while pending or following is not None:
                     while (
                         following is not None
                         and len(pending) < AHEAD * self.fetching.connections
-                        and following - min(pending.values(), default=following) < window
+                        and following - min(pending, default=following) < window
                     ):
-                        pending[self.start(pool, sources[following])] = following
+                        pending[following] = self.start(pool, sources[following])
+                        pending[following].add_done_callback(functools.partial(hand_over, done, following))
                         following = next(places, None)
-                    for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                        yield pending.pop(future), future.result()
+                    place, future = done.get()
+                    del pending[place]
+                    yield place, self.outcome(future)
             finally:
                 self.stop.set()
-                for future in pending:
+                for future in pending.values():
                     future.cancel()
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def start(self, pool: ThreadPoolExecutor, source: str) -> Future[Fetched | MediaError]:
-        """Begin to fetch: photos from the web in the client's own loop, which costs half of what threads do."""
+    def start(self, pool: ThreadPoolExecutor, source: str) -> Future[Any]:
+        """Begin to fetch a distant source."""
         url = self.location(source)
-        absolute = "://" in source
-        if self.media_type == "image" and url.startswith(WEB) and (absolute or not split_archive(url)):
-            filesystem, path = fsspec.url_to_fs(url, **web_options(self.fetching))
-            return asyncio.run_coroutine_threadsafe(self.fetch_from_web(filesystem, path), filesystem.loop)
+        if url.startswith(WEB) and ("://" in source or not split_archive(url)):
+            file = io.BytesIO() if self.media_type == "image" else tempfile.TemporaryFile(dir=self.scratch)  # noqa: SIM115
+            return web_client(self.fetching).fetch(url, cast(BinaryIO, file))
         return pool.submit(self.fetch, source)
 
-    async def fetch_from_web(self, filesystem: Any, path: str) -> Fetched | MediaError:
-        """`fetch` of a photo on a web server, as a coroutine."""
+    def outcome(self, future: Future[Any]) -> Fetched | MediaError:
+        """What came of a source; raises what would befall all others, too."""
         try:
-            return await again_async(filesystem._cat_file, path, attempts=self.fetching.attempts)
-        except Exception as error:  # as in `fetch`
+            found = future.result()
+        except (WebError, FileNotFoundError) as error:
             return MediaError(reason_of(error))
+        return found.getvalue() if isinstance(found, io.BytesIO) else found
 
     def location(self, source: str) -> str:
         """A source's URL, or its absolute path where it is a local file."""
@@ -143,11 +130,15 @@ class Media:
             return archive.read(inside[1])
         if url.startswith("/"):
             return read_local(url, whole=self.media_type == "image")
-        options = web_options(self.fetching) if url.startswith(WEB) else {}
-        filesystem, path = fsspec.url_to_fs(url, **options)
+        filesystem, path = fsspec.url_to_fs(url)
         if self.media_type == "image":
             return filesystem.cat_file(path)
         return download(filesystem, path, self.scratch)
+
+
+def hand_over(done: queue.SimpleQueue[tuple[int, Future[Any]]], place: int, future: Future[Any]) -> None:
+    """Tell who waits at a queue that a source is there."""
+    done.put((place, future))
 
 
 def open_archive(url: str, folder: Path) -> Archive:
@@ -178,25 +169,6 @@ def download(filesystem: Any, path: str, scratch: Path) -> BinaryIO:
         return open(name, "rb")
     finally:
         os.unlink(name)
-
-
-def web_options(fetching: Fetching) -> dict[str, Any]:
-    """Options of fsspec's client of web servers; the same for all shards of a process, which so share connections."""
-    seconds = fetching.timeout
-    client = {
-        "timeout": aiohttp.ClientTimeout(total=None, connect=None, sock_connect=seconds, sock_read=seconds),
-        "headers": {"User-Agent": AGENT},
-        "trust_env": True,
-        "limits": (fetching.connections, fetching.per_host),
-    }
-    return {"client_kwargs": client, "get_client": connect}
-
-
-async def connect(loop: asyncio.AbstractEventLoop, **settings: Any) -> aiohttp.ClientSession:
-    """A session with bounded connections, in all and to each host."""
-    limit, per_host = settings.pop("limits")
-    connector = aiohttp.TCPConnector(limit=limit, limit_per_host=per_host, ttl_dns_cache=300)
-    return aiohttp.ClientSession(loop=loop, connector=connector, **settings)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import pytest
 import simplejpeg
 from PIL import Image
 
-from sharding.media import MediaError, pack_image, pack_video
+from sharding.media import MediaError, pack_image, pack_video, shrink
 
 RED, GREEN = (220, 30, 30), (30, 160, 60)
 
@@ -167,3 +167,26 @@ def test_an_odd_size_shrinks_and_other_codecs_are_read() -> None:
 def test_broken_clips_are_refused(data: bytes) -> None:
     with pytest.raises(MediaError):
         pack_video(data, 48, 90, 2, 0)
+
+
+def natural(width: int, height: int) -> np.ndarray:
+    """Noise with the spectrum of a photo (amplitude 1 / frequency) and a hard edge."""
+    random = np.random.default_rng(4)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    frequency[0, 0] = 1
+    spectrum = np.fft.rfft2(random.normal(size=(3, height, width))) / frequency
+    pixels = np.fft.irfft2(spectrum, (height, width)).transpose(1, 2, 0)
+    pixels = 128 + pixels / pixels.std() * 40
+    pixels[:, : width // 3] += 60
+    return np.clip(pixels, 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("size", [290, 256, 241, 239, 200, 160, 150, 129, 117, 114, 90, 75, 40])
+def test_shrinking_is_as_close_to_lanczos_as_the_area_filter(size: int) -> None:
+    pixels = natural(400, 300)
+    shrunk = shrink(pixels, size)
+    height, width = shrunk.shape[:2]
+    assert height == size
+    best = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS)).astype(int)
+    area = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
+    assert np.sqrt(((shrunk - best) ** 2).mean()) <= 1.02 * np.sqrt(((area - best) ** 2).mean())

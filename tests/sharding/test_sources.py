@@ -19,7 +19,7 @@ from PIL import Image
 
 from sharding.build import build_corpus
 from sharding.schema import Corpus, read_index
-from sharding.sources import Fetching
+from sharding.web import Fetching
 
 COUNT = 40
 QUICK = Fetching(connections=8, per_host=4, attempts=4, timeout=1.0)

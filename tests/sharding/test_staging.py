@@ -22,7 +22,7 @@ from sharding.build import build_corpus
 from sharding.plan import Settings, plan_shards
 from sharding.progress import counted
 from sharding.schema import read_index
-from sharding.sources import Fetching
+from sharding.web import Fetching
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

@@ -14,8 +14,8 @@ from object_stores import MakeFaulty, Store
 from PIL import Image
 
 from sharding.build import build_corpus
-from sharding.sources import Fetching
 from sharding.verify import verify_corpus
+from sharding.web import Fetching
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 COUNT = 96
