@@ -10,7 +10,7 @@ from pathlib import Path
 
 from model.parity_evaluation import compare_answers, compare_choices, compare_retrieval
 from model.parity_forward import compare_forward
-from model.parity_loading import compare_finetuning_start, compare_hub_start, compare_interpolation
+from model.parity_loading import compare_finetuning_start, compare_hub_start, compare_pure
 from model.parity_report import Comparison
 from model.parity_training import compare_steps
 
@@ -22,7 +22,7 @@ COMPARISONS: dict[str, Callable[[Path], Comparison]] = {
     "ret_eval": compare_retrieval,
     "vqa": compare_answers,
     "mc": compare_choices,
-    "pure": compare_interpolation,
+    "pure": compare_pure,
     "steps": compare_steps,
     "hub": compare_hub_start,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -78,8 +79,8 @@ def _compare_states(case: Case, result: Comparison, prefix: str, ours: dict[str,
             result.close(name, ours[name.removeprefix(prefix)], value)
 
 
-def compare_interpolation(folder: Path) -> Comparison:
-    """Position tables and temporal embeddings in other sizes (of case 08 what the model does itself)."""
+def compare_pure(folder: Path) -> Comparison:
+    """Position tables and temporal embeddings in other sizes, and what `launch.recorded` compares."""
     result = Comparison(folder.name)
     with np.load(folder / "interpolation.npz") as arrays:
         tables = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
@@ -98,7 +99,8 @@ def compare_interpolation(folder: Path) -> Comparison:
         if kind == "temporal_interp" and end < int(start):
             continue  # a clip shorter than the table takes its first rows
         result.close(name, resize(table, end), expected)
-    result.notes.append("of this case only the interpolation is the model's; loaders, train and eval test the rest")
+    # By name, when the command asks for it: the model itself knows nothing of the rooms above it.
+    importlib.import_module("launch.recorded").compare_recorded(folder, result)
     return result
 
 

@@ -64,7 +64,7 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     (naming key, value and what is expected), a rule broken, or a file that is no YAML.
     """
     merged = OmegaConf.merge(_read_with_bases(Path(path), ()), _parse_overrides(overrides))
-    given = _without_none_strings(OmegaConf.to_container(merged, resolve=False))
+    given = without_none_strings(OmegaConf.to_container(merged, resolve=False))
     schema = OmegaConf.structured(RunConfig)
     explicit = []
     for key, value in _leaves(given, RunConfig):
@@ -123,10 +123,10 @@ def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
         raise ValueError(f"the settings {' '.join(overrides)} cannot be read: {_first_line(error)}") from None
 
 
-def _without_none_strings(value: Any) -> Any:
+def without_none_strings(value: Any) -> Any:
     """Official YAMLs write None for nothing; YAML itself knows null. Lists keep the word, as there."""
     if isinstance(value, dict):
-        return {key: _without_none_strings(item) for key, item in value.items()}
+        return {key: without_none_strings(item) for key, item in value.items()}
     return None if value in ("None", "none") else value
 
 

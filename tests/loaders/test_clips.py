@@ -1,8 +1,6 @@
 """What a step sees of a clip: frames, crops and flips."""
 
 import importlib
-import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,14 +14,10 @@ from loaders.clips import (
     Window,
     choose_frames,
     draw_keys,
-    frames_at_rate,
     random_frames,
     random_numbers,
     random_windows,
 )
-
-SHARED = Path(__file__).resolve().parents[3] / "shared"
-TABLE = SHARED / "golden" / "08_pure" / "tables" / "frame_indices.json"
 
 
 def keys(count: int, **other: int) -> np.ndarray:
@@ -117,20 +111,3 @@ def test_random_numbers_are_even_and_independent() -> None:
     assert np.abs(counts - 1000).max() < 160  # five standard deviations
     assert np.abs(np.corrcoef(numbers.T) - np.eye(8)).max() < 0.035
     assert abs(np.corrcoef(numbers[1:, 0], numbers[:-1, 0])[0, 1]) < 0.035  # neighbouring samples
-
-
-@pytest.mark.shared
-@pytest.mark.parametrize("rows", [json.loads(TABLE.read_text())] if TABLE.exists() else [])
-def test_frames_equal_the_official_tables(rows) -> None:
-    compared = 0
-    for row in rows:
-        if row["sample"] == "middle" and row["fix_start"] is None:
-            found = choose_frames("middle", row["num_frames"], row["vlen"], 1.0).tolist()
-        elif row["sample"].startswith("fps") and row["indices"]:
-            found = frames_at_rate(float(row["sample"][3:]), row["vlen"], row["input_fps"]).tolist()
-            found = found[: row["max_num_frames"]] if row["max_num_frames"] > 0 else found
-        else:
-            continue
-        assert found == row["indices"], row
-        compared += 1
-    assert compared > 300

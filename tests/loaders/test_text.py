@@ -1,17 +1,11 @@
 """Cleaning and tokenising, as the official code does it."""
 
-import json
-from pathlib import Path
-
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import loaders.text as text_module
 from loaders.text import Tokenizer, clean_text
-
-SHARED = Path(__file__).resolve().parents[3] / "shared"
-TABLES = SHARED / "golden" / "08_pure" / "tables"
 
 
 def test_cleaning() -> None:
@@ -67,22 +61,3 @@ def test_words_remembered_are_bounded(shapes, monkeypatch: pytest.MonkeyPatch) -
         own.encode(["a large red star"], 8)[0].tolist()
         == Tokenizer.load(str(shapes.vocab)).encode(["a large red star"], 8)[0].tolist()
     )
-
-
-@pytest.mark.shared
-@pytest.mark.parametrize("rows", [json.loads((TABLES / "pre_text.json").read_text())] if TABLES.exists() else [])
-def test_cleaning_equals_the_official_table(rows) -> None:
-    compared = [(row["text"], row["result"]) for row in rows if row["max_l"] is None]
-    assert compared
-    for text, result in compared:
-        assert clean_text(text) == result
-
-
-@pytest.mark.shared
-@pytest.mark.parametrize("rows", [json.loads((TABLES / "tokenizer.json").read_text())] if TABLES.exists() else [])
-def test_tokenising_equals_the_official_table(rows) -> None:
-    tokenizer = Tokenizer.load(str(SHARED / "golden" / "vocab.txt"))
-    for row in rows["rows"]:
-        ids, mask = tokenizer.encode([row["input"]], rows["max_length"])
-        assert ids[0].tolist() == row["input_ids"], row
-        assert mask[0].tolist() == row["attention_mask"]

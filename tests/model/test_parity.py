@@ -1,8 +1,11 @@
 """The official code's recorded numbers, where they lie beside the checkout; and the command that compares them."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from model.parity import COMPARISONS, compare_case, find_cases, main
 
@@ -20,10 +23,6 @@ def test_every_recorded_case_is_within_tolerance(folder):
 @pytest.mark.shared
 @pytest.mark.parametrize("folder", CASES[:1], ids=lambda folder: folder.name)
 def test_a_changed_weight_fails_the_command(folder, tmp_path, capsys):
-    import shutil
-
-    import torch
-
     copy = tmp_path / folder.name
     shutil.copytree(folder, copy)
     (copy / "ckpt.pth").chmod(0o644)
@@ -33,6 +32,30 @@ def test_a_changed_weight_fails_the_command(folder, tmp_path, capsys):
     torch.save(content, copy / "ckpt.pth")
     assert main([str(tmp_path)]) == 1
     assert "FAILED" in capsys.readouterr().out
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("folder", [case for case in CASES if case.name == "08_pure"], ids=lambda folder: folder.name)
+def test_a_changed_table_fails_the_command(folder, tmp_path, capsys):
+    for change in ("tokenizer.json", "lr_schedule.json", "image"):
+        copy = tmp_path / change / folder.name
+        shutil.copytree(folder, copy)
+        shutil.copy(GOLDEN / "vocab.txt", copy.parent)
+        for path in copy.rglob("*"):
+            path.chmod(0o755)
+        table = copy / "tables" / change
+        if change == "tokenizer.json":
+            rows = json.loads(table.read_text())
+            rows["rows"][3]["input_ids"][1] += 1
+            table.write_text(json.dumps(rows))
+        elif change == "lr_schedule.json":
+            cases = json.loads(table.read_text())
+            cases[0]["lr_at_step"][20][0] *= 1.001
+            table.write_text(json.dumps(cases))
+        else:
+            shutil.copy(copy / "images" / "im0.png", copy / "images" / "im2.png")
+        assert main([str(copy)]) == 1
+        assert f"{change.removesuffix('.json')}" in capsys.readouterr().out
 
 
 def test_a_folder_without_cases_is_named(tmp_path, capsys):

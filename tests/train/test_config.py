@@ -1,15 +1,12 @@
 """What a run's YAML may hold, and how mistakes in it are told."""
 
-import json
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
 
-from train.config_files import _without_none_strings, all_keys, flatten, load_settings, to_yaml
+from train.config_files import all_keys, flatten, load_settings, to_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-GOLDEN = ROOT.parent / "shared/golden/08_pure/tables/config_merge.json"
 RECIPES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "corpora")  # of packing
 
 
@@ -118,14 +115,3 @@ def test_every_recipe_is_valid_and_says_its_command(recipe, monkeypatch):
         assert settings.config.train_urls()
     assert f"{recipe.relative_to(ROOT)}" in head
     assert "Hardware:" in head
-
-
-@pytest.mark.shared
-@pytest.mark.parametrize("case", json.loads(GOLDEN.read_text()) if GOLDEN.is_file() else [])
-def test_none_is_written_as_officially(case):
-    merged = OmegaConf.merge(OmegaConf.create(case["yaml"]), OmegaConf.from_dotlist(case["overrides"]))
-    result = _without_none_strings(OmegaConf.to_container(merged, resolve=True))
-    expected = case["result"]
-    if "debug=True" in case["overrides"]:  # officially this turns wandb off; here the two are independent
-        expected = {**expected, "wandb": {"enable": True}}
-    assert result == expected

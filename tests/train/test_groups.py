@@ -1,14 +1,10 @@
 """Which parameters decay, and which have a learning rate of their own."""
 
-import json
-from pathlib import Path
-
 import pytest
 
 from train.config import DifferentLearningRate, OptimizerConfig
 from train.groups import parameter_groups
 
-GOLDEN = Path(__file__).resolve().parents[3] / "shared/golden/08_pure/tables/optimizer_groups.json"
 DIMENSIONS = {"temp": 0, "norm.weight": 1, "norm.bias": 1, "proj.weight": 2, "proj.bias": 1, "odd.bias": 2, "head.w": 2}
 
 
@@ -31,17 +27,3 @@ def test_an_unknown_module_is_named_with_the_nearest():
     config = OptimizerConfig(different_lr=DifferentLearningRate(True, ["prj"], 0.5))
     with pytest.raises(ValueError, match=r"'prj'.*nearest are proj"):
         parameter_groups(DIMENSIONS, config)
-
-
-@pytest.mark.shared
-@pytest.mark.parametrize("case", json.loads(GOLDEN.read_text()) if GOLDEN.is_file() else [])
-def test_official_groups(case):
-    official = case["optimizer"]
-    config = OptimizerConfig(
-        lr=official["lr"],
-        weight_decay=official["weight_decay"],
-        different_lr=DifferentLearningRate(**official["different_lr"]),
-    )
-    ours = parameter_groups({name: len(shape) for name, shape in case["shapes"].items()}, config)
-    expected = {(group["lr"], float(group["weight_decay"])): set(group["names"]) for group in case["groups"]}
-    assert {(group.lr, group.weight_decay): set(group.names) for group in ours} == expected
