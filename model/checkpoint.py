@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ class FitReport:
     fresh: list[str] = field(default_factory=list)  # not in the weights, and newly asked for
     copied: list[str] = field(default_factory=list)  # of the answer decoder, from the fusion layers
     dropped: list[str] = field(default_factory=list)  # of the weights, not in the model and no longer asked for
+    expected: list[str] = field(default_factory=list)  # did not fit, as was said beforehand: fresh, or dropped
 
     def __str__(self) -> str:
         parts = [f"{name} {len(names)} ({_shortened(names)})" for name, names in vars(self).items() if names]
@@ -75,28 +78,37 @@ def load_weights(path: str | Path) -> Weights:
 
 
 def load_model(
-    path: str | Path, changes: dict[str, Any] | None = None, special_ids: dict[str, int] | None = None
+    path: str | Path,
+    changes: dict[str, Any] | None = None,
+    special_ids: dict[str, int] | None = None,
+    expected: Sequence[str] = (),
 ) -> Singularity | SingularityQA:
     """The model at `path`, in float32 on the CPU, in evaluation mode.
 
     path: a folder that `save_model` wrote, a run folder, or an official .pth. changes: dotted settings to load it
     with, for example {"num_frames": 4, "temporal_vision_encoder.enable": True, "image_res": 384}: position tables
     are interpolated, temporal embeddings extended with zeros or cut, a new temporal encoder starts afresh, the
-    answer decoder from the fusion layers. What was done is logged.
+    answer decoder from the fusion layers. expected: tensors that need not fit, see `fit_weights`. What was done is
+    logged.
     Raises ValueError, listing the tensors, when anything else does not fit.
     """
     weights = load_weights(path)
     config = with_changes(weights.config, changes or {})
     model = build_model(config, special_ids or weights.special_ids)
-    report = fit_weights(model, weights, str(path))
+    report = fit_weights(model, weights, str(path), expected)
     logger.info("Loaded %s: %s", path, report)
     return model.eval()
 
 
-def fit_weights(model: Singularity | SingularityQA, weights: Weights, source: str) -> FitReport:
+def fit_weights(
+    model: Singularity | SingularityQA, weights: Weights, source: str, expected: Sequence[str] = ()
+) -> FitReport:
     """Copy `weights` into `model`, changed where its configuration asks for another size, length or task.
 
-    Raises ValueError, listing the tensors, when anything is missing, left over, or of another shape.
+    expected: names of tensors, or patterns such as "itm_head.*", that may be missing or of another shape (the model
+    keeps its own) or left over (they are dropped).
+    Raises ValueError, listing the tensors, when any other is missing, left over, or of another shape; or when an
+    expected one fits after all.
     """
     report = FitReport()
     target, state = model.state_dict(), dict(weights.state)
@@ -112,20 +124,45 @@ def fit_weights(model: Singularity | SingularityQA, weights: Weights, source: st
         "missing": sorted(set(missing) - set(report.fresh)),
         "unexpected": sorted(set(surplus) - set(report.dropped)),
         "of another shape": [
-            f"{name} {tuple(state[name].shape)} for {tuple(tensor.shape)}"
-            for name, tensor in target.items()
-            if name in state and state[name].shape != tensor.shape
+            name for name, tensor in target.items() if name in state and state[name].shape != tensor.shape
         ],
     }
+    report.expected = _take_expected(problems, expected, source)
+    for name in report.expected:
+        state.pop(name, None)
     if any(problems.values()):
-        listed = "; ".join(f"{what}: {_shortened(names, 20)}" for what, names in problems.items() if names)
+        shapes = {
+            name: f" {tuple(state[name].shape)} for {tuple(target[name].shape)}"
+            for name in problems["of another shape"]
+        }
+        named = {what: [name + shapes.get(name, "") for name in names] for what, names in problems.items()}
+        listed = "; ".join(f"{what}: {_shortened(names, 20)}" for what, names in named.items() if names)
         raise ValueError(
             f"{source} does not fit the model ({listed}): take its architecture from the checkpoint and change only "
             "image_res, num_frames, temporal_vision_encoder, loss_weight or answer_decoder; the vocabulary has "
-            f"{weights.config.text_encoder.vocab_size} words there and {model.config.text_encoder.vocab_size} here"
+            f"{weights.config.text_encoder.vocab_size} words there and {model.config.text_encoder.vocab_size} here. "
+            "Tensors that are meant not to fit can be named in expected_tensors"
         )
-    model.load_state_dict({name: state[name] for name in target if name in state}, strict=not report.fresh)
+    model.load_state_dict({name: state[name] for name in target if name in state}, strict=False)
     return report
+
+
+def _take_expected(problems: dict[str, list[str]], expected: Sequence[str], source: str) -> list[str]:
+    """Take the names that match `expected` out of `problems`, and return them; raises ValueError for idle patterns."""
+    taken: list[str] = []
+    for pattern in expected:
+        found = [name for names in problems.values() for name in names if fnmatchcase(name, pattern)]
+        if not found and not any(fnmatchcase(name, pattern) for name in taken):
+            rest = [name for names in problems.values() for name in names]
+            fits = f"what is: {_shortened(rest)}" if rest else "nothing is"
+            raise ValueError(
+                f"expected_tensors names {pattern!r}, but no such tensor of {source} is missing, left over or of "
+                f"another shape ({fits}): correct it or leave it out"
+            )
+        taken += found
+        for what, names in problems.items():
+            problems[what] = [name for name in names if name not in found]
+    return taken
 
 
 def _is_new(name: str, old: ModelConfig, new: ModelConfig) -> bool:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from loaders.text import Tokenizer
 from loaders.vocab import learn_vocabulary
@@ -16,6 +17,9 @@ pytest_plugins = ["object_stores", "browser"]
 # Programs that tests start are interrupted as a terminal does it; a shell's background job would have them ignore it.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+settings.register_profile("any machine", deadline=None)  # how long an example takes says nothing here
+settings.load_profile("any machine")
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 

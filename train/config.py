@@ -92,6 +92,7 @@ class RunConfig(LoaderConfig, EvalConfig):
     resume: bool = True  # go on where the run in output_dir stopped
     pretrained_path: str | None = None  # weights to start from: a run folder, a weights folder, an official .pth
     checkpoint: str | None = None  # weights to evaluate; the same forms
+    expected_tensors: list[str] = field(default_factory=list)  # of those weights that need not fit; as itm_head.*
     label: str | None = None  # name of the evaluation's folder; made from frames and ensemble by default
     stop_key: str | None = None  # split whose r_mean chooses the best checkpoint; none: the last one counts
     log_every: int = 10  # steps

@@ -180,7 +180,7 @@ def _from_checkpoint(settings: Settings, path: str, training: bool) -> tuple[Mod
     check_texts(run, config, tokenizer)
     adopt(settings, config)
     model = build_model(config, special_ids(tokenizer))
-    report = fit_weights(model, weights, str(found))
+    report = fit_weights(model, weights, str(found), run.expected_tensors)
     log.info("Weights of %s: %s", found, report)
     return model, tokenizer
 

@@ -106,6 +106,40 @@ def test_question_answering_takes_its_decoder_from_the_fusion_layers(tmp_path, w
     assert same == (width == 32)
 
 
+def foreign_weights(model):
+    """The model's weights without its matching head, with a tensor of somebody else, and fewer words."""
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("itm_head.")}
+    state["text_encoder.embeddings.position_embeddings.weight"] = torch.zeros(3, 32)
+    return Weights(model.config, state | {"momentum.weight": torch.zeros(2)})
+
+
+def test_tensors_that_do_not_fit_are_listed_unless_named_as_expected(model):
+    positions = "text_encoder.embeddings.position_embeddings.weight"
+    with pytest.raises(
+        ValueError, match=r"missing: itm_head\.bias, itm_head\.weight; unexpected: momentum\.weight"
+    ) as all_:
+        fit_weights(model, foreign_weights(model), "w.pth")
+    assert f"of another shape: {positions} (3, 32) for" in str(all_.value)
+    assert "can be named in expected_tensors" in str(all_.value)
+    with pytest.raises(ValueError, match=r"w\.pth does not fit the model \(unexpected: momentum.weight\)"):
+        fit_weights(model, foreign_weights(model), "w.pth", ["itm_head.*", positions])
+    other = small_model(seed=5)
+    own = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    report = fit_weights(other, foreign_weights(model), "w.pth", ["itm_head.*", positions, "momentum.*"])
+    assert set(report.expected) == {"itm_head.bias", "itm_head.weight", positions, "momentum.weight"}
+    for name, tensor in other.state_dict().items():
+        source = own if name in report.expected else model.state_dict()
+        assert torch.equal(tensor, source[name]), name
+
+
+def test_what_is_expected_and_fits_is_named(model):
+    weights = Weights(model.config, dict(model.state_dict()))
+    with pytest.raises(
+        ValueError, match=r"expected_tensors names 'itm_haed\.\*', but no such tensor of w\.pth is missing"
+    ):
+        fit_weights(model, weights, "w.pth", ["itm_haed.*"])
+
+
 def write_run(tmp_path, model, names):
     for name in names:
         save_model(model, model.config, tmp_path / "run" / "checkpoints" / name / "weights")
