@@ -16,7 +16,13 @@ from sharding.annotations.files import Record, first_record, json_records, opene
 from sharding.annotations.items import Row
 from sharding.annotations.msrvtt import msrvtt_records
 from sharding.annotations.questions import activitynet_qa_records, vqa_records
-from sharding.annotations.tables import csv_records, jsonl_records, parquet_records, tsv_records
+from sharding.annotations.tables import (
+    csv_records,
+    img2dataset_records,
+    jsonl_records,
+    parquet_records,
+    tsv_records,
+)
 from sharding.annotations.visual_genome import visual_genome_records
 from sharding.failures import kind_of
 from sharding.remote import again, naming
@@ -60,6 +66,7 @@ READERS: dict[str, Reader] = {
     "csv": each_file(csv_records),
     "tsv": each_file(tsv_records),
     "parquet": each_file(parquet_records),
+    "img2dataset": each_file(img2dataset_records),
     "coco": coco_records,
     "flickr": flickr_records,
     "sbu": sbu_records,

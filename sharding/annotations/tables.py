@@ -85,6 +85,18 @@ def parquet_records(file: str, reading: Reading) -> Iterator[Record]:
             raise ValueError(f"annotation file {file} is no Parquet file, or damaged ({reason})") from None
 
 
+def img2dataset_records(file: str, reading: Reading) -> Iterator[Record]:
+    """Rows of the Parquet file that img2dataset and video2dataset write beside each tar, with its name as `shard`.
+
+    Rows whose media were not fetched are left out, by their status.
+    """
+    shard = file.rsplit("/", 1)[-1].partition(".")[0]
+    for record in parquet_records(file, reading):
+        status = record.value("status")
+        reason = "" if status == "success" else f"status is {status}"
+        yield Record(file, record.number, {**record.fields, "shard": shard}, filtered=reason)
+
+
 def jsonl_records(file: str, reading: Reading) -> Iterator[Record]:
     """Lines of a file of JSON objects."""
     number = 0

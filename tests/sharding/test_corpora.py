@@ -1,7 +1,10 @@
 """Every YAML of configs/corpora reads files in the layout that its data set is distributed in, and packs them."""
 
+import io
 import json
 import re
+import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -171,6 +174,26 @@ def msrvtt_mc(root: Path) -> Files:
     return {"msrvtt_retrieval_mc_test.jsonl": json.dumps(record) + "\n"}
 
 
+def img2dataset_shards(root: Path) -> Files:
+    """Two tars and the tables beside them, in which some photos were not to be had."""
+    tables: Files = {}
+    for shard in range(2):
+        folder = root / "media" / f"{shard:05d}.tar"
+        with tarfile.open(root / "tar", "w") as tar:
+            for photo in sorted(folder.iterdir()):
+                tar.add(photo, photo.name)
+        shutil.rmtree(folder)
+        (root / "tar").rename(folder)
+        rows = [
+            {"url": "http://a/0", "caption": "gone", "key": f"{shard:05d}0001", "status": "failed_to_download"},
+            {"url": "http://a/1", "caption": "a lake", "key": photo.stem, "status": "success"},
+        ]
+        table = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows), table)
+        tables[f"{shard:05d}.parquet"] = table.getvalue()
+    return tables
+
+
 # YAML -> its files, flags, {media as they come out: their number of texts}
 LAYOUTS: dict[str, tuple[Callable[[Path], Files], list[str], dict[str, int]]] = {
     "webvid": (webvid, [], {"001_050/7.mp4": 1, "001_050/8.mp4": 1}),
@@ -220,6 +243,7 @@ LAYOUTS: dict[str, tuple[Callable[[Path], Files], list[str], dict[str, int]]] = 
     "vqa_test": (vqa("test-dev2015", False), [], {"test2015/COCO_test2015_000000458752.jpg": 2}),
     "msrvtt_mc": (msrvtt_mc, [], {"video7020.mp4": 1}),
     "img2dataset": (lambda root: {"0.jsonl": json.dumps({"URL": url(root, "a.jpg"), "TEXT": "x"})}, [], {"a.jpg": 1}),
+    "img2dataset_shards": (img2dataset_shards, [], {"00000.tar/000000001.jpg": 1, "00001.tar/000010000.jpg": 1}),
     "generic": (lambda root: {"a.csv": "file;text\na.jpg;x\nb.jpg;y\n"}, [], {"a.jpg": 1, "b.jpg": 1}),
 }
 
@@ -241,7 +265,8 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 def write(files: Files, root: Path) -> list[str]:
     """Write annotation files; returns their paths."""
     for name, content in files.items():
-        (root / name).write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+        text = content if isinstance(content, str | bytes) else json.dumps(content)
+        (root / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     return [str(root / name) for name in files]
 
 
