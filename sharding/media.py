@@ -54,7 +54,8 @@ def pack_image(data: bytes, size: int, quality: int) -> Frames:
         decode_jpeg(data, 1)  # a truncated file must not pass through
         return Frames([data], *plain)
     pixels = decode_jpeg(data, DETAIL * size) if plain else decode_any(data)
-    pixels = shrink(pixels, size)
+    width, height = plain or (pixels.shape[1], pixels.shape[0])  # decoding at a fraction has rounded the pixels' own
+    pixels = shrink(pixels, *stored_size(width, height, size))
     return Frames([encode(pixels, quality)], pixels.shape[1], pixels.shape[0])
 
 
@@ -106,22 +107,20 @@ def decode_any(data: bytes) -> np.ndarray:
         raise MediaError(f"unreadable image: {str(error).split(' <')[0]}") from None
 
 
-def shrink(pixels: np.ndarray, size: int) -> np.ndarray:
-    """The picture with its shorter side at most `size` pixels, aspect kept.
+def shrink(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
+    """The picture (H, W, 3) with fewer pixels, or as it is.
 
     The filters are OpenCV's fastest that are no further from Lanczos than its area filter, whose cost is several times
     as high at all scales but whole ones.
     """
-    height, width = pixels.shape[:2]
-    target = stored_size(width, height, size)
-    if target == (width, height):
+    if pixels.shape[:2] == (height, width):
         return np.ascontiguousarray(pixels)
-    scale = min(height, width) / min(target)
+    scale = min(pixels.shape[:2]) / min(height, width)
     if scale > SOFT:
-        return cv2.resize(pixels, target, interpolation=cv2.INTER_AREA)
+        return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
     if scale > SHARP:
         pixels = cv2.GaussianBlur(pixels, (3, 3), 0.42 * math.sqrt(scale**2 - 1), borderType=cv2.BORDER_REPLICATE)
-    return cv2.resize(pixels, target, interpolation=cv2.INTER_CUBIC)
+    return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_CUBIC)
 
 
 def stored_size(width: int, height: int, size: int) -> tuple[int, int]:

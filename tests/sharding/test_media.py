@@ -10,7 +10,7 @@ import pytest
 import simplejpeg
 from PIL import Image
 
-from sharding.media import MediaError, pack_image, pack_video, shrink
+from sharding.media import MediaError, pack_image, pack_video, shrink, stored_size
 
 RED, GREEN = (220, 30, 30), (30, 160, 60)
 
@@ -184,9 +184,15 @@ def natural(width: int, height: int) -> np.ndarray:
 @pytest.mark.parametrize("size", [290, 256, 241, 239, 200, 160, 150, 129, 117, 114, 90, 75, 40])
 def test_shrinking_is_as_close_to_lanczos_as_the_area_filter(size: int) -> None:
     pixels = natural(400, 300)
-    shrunk = shrink(pixels, size)
-    height, width = shrunk.shape[:2]
+    width, height = stored_size(400, 300, size)
     assert height == size
+    shrunk = shrink(pixels, width, height)
+    assert shrunk.shape == (height, width, 3)
     best = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS)).astype(int)
     area = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
     assert np.sqrt(((shrunk - best) ** 2).mean()) <= 1.02 * np.sqrt(((area - best) ** 2).mean())
+
+
+def test_the_shape_is_that_of_the_whole_picture_also_where_a_fraction_is_decoded() -> None:
+    packed = pack_image(saved(Image.fromarray(natural(383, 256)), "JPEG", quality=90), 96, 90)
+    assert (packed.width, packed.height) == (round(383 * 96 / 256), 96)
