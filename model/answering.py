@@ -34,7 +34,7 @@ class AnswerDecoder(nn.Module):
         self.embeddings = BertEmbeddings(bert)
         self.layer = nn.ModuleList(FusionLayer(bert, config.width) for _ in range(num_layers))
         self.word_head = WordHead(config)
-        self.apply(initialize_bert)
+        initialize_bert(self, config.initializer_range)
 
     def project(self, question_states: torch.Tensor) -> VisualKeys:
         """Question states (B, Lq, D) to the keys and values that the layers read, once for all answers."""

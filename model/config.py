@@ -24,6 +24,7 @@ class VisionConfig:
     layer_scale: float = 0.1  # BEiT only
     drop_path: float = 0.1  # of the last block; grows linearly from 0
     layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02  # as the text's, of the blocks' matrices
 
 
 @dataclass
@@ -40,6 +41,9 @@ class TextConfig:
     max_positions: int = 512
     dropout: float = 0.1
     layer_norm_eps: float = 1e-12
+    # Standard deviation of random initial weights, as BERT calls it; made for a width of 768. Narrower models from
+    # scratch want 0.02 * sqrt(768 / width): else a layer hardly changes what passes it by, and learning begins late.
+    initializer_range: float = 0.02
 
 
 @dataclass

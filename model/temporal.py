@@ -42,7 +42,7 @@ class TemporalEncoder(nn.Module):
         bert = bert_config(text, width=width, heads=width * text.heads // text.width)
         self.recompute = False
         self.layer = nn.ModuleList(BertLayer(bert) for _ in range(config.temporal_vision_encoder.num_layers))
-        self.apply(initialize_bert)
+        initialize_bert(self, text.initializer_range)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens (B, T, L, D) to tokens of the same shape, each having seen its position in all frames."""

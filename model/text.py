@@ -51,24 +51,26 @@ def bert_config(config: TextConfig, width: int | None = None, heads: int | None 
         attention_probs_dropout_prob=config.dropout,
         layer_norm_eps=config.layer_norm_eps,
         hidden_act="gelu",
+        initializer_range=config.initializer_range,
         pad_token_id=pad_id,
     )
     result._attn_implementation = "sdpa"
     return result
 
 
-def initialize_bert(module: nn.Module) -> None:
-    """BERT's initial weights for one module (for `Module.apply`): N(0, 0.02), biases 0, norms 1."""
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear) and module.bias is not None:
+def initialize_bert(part: nn.Module, spread: float) -> None:
+    """BERT's initial weights for all modules of a part: N(0, spread), biases 0, norms 1."""
+    for module in part.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=spread)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                with torch.no_grad():
+                    module.weight[module.padding_idx].zero_()
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            with torch.no_grad():
-                module.weight[module.padding_idx].zero_()
-    elif isinstance(module, nn.LayerNorm):
-        nn.init.ones_(module.weight)
-        nn.init.zeros_(module.bias)
 
 
 def additive_mask(attention_mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -205,7 +207,7 @@ class TextEncoder(nn.Module):
         first, last = config.fusion_layer, config.layers
         self.layer = nn.ModuleList(BertLayer(bert) for _ in range(first))
         self.layer.extend(FusionLayer(bert, visual_width) for _ in range(first, last))
-        self.apply(initialize_bert)
+        initialize_bert(self, config.initializer_range)
 
     def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Text-only layers: ids and mask (B, Lt) to states (B, Lt, D)."""
@@ -293,7 +295,7 @@ class WordHead(nn.Module):
         super().__init__()
         self.transform = BertPredictionHeadTransform(bert_config(config))
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
-        self.apply(initialize_bert)
+        initialize_bert(self, config.initializer_range)
 
     def forward(self, states: torch.Tensor, word_embeddings: torch.Tensor) -> torch.Tensor:
         """States (..., D) and embeddings (V, D) to logits (..., V)."""

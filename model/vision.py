@@ -11,6 +11,7 @@ from torch import nn
 from model.config import ModelConfig, VisionConfig
 from model.torchvision_cpu import Beit, VisionTransformer, gen_relative_position_index
 
+TIMM_RANGE = 0.02
 VISION_TYPES = ("beit", "vit", "deit")
 _HALF = (0.5, 0.5, 0.5)
 PIXEL_STATISTICS = {  # mean and standard deviation of the pixels in [0, 1] that the published weights expect
@@ -53,8 +54,11 @@ def build_vision(config: VisionConfig, image_res: int, pooler: bool = True) -> B
         "norm_layer": partial(nn.LayerNorm, eps=config.layer_norm_eps),
         "drop_path_rate": config.drop_path,
     }
+    vision: Beit | VisionTransformer
     if config.type != "beit":
-        return VisionTransformer(global_pool="token", **common)
+        vision = VisionTransformer(global_pool="token", **common)
+        _initialize(vision, config)
+        return vision
     vision = Beit(
         global_pool="avg",
         use_fc_norm=True,
@@ -65,7 +69,16 @@ def build_vision(config: VisionConfig, image_res: int, pooler: bool = True) -> B
     )
     if not pooler:
         vision.fc_norm = nn.Identity()
+    _initialize(vision, config)
     return vision
+
+
+@torch.no_grad()
+def _initialize(vision: Beit | VisionTransformer, config: VisionConfig) -> None:
+    """Bring the random matrices of the blocks, as timm makes them, to `initializer_range`."""
+    for module in vision.blocks.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.mul_(config.initializer_range / TIMM_RANGE)
 
 
 def relative_position_index(patches: int) -> torch.Tensor:

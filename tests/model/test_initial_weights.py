@@ -93,3 +93,62 @@ def test_a_hub_name_without_network_says_what_to_set(name, monkeypatch, tmp_path
     getattr(config, part).pretrained = name
     with pytest.raises(ValueError, match=f"{part}.pretrained: .* could not be fetched .* set {part}.pretrained to"):
         new_model(config)
+
+
+def config_of_width(width):
+    """A model of this width, its `initializer_range` as the recipes for small models choose it."""
+    config = small_config()
+    for part in (config.text_encoder, config.vision_encoder):
+        part.width, part.heads, part.initializer_range = width, 4, 0.02 * (768 / width) ** 0.5
+    config.text_encoder.intermediate = 4 * width
+    return config
+
+
+def spread(states):
+    """How much rows (N, D) differ, as a share of their length."""
+    return float((states - states.mean(0)).norm() / states.norm())
+
+
+def difference_between_texts(config):
+    """By how much the first tokens of different texts differ before any training."""
+    torch.manual_seed(5)
+    model = new_model(config).eval()
+    ids = torch.randint(5, config.text_encoder.vocab_size, (32, 10))
+    ids[:, 0] = 2
+    with torch.no_grad():
+        return spread(model.encode_text(ids, torch.ones_like(ids))[1])
+
+
+def difference_between_visuals(config):
+    """The same of one text's first token that looks at different visuals."""
+    torch.manual_seed(6)
+    model = new_model(config).eval()
+    ids = torch.randint(5, config.text_encoder.vocab_size, (1, 10)).expand(32, -1)
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        attended = model.text_encoder.attend_texts(model.encode_text(ids, mask)[0], mask)
+        keys = model.visual_keys(torch.randn(32, 5, config.vision_encoder.width))
+        return spread(model.text_encoder.fuse_first(attended, mask, keys))
+
+
+@pytest.mark.parametrize("difference", [difference_between_texts, difference_between_visuals])
+def test_a_narrow_model_tells_texts_and_visuals_apart_from_the_start_as_one_of_the_published_width(difference):
+    assert 0.5 < difference(config_of_width(64)) / difference(config_of_width(768)) < 2
+
+
+@pytest.mark.parametrize("kind", ["beit", "vit"])
+def test_matrices_begin_with_the_range_that_is_set(kind):
+    config = small_config()
+    config.vision_encoder.type = kind
+    published = new_model(config)
+    config = small_config()
+    config.vision_encoder.type = kind
+    config.vision_encoder.initializer_range, config.text_encoder.initializer_range = 0.06, 0.1
+    config.temporal_vision_encoder.enable = True
+    wide = new_model(config)
+    for model, text, vision in ((published, 0.02, 0.02), (wide, 0.1, 0.06)):
+        block = model.vision_encoder.transformer.blocks[0]
+        assert block.mlp.fc1.weight.std().item() == pytest.approx(vision, rel=0.1)
+        for module in (model.text_encoder.layer[-1].crossattention.self.query, model.word_head.transform.dense):
+            assert module.weight.std().item() == pytest.approx(text, rel=0.1)
+    assert wide.temporal_vision_encoder.layer[0].intermediate.dense.weight.std().item() == pytest.approx(0.1, rel=0.1)
