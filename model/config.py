@@ -24,7 +24,7 @@ class VisionConfig:
     layer_scale: float = 0.1  # BEiT only
     drop_path: float = 0.1  # of the last block; grows linearly from 0
     layer_norm_eps: float = 1e-12
-    initializer_range: float = 0.02  # as the text's, of the blocks' matrices
+    initializer_range: float = 0.02  # of the blocks' matrices; see TextConfig
 
 
 @dataclass
@@ -41,8 +41,8 @@ class TextConfig:
     max_positions: int = 512
     dropout: float = 0.1
     layer_norm_eps: float = 1e-12
-    # Standard deviation of random initial weights, as BERT calls it; made for a width of 768. Narrower models from
-    # scratch want 0.02 * sqrt(768 / width): else a layer hardly changes what passes it by, and learning begins late.
+    # Standard deviation of the matrices' random initial weights; BERT's is made for a width of 768. Narrower models
+    # from scratch want 0.02 * sqrt(768 / width): else a layer hardly changes what passes it by, and they learn late.
     initializer_range: float = 0.02
 
 

@@ -51,7 +51,6 @@ def bert_config(config: TextConfig, width: int | None = None, heads: int | None 
         attention_probs_dropout_prob=config.dropout,
         layer_norm_eps=config.layer_norm_eps,
         hidden_act="gelu",
-        initializer_range=config.initializer_range,
         pad_token_id=pad_id,
     )
     result._attn_implementation = "sdpa"
@@ -59,13 +58,15 @@ def bert_config(config: TextConfig, width: int | None = None, heads: int | None 
 
 
 def initialize_bert(part: nn.Module, spread: float) -> None:
-    """BERT's initial weights for all modules of a part: N(0, spread), biases 0, norms 1."""
+    """BERT's initial weights for all modules of a part: matrices N(0, spread), embeddings N(0, 0.02)."""
     for module in part.modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
+        if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=spread)
-            if isinstance(module, nn.Linear) and module.bias is not None:
+            if module.bias is not None:
                 nn.init.zeros_(module.bias)
-            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)  # they are normed: smaller ones learn faster
+            if module.padding_idx is not None:
                 with torch.no_grad():
                     module.weight[module.padding_idx].zero_()
         elif isinstance(module, nn.LayerNorm):

@@ -26,6 +26,8 @@ CHANGEABLE = (
     "loss_weight.mlm",
     "vision_encoder.drop_path",
     "text_encoder.dropout",
+    "vision_encoder.initializer_range",
+    "text_encoder.initializer_range",
 )
 # What concerns the beginning of training only, and what changes no weight and no score.
 _WITHOUT_EFFECT = ("temp", "vision_encoder.pretrained", "text_encoder.pretrained")
@@ -37,6 +39,8 @@ _TRAINING_ONLY = (
     "loss_weight.",
     "vision_encoder.drop_path",
     "text_encoder.dropout",
+    "vision_encoder.initializer_range",
+    "text_encoder.initializer_range",
 )
 
 

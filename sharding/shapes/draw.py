@@ -16,7 +16,7 @@ from sharding.shapes.scenes import BACKGROUNDS, COLOURS, Clip, Scene, Thing
 
 FINER = 4  # drawn this many times larger, then averaged: smooth edges
 QUALITY = 88
-FRAMES, FPS = 16, 8
+FRAMES, FPS = 12, 6
 
 
 def paint(scene: Scene, size: int) -> np.ndarray:

@@ -79,7 +79,7 @@ def test_files_have_the_official_forms_and_clips_are_h264(shapes) -> None:
         assert 0 <= record["answer"] < 5
     with av.open(str(next((shapes.folder / "media" / "clips").rglob("*.mp4")))) as container:
         assert container.streams.video[0].codec_context.name == "h264"
-        assert sum(1 for _ in container.decode(video=0)) == 16
+        assert sum(1 for _ in container.decode(video=0)) == 12
 
 
 @pytest.mark.parametrize("name", ["images_test", "clips_test_appearance", "clips_test_motion"])

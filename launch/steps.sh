@@ -1,0 +1,38 @@
+# Sourced by the scripts that run a chain of commands on Shapes (demo.sh, study.sh); they set `out`, the folder of results.
+# Every command is printed as it is run, so that it can be copied. Run again after an interruption, a chain goes on.
+mkdir -p "$out/steps"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
+
+# Two processes on a CPU, one a GPU where there are any.
+if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then
+  ds=(deepspeed)
+else
+  export DS_ACCELERATOR=cpu
+  ds=(deepspeed --num_accelerators 2)
+fi
+
+step() { # step NAME COMMAND...: print and run it once, however often the chain is started
+  local name=$1
+  shift
+  [ -e "$out/steps/$name" ] && return
+  printf '\n\033[1m$ %s\033[0m\n' "$*"
+  "$@"
+  touch "$out/steps/$name"
+}
+
+draw() { # draw IMAGES CLIPS TEST_ITEMS: Shapes
+  step shapes python -m sharding.shapes --output "$out/shapes" --images "$1" --clips "$2" --test-items "$3" --size 72
+}
+
+pack() { # pack image|video ANNOTATIONS...: into shards, all frames of a clip
+  local medium=$1 name
+  shift
+  for name in "$@"; do
+    step "pack_$name" python -m sharding.build --annotations "$out/shapes/$name.json" --media-root "$out/shapes/media" \
+      --media-type "$medium" --output "$out/shards/$name" --name "$name" --size 64 --fps 6
+  done
+}
+
+finished() { # finished WHAT: the last line, with the minutes since the start
+  printf '\nDone in %d minutes. %s\n' $(((SECONDS + 59) / 60)) "$1"
+}
