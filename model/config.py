@@ -42,7 +42,7 @@ class TextConfig:
     dropout: float = 0.1
     layer_norm_eps: float = 1e-12
     # Standard deviation of the matrices' random initial weights; BERT's is made for a width of 768. Narrower models
-    # from scratch want 0.02 * sqrt(768 / width): else a layer hardly changes what passes it by, and they learn late.
+    # from scratch want 1 / sqrt(width): else a layer hardly changes what passes it by, and they learn late.
     initializer_range: float = 0.02
 
 

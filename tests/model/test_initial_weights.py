@@ -99,7 +99,7 @@ def config_of_width(width):
     """A model of this width, its `initializer_range` as the recipes for small models choose it."""
     config = small_config()
     for part in (config.text_encoder, config.vision_encoder):
-        part.width, part.heads, part.initializer_range = width, 4, 0.02 * (768 / width) ** 0.5
+        part.width, part.heads, part.initializer_range = width, 4, width**-0.5
     config.text_encoder.intermediate = 4 * width
     return config
 
