@@ -17,7 +17,7 @@ from torch import distributed
 log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-WATCH_SECONDS = 1.0
+WATCH_SECONDS = 0.2
 
 
 class StopRequest:

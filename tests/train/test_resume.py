@@ -1,6 +1,5 @@
 """A run that is interrupted goes on, with the same command, as if nothing had happened."""
 
-import os
 import random
 import shutil
 import signal
@@ -12,18 +11,32 @@ import torch
 from safetensors.torch import load_file
 from small_run import job, learned, metrics, run, run_jobs, start, start_jobs
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 
-def interrupt(process, folder, step, stop):
-    """Call `stop` when the run has logged `step`; returns the exit code."""
-    deadline = time.monotonic() + 120
+def interrupt(launcher, folder, step, stop):
+    """Call `stop` when the run has logged `step`, and wait until none of its processes is left."""
+    deadline = time.monotonic() + 300
     while not any(line["step"] >= step for line in metrics(folder)):
-        assert process.poll() is None, "the run ended before it could be interrupted"
+        assert launcher.poll() is None, "the run ended before it could be interrupted"
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    stop(process)
-    return process.wait(60)
+    processes = psutil.Process(launcher.pid).children(recursive=True)
+    stop(launcher)
+    assert launcher.wait(60) != 0
+    assert not psutil.wait_procs(processes, timeout=60)[1]
+    assert not (folder / "finished.json").exists(), "the run ended before it could be interrupted"
+
+
+def kill_all(launcher):
+    """SIGKILL a launcher and every process below it, whose groups are their own."""
+    for process in (*psutil.Process(launcher.pid).children(recursive=True), launcher):
+        process.kill()
+
+
+def newest(folder):
+    """The step of a run's newest checkpoint."""
+    return max(int(path.name[5:]) for path in (folder / "checkpoints").glob("step_*"))
 
 
 def test_terminated_and_killed_runs_equal_an_uninterrupted_one(corpora, tmp_path):
@@ -32,10 +45,14 @@ def test_terminated_and_killed_runs_equal_an_uninterrupted_one(corpora, tmp_path
     uninterrupted = run("pretrain", config, f"output_dir={whole}")
     assert uninterrupted.returncode == 0, uninterrupted.stderr
 
+    # The signal goes to `deepspeed` alone, which dies of it; how many steps follow depends on the machine's speed.
     process = start("pretrain", config, f"output_dir={parts}", log=log)
-    assert interrupt(process, parts, 6, lambda p: p.send_signal(signal.SIGTERM)) != 0
+    interrupt(process, parts, 3, lambda p: p.send_signal(signal.SIGTERM))
+    stopped = newest(parts)
+    assert f"at step {stopped}, saved: the same command goes on from there" in log.read_text()
     process = start("pretrain", config, f"output_dir={parts}", log=log)
-    assert interrupt(process, parts, 17, lambda p: os.killpg(p.pid, signal.SIGKILL)) != 0
+    interrupt(process, parts, stopped + 3, kill_all)
+    assert f"Going on with the run in {parts} from step {stopped}" in log.read_text()
     again = run("pretrain", config, f"output_dir={parts}")
     assert again.returncode == 0, again.stderr
 
@@ -45,10 +62,7 @@ def test_terminated_and_killed_runs_equal_an_uninterrupted_one(corpora, tmp_path
     first, second = (load_file(f / "checkpoints/step_00000032/weights/model.safetensors") for f in (whole, parts))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    text = log.read_text()
-    assert "the same command goes on from there" in text
-    assert "Going on with the run" in text
-    assert "Traceback" not in text
+    assert "Traceback" not in log.read_text()
 
     finished = run("pretrain", config, f"output_dir={whole}", processes=1)
     assert finished.returncode == 2
@@ -61,12 +75,6 @@ STEPS = 16
 def same_weights(*runs):
     first, second = (load_file(run / f"checkpoints/step_{STEPS:08}/weights/model.safetensors") for run in runs)
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
-def kill_all(launcher):
-    """SIGKILL a launcher and every process below it, whose groups are their own."""
-    for process in (*psutil.Process(launcher.pid).children(recursive=True), launcher):
-        process.kill()
 
 
 def cut_off(whole, step):
@@ -117,7 +125,6 @@ def test_killed_at_any_step_every_stage_and_precision_goes_on_to_the_bit(corpora
     for kind, folder in killed.items():
         process = start_jobs(tmp_path, [launch(corpora, folder, kind)])
         interrupt(process, folder, steps.randrange(5, 15), kill_all)
-        assert not (folder / "finished.json").exists()
     run_jobs(tmp_path, [launch(corpora, folder, kind) for kind, folder in killed.items()])
     for kind in KINDS:
         check_same(whole[kind], killed[kind])
