@@ -6,8 +6,8 @@
 Photos come from a web server on this machine, for both sides the same ones, shorter side 224, JPEG quality 90. Clips:
 2 frames a second, shorter side 224, JPEG. All sides run on one process in turn, several rounds; what counts is the
 processor time of a process and its children, without that of a run on very few media (start-up), as a median.
-The floor of photos is libjpeg-turbo's decoding, OpenCV's shrinking and libjpeg-turbo's encoding in a bare loop; that
-of clips PyAV's decoding of every frame.
+The floor of photos is libjpeg-turbo's decoding, OpenCV's shrinking by area and libjpeg-turbo's encoding in a bare loop,
+and the same with the filters that packing takes; that of clips PyAV's decoding of every frame.
 """
 
 from __future__ import annotations
@@ -45,6 +45,13 @@ for path in open(sys.argv[1]).read().split("\\n"):
     if scale < 1:
         pixels = cv2.resize(pixels, (round(width * scale), round(height * scale)), interpolation=cv2.INTER_AREA)
     simplejpeg.encode_jpeg(pixels, quality={quality}, colorsubsampling="420")
+"""
+CONVERTING = """
+import sys, cv2
+from sharding.media import pack_image
+cv2.setNumThreads(1)
+for path in open(sys.argv[1]).read().split("\\n"):
+    pack_image(open(path, "rb").read(), {size}, {quality})
 """
 FLOOR_CLIPS = """
 import sys, av
@@ -118,7 +125,8 @@ def photo_sides(url: str, img2dataset: str) -> dict[str, Side]:
         options |= {"processes_count": 1, "thread_count": 16, "number_sample_per_shard": 1000, "compute_hash": None}
         return [[img2dataset, *(f"--{name}={value}" for name, value in options.items())]]
 
-    return {"ours (http)": ours, "img2dataset (http)": theirs, "ours (files)": local, "floor": floor(FLOOR_PHOTOS)}
+    sides = {"ours (http)": ours, "img2dataset (http)": theirs, "ours (files)": local}
+    return sides | {"floor": floor(FLOOR_PHOTOS), "floor with our own filters": floor(CONVERTING)}
 
 
 def clip_sides(ffmpeg: str) -> dict[str, Side]:
@@ -234,7 +242,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, default=first_folder("photos/images", "flickr8k/images"))
     parser.add_argument("--scale", type=float, default=1.0, help="enlarge the photos first, as large ones are rare")
-    parser.add_argument("--count", type=int, default=2000, help="photos")
+    parser.add_argument("--count", type=int, default=4000, help="photos")
     parser.add_argument("--clips", type=Path, default=first_folder("videos/media", "clips/videos"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--img2dataset", default="", help="its program (default: installed when needed)")

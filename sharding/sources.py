@@ -40,7 +40,9 @@ class Media:
     """
 
     def __init__(self, root: str, media_type: str, scratch: Path, fetching: Fetching) -> None:
-        self.root, self.media_type, self.scratch, self.fetching = root, media_type, scratch, fetching
+        root = root.removeprefix("file://")
+        self.root = os.path.abspath(root) if root and "://" not in root else root
+        self.media_type, self.scratch, self.fetching = media_type, scratch, fetching
         self.stop = threading.Event()
         self._archive = functools.lru_cache(OPEN_ARCHIVES)(functools.partial(open_archive, folder=scratch))
         self._listing = threading.Lock()
@@ -70,8 +72,10 @@ class Media:
             following = next(places, None)
             try:
                 while pending or following is not None:
+                    few = len(pending) <= self.fetching.connections  # many begun together cost less than one by one
                     while (
-                        following is not None
+                        few
+                        and following is not None
                         and len(pending) < AHEAD * self.fetching.connections
                         and following - min(pending, default=following) < window
                     ):
@@ -105,9 +109,9 @@ class Media:
 
     def location(self, source: str) -> str:
         """A source's URL, or its absolute path where it is a local file."""
-        url = source if "://" in source else join_url(self.root, source) if self.root else source
-        url = url.removeprefix("file://")
-        return url if "://" in url else os.path.abspath(url)
+        if "://" in source:
+            return source.removeprefix("file://")
+        return join_url(self.root, source) if self.root else os.path.abspath(source)
 
     def fetch(self, source: str) -> Fetched | MediaError:
         """One media's bytes or open file, or why it cannot be read."""
