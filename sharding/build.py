@@ -12,7 +12,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
 
 from sharding.annotations.config import Reading
 from sharding.annotations.reading import expanded, read_rows
@@ -47,12 +46,12 @@ def build_corpus(
     media_type: str,
     output: str,
     name: str = "",
-    size: int = 224,
-    fps: float = 2.0,
-    max_frames: int = 0,
-    shard_mb: int = 256,
+    size: int = Settings.size,
+    fps: float = Settings.fps,
+    max_frames: int = Settings.max_frames,
+    shard_mb: int = Settings.shard_mb,
     workers: int | None = None,
-    quality: int = 90,
+    quality: int = Settings.quality,
     max_failures: float = 0.05,
     retry_failed: bool = False,
     progress: bool = False,
@@ -75,7 +74,8 @@ def build_corpus(
         ValueError: bad settings or annotations, or an output that holds something else or is in use.
         TooManyFailures: a larger share of media failed than `max_failures`.
     """
-    settings = checked_settings(output, name, media_type, size, quality, fps, max_frames, shard_mb)
+    settings = Settings(name or usual_name(output), media_type, size, quality, fps, max_frames, shard_mb)
+    settings.check()
     if not 0 <= max_failures <= 1:
         raise ValueError(f"--max-failures is {max_failures:g}, must be a share from 0 to 1, such as 0.05")
     fetching = fetching or Fetching()
@@ -111,12 +111,9 @@ def build_corpus(
     return corpus
 
 
-def checked_settings(output: str, name: str, *settings: Any) -> Settings:
-    """The settings of a corpus, named after its output folder unless it has a `name`. Raises ValueError."""
-    usual = re.sub(r"[^A-Za-z0-9_-]+", "_", output.rstrip("/").rsplit("/", 1)[-1])[:60] or "corpus"
-    result = Settings(name or usual, *settings)
-    result.check()
-    return result
+def usual_name(output: str) -> str:
+    """The name of a corpus that is not given one: that of its folder."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", output.rstrip("/").rsplit("/", 1)[-1])[:60] or "corpus"
 
 
 def stage_annotations(
@@ -144,31 +141,23 @@ def stage_annotations(
 def estimate_corpus(
     annotations: Sequence[str],
     media_root: str,
-    media_type: str,
     output: str,
-    name: str = "",
-    size: int = 224,
-    fps: float = 2.0,
-    max_frames: int = 0,
-    shard_mb: int = 256,
+    settings: Settings,
+    reading: Reading,
+    fetching: Fetching,
     workers: int | None = None,
-    quality: int = 90,
-    progress: bool = False,
     log_every: float = LOG_EVERY,
-    reading: Reading | None = None,
-    fetching: Fetching | None = None,
 ) -> Estimate:
-    """What `build_corpus` with these arguments would give and take; nothing is written to `output`. Raises like it."""
-    settings = checked_settings(output, name, media_type, size, quality, fps, max_frames, shard_mb)
-    fetching = fetching or Fetching()
+    """What `build_corpus` with such arguments would give and take; nothing is written. Raises like it."""
+    settings.check()
     fetching.check()
-    output, media_root = local_form(output), local_form(media_root)
+    media_root = local_form(media_root)
     check_root(media_root)
-    annotations, reading = expanded(annotations), reading or Reading()
     with tempfile.TemporaryDirectory(prefix="singularity-estimate-") as folder:
         scratch = Path(folder)
-        staged = stage_annotations(annotations, reading, scratch / "rows.sqlite", scratch, progress, log_every)
-        tasks = plan_shards(staged, settings, media_root, output, scratch, fetching)
+        place = scratch / "rows.sqlite"
+        staged = stage_annotations(expanded(annotations), reading, place, scratch, True, log_every)
+        tasks = plan_shards(staged, settings, media_root, local_form(output), scratch, fetching)
         return estimate_build(staged, tasks, workers or os.cpu_count() or 1)
 
 
@@ -228,7 +217,7 @@ def parser() -> argparse.ArgumentParser:
     add("--size", type=int, help="shorter side of stored frames in pixels (default: as --corpus says, or 224)")
     add("--fps", type=float, help="stored frames a second of video (default: as --corpus says, or 2)")
     add("--max-frames", type=int, help="at most so many frames a clip (default: as --corpus says, or all)")
-    add("--shard-mb", type=int, default=256, help="aim for shards of this size (default: %(default)s)")
+    add("--shard-mb", type=int, default=Settings.shard_mb, help="aim for shards of this size (default: %(default)s)")
     add("--workers", type=int, default=None, help="processes (default: one a core)")
     add(
         "--engine",
@@ -239,7 +228,7 @@ def parser() -> argparse.ArgumentParser:
     add("--part", default="", metavar="I/N", help="build the I-th of N shares of the shards, as one of N jobs")
     add("--finish", action="store_true", help="build nothing: describe the corpus once all parts are done")
     add_fetching(result.add_argument_group("media from URLs"))
-    add("--quality", type=int, default=90, help="JPEG quality, 1 to 100 (default: %(default)s)")
+    add("--quality", type=int, default=Settings.quality, help="JPEG quality, 1 to 100 (default: %(default)s)")
     add(
         "--max-failures",
         type=float,
@@ -288,10 +277,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options["fetching"] = Fetching(**{field.name: options.pop(field.name) for field in fields(Fetching)})
         engine = Engine(options.pop("engine"), options.pop("part"), options.pop("finish"))
         if options.pop("dry_run"):
-            ignored = ("max_failures", "retry_failed")
-            estimate = estimate_corpus(
-                progress=True, **{key: value for key, value in options.items() if key not in ignored}
-            )
+            options["name"] = options["name"] or usual_name(options["output"])
+            names = {field.name for field in fields(Settings)}
+            settings = Settings(**{name: options.pop(name) for name in names & set(options)})
+            del options["max_failures"], options["retry_failed"]
+            estimate = estimate_corpus(settings=settings, **options)
             sys.stdout.writelines(f"{line}\n" for line in estimate.lines())
         else:
             build_corpus(progress=True, engine=engine, **options)

@@ -24,11 +24,11 @@ class Settings:
 
     name: str
     media_type: str
-    size: int
-    quality: int
-    fps: float
-    max_frames: int
-    shard_mb: int
+    size: int = 224
+    quality: int = 90
+    fps: float = 2.0
+    max_frames: int = 0
+    shard_mb: int = 256
 
     def check(self) -> None:
         """Raise ValueError, with the remedy, for settings that cannot work."""
