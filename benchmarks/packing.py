@@ -177,8 +177,7 @@ def compare(sides: dict[str, Side], media: list[Path], few: list[Path], rounds: 
             seconds = []
             for chosen in (few, media):
                 with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-                    commands = sides[name](chosen, Path(folder)) if chosen else []
-                    seconds.append(sum(cpu_seconds(command) for command in commands))
+                    seconds.append(sum(cpu_seconds(command) for command in sides[name](chosen, Path(folder))))
             rates[name].append((len(media) - len(few)) / (seconds[1] - seconds[0]))
     found = {name: median(values) for name, values in rates.items()}
     first = next(iter(found))
@@ -264,7 +263,8 @@ def main() -> None:
             raise SystemExit("--clips is needed: there is no folder of clips beside the checkout")
         clips = sorted(path for path in options.clips.iterdir() if path.is_file())
         print(f"{len(clips)} clips of {options.clips}")
-        compare(clip_sides(find_ffmpeg()), clips, [], options.rounds, "clips")
+        smallest = min(clips, key=lambda path: path.stat().st_size)
+        compare(clip_sides(find_ffmpeg()), clips, [smallest], options.rounds, "clips")
 
 
 if __name__ == "__main__":

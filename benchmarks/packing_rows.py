@@ -104,14 +104,14 @@ def in_child(side: str, path: Path) -> dict[str, float]:
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def measure_reading(folder: Path, counts: list[int], forms: list[str]) -> None:
+def measure_reading(folder: Path, counts: list[int], forms: list[str], repeats: int) -> None:
     """Print the table of memory and rows a second."""
     print("| rows | form | ours MB | plain MB | ours rows/s | plain rows/s |\n|---|---|---|---|---|---|")
     for form in forms:
         for count in counts:
             path = write_rows(folder, count, form)
             results: dict[str, list[dict[str, float]]] = {"ours": [], "plain": []}
-            for _ in range(REPEATS):
+            for _ in range(repeats):
                 for side, found in results.items():
                     found.append(in_child(side, path))
             if len({result["items"] for found in results.values() for result in found}) != 1:
@@ -173,6 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--forms", nargs="+", default=["json", "csv", "parquet"])
+    parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--pictures", type=int, default=10_000)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--no-packing", action="store_true")
@@ -183,7 +184,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         print(f"floor: {in_child('floor', Path(name))['mb']:.0f} MB ({sharding.build.__name__} imported)\n")
-        measure_reading(Path(name), options.rows, options.forms)
+        measure_reading(Path(name), options.rows, options.forms, options.repeats)
         if not options.no_packing:
             print()
             measure_packing(Path(name), options.pictures, options.workers)

@@ -1,0 +1,116 @@
+"""Processes, threads, or the decoder's own threads: how packing uses several cores best.
+
+    python benchmarks/packing_workers.py --photos FOLDER --clips FOLDER --workers 2 --rounds 5
+
+The same shards are built by as many processes, by as many threads of one process, and, of clips, one after the other by
+a decoder with as many threads of its own. All take turns; medians of seconds by the clock and of the processor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import median
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import cv2  # noqa: E402
+
+from sharding import media  # noqa: E402
+from sharding.annotations.config import Reading  # noqa: E402
+from sharding.annotations.reading import read_rows  # noqa: E402
+from sharding.annotations.staging import stage  # noqa: E402
+from sharding.plan import Settings, Task, plan_shards  # noqa: E402
+from sharding.processes import Advance, run_tasks  # noqa: E402
+from sharding.web import Fetching  # noqa: E402
+from sharding.workers import build_shard  # noqa: E402
+
+SHARED = ROOT.parent / "shared" / "data"
+Way = Callable[[list[Task], int], float]  # shards, how many at once -> seconds of the processor
+
+
+def nothing(good: int, bad: int, size: int) -> None:
+    """Progress that nobody looks at."""
+
+
+def build(task: Task, advance: Advance) -> float:
+    """Build a shard; the seconds of the processor that this process has spent meanwhile."""
+    begun = time.process_time()
+    build_shard(task, advance)
+    return time.process_time() - begun
+
+
+def processes(tasks: list[Task], workers: int) -> float:
+    """What `sharding.build` does."""
+    return sum(seconds for _, seconds in run_tasks(build, tasks, workers, nothing))
+
+
+def threads(tasks: list[Task], workers: int) -> float:
+    """Shards side by side in one process."""
+    begun = time.process_time()
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(lambda task: build_shard(task, nothing), tasks))
+    return time.process_time() - begun
+
+
+def decoder(tasks: list[Task], workers: int) -> float:
+    """One shard after the other; each clip is decoded by several threads."""
+
+    class Threaded(media.Clip):
+        def __init__(self, container: object) -> None:
+            super().__init__(container)  # type: ignore[arg-type]
+            self.stream.thread_type = "AUTO"
+            self.stream.codec_context.thread_count = workers
+
+    with mock.patch.object(media, "Clip", Threaded):
+        return sum(build(task, nothing) for task in tasks)
+
+
+def timed(way: Way, source: Path, media_type: str, workers: int) -> tuple[float, float]:
+    """Seconds by the clock, and of the processor, of packing a folder."""
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as place:
+        folder = Path(place)
+        found = sorted(path for path in source.rglob("*") if path.is_file())
+        records = [{media_type: str(path.relative_to(source)), "caption": "x"} for path in found]
+        (folder / "a.json").write_text(json.dumps(records))
+        staged = stage(read_rows([str(folder / "a.json")], Reading()), folder / "rows.sqlite", folder)
+        (folder / "out").mkdir()
+        settings = Settings("x", media_type, size=128 if media_type == "image" else 224)
+        tasks = plan_shards(staged, settings, str(source), str(folder / "out"), folder, Fetching())
+        begun = time.monotonic()
+        used = way(tasks, workers)
+        seconds = time.monotonic() - begun
+        assert len(list((folder / "out").glob("*.parquet"))) == len(tasks)
+        return seconds, used
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", type=Path, default=SHARED / "flickr8k" / "images")
+    parser.add_argument("--clips", type=Path, default=SHARED / "videos" / "media")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    cv2.setNumThreads(1)
+    for source, kind in ((options.photos, "image"), (options.clips, "video")):
+        ways: list[Way] = [processes, threads] + ([decoder] if kind == "video" else [])
+        found: dict[str, list[tuple[float, float]]] = {way.__name__: [] for way in ways}
+        for number in range(options.rounds):
+            for way in ways if number % 2 == 0 else reversed(ways):
+                found[way.__name__].append(timed(way, source, kind, options.workers))
+        print(f"{source}, {options.workers} at once")
+        for name, values in found.items():
+            clock, used = (median(column) for column in zip(*values, strict=True))
+            print(f"  {name:10} {clock:7.2f} s by the clock, {used:7.2f} s of the processor", flush=True)
+
+
+if __name__ == "__main__":
+    main()
