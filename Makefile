@@ -23,7 +23,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 export PATH := $(BIN):$(PATH)
 
 # Programs that tests start and pip does not have; installed where they are missing and there is an apt-get.
-PACKAGES := chromium
+# PROGRAM, or PROGRAM:PACKAGE where the package's name is another one.
+PACKAGES := chromium pdsh ssh:openssh-client sshd:openssh-server ip:iproute2 nft:nftables munged:munge sbatch:slurm-wlm mpirun:openmpi-bin
 AS_ROOT := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
 
 .PHONY: help install servers packages demo study test test-all lint format clean
@@ -58,9 +59,9 @@ study: $(READY)
 	@bash launch/study.sh $(STUDY)
 
 packages:
-	@missing=$$(for name in $(PACKAGES); do command -v $$name >/dev/null || echo $$name; done); \
+	@missing=$$(PATH=$$PATH:/usr/sbin:/sbin; for name in $(PACKAGES); do command -v $${name%:*} >/dev/null || echo $${name#*:}; done); \
 	[ -z "$$missing" ] || ! command -v apt-get >/dev/null || { echo "Installing for the tests:" $$missing; \
-	$(AS_ROOT) apt-get update -qq && $(AS_ROOT) apt-get install -qq -y --no-install-recommends $$missing >/dev/null; }
+	$(AS_ROOT) apt-get update -qq && $(AS_ROOT) env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing >/dev/null; }
 
 test: $(READY) $(SERVERS_READY) packages
 	$(BIN)/python -m pytest -m "not slow"

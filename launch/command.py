@@ -31,6 +31,7 @@ start it with
   deepspeed {name} CONFIG.yaml key=value ...                    one process a GPU
   DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 {name} ...  two processes on the CPU
   torchrun --nproc_per_node N {name} ...                        likewise
+  sbatch launch/slurm/*.sbatch ..., deepspeed --hostfile, ...   many nodes: docs/launching.md
   python {name} ...                                             a single process
 
 settings are those of the YAML, as dotted keys: optimizer.lr=1e-5 batch_size.image=64 "splits=[val,test]"
@@ -65,9 +66,10 @@ def run(script: str, description: str, body: Callable[[Settings, Ranks], None]) 
 
     body: imports what it needs itself, so that mistakes in the settings show before PyTorch is there.
     """
-    ranks = ranks_from_environment()
-    set_up_logging(ranks)
+    ranks = Ranks()
     try:
+        ranks = ranks_from_environment()
+        set_up_logging(ranks)
         options = parse(script, description)
         body(load_settings(options.config, options.settings), ranks)
     except Stopped as stopped:

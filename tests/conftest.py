@@ -12,7 +12,7 @@ from loaders.vocab import learn_vocabulary
 from sharding.build import build_corpus
 from sharding.shapes import write_shapes
 
-pytest_plugins = ["object_stores", "browser"]
+pytest_plugins = ["object_stores", "browser", "hosts", "slurm_cluster"]
 
 # Programs that tests start are interrupted as a terminal does it; a shell's background job would have them ignore it.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

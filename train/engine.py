@@ -14,6 +14,7 @@ from torch import nn
 from train.config import RunConfig
 from train.fragments import set_optimizer_step
 from train.groups import ParameterGroup, parameter_groups
+from train.network import choose_interface
 from train.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def start_processes(device: torch.device) -> None:
     """Join the other processes of the job; must follow everything that can be checked without them."""
     import deepspeed
 
+    choose_interface()
     # Serves inference only, and would need a compiler at every user's machine.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False)

@@ -18,13 +18,14 @@ log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 WATCH_SECONDS = 0.2
+LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed.run", "torch/distributed/run")  # in their command lines
 
 
 class StopRequest:
     """Notes that this process was asked to stop: by a signal, or because its launcher has gone.
 
-    `deepspeed` does not pass SIGTERM on to its processes, and dies alone when it is killed: they then stop by
-    themselves, so that the folder is free for the next start.
+    `deepspeed` does not pass SIGTERM on to its processes, and dies alone when it is killed, as `torchrun` does: they
+    then stop by themselves, so that the folder is free for the next start.
     """
 
     def __init__(self, on_request: Callable[[], None] = lambda: None) -> None:
@@ -60,16 +61,26 @@ class StopRequest:
 
 
 def launcher_processes() -> list[psutil.Process]:
-    """The `deepspeed` processes directly above this one; none under other launchers or a shell."""
+    """What must stay alive above this process: `deepspeed` or `torchrun` directly above, and where one of them was
+    started over ssh (by pdsh), that connection. None under srun and MPI, which end their processes, or under a shell.
+    """
     found: list[psutil.Process] = []
     try:
-        for process in psutil.Process(os.getpid()).parents()[:2]:
-            if not any("deepspeed" in word for word in process.cmdline()[:4]):
+        for process in psutil.Process(os.getpid()).parents():
+            remote = process.name().startswith("sshd") and bool(found) and _is_on_node(found[-1])
+            if not remote and not any(name in word for word in process.cmdline()[:4] for name in LAUNCHERS):
                 break
             found.append(process)
+            if remote:
+                break
     except psutil.Error:
         return []
     return found
+
+
+def _is_on_node(process: psutil.Process) -> bool:
+    """Whether it is the part of `deepspeed` that starts a node's processes, or the shell around it."""
+    return any("deepspeed.launcher.launch" in word for word in process.cmdline())
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 LOADER, STEP, OTHER = "loader", "step", "other"
 BEAT_SECONDS = 1.0
 SILENT_SECONDS = 60.0  # without a sign of life a process counts as dead, or earlier where the limit is shorter
+TELL_SECONDS = 10.0  # given to the log and the folder before the process ends all the same
 EXIT_CODE = 75
 
 
@@ -78,8 +79,15 @@ class Watchdog:
         self._started = time.monotonic()
         self._closing = threading.Event()
         self._seen: dict[int, tuple[bytes, float]] = {}
-        self._store = _store(ranks) if ranks.world_size > 1 else None
+        self._store: TCPStore | None = None
+        self._first_host = ""
+        if ranks.world_size > 1:
+            self._store, self._first_host = _store(ranks)
+        self._found = ""
+        self._answered = self._started  # when the first rank's store last did
+        self._talking = threading.Thread(target=self._talk, name="watchdog-talk", daemon=True)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._talking.start()
         self._thread.start()
 
     def doing(self, what: str, step: int) -> None:
@@ -90,13 +98,19 @@ class Watchdog:
         """Stop watching."""
         self._closing.set()
         self._thread.join()
+        self._talking.join(2 * BEAT_SECONDS)  # longer where the first rank's host has gone
 
     def after_failure(self) -> str:
-        """Which ranks have gone, when a collective has failed here; to be called by the first rank. May be empty."""
+        """Which ranks have gone, as far as this one can tell, when a collective has failed here. May be empty."""
+        time.sleep(0 if self._ranks.is_first else 3 * BEAT_SECONDS)
+        first_has_gone = not self._talking.is_alive() and not self._found
         self._closing.set()
         self._thread.join()
-        if self._store is None or not self._ranks.is_first:
+        if self._store is None:
             return ""
+        if not self._ranks.is_first:
+            return f"rank 0 ({self._first_host}) has gone" if first_has_gone else ""
+        self._talking.join()
         self._beats()
         time.sleep(3 * BEAT_SECONDS)
         gone = [beat for beat in self._beats() if beat.rank != self._ranks.rank and beat.silent > 2 * BEAT_SECONDS]
@@ -106,17 +120,35 @@ class Watchdog:
         )
 
     def _watch(self) -> None:
+        while not self._closing.wait(BEAT_SECONDS):
+            found = self._found or self._unanswered()
+            if found:
+                self._stop(found)
+                return
+
+    def _talk(self) -> None:
+        """Give signs of life and hear the verdict; stands still with the first rank's host or the way there."""
         try:
-            self._beat()
-            while not self._closing.wait(BEAT_SECONDS):
+            while not self._found:
                 self._beat()
-                found = self._judgement()
-                if found:
-                    self._stop(found)
+                self._found = self._judgement()
+                self._answered = time.monotonic()
+                if self._closing.wait(BEAT_SECONDS):
                     return
-        except Exception as error:  # the first rank's store has gone
-            if not self._closing.wait(self._limit):
-                self._stop(f"rank 0 does not answer any more ({type(error).__name__}): it has died or is halted")
+        except Exception as error:
+            log.debug("The watchdog's store: %s", error)
+
+    def _unanswered(self) -> str:
+        """That the first rank's store does not answer any more, if so."""
+        if self._talking.is_alive() and self._ranks.is_first:
+            return ""
+        silent = time.monotonic() - self._answered
+        if silent <= min(self._limit, SILENT_SECONDS):
+            return ""
+        return (
+            f"rank 0 ({self._first_host}) has not answered rank {self._ranks.rank} "
+            f"({socket.gethostname()}) for {silent:.0f} s: it has died or is halted, or the network between them is cut"
+        )
 
     def _beat(self) -> None:
         if self._store is not None:
@@ -154,23 +186,28 @@ class Watchdog:
 
     def _end(self, found: str) -> None:
         """Tell it, write what every thread is doing, and end this process; its launcher then ends the others."""
+        telling = threading.Thread(target=self._tell, args=(found,), name="watchdog-tell", daemon=True)
+        telling.start()
+        telling.join(TELL_SECONDS)  # a cut network may hold up the log and the folder as well
+        if self._ranks.is_first:
+            time.sleep(2 * BEAT_SECONDS)  # in which the others read the verdict
+        os._exit(EXIT_CODE)
+
+    def _tell(self, found: str) -> None:
         if self._ranks.is_first or found.startswith("rank 0 "):
             log.error("The job stands still: %s. It ends; the same command goes on from the last checkpoint", found)
         path = self._folder / f"stacks_rank_{self._ranks.rank}.txt"
         with path.open("w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
         logging.shutdown()
-        if self._ranks.is_first:
-            time.sleep(2 * BEAT_SECONDS)  # in which the others read the verdict
-        os._exit(EXIT_CODE)
 
 
-def _store(ranks: Ranks) -> TCPStore:
-    """A store of our own on the first rank's host: signs of life must not wait for anybody's collectives."""
+def _store(ranks: Ranks) -> tuple[TCPStore, str]:
+    """A store of our own on the first rank's host, with its name: signs of life must not wait for collectives."""
     host = os.environ.get("MASTER_ADDR", "127.0.0.1")
     timeout = timedelta(seconds=SILENT_SECONDS)
     if ranks.is_first:
         store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
-        share(store.port, ranks.world_size)
-        return store
-    return TCPStore(host, share(None, ranks.world_size), is_master=False, timeout=timeout)
+        return store, share((store.port, socket.gethostname()), ranks.world_size)[1]
+    port, name = share((0, ""), ranks.world_size)
+    return TCPStore(host, port, is_master=False, timeout=timeout), name

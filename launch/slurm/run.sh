@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# What the sbatch files beside it share: run.sh ENTRY CONFIG.yaml key=value ... within a Slurm job, on all its nodes.
+#
+# One process a GPU; on nodes without GPUs TASKS_PER_NODE processes (1). Near the end of its time Slurm sends USR1: the
+# run saves, ends, and queues again; likewise after a standstill, such as a node that has died. On pre-emption and
+# `scontrol requeue` Slurm sends TERM: the run saves, and Slurm queues it again. It goes on from there on whatever nodes
+# it gets. output_dir must be seen by all nodes. At most RESTARTS (100) times.
+set -uo pipefail
+entry=$1
+shift
+if [ -f .venv/bin/activate ]; then
+    source .venv/bin/activate
+fi
+
+tasks=${TASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_ADDR=$(scontrol --oneliner show node "$first" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+
+# Each process sees all cores of its node, and takes its share of them.
+srun --ntasks=$((tasks * SLURM_JOB_NUM_NODES)) --ntasks-per-node="$tasks" --cpus-per-task=$((SLURM_CPUS_ON_NODE / tasks)) \
+    --cpu-bind=none --kill-on-bad-exit=1 python -u "launch/$entry.py" "$@"
+code=$?
+
+stopped=138 # 128 + USR1
+standstill=75
+if { [ $code = $stopped ] || [ $code = $standstill ]; } && [ "${SLURM_RESTART_COUNT:-0}" -lt "${RESTARTS:-100}" ]; then
+    echo "run.sh: exit code $code, job $SLURM_JOB_ID queues again"
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit $code

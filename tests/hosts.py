@@ -1,0 +1,251 @@
+"""Real hosts for tests on one machine: each with its own network address, name, processes and sshd.
+
+A host is a set of Linux namespaces whose first process is an sshd. They meet at a bridge of the host `store`, which
+serves S3 at its address. Needs root, the programs that `make packages` installs and the right to make namespaces;
+`why_not` says what is missing, and then tests are left out, saying so.
+
+    def test_something(hosts: Hosts) -> None:
+        hosts.run("node1", "ssh", "node2", "hostname")
+        hosts.cut("node2")                                   # as with a pulled cable
+        hosts.shape("node2", "tbf", "rate", "8mbit", ...)    # tc's words
+
+Nothing of the machine's own network changes, and everything goes when the test's process does.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+from object_stores import SERVERS, die_with_parent, environment_of
+
+ROOT = Path(__file__).resolve().parent.parent
+ADDRESSES = {"store": "10.203.77.1", "node1": "10.203.77.11", "node2": "10.203.77.12"}
+PROGRAMS = ("ip", "tc", "nft", "ssh", "sshd", "ssh-keygen", "unshare", "nsenter", "pdsh")
+NAMESPACES = ("--net", "--uts", "--mount", "--pid")
+S3_PORT = 5000
+PATIENCE = 120.0  # seconds given to a server to answer
+SSHD = """
+Port 22
+HostKey {folder}/host
+PidFile none
+UsePAM no
+PasswordAuthentication no
+StrictModes no
+AuthorizedKeysFile {folder}/login.pub
+MaxStartups 100
+"""
+SSH = """
+IdentityFile {folder}/login
+StrictHostKeyChecking no
+UserKnownHostsFile /dev/null
+LogLevel ERROR
+"""
+BOOT = """
+set -e
+hostname {name}
+mount --bind {folder}/{name}.hosts /etc/hosts
+mount -t tmpfs tmpfs /run && mkdir -p /run/sshd
+mkdir -p ~/.ssh && mount --bind {folder}/ssh ~/.ssh
+ip link set lo up
+exec {sshd} -D -e -f {folder}/sshd_config
+"""
+
+
+def program(name: str) -> str | None:
+    """Path of a program, an administrator's too."""
+    return shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+
+
+def why_not() -> str:
+    """Why this machine cannot give hosts; empty where it can."""
+    if os.geteuid() != 0:
+        return "not root, and hosts of their own need network namespaces"
+    missing = [name for name in PROGRAMS if program(name) is None]
+    if missing:
+        return f"{', '.join(missing)} not installed (`make packages` does it)"
+    trial = "hostname trial && ip link add name one type veth peer name two && ip link add name eth0 type bridge"
+    trial += " && mount -t tmpfs tmpfs /run"
+    words = ["unshare", *NAMESPACES, "--fork", "--mount-proc", "sh", "-c", trial]
+    tried = subprocess.run(words, capture_output=True, text=True)
+    return "" if tried.returncode == 0 else f"namespaces are not permitted here ({tried.stderr.strip()})"
+
+
+class Hosts:
+    """`store`, `node1` and `node2`. Their files are the machine's, as with a network file system."""
+
+    def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
+        self.root, self.folder, self.environment = ROOT, folder, dict(environment)
+        self.environment["PATH"] += ":/usr/sbin:/sbin"
+        self._first: dict[str, int] = {}  # the process that a host begins and ends with
+        self._running: dict[str, subprocess.Popen] = {}
+        self._make_files()
+        for name in ADDRESSES:
+            self.start(name)
+
+    def _make_files(self) -> None:
+        for key in ("host", "login"):
+            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.folder / key], check=True)
+        for own in ADDRESSES:  # as Debian does it: a host's own name is a loopback address
+            names = "".join(f"{address} {name}\n" for name, address in ADDRESSES.items() if name != own)
+            (self.folder / f"{own}.hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {own}\n{names}")
+        (self.folder / "sshd_config").write_text(SSHD.format(folder=self.folder))
+        (self.folder / "ssh").mkdir(mode=0o700)
+        (self.folder / "ssh" / "config").write_text(SSH.format(folder=self.folder))
+
+    def start(self, name: str) -> None:
+        """Start a host and plug its cable in."""
+        boot = BOOT.format(name=name, folder=self.folder, sshd=program("sshd"))
+        path = self.folder / f"{name}.log"
+        with path.open("wb") as log:
+            self._running[name] = subprocess.Popen(
+                ["unshare", *NAMESPACES, "--fork", "--kill-child", "--mount-proc", "sh", "-c", boot],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=self.environment,
+                preexec_fn=die_with_parent,
+            )
+        until(lambda: "listening on" in path.read_text(), path.read_text, self._running[name])
+        self._first[name] = psutil.Process(self._running[name].pid).children()[0].pid
+        if name == "store":
+            self.ip(name, "link", "add", "name", "eth0", "type", "bridge")
+        else:
+            self._forget_cable(name)
+            self.ip("store", "link", "add", "name", f"to-{name}", "type", "veth", "peer", "name", "far")
+            self.ip("store", "link", "set", "far", "netns", str(self._first[name]))
+            self.ip("store", "link", "set", f"to-{name}", "master", "eth0", "up")
+            mac = f"02:00:00:00:00:{int(ADDRESSES[name].split('.')[-1]):02x}"  # as before, when it comes again
+            self.ip(name, "link", "set", "far", "name", "eth0", "address", mac)
+        self.ip(name, "address", "add", f"{ADDRESSES[name]}/24", "dev", "eth0")
+        self.ip(name, "link", "set", "eth0", "up")
+
+    def _forget_cable(self, name: str) -> None:
+        """The kernel takes its time with the cable of a host that was switched off."""
+        words = ["nsenter", "-t", str(self._first["store"]), "--net", "--", "ip", "link", "del", f"to-{name}"]
+        subprocess.run(words, capture_output=True, env=self.environment)
+
+    def ip(self, name: str, *words: str) -> None:
+        """`ip WORDS` in a host's network."""
+        self._in_network(name, "ip", *words)
+
+    def cut(self, name: str) -> None:
+        """Pull a host's cable: everything in it goes on, and reaches nobody."""
+        self.ip("store", "link", "set", f"to-{name}", "down")
+
+    def heal(self, name: str) -> None:
+        """Plug it in again."""
+        self.ip("store", "link", "set", f"to-{name}", "up")
+
+    def shape(self, name: str, *words: str) -> None:
+        """`tc` on a host's cable, both ways, for example "netem", "rate", "8mbit"; no words: as it was."""
+        for host, device in ((name, "eth0"), ("store", f"to-{name}")):
+            if words:
+                self._in_network(host, "tc", "qdisc", "replace", "dev", device, "root", *words)
+            else:
+                self._in_network(host, "tc", "qdisc", "del", "dev", device, "root")
+
+    def firewall(self, name: str, rules: str) -> None:
+        """Load nftables rules in a host, in place of those before."""
+        self._in_network(name, "nft", "flush ruleset; " + rules)
+
+    def kill(self, name: str) -> None:
+        """Switch a host off: all its processes end at once, and its network with them."""
+        self._running[name].kill()
+        self._running[name].wait()
+
+    def popen(self, name: str, *words: object, log: Path, cwd: Path | str = ROOT, **settings: str) -> subprocess.Popen:
+        """Start a command in a host, its output into `log`; settings: of the environment."""
+        with log.open("ab") as output:
+            return subprocess.Popen(
+                self._enter(name, cwd, *words),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env={**self.environment, **settings},
+                preexec_fn=die_with_parent,
+            )
+
+    def run(
+        self, name: str, *words: object, cwd: Path | str = ROOT, check: bool = True, **settings: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command in a host to its end."""
+        result = subprocess.run(
+            self._enter(name, cwd, *words),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            env={**self.environment, **settings},
+        )
+        assert result.returncode == 0 or not check, f"{words}: {result.returncode}\n{result.stdout}\n{result.stderr}"
+        return result
+
+    def processes(self, name: str, part: str) -> list[psutil.Process]:
+        """The processes of a host whose command line holds `part`."""
+        own, found = os.readlink(f"/proc/{self._first[name]}/ns/pid"), []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error, OSError):
+                if os.readlink(f"/proc/{process.pid}/ns/pid") == own and part in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
+
+    def _enter(self, name: str, cwd: Path | str, *words: object) -> list[str]:
+        return ["nsenter", "-t", str(self._first[name]), *NAMESPACES, f"--wd={cwd}", "--", *map(str, words)]
+
+    def _in_network(self, name: str, *words: str) -> None:
+        command = ["nsenter", "-t", str(self._first[name]), "--net", "--", *words]
+        result = subprocess.run(command, capture_output=True, text=True, env=self.environment)
+        assert result.returncode == 0, f"{words}: {result.stderr}"
+
+    def serve_s3(self) -> None:
+        """Serve S3 on the store's address; the environment of commands in hosts points there."""
+        server = SERVERS / "bin" / "moto_server"
+        if not server.exists():
+            raise RuntimeError(f"{server} is missing: `make servers` makes it, or set TEST_SERVERS to where it is")
+        log = self.folder / "s3.log"
+        process = self.popen("store", server, "-H", "0.0.0.0", "-p", S3_PORT, log=log)
+        until(lambda: "Running on" in log.read_text(), log.read_text, process)
+        self.environment.update(environment_of("s3", f"{ADDRESSES['store']}:{S3_PORT}"))
+
+    def fill(self, source: Path, url: str) -> None:
+        """Copy a folder into the S3 server."""
+        code = (
+            "import sys, fsspec\nfs = fsspec.filesystem('s3')\nfs.makedirs(sys.argv[2].split('/')[2], exist_ok=True)\n"
+        )
+        code += "fs.put(sys.argv[1] + '/', sys.argv[2] + '/', recursive=True)"
+        self.run("store", sys.executable, "-c", code, source, url)
+
+    def close(self) -> None:
+        """End all hosts."""
+        for name in reversed(ADDRESSES):
+            self.kill(name)
+
+
+def until(done: Callable[[], bool], told: Callable[[], str], process: subprocess.Popen | None = None) -> None:
+    """Wait for an event; fails, with what was told, when the process ends before or it takes far too long."""
+    deadline = time.monotonic() + PATIENCE
+    while not done():
+        assert process is None or process.poll() is None, f"ended with {process.returncode}:\n{told()}"
+        assert time.monotonic() < deadline, told()
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    reason = why_not()
+    if reason:
+        pytest.skip(f"left out: {reason}")
+    outside = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    made = Hosts(tmp_path_factory.mktemp("hosts"), {**outside, **quiet})
+    made.serve_s3()
+    yield made
+    made.close()

@@ -1,0 +1,100 @@
+"""Jobs of a real Slurm with two nodes: started by sbatch, interrupted in every way it has, they lose no step."""
+
+import re
+
+import pytest
+from hosts import ROOT, until
+from small_run import environment, learned, metrics
+
+from sharding.build import build_corpus
+from sharding.shapes import write_shapes
+
+pytestmark = pytest.mark.timeout(600)
+
+STEPS = 8  # of an epoch
+
+
+@pytest.fixture
+def submit(slurm, tmp_path, monkeypatch):
+    """sbatch from the repository's folder, with a user's environment."""
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+        slurm.environment[name] = value
+
+    def sbatch(script, *words, options=()):
+        options = ["--output", tmp_path / "job-%j.log", "--export=ALL", *options]
+        return slurm.submit(*options, ROOT / "launch/slurm" / script, *words, cwd=ROOT)
+
+    return sbatch
+
+
+def requeued(slurm, job):
+    """The administrator, or a failed node."""
+    slurm.run("scontrol", "requeue", job)
+    return "SIGTERM"
+
+
+def at_the_end_of_its_time(slurm, job):
+    """What Slurm does by itself 300 s before (--signal=USR1@300)."""
+    slurm.run("scancel", "--signal=USR1", job)
+    return "SIGUSR1"
+
+
+def preempted(slurm, job):
+    """A job of the partition `high` takes both nodes."""
+    slurm.submit("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true", cwd="/")
+    return "SIGTERM"
+
+
+@pytest.mark.parametrize(
+    "interrupt",
+    [
+        requeued,
+        pytest.param(at_the_end_of_its_time, marks=pytest.mark.slow),
+        pytest.param(preempted, marks=pytest.mark.slow),
+    ],
+)
+def test_an_interrupted_job_goes_on_by_itself(slurm, submit, corpora, tmp_path, interrupt):
+    folder, epochs = tmp_path / "run", 20
+    settings = (corpora / "tiny.yaml", f"output_dir={folder}", f"scheduler.epochs={epochs}", "save_every=100000")
+    job = submit("pretrain.sbatch", *settings, options=["--nodes=2"])
+    log = tmp_path / f"job-{job}.log"
+
+    def told():
+        return (log.read_text() if log.exists() else "") + str(slurm.job(job)) + slurm.told()
+
+    until(lambda: any(line["step"] >= 13 for line in metrics(folder)), told)
+    before = max(line["step"] for line in metrics(folder))
+    signal = interrupt(slurm, job)
+    until(lambda: "the same command goes on" in log.read_text(), told)
+    stopped = int(re.search(rf"stopped \({signal}\) at step (\d+), saved", log.read_text())[1])
+    assert before <= stopped < epochs * STEPS
+
+    until(lambda: slurm.job(job)["Restarts"] == "1", told)
+    until(lambda: slurm.job(job)["JobState"] == "PENDING", told)
+    slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now+5")  # by itself it gives its nodes two minutes
+    until(lambda: slurm.job(job)["JobState"] == "COMPLETED", told)
+    assert f"Going on with the run in {folder} from step {stopped}" in log.read_text()
+    assert "2 processes" in log.read_text()
+    assert [line["step"] for line in learned(folder)] == list(range(1, epochs * STEPS + 1))
+
+
+def test_a_mistake_ends_the_job_at_once(slurm, submit, corpora, tmp_path):
+    job = submit("pretrain.sbatch", corpora / "tiny.yaml", "no_such_key=1", options=["--nodes=2"])
+    until(lambda: slurm.job(job)["JobState"] == "FAILED", slurm.told)
+    assert slurm.job(job)["Restarts"] == "0"
+    assert "no_such_key" in (tmp_path / f"job-{job}.log").read_text()
+
+
+def test_an_array_packs_what_one_process_packs(slurm, submit, tmp_path):
+    shapes = write_shapes(tmp_path / "shapes", images=900, clips=1, test_items=1, size=64, seed=1, workers=1)
+    annotations, media, output = shapes / "images_train.json", shapes / "media", tmp_path / "packed"
+    options = ["--array=1-2", "--cpus-per-task=1", "--mem-per-cpu=10M"]
+    words = ["--annotations", annotations, "--media-root", media, "--media-type", "image", "--output", output]
+    job = submit("build.sbatch", *words, "--name", "x", "--size", 64, "--shard-mb", 1, options=options)
+    until(lambda: not slurm.run("squeue", "-h", "-j", job), slurm.told)
+    plain = tmp_path / "plain"
+    build_corpus([str(annotations)], str(media), "image", str(plain), name="x", size=64, shard_mb=1, workers=1)
+    packed, expected = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in (output, plain))
+    assert len(expected) > 5  # a description, and tars with their indices
+    assert packed == expected, (tmp_path / f"job-{job}.log").read_text()
