@@ -3,8 +3,8 @@
 #
 # One process a GPU; on nodes without GPUs TASKS_PER_NODE processes (1). Near the end of its time Slurm sends USR1: the
 # run saves, ends, and queues again; likewise after a standstill, such as a node that has died. On pre-emption and
-# `scontrol requeue` Slurm sends TERM: the run saves, and Slurm queues it again. It goes on from there on whatever nodes
-# it gets. output_dir must be seen by all nodes. At most RESTARTS (100) times.
+# `scontrol requeue` Slurm sends TERM: the run saves, and the job queues again. It goes on from there on whatever nodes
+# it gets. output_dir must be seen by all nodes. At most RESTARTS (100) times. `scancel` saves, and ends it for good.
 set -uo pipefail
 entry=$1
 shift
@@ -22,10 +22,14 @@ srun --ntasks=$((tasks * SLURM_JOB_NUM_NODES)) --ntasks-per-node="$tasks" --cpus
     --cpu-bind=none --kill-on-bad-exit=1 python -u "launch/$entry.py" "$@"
 code=$?
 
-stopped=138 # 128 + USR1
-standstill=75
-if { [ $code = $stopped ] || [ $code = $standstill ]; } && [ "${SLURM_RESTART_COUNT:-0}" -lt "${RESTARTS:-100}" ]; then
-    echo "run.sh: exit code $code, job $SLURM_JOB_ID queues again"
-    scontrol requeue "$SLURM_JOB_ID"
-fi
+# USR1, a standstill, and TERM where Slurm only wants the nodes back; a job that was cancelled is no longer running.
+case $code in
+138 | 75 | 143)
+    state=$(scontrol --oneliner show job "$SLURM_JOB_ID" | sed -n 's/.* JobState=\([A-Z]*\).*/\1/p')
+    if [ "$state" = RUNNING ] && [ "${SLURM_RESTART_COUNT:-0}" -lt "${RESTARTS:-100}" ]; then
+        echo "run.sh: exit code $code, job $SLURM_JOB_ID queues again"
+        scontrol requeue "$SLURM_JOB_ID"
+    fi
+    ;;
+esac
 exit $code

@@ -79,6 +79,25 @@ def test_an_interrupted_job_goes_on_by_itself(slurm, submit, corpora, tmp_path, 
     assert [line["step"] for line in learned(folder)] == list(range(1, epochs * STEPS + 1))
 
 
+@pytest.mark.slow
+def test_a_cancelled_job_saves_and_stays_cancelled(slurm, submit, corpora, tmp_path):
+    folder = tmp_path / "run"
+    job = submit(
+        "pretrain.sbatch",
+        corpora / "tiny.yaml",
+        f"output_dir={folder}",
+        "scheduler.epochs=400",
+        "save_every=100000",
+        options=["--nodes=2"],
+    )
+    until(lambda: any(line["step"] >= 5 for line in metrics(folder)), slurm.told)
+    slurm.run("scancel", job)
+    until(lambda: not slurm.run("squeue", "-h", "-j", job), slurm.told)
+    assert slurm.job(job)["JobState"] == "CANCELLED"
+    assert "stopped (SIGTERM)" in (tmp_path / f"job-{job}.log").read_text()
+    assert list((folder / "checkpoints").glob("step_*"))
+
+
 def test_a_mistake_ends_the_job_at_once(slurm, submit, corpora, tmp_path):
     job = submit("pretrain.sbatch", corpora / "tiny.yaml", "no_such_key=1", options=["--nodes=2"])
     until(lambda: slurm.job(job)["JobState"] == "FAILED", slurm.told)
