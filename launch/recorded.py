@@ -30,7 +30,7 @@ from loaders.decoding import Clip, CpuDecoder, decode_other
 from loaders.text import Tokenizer, clean_text
 from model.files import VOCABULARY
 from model.parity_report import Comparison
-from model.vision import PIXEL_STATISTICS
+from model.vision import pixel_statistics
 from train.config import DifferentLearningRate, OptimizerConfig
 from train.config_files import without_none_strings
 from train.groups import parameter_groups
@@ -90,7 +90,7 @@ def _images(folder: Path, result: Comparison) -> None:
                 whole = Window(0, 0, height, width, False)
                 frames.append(decoder.decode([Clip([data], height, width, whole)])[0].clone())
             decoder.close()
-            mean, std = PIXEL_STATISTICS[kind]
+            mean, std = pixel_statistics(kind)
             level = GREY_LEVELS / (255 * min(std))
             result.close(f"image_transform {name}", normalize(torch.cat(frames), mean, std), arrays[name], 0.0, level)
 

@@ -17,7 +17,7 @@ from model.building import build_model
 from model.config import ModelConfig, with_changes
 from model.files import Weights, read_weights, resolve_weights, write_weights
 from model.official import read_official
-from model.positions import resize_absolute, resize_relative
+from model.positions import resize_relative
 from model.singularity import Singularity
 from model.temporal import resize_embeddings
 
@@ -114,7 +114,7 @@ def fit_weights(
     target, state = model.state_dict(), dict(weights.state)
     if model.config.answer_decoder.enable and not weights.config.answer_decoder.enable:
         _decoder_from_fusion(state, weights.config, model.config, report)
-    _resize(state, target, model.config, report)
+    _resize(state, target, model, report)
 
     missing = [name for name in target if name not in state]
     report.fresh = [name for name in missing if _is_new(name, weights.config, model.config)]
@@ -203,9 +203,13 @@ def _decoder_from_fusion(state: dict[str, torch.Tensor], old: ModelConfig, new: 
 
 
 def _resize(
-    state: dict[str, torch.Tensor], target: dict[str, torch.Tensor], config: ModelConfig, report: FitReport
+    state: dict[str, torch.Tensor],
+    target: dict[str, torch.Tensor],
+    model: Singularity | SingularityQA,
+    report: FitReport,
 ) -> None:
     """Fit position tables to the image size and temporal embeddings to the number of frames, in place."""
+    config = model.config
     patches = config.image_res // config.vision_encoder.patch_size
     for name, tensor in state.items():
         if name not in target or tensor.shape == target[name].shape:
@@ -213,7 +217,7 @@ def _resize(
         if name.endswith("relative_position_bias_table") and tensor.shape[1] == target[name].shape[1]:
             state[name] = resize_relative(tensor, patches)
         elif name.endswith("transformer.pos_embed") and tensor.shape[2] == target[name].shape[2]:
-            state[name] = resize_absolute(tensor, patches)
+            state[name] = model.vision_encoder.resize_positions(tensor, patches)
         elif name == "temporal_embeddings" and tensor.shape[3] == target[name].shape[3]:
             state[name] = resize_embeddings(tensor, config.num_frames)
         else:

@@ -14,7 +14,7 @@ ENSEMBLES = ("concat", "mean", "max", "lse")  # of frames: fused early, or their
 class VisionConfig:
     """The vision transformer. Defaults: BEiT-B/16 as published."""
 
-    type: str = "beit"  # beit | vit | deit
+    type: str = "beit"  # beit | vit | deit, or the name of another vision transformer of timm's
     pretrained: str | None = None  # hub name or local folder of initial weights
     patch_size: int = 16
     width: int = 768

@@ -8,7 +8,7 @@ from torch import nn
 from model.config import ENSEMBLES, ModelConfig
 from model.temporal import TemporalEncoder, embeddings_for_frames
 from model.text import TextEncoder, VisualKeys
-from model.vision import PIXEL_STATISTICS, FrameEncoder
+from model.vision import FrameEncoder, pixel_statistics
 
 
 class Encoders(nn.Module):
@@ -26,7 +26,7 @@ class Encoders(nn.Module):
         self.text_encoder = TextEncoder(config.text_encoder, width, pad_id)
         self.temporal_embeddings = nn.Parameter(torch.zeros(1, config.num_frames, 1, width))
         self.temporal_vision_encoder = TemporalEncoder(config) if config.temporal_vision_encoder.enable else None
-        self.mean, self.std = PIXEL_STATISTICS[config.vision_encoder.type]
+        self.mean, self.std = pixel_statistics(config.vision_encoder.type)
 
     def set_gradient_checkpointing(self, enable: bool = True) -> None:
         """Keep only the layers' inputs for the backward pass and compute the rest again: a third more time, far less

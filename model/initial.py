@@ -6,6 +6,7 @@ import json
 import logging
 import pickle
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ from model.official_names import vision_parts
 from model.positions import resize_absolute, resize_relative
 from model.singularity import Singularity
 from model.torchvision_cpu import create_model, get_pretrained_cfg, is_model
+from model.vision import VISION_TYPES, named_options
 
 logger = logging.getLogger(__name__)
 
@@ -88,11 +90,9 @@ def find_folder(name: str, key: str) -> Path:
 
 def read_folder(folder: Path, key: str) -> dict[str, torch.Tensor]:
     """Tensors of a checkpoint folder. Raises ValueError when it has none or they cannot be read."""
-    if (folder / "model.safetensors").is_file():
-        return read_tensors(folder / "model.safetensors")
-    path = folder / "pytorch_model.bin"
-    if not path.is_file():
-        raise ValueError(f"{key}: {folder} has neither model.safetensors nor pytorch_model.bin; choose another folder")
+    path = _weights_file(folder, key)
+    if path.suffix == ".safetensors":
+        return read_tensors(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
@@ -108,9 +108,15 @@ def _without_prefix(state: dict[str, torch.Tensor], prefixes: tuple[str, ...]) -
 def _vision_weights(name: str, key: str, model: Singularity | SingularityQA) -> dict[str, torch.Tensor]:
     """Our vision tensors from a Hugging Face (BEiT, ViT) or timm checkpoint, position tables resized to the model."""
     config = model.config
+    if config.vision_encoder.type not in VISION_TYPES:
+        file = _weights_file(find_folder(_hub_name(name, key), key), key)
+        options = named_options(config.vision_encoder, config.image_res)
+        return {
+            _VISION + ours: tensor for ours, tensor in _timm_state(config.vision_encoder.type, file, **options).items()
+        }
     wanted = [each.removeprefix(_VISION) for each in model.state_dict() if each.startswith(_VISION)]
     if not Path(name).is_dir() and "/" not in name and is_model(name):
-        found = _timm_state(name, key)
+        found = _timm_state(name, _weights_file(find_folder(_hub_name(name, key), key), key), num_classes=0)
     else:
         state = _without_prefix(read_folder(find_folder(name, key), key), ("beit.", "vit.", "deit."))
         parts = {ours: vision_parts(ours) for ours in wanted}
@@ -128,18 +134,26 @@ def _vision_weights(name: str, key: str, model: Singularity | SingularityQA) -> 
     return {_VISION + ours: tensor for ours, tensor in found.items()}
 
 
-def _timm_state(name: str, key: str) -> dict[str, torch.Tensor]:
-    """Tensors of timm's model `name`; its file is fetched first, which fails at once where there is no network."""
+def _hub_name(name: str, key: str) -> str:
+    """Where the weights of timm's model `name` are on the hub; any other name, and a folder, as it is."""
+    if Path(name).is_dir() or "/" in name or not is_model(name):
+        return name
     published = get_pretrained_cfg(name)
-    hub_name = published.hf_hub_id if published else None
-    if not hub_name:
+    if not published or not published.hf_hub_id:
         raise ValueError(f"{key}: timm has no weights of {name} on the hub; take a model with weights, or null")
-    folder = find_folder(hub_name, key)
-    files = [folder / file for file in _FILES[1:] if (folder / file).is_file()]
-    if not files:
-        raise ValueError(f"{key}: {folder} has neither model.safetensors nor pytorch_model.bin; choose another model")
-    overlay = {"file": str(files[0])}
-    return dict(create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0).state_dict())
+    return published.hf_hub_id
+
+
+def _weights_file(folder: Path, key: str) -> Path:
+    for name in _FILES[1:]:
+        if (folder / name).is_file():
+            return folder / name
+    raise ValueError(f"{key}: {folder} has neither model.safetensors nor pytorch_model.bin; choose another folder")
+
+
+def _timm_state(name: str, file: Path, **options: Any) -> dict[str, torch.Tensor]:
+    """Tensors of timm's model `name` with these options, from a file of weights that timm resizes to fit."""
+    return dict(create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}, **options).state_dict())
 
 
 def _text_weights(name: str, key: str, model: Singularity | SingularityQA) -> dict[str, torch.Tensor]:

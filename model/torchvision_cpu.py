@@ -50,6 +50,7 @@ def declare_missing_operators() -> None:
 _library: torch.library.Library | None = None
 declare_missing_operators()
 
+from timm.layers import resample_abs_pos_embed  # noqa: E402
 from timm.models import create_model, get_pretrained_cfg, is_model  # noqa: E402
 from timm.models.beit import Beit, gen_relative_position_index  # noqa: E402
 from timm.models.vision_transformer import VisionTransformer  # noqa: E402
@@ -80,4 +81,5 @@ __all__ = [
     "gen_relative_position_index",
     "get_pretrained_cfg",
     "is_model",
+    "resample_abs_pos_embed",
 ]

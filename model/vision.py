@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,16 @@ import torch
 from torch import nn
 
 from model.config import ModelConfig, VisionConfig
-from model.torchvision_cpu import Beit, VisionTransformer, gen_relative_position_index
+from model.positions import resize_absolute
+from model.torchvision_cpu import (
+    Beit,
+    VisionTransformer,
+    create_model,
+    gen_relative_position_index,
+    get_pretrained_cfg,
+    is_model,
+    resample_abs_pos_embed,
+)
 
 TIMM_RANGE = 0.02
 VISION_TYPES = ("beit", "vit", "deit")
@@ -21,10 +31,20 @@ PIXEL_STATISTICS = {  # mean and standard deviation of the pixels in [0, 1] that
 }
 
 
+def pixel_statistics(kind: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the pixels in [0, 1] that a `vision_encoder.type` expects."""
+    if kind in PIXEL_STATISTICS:
+        return PIXEL_STATISTICS[kind]
+    published = get_pretrained_cfg(kind)
+    return (published.mean, published.std) if published else (_HALF, _HALF)
+
+
 def check_vision(config: VisionConfig, image_res: int) -> None:
     """Raise ValueError when the sizes of a vision transformer do not fit together."""
-    if config.type not in VISION_TYPES:
-        raise ValueError(f"vision_encoder.type is {config.type!r}: must be one of {', '.join(VISION_TYPES)}")
+    if config.type not in VISION_TYPES and not is_model(config.type):
+        raise ValueError(
+            f"vision_encoder.type is {config.type!r}: must be one of {', '.join(VISION_TYPES)}, or a name of timm's"
+        )
     if image_res % config.patch_size:
         raise ValueError(
             f"image_res is {image_res}, not a multiple of vision_encoder.patch_size {config.patch_size}: "
@@ -36,13 +56,17 @@ def check_vision(config: VisionConfig, image_res: int) -> None:
         )
 
 
-def build_vision(config: VisionConfig, image_res: int, pooler: bool = True) -> Beit | VisionTransformer:
+def build_vision(config: VisionConfig, image_res: int, pooler: bool = True) -> nn.Module:
     """timm's transformer of these sizes, with random weights.
 
     BEiT leaves its tokens un-normed and, with `pooler`, norms the mean of the patch tokens. Raises ValueError when
     the sizes do not fit together.
     """
     check_vision(config, image_res)
+    if config.type not in VISION_TYPES:
+        named = _named(config, image_res)
+        _initialize(named, config)
+        return named
     common: dict[str, Any] = {
         "img_size": image_res,
         "patch_size": config.patch_size,
@@ -74,11 +98,34 @@ def build_vision(config: VisionConfig, image_res: int, pooler: bool = True) -> B
 
 
 @torch.no_grad()
-def _initialize(vision: Beit | VisionTransformer, config: VisionConfig) -> None:
+def _initialize(vision: Any, config: VisionConfig) -> None:
     """Bring the random matrices of the blocks, as timm makes them, to `initializer_range`."""
     for module in vision.blocks.modules():
         if isinstance(module, nn.Linear):
             module.weight.mul_(config.initializer_range / TIMM_RANGE)
+
+
+def named_options(config: VisionConfig, image_res: int) -> dict[str, Any]:
+    """What timm's `create_model` takes beside the name, for a backbone that is chosen by name."""
+    sizes = {"img_size": image_res, "patch_size": config.patch_size}
+    return {"num_classes": 0, "drop_path_rate": config.drop_path, **sizes}
+
+
+def _named(config: VisionConfig, image_res: int) -> Any:
+    """timm's model `config.type` with this patch size and resolution; ValueError where it has no such thing."""
+    vision: Any = None
+    with suppress(TypeError):  # of one without such sizes
+        vision = create_model(config.type, pretrained=False, **named_options(config, image_res))
+    if not hasattr(vision, "num_prefix_tokens") or not hasattr(vision, "blocks"):
+        raise ValueError(
+            f"vision_encoder.type={config.type} is no vision transformer with patches: take one, such as "
+            "vit_small_patch16_224 or eva02_base_patch14_224"
+        )
+    sizes = {"width": vision.num_features, "depth": len(vision.blocks)}
+    if any(getattr(config, name) != value for name, value in sizes.items()):
+        told = " ".join(f"vision_encoder.{name}={value}" for name, value in sizes.items())
+        raise ValueError(f"the sizes of vision_encoder.type={config.type} are others: set {told}")
+    return vision
 
 
 def relative_position_index(patches: int) -> torch.Tensor:
@@ -89,25 +136,41 @@ def relative_position_index(patches: int) -> torch.Tensor:
 class FrameEncoder(nn.Module):
     """Frames, each by itself, to the tokens that the fusion layers see and one pooled vector."""
 
+    transformer: Any
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         vision = config.vision_encoder
         self.transformer = build_vision(vision, config.image_res, pooler=not config.answer_decoder.enable)
         # The extra norm has this eps whatever the transformer's own is.
         self.layernorm = nn.LayerNorm(vision.width, eps=1e-12) if vision.type == "beit" else nn.Identity()
+        self._official = vision.type in VISION_TYPES
+        self._leads = self._official or self.transformer.num_prefix_tokens > 0
+        self._attentions: list[Any] = [module for module in self.transformer.modules() if hasattr(module, "fused_attn")]
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images (N, 3, H, W) to tokens (N, L, D), the first one [CLS], and pooled vectors (N, D)."""
+        """Images (N, 3, H, W) to tokens (N, L, D) and pooled vectors (N, D).
+
+        The first token stands for the image: [CLS], or the pooled vector where the transformer has none.
+        """
         self._match_key_biases()
         self._choose_attention(images)
         raw = self.transformer.forward_features(images)
         pooled = self.transformer.forward_head(raw, pre_logits=True)
-        return self.layernorm(raw), pooled
+        tokens = self.layernorm(raw)
+        return tokens if self._leads else torch.cat([pooled[:, None], tokens], 1), pooled
+
+    def resize_positions(self, table: torch.Tensor, patches: int) -> torch.Tensor:
+        """Position embeddings (1, L, D) of another image size for patches x patches patches."""
+        if self._official:
+            return resize_absolute(table, patches)
+        bare = getattr(self.transformer, "no_embed_class", False)
+        prefix = 0 if bare else self.transformer.num_prefix_tokens
+        return resample_abs_pos_embed(table, [patches, patches], num_prefix_tokens=prefix)
 
     def _match_key_biases(self) -> None:
-        """Give BEiT's constant zero key biases the type of the weights: DeepSpeed converts parameters, not buffers."""
-        for block in self.transformer.blocks:
-            attention: Any = block.attn
+        """Give constant zero key biases the type of the weights: DeepSpeed converts parameters, not buffers."""
+        for attention in self._attentions:
             if getattr(attention, "k_bias", None) is not None and attention.k_bias.dtype != attention.q_bias.dtype:
                 attention.k_bias = attention.k_bias.to(attention.q_bias.dtype)
 
@@ -119,6 +182,5 @@ class FrameEncoder(nn.Module):
         """
         biased = not isinstance(self.layernorm, nn.Identity)
         plain = images.device.type == "cpu" and torch.is_grad_enabled() and (biased or images.dtype != torch.float32)
-        for block in self.transformer.blocks:
-            attention: Any = block.attn
+        for attention in self._attentions:
             attention.fused_attn = not plain
