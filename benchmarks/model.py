@@ -145,13 +145,22 @@ def one_step(step: Step, model: Singularity, backward: bool, cuda: bool) -> floa
     return clock() - start
 
 
-def peak_memory(step: Step, model: Singularity, cuda: bool) -> float:
-    """Peak GB of a step with its backward pass: of the GPU, or of the process, which must be one that runs one side."""
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    one_step(step, model, True, cuda)
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return round(peak / 1e9, 2)
+Memory = dict[str, float]
+
+
+def peak_memory(step: Step, model: Singularity, cuda: bool) -> Memory:
+    """Peak GB of a forward pass without gradients, then of a step with its backward pass.
+
+    Of the GPU, or of the process, which then must be one that runs this side and nothing else before.
+    """
+    found = {}
+    for name, backward in (("forward", False), ("forward_backward", True)):
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        one_step(step, model, backward, cuda)
+        peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        found[name] = round(peak / 1e9, 2)
+    return found
 
 
 def prepare(options: argparse.Namespace, straight: bool) -> tuple[Step, Step, Singularity, int]:
@@ -188,7 +197,7 @@ def prepare(options: argparse.Namespace, straight: bool) -> tuple[Step, Step, Si
 
 
 def report(
-    options: argparse.Namespace, way: str, seconds: dict[bool, list[float]], flops: dict[str, int], memory: float
+    options: argparse.Namespace, way: str, seconds: dict[bool, list[float]], flops: dict[str, int], memory: Memory
 ) -> dict[str, Any]:
     """Medians of one side, and its rate by its own count of operations."""
     forward, both = (statistics.median(seconds[backward]) for backward in (False, True))
@@ -220,8 +229,8 @@ def straightforward_flops(config: ModelConfig, pairs: int, frames: int, length: 
     return result | {"total": sum(result.values())}
 
 
-def memory_apart(way: str) -> float:
-    """Peak GB of one side in a process of its own, on a CPU."""
+def memory_apart(way: str) -> Memory:
+    """`peak_memory` of one side in a process of its own, on a CPU."""
     words = [sys.executable, __file__, *sys.argv[1:], "--only", way, "--repeats", "0"]
     return json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)["peak_gb"]
 
@@ -268,7 +277,9 @@ def main() -> None:
     parser.add_argument("--text-length", type=int, default=32, help="tokens after padding")
     parser.add_argument("--words", type=float, default=13, help="tokens of a text on average, before padding")
     parser.add_argument(
-        "--trim", action="store_true", help="ours: texts padded to the batch's longest, as the loader does"
+        "--trim",
+        action="store_true",
+        help="ours: texts padded to the longest of the batch, a multiple of 8, instead of --text-length as officially",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")

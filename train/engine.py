@@ -73,6 +73,11 @@ def deepspeed_config(run: RunConfig, ranks: Ranks) -> dict[str, Any]:
             raise ValueError(
                 f"{path} sets {key} to {json.dumps(given)}, which the YAML decides ({yaml_key}): remove it there"
             )
+    if run.compile and _get(config, "zero_optimization.stage") == 3:
+        raise ValueError(
+            f"compile=true does not go with ZeRO 3 ({path}), which fetches weights within a step: take ZeRO 0 to 2, "
+            "or compile=false"
+        )
     for name in ("bf16", "fp16"):
         config[name] = {**config.get(name, {}), "enabled": run.precision == name}
     # Its own test of bf16 gradients would wait for the device at every step; train.guard skips bad steps without.
@@ -110,6 +115,9 @@ def start_engine(
     """
     import deepspeed
 
+    if run.compile:
+        # Not `model.compile`, which would take in the hooks that DeepSpeed puts around the call.
+        model.forward = torch.compile(model.forward, fullgraph=True)
     parameters = dict(model.named_parameters())
     groups = parameter_groups({name: p.ndim for name, p in parameters.items() if p.requires_grad}, run.optimizer)
     # No learning rate yet, the schedule sets it at every step: some of DeepSpeed's optimisers begin with an empty step.

@@ -1,0 +1,25 @@
+"""A run with its step compiled takes the steps of one without; and says at once where that cannot be."""
+
+import pytest
+from small_run import job, learned, run_jobs
+
+pytestmark = pytest.mark.timeout(900)
+
+# Nothing is drawn: compiled dropout and draws take other random numbers.
+CERTAIN = (
+    "loss_weight={itc: 1, itm: 0, mlm: 0}", "text_encoder.dropout=0", "vision_encoder.drop_path=0", "max_steps=6",
+    "scheduler.epochs=1",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_compiled_run_takes_the_same_steps(corpora, tmp_path):
+    jobs = [
+        job("pretrain", corpora / "tiny.yaml", f"output_dir={tmp_path}/{name}", f"compile={name}", *CERTAIN)
+        for name in ("true", "false")
+    ]
+    run_jobs(tmp_path, jobs, processes=1, timeout=850)
+    compiled, plain = learned(tmp_path / "true"), learned(tmp_path / "false")
+    assert len(compiled) == len(plain) == 6  # of images and of clips
+    for one, other in zip(compiled, plain):
+        assert one["loss_itc"] == pytest.approx(other["loss_itc"], rel=1e-4)
