@@ -88,7 +88,9 @@ class Remote:
 
     def cancel(self) -> None:
         """End all reads under way; their callers get CancelledError."""
-        for call in list(self._calls):
+        with self._lock:  # a call that has begun is known: `_run` adds it before it lets go
+            calls = list(self._calls)
+        for call in calls:
             call.cancel()
 
     def pending(self) -> list[str]:
@@ -113,8 +115,8 @@ class Remote:
         with self._lock:
             if self._process != os.getpid():
                 self._connect()
-        call = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        self._calls.add(call)
+            call = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+            self._calls.add(call)
         try:
             return call.result()
         except BaseException:

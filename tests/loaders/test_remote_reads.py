@@ -1,5 +1,6 @@
 """Reading stores through bad days: what passes is tried again, what stays is said at once, with the URL."""
 
+import asyncio
 import multiprocessing
 import threading
 import time
@@ -37,12 +38,12 @@ def remote(url: str, **settings) -> Remote:
 @pytest.mark.parametrize("store", STORES, indirect=True)
 def test_parts_come_whole_through_every_fault(store: Store, folder: str, faulty: MakeFaulty) -> None:
     proxy = faulty(store, Faults.everywhere(0.4, seed=3, slow_seconds=0.3, corrupt_only="none"))
-    reading = remote(store.url(folder, proxy))
+    reading = remote(store.url(folder, proxy), hedge_percentile=0)
     assert reading.fetch(PARTS) == WANTED
     counts = proxy.counts()
     assert min(counts[kind] for kind in ("error", "throttle", "cut", "slow")) > 0
-    assert reading.counters["retries"] >= counts["error"] + counts["throttle"] + counts["cut"] - counts["slow"]
-    assert reading.counters["requests"] >= len(PARTS) + counts["error"] + counts["cut"]
+    assert reading.counters["retries"] == counts["error"] + counts["throttle"] + counts["cut"]
+    assert reading.counters["requests"] == len(PARTS) + reading.counters["retries"]
     assert reading.pending() == []
     reading.close()
 
@@ -50,16 +51,16 @@ def test_parts_come_whole_through_every_fault(store: Store, folder: str, faulty:
 @pytest.mark.parametrize("store", STORES, indirect=True)
 def test_a_store_that_asks_for_patience_gets_it(store: Store, folder: str, faulty: MakeFaulty) -> None:
     proxy = faulty(store, Faults(throttle=1, retry_after=1))
-    with pytest.raises(TimeoutError, match=r"things/shard\.tar bytes 0-1499 .*deadline=2\.5 s .*the last: status 429"):
-        remote(store.url(folder, proxy), deadline=2.5).fetch(PARTS[:1])
+    with pytest.raises(TimeoutError, match=r"things/shard\.tar bytes 0-1499 .*deadline=4 s .*the last: status 429"):
+        remote(store.url(folder, proxy), deadline=4).fetch(PARTS[:1])
     times = [seen.at for seen in proxy.log]
-    assert 2 <= len(times) <= 3
+    assert 2 <= len(times) <= 4
     assert all(later - earlier >= 1 for earlier, later in pairwise(times))
     proxy.faults = Faults(throttle=1, retry_after=60)
     began = time.monotonic()
     with pytest.raises(TimeoutError, match=r"429"):
         remote(store.url(folder, proxy), deadline=30).fetch(PARTS[:1])
-    assert time.monotonic() - began < 10  # it cannot be in time: said without waiting
+    assert time.monotonic() - began < 25  # it cannot be in time: said without waiting
 
 
 @pytest.mark.parametrize(("status", "error"), [(403, PermissionError), (404, FileNotFoundError), (400, OSError)])
@@ -72,7 +73,7 @@ def test_what_stays_is_said_at_once_with_the_url(
     began = time.monotonic()
     with pytest.raises(error) as raised:
         remote(url).fetch(PARTS)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < RemoteReads().deadline / 2
     assert f"{url}/shard.tar" in str(raised.value)
     assert "Signature" not in str(raised.value)
     assert "testing" not in str(raised.value)
@@ -84,7 +85,7 @@ def test_a_store_that_stays_down_ends_within_the_deadline(store: Store, folder: 
     began = time.monotonic()
     with pytest.raises(TimeoutError, match=r"shard\.tar .* was not read within .*status 503"):
         remote(store.url(folder, proxy), deadline=2).fetch(PARTS[:4])
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize("store", ["http"], indirect=True)
@@ -95,9 +96,9 @@ def test_a_server_that_is_not_there_is_named(store: Store, folder: str) -> None:
 
 @pytest.mark.parametrize("store", ["s3", "http"], indirect=True)
 def test_stragglers_are_asked_for_twice(store: Store, folder: str, faulty: MakeFaulty) -> None:
-    proxy = faulty(store, Faults())
+    proxy = faulty(store, Faults(latency=0.5))
     hedging = remote(store.url(folder, proxy))
-    assert hedging.fetch(PARTS) == WANTED  # learns how long it takes
+    assert hedging.fetch(PARTS) == WANTED  # learns how long it takes: longer than any but the stragglers will
     proxy.faults = Faults(slow=0.06, slow_seconds=8, seed=1)
     assert hedging.fetch(PARTS) == WANTED
     assert proxy.counts()["slow"] > 0
@@ -159,9 +160,36 @@ def test_a_forked_child_makes_clients_of_its_own(store: Store, folder: str) -> N
 
 @pytest.mark.parametrize("store", ["http"], indirect=True)
 def test_what_is_waited_for_can_be_told_and_ended(store: Store, folder: str, faulty: MakeFaulty) -> None:
-
-    proxy = faulty(store, Faults(latency=30))
+    proxy = faulty(store, Faults(latency=60))
     reading = remote(store.url(folder, proxy))
+    told, seconds = end_while_waiting(reading)
+    assert f"{store.url(folder, proxy)}/shard.tar bytes 0-1499: " in told[0]
+    assert seconds < 30
+    reading.close()
+
+
+@pytest.mark.parametrize("store", ["http"], indirect=True)
+def test_a_read_that_has_only_just_begun_is_ended_too(
+    store: Store, folder: str, faulty: MakeFaulty, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its thread has given it to the event loop, where it runs, and has come no further."""
+    submit = asyncio.run_coroutine_threadsafe
+
+    def submit_and_be_slow(coroutine, loop):
+        call = submit(coroutine, loop)
+        time.sleep(1)
+        return call
+
+    proxy = faulty(store, Faults(latency=60))
+    reading = remote(store.url(folder, proxy))
+    monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", submit_and_be_slow)
+    _, seconds = end_while_waiting(reading)
+    assert seconds < 30
+    reading.close()
+
+
+def end_while_waiting(reading: Remote) -> tuple[list[str], float]:
+    """Begin a read, end it as soon as it is waited for; what was told of it, and the seconds that ending took."""
     ended: list[BaseException] = []
 
     def read() -> None:
@@ -172,15 +200,13 @@ def test_what_is_waited_for_can_be_told_and_ended(store: Store, folder: str, fau
 
     thread = threading.Thread(target=read)
     thread.start()
-    while not reading.pending():
+    while not (told := reading.pending()):
         time.sleep(0.01)
-    assert f"{store.url(folder, proxy)}/shard.tar bytes 0-1499: " in reading.pending()[0]
     began = time.monotonic()
     reading.cancel()
-    thread.join(10)
-    assert time.monotonic() - began < 10
+    thread.join()
     assert isinstance(ended[0], CancelledError)
-    reading.close()
+    return told, time.monotonic() - began
 
 
 @pytest.mark.parametrize("store", STORES, indirect=True)
