@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import random
 import re
 import threading
@@ -20,8 +19,8 @@ CHUNK = 2**16
 class Faults:
     """What the proxy does to the requests that go through it.
 
-    Shares are of the requests, each drawn from (seed, request line, Range, how often it was seen): the same whatever
-    the order of the requests, and a request that is sent again draws anew.
+    Shares are of the requests a fault can fall on, and are kept to the request: of n of them, at least int(n * share)
+    meet it, whatever the requests are and however fast they come. The seed decides with which request each kind begins.
     """
 
     error: float = 0.0  # answered 503 in place of the server
@@ -42,6 +41,32 @@ class Faults:
     def everywhere(cls, share: float, **settings: float) -> Faults:
         """All kinds of faults together on a share of the requests."""
         return cls(**dict.fromkeys(KINDS, share / len(KINDS)), **settings)  # type: ignore[arg-type]
+
+
+class Dealer:
+    """Deals faults to requests in their shares: each kind gathers its share a request, and is due at a whole one."""
+
+    def __init__(self, faults: Faults) -> None:
+        rng = random.Random(faults.seed)
+        self.faults, self._due = faults, {kind: rng.random() for kind in KINDS}
+
+    def deal(self, method: str, place: str) -> str:
+        """The fault of the next request, "" for none."""
+        faults = self.faults
+        if faults.permanent and re.search(faults.permanent, place):
+            return "permanent"
+        if not re.search(faults.only, place):
+            return ""
+        harmless = () if method == "GET" else ("slow", "cut", "corrupt")
+        noticed = re.search(faults.corrupt_only, place)
+        kinds = [kind for kind in KINDS if kind not in harmless and (noticed or kind != "corrupt")]
+        for kind in kinds:
+            self._due[kind] += getattr(faults, kind)
+        latest = max(kinds, key=self._due.__getitem__)
+        if self._due[latest] < 1:
+            return ""
+        self._due[latest] -= 1
+        return latest
 
 
 @dataclass
@@ -68,7 +93,7 @@ class FaultyProxy:
     port: int = 0
 
     def __post_init__(self) -> None:
-        self._seen: Counter[str] = Counter()
+        self._dealer = Dealer(self.faults)
         self._connections: set[asyncio.Task | None] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="faulty-proxy", daemon=True)
@@ -122,7 +147,7 @@ class FaultyProxy:
         if headers.get("expect", "").lower() == "100-continue":
             writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = await read_body(reader, headers)
-        fault = self._draw(method, path, headers.get("range", ""))
+        fault = self._draw(method, path)
         self.log.append(Seen(time.monotonic(), method, path, headers.get("range", ""), fault))
         if self.faults.latency:
             await asyncio.sleep(self.faults.latency)
@@ -168,24 +193,10 @@ class FaultyProxy:
             await writer.drain()
         return size is not None
 
-    def _draw(self, method: str, path: str, byte_range: str) -> str:
-        faults = self.faults
-        place = urlsplit(path).path
-        if faults.permanent and re.search(faults.permanent, place):
-            return "permanent"
-        request = f"{faults.seed} {method} {place} {byte_range}"
-        self._seen[request] += 1
-        digest = hashlib.sha256(f"{request} {self._seen[request]}".encode()).digest()
-        share = int.from_bytes(digest[:8], "big") / 2**64
-        if not re.search(faults.only, place):
-            return ""
-        for kind in KINDS:
-            share -= getattr(faults, kind)
-            if share < 0:
-                harmless = method != "GET" and kind in ("slow", "cut", "corrupt")
-                unnoticed = kind == "corrupt" and not re.search(faults.corrupt_only, place)
-                return "" if harmless or unnoticed else kind
-        return ""
+    def _draw(self, method: str, path: str) -> str:
+        if self._dealer.faults is not self.faults:
+            self._dealer = Dealer(self.faults)
+        return self._dealer.deal(method, urlsplit(path).path)
 
 
 def parse_head(head: bytes) -> tuple[str, str, dict[str, str]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import fsspec
 import pytest
 import requests
-from faulty_proxy import Faults, FaultyProxy
+from faulty_proxy import KINDS, Dealer, Faults, FaultyProxy
 from object_stores import STORES, MakeFaulty, Store
 
 DATA = bytes(range(256)) * 400
@@ -64,10 +64,25 @@ def test_faults_are_what_they_say(filled: Store, faulty: MakeFaulty) -> None:
 
 
 @pytest.mark.parametrize("store", ["http"], indirect=True)
-def test_faults_are_drawn_by_the_seed_and_come_in_their_share(filled: Store, faulty: MakeFaulty) -> None:
+def test_faults_come_in_their_share_whatever_the_requests(filled: Store, faulty: MakeFaulty) -> None:
     drawn = []
     for seed in (1, 1, 2):
-        proxy = faulty(filled, Faults(error=0.3, seed=seed))
-        drawn.append([fetch(proxy, "files/things/shard.tar", first).status_code for first in range(150)])
+        proxy = faulty(filled, Faults(error=0.3, cut=0.02, seed=seed, only="shard"))
+        statuses = []
+        for first in range(100):
+            try:
+                statuses.append(fetch(proxy, "files/things/shard.tar", first).status_code)
+            except requests.exceptions.ChunkedEncodingError:
+                statuses.append(0)
+        assert statuses.count(503) in (30, 31)
+        assert statuses.count(0) in (2, 3)
+        drawn.append(statuses)
     assert drawn[0] == drawn[1] != drawn[2]
-    assert 25 < drawn[0].count(503) < 65
+
+
+def test_all_kinds_of_faults_come_soon() -> None:
+    dealer = Dealer(Faults.everywhere(0.1))
+    dealt = Counter(dealer.deal("GET", "/a.tar") for _ in range(50))
+    assert all(dealt[kind] in (1, 2) for kind in KINDS)
+    assert "corrupt" not in {dealer.deal("GET", "/corpus.json") for _ in range(500)}
+    assert {dealer.deal("HEAD", "/a.tar") for _ in range(500)} == {"", "error", "throttle"}

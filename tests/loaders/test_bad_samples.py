@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from loaders.config import LoaderConfig, PerMedia, VideoInput
+from loaders.config import LoaderConfig, PerMedia, RemoteReads, VideoInput
 from loaders.text import Tokenizer, clean_text
 from loaders.train import TrainLoader
 from sharding.schema import INDEX_SCHEMA, read_corpus, read_index
@@ -140,8 +140,9 @@ def test_nothing_but_bad_samples_ends_the_run(shapes, tokenizer: Tokenizer, tmp_
 def test_a_shard_lost_on_the_way_ends_the_run_naming_it(shapes, tokenizer: Tokenizer) -> None:
     memory = fsspec.filesystem("memory")
     memory.put(shapes.url("images_train"), "/photos", recursive=True)
-    local = list(TrainLoader([shapes.url("images_train")], tokenizer, config()))
-    loader = TrainLoader(["memory://photos"], tokenizer, config(prefetch=1))
+    settings = config(batch_size=PerMedia(6), prefetch=1, remote=RemoteReads(ahead_steps=1))  # of 25 steps few ahead
+    local = list(TrainLoader([shapes.url("images_train")], tokenizer, settings))
+    loader = TrainLoader(["memory://photos"], tokenizer, settings)
     batches = iter(loader)
     for expected in local[:2]:
         batch = next(batches)

@@ -48,7 +48,7 @@ def test_a_slow_step_hides_the_loading(shapes, capsys) -> None:
     assert bench.main([*arguments, "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["replayed_per_second"] <= 8 / 0.15
-    assert figures["samples_per_second"] <= 1.2 * figures["replayed_per_second"]
+    assert figures["samples_per_second"] <= 8 / 0.15
     assert 0 <= figures["wait_share"] < 0.9
 
 
