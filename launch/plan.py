@@ -1,0 +1,252 @@
+"""`python -m launch.plan`: an epoch's time, egress, requests and cost on N nodes, from given or measured numbers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import islice
+from pathlib import Path
+
+from launch.findings import duration
+from loaders.config import LoaderConfig, PerMedia
+from loaders.text import Tokenizer
+from loaders.train import TrainLoader
+from loaders.vocab import corpus_texts, learn_from_texts
+
+TEXTS_TO_LEARN_FROM = 5000
+NODES = (1, 2, 4, 8, 16, 32, 64)
+MONTH = 30 * 86400.0
+
+
+@dataclass(frozen=True)
+class Medium:
+    """The photos or the clips of a training set."""
+
+    samples: int
+    bytes_shown: float  # fetched for one sample an epoch: its frames that are shown, its part of the index
+    requests: float  # for one sample an epoch
+    bytes_stored: float  # of one sample, all its frames
+
+    def __add__(self, other: Medium) -> Medium:
+        """Both together, means weighted by samples."""
+        total = self.samples + other.samples
+        means = {
+            field.name: (getattr(self, field.name) * self.samples + getattr(other, field.name) * other.samples)
+            / max(1, total)
+            for field in fields(Medium)[1:]
+        }
+        return Medium(total, **means)
+
+
+# Bytes: photos and frames of 224 pixels as `sharding.build` writes them, measured (docs/scaling.md). Samples: Table 15
+# of the paper. A clip of WebVid is 18 s long, 36 frames at 2 a second, of which an epoch shows one. A request for each,
+# and some for indices: in a large corpus the samples of a batch lie too far apart to come in one.
+PHOTO = Medium(0, 7_500, 1.1, 9_200)
+CLIP = Medium(0, 18_000, 1.1, 36 * 15_500)
+SETS = {
+    "webvid_cc3m": (replace(PHOTO, samples=2_950_000), replace(CLIP, samples=2_490_000)),
+    "webvid_14m": (replace(PHOTO, samples=14_790_000), replace(CLIP, samples=2_490_000)),
+}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What a plan is made for; the command line's options say more."""
+
+    gpus: int = 8  # of a node
+    gpu_rate: float = 200.0  # samples a second that one GPU trains on
+    batch: int = 128  # of a GPU
+    parameters: float = 202e6
+    decode_rate: float = 16_000.0  # samples a second that one node decodes
+    node_gbit: float = 25.0  # of a node's network
+    store_requests: float = 5_500.0  # a second that the store answers under one prefix (a corpus)
+    prefixes: int = 1  # that the corpora are spread over
+    store_gbit: float = 0.0  # that the store gives altogether; 0: no limit
+    epochs: int = 10
+    gpu_hour: float = 2.0  # dollars
+    egress_gb: float = 0.0
+    requests_1000: float = 0.0004
+    storage_gb_month: float = 0.023
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An epoch on so many nodes. `times`: seconds that each part would need alone; the longest binds."""
+
+    nodes: int
+    samples: int
+    times: dict[str, float]
+    egress_bytes: float  # of an epoch
+    requests: float  # of an epoch
+    stored_bytes: float
+    cost: dict[str, float]  # dollars, of all epochs
+
+    @property
+    def binds(self) -> str:
+        """The part that decides the time."""
+        return max(self.times, key=lambda part: self.times[part])
+
+    @property
+    def seconds(self) -> float:
+        """Of an epoch: reading, decoding, computing and the all-reduce go on at the same time."""
+        return max(self.times.values())
+
+
+def make_plan(medium: Medium, cluster: Cluster, nodes: int) -> Plan:
+    """The plan for a training set on so many nodes."""
+    gpus = nodes * cluster.gpus
+    egress = medium.samples * medium.bytes_shown
+    requests = medium.samples * medium.requests
+    # Gradients in bf16 go twice around the ring of nodes, within a node over faster links.
+    reduced = 2 * 2 * cluster.parameters * (nodes - 1) / nodes
+    times = {
+        "GPU": medium.samples / (gpus * cluster.gpu_rate),
+        "all-reduce": medium.samples / (gpus * cluster.batch) * reduced * 8e-9 / cluster.node_gbit,
+        "decode": medium.samples / (nodes * cluster.decode_rate),
+        "network": egress * 8e-9 / (nodes * cluster.node_gbit),
+        "store's requests": requests / (cluster.store_requests * cluster.prefixes),
+    }
+    if cluster.store_gbit:
+        times["store's bytes"] = egress * 8e-9 / cluster.store_gbit
+    stored = medium.samples * medium.bytes_stored
+    run = max(times.values()) * cluster.epochs
+    cost = {
+        "GPUs": gpus * run / 3600 * cluster.gpu_hour,
+        "egress": egress * cluster.epochs * 1e-9 * cluster.egress_gb,
+        "requests": requests * cluster.epochs / 1000 * cluster.requests_1000,
+        "storage": stored * 1e-9 * cluster.storage_gb_month * max(1.0, run / MONTH),
+    }
+    return Plan(nodes, medium.samples, times, egress, requests, stored, cost)
+
+
+def measure(corpora: Sequence[str], config: LoaderConfig) -> tuple[Medium, float]:
+    """Read one epoch of corpora and count: what a sample takes, and the seconds of the epoch.
+
+    Raises:
+        FileNotFoundError, ValueError: as TrainLoader.
+    """
+    import time
+
+    with tempfile.TemporaryDirectory(prefix="singularity-plan-") as folder:
+        texts = (text for url in corpora for text in corpus_texts(url, config.storage))
+        learn_from_texts(list(islice(texts, TEXTS_TO_LEARN_FROM)), 2000, Path(folder) / "vocab.txt")
+        tokenizer = Tokenizer.load(folder)
+    loader = TrainLoader(corpora, tokenizer, config)
+    try:
+        opened = loader.figures()
+        began = time.perf_counter()
+        samples = sum(len(batch.keys) for batch in loader)
+        seconds = time.perf_counter() - began
+        figures = loader.figures()
+        shards = [shard for line in loader.lines.values() for reader in line.readers for shard in reader.corpus.shards]
+    finally:
+        loader.close()
+    taken = {
+        name: figures.get(name, 0.0) - opened.get(name, 0.0) for name in ("requests", "bytes_fetched", "bytes_read")
+    }
+    stored = sum(shard.bytes for shard in shards) / sum(shard.samples for shard in shards)
+    shown = taken["bytes_fetched"] or taken["bytes_read"]
+    return Medium(samples, shown / samples, taken["requests"] / samples, stored), seconds
+
+
+def advice(plan: Plan) -> str:
+    """What to do about the part that binds."""
+    return {
+        "GPU": "GPUs bind, as it should be: more of them make it faster.",
+        "all-reduce": "The network between nodes binds: a larger batch a GPU, faster links, or fewer nodes.",
+        "decode": "Decoding binds: GPU decoding (decode=dali), more cores, or frames packed smaller (--size).",
+        "network": "The nodes' network binds: a cache (cache.folder), or frames packed smaller (--size).",
+        "store's requests": "The store's request rate binds: spread the corpora over several prefixes or buckets "
+        "(--prefixes), or let photos come in blocks (cache.folder, --cached).",
+        "store's bytes": "The store's bandwidth binds: a cache (cache.folder), or a store nearer to the nodes.",
+    }[plan.binds]
+
+
+def table(plans: Sequence[Plan], cluster: Cluster) -> str:
+    """Plans for people."""
+    first = plans[0]
+    lines = [
+        f"{first.samples:,} samples: {first.stored_bytes / 1e12:.3g} TB stored; an epoch takes "
+        f"{first.egress_bytes / 1e9:,.4g} GB in {first.requests:,.4g} requests.",
+        "",
+        f"{'nodes':>5} {'GPUs':>5} {'epoch':>9} {f'{cluster.epochs} epochs':>10}  {'binds':<17}{'next':<27}"
+        f"{'GB/s':>6} {'req/s':>7} {'$ GPUs':>9} {'$ store':>8}",
+    ]
+    for plan in plans:
+        order = sorted(plan.times, key=lambda part: plan.times[part], reverse=True)
+        second = f"{order[1]} ({plan.times[order[1]] / plan.seconds:.0%})"
+        store = sum(value for part, value in plan.cost.items() if part != "GPUs")
+        lines.append(
+            f"{plan.nodes:>5} {plan.nodes * cluster.gpus:>5} {duration(plan.seconds):>9} "
+            f"{duration(plan.seconds * cluster.epochs):>10}  {plan.binds:<17}{second:<27}"
+            f"{plan.egress_bytes / plan.seconds / 1e9:>6.2g} {plan.requests / plan.seconds:>7,.0f} "
+            f"{plan.cost['GPUs']:>9,.0f} {store:>8,.0f}"
+        )
+    return "\n".join([*lines, "", *dict.fromkeys(advice(plan) for plan in plans)])
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser("python -m launch.plan", description=__doc__)
+    result.add_argument("--set", choices=SETS, help="a training set of the paper")
+    result.add_argument("--measure", nargs="+", metavar="URL", help="read an epoch of these corpora and count instead")
+    result.add_argument(
+        "--scale-to", type=int, help="samples of the planned set, where measured corpora are a part of it"
+    )
+    result.add_argument("--cached", action="store_true", help="photos come in blocks of 1 MiB (cache.folder is set)")
+    result.add_argument("--nodes", type=int, nargs="+", default=list(NODES), help="(default: %(default)s)")
+    result.add_argument("--json", action="store_true", help="print the plans as JSON")
+    own = Cluster()
+    for name, text in {
+        "gpus": "GPUs of a node", "gpu_rate": "samples a second that a GPU trains on", "batch": "samples of a GPU",
+        "parameters": "of the model", "decode_rate": "samples a second that a node decodes",
+        "node_gbit": "Gbit/s of a node's network", "store_requests": "requests a second under one prefix of the store",
+        "prefixes": "prefixes of the store that the corpora are spread over",
+        "store_gbit": "Gbit/s that the store gives altogether, 0 for any", "epochs": "epochs of the run",
+        "gpu_hour": "dollars a GPU-hour", "egress_gb": "dollars a GB out of the store", "requests_1000": "dollars",
+        "storage_gb_month": "dollars",
+    }.items():  # fmt: skip
+        value = getattr(own, name)
+        option = "--" + name.replace("_", "-")
+        result.add_argument(option, type=type(value), default=value, help=f"{text} (default: %(default)s)")
+    return result
+
+
+def chosen_medium(options: argparse.Namespace) -> Medium:
+    """The training set of a command line."""
+    if options.measure:
+        size = PerMedia(64, 64)
+        medium, _ = measure(options.measure, LoaderConfig(batch_size=size))
+        return replace(medium, samples=options.scale_to or medium.samples)
+    if not options.set:
+        raise ValueError("name a training set: --set webvid_cc3m, or --measure URL ... for packed corpora")
+    photos, clips = SETS[options.set]
+    if options.cached:
+        photos = replace(photos, bytes_shown=photos.bytes_stored, requests=photos.bytes_stored / 2**20)
+    return photos + clips
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    options = parser().parse_args(arguments)
+    cluster = Cluster(**{field.name: getattr(options, field.name) for field in fields(Cluster)})
+    try:
+        medium = chosen_medium(options)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    plans = [make_plan(medium, cluster, nodes) for nodes in options.nodes]
+    if options.json:
+        told = [{**asdict(plan), "seconds": plan.seconds, "binds": plan.binds} for plan in plans]
+        sys.stdout.write(json.dumps(told, indent=1) + "\n")
+    else:
+        sys.stdout.write(table(plans, cluster) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

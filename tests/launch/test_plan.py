@@ -1,0 +1,109 @@
+"""The plan's arithmetic, and the plan beside real small runs: bytes and requests of an epoch, and what binds."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from launch.plan import CLIP, PHOTO, SETS, Cluster, Medium, main, make_plan, measure
+from loaders.config import CacheConfig, LoaderConfig, PerMedia, RemoteReads
+from sharding.schema import read_corpus
+
+pytestmark = pytest.mark.timeout(600)
+
+LIMITS = {
+    "GPU": {"gpu_rate": 1.0},
+    "all-reduce": {"parameters": 1e12},
+    "decode": {"decode_rate": 1.0},
+    "network": {"node_gbit": 1e-4, "parameters": 1.0},
+    "store's requests": {"store_requests": 0.1},
+    "store's bytes": {"store_gbit": 1e-5},
+}
+
+
+@pytest.mark.parametrize("part", LIMITS)
+def test_the_scarcest_part_binds(part):
+    plan = make_plan(Medium(10_000, 8_000, 1, 9_000), replace(Cluster(), **LIMITS[part]), nodes=2)
+    assert plan.binds == part
+    assert plan.seconds == plan.times[part]
+
+
+def test_an_epoch_by_hand():
+    cluster = Cluster(gpus=8, gpu_rate=100, epochs=10, gpu_hour=2, egress_gb=0.1, requests_1000=0.0004)
+    plan = make_plan(Medium(1_600_000, 10_000, 2, 50_000), cluster, nodes=4)
+    assert plan.times["GPU"] == 500
+    assert plan.egress_bytes == 16e9
+    assert plan.requests == 3_200_000
+    assert plan.times["store's requests"] == pytest.approx(3_200_000 / 5500)
+    assert plan.times["network"] == pytest.approx(16 * 8 / 100)
+    assert plan.times["all-reduce"] == pytest.approx(1_600_000 / 32 / 128 * 202e6 * 4 * 0.75 * 8e-9 / 25)
+    hours = 10 * 3_200_000 / 5500 / 3600
+    assert plan.cost["GPUs"] == pytest.approx(32 * hours * 2)
+    assert plan.cost["egress"] == pytest.approx(16)
+    assert plan.cost["requests"] == pytest.approx(12.8)
+    assert plan.cost["storage"] == pytest.approx(1.84)
+
+
+def test_photos_and_clips_together_are_their_sum():
+    photos, clips = SETS["webvid_cc3m"]
+    both = make_plan(photos + clips, Cluster(), 1)
+    each = [make_plan(medium, Cluster(), 1) for medium in (photos, clips)]
+    assert both.samples == 5_440_000
+    for part in ("egress_bytes", "requests", "stored_bytes"):
+        assert getattr(both, part) == pytest.approx(sum(getattr(plan, part) for plan in each))
+
+
+def test_what_a_real_epoch_takes_is_what_was_planned(s3, shapes):
+    """Measured on photos of one packed corpus, planned and then measured for another one and in another way."""
+    few, many = s3.fill(shapes.url("images_test"), "few"), s3.fill(shapes.url("images_train"), "many")
+    apart = LoaderConfig(batch_size=PerMedia(8, 8), image_res=32, remote=RemoteReads(gap_kb=0, hedge_percentile=0))
+    medium, _ = measure([few], apart)
+    assert medium.samples == 24
+    found, _ = measure([many], apart)
+    plan = make_plan(replace(medium, samples=found.samples), Cluster(), 1)
+    assert found.samples * found.bytes_shown == pytest.approx(plan.egress_bytes, rel=0.35)
+    assert found.samples * found.requests <= plan.requests
+    assert found.bytes_stored > found.bytes_shown * 0.8
+
+
+def test_the_cache_takes_photos_in_blocks_as_planned(s3, shapes, tmp_path):
+    url = s3.fill(shapes.url("images_train"), "photos")
+    config = LoaderConfig(batch_size=PerMedia(8, 8), image_res=32, cache=CacheConfig(str(tmp_path), 1.0))
+    found, _ = measure([url], config)
+    shards = read_corpus(url).shards
+    assert found.requests * found.samples <= 2 * len(shards)  # an index, and a MiB that holds the whole shard
+    assert found.bytes_shown * found.samples == pytest.approx(found.bytes_stored * 150, rel=0.2)
+
+
+def test_on_a_slow_cable_the_network_binds_and_the_time_is_the_plans(hosts, corpora):
+    hosts.fill(corpora / "images_train", "s3://plan/images_train")
+    code = (
+        "import json, sys; from dataclasses import asdict\n"
+        "from launch.plan import measure; from loaders.config import *\n"
+        "config = LoaderConfig(batch_size=PerMedia(8, 8), image_res=32, remote=RemoteReads(hedge_percentile=0))\n"
+        "medium, seconds = measure(['s3://plan/images_train'], config)\n"
+        "print(json.dumps([asdict(medium), seconds]))"
+    )
+    hosts.shape("node1", "tbf", "rate", "100kbit", "burst", "2kbit", "latency", "5s")
+    try:
+        told, seconds = json.loads(hosts.run("node1", "python", "-c", code).stdout.splitlines()[-1])
+    finally:
+        hosts.shape("node1")
+    plan = make_plan(Medium(**told), Cluster(gpus=1, node_gbit=1e-4), 1)
+    assert plan.binds == "network"
+    assert seconds >= 0.8 * plan.seconds
+
+
+def test_the_command_prints_a_table_for_every_set(capsys):
+    for name in SETS:
+        assert main(["--set", name, "--nodes", "1", "64"]) == 0
+        told = capsys.readouterr().out
+        assert "GPUs bind" in told
+        assert "The store's request rate binds" in told
+        assert main(["--set", name, "--cached", "--prefixes", "4", "--nodes", "64", "--json"]) == 0
+        (plan,) = json.loads(capsys.readouterr().out)
+        assert plan["nodes"] == 64
+        assert plan["requests"] < 1.2 * CLIP.requests * 2_490_000
+    assert main([]) == 2
+    assert "name a training set" in capsys.readouterr().err
+    assert PHOTO.samples == 0
