@@ -84,12 +84,12 @@ def test_on_a_slow_cable_the_network_binds_and_the_time_is_the_plans(hosts, corp
         "medium, seconds = measure(['s3://plan/images_train'], config)\n"
         "print(json.dumps([asdict(medium), seconds]))"
     )
-    hosts.shape("node1", "tbf", "rate", "100kbit", "burst", "2kbit", "latency", "5s")
+    hosts.shape("node1", "tbf", "rate", "400kbit", "burst", "32kbit", "latency", "5s")
     try:
         told, seconds = json.loads(hosts.run("node1", "python", "-c", code).stdout.splitlines()[-1])
     finally:
         hosts.shape("node1")
-    plan = make_plan(Medium(**told), Cluster(gpus=1, node_gbit=1e-4), 1)
+    plan = make_plan(Medium(**told), Cluster(gpus=1, node_gbit=4e-4), 1)
     assert plan.binds == "network"
     assert seconds >= 0.8 * plan.seconds
 
