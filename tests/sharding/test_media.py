@@ -196,3 +196,17 @@ def test_shrinking_is_as_close_to_lanczos_as_the_area_filter(size: int) -> None:
 def test_the_shape_is_that_of_the_whole_picture_also_where_a_fraction_is_decoded() -> None:
     packed = pack_image(saved(Image.fromarray(natural(383, 256)), "JPEG", quality=90), 96, 90)
     assert (packed.width, packed.height) == (round(383 * 96 / 256), 96)
+
+
+@pytest.mark.parametrize("size", [400, 300, 224, 180, 151, 149, 120, 113, 100, 80, 60, 40])
+def test_a_fraction_that_is_decoded_keeps_the_detail_of_the_stored_size(size: int) -> None:
+    data = saved(Image.fromarray(natural(600, 450)), "JPEG", quality=95)
+    pixels = simplejpeg.decode_jpeg(data, "RGB")
+    width, height = stored_size(600, 450, size)
+    best = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS).convert("L")).astype(
+        int
+    )
+    stored = Image.open(io.BytesIO(pack_image(data, size, 100).jpegs[0])).convert("L")
+    area = Image.fromarray(cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)).convert("L")
+    loss, usual = (np.sqrt(((np.asarray(image).astype(int) - best) ** 2).mean()) for image in (stored, area))
+    assert loss <= 1.5 * usual
