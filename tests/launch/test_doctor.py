@@ -72,6 +72,7 @@ def test_a_host_that_differs_and_cannot_reach_the_store_or_be_reached(hosts, job
     other_code.write_text(code.read_text() + "\n# of last week\n")
     hosts.run("node2", "mount", "--bind", other_version, metadata)
     hosts.run("node2", "mount", "--bind", other_code, code)
+    hosts.run("node2", "sh", "-c", f"mkdir -p {job}/run && mount -t tmpfs tmpfs {job}/run")
     hosts.firewall(
         "node2",
         "table inet f { chain in { type filter hook input priority 0; tcp dport 29500 drop; }; "
@@ -88,10 +89,12 @@ def test_a_host_that_differs_and_cannot_reach_the_store_or_be_reached(hosts, job
     assert told["versions", "node2"] == f"timm 0.0.9; others timm {own}"
     assert told.keys() >= {("code", "node2"), ("ports", "node1 -> node2")}
     assert told["ports", "node1 -> node2"] == "port 29500: no answer"
+    assert told["output_dir", "node2"] == "cannot see what the first host has written"
     assert "was not read within" in told["storage", "node2: s3://doctor/clips_train"]
     assert told["shards", "s3://doctor/images_train"] == f"1 files are missing: {index}"
     assert ("storage", "node1: s3://doctor/clips_train") not in told
-    assert not any(where in ("node1", "node2 -> node1") for _, where in told)
+    assert ("ports", "node2 -> node1") not in told
+    assert not any(where == "node1" for _, where in told)
 
 
 def test_a_slow_link_and_a_host_that_is_down(hosts, job, restored):

@@ -6,7 +6,7 @@ import signal
 from collections import Counter
 
 import pytest
-from hosts import until
+from hosts import PATIENCE, until
 from small_run import learned, metrics
 
 pytestmark = pytest.mark.timeout(600)
@@ -93,7 +93,7 @@ def test_a_lost_host_ends_the_job_and_the_one_left_goes_on(hosts, recipe, tmp_pa
     process = launch(hosts, start_at, ["node1", "node2"], folder, *settings, witness=first)
     until(lambda: any(line["step"] >= 13 for line in metrics(folder)), log.read_text, process)
     lose(hosts, lost)
-    assert process.wait(60) != 0  # stall_seconds, and some for ssh and DeepSpeed
+    assert process.wait(PATIENCE) != 0  # stall_seconds, and some for ssh and DeepSpeed
     told = log.read_text()
     assert re.search(rf"rank \d \({lost}\b.*{sign}", told), told
     assert "the same command goes on from the last checkpoint" in told
