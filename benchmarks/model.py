@@ -279,7 +279,7 @@ def main() -> None:
     parser.add_argument(
         "--trim",
         action="store_true",
-        help="ours: texts padded to the longest of the batch, a multiple of 8, instead of --text-length as officially",
+        help="ours: texts as long as the longest of the batch, a multiple of 8, as runs have them",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")

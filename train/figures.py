@@ -20,16 +20,10 @@ FORWARD_AND_BACKWARD = 3  # times the forward's arithmetic
 class Clock:
     """Times the steps between two logged ones: samples and arithmetic a second, and the share of waiting for data."""
 
-    def __init__(
-        self, config: ModelConfig, batch_size: dict[str, int], text_length: dict[str, int], num_frames: int
-    ) -> None:
+    def __init__(self, config: ModelConfig, batch_size: dict[str, int], num_frames: int) -> None:
         """batch_size: of all ranks together; num_frames: of a clip in training."""
-        self._sizes = batch_size
-        frames = {"image": 1, "video": num_frames}
-        forward = {kind: step_flops(config, n, frames[kind], text_length[kind]) for kind, n in batch_size.items()}
-        self._flops = {kind: FORWARD_AND_BACKWARD * parts["total"] for kind, parts in forward.items()}
-        if config.answer_decoder.enable:  # whose arithmetic is not counted
-            self._flops = {}
+        self._config, self._sizes = config, batch_size
+        self._frames = {"image": 1, "video": num_frames}
         self.waited = 0.0
         self.restart()
 
@@ -49,9 +43,17 @@ class Clock:
             if batch is None:
                 return
             self._samples += self._sizes[batch.media_type]
-            self._done += self._flops.get(batch.media_type, 0.0)
+            self._done += self._flops(batch)
             self.waited += time.perf_counter() - began
             yield batch
+
+    def _flops(self, batch: Batch) -> int:
+        """Of a step of all ranks, whose texts are taken to be as long as this rank's; 0 where they are not counted."""
+        if self._config.answer_decoder.enable:
+            return 0
+        kind = batch.media_type
+        forward = step_flops(self._config, self._sizes[kind], self._frames[kind], batch.input_ids.shape[1])
+        return FORWARD_AND_BACKWARD * forward["total"]
 
     def figures(self, device: torch.device, world_size: int) -> dict[str, float | None]:
         """The interval's figures; samples are those of all ranks, memory (GB) and MFU this device's."""

@@ -37,7 +37,7 @@ from train.parts import set_weights
 from train.prepare import Prepared
 from train.profiling import StepProfiler
 from train.schedule import Schedule
-from train.step import Losses, Stepper
+from train.step import Losses, Stepper, without_padding
 from train.stopped import Stopped
 from train.stopping import StopRequest, StopVote
 from train.tracking import Tracker
@@ -81,8 +81,7 @@ class Trainer:
         if self.ranks.is_first:
             self.tracker = Tracker(self.folder, self.run, self.total_steps, self.state.step)
         self._saved_step, self._saved_at = self.state.step, time.monotonic()
-        lengths = {kind: getattr(self.run.max_txt_l, kind) for kind in self.loader.batch_size}
-        self._clock = Clock(self.model_config, self.loader.batch_size, lengths, self.run.video_input.num_frames)
+        self._clock = Clock(self.model_config, self.loader.batch_size, self.run.video_input.num_frames)
 
     def train(self, evaluate: Evaluate | None = None) -> None:
         """Train to the end. With `evaluate`: `stop_key` is evaluated after each epoch, all splits at the end.
@@ -156,8 +155,10 @@ class Trainer:
         epoch = self.state.epoch
         batches = self.loader.epoch(epoch, self.state.epoch_step)
         self.watchdog.doing(LOADER, self.state.step)
+        # Of one length where all ranks' texts meet, and where each length would be compiled anew.
+        one_length = self.model_config.gather_negatives or self.run.compile
         with closing(batches):  # type: ignore[type-var]
-            for batch in self._clock.timed(batches):
+            for batch in self._clock.timed(batches if one_length else map(without_padding, batches)):
                 self.watchdog.doing(STEP, self.state.step)
                 self.profiler.before(self.state.step + 1)
                 losses = self.step(batch, self.state.step)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Losses = dict[str, torch.Tensor]
 
+TEXT_LENGTHS = 8  # texts are computed at multiples of it
+
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Set all generators of PyTorch from (seed, step, rank), so that a step is the same whatever came before it."""
@@ -36,6 +38,13 @@ def model_inputs(batch: Batch) -> tuple[torch.Tensor, ...]:
     answers = batch.answers
     own = (answers.input_ids, answers.attention_mask, answers.weights, answers.per_question)
     return batch.input_ids, batch.attention_mask, *own
+
+
+def without_padding(batch: Batch) -> Batch:
+    """The batch with its texts (B, Lt) cut to the longest of them, rounded up: only padding goes, no loss changes."""
+    longest = int(batch.attention_mask.sum(1).max())
+    length = min(batch.input_ids.shape[1], -(-longest // TEXT_LENGTHS) * TEXT_LENGTHS)
+    return replace(batch, input_ids=batch.input_ids[:, :length], attention_mask=batch.attention_mask[:, :length])
 
 
 def split(batch: Batch, parts: int) -> list[Batch]:

@@ -3,7 +3,11 @@
 import pytest
 from small_run import job, learned, run_jobs
 
-pytestmark = pytest.mark.timeout(900)
+from train.config import RunConfig
+from train.engine import deepspeed_config
+from train.ranks import Ranks
+
+pytestmark = pytest.mark.timeout(1800)
 
 # Nothing is drawn: compiled dropout and draws take other random numbers.
 CERTAIN = (
@@ -18,8 +22,17 @@ def test_a_compiled_run_takes_the_same_steps(corpora, tmp_path):
         job("pretrain", corpora / "tiny.yaml", f"output_dir={tmp_path}/{name}", f"compile={name}", *CERTAIN)
         for name in ("true", "false")
     ]
-    run_jobs(tmp_path, jobs, processes=1, timeout=850)
+    run_jobs(tmp_path, jobs, processes=1, timeout=1700)
     compiled, plain = learned(tmp_path / "true"), learned(tmp_path / "false")
     assert len(compiled) == len(plain) == 6  # of images and of clips
     for one, other in zip(compiled, plain):
         assert one["loss_itc"] == pytest.approx(other["loss_itc"], rel=1e-4)
+
+
+def test_a_partitioned_model_is_not_compiled():
+    settings = {"compile": True, "deepspeed": "deepspeed_configs/zero3.json"}
+    with pytest.raises(
+        ValueError, match=r"compile=true does not go with ZeRO 3 .*: take ZeRO 0 to 2, or compile=false"
+    ):
+        deepspeed_config(RunConfig(**settings), Ranks())
+    assert deepspeed_config(RunConfig(compile=True, deepspeed="deepspeed_configs/zero2.json"), Ranks())
