@@ -12,7 +12,7 @@ from model.config import ModelConfig, TextConfig
 from model.encoders import Encoders
 from model.losses import IGNORED
 from model.scoring import combine
-from model.text import PADDED, FusionLayer, VisualKeys, WordHead, bert_config, initialize_bert
+from model.text import PADDED, FusionLayer, VisualKeys, WordHead, bert_config, initialize_bert, run_layer
 from model.torchvision_cpu import BertEmbeddings
 
 _HIDDEN = -1e9  # added to cross-attention scores of padded question tokens; -1e4 in half precision
@@ -31,6 +31,7 @@ class AnswerDecoder(nn.Module):
     def __init__(self, config: TextConfig, num_layers: int, pad_id: int = 0) -> None:
         super().__init__()
         bert = bert_config(config, pad_id=pad_id)
+        self.recompute = False
         self.embeddings = BertEmbeddings(bert)
         self.layer = nn.ModuleList(FusionLayer(bert, config.width) for _ in range(num_layers))
         self.word_head = WordHead(config)
@@ -58,7 +59,7 @@ class AnswerDecoder(nn.Module):
         hidden = -1e4 if dtype == torch.float16 else _HIDDEN
         cross_mask = ((1 - question_mask[:, None, None, :].to(dtype)) * hidden).to(dtype)
         for layer, (keys, values) in zip(self.layer, questions, strict=True):
-            states = layer(states, self_mask, keys, values, index, cross_mask)
+            states = run_layer(layer, self.recompute, states, self_mask, keys, values, index, cross_mask)
         return self.word_head(states, self.embeddings.word_embeddings.weight)
 
 
@@ -84,6 +85,11 @@ class SingularityQA(Encoders):
         super().__init__(config, pad_id)
         self.cls_id, self.mask_id = cls_id, mask_id
         self.answer_decoder = AnswerDecoder(config.text_encoder, config.answer_decoder.num_layers, pad_id)
+
+    def set_gradient_checkpointing(self, enable: bool = True) -> None:
+        """As for the encoders, and the answer decoder's layers too."""
+        super().set_gradient_checkpointing(enable)
+        self.answer_decoder.recompute = enable
 
     def question_states(self, visual_tokens: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """States (B, Lq, D) of questions (B, Lq) that have seen their visual's tokens (B, S, D)."""

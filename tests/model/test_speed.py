@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from small_models import small_batch, small_model
+from small_models import CLS, MASK, PAD, VOCAB, small_batch, small_config, small_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.config import LossWeights, TemporalConfig
+from model.answering import SingularityQA
+from model.config import AnswerDecoderConfig, LossWeights, TemporalConfig
 from model.flops import step_flops
 from model.losses import IGNORED, chosen_positions, most_labels
 
@@ -37,6 +38,42 @@ class Watch(TorchDispatchMode):
         if str(function).startswith(("aten.index.", "aten.index_put")):
             assert not any(index is not None and index.dtype == torch.bool for index in args[1]), "boolean index"
         return function(*args, **(kwargs or {}))
+
+
+def answering_batch():
+    """A small model that answers questions, and what its step takes: six answers of three questions."""
+    torch.manual_seed(0)
+    config = small_config(answer_decoder=AnswerDecoderConfig(True, 2), loss_weight=LossWeights(mlm=0.0))
+    images, ids, mask, _ = small_batch(pairs=3)
+    answers = torch.randint(5, VOCAB, (6, 4), generator=torch.Generator().manual_seed(2))
+    batch = images, ids, mask, answers, torch.ones_like(answers), torch.ones(6), torch.tensor([1, 2, 3])
+    return SingularityQA(config, PAD, CLS, MASK), batch
+
+
+def test_a_step_of_questions_never_waits_and_is_one_graph():
+    model, batch = answering_batch()
+    with Watch() as watch:
+        model(*batch)["loss_qa"].backward()
+    assert "aten.mm.default" in watch.seen
+    assert not watch.seen & WAITING
+    plain = model.answer_decoder.layer[0].output.dense.weight.grad.clone()
+    model.zero_grad()
+    torch.compile(model, fullgraph=True, backend="eager")(*batch)["loss_qa"].backward()
+    torch.testing.assert_close(model.answer_decoder.layer[0].output.dense.weight.grad, plain)
+
+
+def test_recomputing_the_answer_decoder_changes_no_gradient():
+    model, batch = answering_batch()
+    gradients, calls = [], []
+    model.answer_decoder.layer[1].register_forward_pre_hook(lambda *_: calls.append(1))
+    for recompute in (False, True):
+        model.set_gradient_checkpointing(recompute)
+        model.zero_grad()
+        model(*batch)["loss_qa"].backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert len(calls) == 1 + 2  # with recomputing the layer runs once more, in the backward pass
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], msg=name)
 
 
 @pytest.mark.parametrize("changes", [{}, TEMPORAL], ids=["image", "temporal"])
