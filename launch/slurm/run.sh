@@ -17,8 +17,10 @@ first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_ADDR=$(scontrol --oneliner show node "$first" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 
+cores=$((SLURM_CPUS_ON_NODE / tasks))
+
 # Each process sees all cores of its node, and takes its share of them.
-srun --ntasks=$((tasks * SLURM_JOB_NUM_NODES)) --ntasks-per-node="$tasks" --cpus-per-task=$((SLURM_CPUS_ON_NODE / tasks)) \
+srun --ntasks=$((tasks * SLURM_JOB_NUM_NODES)) --ntasks-per-node="$tasks" --cpus-per-task=$((cores > 0 ? cores : 1)) \
     --cpu-bind=none --kill-on-bad-exit=1 python -u "launch/$entry.py" "$@"
 code=$?
 

@@ -118,6 +118,33 @@ def test_a_lost_host_ends_the_job_and_the_one_left_goes_on(hosts, recipe, tmp_pa
         assert set(seen.values()) == {1}
 
 
+def ask_to_stop(hosts):
+    """Ctrl-C, or SIGTERM to `deepspeed`, which takes it to the hosts."""
+    (launcher,) = hosts.processes("store", "deepspeed --hostfile")
+    launcher.send_signal(signal.SIGTERM)
+
+
+def kill_the_way(hosts):
+    """`deepspeed` and the connections to the hosts are gone at once, as when the login host is switched off."""
+    for part in ("deepspeed", "pdsh"):
+        for process in hosts.processes("store", part):
+            process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [ask_to_stop, kill_the_way])
+def test_stopped_from_a_login_host_all_hosts_save_and_end(hosts, recipe, tmp_path, stop):
+    folder, log = tmp_path / "run", tmp_path / "run.log"
+    settings = (recipe, "scheduler.epochs=400", "save_every=100000")
+    process = launch(hosts, "store", ["node1", "node2"], folder, *settings)
+    until(lambda: any(line["step"] >= 5 for line in metrics(folder)), log.read_text, process)
+    stop(hosts)
+    for name in ("node1", "node2"):
+        until(lambda name=name: not hosts.processes(name, "pretrain.py"), log.read_text)
+    (saved,) = (folder / "checkpoints").glob("step_*")
+    assert int(saved.name[5:]) >= max(line["step"] for line in metrics(folder)) - 1
+
+
 def test_gloo_gets_the_interface_that_leads_to_the_first_host(hosts):
     code = (
         "from train.network import interface_towards as way; print(way('{}'), way('127.0.0.1'), way('nowhere.invalid'))"
