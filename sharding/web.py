@@ -149,9 +149,15 @@ class WebClient:
 
     def close(self) -> None:
         """End the thread with whatever is under way."""
+        if self.closing:
+            return
         self.closing = self.asleep = True
         self.wake()
         self.thread.join(timeout=5)
+        if not self.thread.is_alive():
+            os.close(self.ear)
+            os.close(self.bell)
+        atexit.unregister(self.close)
 
     def run(self) -> None:
         """The thread."""

@@ -86,17 +86,18 @@ def test_killed_builds_end_in_the_same_bytes(photos: Path, tmp_path: Path, worke
     chance = random.Random(workers)
     moments = [life * (number + chance.random()) / kills for number in range(kills)]
     chance.shuffle(moments)
-    hits = 0
     for number, moment in enumerate(moments):
         words = command(photos, tmp_path / f"cut{number // 2}", workers) + more
-        hits += killed(words, moment, alone=chance.random() < 0.5)
+        while not killed(words, moment, alone=chance.random() < 0.5):  # it was faster than the first
+            assert contents(tmp_path / f"cut{number // 2}") == whole
+            shutil.rmtree(tmp_path / f"cut{number // 2}")
+            moment /= 2
         found = contents(tmp_path / f"cut{number // 2}") if (tmp_path / f"cut{number // 2}").exists() else {}
         for name, data in found.items():  # whatever has its final name is whole
             assert data == whole[name], f"{name}, killed after {moment:.2f} of {life:.2f} s"
         if number % 2:
             subprocess.run(words, cwd=ROOT, check=True, capture_output=True)
             assert contents(tmp_path / f"cut{number // 2}") == whole
-    assert hits >= kills / 2
 
 
 def test_shards_that_are_there_are_not_built_again(photos: Path, tmp_path: Path) -> None:

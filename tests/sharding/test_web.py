@@ -118,6 +118,7 @@ def test_a_file_that_cannot_be_written_is_the_error(server, client) -> None:
 def test_ending_the_client_ends_what_is_under_way(server, client) -> None:
     future = client.fetch(address(server, "/stuck"), io.BytesIO())
     client.close()
+    assert not client.thread.is_alive()
     with pytest.raises(CancelledError):
         future.result(timeout=60)
     with pytest.raises(RuntimeError, match="has ended"):
