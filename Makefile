@@ -27,6 +27,10 @@ export PATH := $(BIN):$(PATH)
 PACKAGES := chromium pdsh ssh:openssh-client sshd:openssh-server ip:iproute2 nft:nftables munged:munge sbatch:slurm-wlm mpirun:openmpi-bin
 AS_ROOT := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
 
+# Most tests wait for processes and servers of their own: two files at a time.
+JOBS ?= 2
+SIDE_BY_SIDE := --numprocesses $(JOBS) --dist loadfile
+
 .PHONY: help install servers packages demo study test test-all lint format clean
 
 help:
@@ -64,10 +68,10 @@ packages:
 	$(AS_ROOT) apt-get update -qq && $(AS_ROOT) env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing >/dev/null; }
 
 test: $(READY) $(SERVERS_READY) packages
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow"
 
 test-all: $(READY) $(SERVERS_READY) packages
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 lint: $(READY)
 	$(BIN)/ruff check .
