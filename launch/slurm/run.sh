@@ -19,9 +19,17 @@ export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 
 cores=$((SLURM_CPUS_ON_NODE / tasks))
 
+# srun tells the highest code of all its tasks, and ends them all when one fails: what failed must outrank the 143 of the
+# ones ended. The task waits for its process to save after a signal.
+task='
+    trap : TERM USR1
+    "$@"
+    code=$?
+    case $code in 0 | 75 | 138 | 143) exit $code ;; *) echo "run.sh: exit code $code" >&2; exit 255 ;; esac
+'
 # Each process sees all cores of its node, and takes its share of them.
 srun --ntasks=$((tasks * SLURM_JOB_NUM_NODES)) --ntasks-per-node="$tasks" --cpus-per-task=$((cores > 0 ? cores : 1)) \
-    --cpu-bind=none --kill-on-bad-exit=1 python -u "launch/$entry.py" "$@"
+    --cpu-bind=none --kill-on-bad-exit=1 bash -c "$task" task python -u "launch/$entry.py" "$@"
 code=$?
 
 # USR1, a standstill, and TERM where Slurm only wants the nodes back; a job that was cancelled is no longer running.

@@ -1,5 +1,6 @@
 """Jobs of a real Slurm with two nodes: started by sbatch, interrupted in every way it has, they lose no step."""
 
+import os
 import re
 
 import pytest
@@ -99,6 +100,11 @@ def test_a_cancelled_job_saves_and_stays_cancelled(slurm, submit, corpora, tmp_p
 
 
 def test_a_mistake_ends_the_job_at_once(slurm, submit, corpora, tmp_path):
+    # The other node's process is still starting when Slurm ends it: that is no pre-emption.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, time\nif os.environ.get('SLURM_PROCID') == '1': time.sleep(60)\n"
+    )
+    slurm.environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), slurm.environment.get("PYTHONPATH", "")])
     job = submit("pretrain.sbatch", corpora / "tiny.yaml", "no_such_key=1", options=["--nodes=2"])
     until(lambda: slurm.job(job)["JobState"] == "FAILED", slurm.told)
     assert slurm.job(job)["Restarts"] == "0"
