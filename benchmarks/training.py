@@ -2,12 +2,13 @@
 
     python benchmarks/training.py --size tiny --corpus data/images           on a CPU
     torchrun --nproc_per_node N benchmarks/training.py --size base --corpus data/photos --batch 128 --precision bf16
+    python benchmarks/training.py --size base --corpus data/clips --frames 4 ...      with the temporal encoder
 
 Three ways to take the same steps, in blocks that alternate, one process (or one a rank):
     path    batches of the loader, DeepSpeed's engine: what launch/pretrain.py does
-    engine  the same engine on one random batch that lies on the device
-    plain   a PyTorch loop without DeepSpeed on that batch: forward, backward, clipping, AdamW (one process)
-Printed: median samples/s of each, the share of `path` spent waiting for data, and the ratios.
+    engine  the same engine on the batches of the last block of `path`, which lie on the device
+    plain   a PyTorch loop without DeepSpeed on those: forward, backward, clipping, AdamW (one process)
+Printed: median samples/s of each, the share of `path` spent waiting for data, memory, MFU (on a GPU), and the ratios.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -25,20 +27,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from loaders.batch import Batch, normalize
-from loaders.config import LoaderConfig, PerMedia
+from loaders.config import LoaderConfig, PerMedia, VideoInput
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader
 from model.building import build_model
-from model.config import ModelConfig, TextConfig, VisionConfig
+from model.config import ModelConfig, TextConfig, VisionConfig, with_changes
+from model.flops import step_flops
 from model.singularity import Singularity
 from train.checkpoints import special_ids
 from train.config import OptimizerConfig, RunConfig
 from train.engine import DTYPES, deepspeed_config, device_for, start_engine, start_processes
+from train.figures import FORWARD_AND_BACKWARD, memory, peak_flops
 from train.groups import parameter_groups
 from train.guard import StepGuard
 from train.ranks import Ranks, ranks_from_environment
 from train.schedule import Schedule
-from train.step import Stepper
+from train.step import Stepper, without_padding
 
 SIZES = {
     "tiny": ModelConfig(
@@ -48,13 +52,26 @@ SIZES = {
     ),
     "base": ModelConfig(),
 }
+WAYS = ("path", "engine", "plain")
 
 
 def endless(loader: TrainLoader) -> Iterator[Batch]:
+    """Batches as a run has them, epoch after epoch."""
     epoch = 0
     while True:
-        yield from loader.epoch(epoch)
+        yield from map(without_padding, loader.epoch(epoch))
         epoch += 1
+
+
+def model_size(options: argparse.Namespace, tokenizer: Tokenizer) -> ModelConfig:
+    """The model of `--size`, temporal where clips have several frames; base keeps BERT's number of words."""
+    size = SIZES[options.size]
+    words = tokenizer.vocab_size if options.size == "tiny" else size.text_encoder.vocab_size
+    size.text_encoder.vocab_size = max(words, tokenizer.vocab_size)
+    if options.frames == 1:
+        return size
+    temporal = {"num_frames": options.frames, "add_temporal_embed": True, "temporal_vision_encoder.enable": True}
+    return with_changes(size, temporal)
 
 
 def plain_step(model: Singularity, optimizer: torch.optim.Optimizer, batch: Batch, run: RunConfig) -> None:
@@ -69,10 +86,10 @@ def plain_step(model: Singularity, optimizer: torch.optim.Optimizer, batch: Batc
     optimizer.zero_grad()
 
 
-def timed(step: Callable[[], None], count: int, device: torch.device) -> float:
-    """Seconds of `count` steps."""
+def timed(steps: Sequence[Callable[[], None]], device: torch.device) -> float:
+    """Seconds of these steps."""
     began = time.perf_counter()
-    for _ in range(count):
+    for step in steps:
         step()
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -86,46 +103,78 @@ class Ways:
         self.run = RunConfig(
             precision=options.precision, deepspeed=options.deepspeed, optimizer=OptimizerConfig(max_grad_norm=1.0)
         )
-        size, config = SIZES[options.size], LoaderConfig(
-            batch_size=PerMedia(options.batch * ranks.world_size, options.batch * ranks.world_size),
-            image_res=SIZES[options.size].image_res, threads=options.threads,
-        )  # fmt: skip
         tokenizer = Tokenizer.load(options.tokenizer)
-        size.text_encoder.vocab_size = tokenizer.vocab_size
+        self.config = model_size(options, tokenizer)
+        config = LoaderConfig(
+            batch_size=PerMedia(options.batch * ranks.world_size, options.batch * ranks.world_size),
+            image_res=self.config.image_res, threads=options.threads, video_input=VideoInput(options.frames),
+        )  # fmt: skip
         self.loader = TrainLoader([options.corpus], tokenizer, config, ranks.rank, ranks.world_size, ranks.ranks_here)
         self.batches = endless(self.loader)
-        self.waited, self.taken = 0.0, 0
-        model = build_model(size, special_ids(tokenizer))
-        self.alone = build_model(size, special_ids(tokenizer)).to(device)
+        self.waited, self.flops, self.taken = 0.0, 0, 0
+        self.device, self._keeps = device, len(options.ways) > 1
+        self.kept: list[Batch] = []
+        model = build_model(self.config, special_ids(tokenizer))
         engine, groups = start_engine(model, self.run, deepspeed_config(self.run, ranks), device)
         engine.train()
         guard = StepGuard(engine, ranks, options.precision, 10, 1.0)
         schedule = Schedule(0, 10**6, 0.1)
         self.stepper = Stepper(engine, groups, model, schedule, guard, device, options.precision, 0, ranks.rank)
-        self.batch = next(self.batches).to(device)
-        wanted = parameter_groups({n: p.ndim for n, p in self.alone.named_parameters()}, self.run.optimizer)
-        named = dict(self.alone.named_parameters())
-        self.optimizer = torch.optim.AdamW(
-            [{"params": [named[n] for n in g.names], "weight_decay": g.weight_decay} for g in wanted],
-            lr=1e-5,
-            fused=True,
-        )
+        if "plain" in options.ways:
+            self.alone = build_model(self.config, special_ids(tokenizer)).to(device)
+            self.optimizer = adamw(self.alone, self.run)
+
+    def block(self, way: str, count: int) -> float:
+        """Seconds of `count` steps of a way."""
+        if way == "path":
+            self.kept = []
+            return timed([self.path] * count, self.device)
+        step = self.engine if way == "engine" else self.plain
+        return timed([partial(step, batch.to(self.device)) for batch in self.kept], self.device)
 
     def path(self) -> None:
         """The loader's next batch, through the engine."""
         began = time.perf_counter()
         batch = next(self.batches)
         self.waited += time.perf_counter() - began
+        pairs, frames = batch.frames.shape[:2]
+        self.flops += FORWARD_AND_BACKWARD * step_flops(self.config, pairs, frames, batch.input_ids.shape[1])["total"]
         self.taken += 1
+        self.kept += [batch] if self._keeps else []
         self.stepper(batch, self.taken)
 
-    def engine(self) -> None:
-        """The batch that lies there, through the engine."""
-        self.stepper(self.batch, 1)
+    def engine(self, batch: Batch) -> None:
+        """A batch that lies there, through the engine."""
+        self.stepper(batch, 1)
 
-    def plain(self) -> None:
-        """The batch that lies there, without DeepSpeed."""
-        plain_step(self.alone, self.optimizer, self.batch, self.run)  # type: ignore[arg-type]
+    def plain(self, batch: Batch) -> None:
+        """A batch that lies there, without DeepSpeed."""
+        plain_step(self.alone, self.optimizer, batch, self.run)  # type: ignore[arg-type]
+
+
+def adamw(model: torch.nn.Module, run: RunConfig) -> torch.optim.Optimizer:
+    """PyTorch's own optimiser with the groups of a run."""
+    named = dict(model.named_parameters())
+    wanted = parameter_groups({name: parameter.ndim for name, parameter in named.items()}, run.optimizer)
+    groups = [{"params": [named[name] for name in g.names], "weight_decay": g.weight_decay} for g in wanted]
+    return torch.optim.AdamW(groups, lr=1e-5, fused=True)
+
+
+def report(options: argparse.Namespace, ways: Ways, seconds: dict[str, list[float]], ranks: Ranks) -> None:
+    """Print what was measured."""
+    pairs = options.batch * ranks.world_size * options.steps
+    median = {name: statistics.median(each) for name, each in seconds.items()}
+    for name, each in median.items():
+        print(f"{name:7} {pairs / each:8.1f} samples/s (median of {options.blocks} blocks of {options.steps} steps)")
+    total = sum(seconds["path"])
+    print(f"waiting for data: {100 * ways.waited / total:.2f} % of the path's time")
+    print(f"memory: {memory(ways.device) / 1e9:.2f} GB {'at most' if ways.device.type == 'cuda' else 'now'}")
+    rate, peak = ways.flops / total, peak_flops(ways.device)
+    print(f"arithmetic: {rate / 1e12:.3f} TFLOP/s{f', MFU {rate / peak:.3f}' if peak else ''}")
+    if "engine" in median:
+        print(f"path against engine: {median['engine'] / median['path']:.3f}")
+    if "engine" in median and "plain" in median:
+        print(f"engine against plain: {median['plain'] / median['engine']:.3f}")
 
 
 def main() -> int:
@@ -139,33 +188,26 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1, help="decoding threads (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=8, help="of a block (default: %(default)s)")
     parser.add_argument("--blocks", type=int, default=7, help="of each way (default: %(default)s)")
+    parser.add_argument("--frames", type=int, default=1, help="of a clip (default: %(default)s)")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="with path alone, memory is a run's")
     options = parser.parse_args()
     ranks = ranks_from_environment()
     device = device_for(ranks)
     start_processes(device)
+    asked = {"path", *options.ways} - ({"plain"} if ranks.world_size > 1 else set())
+    options.ways = [way for way in WAYS if way in asked]
     ways = Ways(options, ranks, device)
-    steps: dict[str, Callable[[], None]] = {"path": ways.path, "engine": ways.engine}
-    if ranks.world_size == 1:
-        steps["plain"] = ways.plain
-    for step in steps.values():
-        timed(step, 2, device)
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    ways.waited = 0.0
+    for way in options.ways:
+        ways.block(way, 2)
+    seconds: dict[str, list[float]] = {way: [] for way in options.ways}
+    ways.waited, ways.flops = 0.0, 0
     for block in range(options.blocks):
-        for name in sorted(steps, reverse=bool(block % 2)):
-            seconds[name].append(timed(steps[name], options.steps, device))
+        first, *others = options.ways
+        for way in (first, *others[:: -1 if block % 2 else 1]):
+            seconds[way].append(ways.block(way, options.steps))
     ways.stepper.guard.inspect()
-    pairs = options.batch * ranks.world_size * options.steps
-    median = {name: statistics.median(each) for name, each in seconds.items()}
     if ranks.is_first:
-        for name, each in median.items():
-            print(
-                f"{name:7} {pairs / each:8.1f} samples/s (median of {options.blocks} blocks of {options.steps} steps)"
-            )
-        print(f"waiting for data: {100 * ways.waited / sum(seconds['path']):.2f} % of the path's time")
-        print(f"path against engine: {median['engine'] / median['path']:.3f}")
-        if "plain" in median:
-            print(f"engine against plain: {median['plain'] / median['engine']:.3f}")
+        report(options, ways, seconds, ranks)
     ways.loader.close()
     sys.stdout.flush()
     os._exit(0)
