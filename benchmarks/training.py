@@ -117,7 +117,7 @@ class Ways:
         model = build_model(self.config, special_ids(tokenizer))
         engine, groups = start_engine(model, self.run, deepspeed_config(self.run, ranks), device)
         engine.train()
-        guard = StepGuard(engine, ranks, options.precision, 10, 1.0)
+        guard = StepGuard(engine, ranks, 10, 1.0)
         schedule = Schedule(0, 10**6, 0.1)
         self.stepper = Stepper(engine, groups, model, schedule, guard, device, options.precision, 0, ranks.rank)
         if "plain" in options.ways:

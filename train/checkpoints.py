@@ -18,6 +18,7 @@ from torch import distributed
 from loaders.text import Tokenizer
 from model.checkpoint import save_model
 from model.config import ModelConfig
+from train.loss_scale import LossScale
 from train.parts import read_parts, whole_weights, write_part
 from train.ranks import Ranks
 
@@ -30,7 +31,6 @@ VERSION = 2
 PARTS = "parts"  # the ranks' own files: weights and moments
 STATE = "state.json"
 WEIGHTS = "weights"
-_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 _NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -157,9 +157,7 @@ def load_checkpoint(path: Path, engine: DeepSpeedEngine) -> TrainingState:
     state = read_state(path)
     read_parts(path / PARTS, engine, state.optimizer_step)
     engine.global_steps, engine.skipped_steps = state.step, state.step - state.optimizer_step
-    scaler = _loss_scaler(engine)
-    if scaler is not None:
-        vars(scaler).update(state.loss_scale)
+    LossScale(engine).load(state.loss_scale)
     return state
 
 
@@ -167,17 +165,7 @@ def _optimizer_state(engine: DeepSpeedEngine) -> dict[str, Any]:
     """What of the optimiser is not a matter of single parameters."""
     steps = {float(state["step"]) for state in engine.basic_optimizer.state.values() if "step" in state}
     assert len(steps) <= 1, steps
-    scaler = _loss_scaler(engine)
-    numbers = {} if scaler is None else {key: value for key, value in vars(scaler).items() if key in _SCALER_STATE}
-    return {"optimizer_step": int(max(steps, default=0)), "loss_scale": numbers}
-
-
-def _loss_scaler(engine: DeepSpeedEngine) -> Any:
-    """What adapts the loss scale of fp16, or None."""
-    if not engine.fp16_enabled():
-        return None
-    optimizer: Any = engine.optimizer
-    return getattr(optimizer, "loss_scaler", None) or optimizer.loss_scale_config
+    return {"optimizer_step": int(max(steps, default=0)), "loss_scale": LossScale(engine).state()}
 
 
 def _shape(parameter: torch.nn.Parameter) -> Any:

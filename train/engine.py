@@ -96,6 +96,14 @@ def device_for(ranks: Ranks) -> torch.device:
     return torch.device("cuda", ranks.local_rank)
 
 
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raise ValueError where the device does not compute in this precision."""
+    if precision == "fp16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        raise ValueError(
+            "precision=fp16: this CPU has no arithmetic for it (AVX512-FP16 or AMX-FP16): take precision=bf16, or fp32"
+        )
+
+
 def start_processes(device: torch.device) -> None:
     """Join the other processes of the job; must follow everything that can be checked without them."""
     import deepspeed

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from eval.gather import gather_objects
+from train.loss_scale import LossScale
 from train.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ class _Taken:
     keys: tuple[str, ...]
     loss: torch.Tensor
     skipped: torch.Tensor | bool
+    scale_could_fall: bool  # fp16's
 
 
 @dataclass(frozen=True)
@@ -43,16 +45,15 @@ class StepGuard:
     is told by a number on the device, so that no step waits for it. `inspect` waits, and tells what was skipped.
     """
 
-    def __init__(
-        self, engine: DeepSpeedEngine, ranks: Ranks, precision: str, limit: int, max_grad_norm: float = 0.0
-    ) -> None:
+    def __init__(self, engine: DeepSpeedEngine, ranks: Ranks, limit: int, max_grad_norm: float = 0.0) -> None:
         """limit: skipped steps in a row that end the run. max_grad_norm: to clip to; 0 or less: not at all."""
         self.skipped = 0  # since the start of this process
         self.norm: torch.Tensor | float | None = None  # of the last step's gradient, before clipping
         self._max_grad_norm = max_grad_norm
         self._partitioned = engine.zero_optimization_stage() > 0
         self._engine, self._ranks, self._limit = engine, ranks, limit
-        self._scales_loss = precision == "fp16"
+        self.loss_scale = LossScale(engine)
+        self._scale_can_fall = self.loss_scale.can_fall
         self._taken: list[_Taken] = []
         self._bad: torch.Tensor | None = None
         self._row = 0
@@ -80,12 +81,15 @@ class StepGuard:
     def note(self, step: int, keys: tuple[str, ...], losses: Mapping[str, torch.Tensor]) -> None:
         """Remember step number `step` = 1, 2, ... until the next `inspect`."""
         skipped: torch.Tensor | bool = bool(getattr(self._engine.optimizer, "overflow", False))
+        if skipped:
+            _gather_persistent(self._engine)
         if skipped or self._bad is None:  # DeepSpeed's own test and norm
             self.norm = None if skipped else self._engine.get_global_grad_norm()
         else:
             skipped = self._bad
-        self._taken.append(_Taken(step, keys, torch.stack(list(losses.values())).sum(), skipped))
-        self._bad = None
+        loss = torch.stack(list(losses.values())).sum()
+        self._taken.append(_Taken(step, keys, loss, skipped, self._scale_can_fall))
+        self._bad, self._scale_can_fall = None, self.loss_scale.can_fall
 
     def inspect(self) -> None:
         """Look at the steps noted since the last call; all ranks call after the same step. Waits for the device.
@@ -117,10 +121,21 @@ class StepGuard:
         """
         told = gather_objects(_Told(each.loss.item(), each.keys), self._ranks.world_size)
         finite = [abs(rank.loss) < float("inf") for rank in told]
-        if self._scales_loss and all(finite):
+        if each.scale_could_fall and all(finite):
             return False
         guilty = [number for number, good in enumerate(finite) if not good] or list(range(len(told)))
         if self._ranks.is_first:
             samples = "; ".join(f"rank {n}, loss {told[n].loss:.4g}: {', '.join(told[n].keys)}" for n in guilty)
             log.warning("Step %d is skipped, its gradient is not finite; samples of %s", each.step, samples)
         return True
+
+
+def _gather_persistent(engine: DeepSpeedEngine) -> None:
+    """Bring the small parameters that ZeRO 3 never lets go of back to all ranks after a step that it has skipped.
+
+    DeepSpeed divides them before a step and gathers them after it, but for skipped ones; the next steps then end in
+    its "tracing error".
+    """
+    persistent: Any = getattr(engine.optimizer, "persistent_parameters", [])
+    if persistent:
+        persistent[0].all_gather(persistent)

@@ -63,9 +63,7 @@ class Trainer:
         self.watchdog = Watchdog(self.ranks, self.run.stall_seconds, self.folder.path)
         self.state = self._resume()
         self.total_steps = total_steps(self.run, self.loader.steps_per_epoch)
-        self.guard = StepGuard(
-            self.engine, self.ranks, self.run.precision, self.run.max_bad_steps, self.run.optimizer.max_grad_norm
-        )
+        self.guard = StepGuard(self.engine, self.ranks, self.run.max_bad_steps, self.run.optimizer.max_grad_norm)
         schedule = Schedule(
             self.run.scheduler.warmup_epochs * self.loader.steps_per_epoch,
             self.loader.steps_per_epoch * self.run.scheduler.epochs,
@@ -197,6 +195,7 @@ class Trainer:
             "lr": self.run.optimizer.lr * self.step.schedule.multiplier(self.state.step - 1),
             "temperature": _temperature(self.model),
             "grad_norm": _number(self.guard.norm),
+            **({"grad_scale": self.guard.loss_scale.value} if self.run.precision == "fp16" else {}),
             **self._clock.figures(self.device, self.ranks.world_size),
             **{f"loader/{name}": round(value, 4) for name, value in sorted(self.loader.figures().items())},
             **({"skipped": self.guard.skipped} if self.guard.skipped else {}),

@@ -109,7 +109,7 @@ class Stepper:
         """Forward and backward of one part; the optimiser acts after the last one, on the mean of the gradients."""
         frames = normalize(batch.frames, self.model.mean, self.model.std, self._dtype)
         losses = self.engine(frames, *model_inputs(batch))
-        self.engine.backward(torch.stack(list(losses.values())).sum())
+        self.engine.backward(self.guard.loss_scale.apply(torch.stack(list(losses.values())).sum()))
         self.engine.step()
         for temperature in self._temperatures:
             temperature.clamp_(*TEMPERATURE_RANGE)

@@ -96,6 +96,7 @@ def step_line(figures: dict[str, Any], total_steps: int) -> str:
         f"lr {figures['lr']:.2e}",
         *([f"temp {figures['temperature']:.4f}"] if figures["temperature"] is not None else []),
         *([f"grad {norm:.2f}"] if norm is not None else []),
+        *([f"scale {figures['grad_scale']:.0f}"] if "grad_scale" in figures else []),
         f"{figures['samples_per_second']:.0f}/s",
         f"wait {100 * figures['data_wait']:.0f}%",
         f"{figures['memory_gb']:.1f} GB",

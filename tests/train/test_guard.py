@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_run import ROOT, free_port
+from small_run import PRECISIONS, ROOT, free_port
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.config import ModelConfig, TextConfig, VisionConfig
@@ -43,18 +43,18 @@ def make(stage, precision):
     torch.manual_seed(0)
     model = Singularity(SMALL, pad_id=0, cls_id=2, mask_id=4)
     engine, _ = start_engine(model, run, deepspeed_config(run, Ranks()), torch.device("cpu"))
-    return engine, StepGuard(engine, Ranks(), precision, limit=3, max_grad_norm=1.0)
+    return engine, StepGuard(engine, Ranks(), limit=3, max_grad_norm=1.0)
 
 
-def step(engine, guard, number, poisoned):
-    frames = torch.randn(4, 1, 3, 32, 32, dtype=next(engine.module.parameters()).dtype)
+def step(engine, guard, number, poisoned, factor=1.0):
+    frames = torch.randn(4, 1, 3, 32, 32).to(next(engine.module.parameters()).dtype)
     if poisoned:
         frames[2] = float("nan")
     ids = torch.randint(5, 40, (4, 8))
     losses = engine(frames, ids, torch.ones_like(ids), torch.arange(4))
     for group in engine.optimizer.param_groups:
         group["lr"] = 1e-2
-    engine.backward(torch.stack(list(losses.values())).sum())
+    engine.backward(guard.loss_scale.apply(factor * torch.stack(list(losses.values())).sum()))
     engine.step()
     guard.note(number, tuple(f"corpus/{number}_{row}" for row in range(4)), losses)
 
@@ -68,15 +68,18 @@ def numbers(engine):
     }
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_poisoned_step_changes_nothing_and_is_told(stage, precision, caplog):
     engine, guard = make(stage, precision)
+    guard.loss_scale.load({"cur_scale": 64.0})  # where fp16 has one: it fits, so no step is lost looking for it
     step(engine, guard, 1, poisoned=False)
     before = numbers(engine)
     step(engine, guard, 2, poisoned=True)
     after = numbers(engine)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    kept = getattr(engine.optimizer, "persistent_parameters", [])  # by every rank, under ZeRO 3
+    assert all(parameter.shape == parameter.ds_shape for parameter in kept)
     step(engine, guard, 3, poisoned=False)
     assert any(not torch.equal(tensor, before[name]) for name, tensor in numbers(engine).items())
     steps = {float(state["step"]) for state in engine.basic_optimizer.state.values()}
@@ -88,6 +91,38 @@ def test_a_poisoned_step_changes_nothing_and_is_told(stage, precision, caplog):
         "Step 2 is skipped, its gradient is not finite; samples of rank 0, loss nan: "
         "corpus/2_0, corpus/2_1, corpus/2_2, corpus/2_3"
     ]
+
+
+@pytest.mark.skipif("fp16" not in PRECISIONS, reason="this processor has no arithmetic for fp16")
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_an_overflow_of_fp16_lowers_the_loss_scale_and_is_no_fault_of_the_samples(stage, caplog):
+    engine, guard = make(stage, "fp16")
+    guard.loss_scale.load({"cur_scale": 2.0**20, "cur_hysteresis": 1})
+    before = numbers(engine)
+    step(engine, guard, 1, poisoned=False)
+    assert guard.loss_scale.value == 2.0**19
+    assert guard.norm is None
+    assert all(torch.equal(tensor, before[name]) for name, tensor in numbers(engine).items())
+    for number in range(2, 14):
+        step(engine, guard, number, poisoned=False)
+    assert 1 < guard.loss_scale.value < 2.0**17
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in numbers(engine).items())
+    with caplog.at_level("WARNING", "train"):
+        guard.inspect()
+    assert guard.skipped == 0
+    assert not [message for message in caplog.messages if message.startswith("Step ")]
+
+
+@pytest.mark.skipif("fp16" not in PRECISIONS, reason="this processor has no arithmetic for fp16")
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_overflows_that_no_loss_scale_helps_end_the_run(stage):
+    engine, guard = make(stage, "fp16")
+    guard.loss_scale.load({"cur_scale": 2.0, "cur_hysteresis": 1})
+    for number in range(1, 5):  # the first one lowers the scale to 1
+        step(engine, guard, number, poisoned=False, factor=1e30)
+    assert guard.loss_scale.value == 1
+    with pytest.raises(ValueError, match=r"3 steps in a row, the last one 4, .*take precision=bf16"):
+        guard.inspect()
 
 
 def test_too_many_in_a_row_end_the_run():
@@ -123,9 +158,12 @@ def test_no_step_waits_for_the_device_in_bf16(stage):
     assert reads.count > 0
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_gradients_are_clipped_as_pytorch_does(stage):
-    engine, guard = make(stage, "fp32")
+def test_gradients_are_clipped_as_pytorch_does(stage, precision):
+    engine, guard = make(stage, precision)
+    guard.loss_scale.load({"cur_scale": 64.0})
+    near = 1e-4 if precision == "fp32" else 0.1
     torch.manual_seed(0)
     alone = Singularity(SMALL, pad_id=0, cls_id=2, mask_id=4)
     groups = parameter_groups({name: p.ndim for name, p in alone.named_parameters()}, OptimizerConfig(lr=1e-2))
@@ -142,10 +180,10 @@ def test_gradients_are_clipped_as_pytorch_does(stage):
         torch.stack(list(alone(frames, ids, torch.ones_like(ids), torch.arange(4)).values())).sum().backward()
         norm = torch.nn.utils.clip_grad_norm_(alone.parameters(), 1.0)
         plain.step()
-        assert float(guard.norm) == pytest.approx(float(norm), rel=1e-4)
+        assert float(guard.norm) == pytest.approx(float(norm), rel=near)
         assert norm > 1
-    for part in fragments(engine):
-        if named[part.name].grad is None:  # no part of this model's losses
-            continue
-        expected = plain.state[named[part.name]]["exp_avg"].flatten()  # weights would show no scale
-        torch.testing.assert_close(part.moments["exp_avg"], expected, rtol=1e-3, atol=1e-5)
+    moments = {part.name: part.moments["exp_avg"] for part in fragments(engine)}  # weights would show no scale
+    used = [name for name in moments if named[name].grad is not None]  # the others are no part of this model's losses
+    found = torch.cat([moments[name] for name in used])
+    expected = torch.cat([plain.state[named[name]]["exp_avg"].flatten() for name in used])
+    assert (found - expected).norm() < 2 * near * expected.norm()
