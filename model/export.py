@@ -13,12 +13,13 @@ import torch
 from model.checkpoint import load_weights
 from model.config import ModelConfig
 from model.files import OFFICIAL_SUFFIXES, Weights, write_weights, write_whole
+from model.official import HEADS
 from model.official_names import to_official
 from model.vision import relative_position_index
 
 
 def official_settings(config: ModelConfig) -> dict[str, Any]:
-    """The run settings of an official checkpoint that describe the model."""
+    """The run settings of an official checkpoint that describe the model; the heads, which no shape shows, are ours."""
     temporal, weights = config.temporal_vision_encoder, config.loss_weight
     return {
         "vit_type": config.vision_encoder.type,
@@ -35,6 +36,7 @@ def official_settings(config: ModelConfig) -> dict[str, Any]:
         "mlm_prob": config.mlm_prob,
         "loss_weight": {"itc": weights.itc, "itm": weights.itm, "mlm": weights.mlm},
         "itm_hard_neg": config.itm_hard_neg,
+        HEADS: {"vision": config.vision_encoder.heads, "text": config.text_encoder.heads},
     }
 
 

@@ -41,6 +41,7 @@ ALLOWED: list[Any] = [
     int,
 ]
 HEAD_WIDTH = 64  # of every published BERT and ViT; smaller models come with their JSON configurations
+HEADS = "num_attention_heads"  # in the settings of files that model.export wrote: {"vision": ..., "text": ...}
 
 
 def read_official_file(path: Path) -> dict[str, Any]:
@@ -92,7 +93,7 @@ def _vision_config(path: Path, state: dict[str, torch.Tensor], settings: dict[st
     layer = "vision_encoder.encoder.layer.0."
     table = state.get(layer + "attention.attention.relative_position_bias.relative_position_bias_table")
     kind = settings.get("vit_type", "beit" if table is not None else "vit")
-    heads = table.shape[1] if table is not None else extra.get("num_attention_heads", width // HEAD_WIDTH)
+    heads = table.shape[1] if table is not None else _heads(path, width, extra, settings, "vision")
     return VisionConfig(
         type=kind,
         patch_size=projection.shape[2],
@@ -105,7 +106,19 @@ def _vision_config(path: Path, state: dict[str, torch.Tensor], settings: dict[st
     )
 
 
-def _text_config(path: Path, state: dict[str, torch.Tensor], prefix: str) -> TextConfig:
+def _heads(path: Path, width: int, extra: dict[str, Any], settings: dict[str, Any], part: str) -> int:
+    """Attention heads: by the JSON beside the checkpoint, else its settings (of `model.export`), else as published."""
+    heads = extra.get("num_attention_heads") or settings.get(HEADS, {}).get(part) or width // HEAD_WIDTH
+    if not heads:
+        name = "vision_config.json" if part == "vision" else "bert_config.json"
+        raise ValueError(
+            f"{path}: nothing says how many attention heads its {part} encoder of width {width} has: put a {name} with "
+            "num_attention_heads beside it"
+        )
+    return heads
+
+
+def _text_config(path: Path, state: dict[str, torch.Tensor], prefix: str, settings: dict[str, Any]) -> TextConfig:
     extra = _json_beside(path, "bert_config.json")
     vocab_size, width = state[prefix + "embeddings.word_embeddings.weight"].shape
     layers = _count(state, re.escape(prefix) + r"encoder\.layer\.(\d+)\.")
@@ -119,7 +132,7 @@ def _text_config(path: Path, state: dict[str, torch.Tensor], prefix: str) -> Tex
         width=width,
         layers=layers,
         fusion_layer=first_fusion,
-        heads=extra.get("num_attention_heads", width // HEAD_WIDTH),
+        heads=_heads(path, width, extra, settings, "text"),
         intermediate=state[prefix + "encoder.layer.0.intermediate.dense.weight"].shape[0],
         max_positions=state[prefix + "embeddings.position_embeddings.weight"].shape[0],
         dropout=extra.get("hidden_dropout_prob", 0.1),
@@ -140,7 +153,7 @@ def recognise(path: Path, state: dict[str, torch.Tensor], settings: dict[str, An
     """
     prefix = text_prefix(state)
     try:
-        vision, text = _vision_config(path, state, settings), _text_config(path, state, prefix)
+        vision, text = _vision_config(path, state, settings), _text_config(path, state, prefix, settings)
     except KeyError as error:
         raise ValueError(f"{path} is no Singularity checkpoint: it has no tensor {error}") from None
     temporal = settings.get("temporal_vision_encoder", {})

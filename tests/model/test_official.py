@@ -72,6 +72,27 @@ def test_an_official_file_scores_like_the_model_it_was_written_from(tmp_path):
     assert torch.equal(scores(model), scores(loaded))
 
 
+@pytest.mark.parametrize("heads", [2, 8])
+@pytest.mark.parametrize("kind", ["beit", "vit"])
+def test_heads_of_another_width_than_the_published_ones_come_back(kind, heads, tmp_path):
+    config = head_width_64(kind)
+    config.vision_encoder.width = config.text_encoder.width = 32
+    config.vision_encoder.heads = config.text_encoder.heads = heads
+    write_official(Weights(config, build_model(config).state_dict()), tmp_path / "x.pth")
+    assert read_official(tmp_path / "x.pth").config == config
+
+
+def test_a_narrow_file_that_does_not_tell_its_heads_is_refused(tmp_path):
+    config = head_width_64("vit")
+    config.vision_encoder.width = 32
+    write_official(Weights(config, build_model(config).state_dict()), tmp_path / "x.pth")
+    content = torch.load(tmp_path / "x.pth", weights_only=False)
+    del content["config"]["num_attention_heads"]
+    torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"its vision encoder of width 32 has: put a vision_config\.json"):
+        read_official(tmp_path / "x.pth")
+
+
 def test_export_from_the_command_line_there_and_back(tmp_path, capsys):
     config = head_width_64()
     model = build_model(config)
