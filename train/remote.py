@@ -10,6 +10,7 @@ from pathlib import Path
 
 import fsspec
 
+from loaders.failures import check_no_credentials, hide_secrets
 from sharding.schema import join_url
 from train.checkpoints import STATE, complete_checkpoints
 
@@ -22,7 +23,8 @@ class RemoteCheckpoints:
     """The checkpoints of one run below a URL; each complete or absent there too: its state.json is written last."""
 
     def __init__(self, url: str, storage: Mapping[str, str]) -> None:
-        """storage: fsspec's options. Raises ValueError when fsspec does not know the URL's protocol."""
+        """storage: fsspec's options. Raises ValueError for credentials in the URL, or a protocol unknown to fsspec."""
+        check_no_credentials(url, storage)
         try:
             self._files, self._root = fsspec.core.url_to_fs(url, **dict(storage))
         except (ValueError, ImportError) as error:
@@ -47,22 +49,39 @@ class RemoteCheckpoints:
             for old in self.steps()[:-keep]:
                 self._files.rm_file(join_url(self._root, f"{old}/{STATE}"))  # first: it is no longer complete
                 self._files.rm(join_url(self._root, old), recursive=True)
-        except OSError as error:
-            log.error("%s is not copied to %s (%s): the next checkpoint tries again", path, self._url, error)
+        except Exception as error:  # each store has errors of its own
+            log.error("%s is not copied to %s (%s): the next checkpoint tries again", path, self._url, reason(error))
 
     def fetch(self, folder: Path) -> None:
-        """Bring the newest checkpoint and the settings to a run's folder that holds no checkpoint."""
-        names = self.steps()
-        if not names or complete_checkpoints(folder / "checkpoints"):
+        """Bring the newest checkpoint and the settings to a run's folder that holds no checkpoint.
+
+        Raises ConnectionError where the copies cannot be read.
+        """
+        if complete_checkpoints(folder / "checkpoints"):
             return
-        log.info("Fetching %s from %s", names[-1], self._url)
-        final = folder / "checkpoints" / names[-1]
+        try:
+            for name in self.steps()[-1:]:
+                self._fetch(name, folder)
+        except Exception as error:  # each store has errors of its own
+            raise ConnectionError(
+                f"checkpoint_url={self._url}: what lies there cannot be brought to {folder} ({reason(error)}): mend "
+                "the way there, or start a new run with another checkpoint_url, or without"
+            ) from error
+
+    def _fetch(self, name: str, folder: Path) -> None:
+        log.info("Fetching %s from %s", name, self._url)
+        final = folder / "checkpoints" / name
         aside = final.with_name(f".{final.name}.part")
         shutil.rmtree(aside, ignore_errors=True)
-        source = join_url(self._root, names[-1])
+        source = join_url(self._root, name)
         for path in self._files.find(source):
             target = aside / path[len(source) :].lstrip("/")
             target.parent.mkdir(parents=True, exist_ok=True)
             self._files.get_file(path, str(target))
         self._files.get_file(join_url(self._root, SETTINGS), str(folder / SETTINGS))
         os.replace(aside, final)
+
+
+def reason(error: Exception) -> str:
+    """An error in words that hold no secrets."""
+    return f"{type(error).__name__}: {hide_secrets(str(error))}"
