@@ -109,6 +109,7 @@ class Trainer:
 
     def close(self) -> None:
         """End the threads and the records; not to be called after a failure, when other ranks may be gone."""
+        self.profiler.close()
         self.watchdog.close()
         self.loader.close()
         if self.tracker is not None:

@@ -18,6 +18,7 @@ class StepProfiler:
         """steps: empty, or [first, last]."""
         self._steps, self._path = steps, folder / f"steps_{'_'.join(map(str, steps))}_rank_{rank}.json"
         self._profile: profile | None = None
+        self._last = 0
 
     def before(self, step: int) -> None:
         """Begin where step number `step` = 1, 2, ... is the first one."""
@@ -28,9 +29,16 @@ class StepProfiler:
 
     def after(self, step: int) -> None:
         """Write the trace where step number `step` was the last one."""
+        self._last = step
         if self._profile is not None and step >= self._steps[1]:
-            self._profile.stop()
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._profile.export_chrome_trace(str(self._path))
-            log.info("Trace of steps %d to %d: %s", *self._steps, self._path)
-            self._profile = None
+            self.close()
+
+    def close(self) -> None:
+        """Write the trace of a run that ends among the steps."""
+        if self._profile is None:
+            return
+        self._profile.stop()
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._profile.export_chrome_trace(str(self._path))
+        log.info("Trace of steps %d to %d: %s", self._steps[0], self._last, self._path)
+        self._profile = None
