@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 FORMAT = "singularity-shards"
 VERSION = 1
 MEDIA_TYPES = ("image", "video")
+CHECKSUM = ',\n "sha256": "'  # begins the last line of corpus.json: of all that stands before
 UNREADABLE = (OSError, ValueError, pa.ArrowException)  # what reading a damaged parquet file may raise
 
 QUESTION = pa.struct(
@@ -116,7 +117,7 @@ class Corpus:
         elsewhere = {"tars": self.tars} if self.tars else {}
         body = {"settings": self.settings, "files": self.files, "shards": shards}
         text = json.dumps({**head, **totals, **elsewhere, **body}, indent=1, sort_keys=False).removesuffix("\n}")
-        return f'{text},\n "sha256": "{hashlib.sha256(text.encode()).hexdigest()}"\n}}\n'
+        return f'{text}{CHECKSUM}{hashlib.sha256(text.encode()).hexdigest()}"\n}}\n'
 
 
 def join_url(folder: str, name: str) -> str:
@@ -148,8 +149,14 @@ def no_corpus(url: str) -> FileNotFoundError:
     )
 
 
+def is_whole(text: str) -> bool:
+    """Whether the text of a `corpus.json` is as it was written; True where it carries no checksum to tell it by."""
+    before, mark, after = text.rpartition(CHECKSUM)
+    return not mark or after == hashlib.sha256(before.encode()).hexdigest() + '"\n}\n'
+
+
 def parse_corpus(text: str, url: str) -> Corpus:
-    """`Corpus` from the text of a `corpus.json`; raises ValueError naming `url` when it is not one."""
+    """`Corpus` from the text of a `corpus.json`; raises ValueError naming `url` when it is not one, or damaged."""
     try:
         data = json.loads(text)
     except json.JSONDecodeError as error:
@@ -165,6 +172,11 @@ def parse_corpus(text: str, url: str) -> Corpus:
         )
     if data.get("media_type") not in MEDIA_TYPES:
         raise ValueError(f"{url}/corpus.json: media_type is {data.get('media_type')!r}, must be one of {MEDIA_TYPES}")
+    if not is_whole(text):
+        raise ValueError(
+            f"{url}/corpus.json is damaged (it does not match its own checksum): "
+            f"`python -m sharding.verify {url} --repair` makes it again"
+        )
     try:
         shards = tuple(ShardInfo(**shard) for shard in data["shards"])
         more = data.get("settings", {}), data.get("files", {}), data.get("tars", "")
