@@ -64,6 +64,7 @@ class Cluster:
     decode_rate: float = 16_000.0  # samples a second that one node decodes
     node_gbit: float = 25.0  # of a node's network
     store_requests: float = 5_500.0  # a second that the store answers under one prefix (a corpus)
+    node_requests: float = 3_000.0  # a second that one node sends: remote.requests_per_second
     prefixes: int = 1  # that the corpora are spread over
     store_gbit: float = 0.0  # that the store gives altogether; 0: no limit
     epochs: int = 10
@@ -108,6 +109,7 @@ def make_plan(medium: Medium, cluster: Cluster, nodes: int) -> Plan:
         "all-reduce": medium.samples / (gpus * cluster.batch) * reduced * 8e-9 / cluster.node_gbit,
         "decode": medium.samples / (nodes * cluster.decode_rate),
         "network": egress * 8e-9 / (nodes * cluster.node_gbit),
+        "node's requests": requests / (nodes * cluster.node_requests),
         "store's requests": requests / (cluster.store_requests * cluster.prefixes),
     }
     if cluster.store_gbit:
@@ -160,6 +162,8 @@ def advice(plan: Plan) -> str:
         "all-reduce": "The network between nodes binds: a larger batch a GPU, faster links, or fewer nodes.",
         "decode": "Decoding binds: GPU decoding (decode=dali), more cores, or frames packed smaller (--size).",
         "network": "The nodes' network binds: a cache (cache.folder), or frames packed smaller (--size).",
+        "node's requests": "A node's request rate binds: raise remote.requests_per_second (--node-requests) where the "
+        "store allows it, or let photos come in blocks (cache.folder, --cached).",
         "store's requests": "The store's request rate binds: spread the corpora over several prefixes or buckets "
         "(--prefixes), or let photos come in blocks (cache.folder, --cached).",
         "store's bytes": "The store's bandwidth binds: a cache (cache.folder), or a store nearer to the nodes.",
@@ -205,6 +209,7 @@ def parser() -> argparse.ArgumentParser:
         "gpus": "GPUs of a node", "gpu_rate": "samples a second that a GPU trains on", "batch": "samples of a GPU",
         "parameters": "of the model", "decode_rate": "samples a second that a node decodes",
         "node_gbit": "Gbit/s of a node's network", "store_requests": "requests a second under one prefix of the store",
+        "node_requests": "requests a second that one node may send (remote.requests_per_second)",
         "prefixes": "prefixes of the store that the corpora are spread over",
         "store_gbit": "Gbit/s that the store gives altogether, 0 for any", "epochs": "epochs of the run",
         "gpu_hour": "dollars a GPU-hour", "egress_gb": "dollars a GB out of the store", "requests_1000": "dollars",

@@ -16,6 +16,7 @@ LIMITS = {
     "all-reduce": {"parameters": 1e12},
     "decode": {"decode_rate": 1.0},
     "network": {"node_gbit": 1e-4, "parameters": 1.0},
+    "node's requests": {"node_requests": 0.1},
     "store's requests": {"store_requests": 0.1},
     "store's bytes": {"store_gbit": 1e-5},
 }
