@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 import threading
 import time
@@ -13,6 +12,7 @@ from concurrent.futures import Future
 from loaders.cache import DiskCache
 from loaders.ranges import Span
 from loaders.remote import Part, Remote
+from loaders.shared import content_name
 from sharding.schema import Corpus
 
 BLOCK = 2**20  # bytes: one request for some hundred images, and a first batch that touches as many blocks comes soon
@@ -130,8 +130,3 @@ def blocks_of(span: Span) -> list[tuple[int, int]]:
     """(object, number) of the blocks that hold a span."""
     last = (span.offset + span.size - 1) // BLOCK
     return [(span.object, number) for number in range(span.offset // BLOCK, last + 1)]
-
-
-def content_name(url: str, size: int, checksum: str) -> str:
-    """A name for an object's contents: another object, or the same URL written anew, has another one."""
-    return hashlib.sha256(f"{url}\n{size}\n{checksum}".encode()).hexdigest()[:40]

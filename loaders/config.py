@@ -27,7 +27,9 @@ class VideoInput:
 class RemoteReads:
     """How objects of S3, GCS and web servers are read. Nothing of it changes what a batch holds."""
 
-    connections: int = 32  # requests of a process at the same time
+    connections: int = 128  # requests of a node at the same time; each of its processes has an equal share
+    requests_per_second: float = 3000.0  # of a node, shared in the same way; 0: any number
+    starts_per_second: float = 20.0  # nodes of a job that begin to read, so that many do not come at once; 0: all
     gap_kb: int = 64  # frames so near to each other in a shard come in one request
     ahead_mb: int = 256  # read ahead of decoding at most
     ahead_steps: int = 8  # the same, in steps
@@ -40,8 +42,9 @@ class RemoteReads:
 class CacheConfig:
     """Where a node keeps what it has read from remote shards; all its processes share it."""
 
-    folder: str = ""  # on a local disk; empty: no cache
+    folder: str = ""  # on a local disk; empty: indices only, in the temporary folder (TMPDIR)
     gb: float = 0.0  # how large it may grow
+    index_mb: int = 512  # how large that of the indices may grow where there is no folder; 0: none
     clips: bool = False  # keep whole clips, although few of their frames are shown at a time
 
 
@@ -82,8 +85,11 @@ def check_storage(config: LoaderConfig) -> None:
     for name in ("connections", "ahead_mb", "ahead_steps", "deadline", "try_seconds"):
         if getattr(remote, name) <= 0:
             raise ValueError(f"remote.{name} is {getattr(remote, name)}, must be more than 0")
-    if remote.gap_kb < 0 or config.patience < 0:
-        raise ValueError("remote.gap_kb and patience must be 0 or more")
+    at_least_0 = {f"remote.{name}": getattr(remote, name) for name in ("gap_kb", "requests_per_second")}
+    at_least_0 |= {"remote.starts_per_second": remote.starts_per_second, "patience": config.patience}
+    for name, value in {**at_least_0, "cache.index_mb": cache.index_mb}.items():
+        if value < 0:
+            raise ValueError(f"{name} is {value}, must be 0 or more")
     if not 0 <= remote.hedge_percentile < 1:
         raise ValueError(f"remote.hedge_percentile is {remote.hedge_percentile}, must be at least 0 and below 1")
     if bool(cache.folder) != (cache.gb > 0):

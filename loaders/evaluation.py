@@ -15,6 +15,7 @@ from loaders.clips import Window, check_sample_type, choose_frames
 from loaders.config import LoaderConfig
 from loaders.decoding import Clip, Decoder, make_decoder, usable_threads
 from loaders.index import Record, ShardIndex
+from loaders.node import this_node
 from loaders.storage import BadSampleError, open_corpus
 from loaders.text import clean_text
 
@@ -60,6 +61,7 @@ class VisualSet:
 
     def rows(self) -> Iterator[tuple[ShardIndex, int]]:
         """(index, row) of every visual, in order."""
+        self.reader.bring_indices(this_node().place)
         for shard in range(len(self.reader.corpus.shards)):
             index = self.reader.index(shard)
             yield from ((index, row) for row in range(len(index)))

@@ -23,6 +23,7 @@ from loaders.config import LoaderConfig
 from loaders.decoding import Clip
 from loaders.index import Record, ShardIndex
 from loaders.plan import EpochPlan
+from loaders.shared import turned
 from loaders.storage import BadSampleError, CorpusReader
 
 TRAINING_UNITS = ("samples", "captions", "questions")
@@ -61,15 +62,23 @@ class Draw:
 
 
 class Line:
-    """All corpora of one media type, as one sequence of units."""
+    """All corpora of one media type, as one sequence of units.
+
+    place: in [0, 1), where this process begins in a list of indices that others may need as well.
+    """
 
     def __init__(
-        self, media_type: str, readers: Sequence[CorpusReader], config: LoaderConfig, pool: ThreadPoolExecutor
+        self,
+        media_type: str,
+        readers: Sequence[CorpusReader],
+        config: LoaderConfig,
+        pool: ThreadPoolExecutor,
+        place: float = 0.0,
     ) -> None:
         if config.unit not in TRAINING_UNITS:
             raise ValueError(f"unit is {config.unit!r}, must be one of {', '.join(TRAINING_UNITS)}")
         check_sample_type(config.video_input.sample_type)
-        self.media_type, self.readers, self.config, self.pool = media_type, readers, config, pool
+        self.media_type, self.readers, self.config, self.pool, self.place = media_type, readers, config, pool, place
         self.shards = [
             (number, shard) for number, reader in enumerate(readers) for shard in range(len(reader.corpus.shards))
         ]
@@ -111,7 +120,9 @@ class Line:
         """The indices of the line's shards of these numbers; those not in memory are loaded side by side."""
         wanted = [(place, *self.shards[place]) for place in set(places.tolist())]
         absent = [(corpus, shard) for _, corpus, shard in wanted if not self.readers[corpus].has_index(shard)]
-        list(self.pool.map(lambda pair: self.readers[pair[0]].index(pair[1]), absent))
+        if absent:
+            in_turn = turned(sorted(absent), self.place)
+            list(self.pool.map(lambda pair: self.readers[pair[0]].index(pair[1]), in_turn))
         return {place: self.readers[corpus].index(shard) for place, corpus, shard in wanted}
 
     def _frames(self, records: Sequence[Record], keys: np.ndarray) -> Sequence[np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import ssl
 import threading
@@ -22,6 +23,7 @@ from yarl import URL
 
 from loaders.config import RemoteReads
 from loaders.failures import GoneError, TransientError, explain, failure_of_status, public_url
+from loaders.gate import gate_of_process
 from sharding.schema import join_url
 
 SIGNED_FOR = 3600  # seconds that a signed address is good for; it is made anew after half of them
@@ -132,7 +134,7 @@ class Remote:
         self._filesystem, self._root = fsspec.url_to_fs(self._url, **self._options)
         self._loop = self._filesystem.loop if self._filesystem.async_impl else get_loop()
         self._session, self._waiting, self._calls = None, {}, set()
-        self._slots = asyncio.Semaphore(self.settings.connections)
+        self._gate = gate_of_process(self.settings.connections, self.settings.requests_per_second)
         self._signed: dict[str, tuple[float, URL, dict[str, str]]] = {}
         self._latencies: dict[int, deque[float]] = {}
         self._process = os.getpid()
@@ -148,19 +150,21 @@ class Remote:
         """A part, tried again as long as that may help and the deadline allows."""
         waiting = Waiting(part)
         self._waiting[id(waiting)] = waiting
-        deadline = self.settings.deadline
         try:
-            async with asyncio.timeout(deadline):
+            async with asyncio.timeout(self.settings.deadline) as limit:
                 async for attempt in tenacity.AsyncRetrying(
                     retry=tenacity.retry_if_exception_type(TransientError),
                     wait=wait_as_told,
-                    stop=tenacity.stop_before_delay(deadline),
+                    stop=lambda state: state.upcoming_sleep >= seconds_to(limit),
                     before_sleep=lambda state: self._note_retry(waiting, state),
                     reraise=True,
                 ):
                     with attempt:
-                        waiting.tries += 1
-                        async with self._slots:
+                        left = seconds_to(limit)
+                        limit.reschedule(None)  # our own bounds are not the store's fault
+                        async with self._gate:
+                            limit.reschedule(asyncio.get_running_loop().time() + left)
+                            waiting.tries += 1
                             return await self._hedged(part)
         except TransientError as error:
             raise self._too_late(waiting, str(error)) from None
@@ -192,13 +196,18 @@ class Remote:
                 await asyncio.wait(tasks, timeout=patience)
                 if not tasks[0].done() and self._may_hedge():
                     self.counters["hedges"] += 1
-                    tasks.append(asyncio.ensure_future(self._once(part)))
+                    tasks.append(asyncio.ensure_future(self._once_more(part)))
             return await self._first_good(tasks)
         finally:
             end(tasks)
 
     def _may_hedge(self) -> bool:
-        return self.counters["hedges"] < HEDGED_FREE + HEDGED_SHARE * self.counters["requests"]
+        few = self.counters["hedges"] < HEDGED_FREE + HEDGED_SHARE * self.counters["requests"]
+        return few and self._gate.is_free()
+
+    async def _once_more(self, part: Part) -> bytes:
+        async with self._gate:
+            return await self._once(part)
 
     async def _first_good(self, tasks: list[asyncio.Task[bytes]]) -> bytes:
         """The first result; an error when all have failed, or one for good."""
@@ -282,13 +291,19 @@ class Remote:
             bundle = os.environ.get("AWS_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE")
             secure: ssl.SSLContext | bool = ssl.create_default_context(cafile=bundle) if bundle else True
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=2 * self.settings.connections, ssl=secure),
+                connector=aiohttp.TCPConnector(limit=self.settings.connections, ssl=secure),
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=min(10.0, self.settings.try_seconds)),
                 auto_decompress=False,
                 headers={"Accept-Encoding": "identity"},
                 trust_env=True,
             )
         return self._session
+
+
+def seconds_to(limit: asyncio.Timeout) -> float:
+    """Seconds until a time limit."""
+    when = limit.when()
+    return math.inf if when is None else when - asyncio.get_running_loop().time()
 
 
 def end(tasks: Sequence[asyncio.Task[Any]]) -> None:

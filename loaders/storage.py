@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
+import logging
 import os
+import tempfile
 import threading
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import fsspec
 import numpy as np
 
-from loaders.blocks import Blocks, content_name
+from loaders.blocks import Blocks
 from loaders.cache import DiskCache
 from loaders.config import LoaderConfig, RemoteReads, check_storage
 from loaders.failures import check_no_credentials
 from loaders.index import Record, ShardIndex
+from loaders.node import Node, share_of, this_node, wait_for_turn
 from loaders.ranges import Span, coalesce, cut
 from loaders.remote import Part, Remote, is_local
-from sharding.schema import Corpus, join_url, no_corpus, no_index, parse_corpus, parse_index, read_corpus, read_index
+from loaders.shared import REFETCHES, SharedFiles
+from sharding.schema import Corpus, join_url, parse_index, read_corpus, read_index
+
+log = logging.getLogger("loaders")
 
 OPEN_SHARDS = 128
-REFETCHES = 3  # of bytes that came damaged: a bad line may spoil them more than once
 OPEN_TARS = 128  # at most: a process may have some 1,000 files open, and there are several corpora
 LARGEST_REQUEST = 2**22  # bytes; neighbours are not joined beyond
 
@@ -40,7 +45,7 @@ class CorpusReader:
     """Reads one corpus: its indices and frames' bytes. Safe to use from several threads.
 
     open_shards: indices kept in memory; fewer than are in use at a time make it slow.
-    remote: how a store is read; cache: where what was read is kept, of clips only with keep_clips.
+    remote: how this process may read a store. cache: where indices are kept, and shards of the media types in `keep`.
     Raises FileNotFoundError or ValueError when there is no corpus, or the URL or the options hold credentials.
     """
 
@@ -51,19 +56,20 @@ class CorpusReader:
         open_shards: int = OPEN_SHARDS,
         remote: RemoteReads | None = None,
         cache: DiskCache | None = None,
-        keep_clips: bool = False,
+        keep: Sequence[str] = (),
     ) -> None:
         self.options: dict[str, Any] = dict(options or {})
         check_no_credentials(url, self.options)
         self.remote = remote or RemoteReads()
         self.cache = cache
         self._folder = self._connect(url)
-        self.corpus: Corpus = read_corpus(url, self.options) if self._folder is None else self._fetch_corpus(url)
+        self._shared = None if self._folder is None else SharedFiles(self._folder, cache)
+        self.corpus: Corpus = read_corpus(url, self.options) if self._shared is None else self._shared.corpus(url)
         tars = self.corpus.tars or url
         self._tar_folder = self._folder if tars == url else self._connect(tars)
         self.local = self._tar_folder is None
         self._blocks: Blocks | None = None
-        if self._tar_folder is not None and cache is not None and (self.corpus.media_type == "image" or keep_clips):
+        if self._tar_folder is not None and cache is not None and self.corpus.media_type in keep:
             self._blocks = Blocks(cache, self._tar_folder, self.corpus)
         self._root = fsspec.url_to_fs(tars, **self.options)[1]
         self._indices = LastUsed(self._load_index, open_shards)
@@ -160,49 +166,15 @@ class CorpusReader:
             self._blocks.forget(spans)
         return self._fetch(spans)
 
-    def _fetch_corpus(self, url: str) -> Corpus:
-        assert self._folder is not None
-        try:
-            (data,) = self._folder.fetch([Part("corpus.json")])
-        except FileNotFoundError:
-            raise no_corpus(url) from None
-        return parse_corpus(data.decode("utf-8", "replace"), url)
-
     def _load_index(self, shard: int) -> ShardIndex:
-        if self._folder is None:
+        if self._shared is None:
             return ShardIndex(read_index(self.corpus, shard, self.options))
-        return ShardIndex(parse_index(self.corpus, shard, io.BytesIO(self._index_bytes(shard))))
+        return ShardIndex(parse_index(self.corpus, shard, io.BytesIO(self._shared.index(self.corpus, shard))))
 
-    def _index_bytes(self, shard: int) -> bytes:
-        """A remote index file: from the cache, or fetched; again when it came damaged."""
-        info = self.corpus.shards[shard]
-        name = content_name(self.corpus.index_url(shard), info.index_bytes, info.index_sha256)
-        data = self.cache.read(name) if self.cache is not None else None
-        if data is not None and hashlib.sha256(data).hexdigest() == info.index_sha256:
-            return data
-        reserved = self.cache is not None and self.cache.reserve({name: info.index_bytes})[name]
-        try:
-            data = self._fetch_index(shard)
-        except BaseException:
-            if reserved and self.cache is not None:
-                self.cache.drop([name])
-            raise
-        if reserved and self.cache is not None:
-            self.cache.put(name, data)
-        return data
-
-    def _fetch_index(self, shard: int) -> bytes:
-        assert self._folder is not None
-        info = self.corpus.shards[shard]
-        for _ in range(1 + REFETCHES):
-            try:
-                (data,) = self._folder.fetch([Part(info.index_name, 0, info.index_bytes)])
-            except FileNotFoundError:
-                raise no_index(self.corpus, shard) from None
-            if hashlib.sha256(data).hexdigest() == info.index_sha256:
-                return data
-            self._refetched += 1
-        return data  # its reader says what is wrong with it
+    def bring_indices(self, place: float) -> None:
+        """Have all indices of a remote corpus brought to the node's cache, from the one at `place` in [0, 1) on."""
+        if self._shared is not None:
+            self._shared.bring_indices(self.corpus, place)
 
     def _open_tar(self, shard: int) -> OpenFile:
         try:
@@ -218,6 +190,8 @@ class CorpusReader:
         total = Counter({"refetched": self._refetched})
         for folder in {id(f): f for f in (self._folder, self._tar_folder) if f is not None}.values():
             total.update(folder.counters)
+        if self._shared is not None:
+            total.update(self._shared.counters)
         if self._blocks is not None:
             total.update(self._blocks.counters)
         if self.cache is not None:
@@ -227,13 +201,16 @@ class CorpusReader:
     def pending(self) -> list[str]:
         """What of a store is being waited for."""
         folders = {id(folder): folder for folder in (self._folder, self._tar_folder) if folder is not None}
-        return [line for folder in folders.values() for line in folder.pending()]
+        shared = self._shared.pending() if self._shared is not None else []
+        return [line for folder in folders.values() for line in folder.pending()] + shared
 
     def cancel(self) -> None:
         """End reads from a store that are under way: their callers get CancelledError."""
         for folder in (self._folder, self._tar_folder):
             if folder is not None:
                 folder.cancel()
+        if self._shared is not None:
+            self._shared.cancel()
 
     def close(self) -> None:
         """Close files and connections, and forget the indices; reading opens them again."""
@@ -246,14 +223,47 @@ class CorpusReader:
         self._indices.clear()
 
 
-def open_corpus(url: str, config: LoaderConfig, open_shards: int = OPEN_SHARDS) -> CorpusReader:
-    """A reader with the settings of a run; raises as CorpusReader, and ValueError for settings that cannot be meant."""
+def open_corpus(
+    url: str, config: LoaderConfig, open_shards: int = OPEN_SHARDS, node: Node | None = None
+) -> CorpusReader:
+    """A reader with the settings of a run; raises as CorpusReader, and ValueError for settings that cannot be meant.
+
+    node: whose process this is; else as the environment tells.
+    """
     check_storage(config)
     check_no_credentials(url, config.storage)
+    node = node or this_node()
     cache = None
-    if config.cache.folder and not is_local(url, config.storage):
-        cache = DiskCache(config.cache.folder, int(config.cache.gb * 1e9))
-    return CorpusReader(url, config.storage, open_shards, config.remote, cache, config.cache.clips)
+    keep: tuple[str, ...] = ("image", "video") if config.cache.clips else ("image",)
+    if not is_local(url, config.storage):
+        if config.cache.folder:
+            cache = DiskCache(config.cache.folder, int(config.cache.gb * 1e9))
+        else:
+            cache, keep = index_cache(config.cache.index_mb), ()
+        wait_for_turn(node, config.remote.starts_per_second)
+    return CorpusReader(url, config.storage, open_shards, share_of(config.remote, node), cache, keep)
+
+
+def describe(url: str, config: LoaderConfig) -> Corpus:
+    """What a corpus holds; raises as `open_corpus`."""
+    reader = open_corpus(url, config)
+    reader.close()
+    return reader.corpus
+
+
+def index_cache(megabytes: int) -> DiskCache | None:
+    """A cache in the temporary folder, of this user alone; None where there can be none, or it is not wanted."""
+    folder = Path(tempfile.gettempdir()) / f"singularity-{os.getuid()}"
+    if not megabytes:
+        return None
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+            raise ValueError(f"{folder} belongs to another user")
+        return DiskCache(str(folder), megabytes * 2**20)
+    except (OSError, ValueError) as error:
+        log.info("indices are kept in no cache, each process fetches its own (%s)", error)
+        return None
 
 
 def check_cache(readers: Sequence[CorpusReader], config: LoaderConfig, lanes_here: int) -> None:

@@ -20,6 +20,7 @@ from loaders.batch import Answers, Batch
 from loaders.config import LoaderConfig
 from loaders.decoding import make_decoder, usable_threads
 from loaders.line import Draw, Line
+from loaders.node import node_of
 from loaders.plan import EpochPlan, check_world_size, media_schedule, rank_positions
 from loaders.quarantine import Quarantine
 from loaders.storage import BadSampleError, check_cache, open_corpus
@@ -72,7 +73,8 @@ class TrainLoader:
         check_positive(config)
         self.config, self.tokenizer, self.rank, self.world_size = config, tokenizer, rank, world_size
         lanes = config.lanes // math.gcd(config.lanes, world_size)  # that this rank reads
-        readers = [open_corpus(url, config, lanes * (config.window_shards + 2)) for url in corpora]
+        node = node_of(rank, world_size, ranks_here)
+        readers = [open_corpus(url, config, lanes * (config.window_shards + 2), node) for url in corpora]
         check_cache(readers, config, min(config.lanes, lanes * (ranks_here or world_size)))
         check_weights(config, [reader.corpus.name for reader in readers])
         kinds = sorted({reader.corpus.media_type for reader in readers})
@@ -83,7 +85,9 @@ class TrainLoader:
         self.step_pool = ThreadPoolExecutor(steps_at_once, thread_name_prefix="step")
         self._counting = threading.Lock()
         self.lines = {
-            kind: Line(kind, [reader for reader in readers if reader.corpus.media_type == kind], config, self.pool)
+            kind: Line(
+                kind, [reader for reader in readers if reader.corpus.media_type == kind], config, self.pool, node.place
+            )
             for kind in kinds
         }
         self.batch_size = {kind: getattr(config.batch_size, kind) for kind in kinds}

@@ -12,13 +12,13 @@ from typing import Any
 import fsspec
 import torch
 
+from loaders.storage import describe
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader
 from model.building import Model, build_model
 from model.checkpoint import fit_weights, load_weights, resolve_weights
 from model.config import with_changes
 from model.initial import new_model
-from sharding.schema import read_corpus
 from train.architecture import adopt, changes_to, check_texts, fresh_architecture
 from train.checkpoints import WEIGHTS, complete_checkpoints, special_ids
 from train.config import RunConfig
@@ -68,7 +68,7 @@ def prepare_training(settings: Settings, ranks: Ranks, evaluates: bool) -> Prepa
         check_test_corpora(run)
         answers = read_answer_list(run)
     for url in run.train_urls():
-        read_corpus(url, dict(run.storage))
+        describe(url, run)
     share_cores(ranks)
     torch.manual_seed(run.seed)
     model, tokenizer = _model(settings)
@@ -142,7 +142,7 @@ def check_test_corpora(run: RunConfig) -> None:
     """Raise FileNotFoundError or ValueError unless every split to evaluate is a packed corpus of our version."""
     for name, url in run.test_urls().items():
         kind = TEXTS_OF_TASK[run.task]
-        if not sum(read_corpus(url, dict(run.storage)).counts(kind)):
+        if not sum(describe(url, run).counts(kind)):
             raise ValueError(f"test_corpus.{name}: {url} holds no {kind}, which task={run.task} needs")
 
 
