@@ -82,6 +82,11 @@ def deviation(dali: Decoder, cpu: Decoder, batches: list[list[Clip]]) -> dict[st
     return {"largest": largest, "mean": round(total / count, 4)}
 
 
+def alike(frames: torch.Tensor, others: torch.Tensor) -> bool:
+    """Whether pictures (B, T, S, S, 3) are the same; a GPU may decode one in its hardware now, by a kernel then."""
+    return float((frames.int() - others.int()).abs().float().flatten(1).mean(1).max()) <= LARGEST_MEAN
+
+
 def survival(decoder: Decoder, batch: list[Clip]) -> dict[str, str]:
     """What becomes of a batch with a damaged image: `named`, `shown` or `harmed`."""
     good, middle = decoder.decode(batch)[0].clone(), len(batch) // 2
@@ -91,7 +96,7 @@ def survival(decoder: Decoder, batch: list[Clip]) -> dict[str, str]:
         damaged = batch[middle]._replace(jpegs=[damage(data) for data in batch[middle].jpegs])
         frames, bad = decoder.decode([*batch[:middle], damaged, *batch[middle + 1 :]])
         again, bad_again = decoder.decode(batch)
-        unharmed = torch.equal(frames[others], good[others]) and torch.equal(again, good)
+        unharmed = alike(frames[others], good[others]) and alike(again, good)
         if not unharmed or bad_again or set(bad) - {middle}:
             found[name] = "harmed"
         else:

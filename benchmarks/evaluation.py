@@ -56,11 +56,12 @@ def make_model(size: str, device: str) -> Singularity:
 
 def clips(model: Singularity, count: int, frames: int, batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Random clips, the same ones each time, batch by batch, and their numbers."""
-    size = model.config.image_res
+    size, device = model.config.image_res, model.temp.device
     for start in range(0, count, batch):
-        generator = torch.Generator().manual_seed(start)
+        generator = torch.Generator(device).manual_seed(start)
         indices = torch.arange(start, min(count, start + batch))
-        yield torch.randn(len(indices), frames, 3, size, size, generator=generator).to(model.temp.device), indices
+        shape = (len(indices), frames, 3, size, size)
+        yield torch.randn(shape, generator=generator, device=device), indices
 
 
 def texts(model: Singularity, count: int, length: int, words: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,7 +84,7 @@ def one_query_at_a_time(
     model: Singularity, visuals: VisualFeatures, states: torch.Tensor, mask: torch.Tensor, found: TextFeatures, k: int
 ) -> Scores:
     """The same scores, each query's candidates as a batch of their own; states (M, Lt, D) and mask of the texts."""
-    tokens = torch.cat([block.tokens[:, 0] for block in visuals.blocks])
+    tokens = torch.cat([block.tokens[:, 0] for block in visuals.blocks]).to(states.device)
     similarity = (visuals.embeddings @ found.embeddings.T).cpu().numpy()
     visual_to_text = np.full(similarity.shape, NOT_RERANKED, dtype=np.float32)
     text_to_visual = np.full(similarity.T.shape, NOT_RERANKED, dtype=np.float32)

@@ -2,8 +2,9 @@
 # Everything that is worth measuring on a machine with a GPU, one after another, on a Shapes corpus of its own.
 # Usage: bash benchmarks/gpu.sh [FOLDER]     half an hour on one GPU; FOLDER/summary.txt, and each part's whole output
 #        SMALL=1 bash benchmarks/gpu.sh [FOLDER]     the same parts, tiny, on a CPU: whether they run
+#        BATCH=32 bash benchmarks/gpu.sh [FOLDER]    where the GPU's memory is small; 128 is the default
 # A part that fails does not stop the others; the exit code is then 1. Run again, it goes on after what is done.
-set -uo pipefail
+set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-gpu}
 source launch/steps.sh
@@ -18,19 +19,19 @@ else
     echo "PyTorch finds no GPU here. SMALL=1 tries the same parts on a CPU." >&2
     exit 2
   }
-  images=8192 clips=2048 test_items=64 pixels=256 size=base device=cuda precision=bf16 batch=128 few=32
-  decode=(--size 224 --batch 128) bench=(--size 224 --batch-size 128)
-  train=(--steps 40 --blocks 5 --threads 0) model=(--batch 128 --repeats 10) gallery=1000 match=(--k_test 128)
+  images=8192 clips=2048 test_items=64 pixels=256 size=base device=cuda precision=bf16 batch=${BATCH:-128}
+  few=$((batch / 4)) decode=(--size 224 --batch 128) bench=(--size 224 --batch-size 128)
+  train=(--steps 40 --blocks 5 --threads 0) model=(--batch "$batch" --repeats 10) gallery=1000 match=(--k_test 128)
 fi
 
 prepare() { # prepare: draw and pack Shapes, learn their words
   local name medium
   step shapes python -m sharding.shapes --output "$out/shapes" --images $images --clips $clips --test-items $test_items \
-    --size $pixels || return
+    --size $pixels
   for name in images_train clips_train; do
     medium=$([ $name = images_train ] && echo image || echo video)
     step "pack_$name" python -m sharding.build --annotations "$out/shapes/$name.json" --media-root "$out/shapes/media" \
-      --media-type $medium --output "$out/shards/$name" --name $name --size $pixels --fps 4 || return
+      --media-type $medium --output "$out/shards/$name" --name $name --size $pixels --fps 4
   done
   step vocab python -m loaders.vocab "$out/shards/images_train" "$out/shards/clips_train" --size 600 --output "$out/vocab.txt"
 }
@@ -50,7 +51,7 @@ part() { # part NAME TITLE COMMAND...: run it, its output into FOLDER/NAME.txt
   fi
 }
 
-prepare || exit 1
+prepare
 titles=()
 photos=$out/shards/images_train videos=$out/shards/clips_train
 training=(python benchmarks/training.py --size $size --precision $precision --tokenizer "$out/vocab.txt" "${train[@]}")

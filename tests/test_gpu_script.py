@@ -39,6 +39,15 @@ def test_a_part_that_fails_is_told_and_the_others_stand(tmp_path):
     assert "figures of evaluation" in summary
 
 
+def test_without_its_corpus_it_ends(tmp_path):
+    (tmp_path / "steps").mkdir()
+    (tmp_path / "steps/shapes").touch()
+    result = gpu_script(tmp_path, SMALL="1")
+    assert result.returncode != 0
+    assert "shapes/media does not exist" in result.stderr
+    assert [path.name for path in (tmp_path / "steps").iterdir()] == ["shapes"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_part_runs_and_the_summary_holds_them_all(tmp_path):
