@@ -106,6 +106,7 @@ class RunConfig(LoaderConfig, EvalConfig):
     stall_seconds: float = 600.0  # ends the run when no step is done for so long
     profile_steps: list[int] = field(default_factory=list)  # first and last step of a profiler's trace; empty: none
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    tensorboard: bool = False  # event files in output_dir/tensorboard beside metrics.jsonl
 
     def __post_init__(self) -> None:
         """Check the values; raises ValueError naming the key, the value and the rule."""

@@ -23,7 +23,8 @@ WAIT_FOR_STOPPING = 90.0  # seconds given to a run that is just saving its last 
 # Settings that may differ when a run goes on: they change what is watched and where, not what is learned.
 FREE = (
     "output_dir", "data_root", "available_corpus", "test_corpus", "splits", "label", "checkpoint", "resume",
-    "log_every", "save_every", "save_minutes", "keep_checkpoints", "wandb", "threads", "prefetch", "storage",
+    "log_every", "save_every", "save_minutes", "keep_checkpoints", "wandb", "tensorboard", "threads", "prefetch",
+    "storage",
     "max_bad_share", "batch_size_test", "pair_batch_size", "gallery", "gallery_frames", "eval_offload", "tokenizer",
     "checkpoint_url", "deepspeed", "accumulate", "gradient_checkpointing", "compile", "max_bad_steps", "stall_seconds",
     "profile_steps", "quarantine_file", "cache", "feature_cache", "eval_num_frames", "benchmark",

@@ -1,4 +1,4 @@
-"""Where a run's figures go: metrics.jsonl, the console, and Weights & Biases when enabled."""
+"""Where a run's figures go: metrics.jsonl, the console, and Weights & Biases and TensorBoard when enabled."""
 
 from __future__ import annotations
 
@@ -22,9 +22,15 @@ PICTURES = 12  # of an evaluation that Weights & Biases gets
 
 
 def check_tracking(run: RunConfig) -> None:
-    """Raise ValueError when Weights & Biases is asked for and not installed."""
-    if run.wandb.enable and importlib.util.find_spec("wandb") is None:
-        raise ValueError("wandb.enable is true and wandb is not installed: pip install wandb, or wandb.enable=false")
+    """Raise ValueError when Weights & Biases or TensorBoard is asked for and not installed."""
+    for setting, package, enabled in (
+        ("wandb.enable", "wandb", run.wandb.enable),
+        (*2 * ("tensorboard",), run.tensorboard),
+    ):
+        if enabled and importlib.util.find_spec(package) is None:
+            raise ValueError(
+                f"{setting} is true and {package} is not installed: pip install {package}, or {setting}=false"
+            )
 
 
 class Tracker:
@@ -36,6 +42,7 @@ class Tracker:
         drop_after(self._path, step)
         self._file = self._path.open("a", encoding="utf-8")
         self._wandb = _start_wandb(folder, run) if run.wandb.enable else None
+        self._board = _start_tensorboard(folder, step) if run.tensorboard else None
 
     def step(self, figures: dict[str, Any]) -> None:
         """Record a training step's figures; `figures["step"]` is its number."""
@@ -56,6 +63,8 @@ class Tracker:
         self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
+        if self._board is not None:
+            self._board.close()
 
     def _write(self, figures: dict[str, Any]) -> None:
         figures = {key: None if _is_nan(value) else value for key, value in figures.items()}
@@ -63,6 +72,11 @@ class Tracker:
         self._file.flush()
         if self._wandb is not None:
             self._wandb.log({key: value for key, value in figures.items() if key != "step"}, step=figures["step"])
+        if self._board is not None:
+            for key, value in figures.items():
+                if key != "step" and isinstance(value, int | float):
+                    self._board.add_scalar(key, value, figures["step"])
+            self._board.flush()
 
     def _left(self, step: int) -> str:
         seconds = (time.perf_counter() - self._started) / (step - self._first_step) * (self._total_steps - step)
@@ -120,6 +134,13 @@ def drop_after(path: Path, step: int) -> None:
     aside = path.with_name(f".{path.name}.part")
     aside.write_text("".join(kept), encoding="utf-8")
     os.replace(aside, path)
+
+
+def _start_tensorboard(folder: RunFolder, step: int) -> Any:
+    """A writer of event files; what they hold beyond `step` is hidden, since those steps are trained again."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder.path / "tensorboard"), purge_step=step + 1)
 
 
 def _start_wandb(folder: RunFolder, run: RunConfig) -> Any:

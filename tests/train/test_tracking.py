@@ -1,15 +1,19 @@
 """What a run writes about its steps."""
 
+import importlib.util
 import json
+import math
 import struct
 import time
 
+import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto.wandb_internal_pb2 import Record
 
 from train.config import RunConfig
 from train.folder import RunFolder
-from train.tracking import Tracker, drop_after
+from train.tracking import Tracker, check_tracking, drop_after
 
 FIGURES = {
     "epoch": 0, "media_type": "image", "loss": 3.0, "loss_itc": 1.0, "loss_itm": 2.0, "lr": 1e-4,
@@ -114,3 +118,46 @@ def test_wandb_offline_receives_settings_losses_and_pictures(tmp_path, monkeypat
     with Image.open(path) as picture:
         assert picture.size == (40, 30)
     assert any(path.suffix == ".html" and "Evaluation" in path.read_text() for path in tmp_path.rglob("final/report_*"))
+
+
+def scalars(folder):
+    """{figure: [(step, value)]} of a run's event files, as TensorBoard shows them."""
+    shown = EventAccumulator(str(folder / "tensorboard")).Reload()
+    return {tag: [(event.step, event.value) for event in shown.Scalars(tag)] for tag in shown.Tags()["scalars"]}
+
+
+def test_tensorboard_shows_what_metrics_jsonl_holds(tmp_path):
+    run = RunConfig(tensorboard=True)
+    folder = RunFolder(tmp_path)
+    for first, count in ((0, 4), (2, 3)):  # killed without a word after step 4, resumed from step 2
+        tracker = Tracker(folder, run, total_steps=10, step=first)
+        for step in range(first + 1, first + count + 1):
+            tracker.step({"step": step, **FIGURES, "loss": 3.0 - step - first / 8, "grad_norm": math.inf})
+    tracker.evaluation(5, 1, {"val/": {"r_mean": 50.0}})
+    tracker.close()
+    shown = scalars(tmp_path)
+    lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    assert shown["loss"] == [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    assert len(shown["loss"]) == 5
+    assert shown["val/r_mean"] == [(5, 50.0)]
+    assert {"loss_itc", "lr", "temperature", "samples_per_second", "data_wait", "memory_gb", "epoch"} <= shown.keys()
+    assert not {"step", "media_type", "mfu", "grad_norm"} & shown.keys()
+
+
+def test_without_being_asked_for_there_are_no_event_files(tmp_path):
+    tracker = Tracker(RunFolder(tmp_path), RunConfig(), total_steps=10, step=0)
+    tracker.step({"step": 1, **FIGURES})
+    tracker.close()
+    assert not (tmp_path / "tensorboard").exists()
+
+
+@pytest.mark.parametrize("setting", ["tensorboard", "wandb.enable"])
+def test_a_tracker_that_is_not_installed_is_told_at_once(setting, monkeypatch):
+    run = RunConfig(tensorboard=setting == "tensorboard")
+    run.wandb.enable = setting == "wandb.enable"
+    check_tracking(run)
+    package = setting.partition(".")[0]
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else found(name))
+    with pytest.raises(ValueError, match=rf"{setting} is true and {package} is not installed: pip install {package}"):
+        check_tracking(run)
