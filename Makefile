@@ -23,8 +23,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 export PATH := $(BIN):$(PATH)
 
 # Programs that tests start and pip does not have; installed where they are missing and there is an apt-get.
-# PROGRAM, or PROGRAM:PACKAGE where the package's name is another one.
-PACKAGES := chromium pdsh ssh:openssh-client sshd:openssh-server ip:iproute2 nft:nftables munged:munge sbatch:slurm-wlm mpirun:openmpi-bin
+# PROGRAM, or PROGRAM:PACKAGE where the package's name is another one; or a FILE:PACKAGE.
+PACKAGES := chromium pdsh ssh:openssh-client sshd:openssh-server ip:iproute2 nft:nftables munged:munge sbatch:slurm-wlm mpirun:openmpi-bin \
+  /usr/include/libaio.h:libaio-dev
 AS_ROOT := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
 
 # Most tests wait for processes and servers of their own: two files at a time.
@@ -63,7 +64,7 @@ study: $(READY)
 	@bash launch/study.sh $(STUDY)
 
 packages:
-	@missing=$$(PATH=$$PATH:/usr/sbin:/sbin; for name in $(PACKAGES); do command -v $${name%:*} >/dev/null || echo $${name#*:}; done); \
+	@missing=$$(PATH=$$PATH:/usr/sbin:/sbin; for name in $(PACKAGES); do [ -f $${name%:*} ] || command -v $${name%:*} >/dev/null || echo $${name#*:}; done); \
 	[ -z "$$missing" ] || ! command -v apt-get >/dev/null || { echo "Installing for the tests:" $$missing; \
 	$(AS_ROOT) apt-get update -qq && $(AS_ROOT) env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing >/dev/null; }
 

@@ -87,6 +87,7 @@ class RunConfig(LoaderConfig, EvalConfig):
     compile: bool = False  # the step by torch.compile: minutes at the start, faster steps; not with ZeRO 3
     precision: str = "bf16"  # bf16 | fp16 | fp32
     deepspeed: str = "deepspeed_configs/zero1.json"  # relative to the repository, or a path of your own
+    nvme_path: str | None = None  # folder for the optimiser's state where that JSON puts it on nvme
 
     # The run.
     output_dir: str | None = None

@@ -15,6 +15,7 @@ from train.config import RunConfig
 from train.fragments import set_optimizer_step
 from train.groups import ParameterGroup, parameter_groups
 from train.network import choose_interface
+from train.offload import mend_gradient_reads, with_nvme_path
 from train.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def deepspeed_config(run: RunConfig, ranks: Ranks) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is no valid JSON ({error})") from None
+    config = with_nvme_path(config, path, run.nvme_path)
     largest = max(run.batch_size.image, run.batch_size.video)
     micro = max(1, largest // ranks.world_size // run.accumulate)  # DeepSpeed uses it for its own figures only
     own: dict[str, Any] = {
@@ -138,6 +140,7 @@ def start_engine(
     if isinstance(optimizer, torch.optim.AdamW):
         config = {**config, "gradient_clipping": 0.0}  # train.guard clips: DeepSpeed waits for the device to do it
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    mend_gradient_reads(engine)
     set_optimizer_step(engine, 0)
     return engine, groups
 

@@ -26,8 +26,8 @@ FREE = (
     "log_every", "save_every", "save_minutes", "keep_checkpoints", "wandb", "tensorboard", "threads", "prefetch",
     "storage",
     "max_bad_share", "batch_size_test", "pair_batch_size", "gallery", "gallery_frames", "eval_offload", "tokenizer",
-    "checkpoint_url", "deepspeed", "accumulate", "gradient_checkpointing", "compile", "max_bad_steps", "stall_seconds",
-    "profile_steps", "quarantine_file", "cache", "feature_cache", "eval_num_frames", "benchmark",
+    "checkpoint_url", "deepspeed", "nvme_path", "accumulate", "gradient_checkpointing", "compile", "max_bad_steps",
+    "stall_seconds", "profile_steps", "quarantine_file", "cache", "feature_cache", "eval_num_frames", "benchmark",
 )  # fmt: skip
 
 

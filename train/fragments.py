@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -49,8 +50,8 @@ def loaded(engine: DeepSpeedEngine) -> None:
     optimizer: Any = engine.optimizer
     stage = engine.zero_optimization_stage()
     if stage == 3:
-        for low, high in zip(optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat):
-            if low is not None and high.numel():
+        for group, low in enumerate(optimizer.fp16_partitioned_groups_flat):
+            with _in_memory(optimizer, group) as high:
                 low.data.copy_(high.data)
         optimizer.checkpoint_event_epilogue()
     elif stage in (1, 2):
@@ -93,21 +94,27 @@ def _of_stages_1_2(optimizer: Any, trained: dict[str, Any], moments: bool) -> It
 def _of_stage_3(optimizer: Any, trained: dict[str, Any], moments: bool) -> Iterator[Fragment]:
     names = {id(parameter): name for name, parameter in trained.items()}
     for group, parameters in enumerate(optimizer.fp16_groups):
-        swapped = optimizer._swappable_optimizer_subgroup(group)
-        if swapped:
-            optimizer._optimizer_states_and_gradient_swap_in(group)
-        flat = optimizer.fp32_partitioned_groups_flat[group]
-        state = _state(optimizer.optimizer, flat) if moments else {}
-        for parameter in parameters:
-            _, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
-            start = length * optimizer._get_param_partition_rank(parameter)
-            length = min(length, parameter.ds_numel - start)  # the last rank's part is padded
-            if length > 0:
-                part = slice(offset, offset + length)
-                own = {key: value[part] for key, value in state.items()}
-                yield Fragment(names[id(parameter)], start, flat.data[part], own)
-        if swapped:
-            optimizer._optimizer_states_and_gradient_swap_out(group)
+        with _in_memory(optimizer, group) as flat:
+            state = _state(optimizer.optimizer, flat) if moments else {}
+            for parameter in parameters:
+                _, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+                start = length * optimizer._get_param_partition_rank(parameter)
+                length = min(length, parameter.ds_numel - start)  # the last rank's part is padded
+                if length > 0:
+                    part = slice(offset, offset + length)
+                    own = {key: value[part] for key, value in state.items()}
+                    yield Fragment(names[id(parameter)], start, flat.data[part], own)
+
+
+@contextmanager
+def _in_memory(optimizer: Any, group: int) -> Iterator[torch.Tensor]:
+    """A group's flat single-precision weights under ZeRO 3 (n,), brought from NVMe and back where they lie there."""
+    swapped = optimizer._swappable_optimizer_subgroup(group)
+    if swapped:
+        optimizer._optimizer_states_and_gradient_swap_in(group)
+    yield optimizer.fp32_partitioned_groups_flat[group]
+    if swapped:
+        optimizer._optimizer_states_and_gradient_swap_out(group)
 
 
 def _unpartitioned(optimizer: Any, trained: dict[str, Any], moments: bool) -> Iterator[Fragment]:

@@ -81,8 +81,6 @@ class StepGuard:
     def note(self, step: int, keys: tuple[str, ...], losses: Mapping[str, torch.Tensor]) -> None:
         """Remember step number `step` = 1, 2, ... until the next `inspect`."""
         skipped: torch.Tensor | bool = bool(getattr(self._engine.optimizer, "overflow", False))
-        if skipped:
-            _gather_persistent(self._engine)
         if skipped or self._bad is None:  # DeepSpeed's own test and norm
             self.norm = None if skipped else self._engine.get_global_grad_norm()
         else:
@@ -128,14 +126,3 @@ class StepGuard:
             samples = "; ".join(f"rank {n}, loss {told[n].loss:.4g}: {', '.join(told[n].keys)}" for n in guilty)
             log.warning("Step %d is skipped, its gradient is not finite; samples of %s", each.step, samples)
         return True
-
-
-def _gather_persistent(engine: DeepSpeedEngine) -> None:
-    """Bring the small parameters that ZeRO 3 never lets go of back to all ranks after a step that it has skipped.
-
-    DeepSpeed divides them before a step and gathers them after it, but for skipped ones; the next steps then end in
-    its "tracing error".
-    """
-    persistent: Any = getattr(engine.optimizer, "persistent_parameters", [])
-    if persistent:
-        persistent[0].all_gather(persistent)

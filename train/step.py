@@ -11,6 +11,7 @@ import torch
 from loaders.batch import Answers, Batch, normalize
 from model.building import Model
 from model.singularity import TEMPERATURE_RANGE
+from train.after_step import clear_step
 from train.engine import DTYPES
 from train.fragments import fragments
 from train.groups import ParameterGroup
@@ -103,6 +104,7 @@ class Stepper:
         each = [self._part(part.to(self._device)) for part in split(batch, self._accumulate)]
         losses = {name: torch.stack([part[name] for part in each]).mean() for name in each[0]}
         self.guard.note(step + 1, batch.keys, losses)
+        clear_step(self.engine)
         return losses
 
     def _part(self, batch: Batch) -> Losses:

@@ -2,85 +2,31 @@
 
 import pytest
 import torch
-from small_run import PRECISIONS, ROOT, free_port
+from small_engine import SMALL, make, numbers, step
+from small_run import PRECISIONS
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.config import ModelConfig, TextConfig, VisionConfig
 from model.singularity import Singularity
-from train.config import OptimizerConfig, RunConfig
-from train.engine import deepspeed_config, device_for, start_engine, start_processes
+from train.config import OptimizerConfig
 from train.fragments import fragments
 from train.groups import parameter_groups
-from train.guard import StepGuard
-from train.ranks import Ranks
 
-SMALL = ModelConfig(
-    vision_encoder=VisionConfig(type="vit", width=32, depth=1, heads=2, drop_path=0.0),
-    text_encoder=TextConfig(
-        vocab_size=40, width=32, layers=2, fusion_layer=1, heads=2, intermediate=64, max_positions=16, dropout=0.0
-    ),
-    image_res=32,
-    embed_dim=16,
-)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def processes():
-    """A group of one process, as a plain `python` launch has it."""
-    with pytest.MonkeyPatch.context() as patch:
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        for key, value in {**alone, "MASTER_PORT": str(free_port()), "DS_ACCELERATOR": "cpu"}.items():
-            patch.setenv(key, value)
-        start_processes(device_for(Ranks()))
-        yield
-
-
-def make(stage, precision):
-    run = RunConfig(
-        deepspeed=str(ROOT / f"deepspeed_configs/zero{stage}.json"), precision=precision,
-        optimizer=OptimizerConfig(lr=1e-2, max_grad_norm=1.0),
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = Singularity(SMALL, pad_id=0, cls_id=2, mask_id=4)
-    engine, _ = start_engine(model, run, deepspeed_config(run, Ranks()), torch.device("cpu"))
-    return engine, StepGuard(engine, Ranks(), limit=3, max_grad_norm=1.0)
-
-
-def step(engine, guard, number, poisoned, factor=1.0):
-    frames = torch.randn(4, 1, 3, 32, 32).to(next(engine.module.parameters()).dtype)
-    if poisoned:
-        frames[2] = float("nan")
-    ids = torch.randint(5, 40, (4, 8))
-    losses = engine(frames, ids, torch.ones_like(ids), torch.arange(4))
-    for group in engine.optimizer.param_groups:
-        group["lr"] = 1e-2
-    engine.backward(guard.loss_scale.apply(factor * torch.stack(list(losses.values())).sum()))
-    engine.step()
-    guard.note(number, tuple(f"corpus/{number}_{row}" for row in range(4)), losses)
-
-
-def numbers(engine):
-    """Weights and moments, single precision."""
-    return {
-        (part.name, kind): tensor.clone()
-        for part in fragments(engine)
-        for kind, tensor in {"weight": part.weight, **part.moments}.items()
-    }
+pytestmark = pytest.mark.usefixtures("one_process")
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_poisoned_step_changes_nothing_and_is_told(stage, precision, caplog):
-    engine, guard = make(stage, precision)
+    engine, guard = make(f"zero{stage}", precision)
     guard.loss_scale.load({"cur_scale": 64.0})  # where fp16 has one: it fits, so no step is lost looking for it
-    step(engine, guard, 1, poisoned=False)
+    step(engine, guard, 1)
     before = numbers(engine)
     step(engine, guard, 2, poisoned=True)
     after = numbers(engine)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     kept = getattr(engine.optimizer, "persistent_parameters", [])  # by every rank, under ZeRO 3
     assert all(parameter.shape == parameter.ds_shape for parameter in kept)
-    step(engine, guard, 3, poisoned=False)
+    step(engine, guard, 3)
     assert any(not torch.equal(tensor, before[name]) for name, tensor in numbers(engine).items())
     steps = {float(state["step"]) for state in engine.basic_optimizer.state.values()}
     assert steps == {2.0}
@@ -96,15 +42,15 @@ def test_a_poisoned_step_changes_nothing_and_is_told(stage, precision, caplog):
 @pytest.mark.skipif("fp16" not in PRECISIONS, reason="this processor has no arithmetic for fp16")
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_an_overflow_of_fp16_lowers_the_loss_scale_and_is_no_fault_of_the_samples(stage, caplog):
-    engine, guard = make(stage, "fp16")
+    engine, guard = make(f"zero{stage}", "fp16")
     guard.loss_scale.load({"cur_scale": 2.0**20, "cur_hysteresis": 1})
     before = numbers(engine)
-    step(engine, guard, 1, poisoned=False)
+    step(engine, guard, 1)
     assert guard.loss_scale.value == 2.0**19
     assert guard.norm is None
     assert all(torch.equal(tensor, before[name]) for name, tensor in numbers(engine).items())
     for number in range(2, 14):
-        step(engine, guard, number, poisoned=False)
+        step(engine, guard, number)
     assert 1 < guard.loss_scale.value < 2.0**17
     assert any(not torch.equal(tensor, before[name]) for name, tensor in numbers(engine).items())
     with caplog.at_level("WARNING", "train"):
@@ -116,17 +62,17 @@ def test_an_overflow_of_fp16_lowers_the_loss_scale_and_is_no_fault_of_the_sample
 @pytest.mark.skipif("fp16" not in PRECISIONS, reason="this processor has no arithmetic for fp16")
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_overflows_that_no_loss_scale_helps_end_the_run(stage):
-    engine, guard = make(stage, "fp16")
+    engine, guard = make(f"zero{stage}", "fp16")
     guard.loss_scale.load({"cur_scale": 2.0, "cur_hysteresis": 1})
     for number in range(1, 5):  # the first one lowers the scale to 1
-        step(engine, guard, number, poisoned=False, factor=1e30)
+        step(engine, guard, number, factor=1e30)
     assert guard.loss_scale.value == 1
     with pytest.raises(ValueError, match=r"3 steps in a row, the last one 4, .*take precision=bf16"):
         guard.inspect()
 
 
 def test_too_many_in_a_row_end_the_run():
-    engine, guard = make(1, "bf16")
+    engine, guard = make("zero1", "bf16")
     for number, poisoned in enumerate([True, True, False, True, True], 1):
         step(engine, guard, number, poisoned)
     guard.inspect()
@@ -148,8 +94,8 @@ class Reads(TorchDispatchMode):
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_no_step_waits_for_the_device_in_bf16(stage):
-    engine, guard = make(stage, "bf16")
-    step(engine, guard, 1, poisoned=False)
+    engine, guard = make(f"zero{stage}", "bf16")
+    step(engine, guard, 1)
     with Reads() as reads:
         step(engine, guard, 2, poisoned=True)
     assert reads.count == 0
@@ -161,7 +107,7 @@ def test_no_step_waits_for_the_device_in_bf16(stage):
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_gradients_are_clipped_as_pytorch_does(stage, precision):
-    engine, guard = make(stage, precision)
+    engine, guard = make(f"zero{stage}", precision)
     guard.loss_scale.load({"cur_scale": 64.0})
     near = 1e-4 if precision == "fp32" else 0.1
     torch.manual_seed(0)
@@ -173,7 +119,7 @@ def test_gradients_are_clipped_as_pytorch_does(stage, precision):
     )
     for number in (1, 2, 3):
         torch.manual_seed(number)
-        step(engine, guard, number, poisoned=False)
+        step(engine, guard, number)
         torch.manual_seed(number)
         frames, ids = torch.randn(4, 1, 3, 32, 32), torch.randint(5, 40, (4, 8))
         plain.zero_grad()

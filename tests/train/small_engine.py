@@ -1,0 +1,58 @@
+"""A tiny model in DeepSpeed's engine, in the process of the test, and steps of it."""
+
+import torch
+from small_run import ROOT
+
+from model.config import ModelConfig, TextConfig, VisionConfig
+from model.singularity import Singularity
+from train.after_step import clear_step
+from train.config import OptimizerConfig, RunConfig
+from train.engine import deepspeed_config, start_engine
+from train.fragments import fragments
+from train.guard import StepGuard
+from train.ranks import Ranks
+
+SMALL = ModelConfig(
+    vision_encoder=VisionConfig(type="vit", width=32, depth=1, heads=2, drop_path=0.0),
+    text_encoder=TextConfig(
+        vocab_size=40, width=32, layers=2, fusion_layer=1, heads=2, intermediate=64, max_positions=16, dropout=0.0
+    ),
+    image_res=32,
+    embed_dim=16,
+)
+
+
+def make(zero, precision, model=SMALL, **settings):
+    """An engine under deepspeed_configs/ZERO.json, and its guard."""
+    run = RunConfig(
+        deepspeed=str(ROOT / f"deepspeed_configs/{zero}.json"), precision=precision, **settings,
+        optimizer=OptimizerConfig(lr=1e-2, max_grad_norm=1.0),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    module = Singularity(model, pad_id=0, cls_id=2, mask_id=4)
+    engine, _ = start_engine(module, run, deepspeed_config(run, Ranks()), torch.device("cpu"))
+    return engine, StepGuard(engine, Ranks(), limit=3, max_grad_norm=1.0)
+
+
+def step(engine, guard, number, poisoned=False, factor=1.0, num_frames=1):
+    """A step on four random pairs; factor: the loss is multiplied by it."""
+    frames = torch.randn(4, num_frames, 3, 32, 32).to(next(engine.module.parameters()).dtype)
+    if poisoned:
+        frames[2] = float("nan")
+    ids = torch.randint(5, 40, (4, 8))
+    losses = engine(frames, ids, torch.ones_like(ids), torch.arange(4))
+    for group in engine.optimizer.param_groups:
+        group["lr"] = 1e-2
+    engine.backward(guard.loss_scale.apply(factor * torch.stack(list(losses.values())).sum()))
+    engine.step()
+    guard.note(number, tuple(f"corpus/{number}_{row}" for row in range(4)), losses)
+    clear_step(engine)
+
+
+def numbers(engine):
+    """Weights and moments, single precision."""
+    return {
+        (part.name, kind): tensor.clone()
+        for part in fragments(engine)
+        for kind, tensor in {"weight": part.weight, **part.moments}.items()
+    }
