@@ -86,7 +86,7 @@ class DiskCache:
         Those with False are being fetched by another process, or are there, or do not fit beside what others fetch.
         """
         mine = dict.fromkeys(sizes, False)
-        with self._changing() as database:
+        with self._going_on_without(), self._changing() as database:
             self._note_use(database)
             for name, size in sizes.items():
                 row = database.execute("SELECT owner FROM items WHERE name = ?", (name,)).fetchone()
@@ -101,7 +101,8 @@ class DiskCache:
 
     def is_coming(self, name: str) -> bool:
         """Whether a living process is fetching an item."""
-        with self._changing() as database:
+        row = None
+        with self._going_on_without(), self._changing() as database:
             row = database.execute("SELECT owner FROM items WHERE name = ?", (name,)).fetchone()
         return row is not None and row[0] is not None and is_alive(row[0])
 
@@ -113,19 +114,18 @@ class DiskCache:
             aside.write_bytes(data)
             os.replace(aside, self._path(name))
         except OSError as error:
-            if not self._full:
-                log.warning("cache %s: %s; reading goes on without it", self.folder, error.strerror)
-            self._full = True
+            self._warn(error.strerror)
+            aside.unlink(missing_ok=True)
             self.drop([name])
             return
-        with self._changing() as database:
+        with self._going_on_without(), self._changing() as database:
             mine = database.execute("UPDATE items SET owner = NULL WHERE name = ? AND owner = ?", (name, me()))
             if not mine.rowcount:  # taken for dead: nobody counts this file
                 self._path(name).unlink(missing_ok=True)
 
     def drop(self, names: Sequence[str]) -> None:
         """Remove items: damaged ones, or what was reserved and could not be fetched."""
-        with self._changing() as database:
+        with self._going_on_without(), self._changing() as database:
             for name in names:
                 self._remove(database, name)
 
@@ -136,12 +136,25 @@ class DiskCache:
 
     def close(self) -> None:
         """Note what was used, and close the list of items; it opens again when it is needed."""
-        with self._changing() as database:
+        with self._going_on_without(), self._changing() as database:
             self._noted = -NOTE_USE
             self._note_use(database)
         with self._lock:
             self._database.close()
             self._process = 0
+
+    @contextlib.contextmanager
+    def _going_on_without(self) -> Iterator[None]:
+        """Where the list of items cannot be changed, as on a full disk, reading goes on without it."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            self._warn(f"SQLite: {error}")
+
+    def _warn(self, reason: str | None) -> None:
+        if not self._full:
+            log.warning("cache %s: %s; reading goes on without it", self.folder, reason)
+        self._full = True
 
     def _path(self, name: str) -> Path:
         return self.folder / "items" / name[:2] / name
@@ -156,10 +169,10 @@ class DiskCache:
             database.execute("BEGIN IMMEDIATE")
             try:
                 yield database
+                database.commit()
             except BaseException:
                 database.rollback()
                 raise
-            database.commit()
 
     def _open(self) -> sqlite3.Connection:
         path = self.folder / "items.sqlite"

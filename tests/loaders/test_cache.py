@@ -161,3 +161,31 @@ def test_processes_killed_at_any_moment_leave_a_whole_cache_to_the_others(tmp_pa
     assert cache.bytes_used() == sum(found.values()) <= 60_000
     assert not [name for name in found if name.endswith(".part")]
     assert cache.reserve({"zz": 60_000}) == {"zz": True}  # nothing holds room for the dead
+
+
+FULL = """
+import resource, signal, sys
+sys.path[:0] = [{root!r}, {here!r}]
+from test_cache import content, get
+from loaders.cache import DiskCache
+cache = DiskCache(sys.argv[1], 10**6)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))  # no file grows beyond
+for name in range(30):
+    assert get(cache, f"{{name:02}}") == content(f"{{name:02}}")
+cache.drop(["00"])
+cache.close()
+"""
+
+
+@pytest.mark.parametrize("size", [0, 4096, 20_000])
+def test_a_disk_that_is_full_costs_the_cache_and_nothing_else(tmp_path: Path, size: int) -> None:
+    """Neither the items nor their list can be written."""
+    program = FULL.format(root=str(ROOT), here=str(Path(__file__).parent))
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path), str(size)], capture_output=True, text=True, check=True
+    )
+    assert done.stderr.count("reading goes on without it") == 1
+    cache = DiskCache(str(tmp_path), 10**6)
+    assert get(cache, "50") == content("50")
+    assert cache.bytes_used() == sum(files(cache).values())
