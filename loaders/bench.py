@@ -73,7 +73,7 @@ def measure(
     started = time.perf_counter()
     readers = [CorpusReader(url, config.storage) for url in corpora]
     with tempfile.TemporaryDirectory(prefix="singularity-bench-") as folder:
-        texts = (text for url in corpora for text in corpus_texts(url, config.storage))
+        texts = (text for url in corpora for text in corpus_texts(url, config))
         learn_from_texts(list(islice(texts, TEXTS_TO_LEARN_FROM)), 2000, Path(folder) / "vocab.txt")
         tokenizer = Tokenizer.load(folder)
     learned = time.perf_counter() - started

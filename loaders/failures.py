@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import email.utils
 import re
-import ssl
 import time
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
-from aiohttp.http_exceptions import HttpProcessingError
 
-PASSING = {408, 425, 429, 500, 502, 503, 504, 509}  # HTTP statuses that another try may not meet again
+from sharding.remote import AGAIN, answer_of, is_transient
+
 SECRET_OPTIONS = re.compile(r"secret|password|passwd|token|key|credential|sas|authorization", re.I)
 HARMLESS_TOKENS = ("anon", "cloud", "google_default", "cache", "browser")  # gcsfs: how to find one, not one itself
 
@@ -41,7 +39,7 @@ class GoneError(Exception):
 
 def failure_of_status(status: int, headers: Mapping[str, str]) -> TransientError | GoneError | PermissionError:
     """The error that an HTTP status means; PermissionError where the credentials may have grown old."""
-    if status in PASSING:
+    if status in AGAIN:
         return TransientError(f"status {status}", retry_after(headers))
     if status == 404:
         return GoneError("there is no such object (status 404)", FileNotFoundError)
@@ -66,16 +64,16 @@ def explain(error: Exception) -> TransientError | GoneError:
     name = type(error).__name__
     if isinstance(error, FileNotFoundError):
         return GoneError("there is no such object", FileNotFoundError)
-    response = response_of(error)
-    if response is not None:
-        found = failure_of_status(*response)
+    answer = answer_of(error)
+    if answer is not None and answer[0] >= 400:
+        found = failure_of_status(*answer)
         return denied(str(found)) if isinstance(found, PermissionError) else found
     if isinstance(error, PermissionError):
         return denied(str(error) if str(error).startswith("status ") else name)
-    if isinstance(error, (aiohttp.ClientSSLError, aiohttp.InvalidURL, ssl.SSLCertVerificationError)):
-        return GoneError(name)
-    if isinstance(error, (aiohttp.ClientError, asyncio.TimeoutError, OSError, EOFError)):
+    if is_transient(error):
         return TransientError(name)
+    if isinstance(error, aiohttp.ClientError):
+        return GoneError(name)  # its text may hold the address
     return GoneError(f"{name}: {hide_secrets(str(error))}")
 
 
@@ -84,21 +82,6 @@ def denied(reason: str) -> GoneError:
     return GoneError(
         f"access is denied ({reason}): check the credentials in the environment (docs/streaming.md)", PermissionError
     )
-
-
-def response_of(error: BaseException) -> tuple[int, Mapping[str, str]] | None:
-    """(status, headers) of the HTTP answer behind an exception of s3fs, gcsfs or aiohttp, where there was one."""
-    for found in (error, error.__cause__):
-        response: Any = getattr(found, "response", None)
-        if isinstance(response, dict) and "ResponseMetadata" in response:
-            metadata = response["ResponseMetadata"]
-            return int(metadata.get("HTTPStatusCode", 0)), metadata.get("HTTPHeaders", {})
-    if isinstance(error.__cause__, HttpProcessingError):  # aiohttp calls an answer that it cannot parse a status 400
-        return None
-    status = getattr(error, "status", None) or getattr(error, "code", None)
-    if not str(status).isdecimal():
-        return None
-    return int(str(status)), getattr(error, "headers", None) or {}
 
 
 def public_url(url: str) -> str:

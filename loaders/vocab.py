@@ -10,22 +10,30 @@ from pathlib import Path
 
 from tokenizers import BertWordPieceTokenizer
 
+from loaders.config import LoaderConfig
 from loaders.index import ShardIndex
+from loaders.storage import open_corpus
 from loaders.text import SPECIAL, clean_text
-from sharding.schema import read_corpus, read_index
 
 
-def corpus_texts(url: str, storage_options: dict[str, str] | None = None) -> Iterator[str]:
+def corpus_texts(url: str, config: LoaderConfig) -> Iterator[str]:
     """Every caption, question, answer and option of a corpus, cleaned."""
-    corpus = read_corpus(url, storage_options)
-    for shard in range(len(corpus.shards)):
-        index = ShardIndex(read_index(corpus, shard, storage_options))
-        for row in range(len(index)):
-            yield from map(clean_text, index.texts("captions", row))
-            for question in index.texts("questions", row):
-                yield from map(clean_text, [question["question"], *question["answers"]])
-            for choice in index.texts("choices", row):
-                yield from map(clean_text, choice["options"])
+    reader = open_corpus(url, config, open_shards=1)
+    try:
+        for shard in range(len(reader.corpus.shards)):
+            yield from index_texts(reader.index(shard))
+    finally:
+        reader.close()
+
+
+def index_texts(index: ShardIndex) -> Iterator[str]:
+    """Those of one shard."""
+    for row in range(len(index)):
+        yield from map(clean_text, index.texts("captions", row))
+        for question in index.texts("questions", row):
+            yield from map(clean_text, [question["question"], *question["answers"]])
+        for choice in index.texts("choices", row):
+            yield from map(clean_text, choice["options"])
 
 
 def learn_vocabulary(corpora: Sequence[str], size: int, output: str | Path) -> int:
@@ -34,7 +42,7 @@ def learn_vocabulary(corpora: Sequence[str], size: int, output: str | Path) -> i
     Raises:
         FileNotFoundError, ValueError: as `sharding.schema.read_corpus`, or the corpora hold no text.
     """
-    texts = [text for url in corpora for text in corpus_texts(url)]
+    texts = [text for url in corpora for text in corpus_texts(url, LoaderConfig())]
     if not texts:
         raise ValueError(f"{', '.join(corpora)}: no texts to learn a vocabulary from")
     return learn_from_texts(texts, size, output)

@@ -7,18 +7,19 @@ import errno
 import random
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import aiohttp
+from aiohttp.http_exceptions import HttpProcessingError
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
 from tenacity.nap import sleep_using_event
 from tenacity.stop import stop_when_event_set
 
 ATTEMPTS = 4
 LONGEST_PAUSE = 30.0  # seconds between two attempts
-AGAIN = {408, 425, 429, 500, 502, 503, 504}  # HTTP statuses that may be another one the next time
+AGAIN = {408, 425, 429, 500, 502, 503, 504, 509}  # HTTP statuses that may be another one the next time
 PASSING = {
     errno.ECONNRESET,
     errno.ECONNREFUSED,
@@ -93,17 +94,29 @@ def causes(error: BaseException) -> Iterator[BaseException]:
         found = found.__cause__
 
 
-def status_of(error: BaseException) -> int | None:
-    """The HTTP status behind an error of aiohttp, s3fs, gcsfs; None where there is none."""
-    if isinstance(error, aiohttp.ClientPayloadError | aiohttp.ClientConnectionError):
+def answer_of(error: BaseException) -> tuple[int, Mapping[str, str]] | None:
+    """(status, headers) of the HTTP answer behind an error of aiohttp, s3fs, gcsfs; None where there is none."""
+    if isinstance(error, aiohttp.ClientPayloadError | aiohttp.ClientConnectionError) or is_garbled(error):
         return None  # aiohttp gives these a status of its own making
     for cause in causes(error):
         response = getattr(cause, "response", None)
-        inner = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None
-        for value in (inner, getattr(cause, "status", None), getattr(cause, "code", None)):
-            if isinstance(value, int) and 100 <= value < 600:
-                return value
+        metadata = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
+        status = metadata.get("HTTPStatusCode")
+        for value in (status, getattr(cause, "status", None), getattr(cause, "code", None)):
+            if str(value).isdecimal() and 100 <= int(str(value)) < 600:
+                return int(str(value)), metadata.get("HTTPHeaders") or getattr(cause, "headers", None) or {}
     return None
+
+
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status behind an error, as `answer_of`."""
+    answer = answer_of(error)
+    return None if answer is None else answer[0]
+
+
+def is_garbled(error: BaseException) -> bool:
+    """Whether aiohttp could not make out an answer."""
+    return isinstance(error.__cause__, HttpProcessingError)
 
 
 def class_names(error: BaseException) -> set[str]:
@@ -125,6 +138,8 @@ def is_transient(error: BaseException) -> bool:
     if isinstance(error, aiohttp.ClientSSLError):
         return False
     if isinstance(error, aiohttp.ClientConnectionError | aiohttp.ClientPayloadError | asyncio.TimeoutError):
+        return True
+    if is_garbled(error):
         return True
     names = class_names(error)
     if names & NO_CREDENTIALS:

@@ -13,7 +13,7 @@ from sharding.failures import FILE, FailureLog
 from sharding.index import IndexTask, index_shard
 from sharding.output import BUILD, digest_of, open_output, write_text
 from sharding.plan import Settings
-from sharding.schema import Corpus, ShardInfo, join_url, read_corpus
+from sharding.schema import Corpus, ShardInfo, contents, join_url, parse_corpus
 
 
 def repair(url: str, corpus: Corpus | None, reports: list[Report]) -> list[str]:
@@ -90,7 +90,8 @@ def described(
     settings = settings_at(url)
     if settings is None:
         try:
-            old = read_corpus(url)  # damaged somewhere, but better than nothing
+            text = contents(join_url(url, "corpus.json")).decode("utf-8", "replace")
+            old = parse_corpus(text, url, also_damaged=True)  # better than nothing
             name, settings, tars = old.name, old.settings, old.tars
         except (OSError, ValueError):
             name, settings, tars = url.rstrip("/").rsplit("/", 1)[-1], {"indexed": True}, ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, BinaryIO
@@ -10,6 +11,8 @@ from typing import Any, BinaryIO
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from sharding.remote import again
 
 FORMAT = "singularity-shards"
 VERSION = 1
@@ -132,13 +135,11 @@ def read_corpus(url: str, storage_options: dict[str, Any] | None = None) -> Corp
         FileNotFoundError: there is no `corpus.json` at `url`.
         ValueError: the file is not a corpus description or of another version.
     """
-    path = join_url(url, "corpus.json")
     try:
-        with fsspec.open(path, "rb", **(storage_options or {})) as file:
-            text = file.read().decode("utf-8", "replace")
+        data = again(contents, join_url(url, "corpus.json"), storage_options)
     except FileNotFoundError:
         raise no_corpus(url) from None
-    return parse_corpus(text, url)
+    return parse_corpus(data.decode("utf-8", "replace"), url)
 
 
 def no_corpus(url: str) -> FileNotFoundError:
@@ -155,8 +156,11 @@ def is_whole(text: str) -> bool:
     return not mark or after == hashlib.sha256(before.encode()).hexdigest() + '"\n}\n'
 
 
-def parse_corpus(text: str, url: str) -> Corpus:
-    """`Corpus` from the text of a `corpus.json`; raises ValueError naming `url` when it is not one, or damaged."""
+def parse_corpus(text: str, url: str, also_damaged: bool = False) -> Corpus:
+    """`Corpus` from the text of a `corpus.json`.
+
+    Raises ValueError naming `url` when it is not one, or, unless `also_damaged`, does not match its own checksum.
+    """
     try:
         data = json.loads(text)
     except json.JSONDecodeError as error:
@@ -172,7 +176,7 @@ def parse_corpus(text: str, url: str) -> Corpus:
         )
     if data.get("media_type") not in MEDIA_TYPES:
         raise ValueError(f"{url}/corpus.json: media_type is {data.get('media_type')!r}, must be one of {MEDIA_TYPES}")
-    if not is_whole(text):
+    if not also_damaged and not is_whole(text):
         raise ValueError(
             f"{url}/corpus.json is damaged (it does not match its own checksum): "
             f"`python -m sharding.verify {url} --repair` makes it again"
@@ -195,10 +199,16 @@ def read_index(corpus: Corpus, shard: int, storage_options: dict[str, Any] | Non
         ValueError: it has another number of rows than `corpus.json` says, or other columns.
     """
     try:
-        with fsspec.open(corpus.index_url(shard), "rb", **(storage_options or {})) as file:
-            return parse_index(corpus, shard, file)
+        data = again(contents, corpus.index_url(shard), storage_options)
     except FileNotFoundError:
         raise no_index(corpus, shard) from None
+    return parse_index(corpus, shard, io.BytesIO(data))
+
+
+def contents(url: str, storage_options: dict[str, Any] | None = None) -> bytes:
+    """A file's bytes."""
+    with fsspec.open(url, "rb", **(storage_options or {})) as file:
+        return file.read()
 
 
 def no_index(corpus: Corpus, shard: int) -> FileNotFoundError:

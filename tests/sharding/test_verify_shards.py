@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -245,3 +246,17 @@ def test_a_gap_in_the_shards_is_seen_without_corpus_json(corpus: Path) -> None:
     (corpus / "photos-000001.tar").unlink()
     (corpus / "photos-000001.parquet").unlink()
     assert "shard 000001" in {fault.file for fault in verify_corpus(str(corpus))}
+
+
+def test_repair_keeps_the_name_of_an_indexed_corpus_whose_description_is_damaged(clips: Path, tmp_path: Path) -> None:
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    for tar in clips.glob("*.tar"):
+        shutil.copy(tar, tars / tar.name)
+    known = replace(index_shards(str(tars), fps=4), name="my clips", settings={"indexed": True, "from": "elsewhere"})
+    (tars / "corpus.json").write_text(known.to_json().replace('"frames": ', '"frames": 1'))
+    with pytest.raises(ValueError, match="does not match its own checksum"):
+        read_corpus(str(tars))
+    assert main([str(tars), "--repair"]) == 0
+    again = read_corpus(str(tars))
+    assert (again.name, again.settings, again.shards) == (known.name, known.settings, known.shards)
