@@ -122,14 +122,14 @@ class Ahead(Iterator[Item], Generic[Item]):
 
 
 def overlapped(
-    work: Callable[[Item], Result], items: Iterable[Item], pool: Executor, at_once: Callable[[], int]
+    work: Callable[[Item], Result], items: Iterable[Item], pool: Executor, at_once: int
 ) -> Generator[Result, None, None]:
-    """`work` of each item, in order; the pool is at `at_once()` of them at the same time."""
+    """`work` of each item, in order; the pool is at `at_once` of them at the same time."""
     running: deque[Future[Result]] = deque()
     try:
         for item in items:
             running.append(pool.submit(work, item))
-            while len(running) >= max(1, at_once()):
+            while len(running) >= at_once:
                 yield running.popleft().result()
         while running:
             yield running.popleft().result()

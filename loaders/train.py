@@ -81,8 +81,6 @@ class TrainLoader:
         self.pool = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="read")
         self.batch_pool = ThreadPoolExecutor(BATCHES_AT_ONCE, thread_name_prefix="batch")
         self._remote = any(not reader.local for reader in readers)
-        steps_at_once = config.remote.ahead_steps if self._remote else 1
-        self.step_pool = ThreadPoolExecutor(steps_at_once, thread_name_prefix="step")
         self._counting = threading.Lock()
         self.lines = {
             kind: Line(
@@ -92,6 +90,7 @@ class TrainLoader:
         }
         self.batch_size = {kind: getattr(config.batch_size, kind) for kind in kinds}
         self.media_steps = {kind: self._count_steps(kind) for kind in kinds}
+        self.step_pool = ThreadPoolExecutor(self._steps_at_once(), thread_name_prefix="step")
         threads = usable_threads(config.threads, ranks_here or world_size)
         self.decoder = make_decoder(config.decode, config.image_res, threads, config.antialias)
         self.counters: dict[str, float] = defaultdict(float)
@@ -136,7 +135,7 @@ class TrainLoader:
                 log.debug(
                     "epoch %d: %d %s batches of %d, %d of %d left out", epoch, steps, kind, size, units % size, units
                 )
-        fetched = Ahead(self.fetch_steps(epoch, start_step), self.config.prefetch, "loader-read")
+        fetched = Ahead(self.fetch_steps(epoch, start_step), self._steps_kept(), "loader-read")
         batches = Ahead(
             self._make_batches(fetched), self.config.prefetch, "loader-decode", self.config.patience, self.pending
         )
@@ -187,7 +186,7 @@ class TrainLoader:
 
     def fetch_steps(self, epoch: int, start_step: int) -> Generator[Step, None, None]:
         """The reading stage: this rank's part of every step, as bytes; of stores several steps at the same time."""
-        return overlapped(self._fetch_step, self._steps(epoch, start_step), self.step_pool, self._steps_at_once)
+        return overlapped(self._fetch_step, self._steps(epoch, start_step), self.step_pool, self._steps_at_once())
 
     def _steps(self, epoch: int, start_step: int) -> Iterator[Step]:
         """The steps of an epoch, nothing read yet."""
@@ -211,11 +210,24 @@ class TrainLoader:
         return step
 
     def _steps_at_once(self) -> int:
-        """How many steps are read at the same time: of stores as many as `remote.ahead_mb` allows."""
+        """How many steps are read at the same time: of stores as many as `remote.ahead_mb` has room for."""
         if not self._remote:
             return 1
-        size = self.counters["bytes_read"] / max(1.0, self.counters["steps_read"])
-        return min(self.config.remote.ahead_steps, int(self.config.remote.ahead_mb * 2**20 // max(1.0, size)))
+        return min(self.config.remote.ahead_steps, max(1, self._steps_ahead() - self._steps_kept()))
+
+    def _steps_kept(self) -> int:
+        """How many steps that have been read wait for decoding at most."""
+        return min(self.config.prefetch, max(1, self._steps_ahead() // 2)) if self._remote else self.config.prefetch
+
+    def _steps_ahead(self) -> int:
+        """How many steps' bytes `remote.ahead_mb` holds, of the medium whose steps are larger."""
+        largest = 1.0
+        for kind, line in self.lines.items():
+            shards = [shard for reader in line.readers for shard in reader.corpus.shards]
+            frame = sum(shard.bytes for shard in shards) / max(1, sum(shard.frames for shard in shards))
+            frames = self.config.video_input.num_frames if kind == "video" else 1
+            largest = max(largest, frame * frames * self.batch_size[kind] / self.world_size)
+        return int(self.config.remote.ahead_mb * 2**20 // largest)
 
     def _make_batches(self, fetched: Ahead[Step]) -> Generator[Batch, None, None]:
         """The decoding stage: steps to batches, their texts to tokens."""
