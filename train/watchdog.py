@@ -45,11 +45,13 @@ def verdict(beats: Sequence[Beat], limit: float) -> str:
     """What is wrong when a job has stood still for `limit` seconds, naming ranks and steps; empty while nothing is."""
     silent = [beat for beat in beats if beat.silent > min(limit, SILENT_SECONDS)]
     if silent:
-        return "; ".join(
+        found = "; ".join(
             f"rank {beat.rank} ({beat.host}, process {beat.pid}) has given no sign of life for {beat.silent:.0f} s, "
             f"its last step was {beat.step}: it has died or is halted"
             for beat in silent
         )
+        waiting = [str(beat.rank) for beat in beats if beat not in silent and beat.doing == STEP]
+        return f"{found}; waiting for it in a collective: {', '.join(waiting)}" if waiting else found
     waiting = [beat for beat in beats if beat.doing == LOADER and beat.seconds > limit]
     if waiting:
         return "; ".join(

@@ -3,11 +3,14 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
-from small_run import metrics, run, start
+from small_run import environment, free_port, metrics, run, start
 
 from train.watchdog import EXIT_CODE, LOADER, OTHER, STEP, Beat, verdict
 
@@ -39,6 +42,7 @@ def test_a_collective_that_stands_still_is_told_with_those_who_are_behind():
 def test_a_silent_rank_is_named():
     found = verdict([beat(0, 5, STEP, 11), beat(1, 4, STEP, 11, silent=12)], limit=10)
     assert found.startswith("rank 1 (host1, process 101) has given no sign of life for 12 s, its last step was 4")
+    assert found.endswith("waiting for it in a collective: 0")
 
 
 def one_process(launcher, rank):
@@ -72,7 +76,27 @@ def test_a_killed_or_halted_rank_brings_the_job_down(corpora, tmp_path, what):
         assert "has gone, its last step was" in text
     else:
         assert "given no sign of life for" in text
+        assert "its last step was" in text
+        assert "waiting for it in a collective: 0" in text
         assert "Thread" in (folder / "stacks_rank_0.txt").read_text()
+
+
+def test_a_collective_that_a_rank_leaves_out_is_told_from_a_loader(tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    worker = str(Path(__file__).with_name("skipping_worker.py"))
+    result = subprocess.run(
+        [sys.executable, *launcher, worker, str(tmp_path)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode != 0
+    (line,) = [line for line in result.stdout.splitlines() if "The job stands still" in line]
+    assert "no rank is waiting for its loader, and all have been in a step for 3 s: a collective" in line
+    assert "fewest steps (3): 0, 1" in line
+    for rank in range(2):
+        assert "all_reduce" in (tmp_path / f"stacks_rank_{rank}.txt").read_text()
 
 
 def test_a_loader_that_stands_still_is_named(corpora, tmp_path):
