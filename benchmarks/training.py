@@ -8,7 +8,8 @@ Three ways to take the same steps, in blocks that alternate, one process (or one
     path    batches of the loader, DeepSpeed's engine: what launch/pretrain.py does
     engine  the same engine on the batches of the last block of `path`, which lie on the device
     plain   a PyTorch loop without DeepSpeed on those: forward, backward, clipping, AdamW (one process)
-Printed: median samples/s of each, the share of `path` spent waiting for data, memory, MFU (on a GPU), and the ratios.
+Printed: median samples/s of each, the share of `path` spent waiting for data, memory, MFU (on a GPU), and the medians
+of the blocks' ratios, on a CPU also in the process' own seconds, which other programs disturb less.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -86,14 +88,21 @@ def plain_step(model: Singularity, optimizer: torch.optim.Optimizer, batch: Batc
     optimizer.zero_grad()
 
 
-def timed(steps: Sequence[Callable[[], None]], device: torch.device) -> float:
-    """Seconds of these steps."""
-    began = time.perf_counter()
+class Seconds(NamedTuple):
+    """What a block took: by the clock, and the process' own."""
+
+    clock: float
+    cpu: float
+
+
+def timed(steps: Sequence[Callable[[], None]], device: torch.device) -> Seconds:
+    """How long these steps take."""
+    began, cpu = time.perf_counter(), time.process_time()
     for step in steps:
         step()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return Seconds(time.perf_counter() - began, time.process_time() - cpu)
 
 
 class Ways:
@@ -124,8 +133,8 @@ class Ways:
             self.alone = build_model(self.config, special_ids(tokenizer)).to(device)
             self.optimizer = adamw(self.alone, self.run)
 
-    def block(self, way: str, count: int) -> float:
-        """Seconds of `count` steps of a way."""
+    def block(self, way: str, count: int) -> Seconds:
+        """`count` steps of a way."""
         if way == "path":
             self.kept = []
             return timed([self.path] * count, self.device)
@@ -160,21 +169,25 @@ def adamw(model: torch.nn.Module, run: RunConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=1e-5, fused=True)
 
 
-def report(options: argparse.Namespace, ways: Ways, seconds: dict[str, list[float]], ranks: Ranks) -> None:
+def report(options: argparse.Namespace, ways: Ways, taken: dict[str, list[Seconds]], ranks: Ranks) -> None:
     """Print what was measured."""
     pairs = options.batch * ranks.world_size * options.steps
-    median = {name: statistics.median(each) for name, each in seconds.items()}
-    for name, each in median.items():
-        print(f"{name:7} {pairs / each:8.1f} samples/s (median of {options.blocks} blocks of {options.steps} steps)")
-    total = sum(seconds["path"])
+    for name, blocks in taken.items():
+        rate = pairs / statistics.median(block.clock for block in blocks)
+        print(f"{name:7} {rate:8.1f} samples/s (median of {options.blocks} blocks of {options.steps} steps)")
+    total = sum(block.clock for block in taken["path"])
     print(f"waiting for data: {100 * ways.waited / total:.2f} % of the path's time")
     print(f"memory: {memory(ways.device) / 1e9:.2f} GB {'at most' if ways.device.type == 'cuda' else 'now'}")
     rate, peak = ways.flops / total, peak_flops(ways.device)
     print(f"arithmetic: {rate / 1e12:.3f} TFLOP/s{f', MFU {rate / peak:.3f}' if peak else ''}")
-    if "engine" in median:
-        print(f"path against engine: {median['engine'] / median['path']:.3f}")
-    if "engine" in median and "plain" in median:
-        print(f"engine against plain: {median['plain'] / median['engine']:.3f}")
+    for name, other in (("path", "engine"), ("engine", "plain")):
+        if name in taken and other in taken:
+            both = list(zip(taken[name], taken[other], strict=True))
+            ratio = statistics.median(theirs.clock / own.clock for own, theirs in both)
+            cpu = statistics.median(theirs.cpu / own.cpu for own, theirs in both)
+            print(
+                f"{name} against {other}: {ratio:.3f}{'' if ways.device.type == 'cuda' else f', {cpu:.3f} by CPU time'}"
+            )
 
 
 def main() -> int:
@@ -199,15 +212,15 @@ def main() -> int:
     ways = Ways(options, ranks, device)
     for way in options.ways:
         ways.block(way, 2)
-    seconds: dict[str, list[float]] = {way: [] for way in options.ways}
+    taken: dict[str, list[Seconds]] = {way: [] for way in options.ways}
     ways.waited, ways.flops = 0.0, 0
     for block in range(options.blocks):
         first, *others = options.ways
         for way in (first, *others[:: -1 if block % 2 else 1]):
-            seconds[way].append(ways.block(way, options.steps))
+            taken[way].append(ways.block(way, options.steps))
     ways.stepper.guard.inspect()
     if ranks.is_first:
-        report(options, ways, seconds, ranks)
+        report(options, ways, taken, ranks)
     ways.loader.close()
     sys.stdout.flush()
     os._exit(0)

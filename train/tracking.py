@@ -23,10 +23,8 @@ PICTURES = 12  # of an evaluation that Weights & Biases gets
 
 def check_tracking(run: RunConfig) -> None:
     """Raise ValueError when Weights & Biases or TensorBoard is asked for and not installed."""
-    for setting, package, enabled in (
-        ("wandb.enable", "wandb", run.wandb.enable),
-        (*2 * ("tensorboard",), run.tensorboard),
-    ):
+    for setting, enabled in {"wandb.enable": run.wandb.enable, "tensorboard": run.tensorboard}.items():
+        package = setting.partition(".")[0]
         if enabled and importlib.util.find_spec(package) is None:
             raise ValueError(
                 f"{setting} is true and {package} is not installed: pip install {package}, or {setting}=false"
