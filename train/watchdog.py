@@ -7,14 +7,16 @@ import json
 import logging
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import FrameType
 
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore, distributed_c10d
 
 from eval.gather import share
 from train.ranks import Ranks
@@ -25,6 +27,7 @@ LOADER, STEP, OTHER = "loader", "step", "other"
 BEAT_SECONDS = 1.0
 SILENT_SECONDS = 60.0  # without a sign of life a process counts as dead, or earlier where the limit is shorter
 TELL_SECONDS = 10.0  # given to the log and the folder before the process ends all the same
+RANKS_TOLD = 4
 EXIT_CODE = 75
 
 
@@ -38,20 +41,21 @@ class Beat:
     step: int  # the last one it has done
     doing: str
     seconds: float  # that it has been doing this
+    collective: str = ""  # that one of its threads is in, such as all_reduce
     silent: float = 0.0  # seconds since the sign was given, as the reader saw it
 
 
 def verdict(beats: Sequence[Beat], limit: float) -> str:
     """What is wrong when a job has stood still for `limit` seconds, naming ranks and steps; empty while nothing is."""
+    inside = [beat for beat in beats if beat.doing == STEP and beat.collective]
     silent = [beat for beat in beats if beat.silent > min(limit, SILENT_SECONDS)]
     if silent:
-        found = "; ".join(
+        others = [beat for beat in inside if beat not in silent and beat.seconds > limit / 2]
+        return "; ".join(
             f"rank {beat.rank} ({beat.host}, process {beat.pid}) has given no sign of life for {beat.silent:.0f} s, "
             f"its last step was {beat.step}: it has died or is halted"
             for beat in silent
-        )
-        waiting = [str(beat.rank) for beat in beats if beat not in silent and beat.doing == STEP]
-        return f"{found}; waiting for it in a collective: {', '.join(waiting)}" if waiting else found
+        ) + (f"; waiting for it in a collective: {_in_collectives(others)}" if others else "")
     waiting = [beat for beat in beats if beat.doing == LOADER and beat.seconds > limit]
     if waiting:
         return "; ".join(
@@ -62,12 +66,44 @@ def verdict(beats: Sequence[Beat], limit: float) -> str:
     stuck = [beat for beat in beats if beat.doing == STEP and beat.seconds > limit]
     if not stuck or len(stuck) < len(beats):  # another rank evaluates, saves, or has just gone on
         return ""
+    outside = [beat for beat in stuck if not beat.collective]
+    if inside and outside:
+        return "; ".join(
+            f"rank {beat.rank} ({beat.host}, process {beat.pid}) has been in a step for {beat.seconds:.0f} s after "
+            f"step {beat.step} without coming to the collective that others wait in ({_in_collectives(inside)}): the "
+            "collective stands still for want of it, no loader does"
+            for beat in outside
+        )
     behind = min(beat.step for beat in stuck)
     ranks = ", ".join(str(beat.rank) for beat in stuck if beat.step == behind)
     return (
         f"no rank is waiting for its loader, and all have been in a step for {limit:.0f} s: a collective or the device "
         f"stands still; ranks with the fewest steps ({behind}): {ranks}"
+        f"{f'; {_in_collectives(inside)}' if inside else ''}"
     )
+
+
+def _in_collectives(beats: Sequence[Beat]) -> str:
+    """Which of the ranks are in which collective: the first few, and how many more."""
+    told = [f"rank {beat.rank} in {beat.collective}" for beat in beats[:RANKS_TOLD]]
+    return ", ".join(told + ([f"{len(beats) - len(told)} more"] if len(beats) > len(told) else []))
+
+
+def present_collective() -> str:
+    """The function of torch.distributed that a thread of this process is in; empty where none is.
+
+    A GPU's collectives are not waited for within it: there only the device is seen to stand still.
+    """
+    found = ""
+    for frame in sys._current_frames().values():
+        at: FrameType | None = frame
+        while at is not None:
+            if at.f_code.co_filename == distributed_c10d.__file__:
+                found = at.f_code.co_name  # the outermost one is what was called
+            at = at.f_back
+        if found:
+            break
+    return found
 
 
 class Watchdog:
@@ -158,17 +194,15 @@ class Watchdog:
 
     def _own(self) -> Beat:
         doing, step, since = self._state
-        return Beat(self._ranks.rank, socket.gethostname(), os.getpid(), step, doing, time.monotonic() - since)
+        seconds = time.monotonic() - since
+        return Beat(self._ranks.rank, socket.gethostname(), os.getpid(), step, doing, seconds, present_collective())
 
     def _judgement(self) -> str:
         """What the first rank finds; the others read it from the store."""
         if not self._ranks.is_first:
             assert self._store is not None
             return self._store.get("verdict").decode() if self._store.check(["verdict"]) else ""
-        found = verdict(self._beats(), self._limit)
-        if found and self._store is not None:
-            self._store.set("verdict", found)
-        return found
+        return verdict(self._beats(), self._limit)
 
     def _beats(self) -> list[Beat]:
         """The last sign of life of every rank."""
@@ -178,7 +212,7 @@ class Watchdog:
         for rank in range(self._ranks.world_size):
             key = f"beat/{rank}"
             if not self._store.check([key]):  # not even its first one
-                beats.append(Beat(rank, "?", 0, 0, OTHER, 0.0, now - self._started))
+                beats.append(Beat(rank, "?", 0, 0, OTHER, 0.0, silent=now - self._started))
                 continue
             text = self._store.get(key)
             if rank not in self._seen or self._seen[rank][0] != text:
@@ -201,6 +235,8 @@ class Watchdog:
         path = self._folder / f"stacks_rank_{self._ranks.rank}.txt"
         with path.open("w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
+        if self._ranks.is_first and self._store is not None:  # only now: the end of others ends what waits for them
+            self._store.set("verdict", found)
         logging.shutdown()
 
 

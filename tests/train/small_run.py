@@ -90,12 +90,14 @@ def job(entry: str, config: object, *settings: object) -> dict:
     return {"entry": entry, "config": str(config), "settings": list(map(str, settings))}
 
 
-def _jobs_command(folder: Path, jobs: list[dict], processes: int) -> tuple[Path, list[str]]:
+def _jobs_command(
+    folder: Path, jobs: list[dict], processes: int, worker: str = "job_worker.py"
+) -> tuple[Path, list[str]]:
     """The file that describes the jobs, and the command that runs them."""
     path = folder / f"jobs_{len(list(folder.glob('jobs_*.json')))}.json"
     path.write_text(json.dumps(jobs))
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(free_port())]
-    words = [*launcher, str(Path(__file__).with_name("job_worker.py")), str(path), str(path.with_suffix(".result"))]
+    words = [*launcher, str(Path(__file__).with_name(worker)), str(path), str(path.with_suffix(".result"))]
     return path, [sys.executable, *words]
 
 
@@ -110,9 +112,9 @@ def run_jobs(folder: Path, jobs: list[dict], processes: int = 2, timeout: int = 
     return result.stdout + result.stderr
 
 
-def start_jobs(folder: Path, jobs: list[dict], processes: int = 2) -> subprocess.Popen:
-    """Start launches as `run_jobs` does, in a process group of their own."""
-    _, words = _jobs_command(folder, jobs, processes)
+def start_jobs(folder: Path, jobs: list[dict], processes: int = 2, worker: str = "job_worker.py") -> subprocess.Popen:
+    """Start launches as `run_jobs` does, in a process group of their own, by a script of this folder."""
+    _, words = _jobs_command(folder, jobs, processes, worker)
     quiet = subprocess.DEVNULL
     return subprocess.Popen(words, env=environment(), stdout=quiet, stderr=quiet, start_new_session=True)
 
