@@ -14,10 +14,13 @@ from train.groups import parameter_groups
 pytestmark = pytest.mark.usefixtures("one_process")
 
 
+EVERY = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_poisoned_step_changes_nothing_and_is_told(stage, precision, caplog):
-    engine, guard = make(f"zero{stage}", precision)
+@pytest.mark.parametrize("zero", EVERY)
+def test_a_poisoned_step_changes_nothing_and_is_told(zero, precision, caplog):
+    engine, guard = make(zero, precision)
     guard.loss_scale.load({"cur_scale": 64.0})  # where fp16 has one: it fits, so no step is lost looking for it
     step(engine, guard, 1)
     before = numbers(engine)
@@ -40,9 +43,9 @@ def test_a_poisoned_step_changes_nothing_and_is_told(stage, precision, caplog):
 
 
 @pytest.mark.skipif("fp16" not in PRECISIONS, reason="this processor has no arithmetic for fp16")
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_an_overflow_of_fp16_lowers_the_loss_scale_and_is_no_fault_of_the_samples(stage, caplog):
-    engine, guard = make(f"zero{stage}", "fp16")
+@pytest.mark.parametrize("zero", EVERY)
+def test_an_overflow_of_fp16_lowers_the_loss_scale_and_is_no_fault_of_the_samples(zero, caplog):
+    engine, guard = make(zero, "fp16")
     guard.loss_scale.load({"cur_scale": 2.0**20, "cur_hysteresis": 1})
     before = numbers(engine)
     step(engine, guard, 1)
@@ -60,9 +63,9 @@ def test_an_overflow_of_fp16_lowers_the_loss_scale_and_is_no_fault_of_the_sample
 
 
 @pytest.mark.skipif("fp16" not in PRECISIONS, reason="this processor has no arithmetic for fp16")
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_overflows_that_no_loss_scale_helps_end_the_run(stage):
-    engine, guard = make(f"zero{stage}", "fp16")
+@pytest.mark.parametrize("zero", EVERY)
+def test_overflows_that_no_loss_scale_helps_end_the_run(zero):
+    engine, guard = make(zero, "fp16")
     guard.loss_scale.load({"cur_scale": 2.0, "cur_hysteresis": 1})
     for number in range(1, 5):  # the first one lowers the scale to 1
         step(engine, guard, number, factor=1e30)
@@ -105,9 +108,9 @@ def test_no_step_waits_for_the_device_in_bf16(stage):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_gradients_are_clipped_as_pytorch_does(stage, precision):
-    engine, guard = make(f"zero{stage}", precision)
+@pytest.mark.parametrize("zero", EVERY)
+def test_gradients_are_clipped_as_pytorch_does(zero, precision):
+    engine, guard = make(zero, precision)
     guard.loss_scale.load({"cur_scale": 64.0})
     near = 1e-4 if precision == "fp32" else 0.1
     torch.manual_seed(0)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from small_engine import SMALL, make, numbers, step
+from small_run import PRECISIONS
 
 from model.config import TemporalConfig
 from train.config import RunConfig
@@ -58,8 +59,10 @@ def test_on_a_disk_it_learns_the_same(plain, tmp_path):
     assert engine.optimizer.swap_optimizer
 
 
-def test_a_skipped_step_leaves_no_gradient_on_the_disk(tmp_path):
-    engine, guard = make("zero3_nvme", "bf16", TEMPORAL, nvme_path=str(tmp_path))
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_skipped_step_leaves_no_gradient_on_the_disk(precision, tmp_path):
+    engine, guard = make("zero3_nvme", precision, TEMPORAL, nvme_path=str(tmp_path))
+    guard.loss_scale.load({"cur_scale": 64.0})
     step(engine, guard, 1, num_frames=2)
     before = numbers(engine)
     step(engine, guard, 2, num_frames=2, poisoned=True)
