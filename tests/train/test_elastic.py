@@ -128,6 +128,30 @@ def test_a_run_with_its_optimizer_on_a_disk_goes_on_with_it_and_without(recipe, 
     assert_close(tmp_path / "zero1", whole, rtol=2e-4)
 
 
+@pytest.mark.slow
+def test_images_and_clips_in_turn_teach_the_temporal_encoder_the_same_in_every_arrangement(corpora, tmp_path):
+    names = ("zero0", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_nvme")
+    settings = (
+        "video_input.num_frames=2", "add_temporal_embed=true", "temporal_vision_encoder.enable=true",
+        "temporal_vision_encoder.num_layers=1", "vision_encoder.drop_path=0", "text_encoder.dropout=0",
+        "max_steps=16", "scheduler.epochs=2", MANY_WORDS, f"nvme_path={tmp_path}/nvme",
+    )  # fmt: skip
+    config = corpora / "tiny.yaml"
+    run_jobs(
+        tmp_path, [job("pretrain", config, f"output_dir={tmp_path}/{name}", zero(name), *settings) for name in names]
+    )
+    found = {name: torch.tensor([line["loss"] for line in learned(tmp_path / name)]) for name in names}
+    kinds = [line["media_type"] for line in learned(tmp_path / "zero0")]
+    assert (kinds.count("image"), kinds.count("video")) == (10, 6)
+    for name in names:
+        torch.testing.assert_close(found[name], found["zero0"], rtol=5e-3, atol=0)
+        encoder = {
+            key: value for key, value in weights(tmp_path / name, 16).items() if "temporal_vision_encoder" in key
+        }
+        for key, value in encoder.items():
+            assert (value - weights(tmp_path / "zero0", 16)[key]).abs().max() < 2e-3, (name, key)
+
+
 def test_a_run_whose_disk_is_lost_goes_on_from_the_copies(recipe, tmp_path):
     run, copies = tmp_path / "run", tmp_path / "copies"
     settings = (
