@@ -96,20 +96,18 @@ def random_windows(heights: np.ndarray, widths: np.ndarray, keys: np.ndarray, fl
     mirrored = (random_numbers(keys, FLIP, 1)[:, 0] < 0.5) & flip
     w = np.where(widths > heights, np.minimum(widths, np.rint(heights * CROP_ASPECT[1])), widths)
     h = np.where(heights >= widths, np.minimum(heights, np.rint(widths / CROP_ASPECT[0])), heights)
-    boxes = np.stack([(heights - h) // 2, (widths - w) // 2, h, w], axis=1).astype(np.int64)
-    rows = np.arange(len(keys))
-    for attempt in range(CROP_TRIES):
-        height, width = heights[rows], widths[rows]
-        for_area, for_aspect, for_top, for_left = random_numbers(keys[rows], CROP + 4 * attempt, 4).T
-        area = height * width * (CROP_AREA[0] + for_area * (CROP_AREA[1] - CROP_AREA[0]))
-        aspect = CROP_ASPECT[0] * (CROP_ASPECT[1] / CROP_ASPECT[0]) ** for_aspect  # uniform in the logarithm
-        w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
-        fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-        found = np.stack([for_top * (height - h + 1), for_left * (width - w + 1), h, w], axis=1)
-        boxes[rows[fits]] = found[fits].astype(np.int64)
-        rows = rows[~fits]
-        if not len(rows):
-            break
+    middle = np.stack([(heights - h) // 2, (widths - w) // 2, h, w], axis=1)
+    # All tries at once, (B, CROP_TRIES): a batch is small, and calls cost more than numbers.
+    numbers = random_numbers(keys, CROP, 4 * CROP_TRIES).reshape(len(keys), CROP_TRIES, 4)
+    for_area, for_aspect, for_top, for_left = np.moveaxis(numbers, 2, 0)
+    height, width = heights[:, None], widths[:, None]
+    area = height * width * (CROP_AREA[0] + for_area * (CROP_AREA[1] - CROP_AREA[0]))
+    aspect = CROP_ASPECT[0] * (CROP_ASPECT[1] / CROP_ASPECT[0]) ** for_aspect  # uniform in the logarithm
+    w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    tries = np.stack([for_top * (height - h + 1), for_left * (width - w + 1), h, w], axis=2)  # (B, CROP_TRIES, 4)
+    first = tries[np.arange(len(keys)), fits.argmax(axis=1)]
+    boxes = np.where(fits.any(axis=1, keepdims=True), first, middle).astype(np.int64)
     return list(map(Window, *boxes.T.tolist(), mirrored.tolist()))
 
 

@@ -178,6 +178,8 @@ class Line:
 
     def read(self, draws: Sequence[Draw]) -> list[list[bytes] | BadSampleError]:
         """The frames' JPEG bytes of each draw, or why there are none; read by several threads."""
+        if len(draws) <= DRAWS_A_READ:
+            return self._read_part(draws)  # handing it to a thread costs as much as reading
         parts = [draws[first : first + DRAWS_A_READ] for first in range(0, len(draws), DRAWS_A_READ)]
         return [jpegs for part in self.pool.map(self._read_part, parts) for jpegs in part]
 
