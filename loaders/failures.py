@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from sharding.remote import AGAIN, answer_of, is_transient
+from sharding.remote import AGAIN, answer_of, is_transient, reason_of
 
 SECRET_OPTIONS = re.compile(r"secret|password|passwd|token|key|credential|sas|authorization", re.I)
 HARMLESS_TOKENS = ("anon", "cloud", "google_default", "cache", "browser")  # gcsfs: how to find one, not one itself
@@ -72,6 +72,8 @@ def explain(error: Exception) -> TransientError | GoneError:
         return denied(str(error) if str(error).startswith("status ") else name)
     if is_transient(error):
         return TransientError(name)
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return GoneError(reason_of(error))  # no such host, no valid certificate
     if isinstance(error, aiohttp.ClientError):
         return GoneError(name)  # its text may hold the address
     return GoneError(f"{name}: {hide_secrets(str(error))}")

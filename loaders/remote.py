@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import netrc
 import os
 import ssl
 import threading
@@ -13,6 +14,7 @@ from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 import fsspec
@@ -136,6 +138,7 @@ class Remote:
         self._session, self._waiting, self._calls = None, {}, set()
         self._gate = gate_of_process(self.settings.connections, self.settings.requests_per_second)
         self._signed: dict[str, tuple[float, URL, dict[str, str]]] = {}
+        self._proxies: dict[str, dict[str, Any]] = {}  # kept: aiohttp looks for them at every request, in a thread
         self._latencies: dict[int, deque[float]] = {}
         self._process = os.getpid()
 
@@ -194,6 +197,8 @@ class Remote:
             patience = self._patience(part)
             if patience is not None:
                 await asyncio.wait(tasks, timeout=patience)
+                if tasks[0].done() and tasks[0].exception() is None:
+                    return tasks[0].result()
                 if not tasks[0].done() and self._may_hedge():
                     self.counters["hedges"] += 1
                     tasks.append(asyncio.ensure_future(self._once_more(part)))
@@ -265,7 +270,7 @@ class Remote:
     async def _ask_http(self, part: Part, address: URL, headers: dict[str, str]) -> bytes:
         if part.end is not None:
             headers = {**headers, "Range": f"bytes={part.start}-{part.end - 1}"}
-        async with self._client().get(address, headers=headers) as answer:
+        async with self._client().get(address, headers=headers, **self._proxies.get(address.scheme, {})) as answer:
             if answer.status == 416:
                 return b""  # the object ends before: the reader's checksums say what is missing
             if answer.status >= 400:
@@ -283,6 +288,7 @@ class Remote:
         if found is None:
             return None
         address, headers, seconds = found
+        self._proxies = proxies_to(address.host)
         self._signed[name] = time.monotonic() + seconds, address, headers
         return address, headers
 
@@ -295,7 +301,6 @@ class Remote:
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=min(10.0, self.settings.try_seconds)),
                 auto_decompress=False,
                 headers={"Accept-Encoding": "identity"},
-                trust_env=True,
             )
         return self._session
 
@@ -325,8 +330,31 @@ async def sign(filesystem: Any, path: str) -> tuple[URL, dict[str, str], float] 
         await asyncio.to_thread(filesystem.credentials.apply, headers)  # may ask for a new token
         return URL(filesystem.url(path), encoded=True), headers, 60.0
     if kind in ("http", "https") and not filesystem.kwargs:
-        return filesystem.encode_url(path), {}, SIGNED_FOR
+        address = filesystem.encode_url(path)
+        return address, login_of(address.host), SIGNED_FOR
     return None
+
+
+def proxies_to(host: str | None) -> dict[str, dict[str, Any]]:
+    """The environment's proxies for a host by the address' scheme, as aiohttp takes them."""
+    if host is None or proxy_bypass(host):
+        return {}
+    proxies = {scheme: URL(proxy) for scheme, proxy in getproxies().items() if "://" in proxy}
+    return {
+        scheme: {"proxy": proxy.with_user(None), "proxy_auth": aiohttp.BasicAuth.from_url(proxy)}
+        for scheme, proxy in proxies.items()
+    }
+
+
+def login_of(host: str | None) -> dict[str, str]:
+    """The header with a host's user and password of ~/.netrc (or the file that NETRC names); empty without them."""
+    try:
+        found = netrc.netrc(os.environ.get("NETRC")).authenticators(host or "")
+    except (OSError, netrc.NetrcParseError):
+        return {}
+    if found is None:
+        return {}
+    return {"Authorization": aiohttp.BasicAuth(found[0], found[2] or "").encode()}
 
 
 def is_local(url: str, options: dict[str, Any]) -> bool:

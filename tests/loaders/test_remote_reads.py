@@ -1,11 +1,13 @@
 """Reading stores through bad days: what passes is tried again, what stays is said at once, with the URL."""
 
 import asyncio
+import base64
 import multiprocessing
 import threading
 import time
 from concurrent.futures import CancelledError
 from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
 
@@ -217,6 +219,61 @@ def test_an_object_that_ends_early_gives_what_there_is(store: Store, folder: str
     assert found == [DATA[-10:], b""]
     assert reading.fetch([Part("shard.tar")]) == [DATA]
     reading.close()
+
+
+class Guarded(BaseHTTPRequestHandler):
+    """Answers byte ranges to whoever gives the password; as a proxy as well, that of the proxy's user."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self.server.asked.append(self.path)
+        header = "Proxy-Authorization" if self.path.startswith("http") else "Authorization"
+        allowed = self.headers.get(header) == "Basic " + base64.b64encode(b"jane:open sesame").decode()
+        first, _, last = self.headers["Range"].removeprefix("bytes=").partition("-")
+        body = DATA[int(first) : int(last) + 1] if allowed else b""
+        self.send_response(206 if allowed else 401)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def guarded():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Guarded)
+    server.asked = []
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_passwords_come_from_netrc(guarded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = f"http://127.0.0.1:{guarded.server_port}/things"
+    monkeypatch.setenv("NETRC", str(tmp_path / "nothing"))
+    with pytest.raises(PermissionError, match=r"things/shard\.tar cannot be read: access is denied \(status 401\)"):
+        remote(url).fetch(PARTS[:1])
+    (tmp_path / "netrc").write_text('machine 127.0.0.1 login jane password "open sesame"\n')
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    reading = remote(url)
+    assert reading.fetch(PARTS[:5]) == WANTED[:5]
+    reading.close()
+
+
+def test_the_proxy_of_the_environment_is_gone_through(guarded, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", f"http://jane:open%20sesame@127.0.0.1:{guarded.server_port}")
+    monkeypatch.setenv("no_proxy", "elsewhere.test")
+    reading = remote("http://store.test/things")
+    assert reading.fetch(PARTS[:5]) == WANTED[:5]
+    assert set(guarded.asked) == {"http://store.test/things/shard.tar"}
+    reading.close()
+    with pytest.raises(OSError, match=r"elsewhere\.test/things"):
+        remote("http://elsewhere.test/things", deadline=1).fetch(PARTS[:1])
+    assert len(guarded.asked) == 5
 
 
 def test_statuses_and_errors_that_may_pass_are_told_from_those_that_stay() -> None:
