@@ -1,12 +1,14 @@
 """Loading from S3 against loading from the local disk: one run, taking turns, medians and ratios.
 
-    python benchmarks/loading_remote.py --corpus data/photos [--latency 0.02] [--rounds 5] [--cache]
+    python benchmarks/loading_remote.py --corpus data/photos [--latency 0.02] [--rounds 5] [--cache] [--nginx]
 
 The S3 server (moto, of the tests' environment, see tests/object_stores.py) and the proxy that adds the latency run on
 the first core, our loader on the second, for the local rounds too: the server's work is nobody's gain or loss. Every
 round opens the corpus anew and takes batches for some seconds after the first one; the local round and the remote ones
 of a round follow each other. Two rates: by the clock, and by the CPU time of our process, which other work on the
 machine disturbs less. `--cache`: an empty cache and one epoch a round, so that all bytes come from the store.
+`--nginx`: a web server (Debian's nginx) behind a forwarder that delays bytes, instead of moto behind a proxy that reads
+HTTP, so that the server is not what binds.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,10 +46,71 @@ sys.stdin.read()
 """
 
 
-def proxy_at(core: int, upstream: str, latency: float) -> tuple[subprocess.Popen[str], str]:
+# Passes bytes on, the answers' so many seconds later; nothing else, so that it costs little.
+DELAY = """
+import asyncio, sys
+host, port, latency = sys.argv[1].split(":")[0], int(sys.argv[1].split(":")[1]), float(sys.argv[2])
+
+async def pump(reader, writer, seconds):
+    loop = asyncio.get_running_loop()
+    while data := await reader.read(2**18):
+        loop.call_later(seconds, writer.write, data) if seconds else writer.write(data)
+    loop.call_later(seconds, writer.close)
+
+async def serve(reader, writer):
+    up_reader, up_writer = await asyncio.open_connection(host, port)
+    await asyncio.gather(pump(reader, up_writer, 0), pump(up_reader, writer, latency), return_exceptions=True)
+
+async def main():
+    server = await asyncio.start_server(serve, "127.0.0.1", int(sys.argv[3]), backlog=512)
+    print("ready", flush=True)
+    await server.serve_forever()
+
+asyncio.run(main())
+"""
+NGINX = """
+daemon off; worker_processes 1; error_log {folder}/log; pid {folder}/pid; {user}
+events {{ worker_connections 1024; }}
+http {{
+  access_log off; keepalive_requests 10000000; sendfile on;
+  client_body_temp_path {folder}/a; proxy_temp_path {folder}/b; fastcgi_temp_path {folder}/c;
+  uwsgi_temp_path {folder}/d; scgi_temp_path {folder}/e;
+  server {{ listen 127.0.0.1:{port}; root {root}; }}
+}}
+"""
+
+
+@contextmanager
+def nginx(root: Path) -> Iterator[str]:
+    """Debian's nginx over a folder; yields its address."""
+    port, folder = free_port(), tempfile.mkdtemp(prefix="nginx-")
+    user = "user root;" if os.getuid() == 0 else ""
+    settings = Path(folder, "conf")
+    settings.write_text(NGINX.format(folder=folder, port=port, root=root.resolve(), user=user))
+    process = subprocess.Popen(["nginx", "-c", settings])
+    try:
+        time.sleep(1)
+        yield f"127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@contextmanager
+def moto(corpus: str) -> Iterator[str]:
+    """An S3 server that holds the corpus; yields its address."""
+    port = free_port()
+    with server("moto_server", "-H", "127.0.0.1", "-p", str(port), port=port) as address:
+        os.environ.update(environment_of("s3", address))
+        fsspec.filesystem("s3").mkdir("corpora")
+        Store("s3", address, "s3://corpora").fill(corpus, "corpus")
+        yield address
+
+
+def proxy_at(core: int, upstream: str, latency: float, program: str) -> tuple[subprocess.Popen[str], str]:
     """The proxy in a process of its own on one core; its address."""
     port = free_port()
-    words = [sys.executable, "-c", SERVE, upstream, str(latency), str(port)]
+    words = [sys.executable, "-c", program, upstream, str(latency), str(port)]
     process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     os.sched_setaffinity(process.pid, {core})
     assert process.stdout is not None
@@ -60,8 +125,9 @@ def rate(url: str, address: str, vocab: Path, options: argparse.Namespace) -> tu
     folder = tempfile.mkdtemp(prefix="cache-")
     cache = CacheConfig(folder, 50.0, clips=True) if options.cache else CacheConfig()
     config = LoaderConfig(
-        batch_size=PerMedia(options.batch, options.batch), decode="cpu", threads=1, cache=cache, max_bad_share=0.5
-    )
+        batch_size=PerMedia(options.batch, options.batch), decode="cpu", threads=1, cache=cache, max_bad_share=0.5,
+        corpus_weights={Path(options.corpus).name: options.passes},
+    )  # fmt: skip
     loader = TrainLoader([url], Tokenizer.load(str(vocab)), config)
     next(iter(loader))
     samples, began, cpu = 0, time.perf_counter(), time.process_time()
@@ -85,26 +151,30 @@ def main() -> None:
     parser.add_argument("--latency", type=float, default=0.02, help="seconds added to every answer")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=5, help="of every measurement")
+    parser.add_argument("--passes", type=float, default=1.0, help="over the corpus, an epoch: more for a small one")
     parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--nginx", action="store_true", help="a fast web server in the place of moto")
     parser.add_argument("--cache", action="store_true", help="whole blocks through a cache that begins empty")
     options = parser.parse_args()
     first, second = sorted(os.sched_getaffinity(0))[:2]
     os.sched_setaffinity(0, {first})  # what is started now stays there
-    port = free_port()
-    with server("moto_server", "-H", "127.0.0.1", "-p", str(port), port=port) as address:
-        os.environ.update(environment_of("s3", address))
-        fsspec.filesystem("s3").mkdir("corpora")
-        url = Store("s3", address, "s3://corpora").fill(options.corpus, "corpus")
-        plain, plain_address = proxy_at(first, address, 0.0)
-        slow, slow_address = proxy_at(first, address, options.latency)
+    corpus = Path(options.corpus)
+    with nginx(corpus.parent) if options.nginx else moto(options.corpus) as address:
+        program, kind = (DELAY, "http") if options.nginx else (SERVE, "s3")
+        plain, plain_address = proxy_at(first, address, 0.0, program)
+        slow, slow_address = proxy_at(first, address, options.latency, program)
+        urls = [
+            f"http://{at}/{corpus.name}" if options.nginx else "s3://corpora/corpus"
+            for at in (plain_address, slow_address)
+        ]
         vocab = Path(tempfile.mkdtemp()) / "vocab.txt"
         learn_vocabulary([options.corpus], 2000, vocab)
         for thread in os.listdir("/proc/self/task"):
             os.sched_setaffinity(int(thread), {second})
         sides = {
             "local": (options.corpus, address),
-            "s3": (url, plain_address),
-            f"s3+{options.latency * 1000:g}ms": (url, slow_address),
+            kind: (urls[0], plain_address),
+            f"{kind}+{options.latency * 1000:g}ms": (urls[1], slow_address),
         }
         found: dict[str, list[tuple[float, float, dict[str, float]]]] = {name: [] for name in sides}
         for number in range(options.rounds):
