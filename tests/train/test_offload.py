@@ -52,6 +52,8 @@ def test_what_a_step_does_not_use_learns_nothing_from_the_step_before(zero, plai
     assert_same(after_steps(zero)[1], plain)
 
 
+@pytest.mark.slow  # minutes where DeepSpeed's access to disks has yet to be compiled
+@pytest.mark.timeout(1200)
 def test_on_a_disk_it_learns_the_same(plain, tmp_path):
     engine, found = after_steps("zero3_nvme", nvme_path=str(tmp_path))
     assert_same(found, plain)
@@ -59,6 +61,8 @@ def test_on_a_disk_it_learns_the_same(plain, tmp_path):
     assert engine.optimizer.swap_optimizer
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_skipped_step_leaves_no_gradient_on_the_disk(precision, tmp_path):
     engine, guard = make("zero3_nvme", precision, TEMPORAL, nvme_path=str(tmp_path))
