@@ -95,11 +95,14 @@ MANY_WORDS = "text_encoder.vocab_size=20000"
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_every_stage_and_offload_learn_the_same_over_50_steps(recipe, tmp_path):
     names = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_nvme")
     settings = "max_steps=50", "scheduler.epochs=50", MANY_WORDS, f"nvme_path={tmp_path}/nvme"
     run_jobs(
-        tmp_path, [job("pretrain", recipe, f"output_dir={tmp_path}/{name}", zero(name), *settings) for name in names]
+        tmp_path,
+        [job("pretrain", recipe, f"output_dir={tmp_path}/{name}", zero(name), *settings) for name in names],
+        timeout=1200,
     )
     for name in names:
         assert len(losses(tmp_path / name)) == 50
@@ -108,10 +111,11 @@ def test_every_stage_and_offload_learn_the_same_over_50_steps(recipe, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_run_with_its_optimizer_on_a_disk_goes_on_with_it_and_without(recipe, tmp_path):
     whole, disk = tmp_path / "whole", tmp_path / "disk"
     settings = "max_steps=12", "scheduler.epochs=12", MANY_WORDS, f"nvme_path={disk}"
-    run_jobs(tmp_path, [job("pretrain", recipe, f"output_dir={whole}", zero("zero3_nvme"), *settings)])
+    run_jobs(tmp_path, [job("pretrain", recipe, f"output_dir={whole}", zero("zero3_nvme"), *settings)], timeout=1200)
     assert list(disk.rglob("rank1/exp_avg*.swp"))
     names = ("zero3_nvme", "zero1")
     for name in names:
@@ -120,7 +124,9 @@ def test_a_run_with_its_optimizer_on_a_disk_goes_on_with_it_and_without(recipe, 
         shutil.rmtree(tmp_path / name / "checkpoints/step_00000012")
     shutil.rmtree(disk)  # nothing of it is needed to go on
     run_jobs(
-        tmp_path, [job("pretrain", recipe, f"output_dir={tmp_path}/{name}", zero(name), *settings) for name in names]
+        tmp_path,
+        [job("pretrain", recipe, f"output_dir={tmp_path}/{name}", zero(name), *settings) for name in names],
+        timeout=1200,
     )
     assert torch.equal(losses(tmp_path / "zero3_nvme"), losses(whole))
     first, second = weights(tmp_path / "zero3_nvme", 12), weights(whole, 12)
@@ -129,6 +135,7 @@ def test_a_run_with_its_optimizer_on_a_disk_goes_on_with_it_and_without(recipe, 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_images_and_clips_in_turn_teach_the_temporal_encoder_the_same_in_every_arrangement(corpora, tmp_path):
     names = ("zero0", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_nvme")
     settings = (
@@ -138,7 +145,9 @@ def test_images_and_clips_in_turn_teach_the_temporal_encoder_the_same_in_every_a
     )  # fmt: skip
     config = corpora / "tiny.yaml"
     run_jobs(
-        tmp_path, [job("pretrain", config, f"output_dir={tmp_path}/{name}", zero(name), *settings) for name in names]
+        tmp_path,
+        [job("pretrain", config, f"output_dir={tmp_path}/{name}", zero(name), *settings) for name in names],
+        timeout=1200,
     )
     found = {name: torch.tensor([line["loss"] for line in learned(tmp_path / name)]) for name in names}
     kinds = [line["media_type"] for line in learned(tmp_path / "zero0")]
