@@ -3,12 +3,13 @@
 mkdir -p "$out/steps"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
 
-# Two processes on a CPU, one a GPU where there are any.
+# Two processes on a CPU, one a GPU where there are any. A port of its own, so that two chains can run on one machine.
+port=$((20000 + RANDOM % 12000))
 if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then
-  ds=(deepspeed)
+  ds=(deepspeed --master_port "$port")
 else
   export DS_ACCELERATOR=cpu
-  ds=(deepspeed --num_accelerators 2)
+  ds=(deepspeed --num_accelerators 2 --master_port "$port")
 fi
 
 step() { # step NAME COMMAND...: print and run it once, however often the chain is started
