@@ -71,13 +71,18 @@ def read(folder: Path) -> list[Share]:
     return shares
 
 
+def difference(one: Share, several: Share) -> str:
+    """`several` less `one` with two standard errors, taken as two samples of clips."""
+    return f"{several.value - one.value:+.1f} ± {math.hypot(one.noise, several.noise):.1f}"
+
+
 def table(found: dict[str, list[Share]]) -> str:
-    """Markdown: a row a share, a column a run."""
-    head = ["", *(RUNS[run] for run in found), "chance"]
-    rows = [
-        [same[0].name, *(f"{share.value:.1f} ± {share.noise:.1f}" for share in same), f"{same[0].chance:.1f}"]
-        for same in zip(*found.values())
-    ]
+    """Markdown: a row a share, a column a run, then the second run less the first."""
+    head = ["", *(RUNS[run] for run in found), "difference", "chance"]
+    rows = []
+    for one, several in zip(*found.values()):
+        shares = [f"{share.value:.1f} ± {share.noise:.1f}" for share in (one, several)]
+        rows.append([one.name, *shares, difference(one, several), f"{one.chance:.1f}"])
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]) + "\n"
 
 

@@ -1,13 +1,15 @@
 """The study: what it measures, that one frame cannot tell a motion from its reverse, and its commands."""
 
+import contextlib
 import os
+import socket
 import subprocess
 
 import numpy as np
 import pytest
 from small_run import ROOT
 
-from launch.study import CAPTION, direction_share
+from launch.study import CAPTION, Share, direction_share, table
 from loaders.clips import choose_frames
 from sharding.shapes.captions import motion_words
 from sharding.shapes.draw import FPS, FRAMES
@@ -44,9 +46,24 @@ def test_the_share_counts_the_clips_whose_true_motion_scores_higher_than_its_rev
     assert share.noise == pytest.approx(200 * (0.625 * 0.375 / 4) ** 0.5)
 
 
+def test_the_table_gives_the_difference_of_the_runs_with_the_noise_of_both():
+    found = {"single": [Share("motion", 50, 50, 400)], "temporal": [Share("motion", 80, 50, 400)]}
+    assert table(found).splitlines()[-1] == "| motion | 50.0 ± 5.0 | 80.0 ± 4.0 | +30.0 ± 6.4 | 50.0 |"
+
+
+@pytest.fixture
+def usual_port():
+    """deepspeed's own choice of a port, taken for the test's time."""
+    with socket.socket() as listener:
+        with contextlib.suppress(OSError):  # another job has it already
+            listener.bind(("", 29500))
+            listener.listen()
+        yield
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_study_writes_its_table_and_its_pictures(tmp_path):
+def test_the_study_writes_its_table_and_its_pictures_beside_another_job_on_the_usual_port(tmp_path, usual_port):
     small = {"IMAGES": "128", "CLIPS": "128", "TEST_ITEMS": "32", "PRETRAIN_EPOCHS": "1", "FINETUNE_EPOCHS": "1"}
     command = ["bash", str(ROOT / "launch" / "study.sh"), str(tmp_path / "study")]
     done = subprocess.run(command, env=os.environ | small, capture_output=True, text=True, timeout=800)
