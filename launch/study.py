@@ -104,7 +104,7 @@ def draw(found: dict[str, list[Share]], path: Path) -> None:
     panel.set_yticks(places, names)
     panel.set_xlim(0, 100)
     panel.set_xlabel("percent of the test clips; black: chance; whiskers: two standard errors")
-    panel.legend(loc="lower right")
+    canvas.legend(loc="outside upper center", ncols=2)
     canvas.savefig(path, dpi=110)
     pyplot.close(canvas)
 
