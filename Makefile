@@ -1,6 +1,6 @@
 # Everything a user or a developer runs. The targets create the virtual environment and reuse it.
 #   make demo   the whole system on a small corpus of coloured shapes, in a few minutes on a CPU
-#   make study  the paper's claim in small: one frame for what things are, four for where they go; half an hour
+#   make study  the paper's claim in small: one frame for what things are, four for where they go; 10 minutes
 #   make test   the tests        make test-all   also those that take minutes
 #   make servers   only the object stores that the tests use
 #   make lint   style and types  make clean      removes what these targets made
