@@ -188,7 +188,9 @@ def litdata_images(options: argparse.Namespace) -> Iterator[int]:
 
     folder = Path(options.work) / "litdata"
     if not (folder / "index.json").exists():
-        litdata.optimize(as_stored, records(options), str(folder), chunk_bytes="16MB", num_workers=1)
+        # Its own choice, spawn, would stay that of the loader's workers, which cannot take a class made here.
+        how = {"num_workers": 1, "start_method": "fork"}
+        litdata.optimize(as_stored, records(options), str(folder), chunk_bytes="16MB", **how)
     transform = crop_pillow()
 
     class Photos(litdata.StreamingDataset):
