@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import logging
 import os
 import random
 import threading
@@ -17,6 +18,8 @@ from typing import TypeVar
 from loaders.cache import DiskCache, started
 from loaders.remote import Part, Remote
 from sharding.schema import Corpus, ShardInfo, is_whole, join_url, no_corpus, no_index, parse_corpus
+
+log = logging.getLogger("loaders")
 
 Thing = TypeVar("Thing")
 
@@ -105,6 +108,9 @@ class SharedFiles:
         """Hold an item's lock, or have waited for it long enough; yields whether there was any waiting."""
         assert self.cache is not None
         lock = self._open_lock(name)
+        if lock is None:
+            yield False
+            return
         before, began, waited = self._cancelled, time.monotonic(), False
         self._waiting[threading.get_ident()] = file, began
         try:
@@ -119,12 +125,16 @@ class SharedFiles:
             self._waiting.pop(threading.get_ident(), None)
             os.close(lock)  # and with it the lock
 
-    def _open_lock(self, name: str) -> int:
-        """One of 4096 files: two items may have the same, and then one waits for the other."""
+    def _open_lock(self, name: str) -> int | None:
+        """One of 4096 files: two items may have the same, and then one waits for the other. None on a full disk."""
         assert self.cache is not None
         folder = self.cache.folder / "locks"
-        folder.mkdir(exist_ok=True)
-        return os.open(folder / name[:3], os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            folder.mkdir(exist_ok=True)
+            return os.open(folder / name[:3], os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            log.warning("%s cannot be used, each process fetches for itself (%s)", folder, error.strerror)
+            return None
 
     def _kept_description(self, name: str, since: float) -> bytes | None:
         kept = self.cache.read(name) if self.cache is not None else None

@@ -18,7 +18,8 @@ import webdataset
 from faulty_proxy import Faults, FaultyProxy
 from object_stores import MakeFaulty, Store
 
-from loaders import node, shared
+from loaders import node
+from loaders.cache import DiskCache
 from loaders.config import CacheConfig, LoaderConfig, PerMedia, RemoteReads
 from loaders.node import Node, node_of, share_of, this_node
 from loaders.ranges import Span
@@ -175,22 +176,42 @@ def connected(process: int, port: int) -> bool:
     return any(link.raddr and link.raddr.port == port for link in psutil.Process(process).net_connections())
 
 
-def test_a_corpus_packed_anew_is_seen_by_who_opens_it_later(
-    http: Store, many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+DESCRIBE = """
+import sys
+from loaders.config import CacheConfig, LoaderConfig
+from loaders.storage import describe
+
+print("begun", flush=True)
+sys.stdin.readline()
+print(describe(sys.argv[1], LoaderConfig(cache=CacheConfig(sys.argv[2], 1.0))).name)
+"""
+
+
+def test_a_corpus_packed_anew_is_seen_by_who_opens_it_later(http: Store, many: Path, tmp_path: Path) -> None:
+    url, cache = http.fill(many, "many"), str(tmp_path / "cache")
+    config = LoaderConfig(cache=CacheConfig(cache, 1.0))
+    command = [sys.executable, "-c", DESCRIBE, url, cache]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as older:
+        assert older.stdout is not None
+        assert older.stdout.readline() == "begun\n"
+        corpus = describe(url, config)
+        description = Path(http.folder or "") / "files" / "many" / "corpus.json"
+        description.write_text(replace(corpus, name="another", url="").to_json())
+        assert describe(url, config).name == "another"
+        description.write_text(replace(corpus, name="a third", url="").to_json())
+        assert older.communicate("now\n", timeout=60)[0] == "another\n"  # fetched after it began: as good as its own
+    later = subprocess.run(command, input="now\n", capture_output=True, text=True, timeout=60, check=True)
+    assert later.stdout == "begun\na third\n"
+
+
+def test_a_cache_that_takes_no_locks_costs_the_sharing_only(
+    http: Store, many: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     url = http.fill(many, "many")
-    config = LoaderConfig(cache=CacheConfig(str(tmp_path / "cache"), 1.0))
-    corpus = describe(url, config)
-    description = Path(http.folder or "") / "files" / "many" / "corpus.json"
-    description.write_text(replace(corpus, name="another", url="").to_json())
-    assert describe(url, config).name == "another"
-    description.write_text(replace(corpus, name="a third", url="").to_json())
-    monkeypatch.setattr(shared, "READ", {})
-    monkeypatch.setattr(shared, "process_began", lambda: time.time() - 5)
-    assert describe(url, config).name == "another"  # fetched after that process began: as good as its own
-    monkeypatch.setattr(shared, "READ", {})
-    monkeypatch.setattr(shared, "process_began", time.time)
-    assert describe(url, config).name == "a third"
+    config = LoaderConfig(cache=CacheConfig(str(tmp_path), 1.0))
+    (DiskCache(str(tmp_path), 10**9).folder / "locks").write_text("in the way")
+    assert describe(url, config).name == "many0"
+    assert "each process fetches for itself" in caplog.text
 
 
 def test_a_description_that_comes_damaged_is_fetched_again_and_one_that_stays_so_is_refused(
