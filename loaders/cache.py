@@ -12,6 +12,7 @@ How it stays whole, with any number of processes that may be killed at any momen
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
 import shutil
@@ -189,9 +190,11 @@ class DiskCache:
 
     def _connect(self, path: Path) -> sqlite3.Connection:
         database = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
-        database.execute("PRAGMA journal_mode=WAL")
-        database.execute("PRAGMA synchronous=NORMAL")
-        database.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
+        with (self.folder / "opening").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # SQLite does not wait for others that change the journal's mode too
+            database.execute("PRAGMA journal_mode=WAL")
+            database.execute("PRAGMA synchronous=NORMAL")
+            database.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
         return database
 
     def _total(self, database: sqlite3.Connection) -> int:
