@@ -90,3 +90,4 @@ class CpuDecoder:
         """See Decoder."""
         self._waiting.shutdown(wait=True, cancel_futures=True)
         self._workers.close()
+        self._memories.close()
