@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
@@ -19,6 +20,9 @@ import numpy as np
 
 from loaders.clips import BadSampleError, Window
 from loaders.pixels import Clip, Scratch, decode_clip
+
+# A run that is told to stop goes on until it has saved, and needs batches; what ends this process is its sockets' end.
+NOT_FOR_US = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Work(NamedTuple):
@@ -102,5 +106,7 @@ def serve(places: Sequence[Place], antialias: bool) -> None:
 
 
 if __name__ == "__main__":
+    for number in NOT_FOR_US:
+        signal.signal(number, signal.SIG_IGN)
     wants_antialias, *sockets = map(int, sys.argv[1:])
     serve([Place(Connection(number)) for number in sockets], bool(wants_antialias))

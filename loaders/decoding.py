@@ -90,4 +90,3 @@ class CpuDecoder:
         """See Decoder."""
         self._waiting.shutdown(wait=True, cancel_futures=True)
         self._workers.close()
-        self._memories.close()

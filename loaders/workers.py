@@ -27,8 +27,6 @@ from loaders.decode_worker import Work
 
 PLACES = 2  # of each process: when it has done its part, the next one is there
 SECONDS_TO_END = 5.0  # a process ends with the part it is at
-# A run that is told to stop goes on until it has saved, and needs batches; what ends its processes is its own end.
-NOT_FOR_THEM = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Memory:
@@ -65,15 +63,8 @@ class MemoryPool:
         count = math.prod(shape)
         memory = self._take(count + more)
         array = np.frombuffer(memory.map, np.uint8, count).reshape(shape)
-        weakref.finalize(array, self._take_back, memory).atexit = False
+        weakref.finalize(array, self._free.append, memory).atexit = False
         return memory, array
-
-    def _take_back(self, memory: Memory) -> None:
-        self._free.append(memory)
-
-    def close(self) -> None:
-        """Keep none any more; arrays that somebody has stay what they are."""
-        self._free = deque(maxlen=0)
 
     def _take(self, size: int) -> Memory:
         unfit: list[Memory] = []
@@ -145,13 +136,12 @@ class Workers:
         root = str(Path(__file__).resolve().parent.parent)
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
         theirs = [their.fileno() for _, their in ends]
-        words = [sys.executable, "-P", "-m", "loaders.decode_worker", str(int(antialias)), *map(str, theirs)]
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, NOT_FOR_THEM)  # which they inherit
-        try:
-            environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-            process = subprocess.Popen(words, stdin=subprocess.DEVNULL, pass_fds=theirs, env=environment)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "loaders.decode_worker", str(int(antialias)), *map(str, theirs)],
+            stdin=subprocess.DEVNULL,
+            pass_fds=theirs,
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        )
         for _, their in ends:
             their.close()
         places = [Place(process, our) for our, _ in ends]
