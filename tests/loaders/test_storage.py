@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from loaders.clips import BadSampleError
-from loaders.storage import CorpusReader, LastUsed
+from loaders.storage import BadSampleError, CorpusReader, LastUsed
 
 
 @pytest.fixture
