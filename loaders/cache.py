@@ -151,6 +151,8 @@ class DiskCache:
             yield
         except sqlite3.Error as error:
             self._warn(f"SQLite: {error}")
+        except OSError as error:  # the list is opened again after a fork
+            self._warn(error.strerror)
 
     def _warn(self, reason: str | None) -> None:
         if not self._full:

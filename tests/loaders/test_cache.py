@@ -189,3 +189,49 @@ def test_a_disk_that_is_full_costs_the_cache_and_nothing_else(tmp_path: Path, si
     cache = DiskCache(str(tmp_path), 10**6)
     assert get(cache, "50") == content("50")
     assert cache.bytes_used() == sum(files(cache).values())
+
+
+OPEN = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from loaders.cache import DiskCache
+print("begun", flush=True)
+sys.stdin.readline()
+for folder in sys.argv[1:]:
+    cache = DiskCache(folder, 10**6)
+    cache.reserve({{"one": 5}})
+    cache.close()
+print("opened")
+"""
+
+
+def test_processes_that_open_a_new_cache_at_once_all_get_it(tmp_path: Path) -> None:
+    folders = [str(tmp_path / str(number)) for number in range(40)]
+    command = [sys.executable, "-c", OPEN, *folders]
+    pipe = subprocess.PIPE
+    processes = [subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) for _ in range(6)]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("now\n")
+        process.stdin.flush()
+    for process in processes:
+        assert process.communicate(timeout=120) == ("opened\n", "")
+        assert process.returncode == 0
+
+
+def test_a_list_that_cannot_be_opened_again_costs_the_cache_and_nothing_else(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A process opens its list anew after a fork, and after `close`; the disk may have become full meanwhile."""
+    cache = DiskCache(str(tmp_path), 10**6)
+    assert get(cache, "one") == content("one")
+    cache.close()
+    (cache.folder / "opening").unlink()
+    (cache.folder / "opening").mkdir()
+    assert get(cache, "one") == content("one")
+    assert get(cache, "two") == content("two")
+    cache.close()
+    assert "reading goes on without it" in caplog.text
