@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -109,10 +109,9 @@ def present_collective() -> str:
 class Watchdog:
     """A thread a rank that gives signs of life to the first one, which judges; all end when it finds a standstill."""
 
-    def __init__(self, ranks: Ranks, limit: float, folder: Path, stop: Callable[[str], None] | None = None) -> None:
+    def __init__(self, ranks: Ranks, limit: float, folder: Path) -> None:
         """limit: seconds in which some step must be done. folder: for the stacks of all threads. All ranks call."""
         self._ranks, self._limit, self._folder = ranks, limit, folder
-        self._stop = stop or self._end
         self._state = (OTHER, 0, time.monotonic())
         self._started = time.monotonic()
         self._closing = threading.Event()
@@ -161,7 +160,7 @@ class Watchdog:
         while not self._closing.wait(BEAT_SECONDS):
             found = self._found or self._unanswered()
             if found:
-                self._stop(found)
+                self._end(found)
                 return
 
     def _talk(self) -> None:
