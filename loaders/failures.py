@@ -70,10 +70,10 @@ def explain(error: Exception) -> TransientError | GoneError:
         return denied(str(found)) if isinstance(found, PermissionError) else found
     if isinstance(error, PermissionError):
         return denied(str(error) if str(error).startswith("status ") else name)
+    if isinstance(error, aiohttp.ClientConnectorError):  # cannot connect; no such host, no valid certificate
+        return TransientError(reason_of(error)) if is_transient(error) else GoneError(reason_of(error))
     if is_transient(error):
         return TransientError(name)
-    if isinstance(error, aiohttp.ClientConnectorError):
-        return GoneError(reason_of(error))  # no such host, no valid certificate
     if isinstance(error, aiohttp.ClientError):
         return GoneError(name)  # its text may hold the address
     return GoneError(f"{name}: {hide_secrets(str(error))}")

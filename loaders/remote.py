@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import netrc
 import os
@@ -28,9 +29,12 @@ from loaders.failures import GoneError, TransientError, explain, failure_of_stat
 from loaders.gate import gate_of_process
 from sharding.schema import join_url
 
+log = logging.getLogger("loaders")
+
 SIGNED_FOR = 3600  # seconds that a signed address is good for; it is made anew after half of them
 LATENCIES = 256  # last requests of a size class from which the percentile is taken
 ENOUGH_LATENCIES = 20
+SILENCE = 5.0  # seconds without a part after which the log hears of its tries, and not more often
 LEAST_PATIENCE = 0.05  # seconds before a second request, however fast the store
 HEDGED_SHARE, HEDGED_FREE = 0.1, 16  # of the requests at most: a store slow as a whole is not asked twice as much
 
@@ -74,6 +78,7 @@ class Remote:
     def __init__(self, url: str, options: dict[str, Any], settings: RemoteReads) -> None:
         self.url, self._url, self._options, self.settings = public_url(url), url, options, settings
         self.counters: Counter[str] = Counter()
+        self._told = -math.inf  # when the log heard last of a part that does not come
         self._process = 0
         self._filesystem: Any = None
         self._lock = threading.Lock()
@@ -183,6 +188,14 @@ class Remote:
         self.counters["retries"] += 1
         assert state.outcome is not None
         waiting.last = str(state.outcome.exception())
+        now = time.monotonic()
+        if now - max(waiting.since, self._told) > SILENCE:
+            self._told = now
+            log.warning(
+                "%s%s: %d tries in %.0f s, the last: %s; tried again until remote.deadline=%g s",
+                join_url(self.url, waiting.part.name), waiting.part, waiting.tries, now - waiting.since,
+                waiting.last, self.settings.deadline,
+            )  # fmt: skip
 
     def _too_late(self, waiting: Waiting, reason: str) -> TimeoutError:
         return TimeoutError(

@@ -64,7 +64,12 @@ class CorpusReader:
         self.cache = cache
         self._folder = self._connect(url)
         self._shared = None if self._folder is None else SharedFiles(self._folder, cache)
-        self.corpus: Corpus = read_corpus(url, self.options) if self._shared is None else self._shared.corpus(url)
+        try:
+            self.corpus: Corpus = read_corpus(url, self.options) if self._shared is None else self._shared.corpus(url)
+        except BaseException:
+            if self._folder is not None:
+                self._folder.close()
+            raise
         tars = self.corpus.tars or url
         self._tar_folder = self._folder if tars == url else self._connect(tars)
         self.local = self._tar_folder is None

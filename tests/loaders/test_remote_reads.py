@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import multiprocessing
+import re
 import threading
 import time
 from concurrent.futures import CancelledError
@@ -94,6 +95,21 @@ def test_a_store_that_stays_down_ends_within_the_deadline(store: Store, folder: 
 def test_a_server_that_is_not_there_is_named(store: Store, folder: str) -> None:
     with pytest.raises(TimeoutError, match=r"http://127\.0\.0\.1:9/things/shard\.tar"):
         remote("http://127.0.0.1:9/things", deadline=1).fetch(PARTS[:1])
+
+
+def test_a_store_that_cannot_be_reached_is_told_of_while_it_is_tried(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("loaders.remote.SILENCE", 0.5)
+    with pytest.raises(TimeoutError, match=r"the last: cannot connect to 127\.0\.0\.1:9$"):
+        remote("http://127.0.0.1:9/things", deadline=3).fetch(PARTS)
+    told = [record.getMessage() for record in caplog.records]
+    assert 1 <= len(told) <= 6  # for all parts together
+    assert re.fullmatch(
+        r"http://127\.0\.0\.1:9/things/shard\.tar bytes \d+-\d+: \d+ tries in \d s, the last: cannot connect to "
+        r"127\.0\.0\.1:9; tried again until remote\.deadline=3 s",
+        told[0],
+    )
 
 
 @pytest.mark.parametrize("store", ["s3", "http"], indirect=True)
