@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import re
@@ -286,7 +287,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             build_corpus(progress=True, engine=engine, **options)
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
+        full = getattr(error, "errno", None) == errno.ENOSPC or "disk is full" in str(error)  # SQLite's words
+        what_to_do = ": free some, and run the same command again to go on" if full else ""
+        sys.stderr.write(f"error: {error}{what_to_do}\n")
         return 1 if isinstance(error, TooManyFailures) else 2
     except KeyboardInterrupt:
         sys.stderr.write("interrupted: run the same command again to go on\n")

@@ -138,6 +138,9 @@ def test_a_full_disk_is_named_and_nothing_is_lost(photos: Path, tmp_path: Path, 
     (small_disk / "ballast").write_bytes(b"x" * (2**20 - size * 2 // 3))
     with pytest.raises(OSError, match=f"No space left on device.*{small_disk}/out|staged in {small_disk}/out"):
         build(photos, str(photos), str(small_disk / "out"), workers=workers)
+    told = subprocess.run(words(photos, str(photos), str(small_disk / "out")), cwd=ROOT, capture_output=True, text=True)
+    assert told.returncode == 2
+    assert told.stderr.strip().endswith("free some, and run the same command again to go on")
     assert not (small_disk / "out" / "corpus.json").exists()
     (small_disk / "ballast").unlink()
     build(photos, str(photos), str(small_disk / "out"), workers=workers)
