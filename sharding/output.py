@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from sharding.annotations.config import Reading
 from sharding.plan import Settings
@@ -25,7 +26,10 @@ from sharding.writing import publish
 
 BUILD = "build.json"  # says what a build writes there
 PARTIAL = ".partial"  # folder inside a local output that holds unfinished files
+CLEARING = 5.0  # seconds that the last part of a build may take to clear up
 STAGED = "rows-*.sqlite"  # files in it that an interrupted build leaves to the next one
+
+log = logging.getLogger(__name__)
 
 
 def local_form(url: str) -> str:
@@ -55,12 +59,14 @@ def open_output(output: str, among_others: bool = False, part: str = "") -> Iter
     lock = os.open(folder, os.O_RDONLY)
     try:
         lock_folder(lock, output, shared=bool(part))
-        ours = among_others or (folder / BUILD).exists()
-        if not ours and any(path.name != PARTIAL for path in folder.iterdir()):
+        others = any(path.name != PARTIAL for path in folder.iterdir())
+        if others and not among_others and not (folder / BUILD).exists():  # in this order: a part may just write it
             raise ValueError(f"{output} is not empty and holds no build of this tool: choose another --output")
         if part:
             with part_folder(folder, part) as scratch:
                 yield scratch
+            if (folder / "corpus.json").exists() and lock_alone(lock):  # no other part still works in there
+                shutil.rmtree(folder / PARTIAL, ignore_errors=True)
             return
         clear_partial(folder / PARTIAL)  # what a killed build left
         (folder / PARTIAL).mkdir(exist_ok=True)
@@ -107,19 +113,38 @@ def part_folder(folder: Path, part: str) -> Iterator[Path]:
             yield scratch
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-    if (folder / "corpus.json").exists():  # all parts are done
-        shutil.rmtree(folder / PARTIAL, ignore_errors=True)
 
 
 def lock_folder(descriptor: int, output: str, shared: bool = False) -> None:
-    """Lock an open folder until it is closed, or until this process dies; file systems without locks pass."""
+    """Lock an open folder until it is closed, or until this process dies; file systems without locks pass.
+
+    A shared lock is waited for: the last part of a build holds the folder alone for the moment of its clearing up.
+    """
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    patient = Retrying(
+        retry=retry_if_exception_type(BlockingIOError),
+        stop=stop_after_delay(CLEARING if shared else 0),
+        wait=wait_fixed(0.1),
+        reraise=True,
+    )
     try:
-        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno == errno.EWOULDBLOCK:
-            raise ValueError(
-                f"another build is writing to {output}: wait until it is done, or choose another --output"
-            ) from None
+        patient(fcntl.flock, descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"another build is writing to {output}: wait until it is done, or choose another --output"
+        ) from None
+    except OSError:
+        log.debug("%s: its file system has no locks", output)
+
+
+def lock_alone(descriptor: int) -> bool:
+    """Turn a shared lock into one that nobody shares; False, and no lock at all, where others hold it too."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # first: of two that do this at once the later one must get it
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def plan_of(settings: Settings, reading: Reading, annotations: Sequence[str]) -> dict[str, Any]:

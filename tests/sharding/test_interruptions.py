@@ -1,5 +1,6 @@
 """Builds that are cut off, run twice, mended, or sent to a remote store: nothing is lost, nothing is half there."""
 
+import fcntl
 import json
 import os
 import random
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -130,6 +132,27 @@ def test_two_builds_do_not_write_to_one_folder(photos: Path, tmp_path: Path) -> 
         with pytest.raises(ValueError, match="another build is writing to"):
             build(photos, tmp_path / "out")
     assert build(photos, tmp_path / "out").samples == COUNT
+
+
+def test_the_last_part_to_end_clears_up_and_no_other(tmp_path: Path) -> None:
+    """All shards may be complete, and described, while another part still writes its account of them."""
+    output = tmp_path / "out"
+    with open_output(str(output), part="1/2") as slow:
+        with open_output(str(output), part="2/2"):
+            (output / "corpus.json").write_text("{}")
+            (output / "build.json").write_text("{}")
+        assert slow.exists()
+    assert not slow.parent.exists()
+
+
+def test_a_part_waits_for_the_one_that_clears_up(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    clearing = os.open(output, os.O_RDONLY)
+    fcntl.flock(clearing, fcntl.LOCK_EX)
+    threading.Timer(0.5, os.close, [clearing]).start()
+    with open_output(str(output), part="1/2") as scratch:
+        assert scratch.exists()
 
 
 def test_mended_files_are_packed_on_demand(photos: Path, tmp_path: Path) -> None:
