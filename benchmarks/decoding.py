@@ -22,11 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-from loaders.clips import Window
+from loaders.clips import BadSampleError, Window
 from loaders.config import LoaderConfig
-from loaders.decoding import Clip, Decoder, make_decoder, usable_threads
+from loaders.decoding import Decoder, make_decoder, usable_threads
 from loaders.evaluation import VisualSet
-from loaders.storage import BadSampleError
+from loaders.pixels import Clip
 
 LARGEST_MEAN = 2.0  # grey levels: the kernels differ, DALI's is Catmull-Rom's; of photos they do by 0.7
 

@@ -5,8 +5,8 @@
 The S3 server (moto, of the tests' environment, see tests/object_stores.py) and the proxy that adds the latency run on
 the first core, our loader on the second, for the local rounds too: the server's work is nobody's gain or loss. Every
 round opens the corpus anew and takes batches for some seconds after the first one; the local round and the remote ones
-of a round follow each other. Two rates: by the clock, and by the CPU time of our process, which other work on the
-machine disturbs less. `--cache`: an empty cache and one epoch a round, so that all bytes come from the store.
+of a round follow each other. Two rates: by the clock, and by the CPU time of our processes, which other work on
+the machine disturbs less. `--cache`: an empty cache and one epoch a round, so that all bytes come from the store.
 `--nginx`: a web server (Debian's nginx) behind a forwarder that delays bytes, instead of moto behind a proxy that reads
 HTTP, so that the server is not what binds.
 """
@@ -31,6 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import fsspec  # noqa: E402
 from object_stores import Store, environment_of, forget_clients, free_port, server  # noqa: E402
 
+from loaders.bench import cpu_seconds  # noqa: E402
 from loaders.config import CacheConfig, LoaderConfig, PerMedia  # noqa: E402
 from loaders.text import Tokenizer  # noqa: E402
 from loaders.train import TrainLoader  # noqa: E402
@@ -130,7 +131,7 @@ def rate(url: str, address: str, vocab: Path, options: argparse.Namespace) -> tu
     )  # fmt: skip
     loader = TrainLoader([url], Tokenizer.load(str(vocab)), config)
     next(iter(loader))
-    samples, began, cpu = 0, time.perf_counter(), time.process_time()
+    samples, began, cpu = 0, time.perf_counter(), cpu_seconds()
     while time.perf_counter() - began < options.seconds:
         for batch in loader:
             samples += len(batch.keys)
@@ -138,7 +139,7 @@ def rate(url: str, address: str, vocab: Path, options: argparse.Namespace) -> tu
                 break
         if options.cache:
             break
-    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+    seconds, cpu = time.perf_counter() - began, cpu_seconds() - cpu
     figures = loader.figures()
     loader.close()
     shutil.rmtree(folder)

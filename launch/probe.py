@@ -172,7 +172,7 @@ class Probe:
         """Read the indices of some shards and frames of them, checked: {"samples", "mb_per_second", "shards"}."""
         import numpy as np
 
-        from loaders.storage import BadSampleError
+        from loaders.clips import BadSampleError
 
         reader = _open(url, storage)
         try:

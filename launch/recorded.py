@@ -26,7 +26,8 @@ from eval.answers import (
 from eval.metrics import retrieval_metrics
 from loaders.batch import normalize
 from loaders.clips import Window, choose_frames, frames_at_rate
-from loaders.decoding import Clip, CpuDecoder, decode_other
+from loaders.decoding import CpuDecoder
+from loaders.pixels import Clip, decode_other
 from loaders.text import Tokenizer, clean_text
 from model.files import VOCABULARY
 from model.parity_report import Comparison
@@ -84,7 +85,7 @@ def _images(folder: Path, result: Comparison) -> None:
     with np.load(folder / "image_transform.npz") as arrays:
         for name in (name for name in arrays.files if name.endswith("_official")):
             kind, size = name.split("_")[:2]
-            decoder, frames = CpuDecoder(int(size), threads=1), []
+            decoder, frames = CpuDecoder(int(size), processes=1), []
             for data in encoded:
                 height, width = decode_other(data).shape[:2]
                 whole = Window(0, 0, height, width, False)

@@ -9,10 +9,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
+import psutil
 import torch
 
 from loaders.batch import Batch, normalize
@@ -39,7 +41,7 @@ class Figures:
     seconds: float
     samples_per_second: float
     megabytes_per_second: float  # of stored frames
-    cpu_milliseconds_per_sample: float  # over all threads
+    cpu_milliseconds_per_sample: float  # over all threads and decoding processes
     first_batch_seconds: float  # from opening the corpora
     read_share: float  # the reading stage was at work
     decode_share: float  # the decoding stage was at work
@@ -98,7 +100,7 @@ def measure(
 def take_batches(loader: TrainLoader, seconds: float, first_batch_seconds: float, step_seconds: float) -> Figures:
     """The figures of that many seconds of batches, epoch after epoch."""
     loader.counters.clear()
-    samples, waited, began, cpu = 0, 0.0, time.perf_counter(), time.process_time()
+    samples, waited, began, cpu = 0, 0.0, time.perf_counter(), cpu_seconds()
     kept: list[Batch] = []
     while time.perf_counter() - began < seconds:
         asked = time.perf_counter()
@@ -110,7 +112,7 @@ def take_batches(loader: TrainLoader, seconds: float, first_batch_seconds: float
             if time.perf_counter() - began >= seconds:
                 break
             asked = time.perf_counter()
-    elapsed, cpu = time.perf_counter() - began, time.process_time() - cpu
+    elapsed, cpu = time.perf_counter() - began, cpu_seconds() - cpu
     counters = loader.counters
     return Figures(
         samples=samples,
@@ -127,6 +129,17 @@ def take_batches(loader: TrainLoader, seconds: float, first_batch_seconds: float
         replayed_per_second=replay(kept, min(2.0, seconds / 2), step_seconds),
         quarantined=len(loader.quarantine),
     )
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of the decoding processes that it has now."""
+    own = psutil.Process()
+    total = sum(own.cpu_times()[:2])
+    for process in own.children():
+        with suppress(psutil.Error):  # it has just ended
+            if "loaders.decode_worker" in process.cmdline():
+                total += sum(process.cpu_times()[:2])
+    return total
 
 
 def step(batch: Batch, seconds: float) -> None:
@@ -204,7 +217,7 @@ def table(figures: Figures, setup: Setup) -> str:
         ),
         ("step waits", f"{figures.wait_share:.0%}", "of the time the loop waited for a batch"),
         ("replayed", f"{figures.replayed_per_second:,.0f}/s", "the loop over batches in memory: no loader gives more"),
-        ("CPU", f"{figures.cpu_milliseconds_per_sample:.2f} ms", "a sample, over all threads"),
+        ("CPU", f"{figures.cpu_milliseconds_per_sample:.2f} ms", "a sample, over all threads and decoding processes"),
     ]
     lines = [f"{name:<15}{value:>12}   {note}" for name, value, note in rows]
     return "\n".join([*lines, "", *advice(figures, setup)])
@@ -228,7 +241,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--batch-size", type=int, default=128, help="samples a batch (default: %(default)s)")
     result.add_argument("--size", type=int, default=224, help="pixels of a frame as shown (default: %(default)s)")
     result.add_argument("--frames", type=int, default=1, help="frames of a clip (default: %(default)s)")
-    result.add_argument("--threads", type=int, default=0, help="decoding threads (default: the cores)")
+    result.add_argument("--threads", type=int, default=0, help="decoding threads or processes (default: the cores)")
     result.add_argument("--decode", default="auto", choices=("auto", "dali", "cpu"), help="(default: %(default)s)")
     result.add_argument("--prefetch", type=int, default=3, help="batches made ahead (default: %(default)s)")
     result.add_argument("--step-ms", type=float, default=0, help="time of a training step (default: none)")

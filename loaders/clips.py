@@ -13,6 +13,10 @@ FLIP, TEXT, CROP, FRAMES = 0, 1, 2, 64  # which of a sample's random numbers are
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
+class BadSampleError(Exception):
+    """A sample whose bytes cannot be used; the message is the reason that the log shows."""
+
+
 class Window(NamedTuple):
     """The part of a frame that is shown, in pixels, and whether it is mirrored."""
 

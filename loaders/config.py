@@ -69,7 +69,7 @@ class LoaderConfig:
     flip: bool = True  # off where left and right carry meaning
     antialias: bool = False  # the official transform resizes without
     decode: str = "auto"  # auto | dali | cpu
-    threads: int = 0  # decoding threads; 0: chosen from the cores this rank may use
+    threads: int = 0  # decoding threads, of decode=cpu processes; 0: chosen from the cores this rank may use
     prefetch: int = 3  # batches made ahead of the step
     max_bad_share: float = 0.01  # of the samples read; above it the run fails
     quarantine_file: str = ""  # bad samples are appended to it as JSON lines; {rank} is filled in

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn, types
 
-from loaders.decoding import Clip, header_fault
+from loaders.pixels import Clip, header_fault
 
 QUEUE = 1  # iterations in flight; batches are made ahead of the step by the loader, not here
 

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 
 from loaders.ahead import Ahead
-from loaders.clips import Window, check_sample_type, choose_frames
+from loaders.clips import BadSampleError, Window, check_sample_type, choose_frames
 from loaders.config import LoaderConfig
-from loaders.decoding import Clip, Decoder, make_decoder, usable_threads
+from loaders.decoding import Decoder, make_decoder, usable_threads
 from loaders.index import Record, ShardIndex
 from loaders.node import this_node
-from loaders.storage import BadSampleError, open_corpus
+from loaders.pixels import Clip
+from loaders.storage import open_corpus
 from loaders.text import clean_text
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from loaders.clips import (
     FRAMES,
     TEXT,
+    BadSampleError,
     Window,
     check_sample_type,
     choose_frames,
@@ -20,14 +21,13 @@ from loaders.clips import (
     random_windows,
 )
 from loaders.config import LoaderConfig
-from loaders.decoding import Clip
 from loaders.index import Record, ShardIndex
+from loaders.pixels import Clip
 from loaders.plan import EpochPlan
 from loaders.shared import turned
-from loaders.storage import BadSampleError, CorpusReader
+from loaders.storage import CorpusReader
 
 TRAINING_UNITS = ("samples", "captions", "questions")
-DRAWS_A_READ = 32  # samples whose bytes one thread reads; a remote store is asked for all of them at once
 IMAGE_FRAMES = np.zeros(1, np.int64)
 
 
@@ -177,13 +177,7 @@ class Line:
         return Draw(name, corpus, shard, row, record, frames, window, shown, answers, fault)
 
     def read(self, draws: Sequence[Draw]) -> list[list[bytes] | BadSampleError]:
-        """The frames' JPEG bytes of each draw, or why there are none; read by several threads."""
-        if len(draws) <= DRAWS_A_READ:
-            return self._read_part(draws)  # handing it to a thread costs as much as reading
-        parts = [draws[first : first + DRAWS_A_READ] for first in range(0, len(draws), DRAWS_A_READ)]
-        return [jpegs for part in self.pool.map(self._read_part, parts) for jpegs in part]
-
-    def _read_part(self, draws: Sequence[Draw]) -> list[list[bytes] | BadSampleError]:
+        """The frames' JPEG bytes of each draw, or why there are none."""
         found: list[list[bytes] | BadSampleError]
         found = [BadSampleError(draw.fault) if draw.fault else [] for draw in draws]
         for number, reader in enumerate(self.readers):

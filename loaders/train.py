@@ -17,13 +17,14 @@ import torch
 
 from loaders.ahead import Ahead, StalledError, overlapped
 from loaders.batch import Answers, Batch
+from loaders.clips import BadSampleError
 from loaders.config import LoaderConfig
 from loaders.decoding import make_decoder, usable_threads
 from loaders.line import Draw, Line
 from loaders.node import node_of
 from loaders.plan import EpochPlan, check_world_size, media_schedule, rank_positions
 from loaders.quarantine import Quarantine
-from loaders.storage import BadSampleError, check_cache, open_corpus
+from loaders.storage import check_cache, open_corpus
 from loaders.text import Tokenizer, clean_text
 
 log = logging.getLogger("loaders")

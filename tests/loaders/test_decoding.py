@@ -11,7 +11,8 @@ from PIL import Image
 
 from loaders.clips import Window
 from loaders.dali import DaliDecoder
-from loaders.decoding import Clip, CpuDecoder, make_decoder
+from loaders.decoding import CpuDecoder, make_decoder
+from loaders.pixels import Clip
 
 SIZE = 32
 

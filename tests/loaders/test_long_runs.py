@@ -21,6 +21,7 @@ import torch
 from loaders.config import LoaderConfig, PerMedia, VideoInput
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader
+from loaders.workers import MemoryPool
 from sharding.schema import INDEX_SCHEMA, Corpus, ShardInfo
 
 SHARDS, EACH = 100, 10_000
@@ -121,7 +122,7 @@ def test_memory_threads_and_files_do_not_grow_over_twenty_epochs(shapes, tokeniz
     memory, threads, files = zip(*after, strict=True)
     assert max(memory[1:]) - memory[0] < 50, memory
     assert max(threads[1:]) <= threads[0]
-    assert max(files[1:]) <= files[0]
+    assert max(files[1:]) <= files[0] + 2 * MemoryPool.KEPT  # how many batches are on their way differs
     loader.close()
 
 

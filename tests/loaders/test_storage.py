@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import webdataset
 
-from loaders.storage import BadSampleError, CorpusReader, LastUsed
+from loaders.clips import BadSampleError
+from loaders.storage import CorpusReader, LastUsed
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import re
 import threading
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -213,13 +214,15 @@ def test_what_does_not_fit_is_told_at_once(shapes, tokenizer: Tokenizer) -> None
         TrainLoader([], tokenizer, config())
 
 
-def test_a_loader_closed_in_mid_epoch_leaves_no_thread_and_no_file(shapes, tokenizer: Tokenizer) -> None:
+def test_a_loader_closed_in_mid_epoch_leaves_no_thread_process_and_file(shapes, tokenizer: Tokenizer) -> None:
+    processes = set(psutil.Process().children())
     threads, files = threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
     loader = TrainLoader(corpora(shapes), tokenizer, config(prefetch=1))
     steps = iter(loader)
     next(steps)
     loader.close()
     assert list(steps) == []
+    assert set(psutil.Process().children()) <= processes
     assert threading.active_count() <= threads
     assert len(list(Path("/proc/self/fd").iterdir())) <= files
 

@@ -1,0 +1,109 @@
+"""From JPEG bytes to the window that is shown, on a CPU: libjpeg-turbo, and OpenCV's bicubic."""
+
+from __future__ import annotations
+
+import io
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from loaders.clips import BadSampleError, Window
+
+cv2.setNumThreads(0)  # pictures are decoded side by side; threads within one only get in the way
+
+
+class Clip(NamedTuple):
+    """What is to be decoded: T frames' bytes, their size in the index, and the part to show."""
+
+    jpegs: list[bytes]
+    height: int
+    width: int
+    window: Window
+
+
+class Scratch:
+    """Memory for pixels on their way, used again: fresh pages cost as much as decoding. For one thread."""
+
+    def __init__(self) -> None:
+        self._rooms: dict[int, np.ndarray] = {}
+
+    def room(self, number: int, size: int) -> np.ndarray:
+        """Room `number`, of `size` bytes or more."""
+        if number not in self._rooms or self._rooms[number].size < size:
+            self._rooms[number] = np.empty(size, np.uint8)
+        return self._rooms[number]
+
+
+def decode_clip(clip: Clip, out: np.ndarray, antialias: bool, scratch: Scratch) -> None:
+    """Write a clip's frames into `out` (T, S, S, 3) uint8; raises BadSampleError naming the frame that fails."""
+    size = out.shape[1]
+    as_it_is = clip.height == clip.width == size and clip.window == (0, 0, size, size, False)
+    room = None if as_it_is else scratch.room(0, clip.height * clip.width * 3)
+    for number, data in enumerate(clip.jpegs):
+        if number and data is clip.jpegs[number - 1]:  # a repeated frame is decoded once
+            out[number] = out[number - 1]
+            continue
+        try:
+            pixels = decode_frame(data, clip, out[number] if room is None else room)
+        except BadSampleError as error:
+            raise BadSampleError(f"frame {number} of those shown: {error}") from None
+        if room is not None or not np.may_share_memory(pixels, out):  # else it was decoded into its place
+            show(pixels, clip.window, out[number], antialias, scratch.room(1, size * size * 3))
+
+
+def decode_frame(data: bytes, clip: Clip, room: np.ndarray | None = None) -> np.ndarray:
+    """RGB pixels (H, W, 3), in `room` where they are a JPEG's; raises BadSampleError when there are none."""
+    try:
+        if data[:2] == b"\xff\xd8":
+            pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False, buffer=room)
+        else:
+            pixels = decode_other(data)
+    except ValueError as error:
+        raise BadSampleError(f"broken image: {error}") from None
+    if pixels.shape[:2] != (clip.height, clip.width):
+        raise BadSampleError(f"{pixels.shape[1]}x{pixels.shape[0]} pixels, the index says {clip.width}x{clip.height}")
+    return pixels
+
+
+def header_fault(data: bytes, clip: Clip) -> str | None:
+    """What an image's header already tells against it, by looking at some bytes of it; None when nothing."""
+    try:
+        if data[:2] == b"\xff\xd8":
+            height, width = simplejpeg.decode_jpeg_header(data)[:2]
+        else:
+            with Image.open(io.BytesIO(data)) as image:
+                width, height = image.size
+    except Exception as error:  # Pillow's parsers raise many kinds
+        return f"{len(data)} bytes that are no image ({type(error).__name__})"
+    if (height, width) != (clip.height, clip.width):
+        return f"{width}x{height} pixels, the index says {clip.width}x{clip.height}"
+    return None
+
+
+def decode_other(data: bytes) -> np.ndarray:
+    """RGB pixels (H, W, 3) of an image that is no JPEG; foreign shards hold PNG, WebP and others."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return np.asarray(image.convert("RGB"))
+    except Exception as error:  # Pillow's parsers raise many kinds; all mean that the bytes are of no use
+        raise BadSampleError(f"{len(data)} bytes that are no image ({type(error).__name__})") from None
+
+
+def show(pixels: np.ndarray, window: Window, out: np.ndarray, antialias: bool, room: np.ndarray) -> None:
+    """Write a picture's window into `out` (S, S, 3), resized bicubically, mirrored if it says so; room: S*S*3 bytes."""
+    top, left, height, width, flip = window
+    size = out.shape[0]
+    crop = pixels[top : top + height, left : left + width]
+    if (height, width) != (size, size):
+        target = room[: out.size].reshape(out.shape) if flip else out
+        if antialias:  # Pillow's kernel is that of PyTorch's antialiased bicubic, OpenCV's that of the plain one
+            crop = np.asarray(Image.fromarray(crop).resize((size, size), Image.Resampling.BICUBIC))
+        else:
+            crop = cv2.resize(crop, (size, size), dst=target, interpolation=cv2.INTER_CUBIC)
+    if flip:
+        cv2.flip(crop, 1, dst=out)
+    elif crop is not out:
+        np.copyto(out, crop)
