@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from loading_peers import PEERS, serve
 
 from loaders.config import LoaderConfig, PerMedia
-from loaders.pixels import Clip
+from loaders.pixels import Clip, odd_room
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader
 from loaders.vocab import learn_vocabulary
@@ -43,7 +43,7 @@ CONTENDERS = {
     "image": ["ours", "bare", "bare-batches", "official", "webdataset", "mosaic", "litdata", "energon"],
     "video": ["ours", "bare", "bare-batches", "decord", "pyav"],
 }
-CLIPS_REPEATED = 20  # a few dozen clips make an epoch of several hundred
+CLIPS_REPEATED = 200  # a few dozen clips make an epoch of several thousand
 
 
 def open_loader(options: argparse.Namespace) -> TrainLoader:
@@ -77,7 +77,7 @@ def bare(options: argparse.Namespace, into_batches: bool) -> Iterator[int]:
 
     def work(thread: int, begin: int, slot: int) -> None:
         largest = max(clip.height * clip.width for clip in clips)
-        room, own = np.empty(largest * 3, np.uint8), np.empty((224, 224, 3), np.uint8)
+        room, own = odd_room(largest * 3), np.empty((224, 224, 3), np.uint8)
         for number in range(thread, batch, options.threads):
             clip = clips[(begin + number) % len(clips)]
             top, left, height, width, flip = clip.window

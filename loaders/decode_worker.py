@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import selectors
 import sys
 from collections.abc import Sequence
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
 from typing import NamedTuple
 
@@ -91,12 +92,13 @@ def unpacked(numbers: Sequence[int], memory: mmap.mmap) -> Clip:
 
 def serve(places: Sequence[Place], antialias: bool) -> None:
     """Decode what comes, and answer, until a socket is closed."""
-    scratch, by_connection = Scratch(), {place.connection: place for place in places}
+    scratch, selector = Scratch(), selectors.PollSelector()
+    for place in places:
+        selector.register(place.connection, selectors.EVENT_READ, place)
     while True:
-        for connection in wait(list(by_connection)):
-            place = by_connection[connection]  # type: ignore[index]
+        for key, _ in selector.select():
             try:
-                place.connection.send(place.decode(place.take(), antialias, scratch))
+                key.data.connection.send(key.data.decode(key.data.take(), antialias, scratch))
             except (EOFError, ConnectionError):
                 return
 

@@ -33,8 +33,19 @@ class Scratch:
     def room(self, number: int, size: int) -> np.ndarray:
         """Room `number`, of `size` bytes or more."""
         if number not in self._rooms or self._rooms[number].size < size:
-            self._rooms[number] = np.empty(size, np.uint8)
+            self._rooms[number] = odd_room(size)
         return self._rooms[number]
+
+
+def odd_room(size: int) -> np.ndarray:
+    """So many bytes at an odd address.
+
+    libjpeg-turbo writes rows that begin at a multiple of 32 past the caches, and whoever reads them then waits for the
+    memory: up to a quarter of a photo's time where a row's bytes are a multiple of 16 (benchmarks/RESULTS.md).
+    """
+    memory = np.empty(size + 32, np.uint8)
+    first = (1 - memory.ctypes.data) % 32
+    return memory[first : first + size]
 
 
 def decode_clip(clip: Clip, out: np.ndarray, antialias: bool, scratch: Scratch) -> None:

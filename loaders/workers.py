@@ -6,7 +6,6 @@ sleeping core, and while a batch is drawn or a step is prepared nobody decodes (
 
 from __future__ import annotations
 
-import itertools
 import math
 import mmap
 import os
@@ -15,8 +14,7 @@ import subprocess
 import sys
 import weakref
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from itertools import count
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import send_handle
@@ -27,7 +25,7 @@ import numpy as np
 
 from loaders.decode_worker import Work
 
-PLACES = 2  # of each process: when it has done its part, the next one is there
+PLACES = 2  # of each process: when it has done its part of a batch, that of the next one is there
 SECONDS_TO_END = 5.0  # for a process that has closed its sockets
 # A run that is told to stop goes on until it has saved, and needs batches; what ends its processes is its own end.
 NOT_FOR_THEM = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -36,7 +34,7 @@ NOT_FOR_THEM = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, si
 class Memory:
     """Memory that the processes can have as well, without a name in any file system; lives while it is referred to."""
 
-    numbers = itertools.count()
+    numbers = count()
 
     def __init__(self, size: int) -> None:
         self.number, self.size = next(Memory.numbers), size
@@ -98,8 +96,8 @@ class Place:
         self.process, self.connection = process, connection
         self._sent: dict[int, weakref.ref[Memory]] = {}
 
-    def decode(self, memory: Memory, shape: tuple[int, ...], rows: range, clips: np.ndarray) -> dict[int, str]:
-        """Have a part of a batch decoded into its memory; raises RuntimeError when the process has ended."""
+    def begin(self, memory: Memory, shape: tuple[int, ...], rows: range, clips: np.ndarray) -> None:
+        """Ask for a part of a batch to be decoded into its memory; raises RuntimeError when the process has ended."""
         gone = [number for number, sent in self._sent.items() if sent() is None]
         for number in gone:
             del self._sent[number]
@@ -109,9 +107,18 @@ class Place:
             if is_new:
                 self._sent[memory.number] = weakref.ref(memory)
                 send_handle(self.connection, memory.descriptor, self.process.pid)
+        except ConnectionError:
+            raise self._ended() from None
+
+    def finish(self) -> dict[int, str]:
+        """Wait until it is decoded; {row: reason} of the bad ones. Raises RuntimeError when the process has ended."""
+        try:
             return self.connection.recv()
         except (EOFError, ConnectionError):
-            raise RuntimeError(f"decoding process {self.process.pid} has ended: {self._cause()}") from None
+            raise self._ended() from None
+
+    def _ended(self) -> RuntimeError:
+        return RuntimeError(f"decoding process {self.process.pid} has ended: {self._cause()}")
 
     def _cause(self) -> str:
         try:
@@ -130,18 +137,17 @@ class Workers:
         OSError: a process cannot be started.
     """
 
-    def __init__(self, count: int, antialias: bool) -> None:
-        self.places: list[Place] = []
-        self._free: SimpleQueue[Place] = SimpleQueue()
-        self._waiting = ThreadPoolExecutor(count * PLACES, thread_name_prefix="decode")
+    def __init__(self, processes: int, antialias: bool) -> None:
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._failed = ""  # why nothing is decoded any more
+        self._free: SimpleQueue[tuple[Place, ...]] = SimpleQueue()  # of each process one, for one batch
         try:
-            started = [self._start(antialias) for _ in range(count)]
+            started = [self._start(antialias) for _ in range(processes)]
         except OSError:
-            self.close()
+            self._end()
             raise
-        for places in zip(*started, strict=True):  # first each process' first place
-            for place in places:
-                self._free.put(place)
+        for places in zip(*started, strict=True):
+            self._free.put(places)
 
     def _start(self, antialias: bool) -> list[Place]:
         ends = [Pipe() for _ in range(PLACES)]
@@ -157,9 +163,8 @@ class Workers:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         for _, their in ends:
             their.close()
-        places = [Place(process, our) for our, _ in ends]
-        self.places += places
-        return places
+        self._processes.append(process)
+        return [Place(process, our) for our, _ in ends]
 
     def decode(self, memory: Memory, shape: tuple[int, ...], clips: np.ndarray) -> dict[int, str]:
         """Have a batch decoded into its memory; {row: reason} of the bad ones.
@@ -169,30 +174,32 @@ class Workers:
         Raises:
             RuntimeError: a process has ended.
         """
-        step = len(self.places)
-        parts = [range(first, len(clips), step) for first in range(min(len(clips), step))]
-        bad: dict[int, str] = {}
-        mine = [clips[rows.start :: step] for rows in parts]
-        for found in self._waiting.map(partial(self._decode, memory, shape), parts, mine):
-            bad.update(found)
-        return bad
-
-    def _decode(self, memory: Memory, shape: tuple[int, ...], rows: range, clips: np.ndarray) -> dict[int, str]:
-        """Have some rows decoded by whichever process is free."""
-        place = self._free.get()
+        places = self._free.get()
         try:
-            return place.decode(memory, shape, rows, clips)
+            if self._failed:
+                raise RuntimeError(self._failed)
+            busy = places[: len(clips)]
+            for first, place in enumerate(busy):
+                place.begin(memory, shape, range(first, len(clips), len(places)), clips[first :: len(places)])
+            return dict(bad for place in busy for bad in place.finish().items())
+        except BaseException as error:
+            self._failed = self._failed or str(error) or "decoding was interrupted"  # answers may be left in sockets
+            raise
         finally:
-            self._free.put(place)
+            self._free.put(places)
+
+    def _end(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.wait()
 
     def close(self) -> None:
         """End the processes, whatever they are at; who still waits for one gets its RuntimeError."""
-        self._waiting.shutdown(wait=False, cancel_futures=True)
-        processes = {place.process for place in self.places}
-        for process in processes:
-            process.kill()
-        for process in processes:
-            process.wait()
-        self._waiting.shutdown()
-        for place in self.places:
-            place.connection.close()
+        self._failed = self._failed or "the decoder is closed"
+        self._end()
+        rows = [self._free.get() for _ in range(PLACES)]  # nobody waits for an answer any more
+        for places in rows:
+            for place in places:
+                place.connection.close()
+            self._free.put(places)
