@@ -1,5 +1,6 @@
 """The processes that decode: they share memory with the loader, outlive signals meant for it, and end with it."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -200,12 +201,13 @@ def test_memory_is_used_again_and_only_when_nobody_has_it(decoder: CpuDecoder) -
     view = held[0][1]
     kept = view.clone()
     del held
+    gc.collect()  # what tests before left behind
     files = len(os.listdir("/proc/self/fd"))
     for _ in range(30):
         frames = decoder.decode(clips()[::-1])[0]
         assert frames.data_ptr() in places - {view.data_ptr() - frames[0].numel()}
     assert torch.equal(view, kept)
-    assert len(os.listdir("/proc/self/fd")) == files
+    assert len(os.listdir("/proc/self/fd")) <= files
 
 
 def test_a_pool_keeps_few_and_gives_none_that_is_far_too_large() -> None:
