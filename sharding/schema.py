@@ -222,7 +222,8 @@ def parse_index(corpus: Corpus, shard: int, file: BinaryIO) -> pa.Table:
     """The index of one shard from its file's contents; raises ValueError as `read_index` does."""
     info, path = corpus.shards[shard], corpus.index_url(shard)
     try:
-        table = pq.read_table(file)
+        # An index is small, and a process that ends while Arrow's own threads do is sometimes aborted by them.
+        table = pq.ParquetFile(file, pre_buffer=False).read(use_threads=False)
     except (ValueError, pa.ArrowException) as error:
         raise ValueError(
             f"{path} is damaged ({error}): make it again with `python -m sharding.verify {corpus.url} --repair`"

@@ -100,11 +100,11 @@ def test_a_server_that_is_not_there_is_named(store: Store, folder: str) -> None:
 def test_a_store_that_cannot_be_reached_is_told_of_while_it_is_tried(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("loaders.remote.SILENCE", 0.5)
+    monkeypatch.setattr("loaders.remote.SILENCE", 0.2)  # by chance the tries may end soon after half a second
     with pytest.raises(TimeoutError, match=r"the last: cannot connect to 127\.0\.0\.1:9$"):
         remote("http://127.0.0.1:9/things", deadline=3).fetch(PARTS)
     told = [record.getMessage() for record in caplog.records if record.name == "loaders"]
-    assert 1 <= len(told) <= 6  # for all parts together
+    assert 1 <= len(told) <= 15  # for all parts together
     assert re.fullmatch(
         r"http://127\.0\.0\.1:9/things/shard\.tar bytes \d+-\d+: \d+ tries in \d s, the last: cannot connect to "
         r"127\.0\.0\.1:9; tried again until remote\.deadline=3 s",
