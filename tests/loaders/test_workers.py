@@ -22,7 +22,7 @@ from loaders.clips import Window
 from loaders.decode_worker import packed, unpacked
 from loaders.decoding import CpuDecoder
 from loaders.pixels import Clip, Scratch
-from loaders.workers import NOT_FOR_THEM, MemoryPool, Place
+from loaders.workers import NOT_FOR_THEM, MemoryPool
 
 SIZE = 32
 ROOT = Path(__file__).resolve().parents[2]
@@ -118,18 +118,19 @@ def test_a_process_that_ends_is_told_with_its_signal(decoder: CpuDecoder, number
             decoder.decode(clips())
 
 
-def test_a_batch_that_was_interrupted_leaves_no_answers_to_the_next(decoder: CpuDecoder, monkeypatch) -> None:
-    with monkeypatch.context() as patched:
-        patched.setattr(Place, "finish", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            decoder.decode(clips())
+def test_a_batch_that_was_interrupted_leaves_no_answers_to_the_next(decoder: CpuDecoder) -> None:
+    decoder.decode(clips())
+    for process in decoding_processes():
+        process.suspend()
+    threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        decoder.decode(clips())
+    for process in decoding_processes():
+        process.resume()
+    time.sleep(0.3)  # the answers come now
     for _ in range(3):
         with pytest.raises(RuntimeError, match="decoding was interrupted"):
             decoder.decode(clips()[::-1])
-
-
-def interrupted(_: Place) -> dict[int, str]:
-    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("side", [(224, 224), (224, 299), (336, 224), (97, 31)])
