@@ -132,7 +132,7 @@ def test_memory_threads_and_files_do_not_grow_over_twenty_epochs(shapes, tokeniz
         memory = sum(one.memory_info().rss for one in everyone) / 2**20
         files = [name for one in everyone for name in open_files(one.pid)]
         frames = sum(name.startswith("memfd:frames") for name in files)  # how many batches were on their way differs
-        assert frames <= 2 * MemoryPool.KEPT  # Python's mmap keeps a descriptor of its own
+        assert frames <= 2 * (MemoryPool.KEPT + 8)  # free and under way; Python's mmap keeps a descriptor of its own
         after.append((memory, threading.active_count(), len(files) - frames))
     memories, threads, others = zip(*after, strict=True)
     assert max(memories[1:]) - memories[0] < 50, memories
