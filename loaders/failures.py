@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from sharding.remote import AGAIN, answer_of, is_transient, reason_of
+from sharding.remote import AGAIN, WebError, answer_of, is_transient, reason_of
 
 SECRET_OPTIONS = re.compile(r"secret|password|passwd|token|key|credential|sas|authorization", re.I)
 HARMLESS_TOKENS = ("anon", "cloud", "google_default", "cache", "browser")  # gcsfs: how to find one, not one itself
@@ -37,10 +37,13 @@ class GoneError(Exception):
         return self.kind(f"{url} is missing" if self.kind is FileNotFoundError else f"{url} cannot be read: {self}")
 
 
-def failure_of_status(status: int, headers: Mapping[str, str]) -> TransientError | GoneError | PermissionError:
-    """The error that an HTTP status means; PermissionError where the credentials may have grown old."""
+def failure_of_status(status: int, wait: float = 0.0) -> TransientError | GoneError | PermissionError:
+    """The error that an HTTP status means; PermissionError where the credentials may have grown old.
+
+    wait: seconds that the server asked for.
+    """
     if status in AGAIN:
-        return TransientError(f"status {status}", retry_after(headers))
+        return TransientError(f"status {status}", wait)
     if status == 404:
         return GoneError("there is no such object (status 404)", FileNotFoundError)
     if status in (401, 403):
@@ -66,12 +69,13 @@ def explain(error: Exception) -> TransientError | GoneError:
         return GoneError("there is no such object", FileNotFoundError)
     answer = answer_of(error)
     if answer is not None and answer[0] >= 400:
-        found = failure_of_status(*answer)
+        found = failure_of_status(answer[0], retry_after(answer[1]))
         return denied(str(found)) if isinstance(found, PermissionError) else found
     if isinstance(error, PermissionError):
         return denied(str(error) if str(error).startswith("status ") else name)
-    if isinstance(error, aiohttp.ClientConnectorError):  # cannot connect; no such host, no valid certificate
-        return TransientError(reason_of(error)) if is_transient(error) else GoneError(reason_of(error))
+    if isinstance(error, WebError | aiohttp.ClientConnectorError):  # cannot connect; no such host, no valid certificate
+        reason = hide_secrets(reason_of(error))
+        return TransientError(reason) if is_transient(error) else GoneError(reason)
     if is_transient(error):
         return TransientError(name)
     if isinstance(error, aiohttp.ClientError):

@@ -9,33 +9,21 @@ import itertools
 import os
 import re
 import select
-import ssl
 import threading
 import time
 from collections import Counter, deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from http import HTTPStatus
 from typing import BinaryIO
-from urllib.parse import urlsplit
 
 import pycurl
 from yarl import URL
 
-from sharding.remote import ATTEMPTS, WebError, is_transient, pause_after
+from sharding.curl import error_of, host_of, new_handle
+from sharding.remote import ATTEMPTS, is_transient, pause_after
 
-AGENT = "Mozilla/5.0 (compatible; singularity-at-scale)"  # some hosts refuse clients without a name
-BUFFER = 2**18  # bytes handed over at a time
 LONGEST_WAIT = 1.0  # seconds that the thread sleeps while something is under way
 STRANGE = re.compile(r"[^\x21-\x7e]")  # what an address must have quoted
-BROKEN_OFF = {
-    pycurl.E_PARTIAL_FILE,
-    pycurl.E_GOT_NOTHING,
-    pycurl.E_SEND_ERROR,
-    pycurl.E_RECV_ERROR,
-    pycurl.E_HTTP2,
-    92,  # CURLE_HTTP2_STREAM, which pycurl does not name
-}
 
 
 @dataclass(frozen=True)
@@ -66,11 +54,7 @@ class Transfer:
     @functools.cached_property
     def host(self) -> str:
         """Host and port."""
-        try:
-            parts = urlsplit(self.url)
-            return f"{parts.hostname}:{parts.port or (443 if parts.scheme == 'https' else 80)}"
-        except ValueError:
-            return self.url
+        return host_of(self.url)
 
     def write(self, data: bytes) -> int | None:
         """Take in the next bytes; called by libcurl."""
@@ -85,28 +69,7 @@ class Transfer:
         """What went wrong, when libcurl ended with `code`."""
         if self.fault is not None:
             return self.fault
-        status = curl.getinfo(pycurl.RESPONSE_CODE)
-        if code == pycurl.E_OK:
-            if status < 400:
-                return None
-            if status == HTTPStatus.NOT_FOUND:
-                return FileNotFoundError(self.url)
-            phrase = HTTPStatus(status).phrase if status in set(HTTPStatus) else ""
-            return WebError(f"HTTP {status} {phrase}".strip(), status=status, after=curl.getinfo(pycurl.RETRY_AFTER))
-        if code in BROKEN_OFF:
-            return WebError("connection broke off", passing=True)
-        host = self.host.rpartition(":")[0]
-        reasons = {
-            pycurl.E_OPERATION_TIMEDOUT: ("timed out", True),
-            pycurl.E_COULDNT_CONNECT: (f"cannot connect to {self.host}", True),
-            pycurl.E_COULDNT_RESOLVE_HOST: (f"host not found: {host}", True),  # name servers under load say so, too
-            pycurl.E_COULDNT_RESOLVE_PROXY: (f"proxy not found: {message}", True),
-            pycurl.E_PEER_FAILED_VERIFICATION: (f"no valid certificate: {host}", False),
-            pycurl.E_SSL_CONNECT_ERROR: (f"no encrypted connection: {host}", False),
-            pycurl.E_URL_MALFORMAT: ("no valid address", False),
-        }
-        reason, passing = reasons.get(code, (f"cannot be fetched: {message}", False))
-        return WebError(reason, passing=passing)
+        return error_of(curl, code, message, self.url)
 
 
 class WebClient:
@@ -198,7 +161,7 @@ class WebClient:
                 self.waiting.append(transfer)
                 continue
             self.to_host[transfer.host] += 1
-            curl = self.idle.pop() if self.idle else new_handle(self.fetching.timeout)
+            curl = self.idle.pop() if self.idle else handle_for_media(self.fetching.timeout)
             self.running[curl] = transfer
             curl.setopt(pycurl.URL, transfer.url)
             curl.setopt(pycurl.WRITEFUNCTION, transfer.write)
@@ -244,27 +207,15 @@ class WebClient:
             os.read(self.ear, 4096)
 
 
-def new_handle(timeout: float) -> pycurl.Curl:
-    """A handle of libcurl for one transfer after the other; proxies are those of the environment."""
-    curl = pycurl.Curl()
-    certificates = ssl.get_default_verify_paths()  # the same as for all other connections of Python
+def handle_for_media(timeout: float) -> pycurl.Curl:
+    """A handle that takes any address of an annotation file; proxies are those of the environment."""
+    curl = new_handle(timeout)
     options = {
-        pycurl.NOSIGNAL: 1,
-        pycurl.USERAGENT: AGENT,
         pycurl.ACCEPT_ENCODING: "",  # whatever libcurl can unpack
-        pycurl.FOLLOWLOCATION: 1,
-        pycurl.MAXREDIRS: 10,
-        pycurl.PROTOCOLS: pycurl.PROTO_HTTP | pycurl.PROTO_HTTPS,
         pycurl.NETRC: pycurl.NETRC_OPTIONAL,
-        pycurl.BUFFERSIZE: BUFFER,
-        pycurl.CONNECTTIMEOUT_MS: int(timeout * 1000),
         pycurl.LOW_SPEED_LIMIT: 1,  # bytes a second, over
         pycurl.LOW_SPEED_TIME: max(1, round(timeout)),  # seconds
     }
-    if certificates.cafile:
-        options[pycurl.CAINFO] = certificates.cafile
-    if certificates.capath:
-        options[pycurl.CAPATH] = certificates.capath
     for name, value in options.items():
         curl.setopt(name, value)
     return curl

@@ -1,0 +1,58 @@
+"""Where the objects of S3, GCS and web servers are asked for over HTTP, and with what rights."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import netrc
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+SIGNED_FOR = 3600  # seconds that a signed address is good for; it is made anew after half of them
+
+
+@dataclass(frozen=True)
+class Address:
+    """An address that needs nothing more; headers to send; the proxy to go through; good until this monotonic time."""
+
+    url: str
+    headers: list[str]
+    proxy: str
+    until: float
+
+
+async def sign(filesystem: Any, path: str) -> Address | None:
+    """The address of an object of a file system of fsspec; None where only the file system itself can read it."""
+    kind = filesystem.protocol if isinstance(filesystem.protocol, str) else filesystem.protocol[0]
+    if kind == "s3" and not (filesystem.req_kw or filesystem.s3_additional_kwargs):
+        return address(await filesystem._url(path, expires=SIGNED_FOR), {}, SIGNED_FOR / 2)
+    if kind in ("gs", "gcs") and not filesystem.requester_pays:
+        headers: dict[str, str] = {}
+        await asyncio.to_thread(filesystem.credentials.apply, headers)  # may ask for a new token
+        return address(filesystem.url(path), headers, 60.0)
+    if kind in ("http", "https") and not filesystem.kwargs:
+        url = str(filesystem.encode_url(path))
+        return address(url, login_of(urlsplit(url).hostname), SIGNED_FOR)
+    return None
+
+
+def address(url: str, headers: dict[str, str], seconds: float) -> Address:
+    """An address with the proxy that the environment names for it."""
+    parts = urlsplit(url)
+    proxy = "" if proxy_bypass(parts.hostname or "") else getproxies().get(parts.scheme, "")
+    return Address(url, [f"{name}: {value}" for name, value in headers.items()], proxy, time.monotonic() + seconds)
+
+
+def login_of(host: str | None) -> dict[str, str]:
+    """The header with a host's user and password of ~/.netrc (or the file that NETRC names); empty without them."""
+    try:
+        found = netrc.netrc(os.environ.get("NETRC")).authenticators(host or "")
+    except (OSError, netrc.NetrcParseError):
+        return {}
+    if found is None:
+        return {}
+    return {"Authorization": "Basic " + base64.b64encode(f"{found[0]}:{found[2] or ''}".encode()).decode()}

@@ -1,0 +1,203 @@
+"""Byte ranges over HTTP in an asyncio loop, by libcurl: a quarter of the CPU time of a client written in Python."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import select
+import socket
+import threading
+from urllib.parse import urlsplit
+
+import pycurl
+
+from loaders.addresses import Address
+from loaders.failures import GoneError, TransientError, explain, failure_of_status
+from sharding.curl import error_of, new_handle
+
+INTERESTS = {
+    pycurl.POLL_IN: select.EPOLLIN,
+    pycurl.POLL_OUT: select.EPOLLOUT,
+    pycurl.POLL_INOUT: select.EPOLLIN | select.EPOLLOUT,
+}
+CONNECT_SECONDS = 10.0  # at most, of a try
+
+
+class Answer(asyncio.Future[bytes]):
+    """The bytes that an address gives; cancelling it ends the transfer.
+
+    Raises TransientError, GoneError, or PermissionError where the address' rights may have grown old.
+    """
+
+    def __init__(self, client: HttpClient, address: Address, limited: bool) -> None:
+        super().__init__(loop=client.loop)
+        self.client, self.address, self.limited = client, address, limited
+        self.chunks: list[bytes] = []
+        self.curl: pycurl.Curl | None = None  # while it is under way
+
+    def cancel(self, msg: object = None) -> bool:
+        """End the transfer."""
+        if self.curl is not None:
+            self.client.take_back(self)
+        return super().cancel(msg)
+
+
+class HttpClient:
+    """Asks for byte ranges, as many at a time as it is told to; connections are kept. To be used in its loop alone.
+
+    libcurl's sockets are watched by an epoll of their own, and that one by the loop: it costs a tenth of watching
+    each socket by the loop.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, connections: int, try_seconds: float) -> None:
+        """connections: kept for further requests. try_seconds: after which a request is given up."""
+        self.loop, self.try_seconds = loop, try_seconds
+        self._bundle = os.environ.get("AWS_CA_BUNDLE")
+        self._multi = pycurl.CurlMulti()
+        self._multi.setopt(pycurl.M_SOCKETFUNCTION, self._watch)
+        self._multi.setopt(pycurl.M_TIMERFUNCTION, self._set_timer)
+        self._multi.setopt(pycurl.M_MAXCONNECTS, connections)
+        self._sockets = select.epoll()
+        self._due: float | None = None  # when libcurl wants to be called
+        self._timer: asyncio.TimerHandle | None = None  # not later than that
+        self._idle: list[pycurl.Curl] = []
+        self._running: dict[pycurl.Curl, Answer] = {}
+        loop.add_reader(self._sockets.fileno(), self._ready)
+
+    def get(self, address: Address, start: int = 0, end: int | None = None) -> Answer:
+        """Ask for bytes [start, end), all where there is no end; fewer come where the object ends before."""
+        curl = self._idle.pop() if self._idle else self._new_handle()
+        answer = Answer(self, address, end is not None)
+        curl.setopt(pycurl.URL, address.url)
+        curl.setopt(pycurl.PROXY, address.proxy)
+        curl.setopt(pycurl.HTTPHEADER, address.headers)
+        curl.setopt(pycurl.RANGE, None if end is None else f"{start}-{end - 1}")
+        curl.setopt(pycurl.MAXFILESIZE_LARGE, 0 if end is None else end - start)  # a server may send all of an object
+        curl.setopt(pycurl.WRITEFUNCTION, answer.chunks.append)
+        self._running[curl] = answer
+        answer.curl = curl
+        self._multi.add_handle(curl)
+        return answer
+
+    def take_back(self, answer: Answer) -> None:
+        """End a transfer, if need be by closing its connection; the handle can be used again."""
+        curl, answer.curl = answer.curl, None
+        assert curl is not None
+        del self._running[curl]
+        self._multi.remove_handle(curl)
+        answer.chunks.clear()  # which the handle would keep until its next use
+        self._idle.append(curl)
+
+    def close(self) -> None:
+        """End all transfers and connections; may be called from other threads than the loop's."""
+        asyncio.run_coroutine_threadsafe(self._end_all(), self.loop).result(CONNECT_SECONDS)
+        closing = threading.Thread(target=self._multi.close, daemon=True)
+        closing.start()  # by itself: it waits for threads of libcurl that look up names, however long that takes
+        closing.join(1.0)
+        self._sockets.close()
+
+    async def _end_all(self) -> None:
+        self.loop.remove_reader(self._sockets.fileno())
+        for answer in list(self._running.values()):
+            answer.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
+        for curl in self._idle:
+            curl.close()
+
+    def _new_handle(self) -> pycurl.Curl:
+        curl = new_handle(min(CONNECT_SECONDS, self.try_seconds), self._bundle)
+        curl.setopt(pycurl.TIMEOUT_MS, max(1, int(self.try_seconds * 1000)))
+        curl.setopt(pycurl.HTTP_VERSION, pycurl.CURL_HTTP_VERSION_1_1)  # not all requests over one connection
+        curl.setopt(pycurl.PATH_AS_IS, 1)  # addresses are signed as they are
+        curl.setopt(pycurl.NOPROXY, "")  # the address knows
+        return curl
+
+    def _watch(self, what: int, descriptor: int, *_: object) -> None:
+        """Called by libcurl: what it wants to know of a socket."""
+        if what == pycurl.POLL_REMOVE:
+            with contextlib.suppress(OSError):  # it may be closed already
+                self._sockets.unregister(descriptor)
+            return
+        try:
+            self._sockets.register(descriptor, INTERESTS[what])
+        except FileExistsError:
+            self._sockets.modify(descriptor, INTERESTS[what])
+
+    def _set_timer(self, milliseconds: int) -> None:
+        """Called by libcurl: when it wants to be called. A timer that comes too early is kept: most never count."""
+        if milliseconds < 0:
+            self._due = None
+            return
+        self._due = self.loop.time() + milliseconds / 1000
+        if self._timer is None or self._timer.when() > self._due:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self.loop.call_at(self._due, self._time_out)
+
+    def _time_out(self) -> None:
+        self._timer = None
+        if self._due is None:
+            return
+        if self.loop.time() < self._due:
+            self._timer = self.loop.call_at(self._due, self._time_out)
+            return
+        self._due = None
+        self._multi.socket_action(pycurl.SOCKET_TIMEOUT, 0)
+        self._collect()
+
+    def _ready(self) -> None:
+        """Bytes have come, or can be sent."""
+        for descriptor, events in self._sockets.poll(0):
+            readable, writable = events & ~select.EPOLLOUT, events & select.EPOLLOUT
+            action = (pycurl.CSELECT_IN if readable else 0) | (pycurl.CSELECT_OUT if writable else 0)
+            self._multi.socket_action(descriptor, action)
+        self._collect()
+
+    def _collect(self) -> None:
+        """Hand over what has ended."""
+        left = 1
+        while left:
+            left, good, bad = self._multi.info_read()
+            for curl, code, message in [*((curl, pycurl.E_OK, "") for curl in good), *bad]:
+                self._end(curl, code, message)
+
+    def _end(self, curl: pycurl.Curl, code: int, message: str) -> None:
+        answer = self._running[curl]
+        status = curl.getinfo(pycurl.RESPONSE_CODE)
+        result: bytes | Exception
+        if code == pycurl.E_OK and status in (200, 206) and (status == 206 or not answer.limited):
+            chunks = answer.chunks
+            result = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        elif status == 416:
+            result = b""  # the object ends before: the reader's checksums say what is missing
+        elif status >= 400:
+            result = failure_of_status(status, float(curl.getinfo(pycurl.RETRY_AFTER)))
+        elif answer.limited and status == 200 and code in (pycurl.E_OK, pycurl.E_FILESIZE_EXCEEDED):
+            result = GoneError(f"the server does not answer byte ranges (status {status})")
+        elif code == pycurl.E_OPERATION_TIMEDOUT:
+            result = TransientError(f"no answer within {self.try_seconds:g} s (remote.try_seconds)")
+        else:
+            error = error_of(curl, code, message, answer.address.url)
+            result = explain(error) if error is not None else GoneError(f"status {status}")
+        self.take_back(answer)
+        if isinstance(result, bytes):
+            answer.set_result(result)
+        elif code == pycurl.E_COULDNT_RESOLVE_HOST:
+            threading.Thread(target=self._look_up, args=(answer, result), daemon=True).start()
+        else:
+            answer.set_exception(result)
+
+    def _look_up(self, answer: Answer, error: Exception) -> None:
+        """Whether a host's name is wrong, or the name server had no answer: libcurl does not tell them apart."""
+        try:
+            socket.getaddrinfo(urlsplit(answer.address.url).hostname, None)
+        except socket.gaierror as problem:
+            if problem.errno != socket.EAI_AGAIN:
+                error = GoneError(str(error))
+        self.loop.call_soon_threadsafe(self._say, answer, error)
+
+    def _say(self, answer: Answer, error: Exception) -> None:
+        if not answer.done():
+            answer.set_exception(error)
