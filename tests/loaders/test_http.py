@@ -1,0 +1,188 @@
+"""Byte ranges over HTTP: connections kept and closed, redirects, certificates, names, servers with a will."""
+
+import re
+import socket
+import ssl
+import threading
+import time
+import tracemalloc
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import trustme
+
+from loaders.config import RemoteReads
+from loaders.remote import Part, Remote
+
+DATA = np.random.default_rng(1).bytes(2**20)
+
+
+class Ranges(BaseHTTPRequestHandler):
+    """Answers ranges of DATA under /things; elsewhere as the path says."""
+
+    protocol_version = "HTTP/1.1"
+
+    def setup(self) -> None:
+        super().setup()
+        self.server.connections += 1
+
+    def do_GET(self) -> None:
+        self.server.asked.append((self.path, self.headers.get("Authorization")))
+        first, last = map(int, re.findall(r"\d+", self.headers.get("Range", f"bytes=0-{len(DATA) - 1}")))
+        if self.path.startswith("/moved"):
+            return self.say(302, b"", Location=self.path.replace("moved", "things"))
+        if self.path.startswith("/whole"):
+            return self.say(200, DATA * 64)
+        if self.path.startswith("/refusing"):
+            return self.say(503, DATA)  # an excuse longer than what was asked for
+        if self.path.startswith("/stuck") and first:
+            self.server.stuck.set()
+            self.connection.settimeout(20)
+            self.server.ended.append(self.connection.recv(1))  # empty when the client hangs up
+        return self.say(206, DATA[first : last + 1])
+
+    def say(self, status: int, body: bytes, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        try:
+            self.wfile.write(body)
+            self.server.sent += len(body)
+        except OSError:
+            self.close_connection = True
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[ThreadingHTTPServer]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Ranges)
+    server.connections, server.sent, server.asked = 0, 0, []
+    server.ended, server.stuck = [], threading.Event()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def remote(server: ThreadingHTTPServer, folder: str, scheme: str = "http", **settings) -> Remote:
+    host = "localhost" if scheme == "https" else "127.0.0.1"
+    return Remote(f"{scheme}://{host}:{server.server_port}/{folder}", {}, RemoteReads(**settings))
+
+
+def parts(count: int, size: int = 1500) -> list[Part]:
+    return [Part("shard.tar", first, first + size) for first in range(0, count * 2000, 2000)]
+
+
+def test_many_ranges_share_few_connections(server) -> None:
+    reading = remote(server, "things", connections=4, hedge_percentile=0)
+    for _ in range(3):
+        assert reading.fetch(parts(100)) == [DATA[part.start : part.end] for part in parts(100)]
+    reading.close()
+    assert server.connections <= 4
+    assert len(server.asked) == 300
+
+
+def test_a_redirect_is_followed(server) -> None:
+    reading = remote(server, "moved")
+    assert reading.fetch(parts(3)) == [DATA[part.start : part.end] for part in parts(3)]
+    assert {path for path, _ in server.asked} == {"/moved/shard.tar", "/things/shard.tar"}
+    reading.close()
+
+
+def test_a_server_without_ranges_is_named_before_all_has_come(server) -> None:
+    reading = remote(server, "whole")
+    with pytest.raises(OSError, match=r"whole/shard\.tar cannot be read: the server does not answer byte ranges"):
+        reading.fetch(parts(1))
+    reading.close()
+    time.sleep(0.2)
+    assert server.sent == 0  # of 64 MB, its buffers alone
+
+
+def test_an_excuse_longer_than_what_was_asked_for_is_still_an_excuse(server) -> None:
+    reading = remote(server, "refusing", deadline=1)
+    with pytest.raises(TimeoutError, match=r"the last: status 503"):
+        reading.fetch(parts(1))
+    reading.close()
+
+
+def test_cancelling_hangs_up_and_the_client_goes_on(server) -> None:
+    reading = remote(server, "stuck")
+
+    def read() -> None:
+        with pytest.raises(CancelledError):
+            reading.fetch(parts(2))
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    assert server.stuck.wait(20)
+    reading.cancel()
+    thread.join(20)
+    assert not thread.is_alive()
+    until = time.monotonic() + 10
+    while not server.ended and time.monotonic() < until:
+        time.sleep(0.01)
+    assert server.ended == [b""]
+    assert reading.fetch(parts(1)) == [DATA[:1500]]
+    reading.close()
+
+
+def test_what_was_read_is_not_kept(server) -> None:
+    reading = remote(server, "things", hedge_percentile=0)
+    whole = [Part("shard.tar", 0, len(DATA))] * 32
+    reading.fetch(whole[:1])
+    tracemalloc.start()
+    try:
+        assert reading.fetch(whole) == [DATA] * 32
+        assert tracemalloc.get_traced_memory()[0] < 4 * len(DATA)
+    finally:
+        tracemalloc.stop()
+        reading.close()
+
+
+@pytest.mark.parametrize("variable", ["SSL_CERT_FILE", "AWS_CA_BUNDLE"])
+def test_certificates_are_checked_against_those_of_the_environment(
+    server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    for name in ("SSL_CERT_FILE", "AWS_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(context)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    stranger = remote(server, "things", "https")
+    with pytest.raises(OSError, match=r"things/shard\.tar cannot be read: no valid certificate: localhost"):
+        stranger.fetch(parts(1))
+    stranger.close()
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    monkeypatch.setenv(variable, str(tmp_path / "ca.pem"))
+    friend = remote(server, "things", "https")
+    assert friend.fetch(parts(20)) == [DATA[part.start : part.end] for part in parts(20)]
+    friend.close()
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "said"),
+    [
+        (socket.EAI_NONAME, OSError, r"things/shard\.tar cannot be read: host not found: no-such-host\.invalid"),
+        (socket.EAI_AGAIN, TimeoutError, r"\(\d+ tries\); the last: host not found: no-such-host\.invalid"),
+    ],
+)
+def test_a_wrong_name_is_said_at_once_and_a_silent_name_server_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch, number: int, error: type[OSError], said: str
+) -> None:
+    def no_such_name(*_: object) -> None:
+        raise socket.gaierror(number, "")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_such_name)
+    reading = Remote("http://no-such-host.invalid/things", {}, RemoteReads(deadline=30 if error is OSError else 2))
+    with pytest.raises(error, match=said):
+        reading.fetch(parts(1))
+    assert (reading.counters["retries"] == 0) == (error is OSError)
+    reading.close()
