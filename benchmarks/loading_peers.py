@@ -7,6 +7,7 @@ random resized crops of 224 pixels, flips, bytes, captions as they are; the offi
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -37,6 +38,8 @@ def serve(batches: Iterator[int]) -> None:
 
     batches: sizes, endless.
     """
+    gc.collect()
+    gc.freeze()  # for everybody, as training does: full collections pass over what was imported
     print("ready", flush=True)
     for line in sys.stdin:
         seconds = float(line)

@@ -14,6 +14,7 @@ HTTP, so that the server is not what binds.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import shutil
 import statistics
@@ -177,6 +178,8 @@ def main() -> None:
             kind: (urls[0], plain_address),
             f"{kind}+{options.latency * 1000:g}ms": (urls[1], slow_address),
         }
+        gc.collect()
+        gc.freeze()  # as training does
         found: dict[str, list[tuple[float, float, dict[str, float]]]] = {name: [] for name in sides}
         for number in range(options.rounds):
             for name, (where, at) in sides.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -277,6 +278,8 @@ def configuration(options: argparse.Namespace) -> LoaderConfig:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = parser().parse_args(arguments)
+    gc.collect()
+    gc.freeze()  # as training does
     try:
         figures, setup = measure(options.corpora, configuration(options), options.seconds, options.step_ms / 1000)
     except (ValueError, OSError) as error:
