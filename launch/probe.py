@@ -21,7 +21,9 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "deepspeed", "transformers", "timm", "numpy", "pyarrow", "fsspec", "s3fs", "gcsfs", "aiohttp")
+PACKAGES = (
+    "torch", "deepspeed", "transformers", "timm", "numpy", "pyarrow", "fsspec", "s3fs", "gcsfs", "aiohttp", "pycurl",
+)  # fmt: skip
 DALI = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
 CODE = ("sharding", "loaders", "model", "train", "eval", "launch", "configs", "deepspeed_configs")
 CONNECT_SECONDS = 5.0

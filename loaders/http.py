@@ -25,22 +25,42 @@ CONNECT_SECONDS = 10.0  # at most, of a try
 
 
 class Answer(asyncio.Future[bytes]):
-    """The bytes that an address gives; cancelling it ends the transfer.
+    """The bytes of a request; cancelling it, or giving it others, ends the request.
 
     Raises TransientError, GoneError, or PermissionError where the address' rights may have grown old.
     """
 
-    def __init__(self, client: HttpClient, address: Address, limited: bool) -> None:
-        super().__init__(loop=client.loop)
-        self.client, self.address, self.limited = client, address, limited
-        self.chunks: list[bytes] = []
-        self.curl: pycurl.Curl | None = None  # while it is under way
+    given = False  # whether the bytes have come from elsewhere
+
+    def stop(self) -> None:
+        """End the request, if it has not ended."""
+        raise NotImplementedError
 
     def cancel(self, msg: object = None) -> bool:
-        """End the transfer."""
+        """End the request."""
+        self.stop()
+        return super().cancel(msg)
+
+    def give(self, data: bytes) -> None:
+        """End the request: the bytes have come from elsewhere."""
+        self.stop()
+        self.given = True
+        self.set_result(data)
+
+
+class Transfer(Answer):
+    """A request that libcurl is at."""
+
+    def __init__(self, client: HttpClient, curl: pycurl.Curl, address: Address, limited: bool) -> None:
+        super().__init__(loop=client.loop)
+        self.client, self.address, self.limited = client, address, limited
+        self.curl: pycurl.Curl | None = curl  # while it is under way
+        self.chunks: list[bytes] = []
+
+    def stop(self) -> None:
+        """Hang up."""
         if self.curl is not None:
             self.client.take_back(self)
-        return super().cancel(msg)
 
 
 class HttpClient:
@@ -62,31 +82,30 @@ class HttpClient:
         self._due: float | None = None  # when libcurl wants to be called
         self._timer: asyncio.TimerHandle | None = None  # not later than that
         self._idle: list[pycurl.Curl] = []
-        self._running: dict[pycurl.Curl, Answer] = {}
+        self._running: dict[pycurl.Curl, Transfer] = {}
         loop.add_reader(self._sockets.fileno(), self._ready)
 
     def get(self, address: Address, start: int = 0, end: int | None = None) -> Answer:
         """Ask for bytes [start, end), all where there is no end; fewer come where the object ends before."""
         curl = self._idle.pop() if self._idle else self._new_handle()
-        answer = Answer(self, address, end is not None)
+        transfer = Transfer(self, curl, address, end is not None)
         curl.setopt(pycurl.URL, address.url)
         curl.setopt(pycurl.PROXY, address.proxy)
         curl.setopt(pycurl.HTTPHEADER, address.headers)
         curl.setopt(pycurl.RANGE, None if end is None else f"{start}-{end - 1}")
         curl.setopt(pycurl.MAXFILESIZE_LARGE, 0 if end is None else end - start)  # a server may send all of an object
-        curl.setopt(pycurl.WRITEFUNCTION, answer.chunks.append)
-        self._running[curl] = answer
-        answer.curl = curl
+        curl.setopt(pycurl.WRITEFUNCTION, transfer.chunks.append)
+        self._running[curl] = transfer
         self._multi.add_handle(curl)
-        return answer
+        return transfer
 
-    def take_back(self, answer: Answer) -> None:
+    def take_back(self, transfer: Transfer) -> None:
         """End a transfer, if need be by closing its connection; the handle can be used again."""
-        curl, answer.curl = answer.curl, None
+        curl, transfer.curl = transfer.curl, None
         assert curl is not None
         del self._running[curl]
         self._multi.remove_handle(curl)
-        answer.chunks.clear()  # which the handle would keep until its next use
+        transfer.chunks.clear()  # which the handle would keep until its next use
         self._idle.append(curl)
 
     def close(self) -> None:
@@ -99,8 +118,8 @@ class HttpClient:
 
     async def _end_all(self) -> None:
         self.loop.remove_reader(self._sockets.fileno())
-        for answer in list(self._running.values()):
-            answer.cancel()
+        for transfer in list(self._running.values()):
+            transfer.cancel()
         if self._timer is not None:
             self._timer.cancel()
         for curl in self._idle:
@@ -164,39 +183,39 @@ class HttpClient:
                 self._end(curl, code, message)
 
     def _end(self, curl: pycurl.Curl, code: int, message: str) -> None:
-        answer = self._running[curl]
+        transfer = self._running[curl]
         status = curl.getinfo(pycurl.RESPONSE_CODE)
         result: bytes | Exception
-        if code == pycurl.E_OK and status in (200, 206) and (status == 206 or not answer.limited):
-            chunks = answer.chunks
+        if code == pycurl.E_OK and status in (200, 206) and (status == 206 or not transfer.limited):
+            chunks = transfer.chunks
             result = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         elif status == 416:
             result = b""  # the object ends before: the reader's checksums say what is missing
         elif status >= 400:
             result = failure_of_status(status, float(curl.getinfo(pycurl.RETRY_AFTER)))
-        elif answer.limited and status == 200 and code in (pycurl.E_OK, pycurl.E_FILESIZE_EXCEEDED):
+        elif transfer.limited and status == 200 and code in (pycurl.E_OK, pycurl.E_FILESIZE_EXCEEDED):
             result = GoneError(f"the server does not answer byte ranges (status {status})")
         elif code == pycurl.E_OPERATION_TIMEDOUT:
             result = TransientError(f"no answer within {self.try_seconds:g} s (remote.try_seconds)")
         else:
-            error = error_of(curl, code, message, answer.address.url)
+            error = error_of(curl, code, message, transfer.address.url)
             result = explain(error) if error is not None else GoneError(f"status {status}")
-        self.take_back(answer)
+        self.take_back(transfer)
         if isinstance(result, bytes):
-            answer.set_result(result)
+            transfer.set_result(result)
         elif code == pycurl.E_COULDNT_RESOLVE_HOST:
-            threading.Thread(target=self._look_up, args=(answer, result), daemon=True).start()
+            threading.Thread(target=self._look_up, args=(transfer, result), daemon=True).start()
         else:
-            answer.set_exception(result)
+            transfer.set_exception(result)
 
-    def _look_up(self, answer: Answer, error: Exception) -> None:
+    def _look_up(self, transfer: Transfer, error: Exception) -> None:
         """Whether a host's name is wrong, or the name server had no answer: libcurl does not tell them apart."""
         try:
-            socket.getaddrinfo(urlsplit(answer.address.url).hostname, None)
+            socket.getaddrinfo(urlsplit(transfer.address.url).hostname, None)
         except socket.gaierror as problem:
             if problem.errno != socket.EAI_AGAIN:
                 error = GoneError(str(error))
-        self.loop.call_soon_threadsafe(self._say, answer, error)
+        self.loop.call_soon_threadsafe(self._say, transfer, error)
 
     def _say(self, answer: Answer, error: Exception) -> None:
         if not answer.done():

@@ -23,7 +23,7 @@ from loaders.addresses import Address, sign
 from loaders.config import RemoteReads
 from loaders.failures import GoneError, TransientError, explain, public_url
 from loaders.gate import gate_of_process
-from loaders.http import HttpClient
+from loaders.http import Answer, HttpClient
 from sharding.schema import join_url
 
 log = logging.getLogger("loaders")
@@ -66,7 +66,7 @@ class Remote:
     """Reads parts of the objects under a URL; safe to use from several threads, and in a child after a fork.
 
     S3, GCS and HTTP are read by one HTTP client, with addresses that fsspec's file systems sign: their own reading
-    costs twenty times the CPU time a request and hides Retry-After. Everything else is read through fsspec itself.
+    costs two times the CPU time a request and more, and hides Retry-After. Everything else is read through fsspec.
 
     counters: requests (those sent, hedges and repetitions too), retries, hedges, hedges_won, bytes_fetched.
     """
@@ -226,55 +226,54 @@ class Remote:
 
     async def _hedged(self, part: Part, address: Address | None) -> bytes:
         """A part, asked for a second time when the answer takes longer than almost all others did."""
-        latencies = self._latencies[size_class(part)]
-        began = time.monotonic()
+        latencies, began = self._latencies[size_class(part)], time.monotonic()
         first = self._ask(part, address)
-        if latencies.patience is None:
+        second: list[asyncio.Task[bytes]] = []
+        late = None  # a timer: asyncio.wait costs a tenth of a request
+        if latencies.patience is not None:
+            late = first.get_loop().call_later(latencies.patience, self._hedge, part, address, first, second)
+        try:
             data = await first
-        else:
-            answers = [first]
-            try:
-                await asyncio.wait(answers, timeout=latencies.patience)
-                if not first.done() and self._may_hedge():
-                    self.counters["hedges"] += 1
-                    answers.append(asyncio.ensure_future(self._ask_once_more(part, address, latencies)))
-                data = first.result() if first.done() else await self._first_good(answers)
-            finally:
-                end(answers)
-        if first.done() and not first.cancelled() and first.exception() is None:
-            latencies.note(time.monotonic() - began)
+            if not first.given:
+                latencies.note(time.monotonic() - began)
+        except TransientError:
+            if not second:
+                raise
+            data = await second[0]
+            self.counters["hedges_won"] += 1
+        finally:
+            if late is not None:
+                late.cancel()
+            end(second)
         self.counters["bytes_fetched"] += len(data)
         return data
 
-    def _may_hedge(self) -> bool:
+    def _hedge(self, part: Part, address: Address | None, first: Answer, second: list[asyncio.Task[bytes]]) -> None:
+        """Ask for the second time, unless the store is slow as a whole; what comes is the first one's answer."""
         few = self.counters["hedges"] < HEDGED_FREE + HEDGED_SHARE * self.counters["requests"]
-        return few and self._gate.is_free()
+        if not (few and self._gate.is_free()):
+            return
+        self.counters["hedges"] += 1
+        second.append(asyncio.ensure_future(self._ask_once_more(part, address)))
+        second[0].add_done_callback(lambda task: self._give(first, task))
 
-    async def _ask_once_more(self, part: Part, address: Address | None, latencies: Latencies) -> bytes:
+    async def _ask_once_more(self, part: Part, address: Address | None) -> bytes:
         async with self._gate:
             began = time.monotonic()
             data = await self._ask(part, address)
-            latencies.note(time.monotonic() - began)
+            self._latencies[size_class(part)].note(time.monotonic() - began)
             return data
 
-    async def _first_good(self, answers: list[asyncio.Future[bytes]]) -> bytes:
-        """The first result; an error when all have failed, or one for good."""
-        running = set(answers)
-        while True:
-            done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-            for answer in done:
-                error = answer.exception()
-                if error is None:
-                    self.counters["hedges_won"] += answer is not answers[0]
-                    return answer.result()
-                if not running or not isinstance(error, TransientError):
-                    raise error
+    def _give(self, first: Answer, task: asyncio.Task[bytes]) -> None:
+        if not (first.done() or task.cancelled() or task.exception()):
+            self.counters["hedges_won"] += 1
+            first.give(task.result())
 
-    def _ask(self, part: Part, address: Address | None) -> asyncio.Future[bytes]:
-        """One request. Its future raises TransientError or GoneError, or PermissionError: see `_try`."""
+    def _ask(self, part: Part, address: Address | None) -> Answer:
+        """One request. It raises TransientError or GoneError, or PermissionError: see `_try`."""
         self.counters["requests"] += 1
         if address is None:
-            return asyncio.ensure_future(self._bounded(self._ask_filesystem(part)))
+            return TaskAnswer(asyncio.ensure_future(self._bounded(self._ask_filesystem(part))))
         if self._client is None:
             self._client = HttpClient(asyncio.get_running_loop(), self.settings.connections, self._try_seconds)
         return self._client.get(address, part.start, part.end)
@@ -332,7 +331,30 @@ def seconds_to(limit: asyncio.Timeout) -> float:
     return math.inf if when is None else when - asyncio.get_running_loop().time()
 
 
-def end(tasks: Sequence[asyncio.Future[Any]]) -> None:
+class TaskAnswer(Answer):
+    """What a task gives."""
+
+    def __init__(self, task: asyncio.Task[bytes]) -> None:
+        super().__init__(loop=task.get_loop())
+        self.task = task
+        task.add_done_callback(self._take)
+
+    def stop(self) -> None:
+        """End the task."""
+        self.task.cancel()
+
+    def _take(self, task: asyncio.Task[bytes]) -> None:
+        if self.done():
+            return
+        if task.cancelled():
+            self.cancel()
+        elif error := task.exception():
+            self.set_exception(error)
+        else:
+            self.set_result(task.result())
+
+
+def end(tasks: Sequence[asyncio.Task[Any]]) -> None:
     """Cancel what still runs; the errors of the others are known."""
     for task in tasks:
         if task.done() and not task.cancelled():
