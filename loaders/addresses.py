@@ -12,12 +12,16 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-SIGNED_FOR = 3600  # seconds that a signed address is good for; it is made anew after half of them
+SIGNED_FOR = 3600  # seconds that a signature is good for
+KEPT_FOR = 600  # seconds that a signed address is used: credentials for a time are renewed that long before their end
 
 
 @dataclass(frozen=True)
 class Address:
-    """An address that needs nothing more; headers to send; the proxy to go through; good until this monotonic time."""
+    """An address that needs nothing more; headers to send; the proxy to go through; good until this monotonic time.
+
+    headers: one at least, or a handle of libcurl would keep those it sent before.
+    """
 
     url: str
     headers: list[str]
@@ -29,14 +33,14 @@ async def sign(filesystem: Any, path: str) -> Address | None:
     """The address of an object of a file system of fsspec; None where only the file system itself can read it."""
     kind = filesystem.protocol if isinstance(filesystem.protocol, str) else filesystem.protocol[0]
     if kind == "s3" and not (filesystem.req_kw or filesystem.s3_additional_kwargs):
-        return address(await filesystem._url(path, expires=SIGNED_FOR), {}, SIGNED_FOR / 2)
+        return address(await filesystem._url(path, expires=SIGNED_FOR), {}, KEPT_FOR)
     if kind in ("gs", "gcs") and not filesystem.requester_pays:
         headers: dict[str, str] = {}
         await asyncio.to_thread(filesystem.credentials.apply, headers)  # may ask for a new token
         return address(filesystem.url(path), headers, 60.0)
     if kind in ("http", "https") and not filesystem.kwargs:
         url = str(filesystem.encode_url(path))
-        return address(url, login_of(urlsplit(url).hostname), SIGNED_FOR)
+        return address(url, login_of(urlsplit(url).hostname), KEPT_FOR)
     return None
 
 
@@ -44,6 +48,7 @@ def address(url: str, headers: dict[str, str], seconds: float) -> Address:
     """An address with the proxy that the environment names for it."""
     parts = urlsplit(url)
     proxy = "" if proxy_bypass(parts.hostname or "") else getproxies().get(parts.scheme, "")
+    headers = {"Accept-Encoding": "identity", **headers}
     return Address(url, [f"{name}: {value}" for name, value in headers.items()], proxy, time.monotonic() + seconds)
 
 

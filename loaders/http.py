@@ -51,10 +51,10 @@ class Answer(asyncio.Future[bytes]):
 class Transfer(Answer):
     """A request that libcurl is at."""
 
-    def __init__(self, client: HttpClient, curl: pycurl.Curl, address: Address, limited: bool) -> None:
+    def __init__(self, client: HttpClient, address: Address, size: int | None) -> None:
         super().__init__(loop=client.loop)
-        self.client, self.address, self.limited = client, address, limited
-        self.curl: pycurl.Curl | None = curl  # while it is under way
+        self.client, self.address, self.size = client, address, size
+        self.curl: pycurl.Curl | None = None  # while it is under way
         self.chunks: list[bytes] = []
 
     def stop(self) -> None:
@@ -86,16 +86,23 @@ class HttpClient:
         loop.add_reader(self._sockets.fileno(), self._ready)
 
     def get(self, address: Address, start: int = 0, end: int | None = None) -> Answer:
-        """Ask for bytes [start, end), all where there is no end; fewer come where the object ends before."""
+        """Ask for bytes [start, end), all where there is no end; fewer come where the object ends before.
+
+        Raises GoneError where the address is none.
+        """
         curl = self._idle.pop() if self._idle else self._new_handle()
-        transfer = Transfer(self, curl, address, end is not None)
-        curl.setopt(pycurl.URL, address.url)
-        curl.setopt(pycurl.PROXY, address.proxy)
-        curl.setopt(pycurl.HTTPHEADER, address.headers)
+        transfer = Transfer(self, address, None if end is None else end - start)
+        try:
+            curl.setopt(pycurl.URL, address.url)
+            curl.setopt(pycurl.PROXY, address.proxy)
+            curl.setopt(pycurl.HTTPHEADER, address.headers)
+        except (ValueError, pycurl.error):  # characters that cannot stand there
+            self._idle.append(curl)
+            raise GoneError("no valid address") from None
         curl.setopt(pycurl.RANGE, None if end is None else f"{start}-{end - 1}")
-        curl.setopt(pycurl.MAXFILESIZE_LARGE, 0 if end is None else end - start)  # a server may send all of an object
+        curl.setopt(pycurl.MAXFILESIZE_LARGE, transfer.size or 0)  # a server may send all of an object
         curl.setopt(pycurl.WRITEFUNCTION, transfer.chunks.append)
-        self._running[curl] = transfer
+        self._running[curl], transfer.curl = transfer, curl
         self._multi.add_handle(curl)
         return transfer
 
@@ -129,6 +136,7 @@ class HttpClient:
         curl = new_handle(min(CONNECT_SECONDS, self.try_seconds), self._bundle)
         curl.setopt(pycurl.TIMEOUT_MS, max(1, int(self.try_seconds * 1000)))
         curl.setopt(pycurl.HTTP_VERSION, pycurl.CURL_HTTP_VERSION_1_1)  # not all requests over one connection
+        curl.setopt(pycurl.DNS_CACHE_TIMEOUT, 4)  # seconds, twice those for which "no such host" is believed
         curl.setopt(pycurl.PATH_AS_IS, 1)  # addresses are signed as they are
         curl.setopt(pycurl.NOPROXY, "")  # the address knows
         return curl
@@ -136,7 +144,7 @@ class HttpClient:
     def _watch(self, what: int, descriptor: int, *_: object) -> None:
         """Called by libcurl: what it wants to know of a socket."""
         if what == pycurl.POLL_REMOVE:
-            with contextlib.suppress(OSError):  # it may be closed already
+            with contextlib.suppress(OSError, ValueError):  # it, or ours, may be closed already
                 self._sockets.unregister(descriptor)
             return
         try:
@@ -180,43 +188,56 @@ class HttpClient:
         while left:
             left, good, bad = self._multi.info_read()
             for curl, code, message in [*((curl, pycurl.E_OK, "") for curl in good), *bad]:
-                self._end(curl, code, message)
+                transfer = self._running[curl]
+                try:
+                    result = self._result(curl, transfer, code, message)
+                except Exception as error:  # none of the others may be lost with it
+                    result = explain(error)
+                self.take_back(transfer)
+                if isinstance(result, bytes):
+                    transfer.set_result(result)
+                elif code == pycurl.E_COULDNT_RESOLVE_HOST:
+                    self._look_up(transfer, result)
+                else:
+                    transfer.set_exception(result)
 
-    def _end(self, curl: pycurl.Curl, code: int, message: str) -> None:
-        transfer = self._running[curl]
-        status = curl.getinfo(pycurl.RESPONSE_CODE)
-        result: bytes | Exception
-        if code == pycurl.E_OK and status in (200, 206) and (status == 206 or not transfer.limited):
-            chunks = transfer.chunks
-            result = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-        elif status == 416:
-            result = b""  # the object ends before: the reader's checksums say what is missing
-        elif status >= 400:
-            result = failure_of_status(status, float(curl.getinfo(pycurl.RETRY_AFTER)))
-        elif transfer.limited and status == 200 and code in (pycurl.E_OK, pycurl.E_FILESIZE_EXCEEDED):
-            result = GoneError(f"the server does not answer byte ranges (status {status})")
-        elif code == pycurl.E_OPERATION_TIMEDOUT:
-            result = TransientError(f"no answer within {self.try_seconds:g} s (remote.try_seconds)")
-        else:
-            error = error_of(curl, code, message, transfer.address.url)
-            result = explain(error) if error is not None else GoneError(f"status {status}")
-        self.take_back(transfer)
-        if isinstance(result, bytes):
-            transfer.set_result(result)
-        elif code == pycurl.E_COULDNT_RESOLVE_HOST:
-            threading.Thread(target=self._look_up, args=(transfer, result), daemon=True).start()
-        else:
-            transfer.set_exception(result)
+    def _result(self, curl: pycurl.Curl, transfer: Transfer, code: int, message: str) -> bytes | Exception:
+        status, limited = curl.getinfo(pycurl.RESPONSE_CODE), transfer.size is not None
+        if code == pycurl.E_OK and (status == 206 or (status == 200 and not limited)):
+            data = transfer.chunks[0] if len(transfer.chunks) == 1 else b"".join(transfer.chunks)
+            if limited and len(data) != transfer.size and curl.getinfo(pycurl.CONTENT_LENGTH_DOWNLOAD) < 0:
+                return TransientError("connection broke off")  # before the answer had said how long it is
+            return data
+        if status == 416:
+            return b""  # the object ends before: the reader's checksums say what is missing
+        if status >= 400:
+            return failure_of_status(status, float(curl.getinfo(pycurl.RETRY_AFTER)))
+        if limited and status == 200 and code in (pycurl.E_OK, pycurl.E_FILESIZE_EXCEEDED):
+            return GoneError(f"the server does not answer byte ranges (status {status})")
+        if code == pycurl.E_OPERATION_TIMEDOUT:
+            if not curl.getinfo(pycurl.REQUEST_SIZE):  # nothing was sent
+                return TransientError(f"no connection within {curl.getinfo(pycurl.TOTAL_TIME):.0f} s")
+            return TransientError(f"no answer within {self.try_seconds:g} s (remote.try_seconds)")
+        error = error_of(curl, code, message, transfer.address.url)
+        return explain(error) if error is not None else GoneError(f"status {status}")
 
     def _look_up(self, transfer: Transfer, error: Exception) -> None:
         """Whether a host's name is wrong, or the name server had no answer: libcurl does not tell them apart."""
-        try:
-            socket.getaddrinfo(urlsplit(transfer.address.url).hostname, None)
-        except socket.gaierror as problem:
-            if problem.errno != socket.EAI_AGAIN:
-                error = GoneError(str(error))
-        self.loop.call_soon_threadsafe(self._say, transfer, error)
 
-    def _say(self, answer: Answer, error: Exception) -> None:
-        if not answer.done():
-            answer.set_exception(error)
+        def look_up() -> None:
+            found = error
+            try:
+                socket.getaddrinfo(urlsplit(transfer.address.url).hostname, None)
+            except (OSError, UnicodeError) as problem:
+                if not isinstance(problem, OSError) or problem.errno != socket.EAI_AGAIN:
+                    found = GoneError(str(error))
+            self.loop.call_soon_threadsafe(say, found)
+
+        def say(found: Exception) -> None:
+            if not transfer.done():
+                transfer.set_exception(found)
+
+        try:
+            threading.Thread(target=look_up, daemon=True).start()  # a name server may take long, and holds up nobody
+        except RuntimeError:  # there are too many threads
+            say(error)

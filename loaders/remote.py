@@ -109,11 +109,15 @@ class Remote:
         ]
 
     def close(self) -> None:
-        """End reads and connections."""
-        self.cancel()
-        client, self._client = self._client, None
-        if client is not None and self._process == os.getpid():
-            self._process = 0
+        """End reads and connections; a later read makes new ones."""
+        with self._lock:
+            calls = list(self._calls)
+            if self._process != os.getpid():
+                return  # what a parent left is kept, see INHERITED
+            client, self._client, self._process = self._client, None, 0
+        for call in calls:
+            call.cancel()
+        if client is not None:
             client.close()
 
     def _run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
@@ -251,7 +255,7 @@ class Remote:
     def _hedge(self, part: Part, address: Address | None, first: Answer, second: list[asyncio.Task[bytes]]) -> None:
         """Ask for the second time, unless the store is slow as a whole; what comes is the first one's answer."""
         few = self.counters["hedges"] < HEDGED_FREE + HEDGED_SHARE * self.counters["requests"]
-        if not (few and self._gate.is_free()):
+        if first.done() or not (few and self._gate.is_free()):
             return
         self.counters["hedges"] += 1
         second.append(asyncio.ensure_future(self._ask_once_more(part, address)))
@@ -274,9 +278,13 @@ class Remote:
         self.counters["requests"] += 1
         if address is None:
             return TaskAnswer(asyncio.ensure_future(self._bounded(self._ask_filesystem(part))))
-        if self._client is None:
-            self._client = HttpClient(asyncio.get_running_loop(), self.settings.connections, self._try_seconds)
-        return self._client.get(address, part.start, part.end)
+        client = self._client
+        if client is None:
+            if self._process != os.getpid():
+                raise asyncio.CancelledError  # closed meanwhile
+            loop = asyncio.get_running_loop()
+            client = self._client = HttpClient(loop, self.settings.connections, self._try_seconds)
+        return client.get(address, part.start, part.end)
 
     async def _ask_filesystem(self, part: Part) -> bytes:
         path = join_url(self._root, part.name)
@@ -344,10 +352,10 @@ class TaskAnswer(Answer):
         self.task.cancel()
 
     def _take(self, task: asyncio.Task[bytes]) -> None:
-        if self.done():
-            return
         if task.cancelled():
             self.cancel()
+        elif self.done():
+            task.exception()  # known, and not logged as never seen
         elif error := task.exception():
             self.set_exception(error)
         else:

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 import pycurl
 
-from sharding.remote import WebError
+from sharding.remote import AGAIN, WebError
 
 AGENT = "Mozilla/5.0 (compatible; singularity-at-scale)"  # some hosts refuse clients without a name
 BUFFER = 2**18  # bytes handed over at a time
@@ -18,6 +18,7 @@ BROKEN_OFF = {
     pycurl.E_SEND_ERROR,
     pycurl.E_RECV_ERROR,
     pycurl.E_HTTP2,
+    pycurl.E_FTP_WEIRD_SERVER_REPLY,  # of any server
     92,  # CURLE_HTTP2_STREAM, which pycurl does not name
 }
 
@@ -63,7 +64,10 @@ def error_of(curl: pycurl.Curl, code: int, message: str, url: str) -> FileNotFou
         return WebError(f"HTTP {status} {phrase}".strip(), status=status, after=curl.getinfo(pycurl.RETRY_AFTER))
     if code == pycurl.E_OK:
         return None
-    if code in BROKEN_OFF:
+    proxy_status = curl.getinfo(pycurl.HTTP_CONNECTCODE)
+    if status == 0 and proxy_status >= 400:
+        return WebError(f"the proxy says status {proxy_status}", passing=proxy_status in AGAIN)
+    if code in BROKEN_OFF or (code == pycurl.E_UNSUPPORTED_PROTOCOL and "HTTP/0.9" in message):
         return WebError("connection broke off", passing=True)
     host = host_of(url)
     name = host.rpartition(":")[0]
@@ -71,9 +75,9 @@ def error_of(curl: pycurl.Curl, code: int, message: str, url: str) -> FileNotFou
         pycurl.E_OPERATION_TIMEDOUT: ("timed out", True),
         pycurl.E_COULDNT_CONNECT: (f"cannot connect to {host}", True),
         pycurl.E_COULDNT_RESOLVE_HOST: (f"host not found: {name}", True),  # name servers under load say so, too
-        pycurl.E_COULDNT_RESOLVE_PROXY: (f"proxy not found: {message}", True),
+        pycurl.E_COULDNT_RESOLVE_PROXY: ("proxy not found", True),  # the message may hold its password
         pycurl.E_PEER_FAILED_VERIFICATION: (f"no valid certificate: {name}", False),
-        pycurl.E_SSL_CONNECT_ERROR: (f"no encrypted connection: {name}", False),
+        pycurl.E_SSL_CONNECT_ERROR: (f"no encrypted connection: {name}", "wrong version number" not in message),
         pycurl.E_URL_MALFORMAT: ("no valid address", False),
     }
     reason, passing = reasons.get(code, (f"cannot be fetched: {message}", False))

@@ -8,6 +8,7 @@ import time
 import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
+from contextlib import ExitStack, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -35,6 +36,10 @@ class Ranges(BaseHTTPRequestHandler):
         first, last = map(int, re.findall(r"\d+", self.headers.get("Range", f"bytes=0-{len(DATA) - 1}")))
         if self.path.startswith("/moved"):
             return self.say(302, b"", Location=self.path.replace("moved", "things"))
+        if self.path.startswith("/garbled"):
+            return self.raw(b"blah blah blah\r\n\r\n")
+        if self.path.startswith("/broken"):
+            return self.raw(b"HTTP/1.1 206 Partial Content\r\nContent-Le")
         if self.path.startswith("/whole"):
             return self.say(200, DATA * 64)
         if self.path.startswith("/refusing"):
@@ -44,6 +49,13 @@ class Ranges(BaseHTTPRequestHandler):
             self.connection.settimeout(20)
             self.server.ended.append(self.connection.recv(1))  # empty when the client hangs up
         return self.say(206, DATA[first : last + 1])
+
+    def do_CONNECT(self) -> None:
+        self.say(407, b"")
+
+    def raw(self, data: bytes) -> None:
+        self.wfile.write(data)
+        self.close_connection = True
 
     def say(self, status: int, body: bytes, **headers: str) -> None:
         self.send_response(status)
@@ -109,6 +121,128 @@ def test_an_excuse_longer_than_what_was_asked_for_is_still_an_excuse(server) -> 
     reading = remote(server, "refusing", deadline=1)
     with pytest.raises(TimeoutError, match=r"the last: status 503"):
         reading.fetch(parts(1))
+    reading.close()
+
+
+@pytest.mark.parametrize("folder", ["garbled", "broken"])
+def test_answers_that_break_off_or_mean_nothing_are_asked_for_again(server, folder: str) -> None:
+    reading = remote(server, folder, deadline=1)
+    with pytest.raises(TimeoutError, match=r"\(\d+ tries\); the last: connection broke off"):
+        reading.fetch(parts(1))
+    assert reading.counters["retries"] > 0
+    reading.close()
+
+
+def test_a_server_that_hangs_up_while_the_encryption_is_agreed_on_is_asked_again() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def hang_up() -> None:
+            with suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    connection.recv(100)
+                    connection.close()  # with bytes unread: a reset
+
+        threading.Thread(target=hang_up, daemon=True).start()
+        url = f"https://127.0.0.1:{server.getsockname()[1]}/things"
+        reading = Remote(url, {}, RemoteReads(deadline=1))
+        with pytest.raises(TimeoutError, match=r"the last: no encrypted connection: 127\.0\.0\.1"):
+            reading.fetch(parts(1))
+        assert reading.counters["retries"] > 0
+        reading.close()
+        server.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_server_without_encryption_is_named_at_once(server) -> None:
+    reading = Remote(f"https://127.0.0.1:{server.server_port}/things", {}, RemoteReads())
+    with pytest.raises(OSError, match=r"things/shard\.tar cannot be read: no encrypted connection: 127\.0\.0\.1"):
+        reading.fetch(parts(1))
+    reading.close()
+
+
+def test_a_proxy_that_refuses_is_named_at_once(server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("no_proxy", "elsewhere.test")
+    reading = Remote("https://store.test/things", {}, RemoteReads())
+    with pytest.raises(OSError, match=r"store\.test/things/shard\.tar cannot be read: the proxy says status 407"):
+        reading.fetch(parts(1))
+    reading.close()
+
+
+def test_a_proxys_password_is_in_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", "jane:open-sesame@proxy:80x80")
+    monkeypatch.setenv("no_proxy", "elsewhere.test")
+    reading = Remote("https://store.test/things", {}, RemoteReads(deadline=1))
+    with pytest.raises(OSError, match=r"store\.test/things.*proxy") as raised:
+        reading.fetch(parts(1))
+    assert "sesame" not in str(raised.value)
+    reading.close()
+
+
+def test_no_connection_is_told_from_no_answer(server) -> None:
+    reading = remote(server, "stuck", try_seconds=0.5, deadline=0.7)
+    assert reading.fetch(parts(1)) == [DATA[:1500]]
+    with pytest.raises(TimeoutError, match=r"the last: no answer within 0\.5 s \(remote\.try_seconds\)"):
+        reading.fetch(parts(2)[1:])  # over the same connection
+    reading.close()
+    with socket.socket() as full, ExitStack() as waiting:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for _ in range(4):  # who comes after them is not let in
+            one = waiting.enter_context(socket.socket())
+            one.setblocking(False)
+            one.connect_ex(full.getsockname())
+        url = f"http://127.0.0.1:{full.getsockname()[1]}/things"
+        reading = Remote(url, {}, RemoteReads(try_seconds=1, deadline=1.2))
+        with pytest.raises(TimeoutError, match=r"the last: no connection within 1 s"):
+            reading.fetch(parts(1))
+        reading.close()
+
+
+@pytest.mark.parametrize("host", ["store..example", "a" * 70 + ".example"])
+def test_a_name_that_cannot_be_one_is_said_at_once(host: str) -> None:
+    reading = Remote(f"http://{host}/things", {}, RemoteReads())
+    with pytest.raises(OSError, match=r"things/shard\.tar cannot be read: host not found"):
+        reading.fetch(parts(1))
+    reading.close()
+
+
+def test_headers_of_one_request_are_not_sent_with_the_next(
+    server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loaders.addresses.KEPT_FOR", 0.0)
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login jane password sesame\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    reading = remote(server, "things", hedge_percentile=0)
+    reading.fetch(parts(1))
+    (tmp_path / "netrc").unlink()
+    reading.fetch(parts(1))
+    assert [header is None for _, header in server.asked] == [False, True]
+    reading.close()
+
+
+def test_closing_while_others_read_loses_nobody(server) -> None:
+    reading = remote(server, "things", hedge_percentile=0)
+    ended: list[str] = []
+
+    def read() -> None:
+        for _ in range(30):
+            try:
+                assert reading.fetch(parts(20)) == [DATA[part.start : part.end] for part in parts(20)]
+            except CancelledError:
+                pass
+            except BaseException as error:
+                ended.append(repr(error))
+                raise
+        ended.append("whole")
+
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        reading.close()
+        time.sleep(0.01)
+    assert ended == ["whole"] * 4
     reading.close()
 
 
