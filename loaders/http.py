@@ -66,8 +66,8 @@ class Transfer(Answer):
 class HttpClient:
     """Asks for byte ranges, as many at a time as it is told to; connections are kept. To be used in its loop alone.
 
-    libcurl's sockets are watched by an epoll of their own, and that one by the loop: it costs a tenth of watching
-    each socket by the loop.
+    libcurl's sockets are watched by an epoll of their own, and that one by the loop: a socket comes and goes with every
+    request, and so needs no objects of the loop's each time.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, connections: int, try_seconds: float) -> None:
