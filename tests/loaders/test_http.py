@@ -1,8 +1,11 @@
 """Byte ranges over HTTP: connections kept and closed, redirects, certificates, names, servers with a will."""
 
+import os
 import re
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 import time
 import tracemalloc
@@ -15,10 +18,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import trustme
+from hosts import ROOT, why_not
 
 from loaders.config import RemoteReads
 from loaders.remote import Part, Remote
 
+LATE = 8.0  # seconds
 DATA = np.random.default_rng(1).bytes(2**20)
 
 
@@ -44,6 +49,9 @@ class Ranges(BaseHTTPRequestHandler):
             return self.say(200, DATA * 64)
         if self.path.startswith("/refusing"):
             return self.say(503, DATA)  # an excuse longer than what was asked for
+        if self.path.startswith("/late") and first == 2000 and self.server.late.is_set():
+            self.server.late.clear()
+            time.sleep(LATE)
         if self.path.startswith("/stuck") and first:
             self.server.stuck.set()
             self.connection.settimeout(20)
@@ -76,7 +84,7 @@ class Ranges(BaseHTTPRequestHandler):
 def server() -> Iterator[ThreadingHTTPServer]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Ranges)
     server.connections, server.sent, server.asked = 0, 0, []
-    server.ended, server.stuck = [], threading.Event()
+    server.ended, server.stuck, server.late = [], threading.Event(), threading.Event()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -301,22 +309,98 @@ def test_certificates_are_checked_against_those_of_the_environment(
     friend.close()
 
 
-@pytest.mark.parametrize(
-    ("number", "error", "said"),
-    [
-        (socket.EAI_NONAME, OSError, r"things/shard\.tar cannot be read: host not found: no-such-host\.invalid"),
-        (socket.EAI_AGAIN, TimeoutError, r"\(\d+ tries\); the last: host not found: no-such-host\.invalid"),
-    ],
-)
-def test_a_wrong_name_is_said_at_once_and_a_silent_name_server_is_asked_again(
-    monkeypatch: pytest.MonkeyPatch, number: int, error: type[OSError], said: str
-) -> None:
-    def no_such_name(*_: object) -> None:
-        raise socket.gaierror(number, "")
+def test_what_fsspec_reads_itself_is_hedged_cancelled_and_explained_too(server) -> None:
+    def by_fsspec(folder: str, **settings) -> Remote:  # an option that our own client does not know
+        url = f"http://127.0.0.1:{server.server_port}/{folder}"
+        return Remote(url, {"headers": {"X-Asked-By": "fsspec"}}, RemoteReads(**settings))
 
-    monkeypatch.setattr(socket, "getaddrinfo", no_such_name)
-    reading = Remote("http://no-such-host.invalid/things", {}, RemoteReads(deadline=30 if error is OSError else 2))
-    with pytest.raises(error, match=said):
-        reading.fetch(parts(1))
-    assert (reading.counters["retries"] == 0) == (error is OSError)
+    reading = by_fsspec("late")
+    assert reading.fetch(parts(60)) == [DATA[part.start : part.end] for part in parts(60)]  # learns how long it takes
+    server.late.set()
+    began = time.monotonic()
+    assert reading.fetch(parts(10)) == [DATA[part.start : part.end] for part in parts(10)]
+    assert time.monotonic() - began < LATE
+    assert reading.counters["hedges_won"] == 1
     reading.close()
+    reading = by_fsspec("stuck")
+    ended: list[BaseException] = []
+
+    def read() -> None:
+        try:
+            reading.fetch(parts(2))
+        except BaseException as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    assert server.stuck.wait(20)
+    reading.cancel()
+    thread.join(20)
+    assert isinstance(ended[0], CancelledError)
+    reading.close()
+    reading = by_fsspec("refusing", deadline=1)
+    with pytest.raises(TimeoutError, match=r"refusing/shard\.tar bytes 0-1499 .*the last: status 503"):
+        reading.fetch(parts(1))
+    reading.close()
+
+
+NAME_SERVER = """
+import socket, sys, threading, time
+from loaders.config import RemoteReads
+from loaders.remote import Part, Remote
+
+code, deadline = int(sys.argv[1]), float(sys.argv[2])
+server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+server.bind(("127.0.0.1", 53))
+
+def answer():
+    while True:
+        query, client = server.recvfrom(512)
+        if code:  # else it stays silent
+            server.sendto(query[:2] + bytes([0x81, 0x80 | code]) + query[4:], client)
+
+threading.Thread(target=answer, daemon=True).start()
+reading = Remote("http://store.example.org/things", {}, RemoteReads(deadline=deadline))
+began = time.monotonic()
+try:
+    reading.fetch([Part("shard.tar", 0, 10)])
+except OSError as error:
+    print(type(error).__name__, error)
+told = time.monotonic()
+reading.close()
+print(told - began, time.monotonic() - told, reading.counters["retries"], time.time())
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "deadline", "said", "retries"),
+    [
+        (3, 30, r"OSError .*things/shard\.tar cannot be read: host not found: store\.example\.org", False),
+        (2, 3, r"TimeoutError .*\d+ tries\); the last: host not found: store\.example\.org", True),
+        (0, 3, r"TimeoutError .*\(1 tries\); the last: no connection within 3 s", False),
+    ],
+    ids=["no such name", "the name server fails", "the name server is silent"],
+)
+def test_a_wrong_name_is_said_at_once_and_a_failing_name_server_is_asked_again(
+    tmp_path: Path, code: int, deadline: float, said: str, retries: bool
+) -> None:
+    """A real name server, in a network of its own; answers of DNS' codes 2 (SERVFAIL) and 3 (NXDOMAIN), or none."""
+    if reason := why_not():
+        pytest.skip(reason)
+    (tmp_path / "resolv.conf").write_text("nameserver 127.0.0.1\n")
+    (tmp_path / "reading.py").write_text(NAME_SERVER)
+    boot = f"ip link set lo up && mount --bind {tmp_path}/resolv.conf /etc/resolv.conf"
+    words = f"{boot} && exec {sys.executable} {tmp_path}/reading.py {code} {deadline}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"] + ":/usr/sbin:/sbin"}
+    done = subprocess.run(
+        ["unshare", "--net", "--mount", "sh", "-c", words], capture_output=True, text=True, env=environment, timeout=100
+    )
+    over = time.time()
+    assert done.returncode == 0, done.stderr
+    told, figures = done.stdout.splitlines()
+    assert re.search(said, told), told
+    until_told, closing, count, last = map(float, figures.split())
+    assert until_told < deadline + 2
+    assert closing < 4  # though libcurl's thread may wait for the name server for ten seconds
+    assert over - last < 4  # nor does it hold up the process' end
+    assert (count > 0) == retries
