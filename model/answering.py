@@ -48,8 +48,9 @@ class AnswerDecoder(nn.Module):
         questions: VisualKeys,
         question_mask: torch.Tensor,
         index: torch.Tensor | None = None,
+        exact: bool = False,
     ) -> torch.Tensor:
-        """Logits (A, La, V) at every position of the answers (A, La).
+        """Logits (A, La, V) at every position of the answers (A, La); `exact`: in float32, to rank answers by.
 
         Without `index` answer g·B + b belongs to question b; with `index` (A,) answer a belongs to question index[a].
         """
@@ -60,7 +61,7 @@ class AnswerDecoder(nn.Module):
         cross_mask = ((1 - question_mask[:, None, None, :].to(dtype)) * hidden).to(dtype)
         for layer, (keys, values) in zip(self.layer, questions, strict=True):
             states = run_layer(layer, self.recompute, states, self_mask, keys, values, index, cross_mask)
-        return self.word_head(states, self.embeddings.word_embeddings.weight)
+        return self.word_head(states, self.embeddings.word_embeddings.weight, exact)
 
 
 def answer_losses(logits: torch.Tensor, answer_ids: torch.Tensor, pad_id: int) -> torch.Tensor:
@@ -134,7 +135,7 @@ class SingularityQA(Encoders):
         start = question_mask.new_full((question_mask.shape[0], 1), start_id)
         ones = torch.ones_like(start)
         opening = torch.stack(
-            [self.answer_decoder(start, ones, keys, question_mask)[:, 0].float().softmax(1) for keys in questions]
+            [self.answer_decoder(start, ones, keys, question_mask, exact=True)[:, 0].softmax(1) for keys in questions]
         )
         return opening[0] if ensemble == "concat" else combine(opening, ensemble).softmax(1)
 
@@ -169,5 +170,5 @@ class SingularityQA(Encoders):
     def _losses(
         self, ids: torch.Tensor, mask: torch.Tensor, questions: VisualKeys, question_mask: torch.Tensor
     ) -> torch.Tensor:
-        logits = self.answer_decoder(ids, mask, questions, question_mask)
+        logits = self.answer_decoder(ids, mask, questions, question_mask, exact=True)
         return answer_losses(logits, ids, self.pad_id)

@@ -23,7 +23,7 @@ from model.losses import (
     same_visual,
     word_loss,
 )
-from model.text import VisualKeys, WordHead
+from model.text import ScoreHead, VisualKeys, WordHead
 
 TEMPERATURE_RANGE = (0.001, 0.5)
 
@@ -58,7 +58,7 @@ class Singularity(Encoders):
         self.text_proj = nn.Linear(text_width, config.embed_dim)
         # A matrix of one entry: DeepSpeed refuses parameters without dimensions, and vectors would not decay.
         self.temp = nn.Parameter(torch.full((1, 1), config.temp))
-        self.itm_head = nn.Linear(text_width, 2)
+        self.itm_head = ScoreHead(text_width, 2)
         self.word_head = WordHead(config.text_encoder) if config.loss_weight.mlm > 0 else None
 
     def project_visual(self, pooled: torch.Tensor) -> torch.Tensor:
@@ -89,7 +89,7 @@ class Singularity(Encoders):
         self, attended: torch.Tensor, text_mask: torch.Tensor, visual: VisualKeys, index: torch.Tensor | None = None
     ) -> torch.Tensor:
         """`match_logits` from what does not depend on the visual, `text_encoder.attend_texts`: (P, Lt, D) to (P, 2)."""
-        return self.itm_head(self.text_encoder.fuse_first(attended, text_mask, visual, index)).float()
+        return self.itm_head(self.text_encoder.fuse_first(attended, text_mask, visual, index))
 
     def temperature(self) -> torch.Tensor:
         """The temperature (1, 1) for a training step, after the parameter itself has been clamped to its range."""

@@ -10,6 +10,8 @@ from model.config import ModelConfig
 from model.text import bert_config, initialize_bert, run_layer
 from model.torchvision_cpu import BertLayer
 
+MOST_SEQUENCES = 65_535  # that one call of a GPU's attention kernels takes: the limit of a grid's second dimension
+
 
 def embeddings_for_frames(embeddings: torch.Tensor, num_frames: int) -> torch.Tensor:
     """Learned (1, T, 1, D) to (1, num_frames, 1, D): the first ones, or interpolated linearly when there are fewer."""
@@ -48,6 +50,10 @@ class TemporalEncoder(nn.Module):
         """Tokens (B, T, L, D) to tokens of the same shape, each having seen its position in all frames."""
         batch, frames, length, width = tokens.shape
         states = tokens.transpose(1, 2).reshape(batch * length, frames, width)
-        for layer in self.layer:
-            states = run_layer(layer, self.recompute, states)
+        parts = []
+        for part in states.split(MOST_SEQUENCES):
+            for layer in self.layer:
+                part = run_layer(layer, self.recompute, part)
+            parts.append(part)
+        states = parts[0] if len(parts) == 1 else torch.cat(parts)
         return states.view(batch, length, frames, width).transpose(1, 2)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -289,6 +290,14 @@ class TextEncoder(nn.Module):
         return first[:, 0], read
 
 
+class ScoreHead(nn.Linear):
+    """A linear layer that computes in float32 even with bf16 weights: bf16 scores tie, and ties are ranked by place."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """States (..., D) to scores (..., K) float32."""
+        return functional.linear(input.float(), self.weight.float(), self.bias.float())
+
+
 class WordHead(nn.Module):
     """BERT's masked-word head; its output matrix is the word embedding, passed in because it lives there."""
 
@@ -298,6 +307,24 @@ class WordHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         initialize_bert(self, config.initializer_range)
 
-    def forward(self, states: torch.Tensor, word_embeddings: torch.Tensor) -> torch.Tensor:
-        """States (..., D) and embeddings (V, D) to logits (..., V)."""
-        return functional.linear(self.transform(states), word_embeddings, self.bias)
+    def forward(self, states: torch.Tensor, word_embeddings: torch.Tensor, exact: bool = False) -> torch.Tensor:
+        """States (..., D) and embeddings (V, D) to logits (..., V); `exact`: in float32, to be ranked by."""
+        states = self.transform(states)
+        if not exact:
+            return functional.linear(states, word_embeddings, self.bias)
+        with exact_products(word_embeddings.dtype):
+            return functional.linear(states.float(), word_embeddings.float(), self.bias.float())
+
+
+@contextmanager
+def exact_products(dtype: torch.dtype) -> Iterator[None]:
+    """Within, float32 products of numbers that come from `dtype` are as fast as they can be without loss.
+
+    TF32 holds every number of bf16 and of fp16 (8 and 11 bits), so a GPU's tensor cores lose nothing by it.
+    """
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = before or dtype != torch.float32
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before

@@ -52,6 +52,7 @@ declare_missing_operators()
 
 from timm.layers import resample_abs_pos_embed  # noqa: E402
 from timm.models import create_model, get_pretrained_cfg, is_model  # noqa: E402
+from timm.models.beit import Attention as BeitAttention  # noqa: E402
 from timm.models.beit import Beit, gen_relative_position_index  # noqa: E402
 from timm.models.vision_transformer import VisionTransformer  # noqa: E402
 from transformers.models.bert.configuration_bert import BertConfig  # noqa: E402
@@ -67,6 +68,7 @@ from transformers.models.bert.modeling_bert import (  # noqa: E402
 
 __all__ = [
     "Beit",
+    "BeitAttention",
     "BertAttention",
     "BertConfig",
     "BertEmbeddings",

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from model.config import ModelConfig, VisionConfig
 from model.positions import resize_absolute
 from model.torchvision_cpu import (
     Beit,
+    BeitAttention,
     VisionTransformer,
     create_model,
     gen_relative_position_index,
@@ -133,6 +135,15 @@ def relative_position_index(patches: int) -> torch.Tensor:
     return gen_relative_position_index((patches, patches))
 
 
+class GivenBiasAttention(BeitAttention):
+    """BEiT's attention, whose position bias (1, H, L, L) may be given instead of gathered from its table."""
+
+    bias: torch.Tensor | None = None
+
+    def _get_rel_pos_bias(self) -> torch.Tensor:
+        return super()._get_rel_pos_bias() if self.bias is None else self.bias
+
+
 class FrameEncoder(nn.Module):
     """Frames, each by itself, to the tokens that the fusion layers see and one pooled vector."""
 
@@ -147,6 +158,11 @@ class FrameEncoder(nn.Module):
         self._official = vision.type in VISION_TYPES
         self._leads = self._official or self.transformer.num_prefix_tokens > 0
         self._attentions: list[Any] = [module for module in self.transformer.modules() if hasattr(module, "fused_attn")]
+        self._biased: list[GivenBiasAttention] = []
+        for attention in self._attentions:
+            if type(attention) is BeitAttention and attention.relative_position_bias_table is not None:
+                attention.__class__ = GivenBiasAttention  # timm's blocks take no class of their attention
+                self._biased.append(attention)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (N, 3, H, W) to tokens (N, L, D) and pooled vectors (N, D).
@@ -155,7 +171,11 @@ class FrameEncoder(nn.Module):
         """
         self._match_key_biases()
         self._choose_attention(images)
+        for attention, bias in zip(self._biased, self._position_biases()):
+            attention.bias = bias
         raw = self.transformer.forward_features(images)
+        for attention in self._biased:
+            attention.bias = None
         pooled = self.transformer.forward_head(raw, pre_logits=True)
         tokens = self.layernorm(raw)
         return tokens if self._leads else torch.cat([pooled[:, None], tokens], 1), pooled
@@ -173,6 +193,19 @@ class FrameEncoder(nn.Module):
         for attention in self._attentions:
             if getattr(attention, "k_bias", None) is not None and attention.k_bias.dtype != attention.q_bias.dtype:
                 attention.k_bias = attention.k_bias.to(attention.q_bias.dtype)
+
+    def _position_biases(self) -> tuple[torch.Tensor, ...]:
+        """The position bias (1, H, L, L) of every layer: one gather, and one sorted sum in the backward pass, for all.
+
+        None where each layer has to gather its own: when activations are computed again, and under ZeRO 3, whose
+        weights are there within their layer only.
+        """
+        tables = [attention.relative_position_bias_table for attention in self._biased]
+        if not tables or self.transformer.grad_checkpointing or hasattr(tables[0], "ds_id"):
+            return ()
+        index: torch.Tensor = self._biased[0].relative_position_index  # (L, L)
+        rows = functional.embedding(index.flatten(), torch.cat(tables, 1))  # (L·L, layers·H)
+        return rows.T.reshape(len(tables), 1, -1, *index.shape).unbind(0)
 
     def _choose_attention(self, images: torch.Tensor) -> None:
         """Fused attention but for training on a CPU with BEiT's bias or in half precision.

@@ -86,7 +86,21 @@ def deepspeed_config(run: RunConfig, ranks: Ranks) -> dict[str, Any]:
     config["bf16"].setdefault("check_grad_overflow", _offloads(config))
     for name in ("optimizer", "scheduler"):
         config.pop(name, None)
+    config["zero_optimization"] = _without_waits(config, ranks)
+    config.setdefault("timers", {"throughput": {"enabled": False}})  # waits for the device twice a step
     return {"steps_per_print": 10**9, "zero_force_ds_cpu_optimizer": False, **config, **own}
+
+
+def _without_waits(config: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """The ZeRO section, less what would make the host wait for the device in a step."""
+    zero = dict(config.get("zero_optimization", {}))
+    wide = _get(config, "data_types.grad_accum_dtype") not in (None, "auto")  # then DeepSpeed insists on its own norm
+    if zero.get("stage") in (1, 2) and not _offloads(config) and not wide:
+        # Two kernels a parameter, and it waits for the result; train.guard takes the norm of all of them at once.
+        zero.setdefault("compute_grad_norm", False)
+    if ranks.world_size == 1:  # nothing is reduced, but DeepSpeed would wait before each bucket all the same
+        zero["overlap_comm"] = False
+    return zero
 
 
 def device_for(ranks: Ranks) -> torch.device:

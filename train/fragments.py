@@ -68,6 +68,15 @@ def before_loading(engine: DeepSpeedEngine) -> None:
         optimizer.checkpoint_event_prologue()
 
 
+def averaged_gradients(engine: DeepSpeedEngine) -> list[torch.Tensor]:
+    """This rank's tensors of the gradient that the next step of ZeRO 1 or 2 takes: over all ranks, each element once.
+
+    Mean over the ranks, times the loss scale; zeros where an element has no gradient.
+    """
+    optimizer: Any = engine.optimizer
+    return [gradient for group in optimizer.averaged_gradients.values() for gradient in group]
+
+
 def set_optimizer_step(engine: DeepSpeedEngine, step: int) -> None:
     """Tell AdamW how many steps lie behind it."""
     for state in engine.basic_optimizer.state.values():

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import distributed
 
 from eval.gather import gather_objects
+from train.fragments import averaged_gradients
 from train.loss_scale import LossScale
 from train.ranks import Ranks
 
@@ -38,6 +40,15 @@ class _Told:
     keys: tuple[str, ...]
 
 
+def gradient_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """L2 norm () float32 of a gradient of which each rank holds these tensors; all ranks call. Waits for no device."""
+    norms = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32))
+    squared = norms.square().sum()
+    if distributed.get_world_size() > 1:
+        distributed.all_reduce(squared)
+    return squared.sqrt()
+
+
 class StepGuard:
     """Clips gradients, and makes AdamW pass over steps with infinities or NaN in them, on all ranks alike.
 
@@ -51,22 +62,32 @@ class StepGuard:
         self.norm: torch.Tensor | float | None = None  # of the last step's gradient, before clipping
         self._max_grad_norm = max_grad_norm
         self._partitioned = engine.zero_optimization_stage() > 0
+        self._measures = self._partitioned and not engine.zero_compute_grad_norm()
         self._engine, self._ranks, self._limit = engine, ranks, limit
         self.loss_scale = LossScale(engine)
         self._scale_can_fall = self.loss_scale.can_fall
         self._taken: list[_Taken] = []
         self._bad: torch.Tensor | None = None
+        self._measured: torch.Tensor | None = None
         self._row = 0
         base: Any = engine.basic_optimizer
         if isinstance(base, torch.optim.AdamW):
             base.register_step_pre_hook(self._before_update)
 
+    def step(self) -> None:
+        """The engine's step after a backward pass; the optimiser acts in it after the last part of a batch."""
+        if self._measures and self._engine.is_gradient_accumulation_boundary():
+            self._measured = gradient_norm(averaged_gradients(self._engine)) / self.loss_scale.value
+        self._engine.step()
+
     def _before_update(self, optimizer: Any, *_: Any) -> None:
-        """Clip, and tell AdamW whether to act; ZeRO has the gradient's norm over all ranks (-1 where it is none)."""
+        """Clip, and tell AdamW whether to act; DeepSpeed's norm is over all ranks too, and -1 where it is none."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not parameters:
             return
-        if self._partitioned:
+        if self._measured is not None:
+            norm = self._measured
+        elif self._partitioned:
             norm = torch.as_tensor(self._engine.optimizer._global_grad_norm)
         else:
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])

@@ -112,7 +112,7 @@ class Stepper:
         frames = normalize(batch.frames, self.model.mean, self.model.std, self._dtype)
         losses = self.engine(frames, *model_inputs(batch))
         self.engine.backward(self.guard.loss_scale.apply(torch.stack(list(losses.values())).sum()))
-        self.engine.step()
+        self.guard.step()
         for temperature in self._temperatures:
             temperature.clamp_(*TEMPERATURE_RANGE)
         return {name: loss.detach() for name, loss in losses.items()}

@@ -162,3 +162,40 @@ def test_training_makes_the_right_answer_likelier(answering):
         states = answering.frame_states(answering.encode_clips(images)[0], ids, mask)
         numbers, _ = answering.rank_answers(states, mask, answers, answer_mask, 6)
     assert torch.equal(numbers[:, 0], right)
+
+
+def test_scores_of_a_half_precision_model_do_not_tie():
+    """A text and 400 visuals: of the 256 numbers that bf16 has between 1 and 2, scores would take a few dozen."""
+    model = small_model().eval()
+    visuals = torch.randn(400, 4, 48)
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model.to(dtype)
+        with torch.no_grad():
+            states, _ = model.encode_text(torch.tensor([[CLS, 7, 9]]), torch.ones(1, 3, dtype=torch.long))
+            mask = torch.ones(400, 3, dtype=torch.long)
+            found[dtype] = model.match_logits(states.expand(400, -1, -1), mask, visuals.to(dtype))
+    assert found[torch.bfloat16].dtype == torch.float32
+    ties = {dtype: 400 - len(logits[:, 1].unique()) for dtype, logits in found.items()}
+    assert ties[torch.bfloat16] <= ties[torch.float32] + 4, ties
+
+
+def test_answers_of_a_half_precision_model_are_scored_in_full_precision():
+    """What bf16 weights say of bf16 states, without rounding the 60 logits of each word to 8 bits."""
+    torch.manual_seed(0)
+    model = SingularityQA(small_config(answer_decoder=AnswerDecoderConfig(enable=True, num_layers=1)), PAD, CLS, MASK)
+    torch.nn.init.normal_(model.answer_decoder.embeddings.word_embeddings.weight)
+    model.eval().to(torch.bfloat16)
+    head, words = model.answer_decoder.word_head, model.answer_decoder.embeddings.word_embeddings.weight
+    seen, states = [], torch.randn(300, 6, 32, dtype=torch.bfloat16)
+    head.transform.register_forward_hook(lambda *call: seen.append(call[-1].double()))
+    mask, answers = torch.ones(300, 6, dtype=torch.long), torch.tensor([[CLS, 8, 9, 3]]).expand(300, -1)
+    with torch.no_grad():
+        keys = model.answer_decoder.project(states)
+        losses = model._losses(answers, torch.ones_like(answers), keys, mask)
+        opening = model.first_token_probabilities([keys], mask, CLS, "concat")
+        whole, first = (each @ words.double().T + head.bias.double() for each in seen)
+    expected = -whole.log_softmax(-1)[:, :-1].gather(2, answers[:, 1:, None]).sum((1, 2))
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(opening.double(), first[:, 0].softmax(-1), rtol=1e-5, atol=1e-7)
+    assert not torch.backends.cuda.matmul.allow_tf32

@@ -44,7 +44,7 @@ def step(engine, guard, number, poisoned=False, factor=1.0, num_frames=1):
     for group in engine.optimizer.param_groups:
         group["lr"] = 1e-2
     engine.backward(guard.loss_scale.apply(factor * torch.stack(list(losses.values())).sum()))
-    engine.step()
+    guard.step()
     guard.note(number, tuple(f"corpus/{number}_{row}" for row in range(4)), losses)
     clear_step(engine)
 

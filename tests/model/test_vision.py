@@ -1,0 +1,63 @@
+"""Parts of the encoders that are computed otherwise than layer by layer give what the layers give."""
+
+import pytest
+import torch
+from small_models import small_batch, small_config, small_model
+
+from model import temporal
+from model.config import TemporalConfig
+from model.singularity import Singularity
+
+
+def gradients(model, images):
+    model.zero_grad()
+    tokens, pooled = model.encode_visual(images)
+    (tokens.square().sum() + pooled.sum()).backward()
+    return tokens, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def with_position_biases(**changes):
+    torch.manual_seed(0)
+    model = Singularity(small_config(**changes))
+    for name, parameter in model.named_parameters():
+        if "relative_position" in name:
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+def test_position_biases_gathered_together_are_those_of_each_layer(monkeypatch):
+    model, (images, *_) = with_position_biases(), small_batch()
+    together = gradients(model, images)
+    assert all(attention.bias is None for attention in model.vision_encoder._biased)
+    calls = []
+    monkeypatch.setattr(model.vision_encoder, "_position_biases", lambda: calls.append(1) or ())
+    one_by_one = gradients(model, images)
+    assert calls
+    torch.testing.assert_close(together[0], one_by_one[0])
+    tables = [name for name in together[1] if "relative_position" in name]
+    assert len(tables) == 2
+    for name in tables:
+        assert together[1][name].any()
+        torch.testing.assert_close(together[1][name], one_by_one[1][name], msg=name)
+
+
+def test_position_biases_stay_with_their_layers_where_activations_are_computed_again():
+    model, (images, *_) = with_position_biases(), small_batch()
+    expected = gradients(model, images)
+    model.set_gradient_checkpointing()
+    assert model.vision_encoder._position_biases() == ()
+    found = gradients(model, images)
+    for name, gradient in expected[1].items():
+        torch.testing.assert_close(found[1][name], gradient, msg=name)
+
+
+@pytest.mark.parametrize("limit", [1, 16, 20])
+def test_the_temporal_encoder_takes_more_sequences_than_a_kernel_does(monkeypatch, limit):
+    model = small_model(num_frames=3, temporal_vision_encoder=TemporalConfig(enable=True))
+    images, *_ = small_batch(frames=3)  # 4 clips of 17 positions
+    expected = gradients(model, images)
+    monkeypatch.setattr(temporal, "MOST_SEQUENCES", limit)
+    found = gradients(model, images)
+    torch.testing.assert_close(found[0], expected[0])
+    for name, gradient in expected[1].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-5, msg=name)

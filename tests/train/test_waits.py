@@ -1,0 +1,161 @@
+"""On a GPU nothing in a training step waits for the device, and a step launches no more kernels than it did.
+
+The model's part runs on the meta device, the engine's on the CPU as if that computed by itself.
+"""
+
+import contextlib
+import copy
+import inspect
+from types import SimpleNamespace
+
+import pytest
+import torch
+from deepspeed.accelerator import get_accelerator
+from small_engine import make, step
+from waits import watched
+
+from loaders.batch import Answers, Batch
+from model.answering import SingularityQA
+from model.config import AnswerDecoderConfig, ModelConfig, TemporalConfig
+from model.singularity import Singularity
+from train.loss_scale import LossScale
+from train.schedule import Schedule
+from train.step import Stepper, without_padding
+
+PAIRS, WORDS = 8, 13
+# Kernels of the published model's forward and backward pass, attention counted as one each. A change that needs more
+# has to show that it is worth it.
+BUDGET = {"image": (662, 956), "video": (701, 1016), "qa": (632, 914)}
+
+
+class MetaEngine:
+    """What Stepper uses of DeepSpeed's engine, which computes nothing by itself."""
+
+    def __init__(self, model):
+        self.model = model
+        self.optimizer = SimpleNamespace(param_groups=[], optimizer=None)
+        self.kernels, self.spent = None, []
+
+    def __call__(self, *inputs):
+        losses = self.model(*inputs)
+        self.spent.append(self.kernels.launched)
+        return losses
+
+    def backward(self, loss):
+        before = self.kernels.launched
+        loss.backward()
+        self.spent.append(self.kernels.launched - before)
+
+
+def meta_model(kind):
+    """The published model, in bf16 and in training, without memory."""
+    config = copy.deepcopy(ModelConfig())
+    if kind == "video":
+        config.num_frames, config.add_temporal_embed = 4, True
+        config.temporal_vision_encoder = TemporalConfig(enable=True)
+    if kind == "qa":
+        config.answer_decoder = AnswerDecoderConfig(enable=True)
+    with torch.device("meta"):
+        model = SingularityQA(config) if kind == "qa" else Singularity(config)
+    return model.to(torch.bfloat16).train()
+
+
+def host_batch(kind):
+    """A batch as the loader gives it: on the host."""
+    frames = torch.zeros(PAIRS, 4 if kind == "video" else 1, 224, 224, 3, dtype=torch.uint8)
+    mask = torch.zeros(PAIRS, 32, dtype=torch.long)
+    mask[:, :WORDS] = 1
+    answers = None
+    if kind == "qa":
+        counts = torch.tensor([1, 2] * (PAIRS // 2))
+        ids = torch.ones(int(counts.sum()), 6, dtype=torch.long)
+        answers = Answers(ids, torch.ones_like(ids), torch.ones(len(ids)), counts)
+    keys = tuple(map(str, range(PAIRS)))
+    return Batch("image", 0, 0, frames, mask * 7, mask, torch.arange(PAIRS), keys, answers)
+
+
+class MetaGuard:
+    """What Stepper uses of StepGuard."""
+
+    def __init__(self, engine):
+        self.loss_scale = LossScale.__new__(LossScale)
+        self.loss_scale._scaler, self.loss_scale._ours = None, False
+
+    def step(self):
+        pass
+
+    def note(self, step, keys, losses):
+        torch.stack(list(losses.values())).sum()
+
+
+def meta_step(kind):
+    """Take three steps of the published model on the meta device; what would wait in the last, and its kernels."""
+    model = meta_model(kind)
+    engine = MetaEngine(model)
+    stepper = Stepper.__new__(Stepper)
+    stepper.engine, stepper.groups, stepper.model, stepper.schedule = engine, [], model, Schedule(0, 10, 0.1)
+    stepper.guard, stepper._device, stepper._dtype = MetaGuard(engine), torch.device("meta"), torch.bfloat16
+    stepper._seed, stepper._rank, stepper._accumulate, stepper._temperatures = 0, 0, 1, []
+    for number in range(3):  # the first ones make what is kept
+        model.zero_grad()
+        engine.spent = []
+        batch = without_padding(host_batch(kind))
+        with watched("meta") as (found, engine.kernels):
+            stepper(batch, number)
+    return found, engine.spent
+
+
+@pytest.mark.parametrize("kind", BUDGET)
+def test_nothing_of_a_step_waits_and_its_kernels_are_counted(kind):
+    found, spent = meta_step(kind)
+    assert found == []
+    assert all(used <= limit for used, limit in zip(spent, BUDGET[kind])), spent
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("zero", ["zero1", "zero2"])
+def test_nothing_of_the_engine_waits(zero, precision, monkeypatch):
+    waits = []
+    accelerator = type(get_accelerator())
+    monkeypatch.setattr(accelerator, "synchronize", lambda *_: waits.append("synchronize"))
+    monkeypatch.setattr(accelerator, "resolves_data_dependency", lambda *_: False)  # as on a GPU
+    engine, guard = make(zero, precision)
+    for number in range(1, 5):  # DeepSpeed's timer waits from the third one on
+        step(engine, guard, number)
+    waits.clear()
+    with watched("cpu") as (found, _):
+        step(engine, guard, 5)
+    # The small model itself runs on the CPU here: reading its shapes and drawing its batch is not the engine's doing.
+    assert waits == []
+    assert [wait for wait in found if "tests/" not in wait] == []
+
+
+def test_the_watch_sees_what_waits():
+    there, host = torch.ones(4, device="meta"), torch.ones(4)
+    mask = torch.ones(4, dtype=torch.bool, device="meta")
+    with watched("meta") as (found, kernels):
+        for waiting in (
+            lambda: torch.tensor([1.0], device="meta"),
+            lambda: torch.as_tensor(1.0, device="meta"),
+            lambda: host.to("meta"),
+            lambda: there.sum().item(),
+            lambda: bool(there.sum() > 0),
+            lambda: there.tolist(),
+            lambda: there[mask],
+            lambda: there.cpu(),
+            lambda: there.repeat_interleave(there.long()),
+            lambda: mask.nonzero(),
+        ):
+            before = len(found)
+            with contextlib.suppress(RuntimeError, NotImplementedError):  # the meta device has no values to give
+                waiting()
+            assert len(found) > before, inspect.getsource(waiting)
+        assert "tests/train/test_waits.py:" in found[0]
+        found.clear()
+        host.to("meta", non_blocking=True)
+        torch.where(mask, there, 0.0).sum()
+        torch.zeros(4, device="meta").masked_fill_(mask, 1.0)
+        torch.tensor([1.0])
+        assert found == []
+        assert kernels.launched > 3
