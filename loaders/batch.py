@@ -40,15 +40,22 @@ class Batch:
     answers: Answers | None = None
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on `device`; copies from pinned memory do not block."""
+        """The same batch on `device`; the host does not wait for the copies."""
         tensors = {
-            name: getattr(self, name).to(device, non_blocking=True)
+            name: _copied(getattr(self, name), torch.device(device))
             for name in ("frames", "input_ids", "attention_mask", "idx")
         }
         answers = self.answers
         if answers is not None:
-            answers = Answers(*(value.to(device, non_blocking=True) for value in vars(answers).values()))
+            answers = Answers(*(_copied(value, torch.device(device)) for value in vars(answers).values()))
         return replace(self, **tensors, answers=answers)
+
+
+def _copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on `device`. To a GPU it goes from pinned memory: CUDA may wait for the stream before it reads other."""
+    if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
+        tensor = tensor.contiguous().pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def normalize(

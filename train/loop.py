@@ -158,8 +158,7 @@ class Trainer:
         epoch = self.state.epoch
         batches = self.loader.epoch(epoch, self.state.epoch_step)
         self.watchdog.doing(LOADER, self.state.step)
-        # Of one length where all ranks' texts meet, and where each length would be compiled anew.
-        one_length = self.model_config.gather_negatives or self.run.compile
+        one_length = self.model_config.gather_negatives  # where all ranks' texts meet
         with closing(batches):  # type: ignore[type-var]
             for batch in self._clock.timed(batches if one_length else map(without_padding, batches)):
                 self.watchdog.doing(STEP, self.state.step)

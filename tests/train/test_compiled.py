@@ -1,8 +1,11 @@
 """A run with its step compiled takes the steps of one without; and says at once where that cannot be."""
 
 import pytest
+import torch
+from small_engine import SMALL
 from small_run import job, learned, run_jobs
 
+from model.singularity import Singularity
 from train.config import RunConfig
 from train.engine import deepspeed_config
 from train.ranks import Ranks
@@ -36,3 +39,20 @@ def test_a_partitioned_model_is_not_compiled():
     ):
         deepspeed_config(RunConfig(**settings), Ranks())
     assert deepspeed_config(RunConfig(compile=True, deepspeed="deepspeed_configs/zero2.json"), Ranks())
+
+
+def test_texts_of_every_length_share_two_compiled_steps():
+    """The first length has its own; the second makes the length a variable, so that no text is padded to a third."""
+    graphs = []
+    model = Singularity(SMALL, pad_id=0, cls_id=2, mask_id=4).train()
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model.forward, fullgraph=True, backend=backend)
+    for length in (8, 16, 12, 4, 16, 8):
+        ids = torch.randint(5, 40, (4, length))
+        losses = compiled(torch.randn(4, 1, 3, 32, 32), ids, torch.ones_like(ids), torch.arange(4))
+        assert all(loss.isfinite() for loss in losses.values())
+    assert len(graphs) == 2
