@@ -7,19 +7,29 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
-# DALI's build: cuda12 or cuda13 (both run without a GPU). EXTRAS can be cut, for example to cuda13 alone.
-DALI ?= cuda13
+READY := $(VENV)/.ready
+# The builds of torch and DALI: cuda12 or cuda13, as the driver allows (both run without a GPU); an environment keeps its
+# own. EXTRAS can be cut, for example to cuda13 alone.
+INSTALLED := $(shell cat $(READY) 2>/dev/null)
+DALI ?= $(or $(INSTALLED),cuda13)
+ifeq ($(filter cuda12 cuda13,$(DALI)),)
+$(error DALI=$(DALI) does not exist: take cuda12 (driver 525 or newer) or cuda13 (driver 580 or newer))
+endif
+ifneq ($(filter-out $(DALI),$(INSTALLED)),)
+ifneq ($(MAKECMDGOALS),clean)
+$(error $(VENV) holds the builds for $(INSTALLED): `make clean` first, or install beside it, VENV=.venv-$(DALI))
+endif
+endif
 EXTRAS ?= $(DALI),s3,gcs,wandb,dev
 DEMO ?= demo
 STUDY ?= study
 
 BIN := $(abspath $(VENV))/bin
-READY := $(VENV)/.ready
 # S3 and GCS servers for the tests; tests/object_stores.py finds them by the variable.
 SERVERS ?= .venv-servers
 SERVERS_READY := $(SERVERS)/.ready
 export TEST_SERVERS := $(abspath $(SERVERS))
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt --constraint constraints-$(DALI).txt
 export PATH := $(BIN):$(PATH)
 
 # Programs that tests start and pip does not have; installed where they are missing and there is an apt-get.
@@ -39,7 +49,7 @@ help:
 
 install: $(READY)
 
-$(READY): setup.cfg constraints.txt
+$(READY): setup.cfg constraints.txt constraints-$(DALI).txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11" >&2; exit 2; }
 	@echo "Installing into $(VENV) (about 2.5 GB without CUDA) ..."
 	@$(PYTHON) -m venv $(VENV) || $(PYTHON) -m virtualenv --quiet $(VENV) || { $(PYTHON) -m pip install --quiet virtualenv && $(PYTHON) -m virtualenv --quiet $(VENV); }
@@ -47,7 +57,7 @@ $(READY): setup.cfg constraints.txt
 	@$(PIP) torch torchvision numpy
 	@DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
 	@$(PIP) --no-build-isolation --editable ".[$(EXTRAS)]" 2>&1 | { grep -v -i warning || true; }
-	@touch $(READY)
+	@echo $(DALI) > $(READY)
 
 servers: $(SERVERS_READY)
 

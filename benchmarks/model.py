@@ -31,8 +31,8 @@ from model.flops import layer_flops, step_flops
 from model.losses import contrastive_loss, contrastive_targets, matching_loss, word_loss
 from model.singularity import Draws, Singularity
 from model.text import additive_mask
+from train.figures import peak_flops
 
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16 FLOP/s
 SIZES = {
     "base": ModelConfig(),
     "tiny": ModelConfig(
@@ -211,8 +211,7 @@ def report(
         "tflop_per_s": round(rate / 1e12, 3),
         "peak_gb": memory,
     }
-    names = torch.cuda.get_device_name() if options.device == "cuda" else ""
-    peak = next((value for name, value in PEAKS.items() if name in names), None)
+    peak = peak_flops(torch.device(options.device))
     return result | ({"mfu": round(rate / peak, 3)} if peak else {})
 
 

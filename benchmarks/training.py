@@ -38,7 +38,8 @@ from model.flops import step_flops
 from model.singularity import Singularity
 from train.checkpoints import special_ids
 from train.config import OptimizerConfig, RunConfig
-from train.engine import DTYPES, deepspeed_config, device_for, start_engine, start_processes
+from train.devices import device_for, start_processes
+from train.engine import DTYPES, deepspeed_config, start_engine
 from train.figures import FORWARD_AND_BACKWARD, memory, peak_flops
 from train.groups import parameter_groups
 from train.guard import StepGuard

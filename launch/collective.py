@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import distributed
 
-from train.engine import device_for
+from train.devices import device_for
 from train.network import choose_interface
 from train.ranks import ranks_from_environment
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -9,10 +10,13 @@ import torch
 
 from eval.report import write_report
 from train.config_files import Settings
-from train.engine import DTYPES, device_for, start_processes
+from train.devices import describe, device_for, start_processes
+from train.engine import DTYPES
 from train.evaluation import evaluate_splits, evaluation_label
 from train.prepare import prepare_evaluation, read_answer_list, share_cores
 from train.ranks import Ranks
+
+log = logging.getLogger(__name__)
 
 
 def evaluate(settings: Settings, ranks: Ranks) -> None:
@@ -26,9 +30,11 @@ def evaluate(settings: Settings, ranks: Ranks) -> None:
     model, tokenizer = prepare_evaluation(settings)
     run = settings.config
     assert run.output_dir is not None
+    if ranks.is_first:
+        log.info("Computing on %s", describe(device))
     dtype = torch.float32 if device.type == "cpu" else DTYPES[run.precision]
     if ranks.world_size > 1:
-        start_processes(device)
+        start_processes(device, run.stall_seconds)
     output = Path(run.output_dir)
     model.to(device, dtype)
     folders: list[Path] = []

@@ -20,6 +20,7 @@ from loaders.vocab import corpus_texts, learn_from_texts
 TEXTS_TO_LEARN_FROM = 5000
 NODES = (1, 2, 4, 8, 16, 32, 64)
 MONTH = 30 * 86400.0
+STEP_PARTS = ("GPU", "all-reduce")
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Cluster:
     parameters: float = 202e6
     decode_rate: float = 16_000.0  # samples a second that one node decodes
     node_gbit: float = 25.0  # of a node's network
+    overlap: bool = False  # the all-reduce runs beside the backward pass: overlap_comm of the DeepSpeed JSON
     store_requests: float = 5_500.0  # a second that the store answers under one prefix (a corpus)
     node_requests: float = 3_000.0  # a second that one node sends: remote.requests_per_second
     prefixes: int = 1  # that the corpora are spread over
@@ -76,11 +78,12 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Plan:
-    """An epoch on so many nodes. `times`: seconds that each part would need alone; the longest binds."""
+    """An epoch on so many nodes. `times`: seconds that each part would need alone."""
 
     nodes: int
     samples: int
     times: dict[str, float]
+    training: float  # seconds of the GPU and the all-reduce together
     egress_bytes: float  # of an epoch
     requests: float  # of an epoch
     stored_bytes: float
@@ -88,13 +91,23 @@ class Plan:
 
     @property
     def binds(self) -> str:
-        """The part that decides the time."""
-        return max(self.times, key=lambda part: self.times[part])
+        """The part that decides the time; of GPU and all-reduce, which belong to one step, the longer one."""
+        beside = max((part for part in self.times if part not in STEP_PARTS), key=lambda part: self.times[part])
+        return beside if self.times[beside] > self.training else max(STEP_PARTS, key=lambda part: self.times[part])
 
     @property
     def seconds(self) -> float:
-        """Of an epoch: reading, decoding, computing and the all-reduce go on at the same time."""
-        return max(self.times.values())
+        """Of an epoch: reading and decoding go on while the GPUs train."""
+        return max(self.training, *self.times.values())
+
+
+def training_seconds(gpu: float, all_reduce: float, overlap: bool) -> float:
+    """Of steps whose arithmetic and exchange would take so long alone.
+
+    DeepSpeed's ZeRO 1 starts the exchange after the backward pass. With overlap_comm the gradients, two thirds of it,
+    go beside the backward pass, two thirds of the arithmetic; the weights follow the optimizer's step.
+    """
+    return (gpu + all_reduce) / 3 + max(gpu, all_reduce) * 2 / 3 if overlap else gpu + all_reduce
 
 
 def make_plan(medium: Medium, cluster: Cluster, nodes: int) -> Plan:
@@ -102,8 +115,9 @@ def make_plan(medium: Medium, cluster: Cluster, nodes: int) -> Plan:
     gpus = nodes * cluster.gpus
     egress = medium.samples * medium.bytes_shown
     requests = medium.samples * medium.requests
-    # Gradients in bf16 go twice around the ring of nodes, within a node over faster links.
-    reduced = 2 * 2 * cluster.parameters * (nodes - 1) / nodes
+    # Gradients in bf16 go twice around the ring of nodes (ZeRO 1 and 2 all-reduce them by default), updated weights
+    # once; within a node over faster links.
+    reduced = 3 * 2 * cluster.parameters * (nodes - 1) / nodes
     times = {
         "GPU": medium.samples / (gpus * cluster.gpu_rate),
         "all-reduce": medium.samples / (gpus * cluster.batch) * reduced * 8e-9 / cluster.node_gbit,
@@ -115,14 +129,15 @@ def make_plan(medium: Medium, cluster: Cluster, nodes: int) -> Plan:
     if cluster.store_gbit:
         times["store's bytes"] = egress * 8e-9 / cluster.store_gbit
     stored = medium.samples * medium.bytes_stored
-    run = max(times.values()) * cluster.epochs
+    training = training_seconds(times["GPU"], times["all-reduce"], cluster.overlap)
+    run = max(training, *times.values()) * cluster.epochs
     cost = {
         "GPUs": gpus * run / 3600 * cluster.gpu_hour,
         "egress": egress * cluster.epochs * 1e-9 * cluster.egress_gb,
         "requests": requests * cluster.epochs / 1000 * cluster.requests_1000,
         "storage": stored * 1e-9 * cluster.storage_gb_month * max(1.0, run / MONTH),
     }
-    return Plan(nodes, medium.samples, times, egress, requests, stored, cost)
+    return Plan(nodes, medium.samples, times, training, egress, requests, stored, cost)
 
 
 def measure(corpora: Sequence[str], config: LoaderConfig) -> tuple[Medium, float]:
@@ -159,7 +174,8 @@ def advice(plan: Plan) -> str:
     """What to do about the part that binds."""
     return {
         "GPU": "GPUs bind, as it should be: more of them make it faster.",
-        "all-reduce": "The network between nodes binds: a larger batch a GPU, faster links, or fewer nodes.",
+        "all-reduce": "The network between nodes binds: a larger batch a GPU, faster links, fewer nodes, or "
+        "overlap_comm in the DeepSpeed JSON (deepspeed_configs/zero2.json has it; --overlap).",
         "decode": "Decoding binds: GPU decoding (decode=dali), more cores, or frames packed smaller (--size).",
         "network": "The nodes' network binds: a cache (cache.folder), or frames packed smaller (--size).",
         "node's requests": "A node's request rate binds: raise remote.requests_per_second (--node-requests) where the "
@@ -181,8 +197,9 @@ def table(plans: Sequence[Plan], cluster: Cluster) -> str:
         f"{'GB/s':>6} {'req/s':>7} {'$ GPUs':>9} {'$ store':>8}",
     ]
     for plan in plans:
-        order = sorted(plan.times, key=lambda part: plan.times[part], reverse=True)
-        second = f"{order[1]} ({plan.times[order[1]] / plan.seconds:.0%})"
+        others = {part: seconds / plan.seconds for part, seconds in plan.times.items() if part != plan.binds}
+        part, share = max(others.items(), key=lambda item: item[1])
+        second = f"{part} ({share:.0%})"
         store = sum(value for part, value in plan.cost.items() if part != "GPUs")
         lines.append(
             f"{plan.nodes:>5} {plan.nodes * cluster.gpus:>5} {duration(plan.seconds):>9} "
@@ -218,6 +235,7 @@ def parser() -> argparse.ArgumentParser:
         value = getattr(own, name)
         option = "--" + name.replace("_", "-")
         result.add_argument(option, type=type(value), default=value, help=f"{text} (default: %(default)s)")
+    result.add_argument("--overlap", action="store_true", help="the DeepSpeed JSON sets overlap_comm")
     return result
 
 

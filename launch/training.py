@@ -9,7 +9,7 @@ import torch
 
 from launch.command import log_to_file
 from train.config_files import Settings
-from train.engine import check_precision, device_for, start_processes
+from train.devices import check_precision, describe, device_for, start_processes
 from train.loop import Evaluate, Trainer
 from train.prepare import Prepared, prepare_training
 from train.ranks import Ranks
@@ -31,7 +31,8 @@ def train(
     if ranks.is_first:
         prepared.folder.begin(prepared.run)
         log_to_file(prepared.folder.log)
-    start_processes(device)
+        log.info("Computing on %s", describe(device))
+    start_processes(device, prepared.run.stall_seconds)
     trainer = Trainer(prepared, device, request)
     try:
         trainer.train(evaluate(prepared, device) if evaluate else None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,6 @@ from torch import nn
 from train.config import RunConfig
 from train.fragments import set_optimizer_step
 from train.groups import ParameterGroup, parameter_groups
-from train.network import choose_interface
 from train.offload import mend_gradient_reads, with_nvme_path
 from train.ranks import Ranks
 
@@ -101,33 +99,6 @@ def _without_waits(config: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     if ranks.world_size == 1:  # nothing is reduced, but DeepSpeed would wait before each bucket all the same
         zero["overlap_comm"] = False
     return zero
-
-
-def device_for(ranks: Ranks) -> torch.device:
-    """The device of this process: its own GPU, or the CPU where there is none or DS_ACCELERATOR=cpu asks for it."""
-    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
-        os.environ["DS_ACCELERATOR"] = "cpu"
-        return torch.device("cpu")
-    torch.cuda.set_device(ranks.local_rank)
-    return torch.device("cuda", ranks.local_rank)
-
-
-def check_precision(precision: str, device: torch.device) -> None:
-    """Raise ValueError where the device does not compute in this precision."""
-    if precision == "fp16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
-        raise ValueError(
-            "precision=fp16: this CPU has no arithmetic for it (AVX512-FP16 or AMX-FP16): take precision=bf16, or fp32"
-        )
-
-
-def start_processes(device: torch.device) -> None:
-    """Join the other processes of the job; must follow everything that can be checked without them."""
-    import deepspeed
-
-    choose_interface()
-    # Serves inference only, and would need a compiler at every user's machine.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False)
 
 
 def start_engine(

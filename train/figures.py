@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 
@@ -12,8 +13,22 @@ from loaders.batch import Batch
 from model.config import ModelConfig
 from model.flops import step_flops
 
-# Dense bf16 FLOP/s by the device's name, as published.
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "V100": 125e12}
+# Dense bf16 FLOP/s as NVIDIA publishes them (fp16 for the V100 and T4, which have no bf16), by words of the device's
+# name. All words of a key must be in the name; the key with the most words counts.
+PEAKS = {
+    "GB200": 2500e12, "B200": 2250e12,
+    "GH200": 989e12, "H200": 989e12, "H200 NVL": 835e12,
+    "H100": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H20": 148e12,
+    "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 6000 Ada": 364e12, "RTX 4090": 165e12,
+    "A100": 312e12, "A40": 150e12, "A30": 165e12, "A10": 125e12, "A10G": 70e12, "RTX A6000": 155e12, "RTX 3090": 71e12,
+    "V100": 125e12, "V100 PCIe": 112e12, "V100S": 130e12, "T4": 65e12,
+}  # fmt: skip
+PARTIAL = {
+    "mig",
+    "laptop",
+    "ti",
+    "d",
+}  # words of names of parts of a card, and of cards that differ from their namesake
 FORWARD_AND_BACKWARD = 3  # times the forward's arithmetic
 
 
@@ -77,7 +92,11 @@ def memory(device: torch.device) -> int:
 
 def peak_flops(device: torch.device) -> float | None:
     """The device's published FLOP/s, where it is a GPU we know."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in PEAKS.items() if known in name), None)
+    return named_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def named_peak(name: str) -> float | None:
+    """The published FLOP/s of a GPU by its name, such as `NVIDIA H100 80GB HBM3`; None for one that is not listed."""
+    words = set(re.split(r"[ -]", name.lower()))
+    known = [key for key in PEAKS if set(key.lower().split()) <= words]
+    return PEAKS[max(known, key=lambda key: len(key.split()))] if known and not words & PARTIAL else None

@@ -27,9 +27,10 @@ task='
     code=$?
     case $code in 0 | 75 | 138 | 143) exit $code ;; *) echo "run.sh: exit code $code" >&2; exit 255 ;; esac
 '
-# Each process sees all cores of its node, and takes its share of them.
-srun --ntasks=$((tasks * SLURM_JOB_NUM_NODES)) --ntasks-per-node="$tasks" --cpus-per-task=$((cores > 0 ? cores : 1)) \
-    --cpu-bind=none --kill-on-bad-exit=1 bash -c "$task" task python -u "launch/$entry.py" "$@"
+# Each process sees all cores of its node, and takes its share of them; and all GPUs of the job there, so that they can
+# copy to each other. (A binding that a cluster enforces all the same works too: then each process sees one GPU.)
+srun ${SLURM_GPUS_ON_NODE:+--gpu-bind=none} --ntasks=$((tasks * SLURM_JOB_NUM_NODES)) --ntasks-per-node="$tasks" \
+    --cpus-per-task=$((cores > 0 ? cores : 1)) --cpu-bind=none --kill-on-bad-exit=1 bash -c "$task" task python -u "launch/$entry.py" "$@"
 code=$?
 
 # USR1, a standstill, and TERM where Slurm only wants the nodes back; a job that was cancelled is no longer running.

@@ -2,6 +2,7 @@
 
 import os
 import re
+import subprocess
 
 import pytest
 from hosts import ROOT, until
@@ -123,3 +124,24 @@ def test_an_array_packs_what_one_process_packs(slurm, submit, tmp_path):
     packed, expected = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in (output, plain))
     assert len(expected) > 5  # a description, and tars with their indices
     assert packed == expected, (tmp_path / f"job-{job}.log").read_text()
+
+
+@pytest.mark.parametrize(("gpus", "expected"), [("4", ["--gpu-bind=none", "--ntasks=8"]), ("", ["--ntasks=2"])])
+def test_processes_see_all_gpus_of_their_node(tmp_path, gpus, expected):
+    """A cluster without GPUs has no such option to give; Slurm itself is not asked here."""
+    for name, text in {"srun": 'printf "%s\\n" "$@" > srun.txt', "scontrol": "echo node1"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_JOB_ID": "1",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_CPUS_ON_NODE": "8",
+    }
+    job |= {"SLURM_GPUS_ON_NODE": gpus} if gpus else {}
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    outside = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+    words = ["bash", ROOT / "launch/slurm/run.sh", "pretrain", "tiny.yaml"]
+    subprocess.run(words, cwd=tmp_path, env={**outside, **job, "PATH": path}, check=True)
+    told = (tmp_path / "srun.txt").read_text().splitlines()
+    assert [word for word in told if word.startswith(("--gpu", "--ntasks="))] == expected

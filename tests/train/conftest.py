@@ -3,7 +3,7 @@
 import pytest
 from small_run import free_port, make_corpora
 
-from train.engine import device_for, start_processes
+from train.devices import device_for, start_processes
 from train.ranks import Ranks
 
 

@@ -1,0 +1,221 @@
+"""A GPU is used or the user is told why it is not; every process gets its own; collectives outlast the watchdog."""
+
+import os
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+from torch import distributed
+from torch.distributed import distributed_c10d
+
+from train import devices
+from train.config import RunConfig
+from train.devices import collective_timeout, describe, device_for, driver_version, start_processes
+from train.ranks import Ranks
+
+OPEN_DRIVER = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (dvs-builder)\n"
+OLD_DRIVER = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\n"
+TOO_OLD = "The NVIDIA driver on your system is too old (found version 12020). Please update your GPU driver."
+
+
+@pytest.fixture
+def host(monkeypatch, tmp_path):
+    """Builds a host: GPUs in /dev, those that PyTorch sees, its CUDA version, the driver, the environment."""
+
+    def build(files=0, visible=0, cuda="13.0", driver="", reason=TOO_OLD, **environment):
+        for number in range(files):
+            (tmp_path / f"nvidia{number}").touch()
+        (tmp_path / "nvidiactl").touch()
+        monkeypatch.setattr(devices, "DEVICES", tmp_path)
+        monkeypatch.setattr(devices, "DRIVER", tmp_path / "version")
+        if driver:
+            (tmp_path / "version").write_text(driver)
+        monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi
+        chosen = []
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: visible > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+        monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+
+        def init():
+            raise RuntimeError(reason)
+
+        monkeypatch.setattr(torch.cuda, "init", init)
+        for name in ("DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES", "LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        return chosen
+
+    return build
+
+
+def test_each_process_takes_its_own_gpu(host):
+    chosen = host(files=8, visible=8)
+    assert device_for(Ranks(5, 8, 5, 8)) == torch.device("cuda", 5)
+    assert chosen == [5]
+    assert "DS_ACCELERATOR" not in os.environ
+
+
+@pytest.mark.parametrize("environment", [{}, {"CUDA_VISIBLE_DEVICES": "0"}])
+def test_without_a_gpu_it_is_the_cpu(host, environment):
+    host(**environment)
+    assert device_for(Ranks()) == torch.device("cpu")
+    assert os.environ["DS_ACCELERATOR"] == "cpu"
+    assert describe(torch.device("cpu")) == "the CPU; this host has no NVIDIA GPU"
+
+
+def test_a_container_that_was_not_given_the_gpu_says_so(host):
+    host(driver=OPEN_DRIVER)
+    assert device_for(Ranks()) == torch.device("cpu")
+    assert "no GPU is passed to this container" in describe(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"DS_ACCELERATOR": "cpu"}, *({"CUDA_VISIBLE_DEVICES": hidden} for hidden in ("", "-1", "-1,0", "NoDevFiles"))],
+)
+def test_the_user_may_choose_the_cpu_beside_a_gpu(host, environment):
+    host(files=1, **environment)
+    assert device_for(Ranks()) == torch.device("cpu")
+    assert "excludes this host's GPU" in describe(torch.device("cpu"))
+
+
+def test_a_driver_too_old_for_pytorch_ends_the_run(host):
+    host(files=2, driver=OLD_DRIVER)
+    with pytest.raises(ValueError, match="cannot use it") as error:
+        device_for(Ranks())
+    assert str(error.value) == (
+        f"this host has an NVIDIA GPU ({devices.DEVICES}/nvidia0), but PyTorch {torch.__version__} for CUDA 13.0 "
+        "cannot use it (driver 535.104.05): The NVIDIA driver on your system is too old (found version 12020); "
+        "CUDA 13 needs driver 580 or newer: update the driver, or install the build for CUDA 12 (`make clean`, "
+        "`make DALI=cuda12`); to compute on the CPU, set DS_ACCELERATOR=cpu"
+    )
+    assert "DS_ACCELERATOR" not in os.environ
+
+
+def test_other_reasons_are_told_as_pytorch_tells_them(host):
+    host(files=1, driver=OPEN_DRIVER, reason="CUDA unknown error - this may be due to ...", CUDA_VISIBLE_DEVICES="7")
+    with pytest.raises(ValueError, match=r"driver 580\.65\.06, CUDA_VISIBLE_DEVICES=7\): CUDA unknown error") as error:
+        device_for(Ranks())
+    assert "`nvidia-smi`" in str(error.value)
+
+
+def test_a_pytorch_for_the_cpu_beside_a_gpu_ends_the_run(host):
+    host(files=1, cuda=None)
+    with pytest.raises(ValueError, match="is built for the CPU only: install a CUDA build of torch and torchvision"):
+        device_for(Ranks())
+
+
+def test_a_gpu_of_windows_counts(host, monkeypatch, tmp_path):
+    host()
+    (tmp_path / "dxg").touch()
+    monkeypatch.setattr(devices, "WSL_DRIVER", tmp_path / "libcuda.so.1")
+    assert device_for(Ranks()) == torch.device("cpu")  # a GPU of another make
+    (tmp_path / "libcuda.so.1").touch()
+    monkeypatch.delenv("DS_ACCELERATOR")
+    with pytest.raises(ValueError, match=r"dxg.*driver not found"):
+        device_for(Ranks())
+
+
+def test_other_accelerators_are_refused(host):
+    host(DS_ACCELERATOR="xpu")
+    with pytest.raises(ValueError, match="DS_ACCELERATOR=xpu: set it to cuda or cpu"):
+        device_for(Ranks())
+    host(DS_ACCELERATOR="cuda")
+    with pytest.raises(ValueError, match="DS_ACCELERATOR=cuda asks for a GPU, but PyTorch"):
+        device_for(Ranks())
+
+
+@pytest.mark.parametrize("bound", ["3", "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6"])
+def test_a_process_that_was_bound_to_one_gpu_takes_it(host, bound):
+    """DeepSpeed sets the device by LOCAL_RANK, and compares it with Open MPI's variable."""
+    chosen = host(4, 1, CUDA_VISIBLE_DEVICES=bound, LOCAL_RANK="3", OMPI_COMM_WORLD_LOCAL_RANK="3")
+    assert device_for(Ranks(3, 4, 3, 4)) == torch.device("cuda", 0)
+    assert chosen == [0]
+    assert os.environ["LOCAL_RANK"] == os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] == "0"
+
+
+@pytest.mark.parametrize(
+    ("visible", "environment"), [(1, {}), (1, {"CUDA_VISIBLE_DEVICES": "0,1"}), (2, {"CUDA_VISIBLE_DEVICES": "0,1"})]
+)
+def test_more_processes_than_gpus_are_refused(host, visible, environment):
+    host(2, visible, **environment, LOCAL_RANK="2")
+    with pytest.raises(ValueError, match=rf"3 processes on this host, but {visible} visible GPUs \(LOCAL_RANK=2"):
+        device_for(Ranks(2, 3, 2, 3))
+    assert os.environ["LOCAL_RANK"] == "2"
+
+
+def test_the_log_tells_the_gpu_and_its_versions(host, monkeypatch):
+    host(files=1, visible=1, driver=OPEN_DRIVER)
+    card = SimpleNamespace(name="NVIDIA H200", total_memory=140 * 2**30, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    assert describe(torch.device("cuda", 0)) == (
+        f"NVIDIA H200, 140 GiB, compute capability 9.0, PyTorch {torch.__version__} for CUDA 13.0, driver 580.65.06"
+    )
+
+
+def test_nvidia_smi_tells_the_driver_where_the_kernel_does_not(host, tmp_path):
+    host()
+    assert driver_version() == ""
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 571.96.03\necho 571.96.03\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert driver_version() == "571.96.03"
+
+
+@pytest.mark.parametrize("stall_seconds", [1.0, RunConfig().stall_seconds, 1800.0, 7200.0])
+def test_collectives_wait_longer_than_the_watchdog(stall_seconds):
+    assert collective_timeout(stall_seconds).total_seconds() >= max(3600, 2 * stall_seconds)
+
+
+def test_every_group_of_a_run_has_that_timeout(one_process):
+    """DeepSpeed's own group, in which it reduces gradients, and the one of the votes on stopping among them."""
+    from deepspeed.utils import groups
+
+    for group in (distributed.group.WORLD, groups._clone_world_group(), distributed.new_group(backend="gloo")):
+        assert group._get_backend(torch.device("cpu")).options._timeout == collective_timeout(0)
+    assert distributed_c10d._get_default_timeout(distributed.Backend.NCCL) == collective_timeout(0)
+
+
+def test_nccl_is_started_with_the_timeout_and_without_probing_operations(monkeypatch):
+    import deepspeed
+
+    told = {}
+    monkeypatch.setattr(deepspeed, "init_distributed", lambda backend, **words: told.update(words, backend=backend))
+    monkeypatch.setattr(deepspeed.ops, "_probe_compatible_ops", lambda: pytest.fail("calls the compiler"))
+    monkeypatch.delitem(vars(deepspeed.ops), "__compatible_ops__", raising=False)
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        monkeypatch.setattr(distributed_c10d, name, getattr(distributed_c10d, name))
+    monkeypatch.setenv("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", "1")
+    monkeypatch.delenv("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC")
+    start_processes(torch.device("cuda", 0), 3000.0)
+    assert told["backend"] == "nccl"
+    assert told["timeout"].total_seconds() == 6000
+    assert os.environ["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"] == "6000"
+    monkeypatch.setenv("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", "240")
+    start_processes(torch.device("cuda", 0), 3000.0)
+    assert os.environ["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"] == "240"
+
+
+@pytest.mark.parametrize("course", ["training", "evaluation"])
+def test_runs_start_their_processes_with_the_watchdogs_limit(monkeypatch, course):
+    from launch import evaluation, training
+
+    run = RunConfig(output_dir="none", stall_seconds=5000.0)
+    module, settings = {"training": training, "evaluation": evaluation}[course], SimpleNamespace(config=run)
+    told = []
+
+    def start(*arguments):
+        told.extend(arguments)
+        raise KeyboardInterrupt
+
+    for name in ("share_cores", "log_to_file", "StopRequest", "prepare_training", "prepare_evaluation"):
+        if hasattr(module, name):
+            answer = (None, None) if name == "prepare_evaluation" else MagicMock(run=run)
+            monkeypatch.setattr(module, name, lambda *_, answer=answer, **__: answer)
+    monkeypatch.setattr(module, "device_for", lambda ranks: torch.device("cpu"))
+    monkeypatch.setattr(module, "start_processes", start)
+    with pytest.raises(KeyboardInterrupt):
+        getattr(module, {"training": "train", "evaluation": "evaluate"}[course])(settings, Ranks(world_size=2))
+    assert told == [torch.device("cpu"), 5000.0]

@@ -1,0 +1,176 @@
+"""Chooses the device of each process, refuses to leave a GPU unused without being asked to, joins the processes."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch.distributed import distributed_c10d
+
+from train.network import choose_interface
+from train.ranks import Ranks
+
+DEVICES = Path("/dev")
+DRIVER = Path("/proc/driver/nvidia/version")
+WSL_DRIVER = Path("/usr/lib/wsl/lib/libcuda.so.1")
+HIDDEN = ("", "-1", "NoDevFiles")  # first entries of CUDA_VISIBLE_DEVICES that hide all GPUs; the last is Slurm's
+# The oldest driver branch that serves a CUDA major version (NVIDIA's table of minor version compatibility).
+OLDEST_DRIVER = {12: 525, 13: 580}
+LEAST_TIMEOUT = 3600.0  # seconds
+
+
+def device_for(ranks: Ranks) -> torch.device:
+    """The device of this process: its own GPU, or the CPU where there is no GPU or the user asks for the CPU.
+
+    `DS_ACCELERATOR=cpu`, and a CUDA_VISIBLE_DEVICES that names no GPU, ask for the CPU.
+    Raises ValueError where a GPU is there that PyTorch cannot use, and where there are more processes than GPUs.
+    """
+    asked = os.environ.get("DS_ACCELERATOR")
+    if asked not in (None, "cpu", "cuda"):
+        raise ValueError(f"DS_ACCELERATOR={asked}: set it to cuda or cpu, or leave it unset")
+    if asked != "cpu" and torch.cuda.is_available():
+        number = _gpu_number(ranks)
+        torch.cuda.set_device(number)
+        return torch.device("cuda", number)
+    if asked == "cuda" or (asked is None and gpu_files() and not _hidden()):
+        raise ValueError(unusable_gpu())
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    return torch.device("cpu")
+
+
+def gpu_files() -> list[str]:
+    """The device files of this host's NVIDIA GPUs; there whether or not PyTorch can use them."""
+    found = sorted(str(path) for path in DEVICES.glob("nvidia[0-9]*"))
+    wsl = DEVICES / "dxg"  # of any GPU; only NVIDIA's driver brings libcuda
+    return found or ([str(wsl)] if wsl.exists() and WSL_DRIVER.exists() else [])
+
+
+def _hidden() -> bool:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible is not None and visible.split(",")[0].strip() in HIDDEN
+
+
+def driver_version() -> str:
+    """Version of the NVIDIA driver, such as 580.65.06; empty where there is none."""
+    try:
+        told = DRIVER.read_text().split("\n")[0]
+    except OSError:
+        words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        try:
+            told = subprocess.run(words, capture_output=True, text=True, timeout=20).stdout
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+    found = re.search(r"\b\d{3,}(\.\d+)+\b", told)
+    return found.group() if found else ""
+
+
+def unusable_gpu() -> str:
+    """Why PyTorch cannot use this host's GPU, and what to do about it, in one line."""
+    files, driver = gpu_files(), driver_version()
+    there = f"this host has an NVIDIA GPU ({files[0]})" if files else "DS_ACCELERATOR=cuda asks for a GPU"
+    on_cpu = "to compute on the CPU, set DS_ACCELERATOR=cpu"
+    built = torch.version.cuda
+    if built is None:
+        remedy = "install a CUDA build of torch and torchvision (those of PyPI for Linux)"
+        return f"{there}, but PyTorch {torch.__version__} is built for the CPU only: {remedy}; {on_cpu}"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    hint = "" if visible is None else f", CUDA_VISIBLE_DEVICES={visible}"
+    text = (
+        f"{there}, but PyTorch {torch.__version__} for CUDA {built} cannot use it "
+        f"(driver {driver or 'not found'}{hint}): {_reason()}"
+    )
+    return f"{text}; {_remedy(int(built.split('.')[0]), driver)}; {on_cpu}"
+
+
+def _reason() -> str:
+    """What PyTorch says when it is made to use the GPU."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return str(error).split(". ")[0].split("\n")[0].rstrip(".")
+    return "it sees no GPU"
+
+
+def _remedy(cuda: int, driver: str) -> str:
+    """What makes a driver and a CUDA build of PyTorch fit."""
+    needed, branch = OLDEST_DRIVER.get(cuda), int(driver.split(".")[0]) if driver else None
+    if needed is None or branch is None or branch >= needed:
+        return "see whether `nvidia-smi` works here, and whether this job or container was given the GPU"
+    update = f"CUDA {cuda} needs driver {needed} or newer: update the driver"
+    older = [major for major, oldest in OLDEST_DRIVER.items() if oldest <= branch]
+    if not older:
+        return update
+    return f"{update}, or install the build for CUDA {max(older)} (`make clean`, `make DALI=cuda{max(older)}`)"
+
+
+def _gpu_number(ranks: Ranks) -> int:
+    """Which of the visible GPUs is this process' own."""
+    count, visible = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if ranks.local_rank < count:
+        return ranks.local_rank
+    if count == 1 and visible is not None and "," not in visible:
+        # The launcher has bound a GPU to each process (srun --gpus-per-task): each sees its own as number 0. DeepSpeed
+        # takes the number from LOCAL_RANK, and wants Open MPI's variable to say the same.
+        for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):
+            if name in os.environ:
+                os.environ[name] = "0"
+        return 0
+    hint = "" if visible is None else f", CUDA_VISIBLE_DEVICES={visible}"
+    raise ValueError(
+        f"{ranks.ranks_here} processes on this host, but {count} visible GPUs (LOCAL_RANK={ranks.local_rank}{hint}): "
+        "start one process a GPU, or let the launcher show each process one GPU"
+    )
+
+
+def describe(device: torch.device) -> str:
+    """A device for the log: what it is, and the versions that it is used with."""
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        return (
+            f"{card.name}, {card.total_memory / 2**30:.0f} GiB, compute capability {card.major}.{card.minor}, PyTorch "
+            f"{torch.__version__} for CUDA {torch.version.cuda}, driver {driver_version() or 'unknown'}"
+        )
+    if gpu_files():
+        return "the CPU; DS_ACCELERATOR or CUDA_VISIBLE_DEVICES excludes this host's GPU"
+    if DRIVER.exists():
+        return "the CPU; this host has an NVIDIA driver, but no GPU is passed to this container or job"
+    return "the CPU; this host has no NVIDIA GPU"
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raise ValueError where the device does not compute in this precision."""
+    if precision == "fp16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        raise ValueError(
+            "precision=fp16: this CPU has no arithmetic for it (AVX512-FP16 or AMX-FP16): take precision=bf16, or fp32"
+        )
+
+
+def collective_timeout(stall_seconds: float) -> timedelta:
+    """After which a collective fails: so late that the watchdog, which knows the cause, ends the job first."""
+    return timedelta(seconds=max(LEAST_TIMEOUT, 2 * stall_seconds))
+
+
+def start_processes(device: torch.device, stall_seconds: float = 0.0) -> None:
+    """Join the other processes of the job; must follow everything that can be checked without them.
+
+    stall_seconds: the watchdog's limit, which the timeout of all collectives exceeds.
+    """
+    import deepspeed
+
+    choose_interface()
+    timeout = collective_timeout(stall_seconds)
+    # DeepSpeed reduces gradients in a group of its own, and creates groups without a timeout: PyTorch's default (NCCL
+    # 10 minutes, gloo 30) would apply there. PyTorch has no public way to change it.
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
+    if device.type == "cuda":
+        # NCCL's monitor aborts a process whose CUDA calls hang, after 480 s by default.
+        os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(int(timeout.total_seconds())))
+    else:
+        # Serves inference only, and would need a compiler at every user's machine. Not touched on a GPU, where it does
+        # not exist: the first access probes every operation with the compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, timeout=timeout)
