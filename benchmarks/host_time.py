@@ -2,9 +2,9 @@
 
     python benchmarks/host_time.py                      the published model's 439 parameters, with tiny widths, on a CPU
 
-On a GPU a step takes the longer of this and of what the kernels take: at batches of 128 base samples the two are close.
+On a GPU a step takes the longer of this and of what the kernels take: at batches of 128 samples they are close.
 Two engines take steps in turn: ours (`start_engine` and `StepGuard`), and the same with DeepSpeed's own norm of the
-gradient and its throughput timer (`compute_grad_norm`, `timers.throughput`). Milliseconds of forward, backward and step:
+gradient and its throughput timer (`compute_grad_norm`, `timers.throughput`). Milliseconds of each part:
 medians, and the ratio of the sums, of the process' own seconds.
 """
 
@@ -15,6 +15,7 @@ import os
 import statistics
 import sys
 import time
+from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
 
@@ -73,7 +74,7 @@ class Engine:
         self.guard.step()
         self.guard.note(self.number, ("a", "b"), losses)
         stamps.append(time.process_time())
-        self.seconds.append(tuple(after - before for before, after in zip(stamps, stamps[1:])))
+        self.seconds.append(tuple(after - before for before, after in pairwise(stamps)))
 
 
 def main() -> int:
