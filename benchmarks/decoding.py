@@ -117,7 +117,10 @@ def main() -> int:
     clips = read_clips(options.corpus, options.images)
     batches = [clips[first : first + options.batch] for first in range(0, len(clips), options.batch)]
     threads = usable_threads(options.threads, 1)
-    decoders = {name: make_decoder(name, options.size, threads, antialias=False) for name in ("dali", "cpu")}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    decoders = {
+        name: make_decoder(name, options.size, threads, antialias=False, device=device) for name in ("dali", "cpu")
+    }
     rates: dict[str, list[float]] = {name: [] for name in decoders}
     result = {
         "dali_on": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",

@@ -119,7 +119,9 @@ class Ways:
             batch_size=PerMedia(options.batch * ranks.world_size, options.batch * ranks.world_size),
             image_res=self.config.image_res, threads=options.threads, video_input=VideoInput(options.frames),
         )  # fmt: skip
-        self.loader = TrainLoader([options.corpus], tokenizer, config, ranks.rank, ranks.world_size, ranks.ranks_here)
+        self.loader = TrainLoader(
+            [options.corpus], tokenizer, config, ranks.rank, ranks.world_size, ranks.ranks_here, device
+        )
         self.batches = endless(self.loader)
         self.waited, self.flops, self.taken = 0.0, 0, 0
         self.device, self._keeps = device, len(options.ways) > 1

@@ -58,7 +58,14 @@ class VisualData(Protocol):
         """A name for the visuals' contents."""
         ...
 
-    def batches(self, num_frames: int, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[VisualBatch]:
+    def batches(
+        self,
+        num_frames: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> Iterator[VisualBatch]:
         """Each visual that can be decoded once over all ranks."""
         ...
 
@@ -117,7 +124,7 @@ def pixel_batches(
     batch_size = getattr(config.batch_size_test, dataset.media_type)
     total = -(-dataset.num_visuals // world_size)
     with tqdm(total=total, desc=f"encoding {dataset.name}", leave=False, disable=None if rank == 0 else True) as bar:
-        for batch in dataset.batches(num_frames, batch_size, rank=rank, world_size=world_size):
+        for batch in dataset.batches(num_frames, batch_size, rank=rank, world_size=world_size, device=device):
             yield normalize(batch.frames.to(device, non_blocking=True), model.mean, model.std), batch.indices
             bar.update(len(batch.indices))
 

@@ -25,7 +25,7 @@ def train(
     """Train as the settings say; `evaluate` makes the evaluation of a prepared run."""
     device = device_for(ranks)
     check_precision(settings.config.precision, device)
-    prepared = prepare_training(settings, ranks, evaluates=evaluate is not None)
+    prepared = prepare_training(settings, ranks, evaluates=evaluate is not None, device=device)
     request = StopRequest(prepared.folder.note_stopping)
     request.install()
     if ranks.is_first:

@@ -80,7 +80,7 @@ def measure(
         learn_from_texts(list(islice(texts, TEXTS_TO_LEARN_FROM)), 2000, Path(folder) / "vocab.txt")
         tokenizer = Tokenizer.load(folder)
     learned = time.perf_counter() - started
-    loader = TrainLoader(corpora, tokenizer, config)
+    loader = TrainLoader(corpora, tokenizer, config, device="cuda" if torch.cuda.is_available() else "cpu")
     try:
         next(iter(loader))
         first = time.perf_counter() - started - learned
@@ -90,7 +90,7 @@ def measure(
     setup = Setup(
         threads=usable_threads(config.threads, 1),
         cores=len(os.sched_getaffinity(0)),
-        backend="cpu" if type(loader.decoder).__name__ == "CpuDecoder" else "dali",
+        backend=loader.decoder.name,
         remote=not all(reader.local for reader in readers),
         stored_size=max(int(reader.corpus.settings.get("size", 0)) for reader in readers),
         shown_size=config.image_res,

@@ -69,6 +69,7 @@ class LoaderConfig:
     flip: bool = True  # off where left and right carry meaning
     antialias: bool = False  # the official transform resizes without
     decode: str = "auto"  # auto | dali | cpu
+    deterministic: bool = False  # the same bits on the same machine and GPU, at a price
     threads: int = 0  # decoding threads, of decode=cpu processes; 0: chosen from the cores this rank may use
     prefetch: int = 3  # batches made ahead of the step
     max_bad_share: float = 0.01  # of the samples read; above it the run fails

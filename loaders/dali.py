@@ -1,163 +1,231 @@
-"""JPEG bytes to cropped 8-bit frames in one DALI graph: nvJPEG on a GPU, the same graph on the CPU without one."""
+"""JPEG bytes to cropped 8-bit frames by DALI: nvJPEG on a GPU, the same graph on the CPU without one."""
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from queue import LifoQueue
 
 import numpy as np
+import simplejpeg
 import torch
-from nvidia.dali import Pipeline, fn, types
+from nvidia.dali import Pipeline
 
-from loaders.pixels import Clip, header_fault
+from loaders.clips import BadSampleError, Window
+from loaders.dali_graph import CopyStream, GraphSettings, build_pipeline, feed
+from loaders.decoding import BATCHES_AT_ONCE
+from loaders.pixels import Clip, Scratch, decode_clip, header_fault
 
-QUEUE = 1  # iterations in flight; batches are made ahead of the step by the loader, not here
+log = logging.getLogger("loaders")
+
+SOUND_SIDE = 64
+SOUND = Clip(  # that decodes wherever anything does
+    [simplejpeg.encode_jpeg(np.full((SOUND_SIDE, SOUND_SIDE, 3), 128, np.uint8), colorspace="RGB")],
+    SOUND_SIDE,
+    SOUND_SIDE,
+    Window(0, 0, SOUND_SIDE, SOUND_SIDE),
+)
+# How DALI words failures that no image can be the cause of; nvImageCodec's are numbers of its nvimgcodecStatus_t.
+_DEVICE = re.compile(r"cuda|alloc|out of memory|driver|nvjpeg_status_(?!bad_jpeg|jpeg_not_supported)", re.IGNORECASE)
+_CODEC = re.compile(r"nvImageCodec failure: '#(\d+)'")
+_CODEC_BLAMES_IMAGE = {3, 4, 9, 13, 14, 18, 19}  # bad or incomplete stream, not supported
+
+
+class _ImageError(RuntimeError):
+    """A run failed, and the cause is one of its images."""
 
 
 class DaliDecoder:
     """See loaders.decoding.Decoder; one image that fails costs its batch a search by halves.
 
-    With `exec_dynamic` a pipeline lives through a failed run, whatever DALI's message says (pinned by a test).
+    As many batches are decoded at once as the loader makes, each by a pipeline, a thread and a CUDA stream of its own,
+    so that a run that fails harms no other. A second pipeline is built when a second batch comes, and takes as much
+    memory as the first.
 
     device: number of the GPU; None runs the graph on the CPU.
+    hw_decoder_load: see GraphSettings; 0 leaves out the JPEG engines, so that a picture's bits do not depend on its
+        place in the batch.
+
+    Raises:
+        RuntimeError: DALI cannot decode on this device.
     """
 
-    def __init__(self, size: int, threads: int, antialias: bool, device: int | None) -> None:
-        self.size, self.threads, self.antialias, self.device = size, threads, antialias, device
-        self._pipeline: Pipeline | None = None
+    name = "dali"
+
+    def __init__(
+        self, size: int, threads: int, antialias: bool, device: int | None, hw_decoder_load: float = 0.65
+    ) -> None:
+        settings = GraphSettings(size, threads, antialias, device, hw_decoder_load)
+        self._workers = [DaliWorker(settings) for _ in range(BATCHES_AT_ONCE)]
+        self._free: LifoQueue[DaliWorker] = LifoQueue()  # the last one used first: evaluation builds one pipeline
+        for worker in self._workers:
+            self._free.put(worker)
+        try:
+            self.decode([SOUND])
+        except BaseException:
+            self.close()
+            raise
+
+    def decode(self, clips: Sequence[Clip]) -> tuple[torch.Tensor, dict[int, str]]:
+        """See Decoder.
+
+        Raises:
+            RuntimeError: the device fails: no memory, a CUDA error.
+        """
+        worker = self._free.get()
+        try:
+            return worker.decode(clips)
+        finally:
+            self._free.put(worker)
+
+    def close(self) -> None:
+        """See Decoder."""
+        for worker in self._workers:
+            worker.close()
+
+
+class DaliWorker:
+    """One pipeline and its thread; used from several threads, be it in turn, a pipeline crashes after a failed run.
+
+    With `exec_dynamic` a pipeline lives through a failed run, whatever DALI's message says (pinned by a test).
+    """
+
+    def __init__(self, settings: GraphSettings) -> None:
+        self.settings = settings
+        self.pipeline: Pipeline | None = None
         self._capacity = 0
-        # A pipeline that is used from several threads, be it in turn, ends in a crash or a hang after a failed run.
+        self._copies = CopyStream(settings.device)
+        self._scratch = Scratch()
+        self._told = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="dali")
 
     def decode(self, clips: Sequence[Clip]) -> tuple[torch.Tensor, dict[int, str]]:
         """See Decoder."""
         return self._thread.submit(self._decode, clips).result()
 
+    def close(self) -> None:
+        """End the thread and the pipeline."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        self.pipeline = None
+
     def _decode(self, clips: Sequence[Clip]) -> tuple[torch.Tensor, dict[int, str]]:
-        bad = {
-            number: fault
-            for number, clip in enumerate(clips)
-            for fault in [next(filter(None, (header_fault(data, clip) for data in clip.jpegs)), None)]
-            if fault is not None
-        }
-        if not bad:
-            return self._decode_checked(clips)
-        device = "cpu" if self.device is None else f"cuda:{self.device}"
-        frames = torch.zeros((len(clips), *self._shape(clips)[1:]), dtype=torch.uint8, device=device)
-        rows = [number for number in range(len(clips)) if number not in bad]
-        if rows:
-            frames[torch.tensor(rows)], more = self._decode_checked([clips[row] for row in rows])
-            bad |= {rows[place]: reason for place, reason in more.items()}
-        return frames, bad
-
-    def _shape(self, clips: Sequence[Clip]) -> tuple[int, ...]:
-        return (len(clips), len(clips[0].jpegs), self.size, self.size, 3)
-
-    def _decode_checked(self, clips: Sequence[Clip]) -> tuple[torch.Tensor, dict[int, str]]:
-        """`decode` of clips whose headers are sound; a failed run is dear, and not without danger to the process."""
-        shape = self._shape(clips)
-        try:
-            return self._run(clips).view(shape), {}
-        except RuntimeError as error:
-            frames, bad = self._search(clips, shape, error)
-        if len(bad) == len(clips):  # all bad, or a pipeline that did not live through the failure
-            self._pipeline = None
-            frames, bad = self._search(clips, shape, None)
-        return frames, bad
+        shape = (len(clips), len(clips[0].jpegs), self.settings.size, self.settings.size, 3)
+        bad = header_faults(clips)
+        rows = [row for row in range(len(clips)) if row not in bad]
+        parts = self._search(clips, rows, bad) if rows else []
+        if len(parts) == 1 and not bad:
+            return parts[0][1].view(shape), {}
+        return self._copies.assembled(shape, parts), bad
 
     def _search(
-        self, clips: Sequence[Clip], shape: tuple[int, ...], error: RuntimeError | None
-    ) -> tuple[torch.Tensor, dict[int, str]]:
-        """Halve a batch, whose run failed with `error` if it was tried, until the clips that fail stand alone."""
-        device = "cpu" if self.device is None else f"cuda:{self.device}"
-        frames = torch.zeros(shape, dtype=torch.uint8, device=device)
-        bad: dict[int, str] = {}
-        parts: list[tuple[range, RuntimeError | None]] = [(range(len(clips)), error)]
-        while parts:
-            part, error = parts.pop()
-            if error is None:
-                try:
-                    pixels = self._run(clips[part.start : part.stop])
-                    frames[part.start : part.stop] = pixels.view(len(part), *shape[1:])
+        self, clips: Sequence[Clip], rows: list[int], bad: dict[int, str]
+    ) -> list[tuple[list[int], torch.Tensor]]:
+        """Parts of the rows with their frames, halved until those that fail stand alone; the bad ones go to `bad`."""
+        parts, waiting = [], [rows]
+        while waiting:
+            part = waiting.pop()
+            try:
+                parts.append((part, self._run([clips[row] for row in part])))
+            except _ImageError as error:
+                if len(part) > 1:
+                    waiting += [part[: len(part) // 2], part[len(part) // 2 :]]
                     continue
-                except RuntimeError as failed:
-                    error = failed
-            if len(part) == 1:
-                bad[part.start] = f"DALI: {reason(error)}"
-            else:
-                middle = (part.start + part.stop) // 2
-                parts += [(range(part.start, middle), None), (range(middle, part.stop), None)]
-        return frames, bad
+                try:
+                    parts.append((part, self._second_opinion(clips[part[0]], str(error))))
+                except BadSampleError as fault:
+                    bad[part[0]] = str(fault)
+        return parts
+
+    def _second_opinion(self, clip: Clip, dali_says: str) -> torch.Tensor:
+        """The frames of a clip that DALI does not decode, by the CPU path: both refuse the same samples then.
+
+        Raises BadSampleError where the CPU path refuses it too: nothing else makes a sample a bad one.
+        """
+        frames = np.empty((len(clip.jpegs), self.settings.size, self.settings.size, 3), np.uint8)
+        decode_clip(clip, frames, self.settings.antialias, self._scratch)
+        if not self._told:
+            self._told = True
+            log.warning(
+                "DALI does not decode an image that libjpeg-turbo or Pillow decodes (%s): such images are decoded on "
+                "the CPU, which takes longer; if there are many, set decode=cpu",
+                dali_says,
+            )
+        return torch.from_numpy(frames)
 
     def _run(self, clips: Sequence[Clip]) -> torch.Tensor:
-        """Frames (B*T, S, S, 3) uint8 on the device; raises RuntimeError when any of them does not decode."""
-        jpegs = [np.frombuffer(data, np.uint8) for clip in clips for data in clip.jpegs]
-        windows = [clip.window for clip in clips for _ in clip.jpegs]
-        pipeline = self._built(len(jpegs))
-        pipeline.feed_input("jpegs", jpegs)
-        pipeline.feed_input("anchors", [np.array([w.top, w.left], np.int32) for w in windows])
-        pipeline.feed_input("shapes", [np.array([w.height, w.width], np.int32) for w in windows])
-        pipeline.feed_input("flips", [np.array(int(w.flip), np.int32) for w in windows])
-        (output,) = pipeline.run()
-        return to_torch(output, self.device)
+        """Frames (B*T, S, S, 3) uint8 on the device.
+
+        Raises:
+            _ImageError: some of the images do not decode.
+            RuntimeError: the device fails; never to be taken for bad samples.
+        """
+        pipeline = self._built(sum(len(clip.jpegs) for clip in clips))
+        feed(pipeline, clips)
+        try:
+            (output,) = pipeline.run()
+        except RuntimeError as error:
+            if is_device_failure(error):
+                raise self._device_error(error) from error
+            self._check_alive(error)
+            raise _ImageError(reason(error)) from None
+        return self._copies.copied(output)
+
+    def _check_alive(self, error: RuntimeError) -> None:
+        """Raise a RuntimeError unless a sound image still decodes, with a new pipeline if need be."""
+        for _ in range(2):
+            try:
+                pipeline = self._built(1)
+                feed(pipeline, [SOUND])
+                pipeline.run()
+                return
+            except RuntimeError:
+                self.pipeline = None
+        raise self._device_error(error) from error
+
+    def _device_error(self, error: RuntimeError) -> RuntimeError:
+        where = "the CPU" if self.settings.device is None else f"cuda:{self.settings.device}"
+        return RuntimeError(
+            f"DALI fails on {where}, and no image is the cause: {reason(error)}. If GPU memory is short, set "
+            "decode=cpu or a smaller batch_size"
+        )
 
     def _built(self, frames: int) -> Pipeline:
         """The pipeline, rebuilt when a batch is larger than any before."""
-        if self._pipeline is None or frames > self._capacity:
+        if self.pipeline is None or frames > self._capacity:
+            self.pipeline = None  # before there is another one: together they may not fit the GPU
             self._capacity = max(frames, self._capacity)
-            self._pipeline = build_pipeline(self._capacity, self.size, self.threads, self.antialias, self.device)
-        return self._pipeline
-
-    def close(self) -> None:
-        """See Decoder."""
-        self._thread.shutdown(wait=True, cancel_futures=True)
-        self._pipeline = None
+            self.pipeline = build_pipeline(self.settings, self._capacity)
+        return self.pipeline
 
 
-def build_pipeline(capacity: int, size: int, threads: int, antialias: bool, device: int | None) -> Pipeline:
-    """The graph: decode the window only, resize it bicubically, mirror; bytes stay bytes."""
-    pipeline = Pipeline(
-        batch_size=capacity, num_threads=threads, device_id=device, prefetch_queue_depth=QUEUE, exec_dynamic=True
-    )
-    with pipeline:
-        jpegs, anchors, shapes, flips = (
-            fn.external_source(name=name) for name in ("jpegs", "anchors", "shapes", "flips")
-        )
-        pixels = fn.decoders.image_slice(
-            jpegs,
-            anchors,
-            shapes,
-            device="cpu" if device is None else "mixed",
-            axes=(0, 1),
-            normalized_anchor=False,
-            normalized_shape=False,
-            output_type=types.DALIImageType.RGB,
-            jpeg_fancy_upsampling=True,
-            adjust_orientation=False,  # windows are given in the pixels as stored
-        )
-        shown: Any = fn.resize(
-            pixels,
-            size=(size, size),
-            interp_type=types.DALIInterpType.INTERP_CUBIC,
-            antialias=antialias,
-            subpixel_scale=False,
-        )
-        pipeline.set_outputs(fn.flip(shown, horizontal=flips))
-    pipeline.build()
-    return pipeline
+def header_faults(clips: Sequence[Clip]) -> dict[int, str]:
+    """What is wrong with clips at a glance; a failed run costs time, and a cut JPEG may harm a GPU's context."""
+    return {
+        number: fault
+        for number, clip in enumerate(clips)
+        for fault in [next(filter(None, (header_fault(data, clip) for data in clip.jpegs)), None)]
+        if fault is not None
+    }
 
 
-def to_torch(output: Any, device: int | None) -> torch.Tensor:
-    """A DALI batch of equal shapes as a tensor that owns its memory; on a GPU nothing passes the host."""
-    tensor = output.as_tensor()
-    if device is None:
-        return torch.from_numpy(np.array(tensor))
-    return torch.from_dlpack(tensor).clone()
+def is_device_failure(error: RuntimeError) -> bool:
+    """Whether DALI's message says that memory, CUDA or the driver failed, which no image can be the cause of."""
+    text = encountered(error)
+    status = _CODEC.search(text)
+    if status is not None:
+        return int(status[1]) not in _CODEC_BLAMES_IMAGE
+    return _DEVICE.search(text) is not None
+
+
+def encountered(error: RuntimeError) -> str:
+    """DALI's message without where in our code the graph was made, and without its own stack."""
+    text = str(error)
+    return (text.partition("encountered:")[2] or text).partition("Stacktrace")[0]
 
 
 def reason(error: RuntimeError) -> str:
-    """What DALI's message says it encountered."""
-    _, _, encountered = str(error).partition("encountered:")
-    lines = [line.strip(" :") for line in (encountered or str(error)).splitlines() if line.strip()]
+    """What DALI's message says it encountered, in one line."""
+    lines = [line.strip(" :") for line in encountered(error).splitlines() if line.strip()]
     return (lines or ["failed"])[0][:200]

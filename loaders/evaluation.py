@@ -72,11 +72,24 @@ class VisualSet:
         """The media's names in the annotations."""
         return [index.source(row) for index, row in self.rows()]
 
-    def batches(self, num_frames: int, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[VisualBatch]:
-        """This rank's visuals (those = rank mod world size), `batch_size` at once, made ahead by a thread."""
+    def batches(
+        self,
+        num_frames: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> Iterator[VisualBatch]:
+        """This rank's visuals (those = rank mod world size), `batch_size` at once, made ahead by a thread.
+
+        device: where they are used. decode=auto is the CPU path here: the two decoders' pictures differ a little, and
+        metrics must not depend on which was faster.
+        """
         config = self.config
         threads = usable_threads(config.threads, world_size)
-        decoder = make_decoder(config.decode, config.image_res, threads, config.antialias)
+        decoder = make_decoder(
+            config.decode, config.image_res, threads, config.antialias, torch.device(device), deterministic=True
+        )
         mine = np.arange(rank, self.num_visuals, world_size)
         parts = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
         ahead = Ahead((self._batch(decoder, part, num_frames) for part in parts), config.prefetch, "loader-evaluation")

@@ -15,6 +15,11 @@ from loaders.clips import BadSampleError, Window
 cv2.setNumThreads(0)  # pictures are decoded side by side; threads within one only get in the way
 
 
+END_OF_IMAGE = b"\xff\xd9"
+START_OF_SCAN = 0xDA
+NO_LENGTH = {0x00, 0x01, *range(0xD0, 0xDA)}  # what follows 0xFF where no length does
+
+
 class Clip(NamedTuple):
     """What is to be decoded: T frames' bytes, their size in the index, and the part to show."""
 
@@ -91,7 +96,34 @@ def header_fault(data: bytes, clip: Clip) -> str | None:
         return f"{len(data)} bytes that are no image ({type(error).__name__})"
     if (height, width) != (clip.height, clip.width):
         return f"{width}x{height} pixels, the index says {clip.width}x{clip.height}"
+    if data[:2] == b"\xff\xd8" and not has_end(data):
+        return f"broken image: {len(data)} bytes of a JPEG that is cut short: it has no end-of-image marker"
     return None
+
+
+def has_end(jpeg: bytes) -> bool:
+    """Whether a JPEG's picture has its end-of-image marker; libjpeg-turbo refuses those without.
+
+    In compressed data 0xFF is followed by a zero, a restart marker or another 0xFF, so the first such marker after the
+    picture's begin is its end. Bytes after it are of no account.
+    """
+    return jpeg.endswith(END_OF_IMAGE) or jpeg.find(END_OF_IMAGE, picture_begin(jpeg)) >= 0
+
+
+def picture_begin(jpeg: bytes) -> int:
+    """The first byte of a JPEG's first scan; a thumbnail in its header has markers of its own. The length without."""
+    place = 2
+    while place + 4 <= len(jpeg):
+        if jpeg[place] != 0xFF:
+            place += 1
+        elif jpeg[place + 1] == 0xFF or jpeg[place + 1] in NO_LENGTH:
+            place += 1 if jpeg[place + 1] == 0xFF else 2
+        else:
+            length = int.from_bytes(jpeg[place + 2 : place + 4], "big")
+            if jpeg[place + 1] == START_OF_SCAN:
+                return place + 2 + length
+            place += 2 + length
+    return len(jpeg)
 
 
 def decode_other(data: bytes) -> np.ndarray:

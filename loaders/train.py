@@ -19,7 +19,7 @@ from loaders.ahead import Ahead, StalledError, overlapped
 from loaders.batch import Answers, Batch
 from loaders.clips import BadSampleError
 from loaders.config import LoaderConfig
-from loaders.decoding import make_decoder, usable_threads
+from loaders.decoding import BATCHES_AT_ONCE, make_decoder, usable_threads
 from loaders.line import Draw, Line
 from loaders.node import node_of
 from loaders.plan import EpochPlan, check_world_size, media_schedule, rank_positions
@@ -30,7 +30,6 @@ from loaders.text import Tokenizer, clean_text
 log = logging.getLogger("loaders")
 
 READ_THREADS = 8
-BATCHES_AT_ONCE = 2  # in the decoding stage: the second one fills the gaps at the end of the first
 MAX_REPLACEMENTS = 64  # tries for one sample before the loader gives up
 
 
@@ -55,6 +54,8 @@ class TrainLoader:
     and that they waited for the one before (decode_wait_, and wait_ for the training step); samples,
     bytes_read, quarantined.
 
+    device: where batches are used: a GPU decodes there (`decode`), or gets them from pinned memory.
+
     Raises:
         FileNotFoundError, ValueError: a corpus is missing, of another version or without the needed texts; a batch
             size does not fit the world size; a setting is unknown.
@@ -68,6 +69,7 @@ class TrainLoader:
         rank: int = 0,
         world_size: int = 1,
         ranks_here: int | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         if not corpora:
             raise ValueError("train_corpus is empty: name at least one packed corpus")
@@ -93,7 +95,9 @@ class TrainLoader:
         self.media_steps = {kind: self._count_steps(kind) for kind in kinds}
         self.step_pool = ThreadPoolExecutor(self._steps_at_once(), thread_name_prefix="step")
         threads = usable_threads(config.threads, ranks_here or world_size)
-        self.decoder = make_decoder(config.decode, config.image_res, threads, config.antialias)
+        self.decoder = make_decoder(
+            config.decode, config.image_res, threads, config.antialias, torch.device(device), config.deterministic
+        )
         self.counters: dict[str, float] = defaultdict(float)
         self.quarantine = Quarantine(rank, config.max_bad_share, config.quarantine_file.replace("{rank}", str(rank)))
         self._running: list[Ahead[Step] | Ahead[Batch]] = []

@@ -50,7 +50,7 @@ class Prepared:
     remote: RemoteCheckpoints | None  # where checkpoints are copied to
 
 
-def prepare_training(settings: Settings, ranks: Ranks, evaluates: bool) -> Prepared:
+def prepare_training(settings: Settings, ranks: Ranks, evaluates: bool, device: torch.device) -> Prepared:
     """Check everything and make the parts of a training run; the first rank claims the run's folder.
 
     evaluates: whether the run's splits will be evaluated, and so must be there.
@@ -76,7 +76,7 @@ def prepare_training(settings: Settings, ranks: Ranks, evaluates: bool) -> Prepa
     bad_samples = run.quarantine_file or str(Path(run.output_dir) / "quarantine-{rank}.jsonl")
     settings_of_loader = replace(run, quarantine_file=bad_samples)
     loader = TrainLoader(
-        run.train_urls(), tokenizer, settings_of_loader, ranks.rank, ranks.world_size, ranks.ranks_here
+        run.train_urls(), tokenizer, settings_of_loader, ranks.rank, ranks.world_size, ranks.ranks_here, device
     )
     _check_parts(loader, run, ranks)
     folder = RunFolder(run.output_dir)

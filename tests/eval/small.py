@@ -76,7 +76,7 @@ class Drawn:
         self.texts.append(text)
         self.visuals_of_text.append(visuals)
 
-    def batches(self, num_frames, batch_size, rank=0, world_size=1):
+    def batches(self, num_frames, batch_size, rank=0, world_size=1, device="cpu"):
         own = [i for i in range(self.num_visuals) if i % world_size == rank]
         for i in set(own) & set(self.broken):
             self.missing[i] = "truncated JPEG"

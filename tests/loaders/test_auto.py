@@ -1,0 +1,140 @@
+"""decode=auto on a GPU: both decoders in turns, then the one that makes training wait less; the other is closed."""
+
+import logging
+import threading
+import time
+
+import pytest
+import torch
+from test_decoding import SIZE, clips
+
+from loaders.auto import TURN, TURNS, AutoDecoder
+from loaders.dali import DaliDecoder
+from loaders.decoding import CpuDecoder
+
+
+class Clock:
+    """Seconds that pass only where something takes them."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Fake:
+    """A decoder that takes so many seconds of a clock."""
+
+    def __init__(self, name: str, clock: Clock, seconds: float) -> None:
+        self.name, self.clock, self.seconds = name, clock, seconds
+        self.batches, self.closed = 0, False
+
+    def decode(self, clips):
+        assert not self.closed
+        self.clock.now += self.seconds
+        self.batches += 1
+        return torch.zeros(len(clips)), {}
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def run(auto: AutoDecoder, clock: Clock, batches: int, step: float = 0.0) -> None:
+    """Decode; training takes its batches no faster than one a step."""
+    for number in range(batches):
+        began = clock.now
+        auto.decode([])
+        clock.now = max(clock.now, began + step)
+        if number == 3 * TURN + 2:  # an evaluation
+            clock.now += 100
+
+
+@pytest.mark.parametrize(
+    ("cpu_seconds", "dali_seconds", "step", "winner"),
+    [
+        (0.2, 0.1, 0.0, "dali"),
+        (0.1, 0.2, 0.0, "cpu"),
+        (0.1, 0.099, 0.0, "cpu"),  # as fast: the GPU is left to training
+        (0.05, 0.02, 0.09, "cpu"),  # both faster than the step
+        (0.12, 0.02, 0.09, "dali"),  # training waits for one of them
+    ],
+)
+def test_the_decoder_that_makes_training_wait_less_is_kept(cpu_seconds, dali_seconds, step, winner, caplog) -> None:
+    clock = Clock()
+    cpu, dali = Fake("cpu", clock, cpu_seconds), Fake("dali", clock, dali_seconds)
+    auto = AutoDecoder(cpu, dali, clock)
+    with caplog.at_level(logging.INFO, "loaders"):
+        run(auto, clock, TURN * TURNS, step)
+        assert (auto.name, cpu.batches, dali.batches) == ("auto", TURN * TURNS // 2, TURN * TURNS // 2)
+        assert not caplog.records
+        run(auto, clock, 10, step)
+    assert auto.name == winner
+    kept, lost = (cpu, dali) if winner == "cpu" else (dali, cpu)
+    assert (kept.batches, lost.batches) == (TURN * TURNS // 2 + 10, TURN * TURNS // 2)
+    assert lost.closed
+    assert not kept.closed
+    said = f"{max(cpu_seconds, step) * 1000:.1f} ms with cpu, {max(dali_seconds, step) * 1000:.1f} ms with dali"
+    assert [said in line and f"{winner} decodes from here on" in line for line in caplog.messages] == [True]
+    auto.close()
+    assert kept.closed
+
+
+def test_the_loser_is_closed_when_its_last_batch_is_done() -> None:
+    clock, hold, begun = Clock(), threading.Event(), threading.Event()
+    cpu, dali = Fake("cpu", clock, 0.1), Fake("dali", clock, 0.2)
+    plain = dali.decode
+
+    def slow(clips):
+        if dali.batches == TURN * TURNS // 2 - 1:  # its last one
+            begun.set()
+            hold.wait(5)
+        return plain(clips)
+
+    dali.decode = slow  # type: ignore[method-assign]
+    auto = AutoDecoder(cpu, dali, clock)
+    run(auto, clock, TURN * TURNS - 1)
+    last = threading.Thread(target=auto.decode, args=([],))
+    last.start()
+    assert begun.wait(5)
+    auto.decode([])
+    assert auto.name == "cpu"
+    assert not dali.closed
+    hold.set()
+    last.join()
+    assert dali.closed
+
+
+def test_an_error_of_either_is_not_hidden() -> None:
+    """Training would meet a broken device at its next step all the same."""
+    clock = Clock()
+    dali = Fake("dali", clock, 0.1)
+    dali.decode = lambda clips: (_ for _ in ()).throw(RuntimeError("CUDA"))  # type: ignore[method-assign]
+    auto = AutoDecoder(Fake("cpu", clock, 0.1), dali, clock)
+    run(auto, clock, TURN)
+    with pytest.raises(RuntimeError, match="CUDA"):
+        auto.decode([])
+
+
+def test_the_real_ones_in_turns_give_the_same_pictures() -> None:
+    """With antialiasing the two kernels agree; two threads, as in the loader."""
+    cpu, dali = CpuDecoder(SIZE, 1, antialias=True), DaliDecoder(SIZE, 1, antialias=True, device=None)
+    expected, _ = cpu.decode(clips())
+    auto = AutoDecoder(cpu, dali, time.perf_counter)
+    differences: list[float] = []
+
+    def work() -> None:
+        for _ in range(TURN * TURNS // 2 + 4):
+            frames, bad = auto.decode(clips())
+            assert not bad
+            differences.append(float((frames.float() - expected.float()).abs().max()))
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(differences) == TURN * TURNS + 8
+    assert max(differences) <= 4
+    assert auto.name in ("cpu", "dali")
+    auto.close()
