@@ -38,7 +38,7 @@ from model.flops import step_flops
 from model.singularity import Singularity
 from train.checkpoints import special_ids
 from train.config import OptimizerConfig, RunConfig
-from train.devices import device_for, start_processes
+from train.devices import choose_kernels, device_for, start_processes
 from train.engine import DTYPES, deepspeed_config, start_engine
 from train.figures import FORWARD_AND_BACKWARD, memory, peak_flops
 from train.groups import parameter_groups
@@ -209,6 +209,7 @@ def main() -> int:
     options = parser.parse_args()
     ranks = ranks_from_environment()
     device = device_for(ranks)
+    choose_kernels(deterministic=False)
     start_processes(device)
     asked = {"path", *options.ways} - ({"plain"} if ranks.world_size > 1 else set())
     options.ways = [way for way in WAYS if way in asked]

@@ -10,7 +10,7 @@ import torch
 
 from eval.report import write_report
 from train.config_files import Settings
-from train.devices import describe, device_for, start_processes
+from train.devices import choose_kernels, describe, device_for, start_processes
 from train.engine import DTYPES
 from train.evaluation import evaluate_splits, evaluation_label
 from train.prepare import prepare_evaluation, read_answer_list, share_cores
@@ -25,6 +25,7 @@ def evaluate(settings: Settings, ranks: Ranks) -> None:
     With `eval_num_frames` once for each number of frames; metrics.json is then that of the largest.
     """
     device = device_for(ranks)
+    choose_kernels(settings.config.deterministic)
     share_cores(ranks)
     answers = read_answer_list(settings.config)
     model, tokenizer = prepare_evaluation(settings)

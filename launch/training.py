@@ -9,7 +9,7 @@ import torch
 
 from launch.command import log_to_file
 from train.config_files import Settings
-from train.devices import check_precision, describe, device_for, start_processes
+from train.devices import check_precision, choose_kernels, describe, device_for, start_processes
 from train.loop import Evaluate, Trainer
 from train.prepare import Prepared, prepare_training
 from train.ranks import Ranks
@@ -24,6 +24,7 @@ def train(
 ) -> None:
     """Train as the settings say; `evaluate` makes the evaluation of a prepared run."""
     device = device_for(ranks)
+    choose_kernels(settings.config.deterministic)
     check_precision(settings.config.precision, device)
     prepared = prepare_training(settings, ranks, evaluates=evaluate is not None, device=device)
     request = StopRequest(prepared.folder.note_stopping)

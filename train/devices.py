@@ -126,6 +126,22 @@ def _gpu_number(ranks: Ranks) -> int:
     )
 
 
+def choose_kernels(deterministic: bool) -> None:
+    """Which kernels PyTorch may take, before any has run.
+
+    deterministic: only those that give the same bits every time; an operator without such a kernel raises
+    RuntimeError.
+    """
+    # PyTorch prefers cuDNN's attention on Hopper. It compiles a plan for each shape, of which texts have many, has
+    # rounded BERT's dropout of 0.1 to a multiple of 1/16, and given NaN gradients with a mask (pytorch#174245, #196678).
+    # What is left: flash where there is no mask, memory-efficient where there is one.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with it alone
+        torch.utils.deterministic.fill_uninitialized_memory = False  # which would cost time and finds bugs only
+        torch.use_deterministic_algorithms(True)
+
+
 def describe(device: torch.device) -> str:
     """A device for the log: what it is, and the versions that it is used with."""
     if device.type == "cuda":

@@ -6,12 +6,13 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from small_engine import make, numbers, step
 from torch import distributed
 from torch.distributed import distributed_c10d
 
 from train import devices
 from train.config import RunConfig
-from train.devices import collective_timeout, describe, device_for, driver_version, start_processes
+from train.devices import choose_kernels, collective_timeout, describe, device_for, driver_version, start_processes
 from train.ranks import Ranks
 
 OPEN_DRIVER = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (dvs-builder)\n"
@@ -219,3 +220,36 @@ def test_runs_start_their_processes_with_the_watchdogs_limit(monkeypatch, course
     with pytest.raises(KeyboardInterrupt):
         getattr(module, {"training": "train", "evaluation": "evaluate"}[course])(settings, Ranks(world_size=2))
     assert told == [torch.device("cpu"), 5000.0]
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Puts back what PyTorch may choose from."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    before = torch.backends.cuda.cudnn_sdp_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.backends.cuda.enable_cudnn_sdp(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+    torch.use_deterministic_algorithms(False)
+    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_kernels_are_chosen_on_purpose(kernels, deterministic):
+    choose_kernels(deterministic)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.cuda.mem_efficient_sdp_enabled()
+    assert torch.are_deterministic_algorithms_enabled() == deterministic
+    assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == deterministic
+
+
+@pytest.mark.usefixtures("one_process", "kernels")
+def test_a_deterministic_step_needs_no_operator_without_such_a_kernel():
+    choose_kernels(deterministic=True)
+    found = []
+    for _ in range(2):
+        engine, guard = make("zero1", "bf16")
+        step(engine, guard, 1)
+        found.append(numbers(engine))
+    assert all(torch.equal(found[1][name], tensor) for name, tensor in found[0].items())
