@@ -133,7 +133,7 @@ def choose_kernels(deterministic: bool) -> None:
     RuntimeError.
     """
     # PyTorch prefers cuDNN's attention on Hopper. It compiles a plan for each shape, of which texts have many, has
-    # rounded BERT's dropout of 0.1 to a multiple of 1/16, and given NaN gradients with a mask (pytorch#174245, #196678).
+    # rounded BERT's dropout of 0.1 to a multiple of 1/16, and given NaN gradients with a mask (pytorch#174245, 196678).
     # What is left: flash where there is no mask, memory-efficient where there is one.
     torch.backends.cuda.enable_cudnn_sdp(False)
     if deterministic:

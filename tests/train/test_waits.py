@@ -16,7 +16,7 @@ from waits import watched
 
 from loaders.batch import Answers, Batch
 from model.answering import SingularityQA
-from model.config import AnswerDecoderConfig, ModelConfig, TemporalConfig
+from model.config import AnswerDecoderConfig, ModelConfig, TemporalConfig, TextConfig, VisionConfig
 from model.singularity import Singularity
 from train.loss_scale import LossScale
 from train.schedule import Schedule
@@ -26,6 +26,7 @@ PAIRS, WORDS = 8, 13
 # Kernels of the published model's forward and backward pass, attention counted as one each. A change that needs more
 # has to show that it is worth it.
 BUDGET = {"image": (662, 956), "video": (701, 1016), "qa": (632, 914)}
+STEP_BUDGET = 48  # of the optimiser's step, two groups of parameters
 
 
 class MetaEngine:
@@ -110,6 +111,33 @@ def test_nothing_of_a_step_waits_and_its_kernels_are_counted(kind):
     found, spent = meta_step(kind)
     assert found == []
     assert all(used <= limit for used, limit in zip(spent, BUDGET[kind])), spent
+
+
+# As many parameters as the published model has, with little to compute.
+NARROW = ModelConfig(
+    vision_encoder=VisionConfig(width=24, heads=12, mlp_ratio=1.0),
+    text_encoder=TextConfig(vocab_size=40, width=24, heads=12, intermediate=24),
+    image_res=32,
+    embed_dim=8,
+)
+
+
+@pytest.mark.usefixtures("one_process")
+def test_the_kernels_of_the_optimisers_step_do_not_grow_with_the_parameters():
+    engine, guard = make("zero1", "bf16", NARROW)
+    step(engine, guard, 1)
+    spent = []
+    whole_step = guard.step
+
+    def counted():
+        with watched("cpu") as (_, kernels):
+            whole_step()
+        spent.append(kernels.launched)
+
+    guard.step = counted
+    step(engine, guard, 2)
+    assert len(list(engine.module.parameters())) == 439
+    assert spent[0] <= STEP_BUDGET, spent
 
 
 @pytest.mark.usefixtures("one_process")
