@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -41,7 +42,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`; the host does not wait for the copies."""
-        tensors = {
+        tensors: dict[str, Any] = {
             name: _copied(getattr(self, name), torch.device(device))
             for name in ("frames", "input_ids", "attention_mask", "idx")
         }

@@ -158,7 +158,7 @@ class FrameEncoder(nn.Module):
         self._official = vision.type in VISION_TYPES
         self._leads = self._official or self.transformer.num_prefix_tokens > 0
         self._attentions: list[Any] = [module for module in self.transformer.modules() if hasattr(module, "fused_attn")]
-        self._biased: list[GivenBiasAttention] = []
+        self._biased: list[Any] = []  # of GivenBiasAttention
         for attention in self._attentions:
             if type(attention) is BeitAttention and attention.relative_position_bias_table is not None:
                 attention.__class__ = GivenBiasAttention  # timm's blocks take no class of their attention
@@ -200,7 +200,7 @@ class FrameEncoder(nn.Module):
         None where each layer has to gather its own: when activations are computed again, and under ZeRO 3, whose
         weights are there within their layer only.
         """
-        tables = [attention.relative_position_bias_table for attention in self._biased]
+        tables: list[torch.Tensor] = [attention.relative_position_bias_table for attention in self._biased]
         if not tables or self.transformer.grad_checkpointing or hasattr(tables[0], "ds_id"):
             return ()
         index: torch.Tensor = self._biased[0].relative_position_index  # (L, L)

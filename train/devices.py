@@ -138,7 +138,8 @@ def choose_kernels(deterministic: bool) -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with it alone
-        torch.utils.deterministic.fill_uninitialized_memory = False  # which would cost time and finds bugs only
+        # Filling what is not yet written costs time, and finds bugs only.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.use_deterministic_algorithms(True)
 
 
