@@ -80,7 +80,7 @@ def measure(
         learn_from_texts(list(islice(texts, TEXTS_TO_LEARN_FROM)), 2000, Path(folder) / "vocab.txt")
         tokenizer = Tokenizer.load(folder)
     learned = time.perf_counter() - started
-    loader = TrainLoader(corpora, tokenizer, config, device="cuda" if torch.cuda.is_available() else "cpu")
+    loader = TrainLoader(corpora, tokenizer, config, device=device())
     try:
         next(iter(loader))
         first = time.perf_counter() - started - learned
@@ -143,11 +143,16 @@ def cpu_seconds() -> float:
     return total
 
 
+def device() -> str:
+    """Where a run would compute."""
+    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    return "cuda" if on_gpu else "cpu"
+
+
 def step(batch: Batch, seconds: float) -> None:
     """What stands for a training step: the bytes made pixels on the device, then a wait."""
     if seconds:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        normalize(batch.to(device).frames, HALF, HALF, torch.bfloat16)
+        normalize(batch.to(device()).frames, HALF, HALF, torch.bfloat16)
         time.sleep(seconds)
 
 

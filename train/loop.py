@@ -75,7 +75,7 @@ class Trainer:
             self.run.precision, self.run.seed, self.ranks.rank, self.run.accumulate,
         )  # fmt: skip
         self.vote = StopVote(request, self.ranks.world_size)
-        self.profiler = StepProfiler(self.run.profile_steps, self.folder.path / "profile", self.ranks.rank)
+        self.profiler = StepProfiler(self.run.profile_steps, self.folder.path / "profile", self.ranks.rank, device)
         self.tracker: Tracker | None = None
         if self.ranks.is_first:
             self.tracker = Tracker(self.folder, self.run, self.total_steps, self.state.step)

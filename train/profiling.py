@@ -14,16 +14,17 @@ log = logging.getLogger(__name__)
 class StepProfiler:
     """Traces steps `first` to `last`, both included, of one rank into `folder`; without steps it does nothing."""
 
-    def __init__(self, steps: list[int], folder: Path, rank: int) -> None:
+    def __init__(self, steps: list[int], folder: Path, rank: int, device: torch.device) -> None:
         """steps: empty, or [first, last]."""
         self._steps, self._path = steps, folder / f"steps_{'_'.join(map(str, steps))}_rank_{rank}.json"
+        self._device = device
         self._profile: profile | None = None
         self._last = 0
 
     def before(self, step: int) -> None:
         """Begin where step number `step` = 1, 2, ... is the first one."""
         if self._steps and step == self._steps[0]:
-            cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+            cuda = [ProfilerActivity.CUDA] if self._device.type == "cuda" else []
             self._profile = profile(activities=[ProfilerActivity.CPU, *cuda])
             self._profile.start()
 
