@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import time
 from datetime import timedelta
@@ -21,11 +22,15 @@ from train.ranks import ranks_from_environment
 MEGABYTES = 16
 ROUNDS = 5
 TIMEOUT = timedelta(seconds=60)
+LARGEST_ERROR = 0.01  # of the largest element; bf16 rounds by 0.4 %
 SIDE = 4096  # of the matrices that a GPU multiplies
 
 
 def main() -> None:
-    """Print {"backend", "gbit", "tflops"}: the bus bandwidth as NCCL's tests count it, and bf16 of this GPU."""
+    """Print {"backend", "gbit", "tflops"}: the bus bandwidth as NCCL's tests count it, and bf16 of this GPU.
+
+    Raises RuntimeError where a sum or a product is wrong.
+    """
     ranks = ranks_from_environment()
     device = device_for(ranks)
     choose_interface()
@@ -33,6 +38,9 @@ def main() -> None:
     distributed.init_process_group(backend, timeout=TIMEOUT)
     data = torch.ones(MEGABYTES * 2**18, device=device)
     distributed.all_reduce(data)  # connects
+    if not bool((data == ranks.world_size).all()):
+        raise RuntimeError(f"rank {ranks.rank}: an all-reduce over {backend} gives wrong sums")
+    check_product(device)
     _wait(device)
     began = time.perf_counter()
     for _ in range(ROUNDS):
@@ -45,6 +53,17 @@ def main() -> None:
     sys.stdout.flush()
     distributed.barrier()
     os._exit(0)
+
+
+def check_product(device: torch.device) -> None:
+    """Raise RuntimeError unless the device multiplies bf16 matrices as double precision does, within their rounding."""
+    generator = torch.Generator().manual_seed(0)
+    one, other = (torch.randn(256, 256, generator=generator).bfloat16() for _ in range(2))
+    exact = one.double() @ other.double()
+    found = (one.to(device) @ other.to(device)).cpu().double()
+    error = float((found - exact).abs().max() / exact.abs().max())
+    if not error < LARGEST_ERROR:  # nor a number at all
+        raise RuntimeError(f"{device} on {socket.gethostname()}: a product of bf16 matrices is wrong by {error:.2%}")
 
 
 def _tflops(device: torch.device) -> float:

@@ -36,7 +36,7 @@ Run it where and as the job will be started, with the same settings. Exit code 1
 
 
 def examine_nodes(nodes: Sequence[Node]) -> list[Finding]:
-    """Versions, code, hardware and clocks."""
+    """Versions, code, hardware, GPUs and clocks."""
     facts, failures = ask_all(nodes, lambda node: node.ask("facts"))
     found = findings.failed("facts", failures, "run `python -m launch.probe` there to see why")
     if not facts:
@@ -45,6 +45,7 @@ def examine_nodes(nodes: Sequence[Node]) -> list[Finding]:
     found += findings.versions(facts)
     found += findings.compare("code", code, "bring the repository to the same state on every host (git status, pull)")
     found += findings.hardware(facts)
+    found += findings.gpus(facts)
     offsets, _ = ask_all(nodes, _clock_offset)
     return found + findings.clocks(offsets)
 
@@ -61,9 +62,15 @@ def _clock_offset(node: Node) -> float:
 
 
 def examine_network(nodes: Sequence[Node], port: int, least_gbit: float) -> list[Finding]:
-    """Every node to every other, on the port where ranks meet and on others; the speed of links; an all-reduce."""
-    if len(nodes) < 2:
-        return []
+    """Between nodes: ports and the speed of links. On one as on many: an all-reduce."""
+    found = examine_links(nodes, port, least_gbit) if len(nodes) > 1 else []
+    if any(finding.verdict == BAD for finding in found):  # it would only take long
+        return found
+    return [*found, *examine_collective(nodes, port)]
+
+
+def examine_links(nodes: Sequence[Node], port: int, least_gbit: float) -> list[Finding]:
+    """Every node to every other, on the port where ranks meet and on others; the speed of links."""
     listening, failures = ask_all(nodes, lambda node: node.ask("listen", port))
     found = findings.failed("ports", failures, "see what is wrong with this host's network")
     for host, answer in listening.items():
@@ -80,9 +87,7 @@ def examine_network(nodes: Sequence[Node], port: int, least_gbit: float) -> list
             found.append(Finding("link", f"{source.name} -> {target.name}", BAD, str(error), "mend the link"))
     found += findings.links(speeds, least_gbit)
     ask_all(nodes, lambda node: node.ask("close_ports"))
-    if any(finding.verdict == BAD for finding in found):  # it would only take long
-        return found
-    return [*found, *examine_collective(nodes, port)]
+    return found
 
 
 def _reach(
@@ -101,12 +106,12 @@ def _reach(
 
 
 def examine_collective(nodes: Sequence[Node], port: int) -> list[Finding]:
-    """All-reduce over all processes that a job would have."""
+    """All-reduce over all processes that a job would have, and a product of bf16 matrices on each."""
     ends = list(accumulate(node.slots for node in nodes))
     first = {node.name: end - node.slots for node, end in zip(nodes, ends)}
     world_size = ends[-1]
     try:
-        master = nodes[0].ask("way", nodes[1].address)
+        master = nodes[0].ask("way", nodes[1].address) if len(nodes) > 1 else "127.0.0.1"
     except NodeError as error:
         return findings.failed("all-reduce", {nodes[0].name: str(error)}, "see what is wrong with this host's network")
     answers, failures = ask_all(
@@ -118,14 +123,22 @@ def examine_collective(nodes: Sequence[Node], port: int) -> list[Finding]:
     if not answers or failures:
         return found
     told = answers[nodes[0].name]
-    where = f"{world_size} processes"
-    found.append(Finding("all-reduce", where, OK, f"{told['gbit']:.3g} Gbit/s of bus bandwidth over {told['backend']}"))
+    where = f"{world_size} process{'es' if world_size > 1 else ''}"
+    speed = f"{told['gbit']:.3g} Gbit/s of bus bandwidth " if world_size > 1 else ""
+    found.append(Finding("all-reduce", where, OK, f"{speed}over {told['backend']}, sums and bf16 products are right"))
     speeds = {host: answer["tflops"] for host, answer in answers.items() if answer["tflops"]}
     if speeds:
         found += findings.lagging(
             "GPU", "TFLOP/s in bf16", speeds, "look for throttling: `nvidia-smi -q -d PERFORMANCE`"
         )
     return found
+
+
+def examine_decoding(nodes: Sequence[Node]) -> list[Finding]:
+    """Every node decodes a picture, in a process of its own: on the CPU, and with DALI where there is a GPU."""
+    answers, failures = ask_all(nodes, lambda node: node.ask("decode_one", seconds=180))
+    advice = "run `python launch/decode_one.py` there to see more, or set decode=cpu"
+    return findings.failed("decoding", failures, advice) + findings.decoding(answers)
 
 
 def examine_storage(nodes: Sequence[Node], run: RunConfig) -> list[Finding]:
@@ -249,6 +262,7 @@ def examine(options: argparse.Namespace) -> list[Finding]:
         found += examine_nodes(nodes)
         found += examine_ssh(list(hosts)) if way == "ssh" and len(hosts) > 1 else []
         found += examine_network(nodes, options.port, options.least_gbit)
+        found += examine_decoding(nodes)
         if run is None:
             return found
         found += examine_output(nodes, run)

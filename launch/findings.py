@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from train.devices import OLDEST_DRIVER
+
 OK, WARNING, BAD = "ok", "look", "BAD"
 CLOCK_WARNING, CLOCK_BAD = 2.0, 300.0  # seconds; signed requests to stores are refused from some minutes on
 LAGGING = 0.5  # of the median, below which a node or link holds the others up
+LARGEST_LEVELS = 2.0  # grey levels of 255, as a mean: decoders and their resizing differ by less
 WIDTH = 118
 
 
@@ -72,6 +75,62 @@ def hardware(facts: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
         for host, fact in facts.items()
     }
     return compare("hardware", each, "the slowest host sets the pace: take it out of the hostfile, or mend it")
+
+
+def gpus(facts: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
+    """GPUs that PyTorch can and cannot use, with the versions, and whether DALI's build fits."""
+    found = []
+    for host, fact in facts.items():
+        cards, versions = fact["gpus"], fact["versions"]
+        if fact["gpu_fault"]:
+            reason, _, remedy = fact["gpu_fault"].partition("; ")
+            found.append(Finding("GPU", host, BAD, reason, remedy or "start `nvidia-smi` there to see more"))
+        elif not cards:
+            found.append(Finding("GPU", host, OK, "no GPU: the CPU computes and decodes"))
+        else:
+            told = [f"{name} {versions[name]}" for name in ("CUDA of torch", "NCCL") if name in versions]
+            text = ", ".join([f"{len(cards)} x {cards[0]}", f"driver {fact['driver'] or 'unknown'}", *told])
+            found += [Finding("GPU", host, OK, text), *_dali(host, fact)]
+    return found
+
+
+def _dali(host: str, fact: Mapping[str, Any]) -> list[Finding]:
+    """Whether DALI is built for the CUDA of PyTorch, as the distribution's name tells it."""
+    built = [name for name in fact["versions"] if name.startswith("nvidia-dali-cuda")]
+    cuda = int(fact["versions"].get("CUDA of torch", "0").split(".")[0])
+    install = f"`make clean`, `make DALI=cuda{cuda}`"
+    if not built:
+        advice = f"install it ({install}), or set decode=cpu"
+        return [Finding("DALI", host, WARNING, "not installed: the CPU decodes", advice)]
+    if len(built) > 1:
+        return [Finding("DALI", host, BAD, f"{' and '.join(built)} overwrite each other's files", install)]
+    major = int(built[0].removeprefix("nvidia-dali-cuda")[:2])
+    if major == cuda:
+        return [Finding("DALI", host, OK, built[0])]
+    driver = int((fact["driver"] or "0").split(".")[0])
+    needed = OLDEST_DRIVER.get(major, 0)
+    text = f"{built[0]} beside a PyTorch for CUDA {cuda}"
+    if 0 < driver < needed:
+        return [Finding("DALI", host, BAD, f"{text}; CUDA {major} needs driver {needed} or newer", install)]
+    return [Finding("DALI", host, WARNING, f"{text}, which are not tested together", install)]
+
+
+def decoding(answers: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
+    """A picture that every host has decoded, by its difference from what it should be (launch/decode_one.py)."""
+    found = []
+    for host, answer in answers.items():
+        levels = f"{answer['levels']:.2f} grey levels"
+        where = "DALI on the GPU" if answer["backend"] == "dali" else "CPU"
+        from_what = "the CPU's pixels" if answer["backend"] == "dali" else "the picture"
+        if answer["levels"] > LARGEST_LEVELS:
+            text, advice = f"{where}: a picture is {levels} from {from_what}", "set decode=cpu, or install DALI again"
+            found.append(Finding("decoding", host, BAD, text, advice))
+        elif answer["fallback"]:
+            advice = "install DALI for the CUDA of PyTorch (`make DALI=cuda12` or cuda13), or set decode=cpu"
+            found.append(Finding("decoding", host, WARNING, f"{answer['fallback']}; the CPU decodes", advice))
+        else:
+            found.append(Finding("decoding", host, OK, f"{where}, {levels} from {from_what}"))
+    return found
 
 
 def clocks(offsets: Mapping[str, float]) -> list[Finding]:

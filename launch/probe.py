@@ -33,6 +33,8 @@ SHARDS_READ = 4  # of a corpus on each node
 FRAMES_READ = 32  # of each of them
 STORE_SECONDS = 20.0  # given to a store for one part, all tries together
 COLLECTIVE = Path(__file__).with_name("collective.py")
+DECODE_ONE = Path(__file__).with_name("decode_one.py")
+DECODE_SECONDS = 150.0
 
 
 class Probe:
@@ -47,13 +49,17 @@ class Probe:
 
     def facts(self) -> dict[str, Any]:
         """What this node is and what is installed on it."""
-        installed = {name: _version(name) for name in (*PACKAGES, *DALI)}
+        from train.devices import driver_version, gpu_fault
+
+        installed = {name: _version(name) for name in (*PACKAGES, *DALI)} | _cuda_versions()
         return {
             "host": socket.gethostname(),
             "python": platform.python_version(),
             "versions": {name: found for name, found in installed.items() if found},
             "code": code_hash(),
             "gpus": _gpus(),
+            "gpu_fault": gpu_fault(),
+            "driver": driver_version(),
             "cores": len(os.sched_getaffinity(0)),
             "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         }
@@ -143,8 +149,21 @@ class Probe:
         told = [child.communicate() for child in children]
         for child, (_, errors) in zip(children, told):
             if child.returncode:
-                raise RuntimeError((errors.strip().splitlines() or ["no reason given"])[-1])
+                raise RuntimeError(_last_line(errors))
         return json.loads(told[0][0].splitlines()[-1])
+
+    def decode_one(self) -> dict[str, Any]:
+        """Decode a picture in a process of its own, which a faulty GPU or driver may end; see launch/decode_one.py."""
+        words = [sys.executable, str(DECODE_ONE)]
+        try:
+            told = subprocess.run(words, capture_output=True, text=True, timeout=DECODE_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"a picture is not decoded within {DECODE_SECONDS:.0f} s") from None
+        if told.returncode < 0:
+            raise RuntimeError(f"decoding a picture ended with signal {-told.returncode}: {_last_line(told.stderr)}")
+        if told.returncode:
+            raise RuntimeError(_last_line(told.stderr))
+        return json.loads(told.stdout.splitlines()[-1])
 
     def listing(self, url: str, storage: dict[str, str]) -> dict[str, Any]:
         """{"missing": files that corpus.json lists and the folder lacks}, where the folder can be listed."""
@@ -234,6 +253,19 @@ def _gpus() -> list[str]:
     import torch
 
     return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+
+
+def _cuda_versions() -> dict[str, str]:
+    """CUDA and NCCL of a PyTorch for GPUs: processes whose NCCL differ do not meet."""
+    import torch
+
+    if torch.version.cuda is None:
+        return {}
+    return {"CUDA of torch": torch.version.cuda, "NCCL": ".".join(map(str, torch.cuda.nccl.version()))}
+
+
+def _last_line(errors: str) -> str:
+    return (errors.strip().splitlines() or ["no reason given"])[-1]
 
 
 def _swallow(listener: socket.socket) -> None:

@@ -36,10 +36,19 @@ def device_for(ranks: Ranks) -> torch.device:
         number = _gpu_number(ranks)
         torch.cuda.set_device(number)
         return torch.device("cuda", number)
-    if asked == "cuda" or (asked is None and gpu_files() and not _hidden()):
-        raise ValueError(unusable_gpu())
+    fault = gpu_fault()
+    if fault:
+        raise ValueError(fault)
     os.environ["DS_ACCELERATOR"] = "cpu"
     return torch.device("cpu")
+
+
+def gpu_fault() -> str:
+    """Why this host's GPU cannot be used; empty where it can, where there is none, or the user asks for the CPU."""
+    asked = os.environ.get("DS_ACCELERATOR")
+    if asked == "cpu" or torch.cuda.is_available():
+        return ""
+    return _unusable() if asked == "cuda" or (gpu_files() and not _hidden()) else ""
 
 
 def gpu_files() -> list[str]:
@@ -68,7 +77,7 @@ def driver_version() -> str:
     return found.group() if found else ""
 
 
-def unusable_gpu() -> str:
+def _unusable() -> str:
     """Why PyTorch cannot use this host's GPU, and what to do about it, in one line."""
     files, driver = gpu_files(), driver_version()
     there = f"this host has an NVIDIA GPU ({files[0]})" if files else "DS_ACCELERATOR=cuda asks for a GPU"

@@ -53,8 +53,8 @@ def test_a_sound_cluster_passes_with_an_estimate(hosts, job):
     assert bad(found) == {}
     assert code == 0
     by_check = {finding["check"]: finding["found"] for finding in found}
-    checks = {"reach", "versions", "code", "hardware", "clock", "ports", "link", "all-reduce", "output_dir"}
-    assert by_check.keys() == checks | {"ssh", "storage", "shards", "loading", "epoch"}
+    checks = {"reach", "versions", "code", "hardware", "GPU", "clock", "ports", "link", "all-reduce", "output_dir"}
+    assert by_check.keys() == checks | {"ssh", "decoding", "storage", "shards", "loading", "epoch"}
     assert "all-reduce" in by_check
     assert "over gloo" in by_check["all-reduce"]
     epochs = {finding["where"]: finding["found"] for finding in found if finding["check"] == "epoch"}
