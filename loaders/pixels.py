@@ -17,7 +17,7 @@ cv2.setNumThreads(0)  # pictures are decoded side by side; threads within one on
 
 # With antialiasing a JPEG much larger than what is shown is decoded at half, a quarter or an eighth. The window is then
 # still this many times what is shown: on photos 0.4 grey levels of 255 from decoding whole, and 2x as fast at 1,024
-# pixels; at 1 instead of 2 it would be 0.9 to 1.6 (docs/streaming.md). Without antialiasing it would be another picture.
+# pixels; at 1 instead of 2 it would be 0.9 to 1.6 (docs/streaming.md). Without antialiasing the picture would change.
 SPARE = 2
 EVEN_SUBSAMPLINGS = {"444", "420", "Gray"}  # libjpeg reduces colours of the others unlike their brightness
 START_OF_IMAGE = b"\xff\xd8"

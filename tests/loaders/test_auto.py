@@ -159,7 +159,6 @@ def test_a_replacement_by_the_other_decoder_is_brought_to_the_batch(shapes, toke
         return frames, bad
 
     loader.decoder.decode = first_is_bad  # type: ignore[method-assign]
-    loader.batch_pool._max_workers = 1
     next(iter(loader))
     loader.close()
     assert calls[:1] == [6]
