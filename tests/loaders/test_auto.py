@@ -150,9 +150,10 @@ def test_a_replacement_by_the_other_decoder_is_brought_to_the_batch(shapes, toke
     decode, calls, brought = loader.decoder.decode, [], []
 
     def first_is_bad(clips):
+        is_first = not calls
         calls.append(len(clips))
         frames, bad = decode(clips)
-        if len(calls) == 1:
+        if is_first:
             return frames, {2: "bad"}
         plain = frames.to
         frames.to = lambda device: brought.append(device) or plain(device)
