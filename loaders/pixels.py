@@ -15,6 +15,12 @@ from loaders.clips import BadSampleError, Window
 cv2.setNumThreads(0)  # pictures are decoded side by side; threads within one only get in the way
 
 
+# With antialiasing a JPEG much larger than what is shown is decoded at half, a quarter or an eighth. The window is then
+# still this many times what is shown: on photos 0.4 grey levels of 255 from decoding whole, and 2x as fast at 1,024
+# pixels; at 1 instead of 2 it would be 0.9 to 1.6 (docs/streaming.md). Without antialiasing the picture would change.
+SPARE = 2
+EVEN_SUBSAMPLINGS = {"444", "420", "Gray"}  # libjpeg reduces colours of the others unlike their brightness
+START_OF_IMAGE = b"\xff\xd8"
 END_OF_IMAGE = b"\xff\xd9"
 START_OF_SCAN = 0xDA
 NO_LENGTH = {0x00, 0x01, *range(0xD0, 0xDA)}  # what follows 0xFF where no length does
@@ -62,24 +68,46 @@ def decode_clip(clip: Clip, out: np.ndarray, antialias: bool, scratch: Scratch) 
         if number and data is clip.jpegs[number - 1]:  # a repeated frame is decoded once
             out[number] = out[number - 1]
             continue
+        fraction = jpeg_fraction(data, clip, size) if antialias else 1
         try:
-            pixels = decode_frame(data, clip, out[number] if room is None else room)
+            pixels = decode_frame(data, clip, out[number] if room is None else room, fraction)
         except BadSampleError as error:
             raise BadSampleError(f"frame {number} of those shown: {error}") from None
         if room is not None or not np.may_share_memory(pixels, out):  # else it was decoded into its place
-            show(pixels, clip.window, out[number], antialias, scratch.room(1, size * size * 3))
+            if fraction > 1:
+                show_fraction(pixels, clip.window, out[number], fraction)
+            else:
+                show(pixels, clip.window, out[number], antialias, scratch.room(1, size * size * 3))
 
 
-def decode_frame(data: bytes, clip: Clip, room: np.ndarray | None = None) -> np.ndarray:
-    """RGB pixels (H, W, 3), in `room` where they are a JPEG's; raises BadSampleError when there are none."""
+def jpeg_fraction(data: bytes, clip: Clip, size: int) -> int:
+    """The n of the fraction 1/n, 1 to 8, at which a JPEG is decoded: its window is still SPARE times what is shown."""
+    least = min(clip.window.height, clip.window.width)
+    fraction = max(n for n in (1, 2, 4, 8) if n == 1 or least >= SPARE * n * size)
+    if fraction == 1 or data[:2] != START_OF_IMAGE:
+        return 1
     try:
-        if data[:2] == b"\xff\xd8":
-            pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False, buffer=room)
+        height, width, _, subsampling = simplejpeg.decode_jpeg_header(data)
+    except ValueError:  # decoding says what is wrong with it
+        return 1
+    return fraction if (height, width) == (clip.height, clip.width) and subsampling in EVEN_SUBSAMPLINGS else 1
+
+
+def decode_frame(data: bytes, clip: Clip, room: np.ndarray | None = None, fraction: int = 1) -> np.ndarray:
+    """RGB pixels (H, W, 3), in `room` where they are a JPEG's; raises BadSampleError when there are none.
+
+    fraction: of `jpeg_fraction`; the pixels are (H / fraction, W / fraction, 3), rounded up.
+    """
+    height, width = -(-clip.height // fraction), -(-clip.width // fraction)
+    least = {"min_height": height, "min_width": width} if fraction > 1 else {}
+    try:
+        if data[:2] == START_OF_IMAGE:
+            pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False, buffer=room, **least)
         else:
             pixels = decode_other(data)
     except ValueError as error:
         raise BadSampleError(f"broken image: {error}") from None
-    if pixels.shape[:2] != (clip.height, clip.width):
+    if pixels.shape[:2] != (height, width):
         raise BadSampleError(f"{pixels.shape[1]}x{pixels.shape[0]} pixels, the index says {clip.width}x{clip.height}")
     return pixels
 
@@ -87,7 +115,7 @@ def decode_frame(data: bytes, clip: Clip, room: np.ndarray | None = None) -> np.
 def header_fault(data: bytes, clip: Clip) -> str | None:
     """What an image's header already tells against it, by looking at some bytes of it; None when nothing."""
     try:
-        if data[:2] == b"\xff\xd8":
+        if data[:2] == START_OF_IMAGE:
             height, width = simplejpeg.decode_jpeg_header(data)[:2]
         else:
             with Image.open(io.BytesIO(data)) as image:
@@ -96,7 +124,7 @@ def header_fault(data: bytes, clip: Clip) -> str | None:
         return f"{len(data)} bytes that are no image ({type(error).__name__})"
     if (height, width) != (clip.height, clip.width):
         return f"{width}x{height} pixels, the index says {clip.width}x{clip.height}"
-    if data[:2] == b"\xff\xd8" and not has_end(data):
+    if data[:2] == START_OF_IMAGE and not has_end(data):
         return f"broken image: {len(data)} bytes of a JPEG that is cut short: it has no end-of-image marker"
     return None
 
@@ -150,3 +178,19 @@ def show(pixels: np.ndarray, window: Window, out: np.ndarray, antialias: bool, r
         cv2.flip(crop, 1, dst=out)
     elif crop is not out:
         np.copyto(out, crop)
+
+
+def show_fraction(pixels: np.ndarray, window: Window, out: np.ndarray, fraction: int) -> None:
+    """Write a window of a picture that was decoded at 1/fraction into `out` (S, S, 3), with antialiasing."""
+    top, left, height, width, flip = window
+    first_row, first_column = top // fraction, left // fraction
+    end_row, end_column = -(-(top + height) // fraction), -(-(left + width) // fraction)
+    box = (
+        left / fraction - first_column,
+        top / fraction - first_row,
+        (left + width) / fraction - first_column,
+        (top + height) / fraction - first_row,
+    )
+    crop = Image.fromarray(pixels[first_row:end_row, first_column:end_column])
+    shown = np.asarray(crop.resize(out.shape[:2], Image.Resampling.BICUBIC, box=box))
+    np.copyto(out, shown[:, ::-1] if flip else shown)

@@ -283,7 +283,7 @@ class TrainLoader:
                 self._pass_over(step, row, step.draws[row], bad[row])
             self._fetch(step, rows)
             mended, bad_again = self.decoder.decode([step.draws[row].clip(step.jpegs[row]) for row in rows])
-            frames[torch.tensor(rows)] = mended
+            frames[torch.tensor(rows)] = mended.to(frames.device)  # decode=auto: of another decoder perhaps
             bad = {rows[place]: reason for place, reason in bad_again.items()}
         return frames
 

@@ -9,8 +9,11 @@ import torch
 from test_decoding import SIZE, clips
 
 from loaders.auto import TURN, TURNS, AutoDecoder
+from loaders.config import LoaderConfig, PerMedia
 from loaders.dali import DaliDecoder
 from loaders.decoding import CpuDecoder
+from loaders.text import Tokenizer
+from loaders.train import TrainLoader
 
 
 class Clock:
@@ -138,3 +141,27 @@ def test_the_real_ones_in_turns_give_the_same_pictures() -> None:
     assert max(differences) <= 4
     assert auto.name in ("cpu", "dali")
     auto.close()
+
+
+def test_a_replacement_by_the_other_decoder_is_brought_to_the_batch(shapes, tokenizer: Tokenizer) -> None:
+    """One's frames are on the GPU, the other's in pinned memory."""
+    settings = LoaderConfig(batch_size=PerMedia(6), image_res=SIZE, decode="cpu", threads=1, max_bad_share=0.9)
+    loader = TrainLoader([shapes.url("images_train")], tokenizer, settings)
+    decode, calls, brought = loader.decoder.decode, [], []
+
+    def first_is_bad(clips):
+        is_first = not calls
+        calls.append(len(clips))
+        frames, bad = decode(clips)
+        if is_first:
+            return frames, {2: "bad"}
+        plain = frames.to
+        frames.to = lambda device: brought.append(device) or plain(device)
+        return frames, bad
+
+    loader.decoder.decode = first_is_bad  # type: ignore[method-assign]
+    next(iter(loader))
+    loader.close()
+    assert calls[:1] == [6]
+    assert 1 in calls
+    assert torch.device("cpu") in brought

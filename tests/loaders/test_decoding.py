@@ -9,10 +9,10 @@ import simplejpeg
 import torch
 from PIL import Image
 
-from loaders.clips import Window
+from loaders.clips import BadSampleError, Window
 from loaders.dali import DaliDecoder, header_faults
 from loaders.decoding import CpuDecoder, make_decoder
-from loaders.pixels import Clip, has_end
+from loaders.pixels import Clip, Scratch, decode_clip, has_end, jpeg_fraction
 
 SIZE = 32
 CPU = torch.device("cpu")
@@ -203,3 +203,68 @@ def test_the_end_of_a_jpeg_is_found_at_a_glance() -> None:
     for length in range(0, len(whole) - 2, 5):
         assert not whole[:length].endswith(b"\xff\xd9")
         assert not has_end(whole[:length])
+
+
+def scene(seed: int, height: int, width: int) -> np.ndarray:
+    """Something like a photo: detail of every size, less of the finer, and edges. RGB (H, W, 3)."""
+    random = np.random.default_rng(seed)
+    total = np.full((height, width, 3), 128, np.float32)
+    for level in range(1, 9):
+        coarse = random.normal(size=(max(2, height >> (9 - level)), max(2, width >> (9 - level)), 3))
+        total += cv2.resize(coarse.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC) * 90 / 1.8**level
+    for _ in range(20):
+        top, left = random.integers(height), random.integers(width)
+        total[top : top + random.integers(9, height), left : left + random.integers(9, width)] += random.normal(
+            0, 30, 3
+        )
+    return np.clip(total, 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("subsampling", ["444", "420", "Gray"])
+@pytest.mark.parametrize(("size", "fraction"), [(64, 2), (32, 4), (16, 8)])
+def test_a_large_jpeg_is_decoded_at_a_fraction_within_tolerance(size: int, fraction: int, subsampling: str) -> None:
+    """With antialiasing; tolerance against decoding it whole, in grey levels of 255: mean 1, largest 20."""
+    height, width = 301, 403
+    for seed, flip in ((1, False), (2, True)):
+        pixels = scene(seed, height, width)
+        colorspace = "GRAY" if subsampling == "Gray" else "RGB"
+        pixels = pixels[..., :1].copy() if subsampling == "Gray" else pixels
+        data = simplejpeg.encode_jpeg(pixels, 92, colorspace, subsampling)
+        clip = Clip([data], height, width, Window(13, 31, 270, 345, flip))
+        assert jpeg_fraction(data, clip, size) == fraction
+        shown = np.empty((1, size, size, 3), np.uint8)
+        decode_clip(clip, shown, antialias=True, scratch=Scratch())
+        whole = simplejpeg.decode_jpeg(data, "RGB")[13 : 13 + 270, 31 : 31 + 345]
+        expected = np.asarray(Image.fromarray(whole).resize((size, size), Image.Resampling.BICUBIC)).astype(int)
+        difference = np.abs(shown[0].astype(int) - (expected[:, ::-1] if flip else expected))
+        assert difference.mean() <= 1
+        assert difference.max() <= 20
+
+
+def test_what_is_shown_large_or_without_antialiasing_is_decoded_whole() -> None:
+    clip = Clip([picture(1, 300, 400)], 300, 400, Window(0, 0, 255, 400))
+    assert jpeg_fraction(clip.jpegs[0], clip, 63) == 2
+    assert jpeg_fraction(clip.jpegs[0], clip, 64) == 1
+    colours_reduced_one_way = simplejpeg.encode_jpeg(scene(1, 300, 400), 92, "RGB", "422")
+    assert jpeg_fraction(colours_reduced_one_way, clip, 16) == 1
+    frames = {}
+    for antialias in (False, True):
+        frames[antialias] = np.empty((1, 100, 100, 3), np.uint8)
+        decode_clip(clip, frames[antialias], antialias, Scratch())
+    crop = simplejpeg.decode_jpeg(clip.jpegs[0], "RGB")[:255]
+    assert np.array_equal(frames[False][0], cv2.resize(crop, (100, 100), interpolation=cv2.INTER_CUBIC))
+    assert np.array_equal(
+        frames[True][0], np.asarray(Image.fromarray(crop).resize((100, 100), Image.Resampling.BICUBIC))
+    )
+
+
+def test_a_fraction_of_a_picture_of_another_size_is_refused() -> None:
+    clip = Clip([picture(1, 299, 400)], 300, 400, Window(0, 0, 300, 400))
+    with pytest.raises(BadSampleError, match="400x299 pixels, the index says 400x300"):
+        decode_clip(clip, np.empty((1, 32, 32, 3), np.uint8), antialias=True, scratch=Scratch())
+    png = io.BytesIO()
+    Image.fromarray(scene(1, 300, 400)).save(png, "PNG")
+    out = np.empty((1, 32, 32, 3), np.uint8)
+    decode_clip(clip._replace(jpegs=[png.getvalue()]), out, antialias=True, scratch=Scratch())
+    expected = Image.fromarray(scene(1, 300, 400)).resize((32, 32), Image.Resampling.BICUBIC)
+    assert np.array_equal(out[0], np.asarray(expected))
