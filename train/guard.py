@@ -52,8 +52,8 @@ def gradient_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
 class StepGuard:
     """Clips gradients, and makes AdamW pass over steps with infinities or NaN in them, on all ranks alike.
 
-    Where DeepSpeed does not test the gradient itself (bf16 with ZeRO 1 and 2, fp32 without ZeRO), AdamW's own kernel
-    is told by a number on the device, so that no step waits for it. `inspect` waits, and tells what was skipped.
+    Where DeepSpeed does not test the gradient itself (bf16 and fp32 under ZeRO 1 and 2, fp32 without ZeRO), AdamW's own
+    kernel is told by a number on the device, so that no step waits for it. `inspect` waits, and tells what was skipped.
     """
 
     def __init__(self, engine: DeepSpeedEngine, ranks: Ranks, limit: int, max_grad_norm: float = 0.0) -> None:
