@@ -80,7 +80,8 @@ def measure(
         learn_from_texts(list(islice(texts, TEXTS_TO_LEARN_FROM)), 2000, Path(folder) / "vocab.txt")
         tokenizer = Tokenizer.load(folder)
     learned = time.perf_counter() - started
-    loader = TrainLoader(corpora, tokenizer, config, device="cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"  # as in training
+    loader = TrainLoader(corpora, tokenizer, config, device="cuda" if on_gpu else "cpu")
     try:
         next(iter(loader))
         first = time.perf_counter() - started - learned
