@@ -3,6 +3,7 @@
     python benchmarks/training.py --size tiny --corpus data/images           on a CPU
     torchrun --nproc_per_node N benchmarks/training.py --size base --corpus data/photos --batch 128 --precision bf16
     python benchmarks/training.py --size base --corpus data/clips --frames 4 ...      with the temporal encoder
+    python benchmarks/training.py --size base --corpus data/photos --decode dali --passes 20 --ways path ...
 
 Three ways to take the same steps, in blocks that alternate, one process (or one a rank):
     path    batches of the loader, DeepSpeed's engine: what launch/pretrain.py does
@@ -10,11 +11,16 @@ Three ways to take the same steps, in blocks that alternate, one process (or one
     plain   a PyTorch loop without DeepSpeed on those: forward, backward, clipping, AdamW (one process)
 Printed: median samples/s of each, the share of `path` spent waiting for data, memory, MFU (on a GPU), and the medians
 of the blocks' ratios, on a CPU also in the process' own seconds, which other programs disturb less.
+
+An epoch starts with an empty queue of batches. Of a small corpus many epochs would start within a block and overstate
+the waiting for data; `--passes` joins so many passes over it to one epoch.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import os
 import statistics
 import sys
@@ -22,7 +28,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -30,6 +36,8 @@ import torch
 
 from loaders.batch import Batch, normalize
 from loaders.config import LoaderConfig, PerMedia, VideoInput
+from loaders.decoding import BACKENDS
+from loaders.storage import CorpusReader
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader
 from model.building import build_model
@@ -58,12 +66,11 @@ SIZES = {
 WAYS = ("path", "engine", "plain")
 
 
-def endless(loader: TrainLoader) -> Iterator[Batch]:
-    """Batches as a run has them, epoch after epoch."""
-    epoch = 0
-    while True:
-        yield from map(without_padding, loader.epoch(epoch))
-        epoch += 1
+def endless(loader: TrainLoader, one_length: bool) -> Iterator[Batch]:
+    """Batches as a run has them, epoch after epoch; `one_length` keeps the texts' padding, as `compile` does."""
+    for epoch in itertools.count():
+        batches = loader.epoch(epoch)
+        yield from batches if one_length else map(without_padding, batches)
 
 
 def model_size(options: argparse.Namespace, tokenizer: Tokenizer) -> ModelConfig:
@@ -111,18 +118,20 @@ class Ways:
 
     def __init__(self, options: argparse.Namespace, ranks: Ranks, device: torch.device) -> None:
         self.run = RunConfig(
-            precision=options.precision, deepspeed=options.deepspeed, optimizer=OptimizerConfig(max_grad_norm=1.0)
-        )
+            precision=options.precision, deepspeed=options.deepspeed, compile=options.compile,
+            optimizer=OptimizerConfig(max_grad_norm=1.0),
+        )  # fmt: skip
         tokenizer = Tokenizer.load(options.tokenizer)
         self.config = model_size(options, tokenizer)
         config = LoaderConfig(
             batch_size=PerMedia(options.batch * ranks.world_size, options.batch * ranks.world_size),
             image_res=self.config.image_res, threads=options.threads, video_input=VideoInput(options.frames),
+            decode=options.decode, corpus_weights={CorpusReader(options.corpus, {}).corpus.name: options.passes},
         )  # fmt: skip
         self.loader = TrainLoader(
             [options.corpus], tokenizer, config, ranks.rank, ranks.world_size, ranks.ranks_here, device
         )
-        self.batches = endless(self.loader)
+        self.batches = endless(self.loader, options.compile)
         self.waited, self.flops, self.taken = 0.0, 0, 0
         self.device, self._keeps = device, len(options.ways) > 1
         self.kept: list[Batch] = []
@@ -172,48 +181,87 @@ def adamw(model: torch.nn.Module, run: RunConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=1e-5, fused=True)
 
 
-def report(options: argparse.Namespace, ways: Ways, taken: dict[str, list[Seconds]], ranks: Ranks) -> None:
-    """Print what was measured."""
+def figures(options: argparse.Namespace, ways: Ways, taken: dict[str, list[Seconds]], ranks: Ranks) -> dict[str, Any]:
+    """What was measured; rates in samples/s of all ranks."""
     pairs = options.batch * ranks.world_size * options.steps
-    for name, blocks in taken.items():
-        rate = pairs / statistics.median(block.clock for block in blocks)
-        print(f"{name:7} {rate:8.1f} samples/s (median of {options.blocks} blocks of {options.steps} steps)")
     total = sum(block.clock for block in taken["path"])
-    print(f"waiting for data: {100 * ways.waited / total:.2f} % of the path's time")
-    print(f"memory: {memory(ways.device) / 1e9:.2f} GB {'at most' if ways.device.type == 'cuda' else 'now'}")
-    rate, peak = ways.flops / total, peak_flops(ways.device)
-    print(f"arithmetic: {rate / 1e12:.3f} TFLOP/s{f', MFU {rate / peak:.3f}' if peak else ''}")
+    peak, rate = peak_flops(ways.device), ways.flops / total
+    result: dict[str, Any] = {
+        name: getattr(options, name) for name in ("size", "batch", "frames", "precision", "decode", "compile")
+    }
+    result["samples_per_second"] = {
+        name: round(pairs / statistics.median(block.clock for block in blocks), 1) for name, blocks in taken.items()
+    }
+    result["blocks"] = {name: [round(pairs / block.clock, 1) for block in blocks] for name, blocks in taken.items()}
+    result["data_wait_percent"] = round(100 * ways.waited / total, 2)
+    result["memory_gb"] = round(memory(ways.device) / 1e9, 2)
+    result["tflops"] = round(rate / 1e12, 3)
+    result["mfu"] = round(rate / peak, 3) if peak else None
     for name, other in (("path", "engine"), ("engine", "plain")):
         if name in taken and other in taken:
             both = list(zip(taken[name], taken[other], strict=True))
             ratio = statistics.median(theirs.clock / own.clock for own, theirs in both)
             cpu = statistics.median(theirs.cpu / own.cpu for own, theirs in both)
-            print(
-                f"{name} against {other}: {ratio:.3f}{'' if ways.device.type == 'cuda' else f', {cpu:.3f} by CPU time'}"
-            )
+            result[f"{name}_against_{other}"] = {"clock": round(ratio, 3), "cpu_time": round(cpu, 3)}
+    return result
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", required=True, help="a packed corpus with captions")
-    parser.add_argument("--tokenizer", required=True, help="a vocab.txt")
-    parser.add_argument("--size", choices=SIZES, default="tiny")
-    parser.add_argument("--batch", type=int, default=32, help="pairs a rank (default: %(default)s)")
-    parser.add_argument("--precision", choices=DTYPES, default="fp32")
-    parser.add_argument("--deepspeed", default="deepspeed_configs/zero1.json")
-    parser.add_argument("--threads", type=int, default=1, help="decoding threads (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=8, help="of a block (default: %(default)s)")
-    parser.add_argument("--blocks", type=int, default=7, help="of each way (default: %(default)s)")
-    parser.add_argument("--frames", type=int, default=1, help="of a clip (default: %(default)s)")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="with path alone, memory is a run's")
-    options = parser.parse_args()
+def report(options: argparse.Namespace, found: dict[str, Any], on_gpu: bool) -> None:
+    """Print the figures for a person."""
+    for name, rate in found["samples_per_second"].items():
+        print(f"{name:7} {rate:8.1f} samples/s (median of {options.blocks} blocks of {options.steps} steps)")
+    print(f"waiting for data: {found['data_wait_percent']:.2f} % of the path's time")
+    print(f"memory: {found['memory_gb']:.2f} GB {'at most' if on_gpu else 'now'}")
+    mfu = f", MFU {found['mfu']:.3f}" if found["mfu"] else ""
+    print(f"arithmetic: {found['tflops']:.3f} TFLOP/s{mfu}")
+    for name, other in (("path", "engine"), ("engine", "plain")):
+        ratio = found.get(f"{name}_against_{other}")
+        if ratio:
+            cpu_time = "" if on_gpu else f", {ratio['cpu_time']:.3f} by CPU time"
+            print(f"{name} against {other}: {ratio['clock']:.3f}{cpu_time}")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--corpus", required=True, help="a packed corpus with captions")
+    result.add_argument("--tokenizer", required=True, help="a vocab.txt")
+    result.add_argument("--size", choices=SIZES, default="tiny")
+    result.add_argument("--batch", type=int, default=32, help="pairs a rank (default: %(default)s)")
+    result.add_argument("--precision", choices=DTYPES, default="fp32")
+    result.add_argument("--deepspeed", default="deepspeed_configs/zero1.json")
+    result.add_argument("--compile", action="store_true", help="the step of path and engine by torch.compile")
+    result.add_argument("--decode", choices=BACKENDS, default="auto", help="(default: %(default)s)")
+    result.add_argument("--threads", type=int, default=1, help="decoding threads, 0: the cores (default: %(default)s)")
+    result.add_argument("--passes", type=float, default=1, help="over the corpus an epoch (default: %(default)s)")
+    result.add_argument("--steps", type=int, default=8, help="of a block (default: %(default)s)")
+    result.add_argument("--blocks", type=int, default=7, help="of each way (default: %(default)s)")
+    result.add_argument("--frames", type=int, default=1, help="of a clip (default: %(default)s)")
+    result.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="with path alone, memory is a run's")
+    result.add_argument("--json", action="store_true", help="print the figures as JSON")
+    return result
+
+
+def start(options: argparse.Namespace) -> tuple[Ways, Ranks]:
+    """Join the other ranks and make ready what `options.ways` need; `path` is always one of them."""
     ranks = ranks_from_environment()
     device = device_for(ranks)
     choose_kernels(deterministic=False)
     start_processes(device)
     asked = {"path", *options.ways} - ({"plain"} if ranks.world_size > 1 else set())
     options.ways = [way for way in WAYS if way in asked]
-    ways = Ways(options, ranks, device)
+    return Ways(options, ranks, device), ranks
+
+
+def end(ways: Ways) -> NoReturn:
+    """End the process without waiting for what the communication library leaves running."""
+    ways.loader.close()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def measure(options: argparse.Namespace, ways: Ways) -> dict[str, list[Seconds]]:
+    """Seconds of each block of each way; the first two steps of each are not counted."""
     for way in options.ways:
         ways.block(way, 2)
     taken: dict[str, list[Seconds]] = {way: [] for way in options.ways}
@@ -223,12 +271,19 @@ def main() -> int:
         for way in (first, *others[:: -1 if block % 2 else 1]):
             taken[way].append(ways.block(way, options.steps))
     ways.stepper.guard.inspect()
-    if ranks.is_first:
-        report(options, ways, taken, ranks)
-    ways.loader.close()
-    sys.stdout.flush()
-    os._exit(0)
+    return taken
+
+
+def main() -> NoReturn:
+    options = parser().parse_args()
+    ways, ranks = start(options)
+    found = figures(options, ways, measure(options, ways), ranks)
+    if ranks.is_first and options.json:
+        print(json.dumps(found))
+    elif ranks.is_first:
+        report(options, found, ways.device.type == "cuda")
+    end(ways)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
