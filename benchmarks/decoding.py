@@ -1,21 +1,25 @@
-"""The two ways to decode, side by side on a packed corpus: DALI on the GPU, and libjpeg-turbo with OpenCV on the CPU.
+"""Ways to decode, side by side on a packed corpus: DALI, and libjpeg-turbo with OpenCV in processes on the CPU.
 
     python benchmarks/decoding.py data/photos --size 224 --batch 128
+    python benchmarks/decoding.py data/photos --hw-load 0 0.65 1 --fancy on off      settings of DALI's decoder on a GPU
 
-Without a GPU DALI's graph runs on the CPU. Printed, as JSON: images/s of each, in rounds that alternate; by how many
-grey levels of 255 their pictures differ; and what DALI makes of a damaged image in a batch: `named` as bad, `shown` all
-the same (the loader finds it by its CRC before), or `harmed`: another picture changed. Exit code 1 where one is harmed,
-or where the mean difference is more than two grey levels.
+Without a GPU DALI's graph runs on the CPU. Printed, as JSON: images/s of each, in rounds that alternate, and by how
+many grey levels of 255 their pictures differ. Batches are decoded `--at-once` at a time, as the loader does. Exit code
+1 where the mean difference is more than two grey levels (with fancy upsampling, which the CPU uses too).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -29,14 +33,6 @@ from loaders.evaluation import VisualSet
 from loaders.pixels import Clip
 
 LARGEST_MEAN = 2.0  # grey levels: the kernels differ, DALI's is Catmull-Rom's; of photos they do by 0.7
-
-
-def headless(data: bytes) -> bytes:
-    """A JPEG's header with next to nothing of its picture."""
-    return data[: data.index(b"\xff\xda") + 16]
-
-
-DAMAGES = {"empty": lambda data: b"", "html": lambda data: b"<html>", "no picture": headless}
 
 
 def read_clips(url: str, count: int) -> list[Clip]:
@@ -59,13 +55,12 @@ def read_clips(url: str, count: int) -> list[Clip]:
     return clips
 
 
-def rate(decoder: Decoder, batches: list[list[Clip]], seconds: float) -> float:
-    """Images a second over about that many seconds."""
+def rate(decoder: Decoder, batches: list[list[Clip]], seconds: float, at_once: int) -> float:
+    """Images a second over about that many seconds, so many batches at the same time."""
     began, done = time.perf_counter(), 0
-    while not done or time.perf_counter() - began < seconds:
-        for batch in batches:
-            decoder.decode(batch)
-            done += len(batch)
+    with ThreadPoolExecutor(at_once) as pool:
+        while not done or time.perf_counter() - began < seconds:
+            done += sum(len(frames) for frames, _ in pool.map(decoder.decode, batches))
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return done / (time.perf_counter() - began)
@@ -82,26 +77,40 @@ def deviation(dali: Decoder, cpu: Decoder, batches: list[list[Clip]]) -> dict[st
     return {"largest": largest, "mean": round(total / count, 4)}
 
 
-def alike(frames: torch.Tensor, others: torch.Tensor) -> bool:
-    """Whether pictures (B, T, S, S, 3) are the same; a GPU may decode one in its hardware now, by a kernel then."""
-    return float((frames.int() - others.int()).abs().float().flatten(1).mean(1).max()) <= LARGEST_MEAN
+def dali_decoder(size: int, threads: int, batch: list[Clip], **settings: Any) -> Decoder:
+    """A DALI decoder, its pipeline built for batches like `batch`, whose image decoder has these settings."""
+    from nvidia.dali import fn
+
+    plain = fn.decoders.image_slice
+
+    def with_settings(*inputs: Any, **keywords: Any) -> Any:
+        return plain(*inputs, **(keywords | settings))
+
+    with mock.patch.object(fn.decoders, "image_slice", with_settings):
+        decoder = make_decoder("dali", size, threads, antialias=False)
+        decoder.decode(batch)
+    return decoder
 
 
-def survival(decoder: Decoder, batch: list[Clip]) -> dict[str, str]:
-    """What becomes of a batch with a damaged image: `named`, `shown` or `harmed`."""
-    good, middle = decoder.decode(batch)[0].clone(), len(batch) // 2
-    others = [number for number in range(len(batch)) if number != middle]
-    found = {}
-    for name, damage in DAMAGES.items():
-        damaged = batch[middle]._replace(jpegs=[damage(data) for data in batch[middle].jpegs])
-        frames, bad = decoder.decode([*batch[:middle], damaged, *batch[middle + 1 :]])
-        again, bad_again = decoder.decode(batch)
-        unharmed = alike(frames[others], good[others]) and alike(again, good)
-        if not unharmed or bad_again or set(bad) - {middle}:
-            found[name] = "harmed"
-        else:
-            found[name] = "named" if bad else "shown"
-    return found
+def make_decoders(options: argparse.Namespace, threads: int, largest: list[Clip]) -> dict[str, Decoder]:
+    """Name -> decoder: each setting of DALI's, and the CPU's processes."""
+    result = {}
+    for load, fancy in itertools.product(options.hw_load or [None], options.fancy):
+        settings = {"jpeg_fancy_upsampling": fancy == "on"} | ({} if load is None else {"hw_decoder_load": load})
+        name = "dali" + ("" if load is None else f" load {load:g}") + ("" if fancy == "on" else " plain upsampling")
+        result[name] = dali_decoder(options.size, threads, largest, **settings)
+    return result | {"cpu": make_decoder("cpu", options.size, threads, antialias=False)}
+
+
+def measure(
+    decoders: dict[str, Decoder], batches: list[list[Clip]], options: argparse.Namespace
+) -> dict[str, list[float]]:
+    """Images/s of each decoder in each round; every other round goes through them backwards."""
+    rates: dict[str, list[float]] = {name: [] for name in decoders}
+    for number in range(options.rounds):
+        for name in list(decoders)[:: -1 if number % 2 else 1]:
+            rates[name].append(rate(decoders[name], batches, options.seconds, options.at_once))
+    return rates
 
 
 def main() -> int:
@@ -111,34 +120,31 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=128, help="images at once (default: %(default)s)")
     parser.add_argument("--images", type=int, default=1024, help="of the corpus (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="(default: the cores)")
+    parser.add_argument("--hw-load", type=float, nargs="+", help="shares for the GPU's JPEG engine, each tried")
+    parser.add_argument("--fancy", nargs="+", choices=("on", "off"), default=["on"], help="upsampling of chroma")
+    parser.add_argument("--at-once", type=int, default=2, help="batches (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="of each (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=2.0, help="of a round (default: %(default)s)")
     options = parser.parse_args()
     clips = read_clips(options.corpus, options.images)
     batches = [clips[first : first + options.batch] for first in range(0, len(clips), options.batch)]
     threads = usable_threads(options.threads, 1)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    decoders = {
-        name: make_decoder(name, options.size, threads, antialias=False, device=device) for name in ("dali", "cpu")
-    }
-    rates: dict[str, list[float]] = {name: [] for name in decoders}
+    decoders = make_decoders(options, threads, batches[0])
+    grey = {name: deviation(each, decoders["cpu"], batches) for name, each in decoders.items() if name != "cpu"}
+    medians = {name: round(statistics.median(each)) for name, each in measure(decoders, batches, options).items()}
     result = {
         "dali_on": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "threads": threads,
         "images": len(clips),
-        "grey_levels": deviation(decoders["dali"], decoders["cpu"], batches),
-        "damaged": survival(decoders["dali"], batches[0]),
+        "grey_levels": grey,
+        "images_per_second": medians,
+        "dali_to_cpu": round(max(medians[name] for name in grey) / medians["cpu"], 2),
     }
-    for number in range(options.rounds):
-        for name in sorted(decoders, reverse=bool(number % 2)):
-            rates[name].append(rate(decoders[name], batches, options.seconds))
-    medians = {name: round(statistics.median(each), 1) for name, each in rates.items()}
-    print(
-        json.dumps({**result, "images_per_second": medians, "dali_to_cpu": round(medians["dali"] / medians["cpu"], 2)})
-    )
+    print(json.dumps(result))
     for decoder in decoders.values():
         decoder.close()
-    return int(result["grey_levels"]["mean"] > LARGEST_MEAN or "harmed" in result["damaged"].values())
+    fancy = [each["mean"] for name, each in grey.items() if "plain" not in name]
+    return int(max(fancy, default=0) > LARGEST_MEAN)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python benchmarks/evaluation.py                          1,000 clips x 1,000 texts, both sides, alternating
     python benchmarks/evaluation.py --grow 1000 2000 5000 10000    ours alone, time and memory
-    python benchmarks/evaluation.py --device cuda --size base      on a GPU
+    python benchmarks/evaluation.py --device cuda --size base --dtype bf16      on a GPU
 
 One query at a time, as the official code does it: for each clip its k_test texts and for each text its k_test clips go
 through the fusion layers as one batch, texts padded to the full length, keys and values projected for every pair.
@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # else a file h
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from benchmarks.model import SIZES
 from eval.config import EvalConfig
@@ -34,6 +35,7 @@ from eval.features import TextFeatures, VisualFeatures, collect_visuals, encode_
 from eval.ranking import top_k_mask
 from eval.retrieval import NOT_RERANKED, Scores, score
 from model.singularity import Singularity
+from train.engine import DTYPES
 
 
 def seconds_now(device: str) -> float:
@@ -44,14 +46,14 @@ def seconds_now(device: str) -> float:
     return time.perf_counter()
 
 
-def make_model(size: str, device: str) -> Singularity:
+def make_model(options: argparse.Namespace) -> Singularity:
     """Random weights that make every score depend on its pair."""
     torch.manual_seed(0)
-    model = Singularity(SIZES[size]).to(device).eval()
+    model = Singularity(SIZES[options.size]).to(options.device).eval()
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, 0, 0.05)
-    return model
+    return model.to(DTYPES[options.dtype])
 
 
 def clips(model: Singularity, count: int, frames: int, batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -61,7 +63,7 @@ def clips(model: Singularity, count: int, frames: int, batch: int) -> Iterator[t
         generator = torch.Generator(device).manual_seed(start)
         indices = torch.arange(start, min(count, start + batch))
         shape = (len(indices), frames, 3, size, size)
-        yield torch.randn(shape, generator=generator, device=device), indices
+        yield torch.randn(shape, generator=generator, device=device).to(model.temp.dtype), indices
 
 
 def texts(model: Singularity, count: int, length: int, words: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,7 +79,8 @@ def texts(model: Singularity, count: int, length: int, words: float) -> tuple[to
 def match_one_query(model: Singularity, states: torch.Tensor, mask: torch.Tensor, tokens: torch.Tensor) -> np.ndarray:
     """Match logits (P,) of P pairs, row by row, the straightforward way."""
     fused = model.text_encoder.fuse(states, mask, model.visual_keys(tokens))
-    return model.itm_head(fused[:, 0])[:, 1].cpu().numpy()
+    head = model.itm_head
+    return functional.linear(fused[:, 0].float(), head.weight.float(), head.bias.float())[:, 1].cpu().numpy()
 
 
 def one_query_at_a_time(
@@ -85,7 +88,7 @@ def one_query_at_a_time(
 ) -> Scores:
     """The same scores, each query's candidates as a batch of their own; states (M, Lt, D) and mask of the texts."""
     tokens = torch.cat([block.tokens[:, 0] for block in visuals.blocks]).to(states.device)
-    similarity = (visuals.embeddings @ found.embeddings.T).cpu().numpy()
+    similarity = (visuals.embeddings @ found.embeddings.T).float().cpu().numpy()
     visual_to_text = np.full(similarity.shape, NOT_RERANKED, dtype=np.float32)
     text_to_visual = np.full(similarity.T.shape, NOT_RERANKED, dtype=np.float32)
     for n, row in enumerate(top_k_mask(similarity, k)):
@@ -127,7 +130,7 @@ def peak_memory(device: str) -> float:
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     """Both sides, alternating."""
     model, config = (
-        make_model(options.size, options.device),
+        make_model(options),
         EvalConfig(k_test=options.k_test, pair_batch_size=options.pairs),
     )
     visuals, found, states, mask = encoded(options, model, options.gallery, config)
@@ -164,7 +167,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
 def grow(options: argparse.Namespace, size: int) -> dict[str, Any]:
     """Ours for one gallery size, features on disk where a folder for them is given."""
     model, config = (
-        make_model(options.size, options.device),
+        make_model(options),
         EvalConfig(k_test=options.k_test, pair_batch_size=options.pairs),
     )
     began = seconds_now(options.device)
@@ -199,6 +202,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=EvalConfig.pair_batch_size)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the model (default: %(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with torch.inference_mode():

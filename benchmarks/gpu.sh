@@ -1,83 +1,159 @@
 #!/usr/bin/env bash
-# Everything that is worth measuring on a machine with a GPU, one after another, on a Shapes corpus of its own.
-# Usage: bash benchmarks/gpu.sh [FOLDER]     half an hour on one GPU; FOLDER/summary.txt, and each part's whole output
+# Everything that is worth measuring on a machine with a GPU, in a quarter of an hour, one part after another.
+# Usage: bash benchmarks/gpu.sh [FOLDER]     draws a small Shapes corpus, then runs all parts
 #        SMALL=1 bash benchmarks/gpu.sh [FOLDER]     the same parts, tiny, on a CPU: whether they run
-#        BATCH=32 bash benchmarks/gpu.sh [FOLDER]    where the GPU's memory is small; 128 is the default
-# A part that fails does not stop the others; the exit code is then 1. Run again, it goes on after what is done.
+#   PARTS=a           only load a (training, evaluation; needs no DALI), only load b (DALI, a run), or parts by name
+#   CORPORA=FOLDER    corpora that are packed already: FOLDER/photos, FOLDER/clips, FOLDER/vocab.txt
+#   LIMIT=900         seconds for everything; a part that no longer fits is skipped
+#   BATCH=32          where the GPU's memory is small; 128 is the default
+# Each part has a time limit of its own. One that fails or hangs does not stop the others; the exit code is then 1. Run
+# again, it goes on after what is done. FOLDER/NAME.txt is a part's whole output, FOLDER/results.tgz holds everything; a
+# line of JSON for each part is printed last: name, status (ok, failed, timeout, skipped), seconds, figures.
+#
+# A machine without a network needs no av and no webdataset with corpora packed elsewhere (15 MB):
+#   python -m sharding.build --annotations photos.json --media-root images --media-type image --limit 1000 --size 256 \
+#     --output .gpu/corpora/photos
+#   python -m sharding.shapes --output /tmp/shapes --images 8 --clips 256 --test-items 8 --size 256
+#   python -m sharding.build --annotations /tmp/shapes/clips_train.json --media-root /tmp/shapes/media \
+#     --media-type video --max-frames 4 --size 256 --output .gpu/corpora/clips
+#   python -m loaders.vocab .gpu/corpora/photos .gpu/corpora/clips --size 4000 --output .gpu/corpora/vocab.txt
+# There, in two goes (packages it lacks are unpacked into /tmp/site first: wheels and DeepSpeed, then DALI):
+#   PYTHONPATH=/tmp/site CORPORA=.gpu/corpora PARTS=a LIMIT=400 bash benchmarks/gpu.sh /tmp/gpu
+#   PYTHONPATH=/tmp/site CORPORA=.gpu/corpora PARTS=b LIMIT=280 bash benchmarks/gpu.sh /tmp/gpu
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-gpu}
+python=$(command -v python || command -v python3)
+limit_of_all=${LIMIT:-900} parts=" ${PARTS:-a b} "
+[ -n "${SMALL:-}" ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) < 8 ? $(nproc) : 8))}
+[ -z "${SMALL:-}" ] || export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=
 source launch/steps.sh
 
 if [ -n "${SMALL:-}" ]; then
-  export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=
-  images=48 clips=24 test_items=8 pixels=72 size=tiny device=cpu precision=fp32 batch=8 few=4
-  decode=(--size 64 --batch 16 --rounds 1 --seconds 0.2) bench=(--size 64 --batch-size 16 --seconds 0.5)
-  train=(--steps 2 --blocks 1) model=(--batch 4 --repeats 1) gallery=16 match=(--k_test 4 --repeats 1 --frames 2)
+  slack=3 images=64 clips=24 pixels=72 size=tiny device=cpu precision=fp32 batch=8 large=16 few=4
+  pictures=(--pixels 64 --batch 16 --images 32) decoding=(--size 64 --batch 16 --images 64 --rounds 1 --seconds 0.1)
+  stream=(--size 64 --batch-size 16 --seconds 0.5) train=(--steps 2 --blocks 1) model=(--batch 4 --repeats 1)
+  gallery=16 many=32 match=(--k_test 4 --repeats 1 --frames 2) run=(--batch 16 --steps 8 --k_test 4)
 else
-  python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
+  "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
     echo "PyTorch finds no GPU here. SMALL=1 tries the same parts on a CPU." >&2
     exit 2
   }
-  images=8192 clips=2048 test_items=64 pixels=256 size=base device=cuda precision=bf16 batch=${BATCH:-128}
-  few=$((batch / 4)) decode=(--size 224 --batch 128) bench=(--size 224 --batch-size 128)
-  train=(--steps 40 --blocks 5 --threads 0) model=(--batch "$batch" --repeats 10) gallery=1000 match=(--k_test 128)
+  export DS_ACCELERATOR=cuda
+  slack=1 images=1024 clips=256 pixels=256 size=base device=cuda precision=bf16 batch=${BATCH:-128}
+  large=$((batch * 3)) few=$((batch / 4))
+  pictures=(--batch 128) decoding=(--rounds 2 --seconds 2) stream=(--seconds 6)
+  train=(--steps 30 --blocks 3 --threads 0) model=(--batch "$batch" --repeats 5)
+  gallery=200 many=1000 match=(--k_test 128 --repeats 1) run=(--precision bf16)
 fi
 
-prepare() { # prepare: draw and pack Shapes, learn their words
-  local name medium
-  step shapes python -m sharding.shapes --output "$out/shapes" --images $images --clips $clips --test-items $test_items \
-    --size $pixels
-  for name in images_train clips_train; do
-    medium=$([ $name = images_train ] && echo image || echo video)
-    step "pack_$name" python -m sharding.build --annotations "$out/shapes/$name.json" --media-root "$out/shapes/media" \
-      --media-type $medium --output "$out/shards/$name" --name $name --size $pixels --fps 4
-  done
-  step vocab python -m loaders.vocab "$out/shards/images_train" "$out/shards/clips_train" --size 600 --output "$out/vocab.txt"
-}
-
-part() { # part NAME TITLE COMMAND...: run it, its output into FOLDER/NAME.txt
-  local name=$1 title=$2 began=$SECONDS
-  shift 2
-  titles+=("$name	$title	$*")
-  [ -e "$out/steps/$name" ] && return
-  printf '\n\033[1m%s\033[0m\n$ %s\n' "$title" "$*"
-  if "$@" >"$out/$name.txt" 2>"$out/$name.log"; then
-    touch "$out/steps/$name"
-    cat "$out/$name.txt"
-  else
-    printf 'FAILED after %d s, see %s\n' $((SECONDS - began)) "$out/$name.log" | tee -a "$out/$name.txt"
-    tail -n 5 "$out/$name.log"
+prepare() { # prepare: corpora in $corpora, drawn and packed unless they are given
+  corpora=${CORPORA:-$out/corpora}
+  local name medium missing=
+  if [ -n "${CORPORA:-}" ]; then
+    for name in photos/corpus.json clips/corpus.json vocab.txt; do
+      [ -e "$corpora/$name" ] || missing="$missing $corpora/$name"
+    done
+    [ -z "$missing" ] && return
+    echo "CORPORA=$CORPORA lacks$missing: pack it as the top of benchmarks/gpu.sh says, or leave CORPORA out." >&2
+    exit 2
   fi
+  step shapes "$python" -m sharding.shapes --output "$out/shapes" --images $images --clips $clips --test-items 8 \
+    --size $pixels
+  for name in photos clips; do
+    medium=$([ $name = photos ] && echo image || echo video)
+    step "pack_$name" "$python" -m sharding.build --annotations "$out/shapes/${name/photos/images}_train.json" \
+      --media-root "$out/shapes/media" --media-type $medium --output "$corpora/$name" --name $name --size $pixels \
+      --max-frames 4
+  done
+  step vocab "$python" -m loaders.vocab "$corpora/photos" "$corpora/clips" --size 4000 --output "$corpora/vocab.txt"
 }
 
-prepare
-titles=()
-photos=$out/shards/images_train videos=$out/shards/clips_train
-training=(python benchmarks/training.py --size $size --precision $precision --tokenizer "$out/vocab.txt" "${train[@]}")
-part decoding "Decoding: DALI against the CPU" python benchmarks/decoding.py "$photos" "${decode[@]}"
-part stream_dali "Images a second, shards to batches, DALI" python -m loaders.bench "$photos" --decode dali "${bench[@]}"
-part stream_cpu "The same, decoded by the CPU" python -m loaders.bench "$photos" --decode cpu "${bench[@]}"
-part pretrain "Pre-training on single frames" "${training[@]}" --corpus "$photos" --batch $batch --ways path
-part overhead "The same beside the model alone" "${training[@]}" --corpus "$photos" --batch $batch
-part finetune "Fine-tuning on 4 frames" "${training[@]}" --corpus "$videos" --batch $few --frames 4 --ways path
-part model "The model against the straightforward way" python benchmarks/model.py --size $size --device $device \
-  --dtype $precision --trim "${model[@]}"
-part evaluation "Re-ranking against one query at a time" python benchmarks/evaluation.py --size $size --device $device \
-  --gallery $gallery "${match[@]}"
-part throughput "Evaluation" python benchmarks/evaluation.py --size $size --device $device --grow $gallery "${match[@]}"
-
-failed=0
-{
-  date -u '+%F %H:%M UTC'
-  [ $device = cpu ] && echo "CPU" || nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
-  python -c 'import torch, deepspeed; print("torch", torch.__version__, "deepspeed", deepspeed.__version__)' 2>/dev/null | tail -n 1
-  for line in "${titles[@]}"; do
-    IFS='	' read -r name title command <<<"$line"
-    printf '\n%s\n$ %s\n' "$title" "$command"
+part() { # part NAME SECONDS TITLE COMMAND...: run it unless it takes longer, its output into FOLDER/NAME.txt
+  local name=$1 limit=$(($2 * slack)) title=$3 status=ok began=$SECONDS code=0
+  shift 3
+  [[ $parts == *" $load "* || $parts == *" $name "* ]] || return 0
+  if [ -e "$out/steps/$name" ]; then
+    printf '%s\t%s\t%s\t%s\t%s\n' "$name" "$status" "$(cat "$out/steps/$name")" "$title" "$*" >>"$out/parts.tsv"
+    return 0
+  fi
+  ((limit <= limit_of_all - SECONDS)) || limit=$((limit_of_all - SECONDS))
+  printf '\n\033[1m%s\033[0m\n$ %s\n' "$title" "$*"
+  if ((limit < 3)); then
+    status=skipped
+    rm -f "$out/$name.txt" "$out/$name.log"
+  else
+    timeout -k 5 "$limit" "$@" >"$out/$name.txt" 2>"$out/$name.log" &
+    running=$!
+    wait "$running" || code=$?
+    running=
+    case $code in
+      0) echo $((SECONDS - began)) >"$out/steps/$name" ;;
+      124) status=timeout ;;
+      137) status=$([ $((SECONDS - began)) -ge "$limit" ] && echo timeout || echo failed) ;;
+      *) status=failed ;;
+    esac
     cat "$out/$name.txt"
-    [ -e "$out/steps/$name" ] || failed=1
-  done
-} >"$out/summary.txt"
-finished "The summary: $out/summary.txt"
-exit $failed
+  fi
+  if [ $status != ok ]; then
+    printf '%s after %d s, limit %d s: %s\n' "$status" $((SECONDS - began)) "$limit" "$out/$name.log"
+    tail -n 3 "$out/$name.log" 2>/dev/null || true
+  fi
+  printf '%s\t%s\t%s\t%s\t%s\n' "$name" "$status" $((SECONDS - began)) "$title" "$*" >>"$out/parts.tsv"
+}
+
+results() { # results: the summary, the archive, a line of JSON for each part
+  finished "The summary: $out/summary.txt, all output: $out/results.tgz"
+  "$python" benchmarks/gpu_results.py "$out"
+}
+
+running=
+: >"$out/parts.tsv"
+trap '[ -z "$running" ] || kill "$running"; results; exit 130' INT TERM
+prepare
+photos=$corpora/photos videos=$corpora/clips vocab=$corpora/vocab.txt
+# Photos are few: passes over them are joined to long epochs, as large corpora have.
+training=("$python" benchmarks/training.py --json --size $size --precision $precision --tokenizer "$vocab" --passes 20)
+training+=("${train[@]}")
+evaluation=("$python" benchmarks/evaluation.py --size $size --device $device --dtype $precision "${match[@]}")
+check=("$python" benchmarks/gpu_check.py)
+
+load=a
+part versions 40 "What is installed" "${check[@]}" versions
+part losses 60 "Losses and gradients, the GPU's against the CPU's" "${check[@]}" losses --size $size
+part pretrain 100 "Pre-training on single frames, the loader, DeepSpeed and the model alone" \
+  "${training[@]}" --corpus "$photos" --batch $batch --decode cpu
+part pretrain_large 70 "Pre-training on single frames, a large batch" \
+  "${training[@]}" --corpus "$photos" --batch $large --decode cpu --ways path
+part straightforward 70 "The model against the straightforward way under autocast" \
+  "$python" benchmarks/model.py --size $size --device $device --dtype $precision --trim "${model[@]}"
+part finetune 60 "Fine-tuning on 4 frames" \
+  "${training[@]}" --corpus "$videos" --batch $few --frames 4 --decode cpu --ways path
+part evaluation 60 "Re-ranking against one query at a time" "${evaluation[@]}" --gallery $gallery
+part evaluation_large 40 "Evaluation" "${evaluation[@]}" --grow $many
+part profile 70 "Where the time of a step goes, what waits for the device, cuDNN's attention" \
+  "$python" benchmarks/gpu_profile.py --size $size --precision $precision --tokenizer "$vocab" --corpus "$photos" \
+  --passes 20 --batch $batch --decode cpu --trace "$out/trace.json.gz" "${train[@]}"
+part compile 100 "Pre-training on single frames under torch.compile" \
+  "${training[@]}" --corpus "$photos" --batch $batch --decode cpu --ways path --compile
+
+load=b
+part pictures 60 "DALI's pictures against the CPU's, and while the device is busy" \
+  "${check[@]}" pictures "$photos" "${pictures[@]}"
+part decoding 90 "Images a second: DALI's settings and the CPU" \
+  "$python" benchmarks/decoding.py "$photos" --hw-load 0 0.65 1 --fancy on off "${decoding[@]}"
+part stream_dali 40 "Images a second, shards to batches, DALI" \
+  "$python" -m loaders.bench "$photos" --json --decode dali "${stream[@]}"
+part stream_cpu 40 "The same, decoded by the CPU" \
+  "$python" -m loaders.bench "$photos" --json --decode cpu "${stream[@]}"
+part pretrain_dali 70 "Pre-training on single frames, decoded by DALI" \
+  "${training[@]}" --corpus "$photos" --batch $batch --decode dali --ways path
+part run 120 "A run that is stopped, resumed and evaluated" \
+  "$python" benchmarks/gpu_run.py "$photos" --tokenizer "$vocab" --output "$out/run" "${run[@]}"
+part damaged 40 "Damaged images" "${check[@]}" damaged "$photos" "${pictures[@]}"
+
+[ -s "$out/parts.tsv" ] || {
+  echo "PARTS=$PARTS names no part: a, b, or names such as pretrain (see benchmarks/gpu.sh)" >&2
+  exit 2
+}
+results

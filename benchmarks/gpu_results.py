@@ -1,0 +1,94 @@
+"""Puts together what the parts of benchmarks/gpu.sh have left in its folder: summary.txt, results.tgz, lines of JSON.
+
+    python benchmarks/gpu_results.py FOLDER
+
+FOLDER/parts.tsv has a line for each part: name, status, seconds, title, command. Printed, and kept in results.jsonl: a
+line of JSON for each, short enough that all of them fit into the end of a log. Exit code 1 unless all parts are ok.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+LONGEST = 1500  # characters of a part's figures
+LONGEST_ERROR = 300
+LARGEST_MB = 8  # of a file in the archive
+LEFT_OUT = {"corpora", "shapes", "checkpoints", "results.tgz"}
+
+
+class Part(NamedTuple):
+    """A line of parts.tsv."""
+
+    name: str
+    status: str
+    seconds: str
+    title: str
+    command: str
+
+
+def text_of(path: Path) -> str:
+    """A file's text; empty where there is none."""
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+def figures(output: str) -> Any:
+    """What a part printed as JSON: an object, or several; None where there is none."""
+    found = []
+    for line in output.splitlines():
+        if line.startswith("{"):
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError:  # it was ended within the line
+                continue
+    return found[0] if len(found) == 1 else found or None
+
+
+def result(folder: Path, part: Part) -> dict[str, Any]:
+    """A part's line of JSON: figures that are too long stay in the archive; of a failure the last line of its log."""
+    entry: dict[str, Any] = {"part": part.name, "status": part.status, "seconds": int(part.seconds or 0)}
+    found = figures(text_of(folder / f"{part.name}.txt"))
+    if found is not None:
+        fits = len(json.dumps(found)) <= LONGEST
+        entry["figures"] = found if fits else f"{part.name}.txt in results.tgz"
+    lines = text_of(folder / f"{part.name}.log").split("\n")
+    told = [line.strip() for line in lines if line.strip()]
+    if part.status in ("failed", "timeout") and told:
+        entry["error"] = told[-1][-LONGEST_ERROR:]
+    return entry
+
+
+def summary(folder: Path, parts: list[Part]) -> str:
+    """The parts for a person: title, command, status, whole output."""
+    return "\n".join(
+        f"{part.title}\n$ {part.command}\n{part.status}, {part.seconds} s\n{text_of(folder / f'{part.name}.txt')}"
+        for part in parts
+    )
+
+
+def wanted(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    """Whether a file goes into the archive."""
+    if LEFT_OUT & set(Path(entry.name).parts) or entry.size > LARGEST_MB * 2**20:
+        return None
+    return entry
+
+
+def main() -> int:
+    folder = Path(sys.argv[1])
+    parts = [Part(*line.split("\t", 4)) for line in (folder / "parts.tsv").read_text().splitlines()]
+    results = [json.dumps(result(folder, part)) for part in parts]
+    (folder / "summary.txt").write_text(summary(folder, parts))
+    (folder / "results.jsonl").write_text("\n".join([*results, ""]))
+    with tarfile.open(folder / "results.tgz", "w:gz") as archive:
+        archive.add(folder, "gpu", filter=wanted)
+    print("\n".join(results))
+    return int(any(part.status != "ok" for part in parts))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    sys.exit(main())

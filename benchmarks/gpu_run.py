@@ -1,0 +1,122 @@
+"""A small run as users start it: pre-training, stopped by SIGTERM, resumed, evaluated; beside one never stopped.
+
+    python benchmarks/gpu_run.py data/photos --tokenizer vocab.txt --output runs/gpu_run --precision bf16
+
+Printed, as one line of JSON: how the stop ended, at which step the run went on, the losses at its end and those of the
+run that was not stopped, recall on the corpus, seconds of each part. The commands' own output is in OUTPUT/*.log. Exit
+code 1 where a command fails, a step is missing or twice, or the two runs' last losses differ by more than a tenth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+STOPPED = 128 + signal.SIGTERM
+LARGEST_DIFFERENCE = 0.1  # of the last losses, relative: a GPU adds in another order each time
+POLL_SECONDS = 0.05
+
+
+class Commands:
+    """The entry points with this run's settings."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.output, self.steps = options.output, options.steps
+        zero = "zero1" if options.precision == "bf16" else "cpu"
+        self.settings = [
+            f"train_corpus={options.corpus}", f"test_corpus.photos={options.corpus}", "splits=[photos]",
+            f"tokenizer={options.tokenizer}", f"precision={options.precision}", f"max_steps={options.steps}",
+            f"deepspeed=deepspeed_configs/{zero}.json", f"batch_size.image={options.batch}", f"k_test={options.k_test}",
+            "scheduler.epochs=1000", "log_every=1",
+        ]  # fmt: skip
+
+    def start(self, script: str, name: str, *more: str) -> subprocess.Popen[bytes]:
+        """Start an entry point on the run folder `name`, its output into `name`.log."""
+        command = [
+            sys.executable, f"launch/{script}.py", "configs/demo/pretrain.yaml", *self.settings,
+            f"output_dir={self.output / name}", *more,
+        ]  # fmt: skip
+        with open(self.output / f"{name}.log", "ab") as log:
+            return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+
+    def logged(self, name: str) -> list[dict[str, Any]]:
+        """The steps that a run has logged so far."""
+        path = self.output / name / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        records = [json.loads(line) for line in lines if line.endswith("}")]
+        return [record for record in records if "loss" in record]
+
+    def stop_at(self, name: str, step: int) -> int:
+        """Start a run and send it SIGTERM after that step; its exit code."""
+        process = self.start("pretrain", name)
+        while process.poll() is None:
+            if any(record["step"] >= step for record in self.logged(name)):
+                process.send_signal(signal.SIGTERM)
+                break
+            time.sleep(POLL_SECONDS)
+        return process.wait()
+
+
+def course(commands: Commands) -> dict[str, Any]:
+    """Run everything; what came of it."""
+    seconds: dict[str, float] = {}
+    result: dict[str, Any] = {}
+
+    def timed(name: str, command: Callable[[], int], expected: int = 0) -> None:
+        began = time.perf_counter()
+        code = result[f"exit_{name}"] = command()
+        seconds[name] = round(time.perf_counter() - began, 1)
+        if code != expected:
+            raise SystemExit(f"{name}: exit code {code} instead of {expected}, see {commands.output}/*.log")
+
+    timed("stopped", lambda: commands.stop_at("resumed", commands.steps // 2), STOPPED)
+    before = commands.logged("resumed")
+    timed("resumed", lambda: commands.start("pretrain", "resumed").wait())
+    timed("whole", lambda: commands.start("pretrain", "whole").wait())
+    weights = f"checkpoint={commands.output / 'resumed'}"
+    timed("evaluated", lambda: commands.start("evaluate", "resumed", weights).wait())
+    resumed, whole = commands.logged("resumed"), commands.logged("whole")
+    result |= {"stopped_after": before[-1]["step"] if before else 0, "steps": [record["step"] for record in resumed]}
+    result |= {"first_loss": resumed[0]["loss"], "last_loss": resumed[-1]["loss"], "whole_loss": whole[-1]["loss"]}
+    metrics = json.loads((commands.output / "resumed" / "metrics.json").read_text())
+    result["r_mean"] = {name: row["r_mean"] for name, row in metrics.items()}
+    return result | {"seconds": seconds}
+
+
+def verdict(found: dict[str, Any], steps: int) -> dict[str, Any]:
+    """The result with its list of steps checked, and whether all is as it must be."""
+    difference = abs(found["last_loss"] / found["whole_loss"] - 1)
+    complete = found.pop("steps") == list(range(1, steps + 1))
+    fine = complete and difference <= LARGEST_DIFFERENCE
+    return found | {"every_step_once": complete, "difference": f"{difference:.1e}", "ok": fine}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("corpus", metavar="URL", help="a packed corpus of images with captions")
+    parser.add_argument("--tokenizer", required=True, help="a vocab.txt")
+    parser.add_argument("--output", type=lambda text: Path(text).resolve(), required=True, help="a folder; emptied")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--batch", type=int, default=64, help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=60, help="(default: %(default)s)")
+    parser.add_argument("--k_test", type=int, default=32, help="candidates re-ranked (default: %(default)s)")
+    options = parser.parse_args()
+    shutil.rmtree(options.output, ignore_errors=True)
+    options.output.mkdir(parents=True)
+    options.corpus, options.tokenizer = (str(Path(p).resolve()) for p in (options.corpus, options.tokenizer))
+    found = verdict(course(Commands(options)), options.steps)
+    print(json.dumps(found))
+    return int(not found["ok"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
