@@ -106,7 +106,8 @@ def outcome(options: argparse.Namespace, device: str, dtype: torch.dtype) -> Out
 
 def compare(found: Outcome, reference: Outcome, tolerance: Tolerance) -> dict[str, Any]:
     """How far an outcome lies from the reference, and whether that is within the tolerance."""
-    loss = max(abs(found.losses[name] / value - 1) for name, value in reference.losses.items())
+    off = torch.tensor([abs(found.losses[name] / value - 1) for name, value in reference.losses.items()])
+    loss = float(off.max())  # NaN where one of them is
     norm, expected = float(found.gradients.norm()), float(reference.gradients.norm())
     angle = 1 - float(torch.nn.functional.cosine_similarity(found.gradients, reference.gradients, dim=0))
     fine = loss <= tolerance.loss and abs(norm / expected - 1) <= tolerance.norm and angle <= tolerance.angle

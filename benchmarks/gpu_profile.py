@@ -38,7 +38,7 @@ from benchmarks import training
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 3  # in the trace
 WARM_UP = 5
-TOLD = 8  # longest kernels
+TOLD = 6  # longest kernels, and places that wait
 # Kind of a kernel: parts of names, the first kind that fits counts.
 KINDS = {
     "attention": ("fmha", "flash", "attention", "sdpa"),
@@ -104,7 +104,7 @@ def longest(events: list[Event]) -> list[str]:
     for event in events:
         times[event["name"]] += event["dur"]
     counts, total = Counter(event["name"] for event in events), sum(times.values())
-    return [f"{time / total:.1%} {counts[name]}x {name[:70]}" for name, time in times.most_common(TOLD)]
+    return [f"{time / total:.1%} {counts[name]}x {name[:60]}" for name, time in times.most_common(TOLD)]
 
 
 def traced(ways: training.Ways, steps: int, path: Path) -> list[Event]:
@@ -165,7 +165,7 @@ def waits(ways: training.Ways) -> dict[str, int] | str:
         return "not counted: no GPU"
     with noted_waits() as found:
         ways.path()
-    return dict(found.most_common())
+    return {"a step": found.total(), **dict(found.most_common(TOLD))}
 
 
 def cudnn_attention(ways: training.Ways, options: argparse.Namespace) -> dict[str, float] | str:

@@ -14,7 +14,7 @@ import tarfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-LONGEST = 1500  # characters of a part's figures
+LONGEST = 11_000  # characters of all lines together
 LONGEST_ERROR = 300
 LARGEST_MB = 8  # of a file in the archive
 LEFT_OUT = {"corpora", "shapes", "checkpoints", "results.tgz"}
@@ -48,17 +48,28 @@ def figures(output: str) -> Any:
 
 
 def result(folder: Path, part: Part) -> dict[str, Any]:
-    """A part's line of JSON: figures that are too long stay in the archive; of a failure the last line of its log."""
+    """A part's line of JSON, of a failure with the last line of its log."""
     entry: dict[str, Any] = {"part": part.name, "status": part.status, "seconds": int(part.seconds or 0)}
     found = figures(text_of(folder / f"{part.name}.txt"))
     if found is not None:
-        fits = len(json.dumps(found)) <= LONGEST
-        entry["figures"] = found if fits else f"{part.name}.txt in results.tgz"
-    lines = text_of(folder / f"{part.name}.log").split("\n")
-    told = [line.strip() for line in lines if line.strip()]
+        entry["figures"] = found
+    log = text_of(folder / f"{part.name}.log").splitlines()
+    told = [line.strip() for line in log if line.strip()]
     if part.status in ("failed", "timeout") and told:
         entry["error"] = told[-1][-LONGEST_ERROR:]
     return entry
+
+
+def fitted(results: list[dict[str, Any]], longest: int = LONGEST) -> list[str]:
+    """The results as lines; where they are too many characters, the longest figures stay in the archive."""
+    lines = [json.dumps(entry) for entry in results]
+    while sum(map(len, lines)) > longest:
+        number = max(range(len(lines)), key=lambda place: len(lines[place]))
+        shorter = json.dumps(results[number] | {"figures": f"in results.tgz, {results[number]['part']}.txt"})
+        if len(shorter) >= len(lines[number]):
+            break
+        lines[number] = shorter
+    return lines
 
 
 def summary(folder: Path, parts: list[Part]) -> str:
@@ -79,7 +90,7 @@ def wanted(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
 def main() -> int:
     folder = Path(sys.argv[1])
     parts = [Part(*line.split("\t", 4)) for line in (folder / "parts.tsv").read_text().splitlines()]
-    results = [json.dumps(result(folder, part)) for part in parts]
+    results = fitted([result(folder, part) for part in parts])
     (folder / "summary.txt").write_text(summary(folder, parts))
     (folder / "results.jsonl").write_text("\n".join([*results, ""]))
     with tarfile.open(folder / "results.tgz", "w:gz") as archive:

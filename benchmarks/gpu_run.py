@@ -48,6 +48,11 @@ class Commands:
         with open(self.output / f"{name}.log", "ab") as log:
             return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
 
+    def last_words(self) -> str:
+        """The last line that a command has printed."""
+        latest = max(self.output.glob("*.log"), key=lambda path: path.stat().st_mtime)
+        return (latest.read_text().strip() or "no output").splitlines()[-1]
+
     def logged(self, name: str) -> list[dict[str, Any]]:
         """The steps that a run has logged so far."""
         path = self.output / name / "metrics.jsonl"
@@ -76,9 +81,9 @@ def course(commands: Commands) -> dict[str, Any]:
         code = result[f"exit_{name}"] = command()
         seconds[name] = round(time.perf_counter() - began, 1)
         if code != expected:
-            raise SystemExit(f"{name}: exit code {code} instead of {expected}, see {commands.output}/*.log")
+            raise SystemExit(f"{name}: exit code {code} instead of {expected}: {commands.last_words()}")
 
-    timed("stopped", lambda: commands.stop_at("resumed", commands.steps // 2), STOPPED)
+    timed("stopped", lambda: commands.stop_at("resumed", commands.steps // 3), STOPPED)
     before = commands.logged("resumed")
     timed("resumed", lambda: commands.start("pretrain", "resumed").wait())
     timed("whole", lambda: commands.start("pretrain", "whole").wait())

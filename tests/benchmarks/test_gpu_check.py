@@ -1,0 +1,77 @@
+"""`benchmarks/gpu_check.py`: its checks notice what they are for."""
+
+import numpy as np
+import torch
+
+from benchmarks.gpu_check import TOLERANCES, Outcome, compare, faults, race, survival
+from loaders.clips import Window
+from loaders.pixels import Clip
+
+
+def clip(grey):
+    return Clip([bytes([grey])], 4, 4, Window(0, 0, 4, 4, flip=False))
+
+
+def picture(clips):
+    return (
+        torch.tensor([clip.jpegs[0][0] for clip in clips], dtype=torch.uint8)
+        .view(-1, 1, 1, 1, 1)
+        .expand(-1, 1, 4, 4, 3)
+    )
+
+
+class Sound:
+    """Decodes a byte to a picture of its grey level; 255 is damaged."""
+
+    def decode(self, clips):
+        return picture(clips).clone(), {n: "bad" for n, clip in enumerate(clips) if clip.jpegs[0][0] == 255}
+
+
+class Reusing(Sound):
+    """Gives the same memory again and again, as a decoder does whose copy has not happened yet."""
+
+    def __init__(self):
+        self.memory = np.zeros((2, 1, 4, 4, 3), np.uint8)
+
+    def decode(self, clips):
+        self.memory[: len(clips)] = picture(clips).numpy()
+        return torch.from_numpy(self.memory[: len(clips)]), {}
+
+
+class Spilling(Sound):
+    """A damaged picture changes the one after it."""
+
+    def decode(self, clips):
+        frames, bad = super().decode(clips)
+        for number in bad:
+            frames[number + 1] = 0
+        return frames, bad
+
+
+def test_pictures_that_later_ones_overwrite_are_counted():
+    first, others = [clip(10), clip(200)], [clip(60), clip(60)]
+    assert race(Sound(), first, others, lambda: None) == 0
+    assert race(Reusing(), first, others, lambda: None) == 2
+
+
+def test_damage_is_named_shown_or_harms():
+    batch = [clip(grey) for grey in (10, 60, 120, 180)]
+    to_255 = lambda data: b"\xff"  # noqa: E731
+    assert survival(Sound(), batch, to_255) == "named"
+    assert survival(Sound(), batch, lambda data: b"\x01") == "shown"
+    assert survival(Spilling(), batch, to_255) == "harmed"
+
+
+def test_losses_and_gradients_have_tolerances():
+    reference = Outcome({"loss_itc": 2.0, "loss_itm": 0.5}, torch.tensor([1.0, 2.0, 3.0]))
+    assert compare(reference, reference, TOLERANCES["fp32"])["ok"]
+    for other in (
+        Outcome({"loss_itc": 2.0, "loss_itm": 0.52}, reference.gradients),
+        Outcome(reference.losses, reference.gradients * 1.1),
+        Outcome(reference.losses, torch.tensor([3.0, 2.0, 1.0])),
+        Outcome({"loss_itc": 2.0, "loss_itm": float("nan")}, reference.gradients),
+        Outcome(reference.losses, reference.gradients * float("nan")),
+    ):
+        found = compare(other, reference, TOLERANCES["bf16"])
+        assert not found["ok"]
+        assert faults({"cuda bf16": found})

@@ -1,0 +1,61 @@
+"""`benchmarks/gpu_profile.py`: what a trace of a GPU tells, without a GPU."""
+
+import warnings
+
+import pytest
+import torch
+
+from benchmarks.gpu_profile import covered, kind_of, noted_waits, summary
+
+
+def kernel(name, begin, duration):
+    return {"cat": "kernel", "name": name, "ts": begin, "dur": duration}
+
+
+def test_overlapping_spans_count_once():
+    assert covered([(5, 6), (0, 2), (1, 3), (3, 4)]) == [(0, 4), (5, 6)]
+
+
+def test_a_trace_tells_how_busy_the_gpu_was_and_with_what():
+    calls = [{"cat": "cuda_runtime", "name": name} for name in ("cudaLaunchKernel",) * 4 + ("cudaStreamSynchronize",)]
+    found = summary([kernel("sm90_xmma_gemm_bf16", 0, 600), kernel("fmha_cutlassF", 800, 200), *calls], steps=2)
+    assert found["busy_share"] == 0.8
+    assert found["ms_a_step"] == 0.5
+    assert (found["launches_a_step"], found["kernels_a_step"]) == (2, 1)
+    assert found["waits_a_step"] == {"cudaStreamSynchronize": 0.5}
+    assert found["share_of_kinds"] == {"matrix products": 0.75, "attention": 0.25}
+    assert found["longest"][0] == "75.0% 1x sm90_xmma_gemm_bf16"
+
+
+def test_a_trace_without_a_gpu_says_so():
+    found = summary([{"cat": "cpu_op", "name": "aten::mm", "ts": 0, "dur": 3}], steps=1)
+    assert found == {"gpu": "none in the trace", "longest": ["100.0% 1x aten::mm"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("fmha_cutlassB_bf16_aligned_64x64_k64_sm80", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", "attention"),
+        ("nvjet_tst_128x256_64x4_2x1_v_bz_TNT", "matrix products"),
+        ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimiser"),
+        ("Memcpy DtoD (Device -> Device)", "copies"),
+        ("void at::native::vectorized_layer_norm_kernel", "normalisation"),
+        ("void at::native::vectorized_elementwise_kernel<4, GeluCUDA>", "elementwise"),
+    ],
+)
+def test_kernels_are_told_apart_by_their_names(name, kind):
+    assert kind_of(name) == kind
+
+
+def test_waits_are_counted_by_place(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    with noted_waits() as found:
+        torch.cuda.synchronize()
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+    assert modes == ["warn", "default"]
+    assert found.total() == 2
+    assert all("tests/benchmarks/test_gpu_profile.py:" in where for where in found)
