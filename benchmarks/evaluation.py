@@ -27,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # else a file h
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from benchmarks.model import SIZES
 from eval.config import EvalConfig
@@ -79,8 +78,7 @@ def texts(model: Singularity, count: int, length: int, words: float) -> tuple[to
 def match_one_query(model: Singularity, states: torch.Tensor, mask: torch.Tensor, tokens: torch.Tensor) -> np.ndarray:
     """Match logits (P,) of P pairs, row by row, the straightforward way."""
     fused = model.text_encoder.fuse(states, mask, model.visual_keys(tokens))
-    head = model.itm_head
-    return functional.linear(fused[:, 0].float(), head.weight.float(), head.bias.float())[:, 1].cpu().numpy()
+    return model.itm_head(fused[:, 0])[:, 1].cpu().numpy()
 
 
 def one_query_at_a_time(

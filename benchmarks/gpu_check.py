@@ -19,7 +19,6 @@ import argparse
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -36,6 +35,7 @@ from benchmarks.model import SIZES, make_batch, ours
 from loaders.decoding import Decoder, make_decoder, usable_threads
 from loaders.pixels import Clip
 from model.singularity import Singularity
+from train.devices import driver_version
 
 PACKAGES = (
     "torch", "triton", "deepspeed", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "timm", "transformers", "numpy",
@@ -74,10 +74,8 @@ def versions(options: argparse.Namespace) -> dict[str, Any]:
     found |= {name: number for name in PACKAGES if (number := package_version(name))}
     found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     if torch.cuda.is_available():
-        command = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader"]
-        driver = subprocess.run(command, capture_output=True, text=True).stdout if shutil.which(command[0]) else ""
         card = torch.cuda.get_device_properties(0)
-        found |= {"card": card.name, "memory_gb": round(card.total_memory / 1e9, 1), "driver, clock": driver.strip()}
+        found |= {"card": card.name, "memory_gb": round(card.total_memory / 1e9, 1), "driver": driver_version()}
         found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
     else:
         found["card"] = "none: torch finds no GPU"

@@ -36,7 +36,7 @@ def text_of(path: Path) -> str:
 
 
 def figures(output: str) -> Any:
-    """What a part printed as JSON: an object, or several; None where there is none."""
+    """What a part printed as JSON: an object, or several; where there is none, its lines."""
     found = []
     for line in output.splitlines():
         if line.startswith("{"):
@@ -44,14 +44,14 @@ def figures(output: str) -> Any:
                 found.append(json.loads(line))
             except json.JSONDecodeError:  # it was ended within the line
                 continue
-    return found[0] if len(found) == 1 else found or None
+    return found[0] if len(found) == 1 else found or output.splitlines()
 
 
 def result(folder: Path, part: Part) -> dict[str, Any]:
     """A part's line of JSON, of a failure with the last line of its log."""
     entry: dict[str, Any] = {"part": part.name, "status": part.status, "seconds": int(part.seconds or 0)}
     found = figures(text_of(folder / f"{part.name}.txt"))
-    if found is not None:
+    if found:
         entry["figures"] = found
     log = text_of(folder / f"{part.name}.log").splitlines()
     told = [line.strip() for line in log if line.strip()]

@@ -66,11 +66,10 @@ SIZES = {
 WAYS = ("path", "engine", "plain")
 
 
-def endless(loader: TrainLoader, one_length: bool) -> Iterator[Batch]:
-    """Batches as a run has them, epoch after epoch; `one_length` keeps the texts' padding, as `compile` does."""
+def endless(loader: TrainLoader) -> Iterator[Batch]:
+    """Batches as a run has them, epoch after epoch."""
     for epoch in itertools.count():
-        batches = loader.epoch(epoch)
-        yield from batches if one_length else map(without_padding, batches)
+        yield from map(without_padding, loader.epoch(epoch))
 
 
 def model_size(options: argparse.Namespace, tokenizer: Tokenizer) -> ModelConfig:
@@ -131,7 +130,7 @@ class Ways:
         self.loader = TrainLoader(
             [options.corpus], tokenizer, config, ranks.rank, ranks.world_size, ranks.ranks_here, device
         )
-        self.batches = endless(self.loader, options.compile)
+        self.batches = endless(self.loader)
         self.waited, self.flops, self.taken = 0.0, 0, 0
         self.device, self._keeps = device, len(options.ways) > 1
         self.kept: list[Batch] = []

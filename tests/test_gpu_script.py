@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LOADS = {
     "a": [
         "versions", "losses", "pretrain", "pretrain_large", "straightforward", "finetune", "evaluation",
-        "evaluation_large", "profile", "compile",
+        "evaluation_large", "profile", "host", "compile",
     ],
     "b": ["pictures", "decoding", "stream_dali", "stream_cpu", "pretrain_dali", "run", "damaged"],
 }  # fmt: skip
@@ -134,6 +134,7 @@ def test_every_part_runs_and_the_results_hold_them_all(tmp_path):
     assert "speedup_forward_backward" in figures["straightforward"][2]
     assert figures["evaluation"]["faster"] > 0
     assert figures["compile"]["compile"]
+    assert figures["host"][-1].startswith("all three: DeepSpeed's norm / ours")
     assert figures["profile"]["waits"] == "not counted: no GPU"
     assert len(figures["decoding"]["images_per_second"]) == 7
     assert figures["stream_dali"]["backend"] == "dali"
