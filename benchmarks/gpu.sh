@@ -18,8 +18,8 @@
 #     --media-type video --max-frames 4 --size 256 --output .gpu/corpora/clips
 #   python -m loaders.vocab .gpu/corpora/photos .gpu/corpora/clips --size 4000 --output .gpu/corpora/vocab.txt
 # There, in two goes (packages it lacks are unpacked into /tmp/site first: wheels and DeepSpeed, then DALI):
-#   PYTHONPATH=/tmp/site CORPORA=.gpu/corpora PARTS=a LIMIT=400 bash benchmarks/gpu.sh /tmp/gpu
-#   PYTHONPATH=/tmp/site CORPORA=.gpu/corpora PARTS=b LIMIT=280 bash benchmarks/gpu.sh /tmp/gpu
+#   PYTHONPATH=/tmp/site CORPORA=.gpu/corpora PARTS=a LIMIT=420 bash benchmarks/gpu.sh /tmp/gpu
+#   PYTHONPATH=/tmp/site CORPORA=.gpu/corpora PARTS=b LIMIT=270 bash benchmarks/gpu.sh /tmp/gpu
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-gpu}
@@ -128,17 +128,17 @@ part pretrain_large 70 "Pre-training on single frames, a large batch" \
   "${training[@]}" --corpus "$photos" --batch $large --decode cpu --ways path
 part straightforward 70 "The model against the straightforward way under autocast" \
   "$python" benchmarks/model.py --size $size --device $device --dtype $precision --trim "${model[@]}"
+part profile 70 "Where the time of a step goes, what waits for the device, cuDNN's attention" \
+  "$python" benchmarks/gpu_profile.py --size $size --precision $precision --tokenizer "$vocab" --corpus "$photos" \
+  --passes 20 --batch $batch --decode cpu --trace "$out/trace.json.gz" "${train[@]}"
 part finetune 60 "Fine-tuning on 4 frames" \
   "${training[@]}" --corpus "$videos" --batch $few --frames 4 --decode cpu --ways path
 part evaluation 60 "Re-ranking against one query at a time" "${evaluation[@]}" --gallery $gallery
 part evaluation_large 40 "Evaluation" "${evaluation[@]}" --grow $many
-part profile 70 "Where the time of a step goes, what waits for the device, cuDNN's attention" \
-  "$python" benchmarks/gpu_profile.py --size $size --precision $precision --tokenizer "$vocab" --corpus "$photos" \
-  --passes 20 --batch $batch --decode cpu --trace "$out/trace.json.gz" "${train[@]}"
 part host 60 "What a step costs the host, beside DeepSpeed's own norm" \
   "$python" benchmarks/host_time.py --precision bf16 "${host[@]}"
-part compile 100 "Pre-training on single frames under torch.compile" \
-  "${training[@]}" --corpus "$photos" --batch $batch --decode cpu --ways path --compile
+part compile 150 "Pre-training on single frames, a large batch under torch.compile" \
+  "${training[@]}" --corpus "$photos" --batch $large --decode cpu --ways path --compile
 
 load=b
 part pictures 60 "DALI's pictures against the CPU's, and while the device is busy" \

@@ -5,8 +5,9 @@
 Takes the options of benchmarks/training.py, and steps as its way `path` does. Printed, as one line of JSON:
     waits     places that waited for the device in one step: what `torch.cuda.set_sync_debug_mode("warn")` names, and
               calls of synchronize()
-    busy      share of the time in which the GPU computed, number of its gaps, kernels a step, the share of each kind of
-              kernel and the longest ones, calls of the driver that wait: from the profiler's trace of some steps
+    step_ms   a step without the profiler, which slows the host down; compare `gpu_ms` with it
+    trace     milliseconds and share of the time in which the GPU computed, number of its gaps, kernels a step, the
+              share of each kind of kernel and the longest ones, calls of the driver that wait: of some profiled steps
     cudnn     milliseconds a step with cuDNN's attention allowed and forbidden, in blocks that alternate
 Without a GPU: the operators that take the longest; the rest says so. The trace itself is written to `--trace`.
 """
@@ -88,6 +89,7 @@ def summary(events: list[Event], steps: int) -> dict[str, Any]:
     calls = Counter(event["name"] for event in events if event.get("cat") in ("cuda_runtime", "cuda_driver"))
     return {
         "ms_a_step": round(whole / steps / 1000, 2),
+        "gpu_ms": round(busy / steps / 1000, 2),
         "busy_share": round(busy / whole, 3),
         "gaps_a_step": round((len(joined) - 1) / steps),
         "kernels_a_step": round(len(kernels) / steps),
@@ -191,10 +193,11 @@ def main() -> None:
     options = parser.parse_args()
     ways, _ = training.start(options)
     ways.block("path", WARM_UP)
-    result: dict[str, Any] = {"waits": waits(ways)}
+    step_ms = ways.block("path", options.steps).clock / options.steps * 1000
+    result: dict[str, Any] = {"step_ms": round(step_ms, 2), "waits": waits(ways)}
     with tempfile.TemporaryDirectory() as folder:
         events = traced(ways, STEPS, options.trace or Path(folder) / "trace.json.gz")
-    result |= {"busy": summary(events, STEPS), "cudnn": cudnn_attention(ways, options)}
+    result |= {"trace": summary(events, STEPS), "cudnn": cudnn_attention(ways, options)}
     print(json.dumps(result))
     training.end(ways)
 

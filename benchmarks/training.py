@@ -64,6 +64,7 @@ SIZES = {
     "base": ModelConfig(),
 }
 WAYS = ("path", "engine", "plain")
+WARM_UP = {False: 2, True: 8}  # steps; compiled they have texts of several lengths, so that all is compiled
 
 
 def endless(loader: TrainLoader) -> Iterator[Batch]:
@@ -131,7 +132,7 @@ class Ways:
             [options.corpus], tokenizer, config, ranks.rank, ranks.world_size, ranks.ranks_here, device
         )
         self.batches = endless(self.loader)
-        self.waited, self.flops, self.taken = 0.0, 0, 0
+        self.waited, self.flops, self.taken, self.warmed_up = 0.0, 0, 0, 0.0
         self.device, self._keeps = device, len(options.ways) > 1
         self.kept: list[Batch] = []
         model = build_model(self.config, special_ids(tokenizer))
@@ -192,6 +193,7 @@ def figures(options: argparse.Namespace, ways: Ways, taken: dict[str, list[Secon
         name: round(pairs / statistics.median(block.clock for block in blocks), 1) for name, blocks in taken.items()
     }
     result["blocks"] = {name: [round(pairs / block.clock, 1) for block in blocks] for name, blocks in taken.items()}
+    result["warm_up_seconds"] = round(ways.warmed_up, 1)
     result["data_wait_percent"] = round(100 * ways.waited / total, 2)
     result["memory_gb"] = round(memory(ways.device) / 1e9, 2)
     result["tflops"] = round(rate / 1e12, 3)
@@ -260,9 +262,8 @@ def end(ways: Ways) -> NoReturn:
 
 
 def measure(options: argparse.Namespace, ways: Ways) -> dict[str, list[Seconds]]:
-    """Seconds of each block of each way; the first two steps of each are not counted."""
-    for way in options.ways:
-        ways.block(way, 2)
+    """Seconds of each block of each way; the first steps of each are not counted."""
+    ways.warmed_up = sum(ways.block(way, WARM_UP[options.compile]).clock for way in options.ways)
     taken: dict[str, list[Seconds]] = {way: [] for way in options.ways}
     ways.waited, ways.flops = 0.0, 0
     for block in range(options.blocks):

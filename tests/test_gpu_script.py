@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LOADS = {
     "a": [
-        "versions", "losses", "pretrain", "pretrain_large", "straightforward", "finetune", "evaluation",
-        "evaluation_large", "profile", "host", "compile",
+        "versions", "losses", "pretrain", "pretrain_large", "straightforward", "profile", "finetune", "evaluation",
+        "evaluation_large", "host", "compile",
     ],
     "b": ["pictures", "decoding", "stream_dali", "stream_cpu", "pretrain_dali", "run", "damaged"],
 }  # fmt: skip

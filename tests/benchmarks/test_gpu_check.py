@@ -1,8 +1,11 @@
 """`benchmarks/gpu_check.py`: its checks notice what they are for."""
 
+import argparse
+
 import numpy as np
 import torch
 
+from benchmarks import decoding
 from benchmarks.gpu_check import TOLERANCES, Outcome, compare, faults, race, survival
 from loaders.clips import Window
 from loaders.pixels import Clip
@@ -75,3 +78,17 @@ def test_losses_and_gradients_have_tolerances():
         found = compare(other, reference, TOLERANCES["bf16"])
         assert not found["ok"]
         assert faults({"cuda bf16": found})
+
+
+def test_a_setting_that_a_gpu_refuses_is_named_and_the_others_stand(monkeypatch):
+    def made(size, threads, batch, **settings):
+        if settings.get("hw_decoder_load") == 1:
+            raise RuntimeError("traceback\nno hardware decoder")
+        return Sound()
+
+    monkeypatch.setattr(decoding, "dali_decoder", made)
+    monkeypatch.setattr(decoding, "make_decoder", lambda *_, **__: Sound())
+    options = argparse.Namespace(size=4, hw_load=[0, 1], fancy=["on"])
+    decoders, failed = decoding.make_decoders(options, 1, [clip(1)])
+    assert list(decoders) == ["dali load 0", "cpu"]
+    assert failed == {"dali load 1": "no hardware decoder"}

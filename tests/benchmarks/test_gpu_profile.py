@@ -20,7 +20,7 @@ def test_a_trace_tells_how_busy_the_gpu_was_and_with_what():
     calls = [{"cat": "cuda_runtime", "name": name} for name in ("cudaLaunchKernel",) * 4 + ("cudaStreamSynchronize",)]
     found = summary([kernel("sm90_xmma_gemm_bf16", 0, 600), kernel("fmha_cutlassF", 800, 200), *calls], steps=2)
     assert found["busy_share"] == 0.8
-    assert found["ms_a_step"] == 0.5
+    assert (found["ms_a_step"], found["gpu_ms"]) == (0.5, 0.4)
     assert (found["launches_a_step"], found["kernels_a_step"]) == (2, 1)
     assert found["waits_a_step"] == {"cudaStreamSynchronize": 0.5}
     assert found["share_of_kinds"] == {"matrix products": 0.75, "attention": 0.25}
