@@ -34,7 +34,7 @@ if [ -n "${SMALL:-}" ]; then
   pictures=(--pixels 64 --batch 16 --images 32) decoding=(--size 64 --batch 16 --images 64 --rounds 1 --seconds 0.1)
   stream=(--size 64 --batch-size 16 --seconds 0.5) train=(--steps 2 --blocks 1) model=(--batch 4 --repeats 1)
   gallery=16 many=32 match=(--k_test 4 --repeats 1 --frames 2) run=(--batch 16 --steps 8 --k_test 4)
-  host=(--steps 3)
+  host=(--steps 3) compile=(--size least --warm-up 1 --steps 1)
 else
   "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
     echo "PyTorch finds no GPU here. SMALL=1 tries the same parts on a CPU." >&2
@@ -46,6 +46,7 @@ else
   pictures=(--batch 128) decoding=(--rounds 2 --seconds 2) stream=(--seconds 6)
   train=(--steps 30 --blocks 3 --threads 0) model=(--batch "$batch" --repeats 5)
   gallery=200 many=1000 match=(--k_test 128 --repeats 1) run=(--precision bf16) host=(--steps 40)
+  compile=(--warm-up 8)
 fi
 
 prepare() { # prepare: corpora in $corpora, drawn and packed unless they are given
@@ -138,7 +139,7 @@ part evaluation_large 40 "Evaluation" "${evaluation[@]}" --grow $many
 part host 60 "What a step costs the host, beside DeepSpeed's own norm" \
   "$python" benchmarks/host_time.py --precision bf16 "${host[@]}"
 part compile 150 "Pre-training on single frames, a large batch under torch.compile" \
-  "${training[@]}" --corpus "$photos" --batch $large --decode cpu --ways path --compile
+  "${training[@]}" --corpus "$photos" --batch $large --decode cpu --ways path --compile "${compile[@]}"
 
 load=b
 part pictures 60 "DALI's pictures against the CPU's, and while the device is busy" \

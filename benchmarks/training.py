@@ -56,6 +56,11 @@ from train.schedule import Schedule
 from train.step import Stepper, without_padding
 
 SIZES = {
+    "least": ModelConfig(  # a layer of each kind, soon compiled
+        vision_encoder=VisionConfig(width=64, depth=1, heads=1),
+        text_encoder=TextConfig(width=64, layers=2, fusion_layer=1, heads=1, intermediate=64, max_positions=64),
+        image_res=32,
+    ),
     "tiny": ModelConfig(
         vision_encoder=VisionConfig(width=192, depth=4, heads=3),
         text_encoder=TextConfig(width=192, layers=4, fusion_layer=2, heads=3, intermediate=768, max_positions=64),
@@ -64,7 +69,6 @@ SIZES = {
     "base": ModelConfig(),
 }
 WAYS = ("path", "engine", "plain")
-WARM_UP = {False: 2, True: 8}  # steps; compiled they have texts of several lengths, so that all is compiled
 
 
 def endless(loader: TrainLoader) -> Iterator[Batch]:
@@ -76,7 +80,7 @@ def endless(loader: TrainLoader) -> Iterator[Batch]:
 def model_size(options: argparse.Namespace, tokenizer: Tokenizer) -> ModelConfig:
     """The model of `--size`, temporal where clips have several frames; base keeps BERT's number of words."""
     size = SIZES[options.size]
-    words = tokenizer.vocab_size if options.size == "tiny" else size.text_encoder.vocab_size
+    words = size.text_encoder.vocab_size if options.size == "base" else tokenizer.vocab_size
     size.text_encoder.vocab_size = max(words, tokenizer.vocab_size)
     if options.frames == 1:
         return size
@@ -231,10 +235,13 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--batch", type=int, default=32, help="pairs a rank (default: %(default)s)")
     result.add_argument("--precision", choices=DTYPES, default="fp32")
     result.add_argument("--deepspeed", default="deepspeed_configs/zero1.json")
-    result.add_argument("--compile", action="store_true", help="the step of path and engine by torch.compile")
+    result.add_argument(
+        "--compile", action="store_true", help="path and engine by torch.compile; warm up over all text lengths"
+    )
     result.add_argument("--decode", choices=BACKENDS, default="auto", help="(default: %(default)s)")
     result.add_argument("--threads", type=int, default=1, help="decoding threads, 0: the cores (default: %(default)s)")
     result.add_argument("--passes", type=float, default=1, help="over the corpus an epoch (default: %(default)s)")
+    result.add_argument("--warm-up", type=int, default=2, help="steps before (default: %(default)s); see --compile")
     result.add_argument("--steps", type=int, default=8, help="of a block (default: %(default)s)")
     result.add_argument("--blocks", type=int, default=7, help="of each way (default: %(default)s)")
     result.add_argument("--frames", type=int, default=1, help="of a clip (default: %(default)s)")
@@ -263,7 +270,7 @@ def end(ways: Ways) -> NoReturn:
 
 def measure(options: argparse.Namespace, ways: Ways) -> dict[str, list[Seconds]]:
     """Seconds of each block of each way; the first steps of each are not counted."""
-    ways.warmed_up = sum(ways.block(way, WARM_UP[options.compile]).clock for way in options.ways)
+    ways.warmed_up = sum(ways.block(way, options.warm_up).clock for way in options.ways)
     taken: dict[str, list[Seconds]] = {way: [] for way in options.ways}
     ways.waited, ways.flops = 0.0, 0
     for block in range(options.blocks):
