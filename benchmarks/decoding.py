@@ -4,7 +4,7 @@
     python benchmarks/decoding.py data/photos --hw-load 0 0.65 1 --fancy on off      settings of DALI's decoder on a GPU
 
 Without a GPU DALI's graph runs on the CPU. Printed, as JSON: images/s of each, in rounds that alternate, and by how
-many grey levels of 255 their pictures differ. Batches are decoded `--at-once` at a time, as the loader does. Exit code
+many grey levels of 255 their pictures differ. Several batches are decoded at once, as the loader does. Exit code
 1 where the mean difference is more than two grey levels with fancy upsampling, which the CPU uses too.
 """
 
@@ -28,7 +28,7 @@ import torch
 
 from loaders.clips import BadSampleError, Window
 from loaders.config import LoaderConfig
-from loaders.decoding import Decoder, make_decoder, usable_threads
+from loaders.decoding import BATCHES_AT_ONCE, Decoder, make_decoder, usable_threads
 from loaders.evaluation import VisualSet
 from loaders.pixels import Clip
 
@@ -55,10 +55,10 @@ def read_clips(url: str, count: int) -> list[Clip]:
     return clips
 
 
-def rate(decoder: Decoder, batches: list[list[Clip]], seconds: float, at_once: int) -> float:
-    """Images a second over about that many seconds, so many batches at the same time."""
+def rate(decoder: Decoder, batches: list[list[Clip]], seconds: float) -> float:
+    """Images a second over about that many seconds, as many batches at a time as the loader makes."""
     began, done = time.perf_counter(), 0
-    with ThreadPoolExecutor(at_once) as pool:
+    with ThreadPoolExecutor(BATCHES_AT_ONCE) as pool:
         while not done or time.perf_counter() - began < seconds:
             done += sum(len(frames) for frames, _ in pool.map(decoder.decode, batches))
     if torch.cuda.is_available():
@@ -77,19 +77,33 @@ def deviation(dali: Decoder, cpu: Decoder, batches: list[list[Clip]]) -> dict[st
     return {"largest": largest, "mean": round(total / count, 4)}
 
 
-def dali_decoder(size: int, threads: int, batch: list[Clip], **settings: Any) -> Decoder:
-    """A DALI decoder, its pipeline built for batches like `batch`, whose image decoder has these settings."""
+def dali_decoder(size: int, threads: int, batch: list[Clip], load: float | None = None, fancy: bool = True) -> Decoder:
+    """A DALI decoder, its pipelines built for batches like `batch`.
+
+    load: share of the GPU's JPEG engines, None: the loader's; fancy: whether chroma is upsampled smoothly.
+    """
     from nvidia.dali import fn
+
+    from loaders.dali import DaliDecoder
 
     plain = fn.decoders.image_slice
 
-    def with_settings(*inputs: Any, **keywords: Any) -> Any:
-        return plain(*inputs, **(keywords | settings))
+    def with_upsampling(*inputs: Any, **settings: Any) -> Any:
+        return plain(*inputs, **(settings | {"jpeg_fancy_upsampling": fancy}))
 
-    with mock.patch.object(fn.decoders, "image_slice", with_settings):
-        decoder = make_decoder("dali", size, threads, antialias=False)
-        decoder.decode(batch)
+    number = torch.cuda.current_device() if torch.cuda.is_available() else None
+    loads = {} if load is None else {"hw_decoder_load": load}
+    with mock.patch.object(fn.decoders, "image_slice", with_upsampling):
+        decoder = DaliDecoder(size, threads, False, number, **loads)
+        with ThreadPoolExecutor(BATCHES_AT_ONCE) as pool:  # all at once, so that each pipeline is built
+            list(pool.map(decoder.decode, [batch] * BATCHES_AT_ONCE))
     return decoder
+
+
+def cpu_decoder(size: int, threads: int) -> Decoder:
+    """The CPU's processes, as a run has them."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return make_decoder("cpu", size, threads, antialias=False, device=device)
 
 
 def make_decoders(
@@ -98,13 +112,12 @@ def make_decoders(
     """Name -> decoder: each setting of DALI's, and the CPU's processes; and why a GPU does not do a setting."""
     result, failed = {}, {}
     for load, fancy in itertools.product(options.hw_load or [None], options.fancy):
-        settings = {"jpeg_fancy_upsampling": fancy == "on"} | ({} if load is None else {"hw_decoder_load": load})
         name = "dali" + ("" if load is None else f" load {load:g}") + ("" if fancy == "on" else " plain upsampling")
         try:
-            result[name] = dali_decoder(options.size, threads, largest, **settings)
+            result[name] = dali_decoder(options.size, threads, largest, load, fancy == "on")
         except RuntimeError as error:
             failed[name] = str(error).strip().splitlines()[-1]
-    return result | {"cpu": make_decoder("cpu", options.size, threads, antialias=False)}, failed
+    return result | {"cpu": cpu_decoder(options.size, threads)}, failed
 
 
 def measure(
@@ -114,7 +127,7 @@ def measure(
     rates: dict[str, list[float]] = {name: [] for name in decoders}
     for number in range(options.rounds):
         for name in list(decoders)[:: -1 if number % 2 else 1]:
-            rates[name].append(rate(decoders[name], batches, options.seconds, options.at_once))
+            rates[name].append(rate(decoders[name], batches, options.seconds))
     return rates
 
 
@@ -129,7 +142,6 @@ def main() -> int:
     parser.add_argument(
         "--fancy", nargs="+", choices=("on", "off"), default=["on"], help="chroma upsampling, each tried"
     )
-    parser.add_argument("--at-once", type=int, default=2, help="batches (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="of each (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=2.0, help="of a round (default: %(default)s)")
     options = parser.parse_args()

@@ -30,9 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.decoding import LARGEST_MEAN, dali_decoder, deviation, read_clips
+from benchmarks.decoding import LARGEST_MEAN, cpu_decoder, dali_decoder, deviation, read_clips
 from benchmarks.model import SIZES, make_batch, ours
-from loaders.decoding import Decoder, make_decoder, usable_threads
+from loaders.decoding import Decoder, usable_threads
 from loaders.pixels import Clip
 from model.singularity import Singularity
 from train.devices import driver_version
@@ -159,7 +159,7 @@ def pictures(options: argparse.Namespace) -> dict[str, Any]:
     if len(batches) < 2 or len(batches[-1]) < options.batch:
         batches = batches[:-1] if len(batches) > 2 else [clips[: len(clips) // 2], clips[len(clips) // 2 :]]
     threads = usable_threads(0, 1)
-    dali, cpu = dali_decoder(options.pixels, threads, batches[0]), make_decoder("cpu", options.pixels, threads, False)
+    dali, cpu = dali_decoder(options.pixels, threads, batches[0]), cpu_decoder(options.pixels, threads)
     grey = deviation(dali, cpu, batches)
     on_gpu = torch.cuda.is_available()
     busy = (lambda: torch.cuda._sleep(SLEEP_CYCLES)) if on_gpu else (lambda: None)

@@ -81,13 +81,13 @@ def test_losses_and_gradients_have_tolerances():
 
 
 def test_a_setting_that_a_gpu_refuses_is_named_and_the_others_stand(monkeypatch):
-    def made(size, threads, batch, **settings):
-        if settings.get("hw_decoder_load") == 1:
+    def made(size, threads, batch, load, fancy):
+        if load == 1:
             raise RuntimeError("traceback\nno hardware decoder")
         return Sound()
 
     monkeypatch.setattr(decoding, "dali_decoder", made)
-    monkeypatch.setattr(decoding, "make_decoder", lambda *_, **__: Sound())
+    monkeypatch.setattr(decoding, "cpu_decoder", lambda *_: Sound())
     options = argparse.Namespace(size=4, hw_load=[0, 1], fancy=["on"])
     decoders, failed = decoding.make_decoders(options, 1, [clip(1)])
     assert list(decoders) == ["dali load 0", "cpu"]
