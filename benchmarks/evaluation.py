@@ -34,6 +34,7 @@ from eval.features import TextFeatures, VisualFeatures, collect_visuals, encode_
 from eval.ranking import top_k_mask
 from eval.retrieval import NOT_RERANKED, Scores, score
 from model.singularity import Singularity
+from train.devices import choose_kernels
 from train.engine import DTYPES
 
 
@@ -203,6 +204,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the model (default: %(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    choose_kernels(deterministic=False)
     with torch.inference_mode():
         for size in options.grow or []:
             print(json.dumps(grow(options, size)), flush=True)

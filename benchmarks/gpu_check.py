@@ -35,7 +35,7 @@ from benchmarks.model import SIZES, make_batch, ours
 from loaders.decoding import Decoder, usable_threads
 from loaders.pixels import Clip
 from model.singularity import Singularity
-from train.devices import driver_version
+from train.devices import choose_kernels, driver_version
 
 PACKAGES = (
     "torch", "triton", "deepspeed", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "timm", "transformers", "numpy",
@@ -121,6 +121,7 @@ def compare(found: Outcome, reference: Outcome, tolerance: Tolerance) -> dict[st
 
 def losses(options: argparse.Namespace) -> dict[str, Any]:
     """Losses and gradients of one batch, on the CPU in fp32 and on the device in each precision."""
+    choose_kernels(deterministic=False)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     device = "cuda" if torch.cuda.is_available() else "cpu"
     reference = outcome(options, "cpu", torch.float32)

@@ -156,7 +156,7 @@ def noted_waits() -> Iterator[Counter[str]]:
             for patch in patches:
                 patch.stop()
     for warning in told:
-        if "synchronizing" in str(warning.message):
+        if "called a synchronizing CUDA operation" in str(warning.message):
             found[f"{shortened(warning.filename)}:{warning.lineno}"] += 1
 
 

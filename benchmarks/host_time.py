@@ -26,7 +26,7 @@ import torch
 from model.config import ModelConfig, TextConfig, VisionConfig
 from model.singularity import Singularity
 from train.config import OptimizerConfig, RunConfig
-from train.devices import device_for, start_processes
+from train.devices import choose_kernels, device_for, start_processes
 from train.engine import deepspeed_config, start_engine
 from train.guard import StepGuard
 from train.ranks import ranks_from_environment
@@ -84,6 +84,7 @@ def main() -> int:
     parser.add_argument("--deepspeed", default="deepspeed_configs/zero1.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    choose_kernels(deterministic=False)
     start_processes(device_for(ranks_from_environment()))
     engines = {"ours": Engine(options, {}), "DeepSpeed's norm": Engine(options, OTHERS)}
     for number in range(options.steps + 5):

@@ -31,6 +31,7 @@ from model.flops import layer_flops, step_flops
 from model.losses import contrastive_loss, contrastive_targets, matching_loss, word_loss
 from model.singularity import Draws, Singularity
 from model.text import additive_mask
+from train.devices import choose_kernels
 from train.figures import peak_flops
 
 SIZES = {
@@ -289,6 +290,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("ours", "straightforward"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    choose_kernels(deterministic=False)
     compare(options, [way for way in ("straightforward", "ours") if options.only in (None, way)])
 
 
