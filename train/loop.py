@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
-from importlib.metadata import version
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -145,7 +145,9 @@ class Trainer:
     def _resume(self) -> TrainingState:
         found = complete_checkpoints(self.folder.checkpoints) if self.ranks.is_first else []
         name = share(str(found[-1]) if found else "", self.ranks.world_size)
-        packages = {package: version(package) for package in ("torch", "deepspeed", "timm", "transformers")}
+        # Of the modules themselves: a package that was copied without its metadata has no other version.
+        names = ("torch", "deepspeed", "timm", "transformers")
+        packages = {name: str(import_module(name).__version__) for name in names}
         if not name:
             return TrainingState(world_size=self.ranks.world_size, versions=packages)
         path = self.folder.checkpoints / os.path.basename(name)
