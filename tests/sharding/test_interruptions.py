@@ -121,7 +121,7 @@ def test_control_c_ends_at_once_with_one_line(photos: Path, tmp_path: Path, wait
     time.sleep(wait)
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=20)
-    assert process.returncode == 130
+    assert process.returncode == 130, errors
     assert "interrupted: run the same command again" in errors
     assert "Traceback" not in errors
     assert not (tmp_path / "out" / "corpus.json").exists()
