@@ -24,6 +24,7 @@ from model.torchvision_cpu import (
 )
 
 TIMM_RANGE = 0.02
+ROW = 8  # elements: a mask's rows are as long as a multiple of it, in memory
 VISION_TYPES = ("beit", "vit", "deit")
 _HALF = (0.5, 0.5, 0.5)
 PIXEL_STATISTICS = {  # mean and standard deviation of the pixels in [0, 1] that the published weights expect
@@ -148,6 +149,7 @@ class FrameEncoder(nn.Module):
     """Frames, each by itself, to the tokens that the fusion layers see and one pooled vector."""
 
     transformer: Any
+    _bias_index: torch.Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -163,6 +165,9 @@ class FrameEncoder(nn.Module):
             if type(attention) is BeitAttention and attention.relative_position_bias_table is not None:
                 attention.__class__ = GivenBiasAttention  # timm's blocks take no class of their attention
                 self._biased.append(attention)
+        if self._biased:  # (L, R): a GPU's attention takes masks of stride 1 whose rows begin at multiples of 16 bytes
+            index = self._biased[0].relative_position_index
+            self.register_buffer("_bias_index", functional.pad(index, (0, -len(index) % ROW)), persistent=False)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (N, 3, H, W) to tokens (N, L, D) and pooled vectors (N, D).
@@ -203,9 +208,10 @@ class FrameEncoder(nn.Module):
         tables: list[torch.Tensor] = [attention.relative_position_bias_table for attention in self._biased]
         if not tables or self.transformer.grad_checkpointing or hasattr(tables[0], "ds_id"):
             return ()
-        index: torch.Tensor = self._biased[0].relative_position_index  # (L, L)
-        rows = functional.embedding(index.flatten(), torch.cat(tables, 1))  # (L·L, layers·H)
-        return rows.T.reshape(len(tables), 1, -1, *index.shape).unbind(0)
+        length, row = self._bias_index.shape
+        rows = functional.embedding(self._bias_index.flatten(), torch.cat(tables, 1))  # (L·R, layers·H)
+        biases = rows.T.contiguous().view(len(tables), 1, -1, length, row)
+        return biases[..., :length].unbind(0)
 
     def _choose_attention(self, images: torch.Tensor) -> None:
         """Fused attention but for training on a CPU with BEiT's bias or in half precision.

@@ -25,7 +25,7 @@ from train.step import Stepper, without_padding
 PAIRS, WORDS = 8, 13
 # Kernels of the published model's forward and backward pass, attention counted as one each. A change that needs more
 # has to show that it is worth it.
-BUDGET = {"image": (662, 956), "video": (701, 1016), "qa": (632, 914)}
+BUDGET = {"image": (663, 956), "video": (702, 1016), "qa": (633, 914)}
 STEP_BUDGET = 48  # of the optimiser's step, two groups of parameters
 
 

@@ -59,10 +59,16 @@ class Calls(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function is functional.scaled_dot_product_attention and self.device == "meta":
+            self.check_mask(kwargs.get("attn_mask"))
             return OneKernel.apply(*args[:3], self.kernels)
         if self.waits(function, args, kwargs):
             self.found.append(f"{getattr(function, '__name__', function)} in {caller()}")
         return function(*args, **kwargs)
+
+    def check_mask(self, mask) -> None:
+        """Note a mask that no fused kernel of a GPU takes as it is; PyTorch falls back to plain operators silently."""
+        if mask is not None and mask.stride(-1) != 1:
+            self.found.append(f"a mask of strides {mask.stride()} in {caller()}")
 
     def waits(self, function, args, kwargs) -> bool:
         if function in FROM_NUMBERS:
