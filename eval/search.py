@@ -23,6 +23,7 @@ from eval.gallery import strip
 from eval.ranking import top_items
 from eval.search_page import serve
 from loaders.config import LoaderConfig, VideoInput
+from loaders.decoding import usual_device
 from loaders.evaluation import VisualSet
 from loaders.text import Tokenizer, clean_text
 from model.checkpoint import load_model, resolve_weights
@@ -179,7 +180,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--output", default="hits.jpg", metavar="FILE", help="contact sheet (default: %(default)s)")
     result.add_argument("--tokenizer", metavar="VOCAB", help="vocabulary, where the checkpoint brings none")
     result.add_argument("--cache", type=Path, metavar="FOLDER", help=f"encoded visuals (default: {default_cache()})")
-    result.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    result.add_argument("--device", default=usual_device(), help="default: %(default)s")
     result.add_argument("--serve", action="store_true", help="a web page to search with, until Ctrl-C")
     result.add_argument("--host", default="127.0.0.1", help="address of the web page (default: %(default)s)")
     result.add_argument("--port", type=int, default=8765, help="its port; 0: any free one (default: %(default)s)")

@@ -14,7 +14,7 @@ import simplejpeg
 import torch
 
 from loaders.clips import Window
-from loaders.decoding import CpuDecoder, Decoder
+from loaders.decoding import CpuDecoder, Decoder, make_decoder
 from loaders.pixels import Clip
 
 SHOWN = 224
@@ -42,12 +42,12 @@ def main() -> None:
     levels = _difference(decoded(CpuDecoder(SHOWN, 1), clip), pixels[rows, columns])
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
         try:
-            from loaders.dali import DaliDecoder
-        except (ImportError, OSError) as error:
-            fallback = f"DALI cannot be imported: {' '.join(str(error).split())}"
+            dali = make_decoder("dali", SHOWN, 1, False, torch.device("cuda", 0))
+        except ValueError as error:
+            fallback = " ".join(str(error).split())
         else:
             backend = "dali"
-            levels = _difference(decoded(DaliDecoder(SHOWN, 1, False, 0), clip), decoded(CpuDecoder(SHOWN, 1), clip))
+            levels = _difference(decoded(dali, clip), decoded(CpuDecoder(SHOWN, 1), clip))
     sys.stdout.write(json.dumps({"backend": backend, "levels": levels, "fallback": fallback}) + "\n")
     sys.stdout.flush()
     os._exit(0)

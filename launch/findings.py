@@ -54,7 +54,7 @@ def compare(check: str, values: Mapping[str, Any], advice: str) -> list[Finding]
 
 def versions(facts: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
     """Python and packages that are not everywhere the same."""
-    advice = "install the same environment on every host (constraints.txt), or put it on a shared file system"
+    advice = "install the same environment on every host (`make`), or put it on a shared file system"
     names = {"python"} | {name for fact in facts.values() for name in fact["versions"]}
     found: list[Finding] = []
     for name in sorted(names):
@@ -112,7 +112,7 @@ def _dali(host: str, fact: Mapping[str, Any]) -> list[Finding]:
     text = f"{built[0]} beside a PyTorch for CUDA {cuda}"
     if 0 < driver < needed:
         return [Finding("DALI", host, BAD, f"{text}; CUDA {major} needs driver {needed} or newer", install)]
-    return [Finding("DALI", host, WARNING, f"{text}, which are not tested together", install)]
+    return [Finding("DALI", host, WARNING, f"{text}: decode=dali is refused, decode=auto uses the CPU", install)]
 
 
 def decoding(answers: Mapping[str, Mapping[str, Any]]) -> list[Finding]:

@@ -250,8 +250,11 @@ def _version(name: str) -> str:
 
 
 def _gpus() -> list[str]:
+    """The GPUs that a run would use."""
     import torch
 
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return []
     return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
 
 

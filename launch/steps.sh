@@ -3,9 +3,14 @@
 mkdir -p "$out/steps"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
 
-# Two processes on a CPU, one a GPU where there are any. A port of its own, so that two chains can run on one machine.
+# Two processes on a CPU, one a GPU where there are any, also such as PyTorch cannot use: the first command says why. A
+# port of its own, so that two chains can run on one machine.
 port=$((20000 + RANDOM % 12000))
-if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then
+has_gpu() {
+  [ "${DS_ACCELERATOR:-}" != cpu ] && [[ ! "${CUDA_VISIBLE_DEVICES-0}" =~ ^(-1)?$ ]] &&
+    { compgen -G '/dev/nvidia[0-9]*' || nvidia-smi -L | grep GPU; } >/dev/null 2>&1
+}
+if has_gpu; then
   ds=(deepspeed --master_port "$port")
 else
   export DS_ACCELERATOR=cpu

@@ -54,6 +54,9 @@ class AutoDecoder:
             self._running[decoder.name] += 1
         try:
             return decoder.decode(clips)
+        except RuntimeError as error:
+            if not self._gives_up_dali(decoder, error):
+                raise
         finally:
             with self._lock:
                 self._running[decoder.name] -= 1
@@ -61,6 +64,22 @@ class AutoDecoder:
                 self._loser = None if unused is not None else self._loser
             if unused is not None:
                 unused.close()
+        return self._order[0].decode(clips)
+
+    def _gives_up_dali(self, decoder: Decoder, error: RuntimeError) -> bool:
+        """Whether an error of a decoder only means that the CPU path decodes: DALI's, while both are tried.
+
+        As a rule the GPU has not enough memory for DALI beside training. An error of a broken device comes back at the
+        next training step.
+        """
+        cpu, dali = self._order
+        with self._lock:
+            if decoder is not dali or self._chosen is dali:
+                return False
+            if self._chosen is None:
+                log.warning("decode=auto: images are decoded on the CPU from here on, because %s", error)
+                self._chosen, self._loser = cpu, dali
+        return True
 
     def _next(self) -> Decoder:
         """The decoder of the next batch."""

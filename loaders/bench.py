@@ -20,7 +20,7 @@ import torch
 
 from loaders.batch import Batch, normalize
 from loaders.config import LoaderConfig, PerMedia, VideoInput
-from loaders.decoding import usable_threads
+from loaders.decoding import usable_threads, usual_device
 from loaders.storage import CorpusReader
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader
@@ -80,10 +80,11 @@ def measure(
         learn_from_texts(list(islice(texts, TEXTS_TO_LEARN_FROM)), 2000, Path(folder) / "vocab.txt")
         tokenizer = Tokenizer.load(folder)
     learned = time.perf_counter() - started
-    loader = TrainLoader(corpora, tokenizer, config, device=device())
+    loader = TrainLoader(corpora, tokenizer, config, device=usual_device())
     try:
         next(iter(loader))
         first = time.perf_counter() - started - learned
+        settle(loader)
         figures = take_batches(loader, seconds, first, step_seconds)
     finally:
         loader.close()
@@ -96,6 +97,14 @@ def measure(
         shown_size=config.image_res,
     )
     return figures, setup
+
+
+def settle(loader: TrainLoader) -> None:
+    """Take batches until decode=auto has chosen a decoder: those of its trial are of both."""
+    while loader.decoder.name == "auto":
+        for _ in loader:
+            if loader.decoder.name != "auto":
+                break
 
 
 def take_batches(loader: TrainLoader, seconds: float, first_batch_seconds: float, step_seconds: float) -> Figures:
@@ -143,16 +152,10 @@ def cpu_seconds() -> float:
     return total
 
 
-def device() -> str:
-    """Where a run would compute."""
-    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-    return "cuda" if on_gpu else "cpu"
-
-
 def step(batch: Batch, seconds: float) -> None:
     """What stands for a training step: the bytes made pixels on the device, then a wait."""
     if seconds:
-        normalize(batch.to(device()).frames, HALF, HALF, torch.bfloat16)
+        normalize(batch.to(usual_device()).frames, HALF, HALF, torch.bfloat16)
         time.sleep(seconds)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import simplejpeg
 import torch
 from nvidia.dali import Pipeline
+from nvidia.dali.backend import ReleaseUnusedMemory
 
 from loaders.clips import BadSampleError, Window
 from loaders.dali_graph import CopyStream, GraphSettings, build_pipeline, feed
@@ -81,9 +82,10 @@ class DaliDecoder:
             self._free.put(worker)
 
     def close(self) -> None:
-        """See Decoder."""
+        """See Decoder; DALI's pools give what they no longer use back to the GPU."""
         for worker in self._workers:
             worker.close()
+        ReleaseUnusedMemory()
 
 
 class DaliWorker:

@@ -117,13 +117,15 @@ def _match_block(
     frames, device = tokens.shape[1], tokens.device
     keys = model.visual_keys(tokens.flatten(0, 1))  # of B·F sources
     step = max(1, pairs_at_once // (GROUP * frames))
+    # Brought over once: each time the host would wait for the device.
+    all_visuals, all_texts = (torch.from_numpy(part).to(device) for part in (groups.visuals, groups.texts))
     scores = []
     for start in range(0, len(groups.visuals), step):
         batch = slice(start, start + step)
         length = max(1, int(groups.longest[batch].max()))
-        visuals = torch.from_numpy(groups.visuals[batch]).to(device)
+        visuals = all_visuals[batch]
         sources = (visuals[:, None] * frames + torch.arange(frames, device=device)).flatten()  # (n·F,)
-        chosen = torch.from_numpy(groups.texts[batch].T.copy()).to(device)  # (GROUP, n)
+        chosen = all_texts[batch].T  # (GROUP, n)
         rows = chosen[:, :, None].expand(-1, -1, frames).flatten()  # pair g·(n·F) + source
         logits = model.match_attended(
             attended[rows, :length], mask[rows, :length], tuple((k[sources], v[sources]) for k, v in keys)

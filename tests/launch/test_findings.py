@@ -73,7 +73,7 @@ def test_a_gpu_that_pytorch_cannot_use_is_told_with_the_remedy():
     [
         ((), "13.0", "580.65", WARNING, "not installed: the CPU decodes"),
         (("nvidia-dali-cuda120",), "12.8", "550.54", OK, "nvidia-dali-cuda120"),
-        (("nvidia-dali-cuda120",), "13.0", "580.65", WARNING, "beside a PyTorch for CUDA 13, which are not tested"),
+        (("nvidia-dali-cuda120",), "13.0", "580.65", WARNING, "beside a PyTorch for CUDA 13: decode=dali is refused"),
         (("nvidia-dali-cuda130",), "12.8", "550.54", BAD, "for CUDA 12; CUDA 13 needs driver 580 or newer"),
         (("nvidia-dali-cuda130",), "12.8", "", WARNING, "beside a PyTorch for CUDA 12"),
         (("nvidia-dali-cuda120", "nvidia-dali-cuda130"), "13.0", "580.65", BAD, "overwrite each other's files"),

@@ -108,14 +108,31 @@ def test_the_loser_is_closed_when_its_last_batch_is_done() -> None:
     assert dali.closed
 
 
-def test_an_error_of_either_is_not_hidden() -> None:
-    """Training would meet a broken device at its next step all the same."""
+def failing(clips):
+    raise RuntimeError("DALI fails on cuda:0: out of memory")
+
+
+def test_a_dali_that_fails_while_both_are_tried_gives_way_to_the_cpu(caplog) -> None:
     clock = Clock()
-    dali = Fake("dali", clock, 0.1)
-    dali.decode = lambda clips: (_ for _ in ()).throw(RuntimeError("CUDA"))  # type: ignore[method-assign]
-    auto = AutoDecoder(Fake("cpu", clock, 0.1), dali, clock)
+    cpu, dali = Fake("cpu", clock, 0.1), Fake("dali", clock, 0.1)
+    auto = AutoDecoder(cpu, dali, clock)
     run(auto, clock, TURN)
-    with pytest.raises(RuntimeError, match="CUDA"):
+    dali.decode = failing  # type: ignore[method-assign]
+    run(auto, clock, 3)
+    assert auto.name == "cpu"
+    assert cpu.batches == TURN + 3  # the batch that failed among them
+    assert dali.closed
+    assert [line for line in caplog.messages if "on the CPU from here on, because DALI fails on cuda:0" in line]
+
+
+@pytest.mark.parametrize("winner", ["cpu", "dali"])
+def test_an_error_of_the_chosen_one_is_not_hidden(winner) -> None:
+    clock = Clock()
+    cpu, dali = (Fake(name, clock, 0.1 if name == winner else 0.2) for name in ("cpu", "dali"))
+    auto = AutoDecoder(cpu, dali, clock)
+    run(auto, clock, TURN * TURNS + 1)
+    (cpu if winner == "cpu" else dali).decode = failing  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="out of memory"):
         auto.decode([])
 
 

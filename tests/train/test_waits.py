@@ -18,6 +18,7 @@ from loaders.batch import Answers, Batch
 from model.answering import SingularityQA
 from model.config import AnswerDecoderConfig, ModelConfig, TemporalConfig, TextConfig, VisionConfig
 from model.singularity import Singularity
+from train.guard import StepGuard, gradient_norm
 from train.loss_scale import LossScale
 from train.schedule import Schedule
 from train.step import Stepper, without_padding
@@ -157,6 +158,22 @@ def test_nothing_of_the_engine_waits(zero, precision, monkeypatch):
     # The small model itself runs on the CPU here: reading its shapes and drawing its batch is not the engine's doing.
     assert waits == []
     assert [wait for wait in found if "tests/" not in wait] == []
+
+
+@pytest.mark.usefixtures("one_process")
+def test_clipping_and_skipping_wait_for_nothing():
+    """StepGuard's own part of the optimiser's step, with the gradient on the device."""
+    weights = torch.nn.Parameter(torch.ones(8, device="meta"))
+    weights.grad = torch.ones_like(weights)
+    optimizer = SimpleNamespace(param_groups=[{"params": [weights]}])
+    guard = StepGuard.__new__(StepGuard)
+    guard._max_grad_norm, guard._partitioned = 1.0, True
+    with watched("meta") as (found, _):
+        guard._measured = gradient_norm([torch.ones(8, dtype=torch.bfloat16, device="meta")] * 3) / 1.0
+        guard._before_update(optimizer)
+    assert found == []
+    assert guard.norm.dtype == torch.float32
+    assert optimizer.found_inf.device.type == "meta"
 
 
 def test_the_watch_sees_what_waits():
