@@ -12,7 +12,7 @@ import numpy as np
 import simplejpeg
 import torch
 from nvidia.dali import Pipeline
-from nvidia.dali.backend import ReleaseUnusedMemory
+from nvidia.dali.backend import ReleaseUnusedMemory  # type: ignore[attr-defined]
 
 from loaders.clips import BadSampleError, Window
 from loaders.dali_graph import CopyStream, GraphSettings, build_pipeline, feed
