@@ -1,6 +1,7 @@
 """A tiny model in DeepSpeed's engine, in the process of the test, and steps of it."""
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from small_run import ROOT
 
 from model.config import ModelConfig, TextConfig, VisionConfig
@@ -23,7 +24,11 @@ SMALL = ModelConfig(
 
 
 def make(zero, precision, model=SMALL, **settings):
-    """An engine under deepspeed_configs/ZERO.json, and its guard."""
+    """An engine under deepspeed_configs/ZERO.json, and its guard; fp16 also on processors that only emulate it."""
+    if precision == "fp16":
+        accelerator = type(get_accelerator())
+        accelerator.is_fp16_supported = lambda _: True
+        accelerator.supported_dtypes = lambda _: [torch.float, torch.half, torch.bfloat16]
     run = RunConfig(
         deepspeed=str(ROOT / f"deepspeed_configs/{zero}.json"), precision=precision, **settings,
         optimizer=OptimizerConfig(lr=1e-2, max_grad_norm=1.0),
