@@ -164,7 +164,7 @@ reserve=0
 part damaged 40 "Damaged images" "${check[@]}" damaged "$photos" "${pictures[@]}"
 
 load=a
-part compile 150 "Pre-training on single frames, a large batch under torch.compile" \
+part compile 240 "Pre-training on single frames, a large batch under torch.compile" \
   "${training[@]}" --corpus "$photos" --batch $large --decode cpu --ways path --compile "${compile[@]}"
 
 [ -s "$out/parts.tsv" ] || {
