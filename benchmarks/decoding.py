@@ -131,20 +131,25 @@ def measure(
     return rates
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("corpus", metavar="URL", help="a packed corpus")
-    parser.add_argument("--size", type=int, default=224, help="pixels of a picture as shown (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=128, help="images at once (default: %(default)s)")
-    parser.add_argument("--images", type=int, default=1024, help="of the corpus (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=0, help="(default: the cores)")
-    parser.add_argument("--hw-load", type=float, nargs="+", help="shares for the GPU's JPEG engine, each tried")
-    parser.add_argument(
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("corpus", metavar="URL", help="a packed corpus")
+    result.add_argument("--size", type=int, default=224, help="pixels of a picture as shown (default: %(default)s)")
+    result.add_argument("--batch", type=int, default=128, help="images at once (default: %(default)s)")
+    result.add_argument("--images", type=int, default=1024, help="of the corpus (default: %(default)s)")
+    result.add_argument("--threads", type=int, default=0, help="(default: the cores)")
+    result.add_argument("--hw-load", type=float, nargs="+", help="shares for the GPU's JPEG engine, each tried")
+    result.add_argument(
         "--fancy", nargs="+", choices=("on", "off"), default=["on"], help="chroma upsampling, each tried"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="of each (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of a round (default: %(default)s)")
-    options = parser.parse_args()
+    result.add_argument("--rounds", type=int, default=5, help="of each (default: %(default)s)")
+    result.add_argument("--seconds", type=float, default=2.0, help="of a round (default: %(default)s)")
+    return result
+
+
+def main() -> int:
+    options = parser().parse_args()
     clips = read_clips(options.corpus, options.images)
     batches = [clips[first : first + options.batch] for first in range(0, len(clips), options.batch)]
     threads = usable_threads(options.threads, 1)

@@ -188,21 +188,26 @@ def grow(options: argparse.Namespace, size: int) -> dict[str, Any]:
     }
 
 
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--size", choices=SIZES, default="tiny")
+    result.add_argument("--gallery", type=int, default=1000, help="clips, and as many texts")
+    result.add_argument("--grow", type=int, nargs="+", metavar="GALLERY", help="ours alone, ascending sizes")
+    result.add_argument("--k_test", type=int, default=128)
+    result.add_argument("--frames", type=int, default=4)
+    result.add_argument("--length", type=int, default=32, help="tokens that texts are padded to")
+    result.add_argument("--words", type=float, default=12, help="mean tokens of a text")
+    result.add_argument("--batch", type=int, default=32, help="clips encoded at once")
+    result.add_argument("--pairs", type=int, default=EvalConfig.pair_batch_size)
+    result.add_argument("--repeats", type=int, default=3)
+    result.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    result.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the model (default: %(default)s)")
+    return result
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="tiny")
-    parser.add_argument("--gallery", type=int, default=1000, help="clips, and as many texts")
-    parser.add_argument("--grow", type=int, nargs="+", metavar="GALLERY", help="ours alone, ascending sizes")
-    parser.add_argument("--k_test", type=int, default=128)
-    parser.add_argument("--frames", type=int, default=4)
-    parser.add_argument("--length", type=int, default=32, help="tokens that texts are padded to")
-    parser.add_argument("--words", type=float, default=12, help="mean tokens of a text")
-    parser.add_argument("--batch", type=int, default=32, help="clips encoded at once")
-    parser.add_argument("--pairs", type=int, default=EvalConfig.pair_batch_size)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the model (default: %(default)s)")
-    options = parser.parse_args()
+    options = parser().parse_args()
     torch.set_num_threads(1)
     choose_kernels(deterministic=False)
     with torch.inference_mode():

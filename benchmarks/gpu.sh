@@ -6,7 +6,8 @@
 #   CORPORA=FOLDER    corpora that are packed already: FOLDER/photos, FOLDER/clips, FOLDER/vocab.txt
 #   LIMIT=900         seconds for everything; a part that no longer fits is skipped
 #   BATCH=32          where the GPU's memory is small; 128 is the default
-# Each part has a time limit of its own. One that fails or hangs does not stop the others; the exit code is then 1. Run
+# Each part has a time limit of its own. One that fails or hangs does not stop the others; the exit code is then 1. What
+# checks comes first in each load, but for damaged images, for which time is kept; torch.compile comes last of all. Run
 # again, it goes on after what is done. FOLDER/NAME.txt is a part's whole output, FOLDER/results.tgz holds everything; a
 # line of JSON for each part is printed last: name, status (ok, failed, timeout, skipped), seconds, figures.
 #
@@ -34,19 +35,20 @@ if [ -n "${SMALL:-}" ]; then
   pictures=(--pixels 64 --batch 16 --images 32) decoding=(--size 64 --batch 16 --images 64 --rounds 1 --seconds 0.1)
   stream=(--size 64 --batch-size 16 --seconds 0.5) train=(--steps 2 --blocks 1) model=(--batch 4 --repeats 1)
   gallery=16 many=32 match=(--k_test 4 --repeats 1 --frames 2) run=(--batch 16 --steps 8 --k_test 4)
-  host=(--steps 3) compile=(--size least --warm-up 1 --steps 1)
+  host=(--steps 3) profile=("${train[@]}") compile=(--size least --warm-up 1 --steps 1)
 else
-  "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
-    echo "PyTorch finds no GPU here. SMALL=1 tries the same parts on a CPU." >&2
+  fault=$(env -u DS_ACCELERATOR "$python" -c 'import torch; from train.devices import gpu_fault
+print(gpu_fault()); raise SystemExit(not torch.cuda.is_available())') || {
+    echo "${fault:-PyTorch finds no GPU here}. SMALL=1 tries the same parts on a CPU." >&2
     exit 2
   }
   export DS_ACCELERATOR=cuda
   slack=1 images=1024 clips=256 pixels=256 size=base device=cuda precision=bf16 batch=${BATCH:-128}
   large=$((batch * 3)) few=$((batch / 4))
-  pictures=(--batch 128) decoding=(--rounds 2 --seconds 2) stream=(--seconds 6)
+  pictures=(--batch 128) decoding=(--rounds 1 --seconds 2) stream=(--seconds 6)
   train=(--steps 30 --blocks 3 --threads 0) model=(--batch "$batch" --repeats 5)
   gallery=200 many=1000 match=(--k_test 128 --repeats 1) run=(--precision bf16) host=(--steps 40)
-  compile=(--warm-up 8)
+  profile=(--threads 0) compile=(--steps 20 --blocks 2)
 fi
 
 prepare() { # prepare: corpora in $corpora, drawn and packed unless they are given
@@ -71,15 +73,19 @@ prepare() { # prepare: corpora in $corpora, drawn and packed unless they are giv
   step vocab "$python" -m loaders.vocab "$corpora/photos" "$corpora/clips" --size 4000 --output "$corpora/vocab.txt"
 }
 
+wanted() { # wanted NAME: whether PARTS names a part or its load
+  [[ $parts == *" $load "* || $parts == *" $1 "* ]]
+}
+
 part() { # part NAME SECONDS TITLE COMMAND...: run it unless it takes longer, its output into FOLDER/NAME.txt
   local name=$1 limit=$(($2 * slack)) title=$3 status=ok began=$SECONDS code=0
   shift 3
-  [[ $parts == *" $load "* || $parts == *" $name "* ]] || return 0
+  wanted "$name" || return 0
   if [ -e "$out/steps/$name" ]; then
     printf '%s\t%s\t%s\t%s\t%s\n' "$name" "$status" "$(cat "$out/steps/$name")" "$title" "$*" >>"$out/parts.tsv"
     return 0
   fi
-  ((limit <= limit_of_all - SECONDS)) || limit=$((limit_of_all - SECONDS))
+  ((limit <= limit_of_all - reserve - SECONDS)) || limit=$((limit_of_all - reserve - SECONDS))
   printf '\n\033[1m%s\033[0m\n$ %s\n' "$title" "$*"
   if ((limit < 3)); then
     status=skipped
@@ -109,7 +115,7 @@ results() { # results: the summary, the archive, a line of JSON for each part
   "$python" benchmarks/gpu_results.py "$out"
 }
 
-running=
+running= reserve=0
 : >"$out/parts.tsv"
 trap '[ -z "$running" ] || kill "$running"; results; exit 130' INT TERM
 prepare
@@ -131,30 +137,35 @@ part straightforward 70 "The model against the straightforward way under autocas
   "$python" benchmarks/model.py --size $size --device $device --dtype $precision --trim "${model[@]}"
 part profile 70 "Where the time of a step goes, what waits for the device, cuDNN's attention" \
   "$python" benchmarks/gpu_profile.py --size $size --precision $precision --tokenizer "$vocab" --corpus "$photos" \
-  --passes 20 --batch $batch --decode cpu --trace "$out/trace.json.gz" "${train[@]}"
+  --passes 20 --batch $batch --decode cpu --trace "$out/trace.json.gz" "${profile[@]}"
 part finetune 60 "Fine-tuning on 4 frames" \
   "${training[@]}" --corpus "$videos" --batch $few --frames 4 --decode cpu --ways path
 part evaluation 60 "Re-ranking against one query at a time" "${evaluation[@]}" --gallery $gallery
 part evaluation_large 40 "Evaluation" "${evaluation[@]}" --grow $many
 part host 60 "What a step costs the host, beside DeepSpeed's own norm" \
   "$python" benchmarks/host_time.py --precision bf16 "${host[@]}"
-part compile 150 "Pre-training on single frames, a large batch under torch.compile" \
-  "${training[@]}" --corpus "$photos" --batch $large --decode cpu --ways path --compile "${compile[@]}"
 
 load=b
+# Seconds for the last part, which is a check: no measurement may take them.
+! wanted damaged || [ -e "$out/steps/damaged" ] || reserve=20
 part pictures 60 "DALI's pictures against the CPU's, and while the device is busy" \
   "${check[@]}" pictures "$photos" "${pictures[@]}"
-part decoding 90 "Images a second: DALI's settings and the CPU" \
-  "$python" benchmarks/decoding.py "$photos" --hw-load 0 0.65 1 --fancy on off "${decoding[@]}"
+part run 150 "A run that is stopped, resumed and evaluated" \
+  "$python" benchmarks/gpu_run.py "$photos" --tokenizer "$vocab" --output "$out/run" "${run[@]}"
 part stream_dali 40 "Images a second, shards to batches, DALI" \
   "$python" -m loaders.bench "$photos" --json --decode dali "${stream[@]}"
-part stream_cpu 40 "The same, decoded by the CPU" \
-  "$python" -m loaders.bench "$photos" --json --decode cpu "${stream[@]}"
 part pretrain_dali 70 "Pre-training on single frames, decoded by DALI" \
   "${training[@]}" --corpus "$photos" --batch $batch --decode dali --ways path
-part run 120 "A run that is stopped, resumed and evaluated" \
-  "$python" benchmarks/gpu_run.py "$photos" --tokenizer "$vocab" --output "$out/run" "${run[@]}"
+part decoding 90 "Images a second: DALI's settings and the CPU" \
+  "$python" benchmarks/decoding.py "$photos" --hw-load 0 0.65 1 --fancy on off "${decoding[@]}"
+part stream_cpu 40 "The same, decoded by the CPU" \
+  "$python" -m loaders.bench "$photos" --json --decode cpu "${stream[@]}"
+reserve=0
 part damaged 40 "Damaged images" "${check[@]}" damaged "$photos" "${pictures[@]}"
+
+load=a
+part compile 240 "Pre-training on single frames, a large batch under torch.compile" \
+  "${training[@]}" --corpus "$photos" --batch $large --decode cpu --ways path --compile "${compile[@]}"
 
 [ -s "$out/parts.tsv" ] || {
   echo "PARTS=$PARTS names no part: a, b, or names such as pretrain (see benchmarks/gpu.sh)" >&2

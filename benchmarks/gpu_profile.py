@@ -2,10 +2,11 @@
 
     python benchmarks/gpu_profile.py --corpus data/photos --tokenizer vocab.txt --size base --batch 128 --precision bf16
 
-Takes the options of benchmarks/training.py, and steps as its way `path` does. Printed, as one line of JSON:
-    waits     places that waited for the device in one step: what `torch.cuda.set_sync_debug_mode("warn")` names, and
-              calls of synchronize()
+Takes the options of benchmarks/training.py, and steps as its way `path` does. Printed, each as a line of JSON as soon
+as it is known:
     step_ms   a step without the profiler, which slows the host down; compare `gpu_ms` with it
+    waits     places where the step's thread waited for the device in one step: what
+              `torch.cuda.set_sync_debug_mode("warn")` names, and calls of synchronize()
     trace     milliseconds and share of the time in which the GPU computed, number of its gaps, kernels a step, the
               share of each kind of kernel and the longest ones, calls of the driver that wait: of some profiled steps
     cudnn     milliseconds a step with cuDNN's attention allowed and forbidden, in blocks that alternate
@@ -20,11 +21,12 @@ import json
 import statistics
 import sys
 import tempfile
+import threading
 import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -130,34 +132,50 @@ def shortened(path: str) -> str:
     return path.split("site-packages/")[-1].removeprefix(f"{ROOT}/")
 
 
-@contextmanager
-def noted_waits() -> Iterator[Counter[str]]:
-    """Counts, by place, what waits for the device inside."""
-    found: Counter[str] = Counter()
+class Waits:
+    """Counts, by place, what makes one thread wait for the device; other threads, such as DALI's, may wait."""
 
-    def noting(plain: Any) -> Any:
+    def __init__(self) -> None:
+        self.found: Counter[str] = Counter()
+        self._thread = threading.get_ident()
+        self._noted = False  # within a call that is noted, of which the mode may tell as well
+
+    def noting(self, plain: Any) -> Any:
+        """The function `plain`, whose calls are noted."""
+
         def synchronize(*arguments: Any, **keywords: Any) -> Any:
-            found[f"{plain.__qualname__} at {place()}"] += 1
-            return plain(*arguments, **keywords)
+            if self._noted or threading.get_ident() != self._thread:
+                return plain(*arguments, **keywords)
+            self.found[f"{plain.__qualname__} at {place()}"] += 1
+            self._noted = True
+            try:
+                return plain(*arguments, **keywords)
+            finally:
+                self._noted = False
 
         return synchronize
 
+    def warned(self, message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
+        """Takes a warning in place of `warnings.showwarning`; it runs in the thread that warns."""
+        tells = "called a synchronizing CUDA operation" in str(message)
+        if tells and not self._noted and threading.get_ident() == self._thread:
+            self.found[f"{shortened(filename)}:{lineno}"] += 1
+
+
+@contextmanager
+def noted_waits() -> Iterator[Counter[str]]:
+    """Counts, by place, what makes this thread wait for the device inside."""
+    noted = Waits()
     targets = ((torch.cuda, "synchronize"), (torch.cuda.Stream, "synchronize"), (torch.cuda.Event, "synchronize"))
-    patches = [mock.patch.object(owner, name, noting(getattr(owner, name))) for owner, name in targets]
-    with warnings.catch_warnings(record=True) as told:
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("always")
-        for patch in patches:
-            patch.start()
+        stack.enter_context(mock.patch.object(warnings, "showwarning", noted.warned))
+        for owner, name in targets:
+            stack.enter_context(mock.patch.object(owner, name, noted.noting(getattr(owner, name))))
+        stack.callback(torch.cuda.set_sync_debug_mode, "default")
         torch.cuda.set_sync_debug_mode("warn")
-        try:
-            yield found
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-            for patch in patches:
-                patch.stop()
-    for warning in told:
-        if "called a synchronizing CUDA operation" in str(warning.message):
-            found[f"{shortened(warning.filename)}:{warning.lineno}"] += 1
+        yield noted.found
 
 
 def waits(ways: training.Ways) -> dict[str, int] | str:
@@ -170,11 +188,12 @@ def waits(ways: training.Ways) -> dict[str, int] | str:
     return {"a step": found.total(), **dict(found.most_common(TOLD))}
 
 
-def cudnn_attention(ways: training.Ways, options: argparse.Namespace) -> dict[str, float] | str:
+def cudnn_attention(ways: training.Ways, options: argparse.Namespace) -> dict[str, float | str] | str:
     """Milliseconds a step with cuDNN's attention and without."""
     if ways.device.type != "cuda":
         return "not measured: no GPU"
-    before, taken = torch.backends.cuda.cudnn_sdp_enabled(), {True: [], False: []}
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    taken: dict[bool, list[float]] = {True: [], False: []}
     for _ in range(options.blocks):
         for allowed, each in taken.items():
             torch.backends.cuda.enable_cudnn_sdp(allowed)
@@ -185,20 +204,29 @@ def cudnn_attention(ways: training.Ways, options: argparse.Namespace) -> dict[st
     return {"allowed": on, "forbidden": off, "as in a run": "allowed" if before else "forbidden"}
 
 
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = training.parser()
+    result.description = __doc__
+    result.add_argument("--trace", type=Path, metavar="FILE.json.gz", help="where to write the profiler's trace")
+    result.set_defaults(ways=["path"], steps=10, blocks=2)
+    return result
+
+
+def tell(name: str, found: Any) -> None:
+    """Print a figure at once: what comes after it may be ended by a time limit."""
+    print(json.dumps({name: found}), flush=True)
+
+
 def main() -> None:
-    parser = training.parser()
-    parser.description = __doc__
-    parser.add_argument("--trace", type=Path, metavar="FILE.json.gz", help="where to write the profiler's trace")
-    parser.set_defaults(ways=["path"], steps=10, blocks=2)
-    options = parser.parse_args()
+    options = parser().parse_args()
     ways, _ = training.start(options)
     ways.block("path", WARM_UP)
-    step_ms = ways.block("path", options.steps).clock / options.steps * 1000
-    result: dict[str, Any] = {"step_ms": round(step_ms, 2), "waits": waits(ways)}
+    tell("step_ms", round(ways.block("path", options.steps).clock / options.steps * 1000, 2))
+    tell("waits", waits(ways))
     with tempfile.TemporaryDirectory() as folder:
-        events = traced(ways, STEPS, options.trace or Path(folder) / "trace.json.gz")
-    result |= {"trace": summary(events, STEPS), "cudnn": cudnn_attention(ways, options)}
-    print(json.dumps(result))
+        tell("trace", summary(traced(ways, STEPS, options.trace or Path(folder) / "trace.json.gz"), STEPS))
+    tell("cudnn", cudnn_attention(ways, options))
     training.end(ways)
 
 

@@ -5,6 +5,8 @@
 Printed, as one line of JSON: how the stop ended, at which step the run went on, the losses at its end and those of the
 run that was not stopped, recall on the corpus, seconds of each part. The commands' own output is in OUTPUT/*.log. Exit
 code 1 where a command fails, a step is missing or twice, or the two runs' last losses differ by more than a tenth.
+`deterministic_equal` answers a question and fails nothing: do two short runs with deterministic=true and precision=bf16
+log the same figures to the last bit? In place of false there may be what ended one of them.
 """
 
 from __future__ import annotations
@@ -24,6 +26,14 @@ ROOT = Path(__file__).resolve().parent.parent
 STOPPED = 128 + signal.SIGTERM
 LARGEST_DIFFERENCE = 0.1  # of the last losses, relative: a GPU adds in another order each time
 POLL_SECONDS = 0.05
+TWINS = ("twin_1", "twin_2")
+# Dropout and bf16, as large models have them: the demo's has neither.
+OF_TWINS = ("deterministic=true", "decode=cpu", "precision=bf16", "text_encoder.dropout=0.1", "max_steps=10")
+
+
+def computed(record: dict[str, Any]) -> dict[str, Any]:
+    """What of a logged step does not depend on time: the losses, the gradient's norm."""
+    return {name: value for name, value in record.items() if name.startswith("loss") or name in ("step", "grad_norm")}
 
 
 class Commands:
@@ -48,10 +58,9 @@ class Commands:
         with open(self.output / f"{name}.log", "ab") as log:
             return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
 
-    def last_words(self) -> str:
-        """The last line that a command has printed."""
-        latest = max(self.output.glob("*.log"), key=lambda path: path.stat().st_mtime)
-        return (latest.read_text().strip() or "no output").splitlines()[-1]
+    def last_words(self, name: str) -> str:
+        """The last line that the commands on a run folder have printed."""
+        return ((self.output / f"{name}.log").read_text().strip() or "no output").splitlines()[-1]
 
     def logged(self, name: str) -> list[dict[str, Any]]:
         """The steps that a run has logged so far."""
@@ -59,6 +68,14 @@ class Commands:
         lines = path.read_text().splitlines() if path.exists() else []
         records = [json.loads(line) for line in lines if line.endswith("}")]
         return [record for record in records if "loss" in record]
+
+    def twins_are_equal(self, twins: list[subprocess.Popen[bytes]]) -> bool | str:
+        """Whether two runs have logged the same figures; where one has failed, its last words."""
+        for name, process in zip(TWINS, twins, strict=True):
+            if process.wait():
+                return f"{name}: exit code {process.returncode}: {self.last_words(name)}"
+        first, second = ([computed(record) for record in self.logged(name)] for name in TWINS)
+        return bool(first) and first == second
 
     def stop_at(self, name: str, step: int) -> int:
         """Start a run and send it SIGTERM after that step; its exit code."""
@@ -76,19 +93,25 @@ def course(commands: Commands) -> dict[str, Any]:
     seconds: dict[str, float] = {}
     result: dict[str, Any] = {}
 
-    def timed(name: str, command: Callable[[], int], expected: int = 0) -> None:
+    def timed(name: str, run: str, command: Callable[[], int], expected: int = 0) -> None:
         began = time.perf_counter()
         code = result[f"exit_{name}"] = command()
         seconds[name] = round(time.perf_counter() - began, 1)
         if code != expected:
-            raise SystemExit(f"{name}: exit code {code} instead of {expected}: {commands.last_words()}")
+            raise SystemExit(f"{name}: exit code {code} instead of {expected}: {commands.last_words(run)}")
 
-    timed("stopped", lambda: commands.stop_at("resumed", commands.steps // 3), STOPPED)
+    timed("stopped", "resumed", lambda: commands.stop_at("resumed", commands.steps // 3), STOPPED)
     before = commands.logged("resumed")
-    timed("resumed", lambda: commands.start("pretrain", "resumed").wait())
-    timed("whole", lambda: commands.start("pretrain", "whole").wait())
+    timed("resumed", "resumed", lambda: commands.start("pretrain", "resumed").wait())
+    twins = [commands.start("pretrain", name, *OF_TWINS) for name in TWINS]  # beside it: most is the start
+    try:
+        timed("whole", "whole", lambda: commands.start("pretrain", "whole").wait())
+        result["deterministic_equal"] = commands.twins_are_equal(twins)
+    finally:
+        for process in twins:
+            process.kill()
     weights = f"checkpoint={commands.output / 'resumed'}"
-    timed("evaluated", lambda: commands.start("evaluate", "resumed", weights).wait())
+    timed("evaluated", "resumed", lambda: commands.start("evaluate", "resumed", weights).wait())
     resumed, whole = commands.logged("resumed"), commands.logged("whole")
     result |= {"stopped_after": before[-1]["step"] if before else 0, "steps": [record["step"] for record in resumed]}
     result |= {"first_loss": resumed[0]["loss"], "last_loss": resumed[-1]["loss"], "whole_loss": whole[-1]["loss"]}
@@ -105,16 +128,21 @@ def verdict(found: dict[str, Any], steps: int) -> dict[str, Any]:
     return found | {"every_step_once": complete, "difference": f"{difference:.1e}", "ok": fine}
 
 
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("corpus", metavar="URL", help="a packed corpus of images with captions")
+    result.add_argument("--tokenizer", required=True, help="a vocab.txt")
+    result.add_argument("--output", type=lambda text: Path(text).resolve(), required=True, help="a folder; emptied")
+    result.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    result.add_argument("--batch", type=int, default=64, help="(default: %(default)s)")
+    result.add_argument("--steps", type=int, default=60, help="(default: %(default)s)")
+    result.add_argument("--k_test", type=int, default=32, help="candidates re-ranked (default: %(default)s)")
+    return result
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("corpus", metavar="URL", help="a packed corpus of images with captions")
-    parser.add_argument("--tokenizer", required=True, help="a vocab.txt")
-    parser.add_argument("--output", type=lambda text: Path(text).resolve(), required=True, help="a folder; emptied")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--batch", type=int, default=64, help="(default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=60, help="(default: %(default)s)")
-    parser.add_argument("--k_test", type=int, default=32, help="candidates re-ranked (default: %(default)s)")
-    options = parser.parse_args()
+    options = parser().parse_args()
     shutil.rmtree(options.output, ignore_errors=True)
     options.output.mkdir(parents=True)
     options.corpus, options.tokenizer = (str(Path(p).resolve()) for p in (options.corpus, options.tokenizer))

@@ -27,7 +27,7 @@ from model.config import ModelConfig, TextConfig, VisionConfig
 from model.singularity import Singularity
 from train.config import OptimizerConfig, RunConfig
 from train.devices import choose_kernels, device_for, start_processes
-from train.engine import deepspeed_config, start_engine
+from train.engine import DTYPES, deepspeed_config, start_engine
 from train.guard import StepGuard
 from train.ranks import ranks_from_environment
 
@@ -77,12 +77,17 @@ class Engine:
         self.seconds.append(tuple(after - before for before, after in pairwise(stamps)))
 
 
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--steps", type=int, default=60, help="of each engine (default: %(default)s)")
+    result.add_argument("--precision", choices=DTYPES, default="bf16")
+    result.add_argument("--deepspeed", default="deepspeed_configs/zero1.json")
+    return result
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=60, help="of each engine (default: %(default)s)")
-    parser.add_argument("--precision", default="bf16")
-    parser.add_argument("--deepspeed", default="deepspeed_configs/zero1.json")
-    options = parser.parse_args()
+    options = parser().parse_args()
     torch.set_num_threads(1)
     choose_kernels(deterministic=False)
     start_processes(device_for(ranks_from_environment()))

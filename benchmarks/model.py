@@ -269,26 +269,31 @@ def compare(options: argparse.Namespace, ways: list[str]) -> None:
         print(json.dumps({"speedup_forward": round(ratios[0], 2), "speedup_forward_backward": round(ratios[1], 2)}))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="base")
-    parser.add_argument("--batch", type=int, default=8, help="pairs")
-    parser.add_argument("--frames", type=int, default=1)
-    parser.add_argument("--text-length", type=int, default=32, help="tokens after padding")
-    parser.add_argument("--words", type=float, default=13, help="tokens of a text on average, before padding")
-    parser.add_argument(
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--size", choices=SIZES, default="base")
+    result.add_argument("--batch", type=int, default=8, help="pairs")
+    result.add_argument("--frames", type=int, default=1)
+    result.add_argument("--text-length", type=int, default=32, help="tokens after padding")
+    result.add_argument("--words", type=float, default=13, help="tokens of a text on average, before padding")
+    result.add_argument(
         "--trim",
         action="store_true",
         help="ours: texts as long as the longest of the batch, a multiple of 8, as runs have them",
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
-    parser.add_argument("--no-dropout", action="store_true")
-    parser.add_argument("--compile", action="store_true", help="ours under torch.compile, one graph")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on a CPU")
-    parser.add_argument("--repeats", type=int, default=5, help="0: peak memory only")
-    parser.add_argument("--only", choices=("ours", "straightforward"))
-    options = parser.parse_args()
+    result.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    result.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
+    result.add_argument("--no-dropout", action="store_true")
+    result.add_argument("--compile", action="store_true", help="ours under torch.compile, one graph")
+    result.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on a CPU")
+    result.add_argument("--repeats", type=int, default=5, help="0: peak memory only")
+    result.add_argument("--only", choices=("ours", "straightforward"))
+    return result
+
+
+def main() -> None:
+    options = parser().parse_args()
     torch.set_num_threads(options.threads)
     choose_kernels(deterministic=False)
     compare(options, [way for way in ("straightforward", "ours") if options.only in (None, way)])

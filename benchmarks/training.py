@@ -26,6 +26,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -53,7 +54,7 @@ from train.groups import parameter_groups
 from train.guard import StepGuard
 from train.ranks import Ranks, ranks_from_environment
 from train.schedule import Schedule
-from train.step import Stepper, without_padding
+from train.step import TEXT_LENGTHS, Stepper, without_padding
 
 SIZES = {
     "least": ModelConfig(  # a layer of each kind, soon compiled
@@ -72,9 +73,18 @@ WAYS = ("path", "engine", "plain")
 
 
 def endless(loader: TrainLoader) -> Iterator[Batch]:
-    """Batches as a run has them, epoch after epoch."""
+    """Batches of the loader, epoch after epoch; their texts are padded."""
     for epoch in itertools.count():
-        yield from map(without_padding, loader.epoch(epoch))
+        yield from loader.epoch(epoch)
+
+
+def of_each_length(batch: Batch) -> list[Batch]:
+    """A padded batch cut to every length (of tokens) that `without_padding` leaves."""
+    lengths = range(TEXT_LENGTHS, batch.input_ids.shape[1] + TEXT_LENGTHS, TEXT_LENGTHS)
+    return [
+        replace(batch, input_ids=batch.input_ids[:, :length], attention_mask=batch.attention_mask[:, :length])
+        for length in lengths
+    ]
 
 
 def model_size(options: argparse.Namespace, tokenizer: Tokenizer) -> ModelConfig:
@@ -157,10 +167,15 @@ class Ways:
         step = self.engine if way == "engine" else self.plain
         return timed([partial(step, batch.to(self.device)) for batch in self.kept], self.device)
 
+    def every_length(self) -> Seconds:
+        """A step of the engine at each length of texts: torch.compile compiles at some, so that none does later."""
+        batch = next(self.batches)
+        return timed([partial(self.engine, each.to(self.device)) for each in of_each_length(batch)], self.device)
+
     def path(self) -> None:
         """The loader's next batch, through the engine."""
         began = time.perf_counter()
-        batch = next(self.batches)
+        batch = without_padding(next(self.batches))
         self.waited += time.perf_counter() - began
         pairs, frames = batch.frames.shape[:2]
         self.flops += FORWARD_AND_BACKWARD * step_flops(self.config, pairs, frames, batch.input_ids.shape[1])["total"]
@@ -236,12 +251,12 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--precision", choices=DTYPES, default="fp32")
     result.add_argument("--deepspeed", default="deepspeed_configs/zero1.json")
     result.add_argument(
-        "--compile", action="store_true", help="path and engine by torch.compile; warm up over all text lengths"
+        "--compile", action="store_true", help="path and engine by torch.compile; first a step at each text length"
     )
     result.add_argument("--decode", choices=BACKENDS, default="auto", help="(default: %(default)s)")
     result.add_argument("--threads", type=int, default=1, help="decoding threads, 0: the cores (default: %(default)s)")
     result.add_argument("--passes", type=float, default=1, help="over the corpus an epoch (default: %(default)s)")
-    result.add_argument("--warm-up", type=int, default=2, help="steps before (default: %(default)s); see --compile")
+    result.add_argument("--warm-up", type=int, default=2, help="steps before (default: %(default)s)")
     result.add_argument("--steps", type=int, default=8, help="of a block (default: %(default)s)")
     result.add_argument("--blocks", type=int, default=7, help="of each way (default: %(default)s)")
     result.add_argument("--frames", type=int, default=1, help="of a clip (default: %(default)s)")
@@ -270,7 +285,8 @@ def end(ways: Ways) -> NoReturn:
 
 def measure(options: argparse.Namespace, ways: Ways) -> dict[str, list[Seconds]]:
     """Seconds of each block of each way; the first steps of each are not counted."""
-    ways.warmed_up = sum(ways.block(way, options.warm_up).clock for way in options.ways)
+    ways.warmed_up = ways.every_length().clock if options.compile else 0.0
+    ways.warmed_up += sum(ways.block(way, options.warm_up).clock for way in options.ways)
     taken: dict[str, list[Seconds]] = {way: [] for way in options.ways}
     ways.waited, ways.flops = 0.0, 0
     for block in range(options.blocks):

@@ -1,7 +1,9 @@
 """`benchmarks/gpu.sh`: everything that is worth measuring on a GPU, in one command; here on a CPU, in small."""
 
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -15,12 +17,14 @@ LOADS = {
         "versions", "losses", "pretrain", "pretrain_large", "straightforward", "profile", "finetune", "evaluation",
         "evaluation_large", "host", "compile",
     ],
-    "b": ["pictures", "decoding", "stream_dali", "stream_cpu", "pretrain_dali", "run", "damaged"],
+    "b": ["pictures", "run", "stream_dali", "pretrain_dali", "decoding", "stream_cpu", "damaged"],
 }  # fmt: skip
+BOTH = [*LOADS["a"][:-1], *LOADS["b"], "compile"]
 
 
 def gpu_script(folder: Path, **variables: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **variables}
+    environment.pop("DS_ACCELERATOR", None)
     command = ["bash", str(ROOT / "benchmarks/gpu.sh"), str(folder)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
 
@@ -33,32 +37,97 @@ def lines(result: subprocess.CompletedProcess) -> dict[str, dict]:
 
 
 @pytest.fixture
-def quick(tmp_path):
-    """Variables for a run on corpora that are packed, where `python` prints a figure, fails or hangs at once."""
+def corpora(tmp_path):
+    """Corpora that are packed, as far as the script looks."""
     for name in ("photos/corpus.json", "clips/corpus.json", "vocab.txt"):
         (tmp_path / "corpora" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "corpora" / name).touch()
-    python = tmp_path / "bin/python"
-    python.parent.mkdir()
-    python.write_text(
-        "#!/bin/sh\n"
+    return str(tmp_path / "corpora")
+
+
+@pytest.fixture
+def program(tmp_path):
+    """Puts a shell program in place of one in PATH; gives the new PATH."""
+
+    def replace(name: str, text: str) -> str:
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+        return f"{path.parent}:{os.environ['PATH']}"
+
+    return replace
+
+
+@pytest.fixture
+def quick(corpora, program):
+    """Variables for a run where `python` prints a figure, fails or hangs at once."""
+    path = program(
+        "python",
         'case "$*" in\n'
         f'  *gpu_results.py*) exec {sys.executable} "$@" ;;\n'
         "  *losses*) echo not far enough >&2; exit 1 ;;\n"
-        "  *stream*|*loaders.bench*) sleep 1000 ;;\n"
+        "  *loaders.bench*) sleep 1000 ;;\n"
         '  *) echo words; echo "{\\"figure\\": 1}" ;;\n'
-        "esac\n"
+        "esac",
     )
-    python.chmod(0o755)
-    return {
-        "SMALL": "1", "CORPORA": str(tmp_path / "corpora"), "PATH": f"{python.parent}:{os.environ['PATH']}"
-    }  # fmt: skip
+    return {"SMALL": "1", "CORPORA": corpora, "PATH": path}
+
+
+@pytest.fixture
+def on_gpu(tmp_path, corpora, program):
+    """Variables for a run that takes this machine for one with a GPU; it writes its commands down instead."""
+    program("python", f'case "$*" in -c*) ;; *) exec {sys.executable} "$@" ;; esac')
+    path = program("timeout", f"printf '%s\\n' \"$@\" '' >>{tmp_path}/commands")
+    return {"CORPORA": corpora, "PATH": path, "LIMIT": "10000"}
+
+
+def written_down(folder: Path) -> list[tuple[int, str, list[str]]]:
+    """Of each command that the script would have run: its limit, the script's module, its arguments."""
+    found = []
+    for command in (folder / "commands").read_text().removesuffix("\n\n").split("\n\n"):
+        _, _, limit, _, script, *arguments = command.split("\n")  # timeout -k 5 LIMIT python SCRIPT
+        module = arguments.pop(0) if script == "-m" else script.removesuffix(".py").replace("/", ".")
+        found.append((int(limit), module, arguments))
+    return found
 
 
 def test_without_a_gpu_it_says_what_can_be_had(tmp_path):
     result = gpu_script(tmp_path)
     assert result.returncode == 2
     assert "finds no GPU here. SMALL=1 tries the same parts on a CPU" in result.stderr
+
+
+def test_a_gpu_that_cannot_be_used_is_told_with_the_reason(tmp_path, program):
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/nvidia0").touch()
+    elsewhere = f"import pathlib, train.devices; train.devices.DEVICES = pathlib.Path('{tmp_path}/dev')"
+    path = program("python", f'exec {sys.executable} -c "{elsewhere}\n$2"')
+    result = gpu_script(tmp_path / "out", PATH=path, CUDA_VISIBLE_DEVICES="99")
+    assert result.returncode == 2
+    assert f"this host has an NVIDIA GPU ({tmp_path}/dev/nvidia0), but PyTorch" in result.stderr
+    assert "SMALL=1 tries the same parts on a CPU" in result.stderr
+
+
+def test_on_a_gpu_every_script_is_given_what_it_takes(tmp_path, on_gpu):
+    result = gpu_script(tmp_path / "out", **on_gpu)
+    assert list(lines(result)) == BOTH, result.stderr
+    commands = written_down(tmp_path)
+    assert len(commands) == len(BOTH)
+    options = [importlib.import_module(module).parser().parse_args(given) for _, module, given in commands]
+    profile, compiled = (options[BOTH.index(name)] for name in ("profile", "compile"))
+    assert (profile.steps, profile.blocks, profile.threads) == (10, 2, 0)
+    assert compiled.compile
+
+
+def test_a_loads_checks_fit_into_the_limit_that_is_named_for_it(tmp_path, on_gpu):
+    gpu_script(tmp_path / "out", **on_gpu)
+    limits = dict(zip(BOTH, (limit for limit, _, _ in written_down(tmp_path)), strict=True))
+    named = dict(re.findall(r"PARTS=([ab]) LIMIT=(\d+)", (ROOT / "benchmarks/gpu.sh").read_text()))
+    assert limits["versions"] + limits["losses"] < int(named["a"])
+    assert limits["pictures"] + limits["run"] + limits["damaged"] <= int(named["b"])
+    start_and_transfers = 90 + 40
+    assert int(named["a"]) + int(named["b"]) + start_and_transfers <= 15 * 60
 
 
 def test_a_load_has_its_parts_and_ends_with_a_line_of_json_for_each(tmp_path, quick):
@@ -81,12 +150,19 @@ def test_a_part_that_fails_is_told_and_the_others_stand(tmp_path, quick):
 
 
 def test_a_part_that_hangs_is_ended_and_what_no_longer_fits_is_skipped(tmp_path, quick):
-    result = gpu_script(tmp_path / "out", PARTS="decoding stream_cpu damaged", LIMIT="5", **quick)
+    result = gpu_script(tmp_path / "out", PARTS="pictures stream_dali decoding", LIMIT="5", **quick)
     assert result.returncode == 1
     assert {name: entry["status"] for name, entry in lines(result).items()} == {
-        "decoding": "ok", "stream_cpu": "timeout", "damaged": "skipped",
+        "pictures": "ok", "stream_dali": "timeout", "decoding": "skipped",
     }  # fmt: skip
-    assert lines(result)["stream_cpu"]["seconds"] < 10
+    assert lines(result)["stream_dali"]["seconds"] < 10
+
+
+def test_no_measurement_takes_the_time_of_the_last_check(tmp_path, quick):
+    result = gpu_script(tmp_path / "out", PARTS="stream_cpu damaged", LIMIT="24", **quick)
+    assert {name: entry["status"] for name, entry in lines(result).items()} == {
+        "stream_cpu": "timeout", "damaged": "ok",
+    }  # fmt: skip
 
 
 def test_run_again_it_goes_on_after_what_is_done(tmp_path, quick):
@@ -125,7 +201,7 @@ def test_every_part_runs_and_the_results_hold_them_all(tmp_path):
     result = gpu_script(tmp_path, SMALL="1", LIMIT="1100")
     assert result.returncode == 0, result.stdout + result.stderr
     found = lines(result)
-    assert list(found) == [*LOADS["a"], *LOADS["b"]]
+    assert list(found) == BOTH
     assert {entry["status"] for entry in found.values()} == {"ok"}
     figures = {name: entry["figures"] for name, entry in found.items()}
     assert figures["losses"]["cpu bf16"]["ok"]
@@ -135,11 +211,13 @@ def test_every_part_runs_and_the_results_hold_them_all(tmp_path):
     assert figures["evaluation"]["faster"] > 0
     assert figures["compile"]["compile"]
     assert figures["host"][-1].startswith("all three: DeepSpeed's norm / ours")
-    assert figures["profile"]["waits"] == "not counted: no GPU"
+    assert [name for figure in figures["profile"] for name in figure] == ["step_ms", "waits", "trace", "cudnn"]
+    assert figures["profile"][1]["waits"] == "not counted: no GPU"
     assert len(figures["decoding"]["images_per_second"]) == 7
     assert figures["stream_dali"]["backend"] == "dali"
     assert figures["stream_cpu"]["backend"] == "cpu"
     assert figures["run"]["every_step_once"]
     assert figures["run"]["difference"] == "0.0e+00"  # on a CPU
+    assert figures["run"]["deterministic_equal"] is True
     assert set(figures["damaged"]["damaged"].values()) <= {"named", "shown"}
     assert len("".join(result.stdout.splitlines()[-len(found) :])) < 12_000

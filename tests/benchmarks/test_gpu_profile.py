@@ -1,5 +1,6 @@
 """`benchmarks/gpu_profile.py`: what a trace of a GPU tells, without a GPU."""
 
+import threading
 import warnings
 
 import pytest
@@ -59,3 +60,28 @@ def test_waits_are_counted_by_place(monkeypatch):
     assert modes == ["warn", "default"]
     assert found.total() == 2
     assert all("tests/benchmarks/test_gpu_profile.py:" in where for where in found)
+
+
+def test_a_wait_of_another_thread_is_not_the_steps(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+
+    def copies():
+        torch.cuda.synchronize()
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+
+    with noted_waits() as found:
+        thread = threading.Thread(target=copies)
+        thread.start()
+        thread.join()
+    assert not found
+
+
+def test_a_call_that_the_mode_tells_of_too_counts_once(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda _: None)
+    monkeypatch.setattr(
+        torch.cuda, "synchronize", lambda: warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+    )
+    with noted_waits() as found:
+        torch.cuda.synchronize()
+    assert found.total() == 1
