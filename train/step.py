@@ -45,7 +45,8 @@ def without_padding(batch: Batch) -> Batch:
     """The batch with its texts (B, Lt) cut to the longest of them, rounded up: only padding goes, no loss changes."""
     longest = int(batch.attention_mask.sum(1).max())
     length = min(batch.input_ids.shape[1], -(-longest // TEXT_LENGTHS) * TEXT_LENGTHS)
-    return replace(batch, input_ids=batch.input_ids[:, :length], attention_mask=batch.attention_mask[:, :length])
+    ids, mask = (tensor[:, :length].contiguous() for tensor in (batch.input_ids, batch.attention_mask))
+    return replace(batch, input_ids=ids, attention_mask=mask)  # one layout: torch.compile tells two apart
 
 
 def split(batch: Batch, parts: int) -> list[Batch]:

@@ -24,6 +24,7 @@ def test_only_padding_goes():
         cut = without_padding(batch)
         assert cut.input_ids.shape == cut.attention_mask.shape == (len(lengths), kept)
         assert kept % TEXT_LENGTHS == 0 or kept == 20
+        assert cut.input_ids.is_contiguous()
         assert cut.attention_mask.sum(1).tolist() == lengths
         assert torch.equal(cut.input_ids, batch.input_ids[:, :kept])
         assert not batch.input_ids[:, kept:].any()
