@@ -143,7 +143,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     options = parser().parse_args()
-    shutil.rmtree(options.output, ignore_errors=True)
+    if options.output.exists():
+        shutil.rmtree(options.output)
     options.output.mkdir(parents=True)
     options.corpus, options.tokenizer = (str(Path(p).resolve()) for p in (options.corpus, options.tokenizer))
     found = verdict(course(Commands(options)), options.steps)
