@@ -24,10 +24,10 @@ sys.path.insert(0, str(ROOT))
 
 import cv2  # noqa: E402
 
-from sharding import media  # noqa: E402
 from sharding.annotations.config import Reading  # noqa: E402
 from sharding.annotations.reading import read_rows  # noqa: E402
 from sharding.annotations.staging import stage  # noqa: E402
+from sharding.media import video  # noqa: E402
 from sharding.plan import Settings, Task, plan_shards  # noqa: E402
 from sharding.processes import Advance, run_tasks  # noqa: E402
 from sharding.web import Fetching  # noqa: E402
@@ -64,13 +64,13 @@ def threads(tasks: list[Task], workers: int) -> float:
 def decoder(tasks: list[Task], workers: int) -> float:
     """One shard after the other; each clip is decoded by several threads."""
 
-    class Threaded(media.Clip):
+    class Threaded(video.Clip):
         def __init__(self, container: object) -> None:
             super().__init__(container)  # type: ignore[arg-type]
             self.stream.thread_type = "AUTO"
             self.stream.codec_context.thread_count = workers
 
-    with mock.patch.object(media, "Clip", Threaded):
+    with mock.patch.object(video, "Clip", Threaded):
         return sum(build(task, nothing) for task in tasks)
 
 

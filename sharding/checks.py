@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from sharding.foreign import PICTURES, split_name
-from sharding.media import MediaError, decode_jpeg
+from sharding.media import MediaError
+from sharding.media.image import decode_jpeg
 from sharding.processes import Advance
 from sharding.remote import again, reason_of
 from sharding.schema import INDEX_SCHEMA, UNREADABLE, ShardInfo
