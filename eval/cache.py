@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,11 +86,20 @@ def entry_name(**what: Any) -> str:
 
 
 def read_entry(folder: Path, batch_size: int, rank: int, world_size: int) -> CachedBlocks | None:
-    """The blocks of a complete entry; nothing where there is none. The first rank decides for all."""
-    if not share(rank == 0 and (folder / META).is_file(), world_size):
+    """The blocks of a complete entry; nothing where there is none. The first rank decides for all.
+
+    An entry that a power cut has damaged is removed.
+    """
+    parts: list[Part] = []
+    if rank == 0 and (folder / META).is_file():
+        try:
+            parts = _read_parts(folder)
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            log.warning("%s is damaged (%s): it is made again", folder, error)
+            shutil.rmtree(folder)
+    if not share(bool(parts), world_size):
         return None
-    meta = json.loads((folder / META).read_text(encoding="utf-8"))
-    return CachedBlocks([_read_part(folder, number) for number in range(meta["parts"])], batch_size, rank, world_size)
+    return CachedBlocks(parts or _read_parts(folder), batch_size, rank, world_size)
 
 
 def write_entry(
@@ -145,15 +155,20 @@ def _write_part(folder: Path, number: int, blocks: Iterable[Block]) -> None:
     )
 
 
+def _read_parts(folder: Path) -> list[Part]:
+    meta = json.loads((folder / META).read_text(encoding="utf-8"))
+    return [_read_part(folder, number) for number in range(meta["parts"])]
+
+
 def _read_part(folder: Path, number: int) -> Part:
     with np.load(folder / f"{number:04}.npz") as saved:
         indices, shape, dtype, embeddings = (saved[name] for name in ("indices", "shape", "dtype", "embeddings"))
     if not len(indices):
         return Part(indices, None, torch.empty(0))
-    size = len(indices) * int(np.prod(shape))
-    tokens = torch.from_file(
-        str(folder / f"{number:04}.tokens"), shared=False, size=size, dtype=DTYPES[str(dtype)]
-    ).view(len(indices), *shape.tolist())
+    path, kind, size = folder / f"{number:04}.tokens", DTYPES[str(dtype)], len(indices) * int(np.prod(shape))
+    if path.stat().st_size != size * kind.itemsize:
+        raise ValueError(f"{path.name} has {path.stat().st_size:,} bytes instead of {size * kind.itemsize:,}")
+    tokens = torch.from_file(str(path), shared=False, size=size, dtype=kind).view(len(indices), *shape.tolist())
     return Part(indices, torch.from_numpy(embeddings) if embeddings.size else None, tokens)
 
 

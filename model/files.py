@@ -54,8 +54,9 @@ def write_weights(weights: Weights, folder: str | Path) -> None:
         "special_ids": weights.special_ids,
         "versions": {name: version(name) for name in ("torch", "timm", "transformers")},
     }
-    text = json.dumps(description, indent=1) + "\n"
     write_whole(folder / TENSORS, lambda path: save_file(state, str(path), metadata={"format": "pt"}))
+    beside = [path for path in (folder / TENSORS, folder / VOCABULARY) if path.is_file()]
+    text = json.dumps(description | {"bytes": {path.name: path.stat().st_size for path in beside}}, indent=1) + "\n"
     write_whole(folder / DESCRIPTION, lambda path: path.write_text(text))
 
 
@@ -90,17 +91,37 @@ def read_special_ids(vocabulary: Path) -> dict[str, int]:
     """pad_id, cls_id and mask_id by the lines of a vocab.txt, as far as they are in it; nothing without the file."""
     if not vocabulary.is_file():
         return {}
-    lines = vocabulary.read_text(encoding="utf-8").splitlines()
+    lines = vocabulary.read_text(encoding="utf-8", errors="replace").splitlines()
     return {name: lines.index(token) for name, token in _SPECIAL_TOKENS.items() if token in lines}
 
 
-def read_weights(folder: Path) -> Weights:
-    """Read what `write_weights` wrote. Raises FileNotFoundError or ValueError, naming the file and what is wrong."""
+def weights_fault(folder: Path) -> str:
+    """What a power cut or a copy that broke off did to the files of `write_weights`; empty when nothing shows."""
     path = folder / DESCRIPTION
     try:
         description = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): the file is damaged, take another checkpoint") from None
+        sizes = description.get("bytes", {})  # not in what was written before November 2026
+    except FileNotFoundError:
+        return f"{path} is missing"
+    except (ValueError, AttributeError) as error:
+        return f"{path} is not valid JSON ({error})"
+    for name, size in sizes.items():
+        if not (folder / name).is_file():
+            return f"{folder / name} is missing"
+        if (found := (folder / name).stat().st_size) != size:
+            return f"{folder / name} has {found:,} bytes instead of {size:,}"
+    vocabulary = folder / VOCABULARY
+    if vocabulary.is_file() and read_special_ids(vocabulary).keys() != _SPECIAL_TOKENS.keys():
+        return f"{vocabulary} lacks {', '.join(_SPECIAL_TOKENS.values())}"
+    return ""
+
+
+def read_weights(folder: Path) -> Weights:
+    """Read what `write_weights` wrote. Raises ValueError, naming the file and what is wrong."""
+    path = folder / DESCRIPTION
+    if fault := weights_fault(folder):
+        raise ValueError(f"{fault}: the file is damaged, take another checkpoint")
+    description = json.loads(path.read_text())
     if description.get("format") != FORMAT:
         raise ValueError(f"{path} does not describe a {FORMAT}: give a folder that training has written")
     if description.get("version") != VERSION:

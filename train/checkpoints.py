@@ -18,8 +18,9 @@ from torch import distributed
 from loaders.text import Tokenizer
 from model.checkpoint import save_model
 from model.config import ModelConfig
+from model.files import weights_fault
 from train.loss_scale import LossScale
-from train.parts import read_parts, whole_weights, write_part
+from train.parts import check_parts, read_parts, whole_weights, write_part
 from train.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -68,11 +69,19 @@ def read_state(path: Path) -> TrainingState:
         data = json.loads((path / STATE).read_text())
         version = data.pop("version")
         state = TrainingState(**data)
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path / STATE} cannot be read ({error}): remove {path}, an earlier one is used") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path / STATE} is damaged ({error}): remove {path}, an earlier one is used") from None
     if version != VERSION:
         raise ValueError(f"{path} is of version {version}, this program reads version {VERSION}: start a new run")
     return state
+
+
+def check_checkpoint(path: Path) -> None:
+    """Raise ValueError unless a checkpoint's files are complete, as far as their sizes and headers tell."""
+    read_state(path)
+    if fault := weights_fault(path / WEIGHTS):
+        raise ValueError(f"{path} is damaged ({fault}): remove it, an earlier one is used")
+    check_parts(path / PARTS)
 
 
 def save_checkpoint(
@@ -102,7 +111,7 @@ def save_checkpoint(
         state = replace(state, world_size=ranks.world_size, **_optimizer_state(engine))
         text = json.dumps({"version": VERSION, **dataclasses.asdict(state)}, indent=1)
         (aside / STATE).write_text(text + "\n")
-        _flush([*(path for path in (aside / WEIGHTS).iterdir()), aside / STATE, aside])
+        _flush([*(aside / WEIGHTS).iterdir(), aside / WEIGHTS, aside / PARTS, aside / STATE, aside])
         shutil.rmtree(final, ignore_errors=True)
         os.replace(aside, final)
         _flush([folder])
@@ -126,8 +135,10 @@ def save_weights(
     if ranks.is_first:
         _write_whole_weights(aside, engine, model_config, tokenizer)
         shutil.rmtree(aside / PARTS)
+        _flush([*(aside / WEIGHTS).iterdir(), aside / WEIGHTS, aside])
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(aside, folder)
+        _flush([folder.parent])
     _barrier()
 
 

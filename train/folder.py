@@ -85,7 +85,10 @@ class RunFolder:
         for leftover in self.checkpoints.glob(".*.part"):
             shutil.rmtree(leftover, ignore_errors=True)
         aside = self.settings.with_name(".config.yaml.part")
-        aside.write_text(to_yaml(config))
+        with aside.open("w") as file:
+            file.write(to_yaml(config))
+            file.flush()
+            os.fsync(file.fileno())  # a power cut must not leave an empty one
         os.replace(aside, self.settings)
 
     def note_stopping(self) -> None:
@@ -140,6 +143,9 @@ class RunFolder:
                 f"the folder to train again"
             )
         steps = [checkpoint_step(path) for path in complete_checkpoints(self.checkpoints)]
+        if not self.settings.read_bytes().strip(b"\0 \n"):
+            log.warning("%s was emptied, as by a power cut: this command's settings are the run's", self.settings)
+            return
         difference = _difference(self.settings, config)
         if difference and steps:
             raise ValueError(

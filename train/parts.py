@@ -64,6 +64,12 @@ def read_parts(folder: Path, engine: DeepSpeedEngine, step: int) -> None:
     loaded(engine)
 
 
+def check_parts(folder: Path) -> None:
+    """Raise ValueError unless every rank's file is there and as long as its header says."""
+    with _open(folder):
+        pass
+
+
 def set_weights(engine: DeepSpeedEngine, state: Mapping[str, torch.Tensor]) -> None:
     """Set the engine's weights to whole ones, by name; all ranks call. The optimiser's moments stay as they are."""
     before_loading(engine)
@@ -88,7 +94,10 @@ def _open(folder: Path) -> Iterator[dict[str, list[Piece]]]:
     files = sorted(folder.glob("rank_*.safetensors"))
     wanted = int(files[0].stem.split("_")[-1]) if files else 1
     if len(files) != wanted:
-        raise ValueError(f"{folder} holds {len(files)} of {wanted} ranks' parts: copy the checkpoint again, whole")
+        raise ValueError(
+            f"{folder} holds {len(files)} of {wanted} ranks' parts: copy its checkpoint again, whole, or remove it, "
+            "an earlier one is used"
+        )
     with ExitStack() as stack:
         pieces: dict[str, list[Piece]] = defaultdict(list)
         for path in files:

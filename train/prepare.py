@@ -20,7 +20,7 @@ from model.checkpoint import fit_weights, load_weights, resolve_weights
 from model.config import with_changes
 from model.initial import new_model
 from train.architecture import adopt, changes_to, check_texts, fresh_architecture
-from train.checkpoints import WEIGHTS, complete_checkpoints, special_ids
+from train.checkpoints import WEIGHTS, check_checkpoint, complete_checkpoints, special_ids
 from train.config import RunConfig
 from train.config_files import Settings
 from train.engine import deepspeed_config
@@ -86,6 +86,7 @@ def prepare_training(settings: Settings, ranks: Ranks, evaluates: bool, device: 
             remote.fetch(folder.path)
         folder.claim(run)
         for path in complete_checkpoints(folder.checkpoints)[-1:]:
+            check_checkpoint(path)
             _check_vocabulary(tokenizer, str(path / WEIGHTS), run)
     return Prepared(run, ranks, folder, zero, tokenizer, loader, model, answers, remote)
 

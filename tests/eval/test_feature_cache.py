@@ -60,6 +60,22 @@ def test_an_entry_is_complete_or_absent(tmp_path):
     assert read_entry(tmp_path / "entry", 2, 0, 1) is None
 
 
+@pytest.mark.parametrize(
+    "damage", [lambda data: b"", lambda data: data[: len(data) // 2], lambda data: bytes(len(data))]
+)
+@pytest.mark.parametrize("name", ["meta.json", "0000.npz"])
+def test_an_entry_that_a_power_cut_has_damaged_is_made_again(tmp_path, caplog, name, damage):
+    write_entry(tmp_path / "entry", blocks(), 7, 2, 0, 1)
+    path = tmp_path / "entry" / name
+    path.write_bytes(damage(path.read_bytes()))
+    assert read_entry(tmp_path / "entry", 2, 0, 1) is None
+    assert "entry is damaged" in caplog.text
+    write_entry(tmp_path / "entry", blocks(), 7, 2, 0, 1)
+    assert read_entry(tmp_path / "entry", 2, 0, 1) is not None
+    (tmp_path / "entry/0000.tokens").write_bytes(b"")
+    assert read_entry(tmp_path / "entry", 2, 0, 1) is None
+
+
 def test_visuals_that_could_not_be_read_are_tried_again(tmp_path, caplog):
     found = write_entry(tmp_path / "entry", blocks()[:2], 7, 2, 0, 1)
     assert [block.indices.tolist() for block in found] == [[0, 1], [2, 3]]  # good for this evaluation

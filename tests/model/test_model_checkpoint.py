@@ -171,10 +171,13 @@ def test_a_folder_without_a_model_is_named(tmp_path):
 def test_missing_and_truncated_tensors_are_named(saved):
     content = (saved / "model.safetensors").read_bytes()
     (saved / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"model\.safetensors has [\d,]+ bytes instead of [\d,]+: .*damaged"):
+        load_model(saved)
+    (saved / "model.safetensors").write_bytes(bytes(len(content)))
     with pytest.raises(ValueError, match=r"model\.safetensors cannot be read .*truncated"):
         load_model(saved)
     (saved / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"model\.safetensors is missing"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is missing"):
         load_model(saved)
 
 

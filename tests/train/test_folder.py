@@ -5,8 +5,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from train.checkpoints import STATE, VERSION, TrainingState, complete_checkpoints, read_state
+from loaders.text import SPECIAL
+from model.config import ModelConfig
+from model.files import Weights, read_weights, write_weights
+from train.checkpoints import STATE, VERSION, TrainingState, check_checkpoint, complete_checkpoints, read_state
 from train.config import OptimizerConfig, RunConfig
 from train.folder import RunFolder
 
@@ -124,8 +129,54 @@ def test_only_complete_checkpoints_count(tmp_path):
 def test_a_damaged_state_is_told(tmp_path):
     path = checkpoint(tmp_path, 5)
     (path / STATE).write_text('{"version": 2')
-    with pytest.raises(ValueError, match=r"state\.json cannot be read.*remove"):
+    with pytest.raises(ValueError, match=r"state\.json is damaged.*remove"):
         read_state(path)
     (path / STATE).write_text(json.dumps({"version": 9}))
     with pytest.raises(ValueError, match="is of version 9"):
         read_state(path)
+
+
+@pytest.mark.parametrize("damage", ["empty", "half", "zeros", "missing"])
+@pytest.mark.parametrize(
+    "name",
+    ["state.json", "weights/model.json", "weights/vocab.txt", "parts/rank_00001_of_00002.safetensors"],
+)
+def test_what_a_power_cut_leaves_of_a_checkpoint_is_named_with_the_remedy(tmp_path, name, damage):
+    path = checkpoint(tmp_path, 5)
+    for folder in ("weights", "parts"):
+        (path / folder).mkdir()
+    (path / "weights/vocab.txt").write_text("".join(f"{word}\n" for word in (*SPECIAL, "a", "b", "c")))
+    write_weights(Weights(ModelConfig(), {"x": torch.ones(8)}), path / "weights")
+    for rank in range(2):
+        save_file({"x|0|weight": torch.ones(8)}, str(path / f"parts/rank_{rank:05}_of_00002.safetensors"))
+    check_checkpoint(path)
+    data = (path / name).read_bytes()
+    left = {"empty": b"", "half": data[: len(data) // 2], "zeros": bytes(len(data))}
+    (path / name).unlink()
+    if damage in left:
+        (path / name).write_bytes(left[damage])
+    if name == "state.json" and damage == "missing":
+        assert complete_checkpoints(tmp_path) == []
+        return
+    with pytest.raises(ValueError, match=r"step_00000005.* an earlier one is used"):
+        check_checkpoint(path)
+
+
+def test_weights_that_a_power_cut_has_emptied_are_damaged_for_evaluations_too(tmp_path):
+    (tmp_path / "vocab.txt").write_text("".join(f"{word}\n" for word in SPECIAL))
+    write_weights(Weights(ModelConfig(), {"x": torch.ones(8)}), tmp_path)
+    (tmp_path / "vocab.txt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"vocab\.txt has 0 bytes instead of \d+: the file is damaged"):
+        read_weights(tmp_path)
+
+
+def test_settings_that_a_power_cut_has_emptied_are_written_again(tmp_path, caplog):
+    started(tmp_path, RunConfig())
+    (tmp_path / "config.yaml").write_bytes(b"")
+    folder = RunFolder(tmp_path)
+    folder.claim(RunConfig(seed=3))
+    folder.begin(RunConfig(seed=3))
+    folder.release()
+    assert "config.yaml was emptied" in caplog.text
+    with pytest.raises(ValueError, match="seed is 3 there"):
+        RunFolder(tmp_path).claim(RunConfig())

@@ -68,6 +68,13 @@ def test_terminated_and_killed_runs_equal_an_uninterrupted_one(corpora, tmp_path
     assert finished.returncode == 2
     assert "is finished" in finished.stderr
 
+    (whole / "finished.json").unlink()
+    vocabulary = whole / f"checkpoints/step_{newest(whole):08}/weights/vocab.txt"
+    vocabulary.write_bytes(b"")  # as a power cut leaves it
+    emptied = run("pretrain", config, f"output_dir={whole}", processes=1)
+    assert emptied.returncode == 2
+    assert f"{vocabulary.parents[1]} is damaged ({vocabulary} has 0 bytes" in emptied.stderr
+
 
 STEPS = 16
 
