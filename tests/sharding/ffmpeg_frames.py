@@ -19,14 +19,14 @@ def ffmpeg(*words: object) -> subprocess.CompletedProcess[bytes]:
 
 def shown_times(path: Path) -> np.ndarray:
     """Seconds (N,) from which on each frame is shown, in order, the first at 0."""
-    done = ffmpeg("-i", path, "-map", "0:v:0", "-vf", "showinfo", "-fps_mode", "passthrough", "-f", "null", "-")
+    done = ffmpeg("-i", path, "-an", "-sn", "-vf", "showinfo", "-fps_mode", "passthrough", "-f", "null", "-")
     seconds = np.sort(times_in(done.stderr))
     return seconds - seconds[0]
 
 
 def shown_frames(path: Path, width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
     """All frames (N, H, W, 3), and the seconds (N,) from which on they are shown, in order, the first at 0."""
-    words = ["-i", path, "-map", "0:v:0", "-vf", f"showinfo,scale={width}:{height}:flags=area"]
+    words = ["-i", path, "-an", "-sn", "-vf", f"showinfo,scale={width}:{height}:flags=area"]
     done = ffmpeg(*words, "-fps_mode", "passthrough", "-pix_fmt", "rgb24", "-f", "rawvideo", "-")
     frames = np.frombuffer(done.stdout, np.uint8).reshape(-1, height, width, 3)
     seconds = times_in(done.stderr)[: len(frames)]

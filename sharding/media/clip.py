@@ -1,0 +1,283 @@
+"""An open video file as a player shows it: one stream, time stamps without jumps, frames upright and in proportion."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import mmap
+from collections.abc import Iterator, Mapping
+from typing import cast
+
+import av
+import numpy as np
+from av.buffer import Buffer
+from av.format import Flags
+from av.stream import Disposition
+from av.video.reformatter import VideoReformatter
+
+from sharding.media.frames import MediaError, stored_size
+
+SEEK_BEYOND = 5.0  # seconds; to a start that is nearer a clip is decoded from its beginning
+# Containers with an index and with time stamps that do not depend on what was read before. In all others a seek fails
+# (raw streams), or lands by a clock that may wrap or begin anew (MPEG-TS, MPEG-PS).
+SEEKABLE = {"mov", "matroska"}
+WIDEST_PIXEL = 10  # a sample aspect ratio beyond 1:10 or 10:1 is damage
+# The ffmpeg program's dts_delta_threshold and dts_error_threshold in seconds, and its slack for a clock that runs back.
+JUMP, NONSENSE, BACK = 10, 30 * 3600, 0.1
+
+
+class Reader:
+    """A file object over bytes or a mapped file, with a position of its own; nothing is copied as a whole."""
+
+    def __init__(self, data: bytes | mmap.mmap) -> None:
+        self.data = data
+        self.position = 0
+
+    def read(self, count: int) -> bytes:
+        """The next bytes; none at the end and beyond it."""
+        piece = self.data[self.position : self.position + count]
+        self.position += len(piece)
+        return piece
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """The new position, which may lie beyond the end as in any file; -1 where it would lie before the beginning."""
+        position = offset + (0, self.position, len(self.data))[whence]
+        if position < 0:
+            return -1  # FFmpeg takes it for an error of this seek; an exception would end the decoding
+        self.position = position
+        return position
+
+    def tell(self) -> int:
+        """The position."""
+        return self.position
+
+
+def open_container(data: bytes | mmap.mmap) -> av.container.InputContainer:
+    """Open a video file's bytes. Nothing else is opened, whatever they name: a playlist is no video.
+
+    Raises:
+        MediaError: FFmpeg knows no such container.
+    """
+    closed = {"protocol_whitelist": "none"}  # playlists, SDP, references to other files: no protocol that reads them
+    try:
+        return av.open(Reader(data), mode="r", metadata_errors="replace", container_options=closed)
+    except av.ArgumentError:
+        raise MediaError("unreadable video: damaged, or it names other files, which are not opened") from None
+
+
+def choose_stream(container: av.container.InputContainer) -> av.VideoStream:
+    """The stream that the ffmpeg program takes: the default one, then the largest; covers and thumbnails are none.
+
+    Raises:
+        MediaError: there is no video, or no decoder for it.
+    """
+    streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+    if not streams:
+        raise MediaError("no video stream")
+    decodable = [stream for stream in streams if stream.codec_context is not None]
+    if not decodable:
+        raise MediaError("unreadable video: no decoder for its codec")
+    return max(decodable, key=stream_rank)
+
+
+def stream_rank(stream: av.VideoStream) -> float:
+    """How the ffmpeg program ranks video streams; of equal ones the first is taken."""
+    default = bool(stream.disposition & Disposition.default)
+    return stream.width * stream.height + 5_000_000 * default + 100_000_000 * bool(stream.frames)
+
+
+class Clock:
+    """Makes the time stamps of a stream's packets continuous by the rules of the ffmpeg program.
+
+    In containers whose clock may begin anew (MPEG-TS, MPEG-PS) a jump of more than 10 seconds, or back, goes on where
+    the packet before ended. In all others a pause is real, and only a time stamp 30 hours off is dropped.
+    """
+
+    def __init__(self, stream: av.VideoStream, restarts: bool) -> None:
+        self.restarts = restarts
+        self.second = float(1 / stream.time_base) if stream.time_base else 1.0  # in units of the time base
+        rate = stream.average_rate or stream.guessed_rate or 25
+        self.step = max(1, round(self.second / rate))
+        self.offset = 0
+        self.first: int | None = None
+        self.last = self.due = 0  # decoding time of the packet before, and when the next is due
+
+    @property
+    def seconds(self) -> float:
+        """What the packets so far last."""
+        return (self.due - (self.first or 0)) / self.second
+
+    def correct(self, packet: av.Packet) -> None:
+        """Change a packet's time stamps; packets come in the order of the file."""
+        self.shift(packet, self.offset)
+        if self.first is not None:
+            if self.restarts:
+                self.follow(packet)
+            else:
+                self.drop(packet)
+        stamp = packet.dts if packet.dts is not None else packet.pts if self.first is None else None
+        self.last = self.due if stamp is None else stamp
+        self.first = self.last if self.first is None else self.first
+        self.due = self.last + (packet.duration or self.step)
+
+    def shift(self, packet: av.Packet, units: int) -> None:
+        """Move a packet in time."""
+        if units and packet.dts is not None:
+            packet.dts += units
+        if units and packet.pts is not None:
+            packet.pts += units
+
+    def follow(self, packet: av.Packet) -> None:
+        """Let a packet after a jump of the clock follow the one before, and all later ones with it."""
+        if packet.dts is None:
+            return
+        jump = packet.dts - self.due
+        if abs(jump) > JUMP * self.second or packet.dts + BACK * self.second < self.last:
+            self.offset -= jump
+            self.shift(packet, -jump)
+
+    def drop(self, packet: av.Packet) -> None:
+        """Take away time stamps that cannot be."""
+        if packet.dts is not None and abs(packet.dts - self.due) > NONSENSE * self.second:
+            packet.dts = None
+        if packet.pts is not None and abs(packet.pts - self.due) > NONSENSE * self.second:
+            packet.pts = None
+
+
+class Clip:
+    """An open video: its frames with the seconds they are shown until, past broken packets."""
+
+    def __init__(self, container: av.container.InputContainer) -> None:
+        self.container = container
+        self.stream = choose_stream(container)
+        self.stream.thread_type = "NONE"  # processes decode side by side, one clip each
+        self.unit = float(self.stream.time_base or 0)
+        flags = Flags(container.format.flags)
+        self.restarts = Flags.ts_discont in flags
+        self.stamped = Flags.no_timestamps not in flags
+        self.clock = Clock(self.stream, self.restarts)
+        self.coded_pixel = self.stream.codec_context.sample_aspect_ratio
+        self.reformatter = VideoReformatter()
+        self.broken = ""  # the decoder's complaint about the first broken packet
+        self.reached = 0.0  # seconds decoded
+
+    @property
+    def promised(self) -> float:
+        """Seconds that the header says the clip lasts; 0 when it says nothing, or by a clock that jumps."""
+        if self.restarts:
+            return 0.0
+        if self.stream.duration and self.unit:
+            return float(self.stream.duration * self.unit)
+        return (self.container.duration or 0) / av.time_base
+
+    def length(self) -> float:
+        """Seconds that the clip lasts, of which not all is decoded: by the header, else by the packets."""
+        if not self.promised:
+            for _ in self.packets():
+                pass
+        return self.promised or self.clock.seconds
+
+    def shown(self, start: float = 0.0) -> Iterator[tuple[av.VideoFrame, float]]:
+        """(frame, second until it is shown) in order of time, of frames shown later than `start`."""
+        frames = self.decoded()
+        held = next(frames, None)
+        if held is None:
+            return
+        origin = self.time_of(held, 0.0)
+        begin, lasts = 0.0, self.duration_of(held, 0.0)
+        if start > SEEK_BEYOND and SEEKABLE & set(self.container.format.name.split(",")):
+            frames = self.decoded_from(origin + start)
+        for frame in frames:
+            now = self.time_of(frame, origin + begin + lasts) - origin
+            if now > begin:
+                before, lasts = held, self.duration_of(frame, now - begin)
+                begin, held = now, frame
+                if begin > start:
+                    yield before, begin
+            self.reached = begin
+        self.reached = begin + lasts
+        if self.reached > start:
+            yield held, self.reached
+
+    def time_of(self, frame: av.VideoFrame, otherwise: float) -> float:
+        """A frame's time stamp in seconds."""
+        return frame.pts * self.unit if frame.pts is not None and self.unit else otherwise
+
+    def duration_of(self, frame: av.VideoFrame, after: float) -> float:
+        """Seconds that the last frame is shown, estimated as by the ffmpeg program; `after`: the one before was."""
+        own = frame.duration * self.unit
+        guessed = frame.duration == 1 and after > 2 * own
+        if own > 0 and self.stamped and not guessed:
+            return own
+        rate = self.stream.codec_context.framerate
+        coded = float(1 / rate) if rate else 0.0
+        if coded and not self.stamped:
+            return coded
+        average = self.stream.average_rate or self.stream.guessed_rate or 25
+        return after if after > 0 else own or coded or float(1 / average)
+
+    def decoded_from(self, seconds: float) -> Iterator[av.VideoFrame]:
+        """Frames from a key frame before a time stamp on; all of them where the container cannot seek well."""
+        if self.seek(int(seconds / self.unit)):
+            frames = (frame for frame in self.decoded() if frame.pts is not None)
+            first = next(frames, None)
+            if first is not None and self.time_of(first, math.inf) <= seconds:
+                return itertools.chain([first], frames)
+        if not self.seek(0):
+            raise MediaError("unreadable video: it cannot be read a second time")
+        return self.decoded()
+
+    def seek(self, stamp: int) -> bool:
+        """Go to a time stamp; whether that was possible."""
+        try:
+            self.container.seek(stamp, stream=self.stream)
+        except (av.FFmpegError, OverflowError):
+            return False
+        self.clock = Clock(self.stream, self.restarts)
+        return True
+
+    def picture(self, frame: av.VideoFrame, size: int) -> np.ndarray:
+        """RGB pixels (H, W, 3) of a frame as shown, its shorter side at most `size`: colours and scale in one go."""
+        width, height = stored_size(max(1, round(frame.width * self.pixel_shape())), frame.height, size)
+        converted = self.reformatter.reformat(frame, width, height, "rgb24", interpolation="AREA")
+        return np.ascontiguousarray(upright(converted.to_ndarray(), frame))
+
+    def pixel_shape(self) -> float:
+        """How much wider than high a pixel is: as the container says, else the codec of the frame now decoded."""
+        shape, now = self.stream.sample_aspect_ratio, self.stream.codec_context.sample_aspect_ratio
+        if now and shape == self.coded_pixel:
+            shape = now
+        return float(shape) if shape and 1 / WIDEST_PIXEL <= shape <= WIDEST_PIXEL else 1.0
+
+    def packets(self) -> Iterator[av.Packet]:
+        """Packets with time stamps that do not jump; where the file cannot be read on, it ends."""
+        try:
+            for packet in self.container.demux(self.stream):
+                if packet.size:
+                    self.clock.correct(packet)
+                yield packet
+        except av.FFmpegError as error:
+            self.broken = self.broken or str(error.strerror)
+
+    def decoded(self) -> Iterator[av.VideoFrame]:
+        """Frames in the order of the decoder; broken packets are passed over."""
+        for packet in self.packets():
+            try:
+                yield from packet.decode()
+            except av.FFmpegError as error:
+                self.broken = self.broken or str(error.strerror)
+
+
+def upright(pixels: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
+    """Pixels (H, W, 3) turned and mirrored as a frame's display matrix says, to the nearest quarter turn."""
+    try:
+        found = cast(Mapping[str, Buffer], frame.side_data).get("DISPLAYMATRIX")
+    except ValueError:  # PyAV lists no side data of a frame that has a kind unknown to it, such as a photo's EXIF
+        return np.rot90(pixels, round(frame.rotation / 90) % 4)
+    if found is None:
+        return pixels
+    # A pixel of column p and row q is shown in column a p + c q, row b p + d q.
+    (a, b, _), (c, d, _) = np.frombuffer(bytes(found), np.int32).reshape(3, 3)[:2].tolist()
+    if abs(b) > abs(a):
+        pixels, a, d = pixels.swapaxes(0, 1), c, b
+    return pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
