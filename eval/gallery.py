@@ -13,6 +13,8 @@ from PIL import Image, ImageEnhance
 from eval.features import VisualData
 from eval.metrics import NOT_RANKED, Truth, true_ranks
 from eval.ranking import top_items
+from sharding.media import MediaError
+from sharding.media.picture import decode_picture
 
 CELL = 128  # pixels of a frame's side in a strip
 SHOWN = 5  # results of a query
@@ -104,14 +106,19 @@ def draw_visuals(
 
 
 def strip(frames: Sequence[bytes], cell: int = CELL) -> bytes:
-    """JPEG of frames (JPEG bytes each) side by side, each fitted into a square of `cell` pixels.
+    """JPEG of frames (bytes of an image file each) side by side, each fitted into a square of `cell` pixels.
 
     What a frame that is not square leaves free is filled with its own colours, blurred and dark.
+
+    Raises:
+        OSError: a frame cannot be shown.
     """
     sheet = Image.new("RGB", (cell * len(frames), cell))
     for place, data in enumerate(frames):
-        with Image.open(io.BytesIO(data)) as image:
-            frame = image.convert("RGB")
+        try:
+            frame = Image.fromarray(decode_picture(data).pixels)
+        except MediaError as error:
+            raise OSError(f"a frame cannot be shown: {error}") from None
         scale = cell / max(frame.size)
         width, height = (max(1, round(side * scale)) for side in frame.size)
         fill = frame.resize((6, 6), Image.Resampling.BOX).resize((cell, cell), Image.Resampling.BICUBIC)

@@ -18,6 +18,7 @@ from loaders.clips import BadSampleError, Window
 from loaders.dali_graph import CopyStream, GraphSettings, build_pipeline, feed
 from loaders.decoding import BATCHES_AT_ONCE
 from loaders.pixels import Clip, Scratch, decode_clip, header_fault
+from sharding.media.picture import is_shown_alike
 
 log = logging.getLogger("loaders")
 
@@ -99,9 +100,9 @@ class DaliWorker:
         self.pipeline: Pipeline | None = None
         self._capacity = 0
         self._copies = CopyStream(settings.device)
-        self._scratch = Scratch()
         self._told = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="dali")
+        self._others = ThreadPoolExecutor(settings.threads, thread_name_prefix="others")
 
     def decode(self, clips: Sequence[Clip]) -> tuple[torch.Tensor, dict[int, str]]:
         """See Decoder."""
@@ -110,13 +111,17 @@ class DaliWorker:
     def close(self) -> None:
         """End the thread and the pipeline."""
         self._thread.shutdown(wait=True, cancel_futures=True)
+        self._others.shutdown(wait=True, cancel_futures=True)
         self.pipeline = None
 
     def _decode(self, clips: Sequence[Clip]) -> tuple[torch.Tensor, dict[int, str]]:
         shape = (len(clips), len(clips[0].jpegs), self.settings.size, self.settings.size, 3)
-        bad = header_faults(clips)
-        rows = [row for row in range(len(clips)) if row not in bad]
+        others = [row for row, clip in enumerate(clips) if not all(map(is_shown_alike, clip.jpegs))]
+        plain = [row for row in range(len(clips)) if row not in others]
+        bad = {plain[number]: fault for number, fault in header_faults([clips[row] for row in plain]).items()}
+        rows = [row for row in plain if row not in bad]
         parts = self._search(clips, rows, bad) if rows else []
+        parts += self._decode_others(clips, others, bad)
         if len(parts) == 1 and not bad:
             return parts[0][1].view(shape), {}
         return self._copies.assembled(shape, parts), bad
@@ -140,13 +145,35 @@ class DaliWorker:
                     bad[part[0]] = str(fault)
         return parts
 
+    def _decode_others(
+        self, clips: Sequence[Clip], rows: list[int], bad: dict[int, str]
+    ) -> list[tuple[list[int], torch.Tensor]]:
+        """Frames of the rows with images that DALI does not show as packing would store them, by the CPU path."""
+        parts = []
+        for row, result in zip(rows, self._others.map(self._by_cpu, [clips[row] for row in rows])):
+            if isinstance(result, BadSampleError):
+                bad[row] = str(result)
+            else:
+                parts.append(([row], result))
+        return parts
+
+    def _by_cpu(self, clip: Clip) -> torch.Tensor | BadSampleError:
+        """A clip's frames (T, S, S, 3) by the CPU path, or why there are none."""
+        frames = np.empty((len(clip.jpegs), self.settings.size, self.settings.size, 3), np.uint8)
+        try:
+            decode_clip(clip, frames, self.settings.antialias, Scratch())
+        except BadSampleError as error:
+            return error
+        return torch.from_numpy(frames)
+
     def _second_opinion(self, clip: Clip, dali_says: str) -> torch.Tensor:
         """The frames of a clip that DALI does not decode, by the CPU path: both refuse the same samples then.
 
         Raises BadSampleError where the CPU path refuses it too: nothing else makes a sample a bad one.
         """
-        frames = np.empty((len(clip.jpegs), self.settings.size, self.settings.size, 3), np.uint8)
-        decode_clip(clip, frames, self.settings.antialias, self._scratch)
+        frames = self._by_cpu(clip)
+        if isinstance(frames, BadSampleError):
+            raise frames
         if not self._told:
             self._told = True
             log.warning(
@@ -154,7 +181,7 @@ class DaliWorker:
                 "the CPU, which takes longer; if there are many, set decode=cpu",
                 dali_says,
             )
-        return torch.from_numpy(frames)
+        return frames
 
     def _run(self, clips: Sequence[Clip]) -> torch.Tensor:
         """Frames (B*T, S, S, 3) uint8 on the device.

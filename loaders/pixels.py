@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from typing import NamedTuple
 
 import cv2
@@ -11,6 +10,9 @@ import simplejpeg
 from PIL import Image
 
 from loaders.clips import BadSampleError, Window
+from sharding.media import MediaError
+from sharding.media.jpeg import SIDEWAYS, START_OF_IMAGE, UPRIGHT, has_end, orientation_of
+from sharding.media.picture import decode_picture, picture_size
 
 cv2.setNumThreads(0)  # pictures are decoded side by side; threads within one only get in the way
 
@@ -20,10 +22,6 @@ cv2.setNumThreads(0)  # pictures are decoded side by side; threads within one on
 # pixels; at 1 instead of 2 it would be 0.9 to 1.6 (docs/streaming.md). Without antialiasing the picture would change.
 SPARE = 2
 EVEN_SUBSAMPLINGS = {"444", "420", "Gray"}  # libjpeg reduces colours of the others unlike their brightness
-START_OF_IMAGE = b"\xff\xd8"
-END_OF_IMAGE = b"\xff\xd9"
-START_OF_SCAN = 0xDA
-NO_LENGTH = {0x00, 0x01, *range(0xD0, 0xDA)}  # what follows 0xFF where no length does
 
 
 class Clip(NamedTuple):
@@ -33,6 +31,14 @@ class Clip(NamedTuple):
     height: int
     width: int
     window: Window
+
+
+class Frame(NamedTuple):
+    """A decoded frame, upright, and the part of it to show."""
+
+    pixels: np.ndarray  # RGB (H, W, 3), or (H / fraction, W / fraction, 3), rounded up
+    window: Window  # in pixels of the whole frame
+    fraction: int = 1
 
 
 class Scratch:
@@ -68,16 +74,15 @@ def decode_clip(clip: Clip, out: np.ndarray, antialias: bool, scratch: Scratch) 
         if number and data is clip.jpegs[number - 1]:  # a repeated frame is decoded once
             out[number] = out[number - 1]
             continue
-        fraction = jpeg_fraction(data, clip, size) if antialias else 1
         try:
-            pixels = decode_frame(data, clip, out[number] if room is None else room, fraction)
+            frame = decode_frame(data, clip, out[number] if room is None else room, size if antialias else None)
         except BadSampleError as error:
             raise BadSampleError(f"frame {number} of those shown: {error}") from None
-        if room is not None or not np.may_share_memory(pixels, out):  # else it was decoded into its place
-            if fraction > 1:
-                show_fraction(pixels, clip.window, out[number], fraction)
+        if room is not None or not np.may_share_memory(frame.pixels, out):  # else it was decoded into its place
+            if frame.fraction > 1:
+                show_fraction(frame.pixels, frame.window, out[number], frame.fraction)
             else:
-                show(pixels, clip.window, out[number], antialias, scratch.room(1, size * size * 3))
+                show(frame.pixels, frame.window, out[number], antialias, scratch.room(1, size * size * 3))
 
 
 def jpeg_fraction(data: bytes, clip: Clip, size: int) -> int:
@@ -88,79 +93,66 @@ def jpeg_fraction(data: bytes, clip: Clip, size: int) -> int:
         return 1
     try:
         height, width, _, subsampling = simplejpeg.decode_jpeg_header(data)
-    except ValueError:  # decoding says what is wrong with it
+    except (ValueError, KeyError):  # decoding says what is wrong with it
         return 1
     return fraction if (height, width) == (clip.height, clip.width) and subsampling in EVEN_SUBSAMPLINGS else 1
 
 
-def decode_frame(data: bytes, clip: Clip, room: np.ndarray | None = None, fraction: int = 1) -> np.ndarray:
-    """RGB pixels (H, W, 3), in `room` where they are a JPEG's; raises BadSampleError when there are none.
+def decode_frame(data: bytes, clip: Clip, room: np.ndarray, size: int | None) -> Frame:
+    """The pixels of one of a clip's frames, in `room` where they are a plain JPEG's.
 
-    fraction: of `jpeg_fraction`; the pixels are (H / fraction, W / fraction, 3), rounded up.
+    size: what is shown of it, where it may be decoded at a fraction of its own; None: never.
+
+    Raises:
+        BadSampleError: it does not decode, or has not the size in the index.
     """
+    if not is_upright_jpeg(data):
+        return decode_other(data, clip)
+    fraction = 1 if size is None else jpeg_fraction(data, clip, size)
     height, width = -(-clip.height // fraction), -(-clip.width // fraction)
     least = {"min_height": height, "min_width": width} if fraction > 1 else {}
     try:
-        if data[:2] == START_OF_IMAGE:
-            pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False, buffer=room, **least)
-        else:
-            pixels = decode_other(data)
-    except ValueError as error:
-        raise BadSampleError(f"broken image: {error}") from None
+        pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False, buffer=room, **least)
+    except ValueError as error:  # damaged, of another size, or sound and of a kind that only Pillow decodes
+        return decode_other(data, clip, str(error))
     if pixels.shape[:2] != (height, width):
         raise BadSampleError(f"{pixels.shape[1]}x{pixels.shape[0]} pixels, the index says {clip.width}x{clip.height}")
-    return pixels
+    return Frame(pixels, clip.window, fraction)
+
+
+def is_upright_jpeg(data: bytes) -> bool:
+    """Whether it is a JPEG that is shown as it is stored."""
+    return data[:2] == START_OF_IMAGE and orientation_of(data) == UPRIGHT
+
+
+def decode_other(data: bytes, clip: Clip, warning: str = "") -> Frame:
+    """An image that is no plain JPEG, as packing would store it: foreign shards hold PNG, WebP, turned photos.
+
+    warning: what libjpeg-turbo said of it; the reason where packing refuses it as well.
+    """
+    try:
+        pixels, width, height, *_, orientation = decode_picture(data)
+    except MediaError as error:
+        raise BadSampleError(f"broken image: {warning or error}") from None
+    if (height, width) == (clip.height, clip.width):
+        return Frame(pixels, clip.window)
+    if (width, height) == (clip.height, clip.width) and orientation in SIDEWAYS:
+        top, left, window_height, window_width, flip = clip.window  # of an index with the size before turning
+        return Frame(pixels, Window(left, top, window_width, window_height, flip))
+    raise BadSampleError(f"{width}x{height} pixels, the index says {clip.width}x{clip.height}")
 
 
 def header_fault(data: bytes, clip: Clip) -> str | None:
-    """What an image's header already tells against it, by looking at some bytes of it; None when nothing."""
+    """What the header of a plain image already tells against it, by some bytes of it; None when nothing."""
     try:
-        if data[:2] == START_OF_IMAGE:
-            height, width = simplejpeg.decode_jpeg_header(data)[:2]
-        else:
-            with Image.open(io.BytesIO(data)) as image:
-                width, height = image.size
-    except Exception as error:  # Pillow's parsers raise many kinds
-        return f"{len(data)} bytes that are no image ({type(error).__name__})"
+        width, height = picture_size(data)
+    except MediaError as error:
+        return str(error)
     if (height, width) != (clip.height, clip.width):
         return f"{width}x{height} pixels, the index says {clip.width}x{clip.height}"
     if data[:2] == START_OF_IMAGE and not has_end(data):
         return f"broken image: {len(data)} bytes of a JPEG that is cut short: it has no end-of-image marker"
     return None
-
-
-def has_end(jpeg: bytes) -> bool:
-    """Whether a JPEG's picture has its end-of-image marker; libjpeg-turbo refuses those without.
-
-    In compressed data 0xFF is followed by a zero, a restart marker or another 0xFF, so the first such marker after the
-    picture's begin is its end. Bytes after it are of no account.
-    """
-    return jpeg.endswith(END_OF_IMAGE) or jpeg.find(END_OF_IMAGE, picture_begin(jpeg)) >= 0
-
-
-def picture_begin(jpeg: bytes) -> int:
-    """The first byte of a JPEG's first scan; a thumbnail in its header has markers of its own. The length without."""
-    place = 2
-    while place + 4 <= len(jpeg):
-        if jpeg[place] != 0xFF:
-            place += 1
-        elif jpeg[place + 1] == 0xFF or jpeg[place + 1] in NO_LENGTH:
-            place += 1 if jpeg[place + 1] == 0xFF else 2
-        else:
-            length = int.from_bytes(jpeg[place + 2 : place + 4], "big")
-            if jpeg[place + 1] == START_OF_SCAN:
-                return place + 2 + length
-            place += 2 + length
-    return len(jpeg)
-
-
-def decode_other(data: bytes) -> np.ndarray:
-    """RGB pixels (H, W, 3) of an image that is no JPEG; foreign shards hold PNG, WebP and others."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return np.asarray(image.convert("RGB"))
-    except Exception as error:  # Pillow's parsers raise many kinds; all mean that the bytes are of no use
-        raise BadSampleError(f"{len(data)} bytes that are no image ({type(error).__name__})") from None
 
 
 def show(pixels: np.ndarray, window: Window, out: np.ndarray, antialias: bool, room: np.ndarray) -> None:

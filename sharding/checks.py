@@ -14,11 +14,10 @@ from typing import Any
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from sharding.foreign import PICTURES, split_name
 from sharding.media import MediaError
-from sharding.media.image import decode_jpeg
+from sharding.media.picture import decode_picture
 from sharding.processes import Advance
 from sharding.remote import again, reason_of
 from sharding.schema import INDEX_SCHEMA, UNREADABLE, ShardInfo
@@ -297,12 +296,11 @@ class Walk:
 def undecodable(data: bytes, width: int, height: int) -> str:
     """Why a picture cannot be shown as the index says; empty when it can."""
     try:
-        if data[:2] == b"\xff\xd8":
-            found = decode_jpeg(data, 0).shape[1::-1]
-        else:
-            with Image.open(io.BytesIO(data)) as image:
-                image.load()
-                found = image.size
-    except (MediaError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return str(error).split(" <")[0]
-    return "" if found == (width, height) else f"{found[0]}x{found[1]} pixels, the index says {width}x{height}"
+        pixels = decode_picture(data).pixels
+    except MediaError as error:
+        return str(error)
+    found = (pixels.shape[1], pixels.shape[0])
+    if found == (width, height):
+        return ""
+    remedy = "; it is turned by its EXIF, index it again" if found == (height, width) else ""
+    return f"{found[0]}x{found[1]} pixels, the index says {width}x{height}{remedy}"

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-from PIL import Image
-
 from sharding.annotations.items import question_of
+from sharding.media import MediaError
+from sharding.media.picture import picture_size
 from sharding.tar import Damage, Member, TarStream
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
@@ -156,13 +155,13 @@ def take(sample: Sample, ending: str, member: Member) -> None:
 
 
 def picture_of(data: bytes, offset: int) -> Picture:
-    """Place and size of a picture; only its header is read."""
+    """Place and size of a picture, as it is shown; only its header is read."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            (width, height), broken = image.size, ""
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        width, height, broken = 0, 0, f"unreadable picture: {str(error).split(' <')[0]}"
-    return Picture(offset, len(data), zlib.crc32(data), width, height, broken if data else "empty picture")
+        (width, height), broken = picture_size(data), ""
+    except MediaError as error:
+        reason = str(error).removeprefix("unreadable image: ")
+        width, height, broken = 0, 0, f"unreadable picture: {reason}" if data else "empty picture"
+    return Picture(offset, len(data), zlib.crc32(data), width, height, broken)
 
 
 def row_of(sample: Sample, is_video: bool, fps: float) -> tuple[dict[str, Any], bool]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from fsspec.implementations.local import LocalFileSystem
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from sharding.figures import columns_of, in_threads, spread
+from sharding.media import MediaError
+from sharding.media.picture import decode_picture
 from sharding.schema import INDEX_SCHEMA, Corpus
 
 SHARDS = 16  # of a corpus that pictures are taken from, unless more are asked for
@@ -84,8 +85,8 @@ def ranges(spans: Sequence[tuple[str, int, int]]) -> list[bytes | None]:
 def picture(data: bytes | None) -> Image.Image | None:
     """A decoded frame, or None."""
     try:
-        return None if data is None else Image.open(io.BytesIO(data)).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None if data is None else Image.fromarray(decode_picture(data).pixels)
+    except MediaError:
         return None
 
 

@@ -12,7 +12,8 @@ from PIL import Image
 from loaders.clips import BadSampleError, Window
 from loaders.dali import DaliDecoder, header_faults
 from loaders.decoding import CpuDecoder, make_decoder
-from loaders.pixels import Clip, Scratch, decode_clip, has_end, jpeg_fraction
+from loaders.pixels import Clip, Scratch, decode_clip, jpeg_fraction
+from sharding.media.jpeg import has_end
 
 SIZE = 32
 CPU = torch.device("cpu")

@@ -1,0 +1,80 @@
+"""What a JPEG's bytes tell before they are decoded: where its picture begins, whether it ends, how it is turned."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from PIL import Image
+
+START_OF_IMAGE = b"\xff\xd8"
+UPRIGHT = 1
+TURNED = {2, 3, 4, 5, 6, 7, 8}  # what EXIF's orientation says of other pictures
+SIDEWAYS = {5, 6, 7, 8}  # width and height change places
+
+_ORIENTATION = 0x0112
+_START_OF_SCAN = 0xDA
+_EXIF = 0xE1
+_EXIF_NAME = b"Exif\x00\x00"
+_NO_LENGTH = {0x00, 0x01, *range(0xD0, 0xDA)}  # what follows 0xFF where no length does
+_NEXT_BORDER = re.compile(b"\xff[\xd8\xd9]")  # the next image's start, or this one's end
+
+
+def has_end(jpeg: bytes) -> bool:
+    """Whether a JPEG's picture has its end-of-image marker.
+
+    In compressed data 0xFF is followed by a zero, a restart marker or another 0xFF, so the first such marker after the
+    picture's begin is its end. Bytes after it are of no account: a phone's Motion Photo has its clip there. The start
+    of another image before it means that the marker is the other image's, and this one is cut.
+    """
+    border = _NEXT_BORDER.search(jpeg, read_header(jpeg)[0])
+    return border is not None and border[0] != START_OF_IMAGE
+
+
+def orientation_of(jpeg: bytes) -> int:
+    """EXIF's orientation of a JPEG, 1 to 8; 1 where it has none or a malformed one."""
+    exif = read_header(jpeg)[1]
+    return parse_orientation(exif) if exif else UPRIGHT
+
+
+def parse_orientation(exif: bytes) -> int:
+    """The orientation in an EXIF block, 1 to 8; 1 where it has none or is malformed."""
+    block = Image.Exif()
+    try:
+        block.load(exif)
+    except Exception:  # the parser raises many kinds; what it read until then counts
+        return known_orientation(block)
+    return known_orientation(block)
+
+
+def known_orientation(exif: Image.Exif) -> int:
+    """The orientation among EXIF's tags, 1 to 8; 1 where it has none, or a value of another type."""
+    try:
+        value: Any = exif.get(_ORIENTATION, UPRIGHT)
+        return int(value) if value in TURNED else UPRIGHT
+    except Exception:  # tags are parsed when they are asked for
+        return UPRIGHT
+
+
+def read_header(jpeg: bytes) -> tuple[int, bytes]:
+    """(first byte of a JPEG's first scan, or the length without one; its EXIF block, empty without one).
+
+    Segments are passed over by their length: a thumbnail in one has markers of its own.
+    """
+    place, exif = 2, b""
+    while place + 4 <= len(jpeg):
+        marker = jpeg[place + 1]
+        if jpeg[place] != 0xFF:
+            place = jpeg.find(b"\xff", place)
+            if place < 0:
+                break
+        elif marker == 0xFF or marker in _NO_LENGTH:
+            place += 1 if marker == 0xFF else 2
+        else:
+            end = place + 2 + (jpeg[place + 2] << 8 | jpeg[place + 3])
+            if marker == _START_OF_SCAN:
+                return end, exif
+            if marker == _EXIF and jpeg.startswith(_EXIF_NAME, place + 4):
+                exif += jpeg[place + 4 + (len(_EXIF_NAME) if exif else 0) : end]  # a large block comes in several
+            place = end
+    return len(jpeg), exif
