@@ -30,12 +30,18 @@ class Record:
     fields: dict[str, Any]
     filtered: str = ""  # why a reader leaves it out
     fault: str = ""  # why it cannot be understood
+    columns: tuple[str, ...] = ()  # of its file, where only some of them are read
 
     def value(self, key: str) -> Any:
         """What it says under a key; raises ValueError when it says nothing."""
         if key not in self.fields:
-            raise ValueError(f'{self.place}: no "{key}"; its columns are {", ".join(self.fields)}: check --corpus')
+            raise ValueError(f'{self.place}: no "{key}"; its columns are {self.names}: check --corpus')
         return self.fields[key]
+
+    @property
+    def names(self) -> str:
+        """The names of its columns, for messages."""
+        return ", ".join(self.columns or self.fields)
 
     @property
     def place(self) -> str:

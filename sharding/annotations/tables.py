@@ -5,17 +5,20 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from sharding.annotations.columns import used_names
 from sharding.annotations.config import Reading
 from sharding.annotations.files import Record, opened
+from sharding.parquet import ParquetError, parquet_file, read_batches
 
 DELIMITERS = ",;\t|"
 LONGEST_FIELD = 2**24  # characters; an unclosed quote reaches it soon
-BATCH = 4096  # rows of Parquet read at a time
+UNCONVERTED = (ValueError, TypeError, KeyError, OverflowError, pa.ArrowException)  # of Arrow's values to Python's
 
 
 def csv_records(file: str, reading: Reading) -> Iterator[Record]:
@@ -71,18 +74,71 @@ def guessed_delimiter(file: str, reading: Reading) -> str:
     return max(DELIMITERS, key=line.count)
 
 
-def parquet_records(file: str, reading: Reading) -> Iterator[Record]:
-    """Rows of a Parquet file."""
-    number = 0
+def parquet_records(file: str, reading: Reading, more: Sequence[str] = ()) -> Iterator[Record]:
+    """Rows of a Parquet file, of which only columns that `reading` may use are read, and those called `more`.
+
+    Raises:
+        ValueError: it is no Parquet file, damaged, or two of these columns have one name.
+    """
+    used = used_names(reading.columns, reading.keep).union(more)
     with opened(file) as handle:
         try:
-            for batch in pq.ParquetFile(handle).iter_batches(BATCH):
-                for fields in batch.to_pylist():
-                    number += 1
-                    yield Record(file, number, fields)
-        except pa.ArrowInvalid as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"annotation file {file} is no Parquet file, or damaged ({reason})") from None
+            with parquet_file(cast(BinaryIO, handle)) as table:
+                names = tuple(table.schema_arrow.names)
+                check_names(file, names, used)
+                yield from parquet_rows(file, names, read_batches(table, [name for name in names if name in used]))
+        except ParquetError as error:
+            raise ValueError(f"annotation file {file} is no Parquet file, or damaged ({error})") from None
+
+
+def parquet_rows(file: str, names: tuple[str, ...], batches: Iterable[pa.RecordBatch]) -> Iterator[Record]:
+    """The rows of batches as records; those with a value that cannot be read have a fault."""
+    number = 0
+    for batch in batches:
+        faults: dict[int, str] = {}  # place in the batch -> what is wrong with that row
+        columns = {name: values_of(name, batch.column(name), faults) for name in batch.schema.names}
+        for place in range(batch.num_rows):
+            number += 1
+            values = {name: column[place] for name, column in columns.items()}
+            yield Record(file, number, values, fault=faults.get(place, ""), columns=names)
+
+
+def values_of(name: str, column: pa.Array, faults: dict[int, str]) -> list[Any]:
+    """A column's values; those that cannot be read are None, and noted in `faults`."""
+    try:
+        return column.to_pylist()
+    except UNCONVERTED:
+        values: list[Any] = []
+        for place, scalar in enumerate(column):
+            try:
+                values.append(value_of(scalar))
+            except UnicodeDecodeError as error:
+                values.append(None)
+                faults[place] = f'"{name}" is not in UTF-8 (byte {error.object[error.start]:#04x}): write it again'
+            except UNCONVERTED as error:
+                values.append(None)
+                faults[place] = f'"{name}" cannot be read ({" ".join(str(error).split())}): write it as text'
+        return values
+
+
+def value_of(scalar: pa.Scalar) -> Any:
+    """A value; as text, where Python has none of its kind, as for nanoseconds."""
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        raise
+    except UNCONVERTED:
+        return scalar.cast(pa.string()).as_py()
+
+
+def check_names(file: str, names: Sequence[str], used: Iterable[str]) -> None:
+    """Raise ValueError where two columns that are used have one name."""
+    for name in used:
+        if names.count(name) > 1:
+            raise ValueError(
+                f'annotation file {file} has {names.count(name)} columns named "{name}": rename all but one, or name '
+                "other columns with --columns"
+            )
 
 
 def img2dataset_records(file: str, reading: Reading) -> Iterator[Record]:
@@ -91,10 +147,10 @@ def img2dataset_records(file: str, reading: Reading) -> Iterator[Record]:
     Rows whose media were not fetched are left out, by their status.
     """
     shard = file.rsplit("/", 1)[-1].partition(".")[0]
-    for record in parquet_records(file, reading):
+    for record in parquet_records(file, reading, more=["status"]):
         status = record.value("status")
         reason = "" if status == "success" else f"status is {status}"
-        yield Record(file, record.number, {**record.fields, "shard": shard}, filtered=reason)
+        yield replace(record, fields={**record.fields, "shard": shard}, filtered=reason)
 
 
 def jsonl_records(file: str, reading: Reading) -> Iterator[Record]:
