@@ -86,11 +86,6 @@ class RowMaker:
             return Row(filtered="no media path")
         return self.with_texts(name + self.part(record), record)
 
-    def value(self, name: str, record: Record) -> Any:
-        """What a record says under one of `Columns`; NaN, a table's way to say nothing, is None."""
-        value = self.find[name](record.fields)
-        return None if isinstance(value, float) and math.isnan(value) else value
-
     def fits(self, record: Record) -> bool:
         """Whether the record has media or texts where these columns say, and Singularity's own JSON has not."""
         usual = Columns()
@@ -104,13 +99,13 @@ class RowMaker:
 
     def with_texts(self, source: str, record: Record) -> Row:
         """The row about `source` with the record's question, choice or captions."""
-        question = self.value("question", record)
+        question = self.find["question"](record.fields)
         if question is not ABSENT:
             if question is None or not str(question).strip():
                 return Row(filtered="no question")
             return Row(source, question=question_of(self.question_record(record), ""))
-        options, answer = self.value("options", record), self.value("answer", record)
-        texts = self.value("caption", record)
+        options, answer = self.find["options"](record.fields), self.find["answer"](record.fields)
+        texts = self.find["caption"](record.fields)
         if options is ABSENT and isinstance(answer, int | float) and isinstance(texts, list):
             options = texts
         if options is not ABSENT:
@@ -134,7 +129,7 @@ class RowMaker:
     def question_record(self, record: Record) -> dict[str, Any]:
         """The parts of a question under their own names; raises RowError where one is no text."""
         names = ("question", "answer", "question_id", "question_type", "answer_type")
-        found = {name: self.value(name, record) for name in names}
+        found = {name: self.find[name](record.fields) for name in names}
         for name, value in found.items():
             for each in value if isinstance(value, list) and name == "answer" else [value]:
                 if isinstance(each, bytes | list | Mapping):
@@ -143,7 +138,7 @@ class RowMaker:
 
     def choice(self, record: Record, options: Any, answer: Any) -> dict[str, Any]:
         """A multiple choice; raises RowError when the answer is no number of an option."""
-        number = self.value("question_id", record)
+        number = self.find["question_id"](record.fields)
         try:
             right = -1 if answer is ABSENT or answer is None else int(identifier(answer))
         except ValueError:
@@ -160,7 +155,7 @@ class RowMaker:
 
     def part(self, record: Record) -> str:
         """`#t=START,END` (seconds) of a record with a start or an end; else nothing."""
-        start, end = self.value("start", record), self.value("end", record)
+        start, end = self.find["start"](record.fields), self.find["end"](record.fields)
         no_start, no_end = start is ABSENT or start is None, end is ABSENT or end is None
         if no_start and no_end:
             return ""
@@ -188,9 +183,11 @@ def media_name(value: Any) -> str:
     Raises:
         ValueError: it is something else; the message says what it must be instead.
     """
+    if isinstance(value, str):
+        return value.strip()
     if isinstance(value, list) and len(value) == 1:
         return media_name(value[0])
-    if value is None or value == [] or value != value:  # NaN
+    if value is None or value == []:
         return ""
     if isinstance(value, list):
         raise ValueError(f"one path or URL, not {len(value)} ({shortened(value)}): give each a record of its own")
@@ -201,9 +198,9 @@ def media_name(value: Any) -> str:
         )
     if isinstance(value, Mapping) and isinstance(value.get("path"), str):
         return value["path"].strip()
-    if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
         raise ValueError(f"a text, not {shortened(value)}: name the column of paths or URLs with --columns media=NAME")
-    return plain(value).strip()
+    return plain(value)
 
 
 def used_names(columns: Columns, keep: Mapping[str, Any]) -> set[str]:
@@ -218,7 +215,7 @@ def names_in(spec: Any) -> Iterator[str]:
     if isinstance(spec, list):
         for each in spec:
             yield from names_in(each)
-    elif isinstance(spec, str):
+    elif isinstance(spec, str) and spec:
         for name in [name for _, name, _, _ in string.Formatter().parse(spec) if name] if "{" in spec else [spec]:
             yield from {name, name.split(".")[0]}
 

@@ -10,47 +10,51 @@ from dataclasses import replace
 from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from sharding.annotations.columns import used_names
 from sharding.annotations.config import Reading
+from sharding.annotations.delimited import delimited_rows, guessed_delimiter
 from sharding.annotations.files import Record, opened
 from sharding.parquet import ParquetError, parquet_file, read_batches
 
-DELIMITERS = ",;\t|"
-LONGEST_FIELD = 2**24  # characters; an unclosed quote reaches it soon
 UNCONVERTED = (ValueError, TypeError, KeyError, OverflowError, pa.ArrowException)  # of Arrow's values to Python's
 
 
 def csv_records(file: str, reading: Reading) -> Iterator[Record]:
     """Rows of a CSV, its quoted fields free to hold delimiters and line breaks."""
-    return delimited(file, reading, reading.delimiter or guessed_delimiter(file, reading), csv.QUOTE_MINIMAL)
+    with opened(file) as handle:
+        delimiter = reading.delimiter or guessed_delimiter(handle.read(65536), reading.encoding)
+    return table_records(file, reading, delimiter, csv.QUOTE_MINIMAL)
 
 
 def tsv_records(file: str, reading: Reading) -> Iterator[Record]:
     """Rows of a TSV, in which quotes are characters as others."""
-    return delimited(file, reading, reading.delimiter or "\t", csv.QUOTE_NONE)
+    return table_records(file, reading, reading.delimiter or "\t", csv.QUOTE_NONE)
 
 
-def delimited(file: str, reading: Reading, delimiter: str, quoting: int) -> Iterator[Record]:
+def table_records(file: str, reading: Reading, delimiter: str, quoting: int) -> Iterator[Record]:
     """Rows of a table as text; the first line names the columns unless `reading.header` does.
 
     Raises:
-        ValueError: it is empty, in another encoding, or a quote is not closed.
+        ValueError: it is empty, its header cannot be read, or two columns that may be used have one name.
     """
-    csv.field_size_limit(LONGEST_FIELD)
+    if len(delimiter) != 1:
+        raise ValueError(f"--delimiter {delimiter!r}: must be one character")
     number = 0
-    with opened(file) as handle, io.TextIOWrapper(handle, encoding=reading.encoding, newline="") as text:
+    with opened(file) as handle:
         try:
-            rows = csv.reader(text, delimiter=delimiter, quoting=quoting, strict=False)  # type: ignore[arg-type]
-            names = [name.strip() for name in reading.header or next(rows, [])]
+            rows = delimited_rows(handle, reading.encoding, delimiter, quoting)
+            header, fault = (reading.header, "") if reading.header else next(rows, ([], ""))
+            names = tuple(name.strip() for name in header)
+            if fault:
+                raise ValueError(f"annotation file {file}, its first line: {fault}")
             if not names:
                 raise ValueError(f"annotation file {file} is empty")
-            for values in rows:
-                if not values:
-                    continue
+            check_names(file, names, used_names(reading.columns, reading.keep))
+            for values, fault in rows:
                 number += 1
-                fault = ""
-                if len(values) != len(names):
+                if not fault and len(values) != len(names):
                     fault = (
                         f"has {len(values)} fields where {len(names)} columns are expected ({', '.join(names)}): mend "
                         "the row, or set --delimiter or --header"
@@ -61,17 +65,6 @@ def delimited(file: str, reading: Reading, delimiter: str, quoting: int) -> Iter
                 f"annotation file {file} is not in {reading.encoding} (byte {error.object[error.start]:#04x} near row "
                 f"{number + 1}): name its --encoding, such as latin-1 or cp1252"
             ) from None
-        except csv.Error as error:
-            raise ValueError(
-                f"annotation file {file}, row {number + 1}: {error}; a quote may not be closed, or it is no table"
-            ) from None
-
-
-def guessed_delimiter(file: str, reading: Reading) -> str:
-    """The delimiter that the first line of a file has most of."""
-    with opened(file) as handle:
-        line = handle.read(65536).split(b"\n")[0].decode(reading.encoding, "replace")
-    return max(DELIMITERS, key=line.count)
 
 
 def parquet_records(file: str, reading: Reading, more: Sequence[str] = ()) -> Iterator[Record]:
@@ -104,7 +97,9 @@ def parquet_rows(file: str, names: tuple[str, ...], batches: Iterable[pa.RecordB
 
 
 def values_of(name: str, column: pa.Array, faults: dict[int, str]) -> list[Any]:
-    """A column's values; those that cannot be read are None, and noted in `faults`."""
+    """A column's values, NaN as None; those that cannot be read are None as well, and noted in `faults`."""
+    if pa.types.is_floating(column.type):
+        column = pc.if_else(pc.is_nan(column), None, column)
     try:
         return column.to_pylist()
     except UNCONVERTED:
