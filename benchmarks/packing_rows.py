@@ -33,6 +33,7 @@ import sharding.build
 from sharding.annotations.config import Reading
 from sharding.annotations.reading import read_rows
 from sharding.annotations.staging import stage
+from sharding.parquet import read_table
 
 REPEATS = 3
 CAPTION = "a photo with the number {} of a dog that runs along the beach in the evening"
@@ -79,7 +80,7 @@ def plain(path: Path) -> int:
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file))
     else:
-        rows = pq.read_table(path).to_pylist()
+        rows = read_table(path).to_pylist()
     media: dict[str, list[str]] = {}
     for row in rows:
         media.setdefault(row["image"], []).append(row["caption"])

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from eval.metrics import NOT_RANKED, RECALL_AT
+from sharding.parquet import read_table
 
 TYPES = ("question_type", "answer_type")
 PREFIXES = {"text_to_visual": "img", "visual_to_text": "txt"}
@@ -93,8 +94,8 @@ def read_outcomes(path: Path) -> list[Outcomes]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: evaluate again with launch/evaluate.py")
     try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowInvalid) as error:
+        table = read_table(path)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} is no table of outcomes ({error}): evaluate again") from None
     if not table.schema.equals(SCHEMA):
         raise ValueError(f"{path} has other columns than a table of outcomes: evaluate again")

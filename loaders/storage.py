@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import tempfile
@@ -178,7 +177,7 @@ class CorpusReader:
     def _load_index(self, shard: int) -> ShardIndex:
         if self._shared is None:
             return ShardIndex(read_index(self.corpus, shard, self.options))
-        return ShardIndex(parse_index(self.corpus, shard, io.BytesIO(self._shared.index(self.corpus, shard))))
+        return ShardIndex(parse_index(self.corpus, shard, self._shared.index(self.corpus, shard)))
 
     def bring_indices(self, place: float) -> None:
         """Have all indices of a remote corpus brought to the node's cache, from the one at `place` in [0, 1) on."""

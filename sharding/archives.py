@@ -70,7 +70,7 @@ class Archive:
         listing = folder / (hashlib.sha256(url.encode()).hexdigest()[:32] + ".arrow")
         make_listing(url, listing)
         with pa.memory_map(str(listing)) as file:
-            self.table = pa.ipc.open_file(file).read_all().combine_chunks()
+            self.table = pa.ipc.open_stream(file).read_all().combine_chunks()
 
     def member(self, name: str) -> Member:
         """The last member of that name; raises MediaError when there is none."""
@@ -125,7 +125,7 @@ def make_listing(url: str, target: Path) -> None:
         batches = list(listed(url))
         table = pa.Table.from_batches(batches, SCHEMA).sort_by("name").combine_chunks()
         with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as file:
-            with pa.ipc.new_file(file, SCHEMA) as writer:
+            with pa.ipc.new_stream(file, SCHEMA) as writer:
                 writer.write_table(table)
         os.replace(file.name, target)
     finally:

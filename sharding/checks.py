@@ -13,8 +13,8 @@ from typing import Any
 
 import fsspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from sharding import parquet
 from sharding.foreign import PICTURES, split_name
 from sharding.media import MediaError
 from sharding.media.picture import decode_picture
@@ -129,7 +129,7 @@ def read_table(check: Check, name: str) -> tuple[pa.Table | None, str, int, list
         size = "" if len(data) == check.info.index_bytes else f" ({len(data)} bytes, {check.info.index_bytes} expected)"
         return None, digest, len(data), [Fault(name, f"its SHA-256 is not the one in corpus.json{size}")]
     try:
-        table = pq.read_table(io.BytesIO(data), page_checksum_verification=True)
+        table = parquet.read_table(data)
     except UNREADABLE as error:
         return None, digest, len(data), [Fault(name, f"is no readable index: {error}")]
     if not table.schema.equals(INDEX_SCHEMA):

@@ -12,10 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
 from sharding.annotations.staging import Staged
 from sharding.failures import kind_of, summary
+from sharding.parquet import read_table
 from sharding.plan import Task
 from sharding.schema import join_url
 from sharding.workers import build_shard
@@ -68,7 +67,7 @@ def estimate_build(staged: Staged, tasks: list[Task], workers: int) -> Estimate:
         start = time.perf_counter()
         shard = build_shard(task, lambda *_: None)
         seconds = time.perf_counter() - start
-        sizes = pq.read_table(join_url(folder, shard.info.index_name), columns=["sizes"]).column("sizes").to_pylist()
+        sizes = read_table(join_url(folder, shard.info.index_name), ["sizes"]).column("sizes").to_pylist()
     share = staged.items / count
     each = [sum(size) for size in sizes] + [0] * len(shard.failures)
     spread = statistics.stdev(each) if count > 1 else 0.0

@@ -7,12 +7,13 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sharding.parquet import parquet_file, read_batches, read_table
 from sharding.schema import join_url
 from sharding.writing import publish, sha256
 
@@ -87,7 +88,7 @@ class FailureLog:
         with pq.ParquetWriter(path, SCHEMA) as writer:
             held: list[pa.Table] = []
             for shard in sorted(self.shards):
-                held.append(pq.read_table(self._part(shard)))
+                held.append(read_table(self._part(shard)))
                 if sum(table.num_rows for table in held) >= ROW_GROUP:
                     writer.write_table(pa.concat_tables(held))
                     held = []
@@ -124,11 +125,12 @@ def read_failures(url: str) -> Iterator[dict[str, Any]]:
     path = join_url(url, FILE)
     try:
         with fsspec.open(path, "rb") as file:
-            for batch in pq.ParquetFile(file).iter_batches():
-                yield from batch.to_pylist()
+            with parquet_file(cast(BinaryIO, file)) as table:
+                for batch in read_batches(table):
+                    yield from batch.to_pylist()
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist: {url} was packed without it, or is not done yet") from None
-    except (ValueError, pa.ArrowException) as error:
+    except ValueError as error:
         raise ValueError(
             f"{path} is damaged ({error}): `python -m sharding.verify {url} --repair` makes it again"
         ) from None

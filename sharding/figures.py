@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -14,8 +13,8 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from sharding.parquet import read_table
 from sharding.progress import Progress
 from sharding.remote import again
 from sharding.schema import UNREADABLE, Corpus, join_url
@@ -152,7 +151,7 @@ def columns_of(corpus: Corpus, shard: int, columns: Sequence[str]) -> pa.Table:
     url = corpus.index_url(shard)
     try:
         filesystem, path = fsspec.url_to_fs(url)
-        return pq.read_table(io.BytesIO(again(filesystem.cat_file, path)), columns=list(columns))
+        return read_table(again(filesystem.cat_file, path), columns)
     except FileNotFoundError:
         reason = "is missing"
     except UNREADABLE as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
 import logging
 import os
@@ -17,12 +16,12 @@ from typing import Any
 
 import fsspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from sharding.arguments import folder_of_shards, positive
 from sharding.failures import FailureLog, TooManyFailures, summary
 from sharding.foreign import Contents, read_contents
 from sharding.output import local_form, open_output, write_text
+from sharding.parquet import read_schema, read_table
 from sharding.processes import Advance, run_tasks
 from sharding.progress import LOG_EVERY, Progress
 from sharding.remote import again, naming, told
@@ -216,7 +215,7 @@ def kept_index(task: IndexTask, index_name: str) -> IndexedShard | None:
     try:
         filesystem, path = fsspec.url_to_fs(join_url(task.output, index_name))
         data = filesystem.cat_file(path)
-        table = pq.read_table(io.BytesIO(data), page_checksum_verification=True)
+        table = read_table(data)
         metadata = table.schema.metadata or {}
         note = json.loads(metadata[INDEXED] if INDEXED in metadata else metadata[NOTE])
         facts = note["facts"]
@@ -237,7 +236,7 @@ def is_foreign(url: str) -> bool:
     """Whether another tool's file has this name, as the metadata that img2dataset writes beside each tar."""
     try:
         with fsspec.open(url, "rb") as file:
-            return not pq.read_schema(file).equals(INDEX_SCHEMA)
+            return not read_schema(file).equals(INDEX_SCHEMA)
     except FileNotFoundError:
         return False
     except UNREADABLE:

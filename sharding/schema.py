@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any, BinaryIO
+from typing import Any
 
 import fsspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from sharding.parquet import read_table
 from sharding.remote import again
 
 FORMAT = "singularity-shards"
@@ -202,7 +201,7 @@ def read_index(corpus: Corpus, shard: int, storage_options: dict[str, Any] | Non
         data = again(contents, corpus.index_url(shard), storage_options)
     except FileNotFoundError:
         raise no_index(corpus, shard) from None
-    return parse_index(corpus, shard, io.BytesIO(data))
+    return parse_index(corpus, shard, data)
 
 
 def contents(url: str, storage_options: dict[str, Any] | None = None) -> bytes:
@@ -218,13 +217,12 @@ def no_index(corpus: Corpus, shard: int) -> FileNotFoundError:
     )
 
 
-def parse_index(corpus: Corpus, shard: int, file: BinaryIO) -> pa.Table:
+def parse_index(corpus: Corpus, shard: int, data: bytes) -> pa.Table:
     """The index of one shard from its file's contents; raises ValueError as `read_index` does."""
     info, path = corpus.shards[shard], corpus.index_url(shard)
     try:
-        # An index is small, and a process that ends while Arrow's own threads do is sometimes aborted by them.
-        table = pq.ParquetFile(file, pre_buffer=False).read(use_threads=False)
-    except (ValueError, pa.ArrowException) as error:
+        table = read_table(data)
+    except ValueError as error:
         raise ValueError(
             f"{path} is damaged ({error}): make it again with `python -m sharding.verify {corpus.url} --repair`"
         ) from None

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 import fsspec
-import pyarrow.parquet as pq
 
 from sharding.arguments import folder_of_shards, positive
 from sharding.checks import Check, Fault, Report, check_shard
 from sharding.index import is_foreign
 from sharding.output import BUILD, digest_of, local_form
+from sharding.parquet import read_schema
 from sharding.processes import run_tasks
 from sharding.progress import LOG_EVERY, Progress
 from sharding.remote import told
@@ -148,7 +148,7 @@ def is_index(url: str) -> bool:
     """Whether a parquet file is an index of ours."""
     try:
         with fsspec.open(url, "rb") as file:
-            return bool(pq.read_schema(file).equals(INDEX_SCHEMA))
+            return bool(read_schema(file).equals(INDEX_SCHEMA))
     except UNREADABLE:
         return False
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sharding.parquet import read_schema
 from sharding.remote import again, naming
 from sharding.schema import INDEX_SCHEMA, UNREADABLE, ShardInfo, join_url
 
@@ -175,7 +175,7 @@ def finished_shard(output: str, name: str) -> FinishedShard | None:
         except FileNotFoundError:
             return None
     try:
-        note = json.loads((pq.read_schema(io.BytesIO(data)).metadata or {})[NOTE])
+        note = json.loads((read_schema(data).metadata or {})[NOTE])
     except (*UNREADABLE, KeyError):
         return None
     if size != note["facts"]["bytes"]:

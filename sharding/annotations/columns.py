@@ -6,10 +6,11 @@ import math
 import string
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from decimal import Decimal
 from typing import Any
 
 from sharding.annotations.files import Record
-from sharding.annotations.items import Row, part_of, question_of
+from sharding.annotations.items import Row, identifier, part_of, plain, question_of
 
 ABSENT: Any = object()  # what a record says about a column that it does not have; null is a value
 Finder = Callable[[Mapping[str, Any]], Any]
@@ -69,7 +70,7 @@ class RowMaker:
             value = find(record.fields)
             if value is ABSENT:
                 raise self.missing(record, column, f"--keep {column}=VALUE")
-            if str(value) not in values:
+            if plain(value) not in values:
                 return Row(filtered=f"{column} is not {' or '.join(sorted(values))}")
         try:
             media = self.find["media"](record.fields)
@@ -77,9 +78,13 @@ class RowMaker:
             raise RowError(record, f'"{self.columns.media}" cannot be filled in ({error}): check --columns') from None
         if media is ABSENT:
             raise self.missing(record, self.columns.media, "--columns media=NAME")
-        if media is None or not str(media).strip():
+        try:
+            name = media_name(media)
+        except ValueError as error:
+            raise RowError(record, f"media must be {error}") from None
+        if not name:
             return Row(filtered="no media path")
-        return self.with_texts(str(media).strip() + self.part(record), record)
+        return self.with_texts(name + self.part(record), record)
 
     def fits(self, record: Record) -> bool:
         """Whether the record has media or texts where these columns say, and Singularity's own JSON has not."""
@@ -101,7 +106,7 @@ class RowMaker:
             return Row(source, question=question_of(self.question_record(record), ""))
         options, answer = self.find["options"](record.fields), self.find["answer"](record.fields)
         texts = self.find["caption"](record.fields)
-        if options is ABSENT and isinstance(answer, int) and isinstance(texts, list):
+        if options is ABSENT and isinstance(answer, int | float) and isinstance(texts, list):
             options = texts
         if options is not ABSENT:
             return Row(source, choice=self.choice(record, options, answer))
@@ -122,25 +127,30 @@ class RowMaker:
         return Row(source, kept) if kept else Row(filtered="no caption")
 
     def question_record(self, record: Record) -> dict[str, Any]:
-        """The parts of a question under their own names."""
+        """The parts of a question under their own names; raises RowError where one is no text."""
         names = ("question", "answer", "question_id", "question_type", "answer_type")
         found = {name: self.find[name](record.fields) for name in names}
+        for name, value in found.items():
+            for each in value if isinstance(value, list) and name == "answer" else [value]:
+                if isinstance(each, bytes | list | Mapping):
+                    raise RowError(record, f'"{name}" must be a text, not {shortened(each)}')
         return {name: value for name, value in found.items() if value is not ABSENT and value is not None}
 
     def choice(self, record: Record, options: Any, answer: Any) -> dict[str, Any]:
         """A multiple choice; raises RowError when the answer is no number of an option."""
         number = self.find["question_id"](record.fields)
         try:
-            right = -1 if answer is ABSENT or answer is None else int(answer)
-        except (TypeError, ValueError):
-            right = len(options)
-        if not isinstance(options, list) or not options or not -1 <= right < len(options):
+            right = -1 if answer is ABSENT or answer is None else int(identifier(answer))
+        except ValueError:
+            right = -2
+        texts = isinstance(options, list) and not any(isinstance(each, bytes | list | Mapping) for each in options)
+        if not texts or not options or not -1 <= right < len(options):
             raise RowError(
                 record,
                 f"options {shortened(options)} with answer {shortened(answer)}: must be a list of "
                 "texts and the right one's number, from 0",
             )
-        name = "" if number is ABSENT or number is None else str(number)
+        name = "" if number is ABSENT or number is None else identifier(number)
         return {"question_id": name, "options": [str(option) for option in options], "answer": right}
 
     def part(self, record: Record) -> str:
@@ -164,7 +174,50 @@ class RowMaker:
     def missing(self, record: Record, wanted: Any, remedy: str) -> RowError:
         """The error for a record without a column."""
         names = " or ".join(f'"{name}"' for name in (wanted if isinstance(wanted, list) else [wanted]))
-        return RowError(record, f"no {names}; its columns are {', '.join(record.fields)}; name it with {remedy}")
+        return RowError(record, f"no {names}; its columns are {record.names}; name it with {remedy}")
+
+
+def media_name(value: Any) -> str:
+    """The path or URL that a value is; "" where it says nothing.
+
+    Raises:
+        ValueError: it is something else; the message says what it must be instead.
+    """
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, list) and len(value) == 1:
+        return media_name(value[0])
+    if value is None or value == []:
+        return ""
+    if isinstance(value, list):
+        raise ValueError(f"one path or URL, not {len(value)} ({shortened(value)}): give each a record of its own")
+    if isinstance(value, Mapping) and value.get("bytes") is not None:
+        raise ValueError(
+            "a path or URL, not the file's bytes in the table, as Hugging Face's datasets stores them: write each to a "
+            "file, and put the file's name into the column"
+        )
+    if isinstance(value, Mapping) and isinstance(value.get("path"), str):
+        return value["path"].strip()
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
+        raise ValueError(f"a text, not {shortened(value)}: name the column of paths or URLs with --columns media=NAME")
+    return plain(value)
+
+
+def used_names(columns: Columns, keep: Mapping[str, Any]) -> set[str]:
+    """The names of all columns that rows may be made of."""
+    return {name for each in fields(columns) for name in names_in(getattr(columns, each.name))}.union(
+        *(names_in(column) for column in keep)
+    )
+
+
+def names_in(spec: Any) -> Iterator[str]:
+    """The columns that a value of `Columns` looks into."""
+    if isinstance(spec, list):
+        for each in spec:
+            yield from names_in(each)
+    elif isinstance(spec, str) and spec:
+        for name in [name for _, name, _, _ in string.Formatter().parse(spec) if name] if "{" in spec else [spec]:
+            yield from {name, name.split(".")[0]}
 
 
 def finder(spec: Any) -> Finder:
@@ -226,7 +279,9 @@ def template(spec: str) -> Finder:
             value = find(record)
             if value is ABSENT or value is None or value == "":
                 return ABSENT if value is ABSENT else None
-            result.append(format(int(value), form) if form.endswith("d") else format(value, form))
+            if form.endswith("d"):
+                value = int(identifier(value))
+            result.append(format(value, form) if form else plain(value))
         return "".join(result)
 
     return fill

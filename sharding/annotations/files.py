@@ -18,7 +18,7 @@ from fsspec.utils import infer_compression
 from sharding.remote import again, causes, naming, status_of
 
 BLOCK = 2**20  # bytes of a remote file read at a time
-BOMS = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +30,18 @@ class Record:
     fields: dict[str, Any]
     filtered: str = ""  # why a reader leaves it out
     fault: str = ""  # why it cannot be understood
+    columns: tuple[str, ...] = ()  # of its file, where only some of them are read
 
     def value(self, key: str) -> Any:
         """What it says under a key; raises ValueError when it says nothing."""
         if key not in self.fields:
-            raise ValueError(f'{self.place}: no "{key}"; its columns are {", ".join(self.fields)}: check --corpus')
+            raise ValueError(f'{self.place}: no "{key}"; its columns are {self.names}: check --corpus')
         return self.fields[key]
+
+    @property
+    def names(self) -> str:
+        """The names of its columns, for messages."""
+        return ", ".join(self.columns or self.fields)
 
     @property
     def place(self) -> str:
@@ -100,8 +106,8 @@ def opened(file: str) -> Iterator[IO[bytes]]:
     try:
         with naming(file, "read annotations from"), unpacked(file) as handle:
             start = handle.read(4)
-            if start[:2] in BOMS:
-                raise ValueError(f"annotation file {file} is in {BOMS[start[:2]]}: save it as UTF-8")
+            if start[:2] in BOMS or b"\0\0" in (start[::2], start[1::2]):
+                raise ValueError(f"annotation file {file} is in UTF-16: save it as UTF-8")
             handle.seek(len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0)
             yield handle
     except OSError as error:

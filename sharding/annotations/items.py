@@ -7,9 +7,12 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 PART = re.compile(r"#t=(\d+(?:\.\d+)?)(?:,(\d+(?:\.\d+)?))?$")  # the W3C's form of a part of a clip
+
+FLOAT_TEXT = re.compile(r"[0-9]+\.0+|[0-9](?:\.[0-9]+)?e\+[0-9]{2}")  # whole numbers as tables of floats write them
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +70,27 @@ def split_part(source: str) -> tuple[str, float, float]:
 def question_of(record: dict[str, Any], default_id: str) -> dict[str, Any]:
     """A question with its distinct answers, most frequent first, and each one's share of the annotators."""
     given = record.get("answer", [])
-    answers = Counter(str(answer) for answer in (given if isinstance(given, list) else [given]))
+    given = given if isinstance(given, list) else [given]
+    answers = Counter(plain(answer) for answer in given if answer is not None)
     total = sum(answers.values())
     ranked = sorted(answers.items(), key=lambda pair: -pair[1])
     return {
-        "question_id": str(record.get("question_id", default_id)),
+        "question_id": identifier(record.get("question_id", default_id)),
         "question": str(record["question"]),
         "answers": [answer for answer, _ in ranked],
         "weights": [count / total for _, count in ranked],
-        "question_type": str(record.get("question_type", "")),
-        "answer_type": str(record.get("answer_type", "")),
+        "question_type": plain(record.get("question_type", "")),
+        "answer_type": plain(record.get("answer_type", "")),
     }
+
+
+def plain(value: Any) -> str:
+    """A value as text; a whole number without the ".0" that a column of floats gives it."""
+    if isinstance(value, float | Decimal) and math.isfinite(value) and value == int(value):
+        return str(int(value))
+    return str(value)
+
+
+def identifier(value: Any) -> str:
+    """An identity as text: 42, 42.0 and "42.0" are the same one."""
+    return plain(Decimal(value)) if isinstance(value, str) and FLOAT_TEXT.fullmatch(value) else plain(value)

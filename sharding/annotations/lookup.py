@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from sharding.annotations.files import Record
+from sharding.annotations.items import identifier
 
 CACHE_KB = 16 * 1024
 
@@ -25,10 +26,10 @@ class Lookup:
         with self.database:
             self.database.executemany(
                 "INSERT OR REPLACE INTO record VALUES (?, ?)",
-                ((str(record.value(key)), json.dumps(record.fields, ensure_ascii=False)) for record in records),
+                ((identifier(record.value(key)), json.dumps(record.fields, ensure_ascii=False)) for record in records),
             )
 
     def get(self, key: Any) -> dict[str, Any] | None:
         """The fields of the record with that key; None when there is none."""
-        found = self.database.execute("SELECT fields FROM record WHERE key = ?", (str(key),)).fetchone()
+        found = self.database.execute("SELECT fields FROM record WHERE key = ?", (identifier(key),)).fetchone()
         return json.loads(found[0]) if found else None

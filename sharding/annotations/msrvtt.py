@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from sharding.annotations.config import Reading
 from sharding.annotations.files import Record, json_records
+from sharding.annotations.items import identifier
 from sharding.annotations.lookup import Lookup
 from sharding.annotations.tables import csv_records
 
@@ -24,14 +25,14 @@ def msrvtt_records(files: Sequence[str], reading: Reading) -> Iterator[Record]:
     for file in tables:
         if file not in lists:
             yield from csv_records(file, reading)
-    listed = {str(record.fields.get("video_id")) for file in lists for record in csv_records(file, reading)}
+    listed = {identifier(record.fields.get("video_id")) for file in lists for record in csv_records(file, reading)}
     found = set()
     for file in files:
         if file in tables:
             continue
         videos = Lookup(json_records(file, "videos"), "video_id")
         for record in json_records(file, "sentences"):
-            video = str(record.fields.get("video_id"))
+            video = identifier(record.fields.get("video_id"))
             found.add(video)
             left_out = f"video not in {', '.join(name.rsplit('/', 1)[-1] for name in lists)}"
             filtered = left_out if lists and video not in listed else ""

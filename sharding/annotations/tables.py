@@ -5,49 +5,56 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
+from sharding.annotations.columns import used_names
 from sharding.annotations.config import Reading
+from sharding.annotations.delimited import delimited_rows, guessed_delimiter
 from sharding.annotations.files import Record, opened
+from sharding.parquet import ParquetError, parquet_file, read_batches
 
-DELIMITERS = ",;\t|"
-LONGEST_FIELD = 2**24  # characters; an unclosed quote reaches it soon
-BATCH = 4096  # rows of Parquet read at a time
+UNCONVERTED = (ValueError, TypeError, KeyError, OverflowError, pa.ArrowException)  # of Arrow's values to Python's
 
 
 def csv_records(file: str, reading: Reading) -> Iterator[Record]:
     """Rows of a CSV, its quoted fields free to hold delimiters and line breaks."""
-    return delimited(file, reading, reading.delimiter or guessed_delimiter(file, reading), csv.QUOTE_MINIMAL)
+    with opened(file) as handle:
+        delimiter = reading.delimiter or guessed_delimiter(handle.read(65536), reading.encoding)
+    return table_records(file, reading, delimiter, csv.QUOTE_MINIMAL)
 
 
 def tsv_records(file: str, reading: Reading) -> Iterator[Record]:
     """Rows of a TSV, in which quotes are characters as others."""
-    return delimited(file, reading, reading.delimiter or "\t", csv.QUOTE_NONE)
+    return table_records(file, reading, reading.delimiter or "\t", csv.QUOTE_NONE)
 
 
-def delimited(file: str, reading: Reading, delimiter: str, quoting: int) -> Iterator[Record]:
+def table_records(file: str, reading: Reading, delimiter: str, quoting: int) -> Iterator[Record]:
     """Rows of a table as text; the first line names the columns unless `reading.header` does.
 
     Raises:
-        ValueError: it is empty, in another encoding, or a quote is not closed.
+        ValueError: it is empty, its header cannot be read, or two columns that may be used have one name.
     """
-    csv.field_size_limit(LONGEST_FIELD)
+    if len(delimiter) != 1:
+        raise ValueError(f"--delimiter {delimiter!r}: must be one character")
     number = 0
-    with opened(file) as handle, io.TextIOWrapper(handle, encoding=reading.encoding, newline="") as text:
+    with opened(file) as handle:
         try:
-            rows = csv.reader(text, delimiter=delimiter, quoting=quoting, strict=False)  # type: ignore[arg-type]
-            names = [name.strip() for name in reading.header or next(rows, [])]
+            rows = delimited_rows(handle, reading.encoding, delimiter, quoting)
+            header, fault = (reading.header, "") if reading.header else next(rows, ([], ""))
+            names = tuple(name.strip() for name in header)
+            if fault:
+                raise ValueError(f"annotation file {file}, its first line: {fault}")
             if not names:
                 raise ValueError(f"annotation file {file} is empty")
-            for values in rows:
-                if not values:
-                    continue
+            check_names(file, names, used_names(reading.columns, reading.keep))
+            for values, fault in rows:
                 number += 1
-                fault = ""
-                if len(values) != len(names):
+                if not fault and len(values) != len(names):
                     fault = (
                         f"has {len(values)} fields where {len(names)} columns are expected ({', '.join(names)}): mend "
                         "the row, or set --delimiter or --header"
@@ -58,31 +65,75 @@ def delimited(file: str, reading: Reading, delimiter: str, quoting: int) -> Iter
                 f"annotation file {file} is not in {reading.encoding} (byte {error.object[error.start]:#04x} near row "
                 f"{number + 1}): name its --encoding, such as latin-1 or cp1252"
             ) from None
-        except csv.Error as error:
-            raise ValueError(
-                f"annotation file {file}, row {number + 1}: {error}; a quote may not be closed, or it is no table"
-            ) from None
 
 
-def guessed_delimiter(file: str, reading: Reading) -> str:
-    """The delimiter that the first line of a file has most of."""
-    with opened(file) as handle:
-        line = handle.read(65536).split(b"\n")[0].decode(reading.encoding, "replace")
-    return max(DELIMITERS, key=line.count)
+def parquet_records(file: str, reading: Reading, more: Sequence[str] = ()) -> Iterator[Record]:
+    """Rows of a Parquet file, of which only columns that `reading` may use are read, and those called `more`.
 
-
-def parquet_records(file: str, reading: Reading) -> Iterator[Record]:
-    """Rows of a Parquet file."""
-    number = 0
+    Raises:
+        ValueError: it is no Parquet file, damaged, or two of these columns have one name.
+    """
+    used = used_names(reading.columns, reading.keep).union(more)
     with opened(file) as handle:
         try:
-            for batch in pq.ParquetFile(handle).iter_batches(BATCH):
-                for fields in batch.to_pylist():
-                    number += 1
-                    yield Record(file, number, fields)
-        except pa.ArrowInvalid as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"annotation file {file} is no Parquet file, or damaged ({reason})") from None
+            with parquet_file(cast(BinaryIO, handle)) as table:
+                names = tuple(table.schema_arrow.names)
+                check_names(file, names, used)
+                yield from parquet_rows(file, names, read_batches(table, [name for name in names if name in used]))
+        except ParquetError as error:
+            raise ValueError(f"annotation file {file} is no Parquet file, or damaged ({error})") from None
+
+
+def parquet_rows(file: str, names: tuple[str, ...], batches: Iterable[pa.RecordBatch]) -> Iterator[Record]:
+    """The rows of batches as records; those with a value that cannot be read have a fault."""
+    number = 0
+    for batch in batches:
+        faults: dict[int, str] = {}  # place in the batch -> what is wrong with that row
+        columns = {name: values_of(name, batch.column(name), faults) for name in batch.schema.names}
+        for place in range(batch.num_rows):
+            number += 1
+            values = {name: column[place] for name, column in columns.items()}
+            yield Record(file, number, values, fault=faults.get(place, ""), columns=names)
+
+
+def values_of(name: str, column: pa.Array, faults: dict[int, str]) -> list[Any]:
+    """A column's values, NaN as None; those that cannot be read are None as well, and noted in `faults`."""
+    if pa.types.is_floating(column.type):
+        column = pc.if_else(pc.is_nan(column), None, column)
+    try:
+        return column.to_pylist()
+    except UNCONVERTED:
+        values: list[Any] = []
+        for place, scalar in enumerate(column):
+            try:
+                values.append(value_of(scalar))
+            except UnicodeDecodeError as error:
+                values.append(None)
+                faults[place] = f'"{name}" is not in UTF-8 (byte {error.object[error.start]:#04x}): write it again'
+            except UNCONVERTED as error:
+                values.append(None)
+                faults[place] = f'"{name}" cannot be read ({" ".join(str(error).split())}): write it as text'
+        return values
+
+
+def value_of(scalar: pa.Scalar) -> Any:
+    """A value; as text, where Python has none of its kind, as for nanoseconds."""
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        raise
+    except UNCONVERTED:
+        return scalar.cast(pa.string()).as_py()
+
+
+def check_names(file: str, names: Sequence[str], used: Iterable[str]) -> None:
+    """Raise ValueError where two columns that are used have one name."""
+    for name in used:
+        if names.count(name) > 1:
+            raise ValueError(
+                f'annotation file {file} has {names.count(name)} columns named "{name}": rename all but one, or name '
+                "other columns with --columns"
+            )
 
 
 def img2dataset_records(file: str, reading: Reading) -> Iterator[Record]:
@@ -91,10 +142,10 @@ def img2dataset_records(file: str, reading: Reading) -> Iterator[Record]:
     Rows whose media were not fetched are left out, by their status.
     """
     shard = file.rsplit("/", 1)[-1].partition(".")[0]
-    for record in parquet_records(file, reading):
+    for record in parquet_records(file, reading, more=["status"]):
         status = record.value("status")
         reason = "" if status == "success" else f"status is {status}"
-        yield Record(file, record.number, {**record.fields, "shard": shard}, filtered=reason)
+        yield replace(record, fields={**record.fields, "shard": shard}, filtered=reason)
 
 
 def jsonl_records(file: str, reading: Reading) -> Iterator[Record]:

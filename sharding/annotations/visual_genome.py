@@ -7,6 +7,7 @@ from typing import Any
 
 from sharding.annotations.config import Reading
 from sharding.annotations.files import Record, json_keys, json_records
+from sharding.annotations.items import identifier
 from sharding.annotations.lookup import Lookup
 
 
@@ -21,8 +22,12 @@ def visual_genome_records(files: Sequence[str], reading: Reading) -> Iterator[Re
     for file in files:
         number = 0
         for image in [] if file in about else json_records(file):
-            for part in image.fields.get("regions", image.fields.get("qas", [])):
+            parts = image.fields.get("regions", image.fields.get("qas", []))
+            for part in parts if isinstance(parts, list) else [parts]:
                 number += 1
+                if not isinstance(part, dict):
+                    yield Record(file, number, {}, fault=f"must be an object, not {str(part)[:60]!r}")
+                    continue
                 identity = part.get("image_id", part.get("image", image.fields.get("id")))
                 yield Record(file, number, {**part, "image_id": identity, "path": path_of(identity, images, about)})
 
@@ -30,6 +35,6 @@ def visual_genome_records(files: Sequence[str], reading: Reading) -> Iterator[Re
 def path_of(identity: Any, images: Lookup, about: list[str]) -> str:
     """An image's path below the folder that holds VG_100K and VG_100K_2; "" where image_data.json lacks it."""
     if not about:
-        return f"{identity}.jpg"
-    image = images.get(identity)
-    return "/".join(image["url"].split("/")[-2:]) if image else ""
+        return f"{identifier(identity)}.jpg"
+    image = images.get(identity) or {}
+    return "/".join(str(image.get("url", "")).split("/")[-2:])
