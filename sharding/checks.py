@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from sharding import parquet
 from sharding.foreign import PICTURES, split_name
+from sharding.links import LinkError, Places
 from sharding.media import MediaError
 from sharding.media.picture import decode_picture
 from sharding.processes import Advance
@@ -179,16 +180,18 @@ class Walk:
         self.doubts: list[Fault] = []
         self.damaged = self.misfits = 0  # faults of the tar itself; places where the index does not fit it
         self.number_of = {row["key"]: number for number, row in enumerate(self.rows)}
-        self.frames = {
-            offset: Frame(number, frame, size, crc32)
-            for number, row in enumerate(self.rows)
-            for frame, (offset, size, crc32) in enumerate(zip(row["offsets"], row["sizes"], row["crc32s"]))
-        }
+        self.frames: dict[int, list[Frame]] = defaultdict(list)  # links let several samples share a file
+        for number, row in enumerate(self.rows):
+            for frame, (offset, size, crc32) in enumerate(zip(row["offsets"], row["sizes"], row["crc32s"])):
+                self.frames[offset].append(Frame(number, frame, size, crc32))
         self.texts: dict[int, dict[str, Any]] = {}
+        self.places = Places()
+        self.links: list[Member] = []
+        self.elsewhere: list[tuple[Member, Frame]] = []  # frames in the file of another sample: is it a link?
 
     def run(self, size: int | None) -> None:
         """Read the tar to its end; `size`: the bytes it should have."""
-        known = {offset: (self.name_of(frame), frame.size) for offset, frame in self.frames.items()}
+        known = {offset: (self.name_of(frames[0]), frames[0].size) for offset, frames in self.frames.items()}
         cut = False
         for found in self.stream.walk(lambda _: True, known):
             if isinstance(found, Damage):
@@ -202,6 +205,7 @@ class Walk:
             self.damaged += 1
             reason = f"{self.stream.position} bytes, {size} expected"
             self.faults.append(Fault(self.name, reason, offset=min(self.stream.position, size)))
+        self.see_links()
         self.not_seen(cut)
         self.compare_texts()
 
@@ -213,21 +217,44 @@ class Walk:
     def see(self, member: Member) -> None:
         """Check one member against the index."""
         key, ending = split_name(member.name)
-        frame = self.frames.pop(member.offset, None)
+        if not self.check.own:
+            self.places.add(member)
+        if member.link:
+            self.links.append(member)
+            return
+        frames = self.frames.pop(member.offset, [])
         if self.check.own and member.header and member.header != tar_header(member.name, member.size):
             self.doubts.append(Fault(self.name, "its tar header is not as written", key, member.offset - 512))
-        if frame is not None:
-            self.see_frame(member, frame, key)
-        elif self.check.own and self.table is not None and ending.rsplit(".", 1)[-1] in PICTURES:
+        for frame in frames:
+            if self.check.own or is_key(key, self.rows[frame.row]["key"]):
+                self.see_frame(member, frame)
+            else:
+                self.elsewhere.append((member, frame))
+        if frames:
+            return
+        if self.check.own and self.table is not None and ending.rsplit(".", 1)[-1] in PICTURES:
             self.misfit(f"{member.name} is not in the index", key, member.offset)
         elif self.check.own and ending == "json" and member.data is not None:
             self.see_text(member, key)
 
-    def see_frame(self, member: Member, frame: Frame, key: str) -> None:
+    def see_links(self) -> None:
+        """Check frames in files of other names: links must lead there."""
+        linked = set()
+        for link in self.links:
+            with suppress(LinkError):
+                linked.add((split_name(link.name)[0], self.places.target(link).offset))
+        for member, frame in self.elsewhere:
+            row = self.rows[frame.row]
+            if (row["key"], member.offset) in linked:
+                self.see_frame(member, frame)
+            else:
+                self.misfit(f"frame {frame.number}: the tar has {member.name} here", row["key"], member.offset)
+
+    def see_frame(self, member: Member, frame: Frame) -> None:
         """Check a frame's name, size, CRC-32, and with `decode` its pixels."""
         row, data = self.rows[frame.row], member.data or b""
         where = f"frame {frame.number}"
-        if member.name != self.name_of(frame) if self.check.own else key != row["key"]:
+        if self.check.own and member.name != self.name_of(frame):
             self.misfit(f"{where}: the tar has {member.name} here", row["key"], member.offset)
         elif member.size != frame.size:
             self.misfit(f"{where}: {member.size} bytes, the index says {frame.size}", row["key"], member.offset)
@@ -261,13 +288,14 @@ class Walk:
 
     def not_seen(self, cut: bool) -> None:
         """Frames of the index that the tar has not; of a tar that was cut off only their number is told."""
-        if cut and self.frames:
-            lost = {self.rows[frame.row]["key"]: None for frame in self.frames.values()}
+        left = [(offset, frame) for offset, frames in self.frames.items() for frame in frames]
+        if cut and left:
+            lost = {self.rows[frame.row]["key"]: None for _, frame in left}
             self.damaged += 1
             reason = f"{len(lost)} samples from here on are cut off"
             self.faults.append(Fault(self.name, reason, next(iter(lost)), min(self.frames)))
             return
-        for offset, frame in self.frames.items():
+        for offset, frame in left:
             reason = f"frame {frame.number}: the index says it begins here, the tar has no file here"
             self.misfit(reason, self.rows[frame.row]["key"], offset)
 
@@ -291,6 +319,11 @@ class Walk:
             if other:
                 key = self.rows[numbers[place]]["key"]
                 self.misfit(f"its JSON and the index differ in {', '.join(other)}", key, -1)
+
+
+def is_key(key: str, indexed: str) -> bool:
+    """Whether a sample's key is that in an index, as it is or as earlier versions wrote it."""
+    return indexed in (key, key.replace(".", "_"))
 
 
 def undecodable(data: bytes, width: int, height: int) -> str:

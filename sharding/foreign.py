@@ -2,44 +2,48 @@
 
 from __future__ import annotations
 
-import json
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-from sharding.annotations.items import question_of
+from sharding.links import LinkError, Places
 from sharding.media import MediaError
 from sharding.media.picture import picture_size
-from sharding.tar import Damage, Member, TarStream
+from sharding.tar import Damage, Member, TarStream, compression_of
+from sharding.texts import SampleError, captions_of, choices_of, number_of, questions_of, said_by, times_of
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 VIDEOS = ("mp4", "webm", "mkv", "avi", "mov", "mpg", "mpeg", "flv", "wmv", "m4v", "ts", "gif")
 TEXTS = ("json", "txt")
-CAPTION_KEYS = ("captions", "caption", "text", "TEXT")
-
-
-class SampleError(Exception):
-    """A sample that cannot be indexed; the message is the reason that the report shows."""
+CLUTTER = "file of macOS (._*, __MACOSX/, .DS_Store): no part of a sample"
+NO_ENDING = "file without an ending: no part of a sample"
 
 
 @dataclass
 class Sample:
-    """What a tar holds under one key: its pictures by ending, its texts, endings of other files."""
+    """What a tar holds under one key: its pictures by ending, its texts, endings of other files.
+
+    doubled: how many more files of an ending there are, with other contents. broken: why it cannot be indexed.
+    """
 
     key: str
     pictures: dict[str, Picture] = field(default_factory=dict)
     texts: dict[str, bytes] = field(default_factory=dict)
     others: list[str] = field(default_factory=list)
+    doubled: Counter[str] = field(default_factory=Counter)
+    broken: str = ""
 
     @property
-    def frames(self) -> list[Picture]:
-        """The frames of a clip in order (999.jpg before 1000.jpg), or the one picture; empty when there is none."""
+    def shown(self) -> list[str]:
+        """Endings of the frames of a clip in order (999.jpg before 1000.jpg), or of the one picture; empty without."""
+        ranked = sorted(self.pictures, key=lambda ending: (PICTURES.index(ending.rsplit(".", 1)[-1]), ending))
         if self.is_clip:
-            numbered = sorted((frame_number(ending), ending) for ending in self.pictures)
-            return [self.pictures[ending] for number, ending in numbered if number >= 0]
-        whole = [ending for ending in PICTURES if ending in self.pictures]
-        return [self.pictures[ending] for ending in (whole or sorted(self.pictures))[:1]]
+            numbered = {frame_number(ending): ending for ending in reversed(ranked)}
+            return [numbered[number] for number in sorted(numbered) if number >= 0]
+        whole = [ending for ending in ranked if ending in PICTURES]
+        return (whole or sorted(ranked))[:1]
 
     @property
     def is_clip(self) -> bool:
@@ -61,7 +65,10 @@ class Picture:
 
 @dataclass
 class Contents:
-    """What one tar holds: index rows, samples left out with the reason, damages, its SHA-256 and size."""
+    """What one tar holds: index rows, samples left out with the reason, damages, its SHA-256 and size.
+
+    remarks: what else was left out, by kind.
+    """
 
     rows: list[dict[str, Any]]
     failures: list[dict[str, Any]]
@@ -70,6 +77,89 @@ class Contents:
     bytes: int
     is_video: bool
     rate_assumed: bool
+    remarks: Counter[str] = field(default_factory=Counter)
+
+
+class Reader:
+    """Collects the samples of one tar."""
+
+    def __init__(self, file: BinaryIO, heard: Callable[[int], None] | None) -> None:
+        self.file, self.stream = file, TarStream(file, heard)
+        self.samples: dict[str, Sample] = {}
+        self.failures: list[dict[str, Any]] = []
+        self.damages: list[Damage] = []
+        self.remarks: Counter[str] = Counter()
+        self.places = Places()
+        self.links: list[Member] = []
+
+    def run(self) -> None:
+        """Read the tar to its end; raises ValueError when it is no plain tar."""
+        last = ""
+        empty = True
+        for found in self.stream.walk(is_wanted):
+            if isinstance(found, Damage):
+                self.note(found, last)
+            else:
+                empty = False
+                self.places.add(found)
+                last = self.see(found) or last
+        if empty and self.damages:
+            raise ValueError(f"no plain tar: {self.damages[0].reason}")
+        self.read_links()
+
+    def note(self, damage: Damage, last: str) -> None:
+        """Take in a damage, behind a member of the sample `last`."""
+        if damage.offset == 0 and not self.stream.position:
+            raise ValueError("an empty file")
+        if damage.offset == 0 and compression_of(self.stream.head):
+            raise ValueError("no plain tar; compressed shards cannot be read in part: unpack them first")
+        if damage.certain:
+            self.damages.append(damage)
+        if damage.cut and split_name(damage.cut)[0] == last:
+            self.samples.pop(last, None)  # one of its files is missing
+
+    def see(self, member: Member) -> str:
+        """Take in a member; returns the key of its sample, or nothing where it belongs to none."""
+        key, ending = split_name(member.name)
+        if is_clutter(member.name):
+            self.remarks[CLUTTER] += 1
+            return ""
+        if not key or key.endswith("/"):
+            if is_wanted(member.name):
+                reason = "its name begins with a dot: it has no key"
+                self.failures.append({"source": member.name, "rows": 1, "reason": reason})
+            return ""
+        if not ending:
+            self.remarks[NO_ENDING] += 1
+            return ""
+        sample = self.samples.setdefault(key, Sample(key))
+        if member.link:
+            self.links.append(member)
+        elif member.unfit and is_wanted(member.name):
+            sample.broken = sample.broken or f"{member.name} {member.unfit}: pack the tar again without that"
+        else:
+            take(sample, ending, member.data, member.offset)
+        return key
+
+    def read_links(self) -> None:
+        """Take in what links lead to, in the order in which it lies in the tar."""
+        found = []
+        for link in self.links:
+            key, ending = split_name(link.name)
+            try:
+                target = self.places.target(link)
+                if target.unfit:
+                    raise LinkError(f"is a link to a file that {target.unfit}")
+                found.append((target.offset, target.size, self.samples[key], ending, is_wanted(link.name)))
+            except LinkError as error:
+                if is_wanted(link.name):
+                    self.samples[key].broken = self.samples[key].broken or f"{link.name} {error}"
+        for offset, size, sample, ending, wanted in sorted(found, key=lambda each: each[0]):
+            data = None
+            if wanted:
+                self.file.seek(offset)
+                data = self.file.read(size)
+            take(sample, ending, data, offset)
 
 
 def read_contents(file: BinaryIO, fps: float, heard: Callable[[int], None] | None = None) -> Contents:
@@ -78,30 +168,16 @@ def read_contents(file: BinaryIO, fps: float, heard: Callable[[int], None] | Non
     Raises:
         ValueError: it is no plain tar, or holds whole videos instead of frames.
     """
-    stream = TarStream(file, heard)
-    samples: dict[str, Sample] = {}
-    damages: list[Damage] = []
-    last = ""
-    for found in stream.walk(is_wanted):
-        if isinstance(found, Damage):
-            if found.offset == 0:
-                if not stream.position:
-                    raise ValueError("an empty file")
-                raise ValueError("no plain tar; compressed shards cannot be read in part: unpack them first")
-            if found.certain:
-                damages.append(found)
-            continue
-        last, ending = split_name(found.name)
-        take(samples.setdefault(last, Sample(last)), ending, found)
-    if any("cut off" in damage.reason and "inside" in damage.reason for damage in damages):
-        samples.pop(last, None)  # some of its files are missing
-    return contents_of(samples, fps, damages, stream)
+    reader = Reader(file, heard)
+    reader.run()
+    return contents_of(reader, fps)
 
 
-def contents_of(samples: dict[str, Sample], fps: float, damages: list[Damage], stream: TarStream) -> Contents:
+def contents_of(reader: Reader, fps: float) -> Contents:
     """What all samples of a tar make."""
-    pictured = [sample for sample in samples.values() if sample.pictures]
-    videos = [sample for sample in samples.values() if any(ending in VIDEOS for ending in sample.others)]
+    samples = list(reader.samples.values())
+    pictured = [sample for sample in samples if sample.pictures or sample.broken]
+    videos = [sample for sample in samples if any(ending in VIDEOS for ending in sample.others)]
     if videos and not pictured:
         file = next(f"{videos[0].key}.{ending}" for ending in videos[0].others if ending in VIDEOS)
         raise ValueError(
@@ -110,11 +186,9 @@ def contents_of(samples: dict[str, Sample], fps: float, damages: list[Damage], s
             f'tars: in the annotations a path is such as "00000.tar/{file}"'
         )
     is_video = any(sample.is_clip for sample in pictured)
-    rows, failures = [], []
+    rows, failures, remarks = [], reader.failures, reader.remarks
     assumed = False
-    for sample in samples.values():
-        if not (sample.pictures or sample.texts or sample.others):
-            continue
+    for sample in samples:
         try:
             row, guessed = row_of(sample, is_video, fps)
         except SampleError as error:
@@ -122,7 +196,23 @@ def contents_of(samples: dict[str, Sample], fps: float, damages: list[Damage], s
             continue
         rows.append(row)
         assumed = assumed or guessed
-    return Contents(rows, failures, damages, stream.sha256.hexdigest(), stream.position, is_video, assumed)
+        if sample.doubled:
+            more = max(sample.doubled.values())
+            reason = f"is in the tar {more + 1} times, with different contents: the first is indexed"
+            failures.append({"source": sample.key, "rows": more, "reason": reason})
+        remarks.update(remark_on(sample))
+    stream = reader.stream
+    hashed = stream.sha256.hexdigest(), stream.position
+    return Contents(rows, failures, reader.damages, *hashed, is_video, assumed, remarks)
+
+
+def remark_on(sample: Sample) -> list[str]:
+    """What is said of the pictures of a sample that are not taken; empty when there are none."""
+    left = sorted(set(sample.pictures) - set(sample.shown))
+    if not left:
+        return []
+    taken = "the numbered frames are" if sample.is_clip else f"{sample.shown[0]} is"
+    return [f"{', '.join(left)} in the same sample: {taken} taken"]
 
 
 def is_wanted(name: str) -> bool:
@@ -130,11 +220,17 @@ def is_wanted(name: str) -> bool:
     return split_name(name)[1].rsplit(".", 1)[-1] in (*PICTURES, *TEXTS)
 
 
+def is_clutter(name: str) -> bool:
+    """Whether a file is one of those that macOS adds to archives."""
+    *folders, file = name.split("/")
+    return file.startswith("._") or file == ".DS_Store" or "__MACOSX" in folders
+
+
 def split_name(name: str) -> tuple[str, str]:
     """(key, ending) of a member by webdataset's rule: the key ends at the first dot of the file's name."""
-    folder, _, file = name.removeprefix("./").rpartition("/")
+    folder, slash, file = name.removeprefix("./").rpartition("/")
     key, _, ending = file.partition(".")
-    return (f"{folder}/{key}" if folder else key).replace(".", "_"), ending.lower()
+    return folder + slash + key, ending.lower()
 
 
 def frame_number(ending: str) -> int:
@@ -143,13 +239,14 @@ def frame_number(ending: str) -> int:
     return int(number) if rest and number.isdecimal() else -1
 
 
-def take(sample: Sample, ending: str, member: Member) -> None:
-    """Note a member with its sample."""
-    kind = ending.rsplit(".", 1)[-1]
-    if kind in PICTURES and member.data is not None:
-        sample.pictures[ending] = picture_of(member.data, member.offset)
-    elif ending in TEXTS and member.data is not None:
-        sample.texts[ending] = member.data
+def take(sample: Sample, ending: str, data: bytes | None, offset: int) -> None:
+    """Note a file with its sample."""
+    if data is not None and ending.rsplit(".", 1)[-1] in PICTURES:
+        picture = picture_of(data, offset)
+        first = sample.pictures.setdefault(ending, picture)
+        sample.doubled[ending] += (first.size, first.crc32) != (picture.size, picture.crc32)
+    elif data is not None and ending in TEXTS:
+        sample.doubled[ending] += sample.texts.setdefault(ending, data) != data
     else:
         sample.others.append(ending)
 
@@ -166,22 +263,15 @@ def picture_of(data: bytes, offset: int) -> Picture:
 
 def row_of(sample: Sample, is_video: bool, fps: float) -> tuple[dict[str, Any], bool]:
     """A sample's row of the index, and whether its frame rate was guessed; raises SampleError."""
-    frames = sample.frames
+    check_doubled(sample)
+    frames = [sample.pictures[ending] for ending in sample.shown]
     if not frames:
         raise SampleError(f"no picture among its files ({', '.join([*sample.texts, *sample.others])})")
     for number, frame in enumerate(frames):
         if frame.broken:
             raise SampleError(f"frame {number}: {frame.broken}" if is_video else frame.broken)
-    said = said_by(sample)
-    rate: float | None = None
-    if is_video:
-        rate = number_of(said.get("fps")) or fps or 1.0
-    times = said.get("frame_times")
-    if rate is None:
-        times = []
-    elif not isinstance(times, list) or len(times) != len(frames):
-        times = [number / rate for number in range(len(frames))]
-    questions = said.get("questions") or ([question_of(said, sample.key)] if "question" in said else [])
+    said = said_by(sample.texts)
+    rate = (number_of(said.get("fps")) or fps or 1.0) if is_video else None
     row = {
         "key": sample.key,
         "offsets": [frame.offset for frame in frames],
@@ -191,41 +281,23 @@ def row_of(sample: Sample, is_video: bool, fps: float) -> tuple[dict[str, Any], 
         "height": frames[0].height,
         "fps": rate,
         "duration": None if rate is None else number_of(said.get("duration")) or len(frames) / rate,
-        "frame_times": times,
+        "frame_times": [] if rate is None else times_of(said, len(frames), rate),
         "source": str(said.get("source") or said.get("url") or sample.key),
-        "captions": captions_of(sample, said),
-        "questions": questions,
-        "choices": said.get("choices") or [],
+        "captions": captions_of(sample.texts, said),
+        "questions": questions_of(said, sample.key),
+        "choices": choices_of(said),
     }
     return row, rate is not None and not number_of(said.get("fps")) and not fps
 
 
-def said_by(sample: Sample) -> dict[str, Any]:
-    """What KEY.json says."""
-    if "json" not in sample.texts:
-        return {}
-    try:
-        said = json.loads(sample.texts["json"])
-    except ValueError as error:
-        raise SampleError(f"its JSON cannot be read: {error}") from None
-    if not isinstance(said, dict):
-        raise SampleError("its JSON is no object")
-    return said
-
-
-def captions_of(sample: Sample, said: dict[str, Any]) -> list[str]:
-    """A sample's captions; those in its JSON count before KEY.txt."""
-    given = next((said[key] for key in CAPTION_KEYS if said.get(key)), None)
-    if given is None and "txt" in sample.texts:
-        given = sample.texts["txt"].decode("utf-8", "replace").strip()
-    if given is None or given == "":
-        return []
-    captions = given if isinstance(given, list) else [given]
-    if not all(isinstance(caption, str) for caption in captions):
-        raise SampleError(f"its caption is no text but {str(given)[:60]!r}")
-    return captions
-
-
-def number_of(value: Any) -> float:
-    """A positive number; 0 for anything else."""
-    return float(value) if isinstance(value, int | float) and value > 0 else 0.0
+def check_doubled(sample: Sample) -> None:
+    """Raise SampleError where a sample cannot be indexed, or files of one name leave open which belong together."""
+    sample.doubled = +sample.doubled
+    if sample.broken:
+        raise SampleError(sample.broken)
+    times = {1 + sample.doubled[ending] for ending in (*sample.pictures, *sample.texts)}
+    if len(times) > 1:
+        raise SampleError(
+            f"{', '.join(sorted(sample.doubled))} more than once in the tar, with different contents: which files "
+            "belong together cannot be told"
+        )

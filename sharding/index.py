@@ -8,9 +8,10 @@ import json
 import logging
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ class IndexedShard:
     failures: list[dict[str, Any]]
     damages: list[str]
     rate_assumed: bool = False
+    remarks: dict[str, int] = field(default_factory=dict)  # how often what else was left out
 
 
 def index_shards(
@@ -193,7 +195,7 @@ def write_shard(task: IndexTask, index_name: str, contents: Contents) -> Indexed
     media_type = ("video" if contents.is_video else "image") if contents.rows else ""
     damages = [f"byte {damage.offset}: {damage.reason}" for damage in contents.damages]
     note = {"facts": facts, "fps": task.fps, "failures": contents.failures, "damages": damages}
-    note |= {"rate_assumed": contents.rate_assumed}
+    note |= {"rate_assumed": contents.rate_assumed, "remarks": dict(contents.remarks)}
     index = Path(task.scratch) / index_name
     write_index(index, contents.rows, note, INDEXED)
     info = ShardInfo(
@@ -207,7 +209,7 @@ def write_shard(task: IndexTask, index_name: str, contents: Contents) -> Indexed
         publish(index, join_url(task.output, index_name))
     except Exception as error:  # every store has exceptions of its own
         raise read_only(join_url(task.output, index_name), error) from None
-    return IndexedShard(info, media_type, contents.failures, damages, contents.rate_assumed)
+    return IndexedShard(info, media_type, contents.failures, damages, contents.rate_assumed, dict(contents.remarks))
 
 
 def kept_index(task: IndexTask, index_name: str) -> IndexedShard | None:
@@ -229,7 +231,8 @@ def kept_index(task: IndexTask, index_name: str) -> IndexedShard | None:
     name = index_name if index_name.endswith(".index.parquet") else ""
     info = ShardInfo(task.name, **facts, index_bytes=len(data), index_sha256=digest, index=name)
     media_type = ("image" if table.column("fps").null_count else "video") if table.num_rows else ""
-    return IndexedShard(info, media_type, note["failures"], [], note.get("rate_assumed", False))
+    more = note.get("rate_assumed", False), note.get("remarks", {})
+    return IndexedShard(info, media_type, note["failures"], [], *more)
 
 
 def is_foreign(url: str) -> bool:
@@ -269,6 +272,11 @@ def known_corpus(url: str) -> Corpus | None:
 def report(corpus: Corpus, shards: dict[str, IndexedShard], failures: FailureLog, max_failures: float) -> None:
     """Log what was left out; raises TooManyFailures when that is more than allowed."""
     for line in summary(failures.kinds):
+        log.info("%s", line)
+    remarks: Counter[str] = Counter()
+    for shard in shards.values():
+        remarks.update(shard.remarks)
+    for line in summary(remarks):
         log.info("%s", line)
     if any(shard.rate_assumed for shard in shards.values()):
         log.info("the shards do not say the rate of their frames: 1 a second assumed; say it with --fps and run again")

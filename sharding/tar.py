@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import posixpath
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,19 +13,32 @@ import fsspec
 
 BLOCK = 512  # bytes; a tar consists of such blocks
 CHUNK = 2**23  # bytes read at a time
-NAMING = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME)  # members that name the next one
-OTHER = (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK)  # members that hold data but are no file
+PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE)  # members that describe the next one, or all others
+LONG = {tarfile.GNUTYPE_LONGNAME: "path", tarfile.GNUTYPE_LONGLINK: "linkpath"}  # the same, of GNU tar
+LONGEST = 2**26  # bytes of such a member; a larger one is damaged
+NO_DATA = (tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
+NO_FILE = (b"D", b"V", b"N")  # GNU tar: a folder's list, the volume's label, a list of names
+OTHER_VOLUME = b"M"
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"\x04\x22": "lz4"}
 
 
 @dataclass(frozen=True)
 class Member:
-    """A file in a tar: its bytes start at `offset`; `data` is None where they were not wanted, short where cut off."""
+    """A file in a tar, or a link to one.
+
+    Its bytes start at `offset`; `data` is None where they were not wanted, short where cut off. `name` can be printed
+    and stored whatever its bytes are; `path` is those bytes, normalised.
+    """
 
     name: str
     header: bytes  # the tar header before it; empty when that is damaged and the index told what follows
     offset: int
     size: int
     data: bytes | None
+    path: bytes = b""
+    link: bytes = b""  # of a link: the path of what it leads to
+    hard: bool = False  # a hard link, which leads to a member before it
+    unfit: str = ""  # why the bytes at `offset` are not the file's
 
 
 @dataclass(frozen=True)
@@ -34,24 +48,34 @@ class Damage:
     offset: int
     reason: str
     certain: bool = True
+    cut: str = ""  # the name of the file that the tar ends inside
 
 
 class TarStream:
     """Reads an open file once from its start, counting and hashing its bytes."""
 
-    def __init__(self, file: BinaryIO, heard: Callable[[int], None] | None = None) -> None:
-        """`heard` is called with the number of bytes of each read."""
-        self.file, self.heard = file, heard or (lambda _: None)
+    def __init__(self, file: BinaryIO, heard: Callable[[int], None] | None = None, skips: bool = False) -> None:
+        """`heard` is called with the number of bytes of each read; with `skips` only what is wanted is read.
+
+        Then the SHA-256 is of nothing.
+        """
+        self.file, self.heard, self.skips = file, heard or (lambda _: None), skips
         self.sha256 = hashlib.sha256()
         self.position = 0
+        self.head = b""  # the first bytes
 
     def read(self, size: int, keep: bool = True) -> bytes:
         """The next `size` bytes, fewer at the end of the file; nothing is returned without `keep`."""
+        if self.skips and not keep:
+            self.skip(size)
+            return b""
         parts: list[bytes] = []
         while size > 0:
             part = self.file.read(min(size, CHUNK))
             if not part:
                 break
+            if not self.position:
+                self.head = part[:8]
             self.sha256.update(part)
             self.position += len(part)
             self.heard(len(part))
@@ -60,16 +84,23 @@ class TarStream:
                 parts.append(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
+    def skip(self, size: int) -> None:
+        """Pass over `size` bytes, fewer at the end of the file."""
+        if size > 0:
+            self.file.seek(self.position + size - 1)
+            self.position = self.position + size if self.file.read(1) else self.file.seek(0, 2)
+
     def walk(
         self, wanted: Callable[[str], bool], known: Mapping[int, tuple[str, int]] | None = None
     ) -> Iterator[Member | Damage]:
-        """Files and damages in order, to the end of the tar.
+        """Files, links and damages in order, to the end of the tar.
 
         `wanted` tells from a file's name whether its bytes are returned. After a damaged header the walk goes on at
         the next place that `known` (offset of the data: name and size) or a sound header shows.
         """
         known = known or {}
-        name = ""
+        for_all: dict[str, bytes] = {}  # what members say of all that follow
+        for_next: dict[str, bytes] = {}  # and of the next one
         ended = False  # the end mark was passed
         while True:
             start = self.position
@@ -87,37 +118,70 @@ class TarStream:
                 ended = False
             if info is None:
                 yield Damage(start, "damaged tar header")
-                name = ""
+                for_next = {}
                 if self.position not in known:
                     info, header = self.next_header(known)
                 if info is None and self.position in known:
-                    yield from self.file_at(*known[self.position], b"", wanted)
+                    name, size = known[self.position]
+                    yield from self.file_at(name.encode("utf-8", "surrogateescape"), size, b"", wanted)
                     continue
                 if info is None:
                     return
-            if info.type in NAMING or info.type in OTHER:
-                data = self.read(info.size)
-                self.read(-info.size % BLOCK)
-                name = given_name(info.type, data) if info.type in NAMING else name
-            elif info.isreg():
-                yield from self.file_at(name or info.name, info.size, header, wanted)
-                name = ""
+            if info.type in PAX or info.type in LONG:
+                said = self.description(info)
+                if said is None:
+                    yield Damage(start, "damaged description of the next member")
+                (for_all if info.type == tarfile.XGLTYPE else for_next).update(said or {})
             else:
-                name = ""  # folders and links hold no data
+                yield from self.entry(info, header, for_all | for_next, wanted)
+                for_next = {}
 
-    def file_at(self, name: str, size: int, header: bytes, wanted: Callable[[str], bool]) -> Iterator[Member | Damage]:
+    def description(self, info: tarfile.TarInfo) -> dict[str, bytes] | None:
+        """What a PAX or GNU member says of others; None when it is damaged."""
+        data = self.read(info.size, info.size <= LONGEST)
+        self.read(-info.size % BLOCK)
+        if info.type in LONG:
+            return {LONG[info.type]: data.partition(b"\0")[0]}
+        return pax_records(data) if len(data) == info.size else None
+
+    def entry(
+        self, info: tarfile.TarInfo, header: bytes, said: Mapping[str, bytes], wanted: Callable[[str], bool]
+    ) -> Iterator[Member | Damage]:
+        """What a header, with what was `said` of it before, stands for; nothing for folders and devices."""
+        name = said.get("GNU.sparse.name") or said.get("path") or info.name.encode("utf-8", "surrogateescape")
+        size = int(said["size"]) if said.get("size", b"").isdigit() else info.size
+        if info.type in (tarfile.LNKTYPE, tarfile.SYMTYPE):
+            hard = info.type == tarfile.LNKTYPE
+            link = said.get("linkpath") or info.linkname.encode("utf-8", "surrogateescape")
+            place = link if hard else posixpath.join(posixpath.dirname(name), link)
+            yield Member(shown(name), header, self.position, 0, None, plain(name), plain(place), hard)
+        elif info.type in NO_FILE:
+            self.read(size + -size % BLOCK, keep=False)
+        elif info.type not in NO_DATA:
+            unfit = "begins in another volume" if info.type == OTHER_VOLUME else ""
+            if info.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in said):
+                unfit = "is stored as a sparse file"
+            more = header[482:483] if info.type == tarfile.GNUTYPE_SPARSE else b""
+            while more.strip(b"\0"):  # blocks with more of the map of its parts
+                more = self.read(BLOCK)[504:505]
+            yield from self.file_at(name, size, header, wanted, unfit)
+
+    def file_at(
+        self, name: bytes, size: int, header: bytes, wanted: Callable[[str], bool], unfit: str = ""
+    ) -> Iterator[Member | Damage]:
         """The file whose data start here."""
-        offset, keep = self.position, wanted(name)
+        text = shown(name)
+        offset, keep = self.position, not unfit and wanted(text)
         data = self.read(size, keep)
         if self.position < offset + size:
-            yield Damage(self.position, f"the tar ends inside {name}: it was cut off")
+            yield Damage(self.position, f"the tar ends inside {text}: it was cut off", cut=text)
             return
-        yield Member(name, header, offset, size, data if keep else None)
+        yield Member(text, header, offset, size, data if keep else None, plain(name), unfit=unfit)
         place = self.position
         padding = self.read(-size % BLOCK)
         if any(padding):
             byte = len(padding) - len(padding.lstrip(b"\0"))
-            yield Damage(place + byte, f"the padding after {name} is not zero", certain=False)
+            yield Damage(place + byte, f"the padding after {text} is not zero", certain=False)
 
     def next_header(self, known: Mapping[int, tuple[str, int]]) -> tuple[tarfile.TarInfo | None, bytes]:
         """Read on until behind a sound header, or to a place that is known."""
@@ -139,19 +203,34 @@ def parse(header: bytes) -> tarfile.TarInfo | None:
     return info if info.size >= 0 else None
 
 
-def given_name(kind: bytes, data: bytes) -> str:
-    """The name that a PAX or GNU long-name member gives to the next file; empty when it gives none."""
-    if kind == tarfile.GNUTYPE_LONGNAME:
-        return data.rstrip(b"\0").decode("utf-8", "surrogateescape")
-    while data:
+def pax_records(data: bytes) -> dict[str, bytes] | None:
+    """The records of a PAX member; None when it is damaged."""
+    records: dict[str, bytes] = {}
+    while data.rstrip(b"\0"):
         length, _, _ = data.partition(b" ")
-        if not length.isdigit() or not 0 < int(length) <= len(data):
-            break
+        if not length.isdigit() or len(length) > 20 or not len(length) < int(length) <= len(data):
+            return None
         record, data = data[: int(length)], data[int(length) :]
-        key, _, value = record[len(length) + 1 : -1].partition(b"=")
-        if key == b"path":
-            return value.decode("utf-8", "surrogateescape")
-    return ""
+        key, equals, value = record[len(length) + 1 : -1].partition(b"=")
+        if not equals:
+            return None
+        records[key.decode("utf-8", "replace")] = value
+    return records
+
+
+def shown(name: bytes) -> str:
+    """A name that can be printed and stored, with bytes that are no UTF-8 as \\xe9."""
+    return name.decode("utf-8", "backslashreplace")
+
+
+def plain(name: bytes) -> bytes:
+    """A path without `./`, `a/../` and doubled slashes."""
+    return posixpath.normpath(name)
+
+
+def compression_of(head: bytes) -> str:
+    """What a file with these first bytes is compressed with; empty when it is not."""
+    return next((kind for mark, kind in COMPRESSED.items() if head.startswith(mark)), "")
 
 
 def open_stream(url: str) -> BinaryIO:
