@@ -23,6 +23,7 @@ SEEK_BEYOND = 5.0  # seconds; to a start that is nearer a clip is decoded from i
 # Containers with an index and with time stamps that do not depend on what was read before. In all others a seek fails
 # (raw streams), or lands by a clock that may wrap or begin anew (MPEG-TS, MPEG-PS).
 SEEKABLE = {"mov", "matroska"}
+GENERATE_TIMES = cast(int, ContainerFlags.gen_pts.value)
 WIDEST_PIXEL = 10  # a sample aspect ratio beyond 1:10 or 10:1 is damage
 
 
@@ -94,7 +95,7 @@ class Clip:
         self.stream = choose_stream(container)
         self.stream.thread_type = "NONE"  # processes decode side by side, one clip each
         self.unit = float(self.stream.time_base or 0)
-        container.flags &= ~int(ContainerFlags.gen_pts.value)  # PyAV's default; invents wrong ones for H.264 in AVI
+        container.flags &= ~GENERATE_TIMES  # PyAV's default; invents wrong ones for H.264 in AVI
         flags = Flags(container.format.flags)
         self.restarts = Flags.ts_discont in flags
         self.stamped = Flags.no_timestamps not in flags

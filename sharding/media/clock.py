@@ -23,13 +23,14 @@ class Clock:
         rate = stream.average_rate or stream.guessed_rate or 25
         self.step = max(1, round(self.second / rate))
         self.offset = 0
-        self.first: int | None = None
+        self.first: int | None = None  # when the first packet is shown
         self.last = self.due = 0  # decoding time of the packet before, and when the next is due
+        self.end = 0
 
     @property
     def seconds(self) -> float:
         """What the packets so far last."""
-        return (self.due - (self.first or 0)) / self.second
+        return (self.end - (self.first or 0)) / self.second
 
     def correct(self, packet: av.Packet) -> None:
         """Change a packet's time stamps; packets come in the order of the file."""
@@ -41,8 +42,11 @@ class Clock:
                 self.drop(packet)
         stamp = packet.dts if packet.dts is not None else packet.pts if self.first is None else None
         self.last = self.due if stamp is None else stamp
-        self.first = self.last if self.first is None else self.first
-        self.due = self.last + (packet.duration or self.step)
+        shown = self.last if packet.pts is None else packet.pts
+        lasts = packet.duration or self.step
+        self.first = shown if self.first is None else self.first
+        self.due = self.last + lasts
+        self.end = max(self.end, shown + lasts)
 
     def shift(self, packet: av.Packet, units: int) -> None:
         """Move a packet in time."""
