@@ -199,17 +199,20 @@ class Clip:
         """Packets with time stamps that do not jump; where the file cannot be read on, it ends."""
         try:
             for packet in self.container.demux(self.stream):
-                if packet.size:
+                if packet.size:  # an empty one would end the decoding
                     self.clock.correct(packet)
-                yield packet
+                    yield packet
         except av.FFmpegError as error:
             self.broken = self.broken or str(error.strerror)
+        except IndexError:  # PyAV, at the end of a damaged file in which a stream appeared on the way
+            self.broken = self.broken or "a stream begins in the middle"
 
     def decoded(self) -> Iterator[av.VideoFrame]:
         """Frames in the order of the decoder; broken packets are passed over."""
-        for packet in self.packets():
+        decode = self.stream.codec_context.decode
+        for packet in itertools.chain(self.packets(), [None]):  # None: what the decoder still holds
             try:
-                yield from packet.decode()
+                yield from decode(packet)
             except av.FFmpegError as error:
                 self.broken = self.broken or str(error.strerror)
 

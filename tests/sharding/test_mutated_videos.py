@@ -16,6 +16,7 @@ FORMS = {
     "webm": ["-c:v", "libvpx", "-deadline", "realtime", "-cpu-used", "8"],
     "avi": ["-c:v", "mpeg4"],
     "gif": ["-c:v", "gif"],
+    "flv": ["-c:v", "libx264", "-g", "10", "-preset", "ultrafast"],
 }
 SLOWEST = 20  # seconds that one clip may take
 
