@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import mmap
 from collections.abc import Iterator, Mapping
 from typing import cast
@@ -11,19 +10,21 @@ from typing import cast
 import av
 import numpy as np
 from av.buffer import Buffer
+from av.container import Flags as ContainerFlags
 from av.format import Flags
 from av.stream import Disposition
+from av.video.frame import PictureType
 from av.video.reformatter import VideoReformatter
 
+from sharding.media.clock import Clock, FrameTimes
 from sharding.media.frames import MediaError, stored_size
 
 SEEK_BEYOND = 5.0  # seconds; to a start that is nearer a clip is decoded from its beginning
 # Containers with an index and with time stamps that do not depend on what was read before. In all others a seek fails
 # (raw streams), or lands by a clock that may wrap or begin anew (MPEG-TS, MPEG-PS).
 SEEKABLE = {"mov", "matroska"}
+GENERATE_TIMES = cast(int, ContainerFlags.gen_pts.value)
 WIDEST_PIXEL = 10  # a sample aspect ratio beyond 1:10 or 10:1 is damage
-# The ffmpeg program's dts_delta_threshold and dts_error_threshold in seconds, and its slack for a clock that runs back.
-JUMP, NONSENSE, BACK = 10, 30 * 3600, 0.1
 
 
 class Reader:
@@ -86,64 +87,6 @@ def stream_rank(stream: av.VideoStream) -> float:
     return stream.width * stream.height + 5_000_000 * default + 100_000_000 * bool(stream.frames)
 
 
-class Clock:
-    """Makes the time stamps of a stream's packets continuous by the rules of the ffmpeg program.
-
-    In containers whose clock may begin anew (MPEG-TS, MPEG-PS) a jump of more than 10 seconds, or back, goes on where
-    the packet before ended. In all others a pause is real, and only a time stamp 30 hours off is dropped.
-    """
-
-    def __init__(self, stream: av.VideoStream, restarts: bool) -> None:
-        self.restarts = restarts
-        self.second = float(1 / stream.time_base) if stream.time_base else 1.0  # in units of the time base
-        rate = stream.average_rate or stream.guessed_rate or 25
-        self.step = max(1, round(self.second / rate))
-        self.offset = 0
-        self.first: int | None = None
-        self.last = self.due = 0  # decoding time of the packet before, and when the next is due
-
-    @property
-    def seconds(self) -> float:
-        """What the packets so far last."""
-        return (self.due - (self.first or 0)) / self.second
-
-    def correct(self, packet: av.Packet) -> None:
-        """Change a packet's time stamps; packets come in the order of the file."""
-        self.shift(packet, self.offset)
-        if self.first is not None:
-            if self.restarts:
-                self.follow(packet)
-            else:
-                self.drop(packet)
-        stamp = packet.dts if packet.dts is not None else packet.pts if self.first is None else None
-        self.last = self.due if stamp is None else stamp
-        self.first = self.last if self.first is None else self.first
-        self.due = self.last + (packet.duration or self.step)
-
-    def shift(self, packet: av.Packet, units: int) -> None:
-        """Move a packet in time."""
-        if units and packet.dts is not None:
-            packet.dts += units
-        if units and packet.pts is not None:
-            packet.pts += units
-
-    def follow(self, packet: av.Packet) -> None:
-        """Let a packet after a jump of the clock follow the one before, and all later ones with it."""
-        if packet.dts is None:
-            return
-        jump = packet.dts - self.due
-        if abs(jump) > JUMP * self.second or packet.dts + BACK * self.second < self.last:
-            self.offset -= jump
-            self.shift(packet, -jump)
-
-    def drop(self, packet: av.Packet) -> None:
-        """Take away time stamps that cannot be."""
-        if packet.dts is not None and abs(packet.dts - self.due) > NONSENSE * self.second:
-            packet.dts = None
-        if packet.pts is not None and abs(packet.pts - self.due) > NONSENSE * self.second:
-            packet.pts = None
-
-
 class Clip:
     """An open video: its frames with the seconds they are shown until, past broken packets."""
 
@@ -152,10 +95,11 @@ class Clip:
         self.stream = choose_stream(container)
         self.stream.thread_type = "NONE"  # processes decode side by side, one clip each
         self.unit = float(self.stream.time_base or 0)
+        container.flags &= ~GENERATE_TIMES  # PyAV's default; invents wrong ones for H.264 in AVI
         flags = Flags(container.format.flags)
         self.restarts = Flags.ts_discont in flags
         self.stamped = Flags.no_timestamps not in flags
-        self.clock = Clock(self.stream, self.restarts)
+        self.clock, self.times = Clock(self.stream, self.restarts), FrameTimes()
         self.coded_pixel = self.stream.codec_context.sample_aspect_ratio
         self.reformatter = VideoReformatter()
         self.broken = ""  # the decoder's complaint about the first broken packet
@@ -171,11 +115,12 @@ class Clip:
         return (self.container.duration or 0) / av.time_base
 
     def length(self) -> float:
-        """Seconds that the clip lasts, of which not all is decoded: by the header, else by the packets."""
-        if not self.promised:
-            for _ in self.packets():
-                pass
-        return self.promised or self.clock.seconds
+        """Seconds that the clip lasts, of which not all is decoded: by the stream's header, else by its packets."""
+        if self.stream.duration and not self.restarts:
+            return self.promised
+        for _ in self.packets():
+            pass
+        return self.clock.seconds
 
     def shown(self, start: float = 0.0) -> Iterator[tuple[av.VideoFrame, float]]:
         """(frame, second until it is shown) in order of time, of frames shown later than `start`."""
@@ -200,8 +145,9 @@ class Clip:
             yield held, self.reached
 
     def time_of(self, frame: av.VideoFrame, otherwise: float) -> float:
-        """A frame's time stamp in seconds."""
-        return frame.pts * self.unit if frame.pts is not None and self.unit else otherwise
+        """A frame's time stamp in seconds; once for each frame, in order."""
+        stamp = self.times.best(frame)
+        return stamp * self.unit if stamp is not None and self.unit else otherwise
 
     def duration_of(self, frame: av.VideoFrame, after: float) -> float:
         """Seconds that the last frame is shown, estimated as by the ffmpeg program; `after`: the one before was."""
@@ -219,9 +165,9 @@ class Clip:
     def decoded_from(self, seconds: float) -> Iterator[av.VideoFrame]:
         """Frames from a key frame before a time stamp on; all of them where the container cannot seek well."""
         if self.seek(int(seconds / self.unit)):
-            frames = (frame for frame in self.decoded() if frame.pts is not None)
+            frames = self.decoded()
             first = next(frames, None)
-            if first is not None and self.time_of(first, math.inf) <= seconds:
+            if first and first.pts is not None and first.pts * self.unit <= seconds and complete(first):
                 return itertools.chain([first], frames)
         if not self.seek(0):
             raise MediaError("unreadable video: it cannot be read a second time")
@@ -233,7 +179,7 @@ class Clip:
             self.container.seek(stamp, stream=self.stream)
         except (av.FFmpegError, OverflowError):
             return False
-        self.clock = Clock(self.stream, self.restarts)
+        self.clock, self.times = Clock(self.stream, self.restarts), FrameTimes()
         return True
 
     def picture(self, frame: av.VideoFrame, size: int) -> np.ndarray:
@@ -253,19 +199,27 @@ class Clip:
         """Packets with time stamps that do not jump; where the file cannot be read on, it ends."""
         try:
             for packet in self.container.demux(self.stream):
-                if packet.size:
+                if packet.size:  # an empty one would end the decoding
                     self.clock.correct(packet)
-                yield packet
+                    yield packet
         except av.FFmpegError as error:
             self.broken = self.broken or str(error.strerror)
+        except IndexError:  # PyAV, at the end of a damaged file in which a stream appeared on the way
+            self.broken = self.broken or "a stream begins in the middle"
 
     def decoded(self) -> Iterator[av.VideoFrame]:
         """Frames in the order of the decoder; broken packets are passed over."""
-        for packet in self.packets():
+        decode = self.stream.codec_context.decode
+        for packet in itertools.chain(self.packets(), [None]):  # None: what the decoder still holds
             try:
-                yield from packet.decode()
+                yield from decode(packet)
             except av.FFmpegError as error:
                 self.broken = self.broken or str(error.strerror)
+
+
+def complete(frame: av.VideoFrame) -> bool:
+    """Whether a frame owes nothing to those before it; streams that refresh a part at a time have places without."""
+    return frame.key_frame or frame.pict_type not in (PictureType.P, PictureType.B)
 
 
 def upright(pixels: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
