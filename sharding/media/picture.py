@@ -248,7 +248,7 @@ def grey_of_16_bits(image: Image.Image, clear: int | None) -> np.ndarray:
     values: np.ndarray = np.asarray(image).astype(np.uint16)
     tags = getattr(image, "tag_v2", {})  # of a TIFF
     bits = tags.get(BITS_PER_SAMPLE, (16,))[0]
-    grey = np.right_shift(values, bits - 8).astype(np.uint8)
+    grey: np.ndarray = (values // 2 ** (bits - 8)).astype(np.uint8)
     if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
         grey = 255 - grey
     if clear is not None:
@@ -261,6 +261,6 @@ def colours_of_16_bits(png: bytes) -> np.ndarray:
     pixels = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED)  # BGRA
     if pixels is None or pixels.dtype != np.uint16 or pixels.shape[2:] != (4,):
         raise MediaError("unreadable image: a damaged PNG of 16 bits")
-    shown = (pixels[..., 2::-1] >> 8).astype(np.uint8)
+    shown = (pixels[..., 2::-1] // 256).astype(np.uint8)
     shown[pixels[..., 3] == 0] = 255
     return shown
