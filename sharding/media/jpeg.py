@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import struct
+import warnings
+from contextlib import suppress
 from typing import Any
 
 from PIL import Image
@@ -51,11 +53,11 @@ def orientation_of(jpeg: bytes) -> int:
 def parse_orientation(exif: bytes) -> int:
     """The orientation in an EXIF block, 1 to 8; 1 where it has none or is malformed."""
     block = Image.Exif()
-    try:
-        block.load(exif)
-    except Exception:  # the parser raises many kinds; what it read until then counts
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        with suppress(Exception):  # the parser raises many kinds; what it read until then counts
+            block.load(exif)
         return known_orientation(block)
-    return known_orientation(block)
 
 
 def known_orientation(exif: Image.Exif) -> int:
