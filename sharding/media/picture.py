@@ -90,17 +90,10 @@ def picture_size(data: bytes) -> tuple[int, int]:
         return (image.height, image.width) if exif_orientation(image, data) in SIDEWAYS else image.size
 
 
-def is_shown_alike(data: bytes) -> bool:
-    """Whether DALI shows an image as `decode_picture` does: upright, 8 bits, no transparency. By its header."""
+def is_upright_jpeg(data: bytes) -> bool:
+    """Whether it is a JPEG that any decoder shows as `decode_picture` does, by its header."""
     header = read_jpeg_header(data)
-    if header is not None or data[:2] == START_OF_IMAGE:
-        return header is not None and header.orientation == UPRIGHT
-    try:
-        with naming_faults(), Image.open(io.BytesIO(data)) as image:
-            opaque = image.mode in ("RGB", "L") and "transparency" not in image.info
-            return opaque and image.format in ("PNG", "WEBP") and exif_orientation(image, data) == UPRIGHT
-    except MediaError:
-        return False
+    return header is not None and header.orientation == UPRIGHT
 
 
 def read_jpeg_header(data: bytes) -> JpegHeader | None:
