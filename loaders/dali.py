@@ -18,7 +18,7 @@ from loaders.clips import BadSampleError, Window
 from loaders.dali_graph import CopyStream, GraphSettings, build_pipeline, feed
 from loaders.decoding import BATCHES_AT_ONCE
 from loaders.pixels import Clip, Scratch, decode_clip, header_fault
-from sharding.media.picture import is_shown_alike
+from sharding.media.picture import is_upright_jpeg
 
 log = logging.getLogger("loaders")
 
@@ -116,13 +116,14 @@ class DaliWorker:
 
     def _decode(self, clips: Sequence[Clip]) -> tuple[torch.Tensor, dict[int, str]]:
         shape = (len(clips), len(clips[0].jpegs), self.settings.size, self.settings.size, 3)
-        others = [row for row, clip in enumerate(clips) if not all(map(is_shown_alike, clip.jpegs))]
-        plain = [row for row in range(len(clips)) if row not in others]
+        is_plain = [all(map(is_upright_jpeg, clip.jpegs)) for clip in clips]
+        plain = [row for row, plain in enumerate(is_plain) if plain]
+        others = [row for row, plain in enumerate(is_plain) if not plain]
         bad = {plain[number]: fault for number, fault in header_faults([clips[row] for row in plain]).items()}
         rows = [row for row in plain if row not in bad]
         parts = self._search(clips, rows, bad) if rows else []
         parts += self._decode_others(clips, others, bad)
-        if len(parts) == 1 and not bad:
+        if len(parts) == 1 and not bad and not others:
             return parts[0][1].view(shape), {}
         return self._copies.assembled(shape, parts), bad
 

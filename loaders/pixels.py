@@ -11,7 +11,7 @@ from PIL import Image
 
 from loaders.clips import BadSampleError, Window
 from sharding.media import MediaError
-from sharding.media.jpeg import SIDEWAYS, START_OF_IMAGE, UPRIGHT, has_end, orientation_of
+from sharding.media.jpeg import SIDEWAYS, START_OF_IMAGE, has_end, is_plain_jpeg
 from sharding.media.picture import decode_picture, picture_size
 
 cv2.setNumThreads(0)  # pictures are decoded side by side; threads within one only get in the way
@@ -106,7 +106,7 @@ def decode_frame(data: bytes, clip: Clip, room: np.ndarray, size: int | None) ->
     Raises:
         BadSampleError: it does not decode, or has not the size in the index.
     """
-    if not is_upright_jpeg(data):
+    if not is_plain_jpeg(data):
         return decode_other(data, clip)
     fraction = 1 if size is None else jpeg_fraction(data, clip, size)
     height, width = -(-clip.height // fraction), -(-clip.width // fraction)
@@ -118,11 +118,6 @@ def decode_frame(data: bytes, clip: Clip, room: np.ndarray, size: int | None) ->
     if pixels.shape[:2] != (height, width):
         raise BadSampleError(f"{pixels.shape[1]}x{pixels.shape[0]} pixels, the index says {clip.width}x{clip.height}")
     return Frame(pixels, clip.window, fraction)
-
-
-def is_upright_jpeg(data: bytes) -> bool:
-    """Whether it is a JPEG that is shown as it is stored."""
-    return data[:2] == START_OF_IMAGE and orientation_of(data) == UPRIGHT
 
 
 def decode_other(data: bytes, clip: Clip, warning: str = "") -> Frame:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import struct
+import warnings
+from contextlib import suppress
 from typing import Any
 
 from PIL import Image
@@ -14,9 +17,11 @@ SIDEWAYS = {5, 6, 7, 8}  # width and height change places
 
 _ORIENTATION = 0x0112
 _START_OF_SCAN = 0xDA
+_FRAMES = {0xC0, 0xC1, 0xC2, 0xC9, 0xCA}  # what begins a frame header, of the kinds that are decoded
 _EXIF = 0xE1
 _EXIF_NAME = b"Exif\x00\x00"
-_NO_LENGTH = {0x00, 0x01, *range(0xD0, 0xDA)}  # what follows 0xFF where no length does
+_NO_LENGTH = {0x00, 0x01, *range(0xD0, 0xDA), 0xFF}  # what follows 0xFF where no length does
+_SEGMENT = struct.Struct(">BBH").unpack_from  # 0xFF, marker, length
 _NEXT_BORDER = re.compile(b"\xff[\xd8\xd9]")  # the next image's start, or this one's end
 
 
@@ -31,20 +36,28 @@ def has_end(jpeg: bytes) -> bool:
     return border is not None and border[0] != START_OF_IMAGE
 
 
+def is_plain_jpeg(data: bytes) -> bool:
+    """Whether it is a JPEG of grey or of three colours that is shown as it is stored."""
+    if not data.startswith(START_OF_IMAGE):
+        return False
+    _, channels, exif = read_header(data)
+    return channels in (1, 3) and (not exif or parse_orientation(exif) == UPRIGHT)
+
+
 def orientation_of(jpeg: bytes) -> int:
     """EXIF's orientation of a JPEG, 1 to 8; 1 where it has none or a malformed one."""
-    exif = read_header(jpeg)[1]
+    exif = read_header(jpeg)[2]
     return parse_orientation(exif) if exif else UPRIGHT
 
 
 def parse_orientation(exif: bytes) -> int:
     """The orientation in an EXIF block, 1 to 8; 1 where it has none or is malformed."""
     block = Image.Exif()
-    try:
-        block.load(exif)
-    except Exception:  # the parser raises many kinds; what it read until then counts
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        with suppress(Exception):  # the parser raises many kinds; what it read until then counts
+            block.load(exif)
         return known_orientation(block)
-    return known_orientation(block)
 
 
 def known_orientation(exif: Image.Exif) -> int:
@@ -56,25 +69,27 @@ def known_orientation(exif: Image.Exif) -> int:
         return UPRIGHT
 
 
-def read_header(jpeg: bytes) -> tuple[int, bytes]:
-    """(first byte of a JPEG's first scan, or the length without one; its EXIF block, empty without one).
+def read_header(jpeg: bytes) -> tuple[int, int, bytes]:
+    """(first byte of a JPEG's first scan, or the length without one; its channels; its EXIF block, empty without one).
 
     Segments are passed over by their length: a thumbnail in one has markers of its own.
     """
-    place, exif = 2, b""
-    while place + 4 <= len(jpeg):
-        marker = jpeg[place + 1]
-        if jpeg[place] != 0xFF:
+    place, last, channels, exif = 2, len(jpeg) - 10, 0, b""
+    while place <= last:
+        mark, marker, length = _SEGMENT(jpeg, place)
+        if mark != 0xFF:
             place = jpeg.find(b"\xff", place)
             if place < 0:
                 break
-        elif marker == 0xFF or marker in _NO_LENGTH:
+        elif marker in _NO_LENGTH:
             place += 1 if marker == 0xFF else 2
+        elif marker == _START_OF_SCAN:
+            return place + 2 + length, channels, exif
         else:
-            end = place + 2 + (jpeg[place + 2] << 8 | jpeg[place + 3])
-            if marker == _START_OF_SCAN:
-                return end, exif
             if marker == _EXIF and jpeg.startswith(_EXIF_NAME, place + 4):
-                exif += jpeg[place + 4 + (len(_EXIF_NAME) if exif else 0) : end]  # a large block comes in several
-            place = end
-    return len(jpeg), exif
+                begin = place + 4 + (len(_EXIF_NAME) if exif else 0)  # a large block comes in several segments
+                exif += jpeg[begin : place + 2 + length]
+            elif marker in _FRAMES:
+                channels = jpeg[place + 9]
+            place += 2 + length
+    return len(jpeg), channels, exif

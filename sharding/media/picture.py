@@ -90,17 +90,10 @@ def picture_size(data: bytes) -> tuple[int, int]:
         return (image.height, image.width) if exif_orientation(image, data) in SIDEWAYS else image.size
 
 
-def is_shown_alike(data: bytes) -> bool:
-    """Whether DALI shows an image as `decode_picture` does: upright, 8 bits, no transparency. By its header."""
+def is_upright_jpeg(data: bytes) -> bool:
+    """Whether it is a JPEG that any decoder shows as `decode_picture` does, by its header."""
     header = read_jpeg_header(data)
-    if header is not None or data[:2] == START_OF_IMAGE:
-        return header is not None and header.orientation == UPRIGHT
-    try:
-        with naming_faults(), Image.open(io.BytesIO(data)) as image:
-            opaque = image.mode in ("RGB", "L") and "transparency" not in image.info
-            return opaque and image.format in ("PNG", "WEBP") and exif_orientation(image, data) == UPRIGHT
-    except MediaError:
-        return False
+    return header is not None and header.orientation == UPRIGHT
 
 
 def read_jpeg_header(data: bytes) -> JpegHeader | None:
@@ -248,7 +241,7 @@ def grey_of_16_bits(image: Image.Image, clear: int | None) -> np.ndarray:
     values: np.ndarray = np.asarray(image).astype(np.uint16)
     tags = getattr(image, "tag_v2", {})  # of a TIFF
     bits = tags.get(BITS_PER_SAMPLE, (16,))[0]
-    grey = np.right_shift(values, bits - 8).astype(np.uint8)
+    grey: np.ndarray = (values // 2 ** (bits - 8)).astype(np.uint8)
     if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
         grey = 255 - grey
     if clear is not None:
@@ -261,6 +254,6 @@ def colours_of_16_bits(png: bytes) -> np.ndarray:
     pixels = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED)  # BGRA
     if pixels is None or pixels.dtype != np.uint16 or pixels.shape[2:] != (4,):
         raise MediaError("unreadable image: a damaged PNG of 16 bits")
-    shown = (pixels[..., 2::-1] >> 8).astype(np.uint8)
+    shown = (pixels[..., 2::-1] // 256).astype(np.uint8)
     shown[pixels[..., 3] == 0] = 255
     return shown
