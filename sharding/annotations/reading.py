@@ -26,6 +26,7 @@ from sharding.annotations.tables import (
 from sharding.annotations.visual_genome import visual_genome_records
 from sharding.failures import kind_of
 from sharding.remote import again, naming
+from sharding.schema import plain_scheme
 
 FileReader = Callable[[str, Reading], Iterator[Record]]
 Reader = Callable[[Sequence[str], Reading], Iterator[Record]]
@@ -139,7 +140,7 @@ def expanded(patterns: Sequence[str]) -> list[str]:
         FileNotFoundError: a file does not exist, or nothing matches.
     """
     files = []
-    for pattern in patterns:
+    for pattern in map(plain_scheme, patterns):
         if not any(sign in pattern for sign in "*?["):
             with opened(pattern):
                 files.append(pattern)
