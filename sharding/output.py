@@ -21,7 +21,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_f
 from sharding.annotations.config import Reading
 from sharding.plan import Settings
 from sharding.remote import again, naming
-from sharding.schema import VERSION, join_url
+from sharding.schema import VERSION, join_url, plain_scheme
 from sharding.writing import publish
 
 BUILD = "build.json"  # says what a build writes there
@@ -33,8 +33,8 @@ log = logging.getLogger(__name__)
 
 
 def local_form(url: str) -> str:
-    """A local folder as a plain path, any other URL unchanged."""
-    return url.removeprefix("file://")
+    """A local folder as a plain path, any other URL with its scheme in lower case."""
+    return plain_scheme(url).removeprefix("file://")
 
 
 @contextmanager

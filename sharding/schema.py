@@ -127,6 +127,12 @@ def join_url(folder: str, name: str) -> str:
     return folder.rstrip("/") + "/" + name
 
 
+def plain_scheme(url: str) -> str:
+    """A URL with its scheme in lower case, as stores are known by: HTTP:// means what http:// does."""
+    scheme, sign, rest = url.partition("://")
+    return scheme.lower() + sign + rest if sign else url
+
+
 def read_corpus(url: str, storage_options: dict[str, Any] | None = None) -> Corpus:
     """Read `url/corpus.json`.
 

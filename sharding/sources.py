@@ -15,13 +15,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
+from urllib.parse import quote
 
 import fsspec
 
 from sharding.archives import Archive, split_archive
 from sharding.media import MediaError
 from sharding.remote import WebError, again, credentials_missing, naming, reason_of
-from sharding.schema import join_url
+from sharding.schema import join_url, plain_scheme
 from sharding.web import Fetching, web_client
 
 WINDOW = {"image": 1024, "video": 64}  # media: how far finished ones may run ahead of one that is slow to come
@@ -40,7 +41,7 @@ class Media:
     """
 
     def __init__(self, root: str, media_type: str, scratch: Path, fetching: Fetching) -> None:
-        root = root.removeprefix("file://")
+        root = plain_scheme(root).removeprefix("file://")
         self.root = os.path.abspath(root) if root and "://" not in root else root
         self.media_type, self.scratch, self.fetching = media_type, scratch, fetching
         self.stop = threading.Event()
@@ -110,7 +111,9 @@ class Media:
     def location(self, source: str) -> str:
         """A source's URL, or its absolute path where it is a local file."""
         if "://" in source:
-            return source.removeprefix("file://")
+            return plain_scheme(source).removeprefix("file://")
+        if self.root.startswith(WEB):
+            return web_address(self.root, source)
         return join_url(self.root, source) if self.root else os.path.abspath(source)
 
     def fetch(self, source: str) -> Fetched | MediaError:
@@ -138,6 +141,19 @@ class Media:
         if self.media_type == "image":
             return filesystem.cat_file(path)
         return download(filesystem, path, self.scratch)
+
+
+def web_address(root: str, name: str) -> str:
+    """The address of a file below a folder of a web server; signs that mean something in addresses are quoted.
+
+    Names of archives' members stay as they are: they are looked up, and not sent.
+    """
+    url = join_url(root, name)
+    archive, member = split_archive(url) or (url, "")
+    outer = len(join_url(root, ""))
+    if len(archive) < outer:
+        return url  # the root is an archive, or inside of one
+    return url[:outer] + quote(archive[outer:]) + ("/" + member if member else "")
 
 
 def hand_over(done: queue.SimpleQueue[tuple[int, Future[Any]]], place: int, future: Future[Any]) -> None:
@@ -199,7 +215,7 @@ def check_root(root: str) -> None:
     if COMPRESSED_TAR.search(root):
         raise ValueError(f"media root {root} is compressed as a whole, single files cannot be read from it: gunzip it")
     inside = split_archive(root)
-    place = (inside[0] if inside else root).removeprefix("file://")
+    place = plain_scheme(inside[0] if inside else root).removeprefix("file://")
     if not root or place.startswith(WEB):
         return  # sources are URLs of their own; web servers do not list folders
     with naming(place, "read"):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
 import ijson
 
 from sharding.annotations.config import Reading
-from sharding.annotations.files import Record, json_errors, json_records, opened
+from sharding.annotations.files import Record, json_records, parsed
 from sharding.annotations.lookup import Lookup
 from sharding.annotations.tables import text_lines
 
@@ -86,7 +86,4 @@ def paired(file: str, pairs: Iterator[tuple[Any, Any]]) -> Iterator[Record]:
 
 def parallel_lists(file: str, *keys: str) -> Iterator[tuple[Any, ...]]:
     """Elements of several lists of a JSON object side by side, None where one is shorter."""
-    with ExitStack() as stack:
-        stack.enter_context(json_errors(file))
-        streams = [ijson.items(stack.enter_context(opened(file)), f"{key}.item") for key in keys]
-        yield from zip_longest(*streams)
+    return zip_longest(*(parsed(file, partial(ijson.items, prefix=f"{key}.item", use_float=True)) for key in keys))

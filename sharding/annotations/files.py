@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import codecs
+import gzip
 import io
-from collections.abc import Iterator
+import json
+import lzma
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import fsspec
 import ijson
 from fsspec.compression import compr
 from fsspec.utils import infer_compression
 
+from sharding.annotations.json_text import Mended, Plain, Unparsable
 from sharding.remote import again, causes, naming, status_of
 
 BLOCK = 2**20  # bytes of a remote file read at a time
+LONGEST_LINE = 2**20  # bytes of a line of JSON that is looked at to tell lines from an object
+NOT_JSON = (ijson.JSONError, Unparsable, UnicodeDecodeError)  # the last of half a pair of surrogates
+DAMAGED = (
+    EOFError,
+    zlib.error,
+    lzma.LZMAError,
+    zipfile.BadZipFile,
+)  # of what is compressed; also OSErrors of no number
 BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +117,7 @@ def opened(file: str) -> Iterator[IO[bytes]]:
     Raises:
         FileNotFoundError: it does not exist.
         OSError: a remote store fails again and again, or refuses the credentials.
-        ValueError: it is in UTF-16.
+        ValueError: it is in UTF-16, or cannot be decompressed.
     """
     try:
         with naming(file, "read annotations from"), unpacked(file) as handle:
@@ -110,13 +126,22 @@ def opened(file: str) -> Iterator[IO[bytes]]:
                 raise ValueError(f"annotation file {file} is in UTF-16: save it as UTF-8")
             handle.seek(len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0)
             yield handle
+    except DAMAGED as error:
+        raise ValueError(undone(file, error)) from None
     except OSError as error:
+        if infer_compression(file) and type(error) in (OSError, gzip.BadGzipFile) and error.errno is None:
+            raise ValueError(undone(file, error)) from None
         absent = any(isinstance(cause, FileNotFoundError) for cause in causes(error))
         if absent and status_of(error) in (None, 404):
             raise FileNotFoundError(f"annotation file {file} does not exist: check --annotations") from None
         if not isinstance(error, IsADirectoryError):
             raise
         raise ValueError(f"{file} is a folder: --annotations are files, such as {file.rstrip('/')}/*.json") from None
+
+
+def undone(file: str, error: Exception) -> str:
+    """What is said of a compressed file that cannot be decompressed."""
+    return f"annotation file {file} cannot be decompressed ({error}): is it complete, and compressed as its name says?"
 
 
 def json_records(file: str, place: str = "") -> Iterator[Record]:
@@ -127,53 +152,110 @@ def json_records(file: str, place: str = "") -> Iterator[Record]:
     Raises:
         ValueError: the file is no JSON, or of another form.
     """
+    check_form(file, "list" if place == "" else "object")
+    if place == "*":
+        entries = parsed(file, lambda handle: ijson.kvitems(handle, "", use_float=True))
+        for number, (key, value) in enumerate(entries, 1):
+            yield Record(file, number, {"key": key, **(value if isinstance(value, dict) else {"value": value})})
+        return
     found = False
-    with opened(file) as handle, json_errors(file):
-        check_form(file, "list" if place == "" else "object")
-        if place == "*":
-            entries = ijson.kvitems(handle, "", use_float=True)
-            for number, (key, value) in enumerate(entries, 1):
-                yield Record(file, number, {"key": key, **(value if isinstance(value, dict) else {"value": value})})
-            return
-        values = ijson.items(handle, f"{place}.item" if place else "item", use_float=True)
-        for number, value in enumerate(values, 1):
-            found = True
-            if isinstance(value, dict):
-                yield Record(file, number, value)
-            else:
-                yield Record(file, number, {}, fault=f"must be an object, not {str(value)[:60]!r}")
+    values = parsed(file, lambda handle: ijson.items(handle, f"{place}.item" if place else "item", use_float=True))
+    for number, value in enumerate(values, 1):
+        found = True
+        if isinstance(value, dict):
+            yield Record(file, number, value)
+        else:
+            yield Record(file, number, {}, fault=f"must be an object, not {str(value)[:60]!r}")
     if place and not found and place.split(".")[0] not in list(json_keys(file)):
         has = ", ".join(islice(json_keys(file), 12)) or "nothing"
         raise ValueError(f'annotation file {file} has no "{place}", but {has}: check --corpus and --records')
 
 
+def parsed(file: str, parse: Callable[[Any], Iterator[Found]]) -> Iterator[Found]:
+    """What `parse` finds in a JSON file; from what it refuses on, in the file's contents as Mended.
+
+    Raises:
+        ValueError: the file is no JSON.
+    """
+    done = 0
+    with opened(file) as handle:
+        try:
+            for found in parse(Plain(handle)):
+                yield found
+                done += 1
+            return
+        except NOT_JSON:
+            pass
+    number = 0
+    with opened(file) as handle:
+        try:
+            for number, found in enumerate(parse(Mended(handle)), 1):
+                if number > done:
+                    yield found
+        except NOT_JSON as error:
+            where = f", after entry {number}" if number else ""
+            raise ValueError(f"annotation file {file} is not JSON ({json_reason(error)}){where}") from None
+
+
+def json_reason(error: Exception) -> str:
+    """What the JSON library's error means, with the remedy where there is one."""
+    reason = str(error).strip().splitlines()[0]
+    known = {
+        "UTF8": "it is not in UTF-8: save it so",
+        "codec": "it is not in UTF-8: save it so",
+        "premature EOF": "it ends too early: is it complete?",
+        "trailing garbage": "more follows behind its end: JSON lines need --format jsonl, several lists a file each",
+    }
+    return next(
+        (meaning for words, meaning in known.items() if words in reason), f"{reason.rstrip('.')}: write it again"
+    )
+
+
+def first_sign(file: str) -> bytes:
+    """The first character of a file that is not blank."""
+    with opened(file) as handle:
+        return handle.read(4096).lstrip()[:1]
+
+
+def is_json_lines(file: str) -> bool:
+    """Whether a file, whatever its name, holds JSON lines: an object is its first line, and another one follows."""
+    with opened(file) as handle:
+        lines = [handle.readline(LONGEST_LINE).strip() for _ in range(2)]
+    if not all(line[:1] == b"{" for line in lines):
+        return False
+    try:
+        return isinstance(json.loads(lines[0]), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
 def first_record(file: str) -> Record | None:
     """The first object of a JSON list; None where there is no such."""
-    with opened(file) as handle, json_errors(file):
-        if handle.read(4096).lstrip()[:1] != b"[":
-            return None
-    return next(json_records(file), None)
+    return next(json_records(file), None) if first_sign(file) == b"[" else None
 
 
 def json_value(file: str, key: str) -> Any:
     """A value of a JSON object that stands before its long lists; None where it has none of that name."""
-    with opened(file) as handle, json_errors(file):
-        return next(ijson.items(handle, key, use_float=True), None)
+    return next(parsed(file, lambda handle: ijson.items(handle, key, use_float=True)), None)
 
 
 def json_keys(file: str) -> Iterator[str]:
     """The keys of a JSON object, or of the first object of a JSON list, as they are met; none for anything else."""
-    with opened(file) as handle, json_errors(file):
-        depth, wanted = 0, 1
-        for event, value in ijson.basic_parse(handle):
-            if event == "start_array" and depth == 0:
-                wanted = 2
-            if event == "map_key" and depth == wanted:
-                yield value
-            depth += event in ("start_map", "start_array")
-            depth -= event in ("end_map", "end_array")
-            if wanted == 2 and depth < 2 and event != "start_array":
-                return
+    return parsed(file, keys_of)
+
+
+def keys_of(handle: Any) -> Iterator[str]:
+    """`json_keys` of an open file."""
+    depth, wanted = 0, 1
+    for event, value in ijson.basic_parse(handle):
+        if event == "start_array" and depth == 0:
+            wanted = 2
+        if event == "map_key" and depth == wanted:
+            yield value
+        depth += event in ("start_map", "start_array")
+        depth -= event in ("end_map", "end_array")
+        if wanted == 2 and depth < 2 and event != "start_array":
+            return
 
 
 def check_form(file: str, wanted: str) -> None:
@@ -193,15 +275,3 @@ def check_form(file: str, wanted: str) -> None:
         )
     if found != wanted:
         raise ValueError(f"annotation file {file} must be a JSON object, but is a list: check --corpus")
-
-
-@contextmanager
-def json_errors(file: str) -> Iterator[None]:
-    """The JSON library's errors as one line that names the file."""
-    try:
-        yield
-    except ijson.JSONError as error:
-        reason = str(error).strip().splitlines()[0]
-        if "UTF8" in reason:
-            reason = "it is not in UTF-8: save it so"
-        raise ValueError(f"annotation file {file} is not JSON ({reason})") from None

@@ -12,7 +12,7 @@ import fsspec
 from sharding.annotations.captions import coco_records, flickr_records, sbu_records, something_records
 from sharding.annotations.columns import Columns, RowError, RowMaker
 from sharding.annotations.config import Reading
-from sharding.annotations.files import Record, first_record, json_records, opened
+from sharding.annotations.files import Record, first_record, first_sign, is_json_lines, json_records, opened
 from sharding.annotations.items import Row
 from sharding.annotations.msrvtt import msrvtt_records
 from sharding.annotations.questions import activitynet_qa_records, vqa_records
@@ -26,19 +26,33 @@ from sharding.annotations.tables import (
 from sharding.annotations.visual_genome import visual_genome_records
 from sharding.failures import kind_of
 from sharding.remote import again, naming
+from sharding.schema import plain_scheme
 
 FileReader = Callable[[str, Reading], Iterator[Record]]
 Reader = Callable[[Sequence[str], Reading], Iterator[Record]]
 
+
+def json_or_lines(file: str, reading: Reading) -> Iterator[Record]:
+    """Records of a JSON file, or of JSON lines that are called .json, as datasets' to_json does."""
+    if not reading.records and is_json_lines(file):
+        return jsonl_records(file, reading)
+    return json_records(file, reading.records)
+
+
+def lines_or_json(file: str, reading: Reading) -> Iterator[Record]:
+    """Records of JSON lines, or of a JSON list under a name for lines."""
+    return json_records(file) if first_sign(file) == b"[" else jsonl_records(file, reading)
+
+
 ENDINGS: dict[str, FileReader] = {
-    "json": lambda file, reading: json_records(file, reading.records),
-    "jsonl": jsonl_records,
-    "ndjson": jsonl_records,
+    "json": json_or_lines,
+    "jsonl": lines_or_json,
+    "ndjson": lines_or_json,
     "csv": csv_records,
     "tsv": tsv_records,
     "parquet": parquet_records,
 }
-PACKED = (".gz", ".bz2", ".xz", ".zst")
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
 
 def each_file(reader: FileReader) -> Reader:
@@ -62,7 +76,7 @@ def by_ending(file: str, reading: Reading) -> Iterator[Record]:
 READERS: dict[str, Reader] = {
     "auto": each_file(by_ending),
     "json": each_file(ENDINGS["json"]),
-    "jsonl": each_file(jsonl_records),
+    "jsonl": each_file(lines_or_json),
     "csv": each_file(csv_records),
     "tsv": each_file(tsv_records),
     "parquet": each_file(parquet_records),
@@ -105,6 +119,8 @@ def read_rows(files: Sequence[str], reading: Reading) -> Iterator[Row]:
                 if not reading.skip_bad_rows:
                     raise
                 yield Row(filtered=f"bad row: {kind_of(error.reason)}")
+            except RecursionError:
+                raise ValueError(f"{record.place}: it is nested too deeply to be read") from None
 
 
 def is_official(file: str, maker: RowMaker) -> bool:
@@ -124,7 +140,7 @@ def expanded(patterns: Sequence[str]) -> list[str]:
         FileNotFoundError: a file does not exist, or nothing matches.
     """
     files = []
-    for pattern in patterns:
+    for pattern in map(plain_scheme, patterns):
         if not any(sign in pattern for sign in "*?["):
             with opened(pattern):
                 files.append(pattern)

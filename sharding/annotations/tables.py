@@ -18,6 +18,7 @@ from sharding.annotations.delimited import delimited_rows, guessed_delimiter
 from sharding.annotations.files import Record, opened
 from sharding.parquet import ParquetError, parquet_file, read_batches
 
+DECODER = json.JSONDecoder(parse_constant=lambda _: None)  # NaN and infinity say nothing
 UNCONVERTED = (ValueError, TypeError, KeyError, OverflowError, pa.ArrowException)  # of Arrow's values to Python's
 
 
@@ -157,10 +158,14 @@ def jsonl_records(file: str, reading: Reading) -> Iterator[Record]:
                 continue
             number += 1
             try:
-                fields = json.loads(line)
+                fields = DECODER.decode(line.decode())
                 if b"\\ud" in line.lower():  # half of a pair of surrogates is no text that could be stored
                     fields = json.loads(json.dumps(fields, ensure_ascii=False).encode("utf-8", "replace"))
-            except ValueError as error:
+            except UnicodeDecodeError as error:
+                fault = f"the line is not in UTF-8 (byte {error.object[error.start]:#04x}): save the file so"
+                yield Record(file, number, {}, fault=fault)
+                continue
+            except (ValueError, RecursionError) as error:
                 yield Record(file, number, {}, fault=f"the line is not JSON ({error})")
                 continue
             if not isinstance(fields, dict):

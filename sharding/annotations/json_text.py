@@ -1,0 +1,107 @@
+"""JSON that programs write and parsers refuse (NaN, half surrogate pairs, huge numbers), as a stream they accept."""
+
+from __future__ import annotations
+
+import re
+from typing import IO
+
+BLOCK = 2**16  # bytes read at a time
+SLICE = 2**12  # bytes that are looked at for nesting at a time
+DEEPEST = 1000  # brackets opened and not closed within a slice; the parser's memory grows with the square of the depth
+LONGEST_TOKEN = 2**26  # bytes of a string that is not closed
+
+# A string, or what stands between two of them. In a string a pair of surrogates has to be taken before a half.
+TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[^"]+', re.DOTALL)
+HALF = re.compile(rb"\\\\|(\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})|\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+PAIR = 12  # bytes of a pair of surrogates
+LONE_HIGH = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])")
+NOT_A_NUMBER = re.compile(rb"(?<![\w.+-])(?:-?Infinity|NaN)(?![\w.])")
+NUMBER = re.compile(rb"(?<![\w.+-])-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?(?![\w.+-])")
+
+
+class Unparsable(Exception):
+    """What the parser would do wrong with this JSON."""
+
+
+class Plain:
+    """A file as it is; raises Unparsable where parsers fill the memory, or misread half a pair of surrogates."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.tail = b""  # bytes before those that come next
+
+    def read(self, size: int = -1) -> bytes:
+        """The next bytes."""
+        data = self.file.read(BLOCK if size < 0 else size)
+        check_depth(data)
+        text = self.tail + data
+        if b"\\ud" in text or b"\\uD" in text:
+            last = len(text) - PAIR if data else len(text)  # what follows behind it comes with the next bytes
+            if any(match.start() <= last for match in LONE_HIGH.finditer(text)):
+                raise Unparsable("it holds half a pair of surrogates")
+        self.tail = text[-2 * PAIR :]
+        return data
+
+
+class Mended:
+    """A file in which NaN and infinity are null, half a pair of surrogates is "?", and numbers too large are texts."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.held = b""  # the beginning of a token that may go on
+
+    def read(self, size: int = -1) -> bytes:
+        """The next bytes, any number of them; none at the end alone."""
+        if size == 0:
+            return b""
+        while True:
+            data = self.file.read(BLOCK)
+            check_depth(data)
+            text = self.held + data
+            end = len(text) if not data or len(text) > LONGEST_TOKEN else last_end(text)
+            self.held = text[end:]
+            if end or not data:
+                return TOKEN.sub(mended, text[:end])
+
+
+def check_depth(data: bytes) -> None:
+    """Raise Unparsable where more brackets are opened than any annotations do."""
+    if data.count(b"[") + data.count(b"{") > DEEPEST:
+        for start in range(0, len(data), SLICE):
+            part = data[start : start + SLICE]
+            if part.count(b"[") + part.count(b"{") - part.count(b"]") - part.count(b"}") > DEEPEST:
+                raise Unparsable("it is nested too deeply")
+
+
+def last_end(text: bytes) -> int:
+    """Where the last token ends that nothing behind `text` can change; `text` begins outside of a string."""
+    end = 0
+    for match in TOKEN.finditer(text):
+        if match.start() != end:  # a string that is not closed yet
+            return end
+        if match.end() == len(text) and match[0][:1] != b'"':
+            cut = max(match[0].rfind(sign) for sign in (b",", b"[", b"{", b":", b"\n", b" "))
+            return match.start() + cut + 1
+        end = match.end()
+    return end
+
+
+def mended(match: re.Match[bytes]) -> bytes:
+    """A token as parsers accept it."""
+    token = match[0]
+    if token[:1] != b'"':
+        return NUMBER.sub(small, NOT_A_NUMBER.sub(b"null", token))
+    return HALF.sub(whole, token) if b"\\u" in token else token
+
+
+def whole(match: re.Match[bytes]) -> bytes:
+    """A pair of surrogates, or a backslash, as it is; "?" for half a pair."""
+    return match[0] if match[1] or match[0] == b"\\\\" else b"?"
+
+
+def small(match: re.Match[bytes]) -> bytes:
+    """A number; as text where it does not fit into 64 bits."""
+    number = match[0]
+    if number.lstrip(b"-").isdigit():
+        return number if len(number) < 19 else b'"%b"' % number
+    return number if abs(float(number)) < 1e308 else b"null"
