@@ -214,3 +214,7 @@ def test_compressed_tars_among_the_media_are_named(tmp_path: Path, place: str) -
     with Media(str(tmp_path), "image", tmp_path / "scratch", Fetching()) as media:
         ((_, reason),) = media.fetched([place])
     assert f"{place.split('/')[0]} is compressed as a whole (gzip): unpack it" in str(reason)
+
+
+def test_reasons_hold_no_addresses() -> None:
+    assert str(MediaError(f"no picture: {io.BytesIO()}")) == "no picture: <_io.BytesIO object>"
