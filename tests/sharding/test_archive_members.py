@@ -195,6 +195,15 @@ def test_names_and_places_in_zips(tmp_path: Path) -> None:
     assert {name: found(path, name) for name in names} == names
 
 
+def test_a_name_that_is_not_the_utf8_that_a_zip_says_costs_nothing_else(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        file.writestr("é.jpg", b"here")
+        file.writestr("日本.jpg", b"flag")
+    data = (tmp_path / "a.zip").read_bytes().replace("é.jpg".encode(), "éé.jpg".encode("latin-1"))
+    (tmp_path / "a.zip").write_bytes(data)
+    assert [found(tmp_path / "a.zip", name) for name in ("éé.jpg", "日本.jpg")] == [b"here", b"flag"]
+
+
 @pytest.mark.parametrize("encoding", ["cp437", "cp932", "utf-8"])
 def test_names_in_zips_without_the_flag(tmp_path: Path, encoding: str) -> None:
     name = "é.jpg" if encoding == "cp437" else "日本.jpg"
