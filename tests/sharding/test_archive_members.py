@@ -121,6 +121,22 @@ def test_a_tar_that_was_cut_off_keeps_its_first_members(tmp_path: Path) -> None:
     )
 
 
+def test_a_size_beyond_all_measure_is_damage(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        add(tar, "0.jpg", b"zero")
+        add(tar, "pax", b"29 size=" + b"9" * 20 + b"\n", kind=tarfile.XHDTYPE)
+        add(tar, "1.jpg", b"one")
+    assert found(path, "0.jpg") == b"zero"
+    assert "ends inside 1.jpg" in found(path, "1.jpg")
+    next((tmp_path / "scratch").glob("*.arrow")).unlink()
+    info = tarfile.TarInfo("1.jpg")
+    info.size = 2**80
+    path.write_bytes(path.read_bytes()[:1024] + info.tobuf(tarfile.GNU_FORMAT))
+    assert found(path, "0.jpg") == b"zero"
+    assert "ends inside 1.jpg" in found(path, "1.jpg")
+
+
 @pytest.mark.parametrize("form", ["gnu", "0.0", "0.1", "1.0"])
 def test_sparse_files_are_named_and_the_others_are_read(tmp_path: Path, form: str) -> None:
     chance = random.Random(0)
