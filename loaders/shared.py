@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from loaders.cache import DiskCache, started
 from loaders.remote import Part, Remote
-from sharding.schema import Corpus, ShardInfo, is_whole, join_url, no_corpus, no_index, parse_corpus
+from sharding.schema import Corpus, ShardInfo, corpus_at, description_url, is_whole, join_url, no_corpus, no_index
 
 log = logging.getLogger("loaders")
 
@@ -50,7 +50,7 @@ class SharedFiles:
 
         Raises FileNotFoundError or ValueError when there is no corpus.
         """
-        name = content_name(join_url(url, "corpus.json"), 0, "")
+        name = content_name(description_url(url), 0, "")
         since = READ.get(name) or process_began()
         look, fetch = lambda: self._kept_description(name, since), lambda: self._fetch_description(name)
         try:
@@ -58,7 +58,7 @@ class SharedFiles:
         except FileNotFoundError:
             raise no_corpus(url) from None
         READ[name] = time.time()
-        return parse_corpus(text_of(data), url)
+        return corpus_at(url, text_of(data))
 
     def index(self, corpus: Corpus, shard: int) -> bytes:
         """A shard's index file. Its reader says what is wrong with it when it stays damaged."""

@@ -26,7 +26,7 @@ from loaders.node import Node, share_of, this_node, wait_for_turn
 from loaders.ranges import Span, coalesce, cut
 from loaders.remote import Part, Remote, is_local
 from loaders.shared import REFETCHES, SharedFiles
-from sharding.schema import Corpus, join_url, parse_index, read_corpus, read_index
+from sharding.schema import Corpus, join_url, named_shards, parse_index, read_corpus, read_index
 
 log = logging.getLogger("loaders")
 
@@ -58,7 +58,7 @@ class CorpusReader:
         check_no_credentials(url, self.options)
         self.remote = remote or RemoteReads()
         self.cache = cache
-        self._folder = self._connect(url)
+        self._folder = self._connect(named_shards(url)[0])
         self._shared = None if self._folder is None else SharedFiles(self._folder, cache)
         try:
             self.corpus: Corpus = read_corpus(url, self.options) if self._shared is None else self._shared.corpus(url)
@@ -66,8 +66,8 @@ class CorpusReader:
             if self._folder is not None:
                 self._folder.close()
             raise
-        tars = self.corpus.tars or url
-        self._tar_folder = self._folder if tars == url else self._connect(tars)
+        tars = self.corpus.tars or self.corpus.url
+        self._tar_folder = self._folder if tars == self.corpus.url else self._connect(tars)
         self.local = self._tar_folder is None
         self._blocks: Blocks | None = None
         if self._tar_folder is not None and cache is not None and self.corpus.media_type in keep:

@@ -11,6 +11,7 @@ import lzma
 import os
 import posixpath
 import re
+import struct
 import tempfile
 import unicodedata
 import zipfile
@@ -29,6 +30,7 @@ from sharding.tar import Damage, TarStream, compression_of
 
 ARCHIVE = re.compile(r"(?<=[^/])\.(zip|tar|tar\.(gz|bz2|xz|zst|lz4)|tgz|tbz2|txz)(?=/|$)", re.IGNORECASE)
 LOCAL_HEADER = 30  # bytes before name and extra field in front of a zip's member
+ENTRY = 46  # and in its directory
 EXTRA = 1024  # bytes read for name and extra field
 BATCH = 10_000  # members
 PLAIN = -1  # instead of a zip's method, in a tar
@@ -259,7 +261,7 @@ def listed(url: str, damages: list[Damage]) -> Iterator[pa.RecordBatch]:
             raise ValueError(
                 f"{url} is compressed as a whole ({error}): unpack it, then its files can be read"
             ) from None
-        except (zipfile.BadZipFile, NotImplementedError, EOFError, UnicodeError) as error:
+        except (zipfile.BadZipFile, NotImplementedError, EOFError, OverflowError) as error:
             raise ValueError(f"{url} cannot be read as an archive ({error}): is it complete?") from None
         yield pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
 
@@ -285,12 +287,30 @@ def tar_members(file: BinaryIO, damages: list[Damage]) -> Iterator[Member]:
         raise EOFError(f"{damages[0].reason} at byte {damages[0].offset}, and no sound one")
 
 
+class RawNames:
+    """A zip whose directory calls no name UTF-8: zipfile takes no archive with a name that is not what it is called.
+
+    It decodes all names as code page 437 then, which has a character for every byte.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.seek, self.tell, self.seekable = file, file.seek, file.tell, file.seekable
+
+    def read(self, size: int = -1) -> bytes:
+        """The next bytes, with another flag in every entry of the directory."""
+        data = bytearray(self.file.read(size))
+        place = 0
+        while data[place : place + 4] == b"PK\1\2" and len(data) >= place + ENTRY:
+            data[place + 9] &= 0xF7
+            place += ENTRY + sum(struct.unpack_from("<3H", data, place + 28))  # name, extra field, comment
+        return bytes(data)
+
+
 def zip_members(file: BinaryIO) -> Iterator[Member]:
     """The files in a zip."""
-    with zipfile.ZipFile(file) as archive:
+    with zipfile.ZipFile(cast(BinaryIO, RawNames(file))) as archive:
         for info in archive.infolist():
-            # Names without the flag are decoded as code page 437, which has a character for every byte.
-            name = info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437")
+            name = info.orig_filename.encode("cp437")
             path = posixpath.normpath(name.replace(b"\\", b"/"))
             if name.endswith((b"/", b"\\")):
                 continue

@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from sharding.annotations.config import CorpusConfig, Reading, load_corpus, parse_pairs, with_columns
+from sharding.schema import named_shards
 
 SETTINGS = ("media_type", "size", "fps", "max_frames")  # of the build, that a corpus' YAML may set
 
@@ -21,8 +22,12 @@ def positive(text: str) -> int:
 
 
 def folder_of_shards(text: str) -> str:
-    """The URL of a corpus, of the command line; a shard's own URL is a mistake worth naming."""
-    if re.search(r"\.(tar|parquet|json)$", text):
+    """The URL of a corpus, or of tars in it, of the command line; another file's URL is a mistake worth naming."""
+    try:
+        named_shards(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if re.search(r"\.(parquet|json)$", text):
         folder = text.rpartition("/")[0] or "."
         raise argparse.ArgumentTypeError(f"{text} is a file: give the folder that holds the shards, such as {folder}")
     return text

@@ -26,10 +26,11 @@ from sharding.parquet import read_schema, read_table
 from sharding.processes import Advance, run_tasks
 from sharding.progress import LOG_EVERY, Progress
 from sharding.remote import again, naming, told
-from sharding.schema import INDEX_SCHEMA, UNREADABLE, Corpus, ShardInfo, join_url, read_corpus
+from sharding.schema import INDEX_SCHEMA, UNREADABLE, Corpus, ShardInfo, join_url, named_shards, read_corpus
 from sharding.tar import open_stream
 from sharding.writing import INDEXED, NOTE, counts, publish, sha256, write_index
 
+COMPRESSED_TARS = ("*.tar.*", "*.tgz", "*.tbz2", "*.txz")
 HOPELESS = 16  # so many tars without anything to index end it
 
 log = logging.getLogger("sharding")
@@ -73,12 +74,12 @@ def index_shards(
     progress: bool = False,
     log_every: float = LOG_EVERY,
 ) -> Corpus:
-    """Write an index for every tar in the folder `url`, and `corpus.json`; returns the corpus.
+    """Write an index for every tar in the folder `url`, or those that it names, and `corpus.json`; returns the corpus.
 
     Samples are KEY.jpg (.png, .webp), or KEY.000.jpg, KEY.001.jpg ... for the frames of a clip, with KEY.txt or
     KEY.json for their texts (img2dataset's, video2dataset's and our own forms). fps: rate of clips' frames where
-    their JSON does not say it. Shards indexed earlier are kept. Index and corpus.json lie beside the tars, or in
-    `output`; samples that cannot be indexed are in its failures.parquet.
+    their JSON does not say it. Shards indexed earlier are kept, also when other tars are named. Index
+    and corpus.json lie beside the tars, or in `output`; samples that cannot be indexed are in its failures.parquet.
 
     Raises:
         FileNotFoundError: no tars at `url`.
@@ -87,16 +88,18 @@ def index_shards(
         TooManyFailures: a tar is damaged, or a larger share of samples than `max_failures` cannot be indexed;
             what can be read is indexed all the same.
     """
-    url = local_form(url)
+    url, names = named_shards(local_form(url))
     output = local_form(output) or url
-    sizes = tars_at(url)
+    known = known_corpus(output)
+    sizes = named_tars(url, names, known) if names else tars_at(url)
+    selected = bool(names) and (known is None or bool(known.settings.get("selected")))
     with writable(output) as scratch:
         tasks = [IndexTask(n, url, name, size, output, str(scratch), fps) for n, (name, size) in enumerate(sizes)]
         failures = FailureLog(scratch)
         with Progress(len(tasks), f"indexing {url}", progress, "shard", "indexed", log_every) as shown:
             shards = index_all(tasks, min(workers, len(tasks)), failures, shown)
         files = failures.publish(output) if failures.count else {}
-        corpus = describe(shards, url, output, files)
+        corpus = describe(shards, url, output, files, selected)
         write_text(join_url(output, "corpus.json"), corpus.to_json(), scratch)
     report(corpus, shards, failures, max_failures)
     return corpus
@@ -119,10 +122,33 @@ def tars_at(url: str) -> list[tuple[str, int]]:
     """(name, bytes) of the tars in a folder, in order; raises FileNotFoundError when there is none."""
     filesystem, root = fsspec.url_to_fs(url)
     found = filesystem.glob(join_url(root, "*.tar"), detail=True)
+    compressed = [path for kind in COMPRESSED_TARS for path in filesystem.glob(join_url(root, kind))]
+    if compressed:
+        name = sorted(compressed)[0].rsplit("/", 1)[-1]
+        said = f"{len(compressed)} compressed tars, such as {name}: samples cannot be read from them, unpack them first"
+        if not found:
+            raise ValueError(f"{url} holds {said}")
+        log.warning("left out %s", said)
     if not found:
         raise FileNotFoundError(f"{url} holds no .tar files: nothing to index")
     sizes = {path.rsplit("/", 1)[-1]: entry.get("size") or filesystem.size(path) for path, entry in found.items()}
     return sorted(sizes.items())
+
+
+def named_tars(url: str, names: Sequence[str], known: Corpus | None) -> list[tuple[str, int]]:
+    """(name, bytes) of the tars of these names and of those in a corpus, in order; FileNotFoundError without one."""
+    filesystem, root = fsspec.url_to_fs(url)
+    places = [join_url(root, name) for name in names]
+    with naming(url, "read"):
+        try:
+            sizes = again(filesystem.sizes, places)
+        except FileNotFoundError:
+            sizes = []
+    if not sizes:
+        missing = next((name for name, place in zip(names, places) if not filesystem.exists(place)), names[0])
+        raise FileNotFoundError(f"{join_url(url, missing)} does not exist: name the tars that are there")
+    earlier = {shard.name: shard.bytes for shard in known.shards} if known else {}
+    return sorted((earlier | {name: size or 0 for name, size in zip(names, sizes, strict=True)}).items())
 
 
 @contextmanager
@@ -246,8 +272,13 @@ def is_foreign(url: str) -> bool:
         return False  # damaged, whoever wrote it
 
 
-def describe(shards: dict[str, IndexedShard], url: str, output: str, files: dict[str, str]) -> Corpus:
-    """The corpus of indexed shards, under the name and settings that it had; raises ValueError for a mixture."""
+def describe(
+    shards: dict[str, IndexedShard], url: str, output: str, files: dict[str, str], selected: bool = False
+) -> Corpus:
+    """The corpus of indexed shards, under the name and settings that it had; raises ValueError for a mixture.
+
+    selected: they are not all tars of their folder.
+    """
     first = {shard.media_type: name for name, shard in reversed(shards.items()) if shard.media_type}
     if len(first) > 1:
         raise ValueError(
@@ -256,6 +287,8 @@ def describe(shards: dict[str, IndexedShard], url: str, output: str, files: dict
         )
     known = known_corpus(output)
     name, settings = (known.name, known.settings) if known else (url.rstrip("/").rsplit("/", 1)[-1], {"indexed": True})
+    settings = {key: value for key, value in settings.items() if key != "selected"}
+    settings |= {"selected": True} if selected else {}
     tars = "" if output == url else url if "://" in url else str(Path(url).resolve())
     infos = tuple(shard.info for shard in shards.values() if shard.info)
     return Corpus(output, name, next(iter(first)), infos, settings, (known.files if known else {}) | files, tars)
@@ -305,7 +338,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="Exit code: 0 indexed; 1 indexed but for damaged tars or too many samples; 2 not possible.",
     )
     add = parser.add_argument
-    add("url", metavar="URL", type=folder_of_shards, help="folder or URL that holds the .tar files")
+    add(
+        "url",
+        metavar="URL",
+        type=folder_of_shards,
+        help="folder or URL that holds the .tar files, or some of them: 'FOLDER/x-{000..009}.tar'",
+    )
     add("--fps", type=float, default=0.0, help="rate of clips' frames where the shards do not say it")
     add("--output", default="", metavar="URL", help="folder of the indices, where those of the tars cannot be written")
     add("--workers", type=positive, default=None, help="processes (default: one a core)")

@@ -24,7 +24,7 @@ from sharding.output import local_form
 from sharding.pictures import SHARDS, contact_sheet, fetch_command, pick
 from sharding.progress import LOG_EVERY, Progress
 from sharding.remote import told
-from sharding.schema import INDEX_SCHEMA, Corpus, read_corpus
+from sharding.schema import INDEX_SCHEMA, Corpus, named_shards, read_corpus
 
 SHEET_SAMPLES = 64
 GALLERY_SAMPLES = 96
@@ -166,7 +166,7 @@ def inspect(options: argparse.Namespace) -> None:
     lines: list[str] = []
     url = local_form(options.url)
     if options.failures:  # also of a build that ended without corpus.json
-        kinds, first = failures_of(url)
+        kinds, first = failures_of(named_shards(url)[0])
         say["failures"] = {"kinds": dict(kinds.most_common()), "first": first}
         lines.append(failures_text(kinds, first))
     asked = options.stats or options.sheet or options.html
@@ -207,7 +207,7 @@ def parser() -> argparse.ArgumentParser:
         description="Show what is in a packed corpus, local or remote; without flags a summary and the first sample.",
     )
     add = result.add_argument
-    add("url", metavar="URL", type=folder_of_shards, help="folder or URL of the corpus")
+    add("url", metavar="URL", type=folder_of_shards, help="folder or URL of the corpus, or of some of its tars")
     add("--sample", default="", metavar="KEY", help="show one sample: its key, its source, or its number from 0")
     add("--frame", type=int, default=0, help="frame of the sample that the printed command fetches")
     add("--stats", action="store_true", help="histograms of texts, sizes, frames, seconds, bytes, from the indices")

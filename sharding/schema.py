@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import fsspec
 import pyarrow as pa
+from braceexpand import braceexpand
 
 from sharding.parquet import read_table
 from sharding.remote import again
@@ -133,25 +136,77 @@ def plain_scheme(url: str) -> str:
     return scheme.lower() + sign + rest if sign else url
 
 
-def read_corpus(url: str, storage_options: dict[str, Any] | None = None) -> Corpus:
-    """Read `url/corpus.json`.
+def named_shards(url: str) -> tuple[str, list[str]]:
+    """(folder, names of tars in it) of a URL that names tars, as webdataset's users write them; of a folder, no names.
+
+    One tar (`folder/x.tar`), a brace list (`folder/x-{000..009}.tar`), or several of them with `::` between.
 
     Raises:
-        FileNotFoundError: there is no `corpus.json` at `url`.
-        ValueError: the file is not a corpus description or of another version.
+        ValueError: the braces do not fit, or list something else than the tars of one folder.
+    """
+    if not (url.endswith(".tar") or "{" in url) or ("://" not in url and os.path.isdir(url)):
+        return url, []
+    lists = url.split("::")
+    try:
+        whole = all(part.endswith(".tar") for part in lists)
+        found = [each for part in (lists if whole else [url]) for each in braceexpand(part)]
+    except ValueError:
+        raise ValueError(f"{url} has a brace without its counterpart: write x-{{000..009}}.tar") from None
+    tars = list(dict.fromkeys(found))
+    if not all(tar.endswith(".tar") for tar in tars):
+        if len(tars) == 1:
+            return url, []
+        raise ValueError(f"{url} lists {tars[0]}: a list in braces must name .tar files, such as x-{{000..009}}.tar")
+    folders = list(dict.fromkeys(tar.rpartition("/")[0] if "/" in tar else "." for tar in tars))
+    if len(folders) > 1:
+        raise ValueError(f"{url} lists tars of several folders ({folders[0]}, {folders[1]}): give one list a folder")
+    return folders[0], [tar.rpartition("/")[2] for tar in tars]
+
+
+def read_corpus(url: str, storage_options: dict[str, Any] | None = None) -> Corpus:
+    """Read `corpus.json` of the folder `url`; where that names tars (see `named_shards`), the corpus has only those.
+
+    Raises:
+        FileNotFoundError: there is no `corpus.json`.
+        ValueError: the file is not a corpus description or of another version, or does not list a tar that `url` names.
     """
     try:
-        data = again(contents, join_url(url, "corpus.json"), storage_options)
+        data = again(contents, description_url(url), storage_options)
     except FileNotFoundError:
         raise no_corpus(url) from None
-    return parse_corpus(data.decode("utf-8", "replace"), url)
+    return corpus_at(url, data.decode("utf-8", "replace"))
+
+
+def description_url(url: str) -> str:
+    """Where the `corpus.json` lies that describes a folder, or tars."""
+    return join_url(named_shards(url)[0], "corpus.json")
+
+
+def corpus_at(url: str, text: str) -> Corpus:
+    """The corpus that `url` means, from the text of its `corpus.json`; raises ValueError as `read_corpus`."""
+    folder, names = named_shards(url)
+    corpus = parse_corpus(text, folder)
+    return with_shards(corpus, names) if names else corpus
+
+
+def with_shards(corpus: Corpus, names: Sequence[str]) -> Corpus:
+    """A corpus of some of its shards, in its order; raises ValueError for a name that it does not have."""
+    missing = sorted(set(names) - {shard.name for shard in corpus.shards})
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(
+            f"{join_url(corpus.url, 'corpus.json')} does not list {missing[0]}{more}: "
+            f"index it with `python -m sharding.index {join_url(corpus.tars or corpus.url, missing[0])}`"
+        )
+    return replace(corpus, shards=tuple(shard for shard in corpus.shards if shard.name in set(names)))
 
 
 def no_corpus(url: str) -> FileNotFoundError:
     """What is said where there is no corpus."""
+    named = f" '{url}'" if named_shards(url)[1] else ""
     return FileNotFoundError(
-        f"{join_url(url, 'corpus.json')} does not exist: {url} is no packed corpus; pack it with "
-        "`python -m sharding.build`, or index existing webdataset shards with `python -m sharding.index`"
+        f"{description_url(url)} does not exist: {named_shards(url)[0]} is no packed corpus; pack it with "
+        f"`python -m sharding.build`, or index existing webdataset shards with `python -m sharding.index{named}`"
     )
 
 

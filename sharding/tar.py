@@ -63,6 +63,7 @@ class TarStream:
         self.sha256 = hashlib.sha256()
         self.position = 0
         self.head = b""  # the first bytes
+        self.end = -1  # of the file, where it is known
 
     def read(self, size: int, keep: bool = True) -> bytes:
         """The next `size` bytes, fewer at the end of the file; nothing is returned without `keep`."""
@@ -86,9 +87,10 @@ class TarStream:
 
     def skip(self, size: int) -> None:
         """Pass over `size` bytes, fewer at the end of the file."""
-        if size > 0:
-            self.file.seek(self.position + size - 1)
-            self.position = self.position + size if self.file.read(1) else self.file.seek(0, 2)
+        if self.end < 0:
+            self.end = self.file.seek(0, 2)
+        self.position = min(self.position + size, self.end)
+        self.file.seek(self.position)
 
     def walk(
         self, wanted: Callable[[str], bool], known: Mapping[int, tuple[str, int]] | None = None
@@ -149,7 +151,8 @@ class TarStream:
     ) -> Iterator[Member | Damage]:
         """What a header, with what was `said` of it before, stands for; nothing for folders and devices."""
         name = said.get("GNU.sparse.name") or said.get("path") or info.name.encode("utf-8", "surrogateescape")
-        size = int(said["size"]) if said.get("size", b"").isdigit() else info.size
+        digits = said.get("size", b"")
+        size = int(digits) if digits.isdigit() and len(digits) <= 20 else info.size
         if info.type in (tarfile.LNKTYPE, tarfile.SYMTYPE):
             hard = info.type == tarfile.LNKTYPE
             link = said.get("linkpath") or info.linkname.encode("utf-8", "surrogateescape")

@@ -21,7 +21,7 @@ from sharding.processes import run_tasks
 from sharding.progress import LOG_EVERY, Progress
 from sharding.remote import told
 from sharding.repair import repair
-from sharding.schema import INDEX_SCHEMA, UNREADABLE, Corpus, join_url, parse_corpus
+from sharding.schema import INDEX_SCHEMA, UNREADABLE, Corpus, join_url, named_shards, parse_corpus, with_shards
 
 DESCRIPTION = "corpus.json"
 
@@ -58,9 +58,11 @@ def examine(
     url: str, decode: bool = False, workers: int = 1, progress: bool = False, log_every: float = LOG_EVERY
 ) -> Findings:
     """`verify_corpus`, with all that a repair needs to know."""
-    url = local_form(url)
-    names = names_at(url)
+    url, named = named_shards(local_form(url))
+    names = named or names_at(url)
     findings = Findings(url, *read_description(url))
+    if findings.corpus and named:
+        findings.corpus = with_shards(findings.corpus, named)
     corpus = findings.corpus
     tars = [name for name in names if name.endswith(".tar")]
     if corpus is None and not tars:
@@ -69,7 +71,7 @@ def examine(
             "`python -m sharding.build`"
         )
     checks = planned_checks(url, corpus, tars, names, decode)
-    findings.faults += other_files(url, corpus, names, checks)
+    findings.faults += [] if named else other_files(url, corpus, names, checks)
     processes = min(workers, len(checks))
     with Progress(len(checks), f"verifying {url}", progress, "shard", "sound", log_every) as shown:
         found = {check.number: report for check, report in run_tasks(check_shard, checks, processes, shown.advance)}
@@ -131,7 +133,7 @@ def other_files(url: str, corpus: Corpus | None, names: list[str], checks: list[
             faults.append(Fault(name, "its SHA-256 is not the one in corpus.json"))
     listed = {place.rsplit("/", 1)[-1] for check in checks for place in (check.tar, check.index)}
     for name in names:
-        if name.endswith(".tar") and name not in listed:
+        if name.endswith(".tar") and name not in listed and not (corpus and corpus.settings.get("selected")):
             faults.append(Fault(name, "is not in corpus.json"))
         elif name.endswith(".parquet") and name not in listed and is_index(join_url(url, name)):
             faults.append(Fault(name, "is an index without a shard"))
@@ -162,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="Exit code: 0 all is sound, or was repaired; 1 faults; 2 nothing could be checked.",
     )
     add = parser.add_argument
-    add("url", metavar="URL", type=folder_of_shards, help="folder or URL of the corpus")
+    add("url", metavar="URL", type=folder_of_shards, help="folder or URL of the corpus, or of some of its tars")
     add("--decode", action="store_true", help="also decode every frame")
     add("--repair", action="store_true", help="make broken or missing indices, corpus.json and failures.parquet again")
     add("--workers", type=positive, default=None, help="processes (default: one a core)")
@@ -172,6 +174,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     done: list[str] = []
     how = (options.decode, options.workers or os.cpu_count() or 1, True, options.log_every)
     try:
+        if options.repair and named_shards(options.url)[1]:
+            raise ValueError(f"--repair is for a whole corpus: give its folder {named_shards(options.url)[0]}")
         findings = examine(options.url, *how)
         faults = findings.all
         left = faults

@@ -179,7 +179,7 @@ def resolve_corpora(what: Any, available: dict[str, Any], key: str) -> list[str]
     if what in available:
         others = {name: value for name, value in available.items() if name != what}
         return resolve_corpora(available[what], others, f"available_corpus.{what}")
-    if "/" in what or Path(what).exists():
+    if "/" in what or what.endswith(".tar") or Path(what).exists():
         return [what]
     near = get_close_matches(what, available, n=3) or sorted(available)
     raise ValueError(

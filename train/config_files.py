@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import typing
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from difflib import get_close_matches
@@ -45,6 +46,7 @@ RENAMED = {
     "anno_root_pt": "data_root",
     "anno_root_downstream": "data_root",
 }
+QUOTED = '; inside [ ] a text with { } needs quotes of its own: ["FOLDER/x-{000..009}.tar"]'
 _ANYTHING = "anything"
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
@@ -117,10 +119,18 @@ def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
         key, sign, _ = text.partition("=")
         if not sign or not key or key.startswith("-"):
             raise ValueError(f"{text!r} is no setting: write key=value, for example optimizer.lr=1e-5")
+    tars = Counter(text.partition("=")[0] for text in overrides if text.endswith((".tar", ".tar]")))
+    for key, times in tars.items():
+        if times > 1:
+            raise ValueError(
+                f"{key} names a tar {times} times, and only the last would count: quote a list in braces for the "
+                f"shell, '{key}=FOLDER/x-{{000..009}}.tar'"
+            )
     try:
         return OmegaConf.from_dotlist(list(overrides))
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ValueError(f"the settings {' '.join(overrides)} cannot be read: {_first_line(error)}") from None
+        remedy = QUOTED if any("[" in text and "{" in text for text in overrides) else ""
+        raise ValueError(f"the settings {' '.join(overrides)} cannot be read: {_first_line(error)}{remedy}") from None
 
 
 def without_none_strings(value: Any) -> Any:

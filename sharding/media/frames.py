@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
 import simplejpeg
 
+ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # of an object, in an error's text
+
 
 class MediaError(Exception):
-    """A media file that cannot be packed; the message is the reason that the report shows."""
+    """A media file that cannot be packed; the message is the reason that the report shows, the same in every run."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(ADDRESS.sub("", reason))
 
 
 @dataclass(frozen=True)

@@ -194,9 +194,9 @@ def test_odd_words_are_refused_before_any_work(shapes, capsys, words: list[str],
 
 
 @pytest.mark.parametrize("command", [main, verify_main, index_main])
-def test_a_shard_in_place_of_its_folder_is_named(shapes, capsys, command) -> None:
+def test_an_index_in_place_of_its_folder_is_named(shapes, capsys, command) -> None:
     with pytest.raises(SystemExit, match="2"):
-        command([shapes.url("clips_train") + "/clips_train-000000.tar"])
+        command([shapes.url("clips_train") + "/clips_train-000000.parquet"])
     assert f"give the folder that holds the shards, such as {shapes.url('clips_train')}" in capsys.readouterr().err
 
 
