@@ -62,7 +62,7 @@ def open_container(data: bytes | mmap.mmap) -> av.container.InputContainer:
     closed = {"protocol_whitelist": "none"}  # playlists, SDP, references to other files: no protocol that reads them
     try:
         return av.open(Reader(data), mode="r", metadata_errors="replace", container_options=closed)
-    except av.ArgumentError:
+    except (av.ArgumentError, PermissionError):
         raise MediaError("unreadable video: damaged, or it names other files, which are not opened") from None
 
 
