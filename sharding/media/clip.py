@@ -62,7 +62,7 @@ def open_container(data: bytes | mmap.mmap) -> av.container.InputContainer:
     closed = {"protocol_whitelist": "none"}  # playlists, SDP, references to other files: no protocol that reads them
     try:
         return av.open(Reader(data), mode="r", metadata_errors="replace", container_options=closed)
-    except av.ArgumentError:
+    except (av.ArgumentError, PermissionError):
         raise MediaError("unreadable video: damaged, or it names other files, which are not opened") from None
 
 
@@ -104,6 +104,7 @@ class Clip:
         self.reformatter = VideoReformatter()
         self.broken = ""  # the decoder's complaint about the first broken packet
         self.reached = 0.0  # seconds decoded
+        self.origin = 0.0  # time stamp of the first frame in seconds
 
     @property
     def promised(self) -> float:
@@ -120,7 +121,7 @@ class Clip:
             return self.promised
         for _ in self.packets():
             pass
-        return self.clock.seconds
+        return self.clock.end / self.clock.second - self.origin
 
     def shown(self, start: float = 0.0) -> Iterator[tuple[av.VideoFrame, float]]:
         """(frame, second until it is shown) in order of time, of frames shown later than `start`."""
@@ -128,12 +129,12 @@ class Clip:
         held = next(frames, None)
         if held is None:
             return
-        origin = self.time_of(held, 0.0)
+        self.origin = self.time_of(held, 0.0)
         begin, lasts = 0.0, self.duration_of(held, 0.0)
         if start > SEEK_BEYOND and SEEKABLE & set(self.container.format.name.split(",")):
-            frames = self.decoded_from(origin + start)
+            frames = self.decoded_from(self.origin + start)
         for frame in frames:
-            now = self.time_of(frame, origin + begin + lasts) - origin
+            now = self.time_of(frame, self.origin + begin + lasts) - self.origin
             if now > begin:
                 before, lasts = held, self.duration_of(frame, now - begin)
                 begin, held = now, frame

@@ -23,30 +23,24 @@ class Clock:
         rate = stream.average_rate or stream.guessed_rate or 25
         self.step = max(1, round(self.second / rate))
         self.offset = 0
-        self.first: int | None = None  # when the first packet is shown
+        self.started = False
         self.last = self.due = 0  # decoding time of the packet before, and when the next is due
-        self.end = 0
-
-    @property
-    def seconds(self) -> float:
-        """What the packets so far last."""
-        return (self.end - (self.first or 0)) / self.second
+        self.end = 0  # when the last of the packets so far is no longer shown
 
     def correct(self, packet: av.Packet) -> None:
         """Change a packet's time stamps; packets come in the order of the file."""
         self.shift(packet, self.offset)
-        if self.first is not None:
+        if self.started:
             if self.restarts:
                 self.follow(packet)
             else:
                 self.drop(packet)
-        stamp = packet.dts if packet.dts is not None else packet.pts if self.first is None else None
+        stamp = packet.pts if packet.dts is None and not self.started else packet.dts
         self.last = self.due if stamp is None else stamp
-        shown = self.last if packet.pts is None else packet.pts
         lasts = packet.duration or self.step
-        self.first = shown if self.first is None else self.first
-        self.due = self.last + lasts
-        self.end = max(self.end, shown + lasts)
+        end = (self.last if packet.pts is None else packet.pts) + lasts
+        self.due, self.end = self.last + lasts, max(self.end, end) if self.started else end
+        self.started = True
 
     def shift(self, packet: av.Packet, units: int) -> None:
         """Move a packet in time."""

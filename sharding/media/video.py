@@ -39,7 +39,7 @@ def pack_video(
             frames = sample_clip(clip, size, quality, fps, max_frames, start, end)
             check_complete(clip, end)
             return frames
-    except (av.FFmpegError, ValueError) as error:
+    except (av.FFmpegError, ValueError, OverflowError, MemoryError) as error:
         raise MediaError(f"unreadable video: {getattr(error, 'strerror', None) or error}") from None
 
 

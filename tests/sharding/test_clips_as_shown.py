@@ -61,6 +61,10 @@ def test_a_part_has_the_frames_of_the_whole_clip(folder: Path, name: str) -> Non
     assert len(set(whole)) > 55  # no two seconds look the same
     for start, end in [(0, 2), (3, 5), (5.4, 7), (10, 11.6), (11, 30)]:
         assert packed(path, 5, start, end) == whole[round(start * 5) : round(end * 5)], (start, end)
+    for end, lasts in [(10, 2), (30, 4)]:
+        capped = pack_video(path.read_bytes(), 36, 90, 5, 3, 8, end)
+        assert capped.jpegs == whole[40:43]
+        assert capped.duration == pytest.approx(lasts, abs=0.11)
     with pytest.raises(MediaError, match="no frame at 12 seconds or later"):
         packed(path, 5, 12, 13)
 
