@@ -17,6 +17,7 @@ from sharding.media.frames import MediaError
 from sharding.media.jpeg import SIDEWAYS, START_OF_IMAGE, UPRIGHT, has_end, known_orientation, orientation_of
 
 DETAIL, HALVED = 2.0, 1.5  # times the stored size: a JPEG is decoded no smaller, at one half of its own no smaller
+BLOCK_PIXELS = 64  # of a JPEG that take one bit at least
 MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # that are decoded: Pillow's own limit, kept for all decoders
 
 # libjpeg's warnings that pixels are missing or wrong. It shows something all the same, and so does Pillow. The other
@@ -121,6 +122,8 @@ def decode_jpeg(data: bytes, header: JpegHeader, size: int) -> np.ndarray | None
         least = 1 if header.is_plain and shorter <= size else least_decoded(shorter, size)
     fraction = max(n for n in (1, 2, 4, 8) if n == 1 or (least and shorter >= n * least))
     check_pixels(header.width // fraction, header.height // fraction)
+    if header.width * header.height > max(MOST_PIXELS, BLOCK_PIXELS * 8 * len(data)):
+        raise MediaError(f"truncated JPEG: {header.width}x{header.height} pixels cannot be in {len(data)} bytes")
     try:
         return simplejpeg.decode_jpeg(data, "RGB", min_height=least, min_width=least, min_factor=2, fastdct=False)
     except ValueError as error:

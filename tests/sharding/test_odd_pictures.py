@@ -302,6 +302,8 @@ def test_a_header_of_enormous_pixels_is_refused_by_name() -> None:
     ):
         with pytest.raises(MediaError, match="pixels are more than"):
             pack_image(data, 50_000, 90)
+        with pytest.raises(MediaError, match="60000x60000 pixels cannot be in"):
+            pack_image(data, 224, 90)  # an eighth of its sides would fit
         assert "pixels are more than" in picture_of(data, 0).broken
     image = bytearray(saved(photo(), "PNG"))
     image[16:24] = struct.pack(">II", 60_000, 60_000)
