@@ -27,11 +27,12 @@ from eval.metrics import retrieval_metrics
 from loaders.batch import normalize
 from loaders.clips import Window, choose_frames, frames_at_rate
 from loaders.decoding import CpuDecoder
-from loaders.pixels import Clip, decode_other
+from loaders.pixels import Clip
 from loaders.text import Tokenizer, clean_text
 from model.files import VOCABULARY
 from model.parity_report import Comparison
 from model.vision import pixel_statistics
+from sharding.media.picture import picture_size
 from train.config import DifferentLearningRate, OptimizerConfig
 from train.config_files import without_none_strings
 from train.groups import parameter_groups
@@ -87,7 +88,7 @@ def _images(folder: Path, result: Comparison) -> None:
             kind, size = name.split("_")[:2]
             decoder, frames = CpuDecoder(int(size), processes=1), []
             for data in encoded:
-                height, width = decode_other(data).shape[:2]
+                width, height = picture_size(data)
                 whole = Window(0, 0, height, width, False)
                 frames.append(decoder.decode([Clip([data], height, width, whole)])[0].clone())
             decoder.close()

@@ -17,7 +17,8 @@ from sharding.media.frames import MediaError
 from sharding.media.jpeg import SIDEWAYS, START_OF_IMAGE, UPRIGHT, has_end, known_orientation, orientation_of
 
 DETAIL, HALVED = 2.0, 1.5  # times the stored size: a JPEG is decoded no smaller, at one half of its own no smaller
-MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # that are decoded: Pillow's own limit, kept for all decoders
+BLOCK_PIXELS = 64  # of a JPEG that take one bit at least
+MOST_PIXELS = 2 * 89_478_485  # that are decoded: Pillow's own limit, kept for all decoders
 
 # libjpeg's warnings that pixels are missing or wrong. It shows something all the same, and so does Pillow. The other
 # warnings ("extraneous bytes before marker", "Invalid SOS parameters", "Unknown Adobe color transform code") leave
@@ -119,8 +120,8 @@ def decode_jpeg(data: bytes, header: JpegHeader, size: int) -> np.ndarray | None
     least = 0
     if size:  # what is kept as it is, is decoded only to see whether it is damaged
         least = 1 if header.is_plain and shorter <= size else least_decoded(shorter, size)
-    fraction = max(n for n in (1, 2, 4, 8) if n == 1 or (least and shorter >= n * least))
-    check_pixels(header.width // fraction, header.height // fraction)
+    if header.width * header.height > MOST_PIXELS:
+        check_enormous(header, least, len(data))
     try:
         return simplejpeg.decode_jpeg(data, "RGB", min_height=least, min_width=least, min_factor=2, fastdct=False)
     except ValueError as error:
@@ -136,9 +137,18 @@ def check_damage(jpeg: bytes, warning: str) -> None:
         raise MediaError(f"broken JPEG: {warning}")
 
 
+def check_enormous(header: JpegHeader, least: int, size: int) -> None:
+    """Raise a MediaError for a JPEG of so many bytes that cannot hold its pixels, or of too many at `least`."""
+    width, height = header.width, header.height
+    if width * height > BLOCK_PIXELS * 8 * size:
+        raise MediaError(f"truncated JPEG: {width}x{height} pixels cannot be in {size} bytes")
+    fraction = max(n for n in (1, 2, 4, 8) if n == 1 or (least and min(width, height) >= n * least))
+    check_pixels(width // fraction, height // fraction)
+
+
 def check_pixels(width: int, height: int) -> None:
     """Raise a MediaError if there are too many: a header of a few bytes must not take all memory."""
-    if MOST_PIXELS and width * height > MOST_PIXELS:
+    if width * height > MOST_PIXELS:
         raise MediaError(f"{width}x{height} pixels are more than the {MOST_PIXELS} that are decoded")
 
 

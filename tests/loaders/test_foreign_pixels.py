@@ -1,6 +1,8 @@
 """Pictures of other tools' shards are shown as packing would store them, by both decoders, side by side with others."""
 
 import io
+import subprocess
+import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -138,3 +140,9 @@ def test_the_index_tells_the_upright_size_and_verify_agrees(tmp_path: Path) -> N
         row = rows[name.replace(".", "_")]
         assert (row["height"], row["width"]) == decode_picture(data).pixels.shape[:2], name
     assert not verify_corpus(str(folder), decode=True)
+
+
+def test_a_decoding_process_starts_without_pyav() -> None:
+    """Its memory is multiplied by the processes, and it decodes pictures only."""
+    program = "import sys, loaders.decode_worker; sys.exit('av' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)

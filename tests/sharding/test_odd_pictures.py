@@ -300,8 +300,11 @@ def test_a_header_of_enormous_pixels_is_refused_by_name() -> None:
         huge,
         saved(photo().convert("L")).replace(struct.pack(">HH", 96, 128), struct.pack(">HH", 60_000, 60_000)),
     ):
-        with pytest.raises(MediaError, match="pixels are more than"):
-            pack_image(data, 50_000, 90)
+        for size in (224, 50_000):
+            with pytest.raises(MediaError, match="60000x60000 pixels cannot be in"):
+                pack_image(data, size, 90)
+        with pytest.raises(MediaError, match="60000x60000 pixels are more than"):
+            pack_image(data + bytes(8_000_000), 50_000, 90)
         assert "pixels are more than" in picture_of(data, 0).broken
     image = bytearray(saved(photo(), "PNG"))
     image[16:24] = struct.pack(">II", 60_000, 60_000)
