@@ -20,8 +20,8 @@ class RowError(ValueError):
     """A record that is no row; the message names file, record and `reason`, which has the remedy."""
 
     def __init__(self, record: Record, reason: str) -> None:
-        super().__init__(f"{record.place}: {reason}")
-        self.reason = reason
+        self.reason = " ".join(reason.split())  # in one line, whatever the names of columns are
+        super().__init__(f"{record.place}: {self.reason}")
 
 
 @dataclass

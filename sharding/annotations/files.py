@@ -167,7 +167,7 @@ def json_records(file: str, place: str = "") -> Iterator[Record]:
         else:
             yield Record(file, number, {}, fault=f"must be an object, not {str(value)[:60]!r}")
     if place and not found and place.split(".")[0] not in list(json_keys(file)):
-        has = ", ".join(islice(json_keys(file), 12)) or "nothing"
+        has = first_keys(file) or "nothing"
         raise ValueError(f'annotation file {file} has no "{place}", but {has}: check --corpus and --records')
 
 
@@ -244,6 +244,11 @@ def json_keys(file: str) -> Iterator[str]:
     return parsed(file, keys_of)
 
 
+def first_keys(file: str) -> str:
+    """The first of a file's keys, in one line, for messages."""
+    return " ".join(", ".join(islice(json_keys(file), 12)).split())
+
+
 def keys_of(handle: Any) -> Iterator[str]:
     """`json_keys` of an open file."""
     depth, wanted = 0, 1
@@ -270,7 +275,7 @@ def check_form(file: str, wanted: str) -> None:
     if found != wanted and found == "object":
         raise ValueError(
             f"annotation file {file} must be a JSON list of records, but is an object with "
-            f"{', '.join(islice(json_keys(file), 12))}: choose the --corpus that describes it, or name the list's key "
+            f"{first_keys(file)}: choose the --corpus that describes it, or name the list's key "
             "with --records"
         )
     if found != wanted:
