@@ -54,10 +54,12 @@ def is_null(value: Any) -> bool:
 
 
 def number_of(value: Any) -> float:
-    """A positive number; 0 for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e300:
+    """A positive number, also one in quotes; 0 for anything else."""
+    try:
+        number = 0.0 if isinstance(value, bool) or not isinstance(value, int | float | str) else float(value)
+    except (ValueError, OverflowError):
         return 0.0
-    return float(value)
+    return number if 0 < number < 1e300 else 0.0
 
 
 def captions_of(texts: Mapping[str, bytes], said: Mapping[str, Any]) -> list[str]:

@@ -276,3 +276,8 @@ def test_a_tar_whose_first_header_is_damaged_keeps_the_others() -> None:
     contents = read_contents(io.BytesIO(bytes(data)), 0.0)
     assert [row["key"] for row in contents.rows] == ["b"]
     assert [damage.offset for damage in contents.damages] == [0]
+
+
+def test_a_rate_in_quotes_is_a_rate() -> None:
+    contents = read([("a.000.jpg", jpeg()), ("a.001.jpg", jpeg(1)), ("a.json", b'{"fps": "25", "duration": "2.5"}')])
+    assert (contents.rows[0]["fps"], contents.rows[0]["duration"]) == (25.0, 2.5)
