@@ -2,6 +2,7 @@
 
     python benchmarks/packing.py                                     photos and clips, what is needed gets installed
     python benchmarks/packing.py --photos FOLDER --clips FOLDER --rounds 5 --img2dataset /path/to/env/bin/img2dataset
+    python benchmarks/packing.py --before CHECKOUT                   this code beside that of another checkout
 
 Photos come from a web server on this machine, for both sides the same ones, shorter side 224, JPEG quality 90. Clips:
 2 frames a second, shorter side 224, JPEG. All sides run on one process in turn, several rounds; what counts is the
@@ -158,6 +159,19 @@ def clip_sides(ffmpeg: str) -> dict[str, Side]:
     return {"ours": ours, "ffmpeg, one command a clip": theirs, "floor (PyAV, every frame)": floor(FLOOR_CLIPS)}
 
 
+def beside(side: Side, checkout: Path) -> dict[str, Side]:
+    """One of our own sides, and the same with the code of another checkout."""
+
+    def with_code(place: Path) -> Side:
+        def commands(media: list[Path], folder: Path) -> list[list[str]]:
+            [[python, *words]] = side(media, folder)
+            return [["env", f"PYTHONPATH={place.resolve()}", python, "-P", *words]]  # -P: not that of this folder
+
+        return commands
+
+    return {"now": with_code(ROOT), "before": with_code(checkout)}
+
+
 def floor(program: str) -> Side:
     """The bare libraries in a loop over files."""
 
@@ -246,15 +260,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--img2dataset", default="", help="its program (default: installed when needed)")
     parser.add_argument("--only", choices=("photos", "clips"))
+    parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="compare with its code, not with other tools")
     options = parser.parse_args()
     if options.only != "clips":
-        img2dataset = options.img2dataset or own_environment("img2dataset", "img2dataset")
+        img2dataset = options.img2dataset
+        if not img2dataset and not options.before:
+            img2dataset = own_environment("img2dataset", "img2dataset")
         with tempfile.TemporaryDirectory(prefix="benchmark-photos-") as folder:
             media = prepare_photos(options.photos, options.count, options.scale, Path(folder))
             port: multiprocessing.Queue = multiprocessing.Queue()
             server = multiprocessing.Process(target=quiet, args=(str(media[0].parent), port), daemon=True)
             server.start()
             sides = photo_sides(f"http://127.0.0.1:{port.get()}", img2dataset)
+            if options.before:
+                sides = beside(sides["ours (files)"], options.before)
             print(f"{len(media)} photos of {options.photos or 'Shapes'}, {options.scale:g} times as large")
             compare(sides, media, media[:FEW], options.rounds, "photos")
             server.kill()
@@ -264,7 +283,10 @@ def main() -> None:
         clips = sorted(path for path in options.clips.iterdir() if path.is_file())
         print(f"{len(clips)} clips of {options.clips}")
         smallest = min(clips, key=lambda path: path.stat().st_size)
-        compare(clip_sides(find_ffmpeg()), clips, [smallest], options.rounds, "clips")
+        sides = clip_sides(find_ffmpeg())
+        if options.before:
+            sides = beside(sides["ours"], options.before)
+        compare(sides, clips, [smallest], options.rounds, "clips")
 
 
 if __name__ == "__main__":
