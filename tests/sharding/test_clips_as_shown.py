@@ -132,6 +132,16 @@ def test_a_pause_is_real_where_the_clock_cannot_jump(tmp_path: Path) -> None:
     assert len(set(whole.jpegs)) == 3
 
 
+def test_a_long_pause_between_reordered_frames_is_real(tmp_path: Path) -> None:
+    choice = "testsrc2=s=64x36:r=10:d=20,setpts=PTS+if(gte(N\\,50)\\,12/TB)"
+    for name in ("a.ts", "a.mkv"):
+        ffmpeg("-f", "lavfi", "-i", choice, *H264, "-fps_mode", "vfr", tmp_path / name)
+    whole = pack_video((tmp_path / "a.ts").read_bytes(), 36, 90, 5)
+    assert whole.duration == pytest.approx(32)
+    assert len(set(whole.jpegs)) == 101  # none is lost; the last one before the pause is an odd one
+    assert packed(tmp_path / "a.mkv") == whole.jpegs
+
+
 def check_against_ffmpeg(path: Path, fps: float) -> None:
     """The stored frames are those that the ffmpeg program shows at their times."""
     stored = pack_video(path.read_bytes(), 36, 95, fps)

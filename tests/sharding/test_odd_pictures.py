@@ -313,7 +313,9 @@ def dos_postscript() -> bytes:
 
 
 @pytest.mark.parametrize("made", [postscript, dos_postscript])
-def test_a_picture_starts_no_program(made: Callable[[], bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_starts_no_program(
+    made: Callable[[], bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     program = tmp_path / "gs"
     program.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
     program.chmod(0o755)
