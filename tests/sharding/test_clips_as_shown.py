@@ -16,6 +16,7 @@ from PIL import Image
 
 from sharding.build import build_corpus
 from sharding.media import MediaError, pack_video
+from sharding.media.clock import Clock
 from sharding.schema import read_index
 
 SECONDS = 12
@@ -310,3 +311,15 @@ def test_a_picture_with_exif_is_one_upright_frame() -> None:
     Image.new("RGB", (64, 48)).save(buffer, "JPEG", exif=exif)
     stored = pack_video(buffer.getvalue(), 48, 90, 2)
     assert (stored.width, stored.height, len(stored.jpegs)) == (48, 64, 1)
+
+
+def test_packets_behind_a_part_are_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, correct, packets = (folder / "a.mkv").read_bytes(), Clock.correct, []
+    monkeypatch.setattr(Clock, "correct", lambda clock, packet: packets.append(correct(clock, packet)))
+    assert pack_video(data, 36, 90, 5, 2, 1, 3).duration == pytest.approx(2)
+    assert len(packets) < 4 * 10
+    assert pack_video(data, 36, 90, 5, 2, 1).duration == pytest.approx(SECONDS - 1)
+
+
+def test_one_frame_is_enough_at_any_rate(folder: Path) -> None:
+    assert len(packed(folder / "a.mp4", 1e-6)) == 1
