@@ -115,12 +115,21 @@ class Clip:
             return float(self.stream.duration * self.unit)
         return (self.container.duration or 0) / av.time_base
 
-    def length(self) -> float:
-        """Seconds that the clip lasts, of which not all is decoded: by the stream's header, else by its packets."""
+    def length(self, end: float) -> float:
+        """Seconds that the clip lasts, of which not all is decoded: by the stream's header, else by its packets.
+
+        Packets are read no further than to `end`.
+        """
         if self.stream.duration and not self.restarts:
             return self.promised
         for _ in self.packets():
-            pass
+            if self.lasts >= end:
+                break
+        return self.lasts
+
+    @property
+    def lasts(self) -> float:
+        """Seconds from the first frame to the end of the last packet that was read."""
         return self.clock.end / self.clock.second - self.origin
 
     def shown(self, start: float = 0.0) -> Iterator[tuple[av.VideoFrame, float]]:

@@ -14,7 +14,9 @@ class Clock:
     """Makes the time stamps of a stream's packets continuous by the rules of the ffmpeg program.
 
     In containers whose clock may begin anew (MPEG-TS, MPEG-PS) a jump of more than 10 seconds, or back, goes on where
-    the packet before ended. In all others a pause is real, and only a time stamp 30 hours off is dropped.
+    the packet before ended. A frame that was read before and is shown after it tells of a real pause: where frames are
+    reordered, the ffmpeg program tears that one from the others. In all other containers a pause is real, and only a
+    time stamp 30 hours off is dropped.
     """
 
     def __init__(self, stream: av.VideoStream, restarts: bool) -> None:
@@ -54,7 +56,8 @@ class Clock:
         if packet.dts is None:
             return
         jump = packet.dts - self.due
-        if abs(jump) > JUMP * self.second or packet.dts + BACK * self.second < self.last:
+        foretold = self.due < packet.dts < self.end  # by a frame that was read before
+        if (abs(jump) > JUMP * self.second and not foretold) or packet.dts + BACK * self.second < self.last:
             self.offset -= jump
             self.shift(packet, -jump)
 

@@ -26,6 +26,10 @@ MOST_PIXELS = 2 * 89_478_485  # that are decoded: Pillow's own limit, kept for a
 DAMAGES = ("premature end", "bad huffman code", "bad arithmetic code", "found marker")
 TRUNCATED = "truncated JPEG: its picture has no end-of-image marker"
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF
+POSTSCRIPT = (b"%!PS", b"\xc5\xd0\xd3\xc6")  # how files begin that Pillow gives to Ghostscript to run
+# What Pillow does not read itself: EPS is run by Ghostscript, IPTC opens whatever file is inside, the others are left
+# to programs of the system.
+NOT_PICTURES = {"EPS", "IPTC", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
 
 
 class JpegHeader(NamedTuple):
@@ -87,7 +91,7 @@ def picture_size(data: bytes) -> tuple[int, int]:
     if header is not None:
         check_pixels(header.width, header.height)
         return header.upright_size
-    with naming_faults(), Image.open(io.BytesIO(data)) as image:
+    with naming_faults(), open_by_pillow(data) as image:
         return (image.height, image.width) if exif_orientation(image, data) in SIDEWAYS else image.size
 
 
@@ -173,9 +177,18 @@ def turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return pixels if orientation == UPRIGHT else np.ascontiguousarray(pixels)
 
 
+def open_by_pillow(data: bytes) -> Image.Image:
+    """An image whose pixels Pillow itself can decode; no other program is started and no other file opened."""
+    if data.startswith(POSTSCRIPT):
+        raise MediaError("a PostScript program, which is not run: convert it to PNG")
+    Image.preinit()
+    Image.init()
+    return Image.open(io.BytesIO(data), formats=[name for name in Image.ID if name not in NOT_PICTURES])
+
+
 def decode_by_pillow(data: bytes) -> Picture:
     """Any image Pillow reads, in full."""
-    with naming_faults(), Image.open(io.BytesIO(data)) as image:
+    with naming_faults(), open_by_pillow(data) as image:
         if data[:2] == START_OF_IMAGE:
             check_jpeg(data)
         image.load()
@@ -233,8 +246,7 @@ def rgb_pixels(image: Image.Image, data: bytes) -> np.ndarray:
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         return grey_of_16_bits(image, clear)
     if image.mode in ("I", "F"):
-        kind = "floating-point numbers" if image.mode == "F" else "integers of 32 bits, or with a sign"
-        raise MediaError(f"its pixels are {kind}, whose range it does not tell: convert it to 8 or 16 bits")
+        return grey_of_wide_numbers(image)
     if depth == 16 and image.mode == "RGB" and clear is not None:
         return colours_of_16_bits(data)
     if depth < 8 and image.mode == "L" and isinstance(clear, int):
@@ -244,6 +256,24 @@ def rgb_pixels(image: Image.Image, data: bytes) -> np.ndarray:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.asarray(image.convert("RGB"))
+
+
+def grey_of_wide_numbers(image: Image.Image) -> np.ndarray:
+    """RGB pixels (H, W, 3) uint8 of one channel of integers of 32 bits or floats, as programs write what fits in fewer.
+
+    Raises:
+        MediaError: by its values, it is neither of 8 nor of 16 bits.
+    """
+    whole = image.mode == "I"
+    least, most = np.asarray(image).min(), np.asarray(image).max()
+    if least >= 0 and most <= 255 and (whole or most > 1):  # floats to 1 may be black in 8 bits or white
+        grey = np.asarray(image.convert("L"))
+    elif whole and least >= 0 and most <= 65535:
+        grey = (np.asarray(image) >> 8).astype(np.uint8)
+    else:
+        kind = "integers of 32 bits, or with a sign" if whole else "floating-point numbers"
+        raise MediaError(f"its pixels are {kind}, whose range it does not tell: convert it to 8 or 16 bits")
+    return np.repeat(grey[..., None], 3, axis=2)
 
 
 def grey_of_16_bits(image: Image.Image, clear: int | None) -> np.ndarray:

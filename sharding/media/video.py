@@ -54,7 +54,7 @@ def sample_clip(clip: Clip, size: int, quality: int, fps: float, max_frames: int
         wanted = 0
         while (len(times) + wanted) / fps < last - 1e-6 and not (max_frames and len(times) + wanted >= max_frames):
             wanted += 1
-            if wanted > LONGEST_STILL * fps:
+            if wanted > 1 + LONGEST_STILL * fps:
                 raise MediaError("unreadable video: by its time stamps one frame is shown for more than a day")
         if wanted:
             pixels = clip.picture(frame, size)
@@ -64,7 +64,7 @@ def sample_clip(clip: Clip, size: int, quality: int, fps: float, max_frames: int
             times += [(len(times) + number) / fps for number in range(wanted)]
             jpegs += [encode(pixels, quality)] * wanted
         if until >= end or (max_frames and len(times) >= max_frames):
-            last = (end if until >= end else min(max(clip.length(), until), end)) - start
+            last = (end if until >= end else min(max(clip.length(end), until), end)) - start
             break
     if not jpegs:
         raise MediaError("no frame decodes" if start <= 0 else f"no frame at {start:g} seconds or later")

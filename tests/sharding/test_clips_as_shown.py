@@ -16,6 +16,7 @@ from PIL import Image
 
 from sharding.build import build_corpus
 from sharding.media import MediaError, pack_video
+from sharding.media.clock import Clock
 from sharding.schema import read_index
 
 SECONDS = 12
@@ -130,6 +131,16 @@ def test_a_pause_is_real_where_the_clock_cannot_jump(tmp_path: Path) -> None:
     whole = pack_video((tmp_path / "pause.mp4").read_bytes(), 36, 90, 1)
     assert whole.duration == pytest.approx(602, abs=0.2)
     assert len(set(whole.jpegs)) == 3
+
+
+def test_a_long_pause_between_reordered_frames_is_real(tmp_path: Path) -> None:
+    choice = "testsrc2=s=64x36:r=10:d=20,setpts=PTS+if(gte(N\\,50)\\,12/TB)"
+    for name in ("a.ts", "a.mkv"):
+        ffmpeg("-f", "lavfi", "-i", choice, *H264, "-fps_mode", "vfr", tmp_path / name)
+    whole = pack_video((tmp_path / "a.ts").read_bytes(), 36, 90, 5)
+    assert whole.duration == pytest.approx(32)
+    assert len(set(whole.jpegs)) == 101  # none is lost; the last one before the pause is an odd one
+    assert packed(tmp_path / "a.mkv") == whole.jpegs
 
 
 def check_against_ffmpeg(path: Path, fps: float) -> None:
@@ -300,3 +311,15 @@ def test_a_picture_with_exif_is_one_upright_frame() -> None:
     Image.new("RGB", (64, 48)).save(buffer, "JPEG", exif=exif)
     stored = pack_video(buffer.getvalue(), 48, 90, 2)
     assert (stored.width, stored.height, len(stored.jpegs)) == (48, 64, 1)
+
+
+def test_packets_behind_a_part_are_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, correct, packets = (folder / "a.mkv").read_bytes(), Clock.correct, []
+    monkeypatch.setattr(Clock, "correct", lambda clock, packet: packets.append(correct(clock, packet)))
+    assert pack_video(data, 36, 90, 5, 2, 1, 3).duration == pytest.approx(2)
+    assert len(packets) < 4 * 10
+    assert pack_video(data, 36, 90, 5, 2, 1).duration == pytest.approx(SECONDS - 1)
+
+
+def test_one_frame_is_enough_at_any_rate(folder: Path) -> None:
+    assert len(packed(folder / "a.mp4", 1e-6)) == 1

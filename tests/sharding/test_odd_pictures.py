@@ -3,6 +3,8 @@
 import io
 import struct
 import zlib
+from collections.abc import Callable
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -281,16 +283,56 @@ def test_sixteen_bits_become_eight_whatever_the_file() -> None:
 @pytest.mark.parametrize(
     "values",
     [
-        np.full((8, 8), 200 << 8, np.int32),
         np.full((8, 8), 200 << 24, np.int64).astype(np.int32),
         np.full((8, 8), 70_000, np.int32),
         np.full((8, 8), -5, np.int32),
         np.full((8, 8), 0.5, np.float32),
+        np.full((8, 8), 300.0, np.float32),
+        np.full((8, 8), np.nan, np.float32),
     ],
 )
 def test_numbers_without_a_range_are_refused_by_name(values: np.ndarray) -> None:
     with pytest.raises(MediaError, match="range it does not tell: convert it to 8 or 16 bits"):
         pack_image(saved(Image.fromarray(values), "TIFF"), 40, 90)
+
+
+@pytest.mark.parametrize(("kind", "bits"), [(np.int32, 8), (np.int32, 16), (np.float32, 8)])
+def test_wide_numbers_are_shown_where_they_fit_in_fewer_bits(kind: type, bits: int) -> None:
+    values = np.arange(96 * 128).reshape(96, 128) * (2**bits - 1) // (96 * 128)
+    expected = np.repeat((values >> (bits - 8))[..., None], 3, axis=2)
+    for form in ("TIFF", "IM"):
+        assert_shown(saved(Image.fromarray(values.astype(kind)), form), expected)
+
+
+def postscript() -> bytes:
+    return saved(photo(), "EPS")
+
+
+def dos_postscript() -> bytes:
+    return struct.pack("<7IH", 0xC6D3D0C5, 30, len(postscript()), 0, 0, 0, 0, 0xFFFF) + postscript()
+
+
+@pytest.mark.parametrize("made", [postscript, dos_postscript])
+def test_a_picture_starts_no_program(
+    made: Callable[[], bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "gs"
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # it has not looked for it yet
+    with pytest.raises(MediaError, match="a PostScript program, which is not run"):
+        pack_image(made(), 40, 90)
+    assert "a PostScript program" in picture_of(made(), 0).broken
+    assert not (tmp_path / "started").exists()
+
+
+def test_files_for_other_programs_are_no_pictures() -> None:
+    """IPTC holds any file that Pillow reads, PostScript too, and opens it."""
+    fields = [(3, 60, b"\1\0"), (3, 20, b"\0\x40"), (3, 30, b"\0\x40"), (3, 120, b"\5")]
+    block = b"".join(bytes([0x1C, *tag]) + struct.pack(">H", len(body)) + body for *tag, body in fields)
+    with pytest.raises(MediaError, match="cannot identify image file"):
+        pack_image(block, 40, 90)
 
 
 def test_a_header_of_enormous_pixels_is_refused_by_name() -> None:
