@@ -12,6 +12,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
+from types import FrameType
 from typing import Any, TypeVar
 
 import cv2
@@ -42,7 +43,8 @@ def run_tasks(
     context.set_forkserver_preload([function.__module__])
     counts = context.Array("q", 3)
     waiting = iter(tasks)
-    with ProcessPoolExecutor(workers, context, start_worker, (counts,)) as pool, ending_children():
+    pool = ProcessPoolExecutor(workers, context, start_worker, (counts,))
+    with pool, ending_children(), interrupts_noted() as interrupts:
 
         def submit(number: int) -> dict[Future[Result], Task]:
             return {pool.submit(run_in_worker, function, task): task for task in itertools.islice(waiting, number)}
@@ -52,6 +54,8 @@ def run_tasks(
         seen = [0, 0, 0]
         while pending:
             done, _ = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+            if interrupts:
+                raise KeyboardInterrupt
             now = [counts[0], counts[1], counts[2]]
             advance(now[0] - seen[0], now[1] - seen[1], now[2] - seen[2])
             seen = now
@@ -65,6 +69,28 @@ def run_tasks(
                         "are kept: run the same command again to go on, with fewer --workers if memory is short"
                     ) from None
             pending |= submit(2 * workers - len(pending))
+
+
+@contextmanager
+def interrupts_noted() -> Iterator[list[int]]:
+    """Yield a list that Ctrl-C also adds to: the KeyboardInterrupt is lost where Python drops exceptions.
+
+    It does so in the callback of a weak reference, as futures have them.
+    """
+    noted: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.append(number)
+        raise KeyboardInterrupt
+
+    handler = signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 @contextmanager

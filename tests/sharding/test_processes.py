@@ -3,6 +3,9 @@
 import os
 import signal
 
+import time
+import weakref
+
 import pytest
 
 from sharding.processes import Advance, run_tasks
@@ -54,3 +57,25 @@ def test_a_worker_that_dies_is_an_error_that_says_what_to_do() -> None:
 def test_an_error_of_a_task_is_raised_as_it_is(workers: int) -> None:
     with pytest.raises(ValueError, match="seven"):
         list(run_tasks(fail_at_seven, range(20), workers, lambda *_: None))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_ctrl_c_is_not_lost_in_the_callback_of_a_weak_reference() -> None:
+    class Thing:
+        pass
+
+    def callback(_: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)  # the KeyboardInterrupt is raised here, and Python drops it
+
+    thing = Thing()
+    reference = weakref.ref(thing, callback)
+    seen = []
+    with pytest.raises(KeyboardInterrupt):
+        for task, _ in run_tasks(square, range(2000), 2, lambda *_: None):
+            seen.append(task)
+            if len(seen) == 3:
+                del thing
+    assert reference() is None
+    assert len(seen) < 2000
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
