@@ -31,6 +31,7 @@ from sharding.tar import open_stream
 from sharding.writing import INDEXED, NOTE, counts, publish, sha256, write_index
 
 COMPRESSED_TARS = ("*.tar.*", "*.tgz", "*.tbz2", "*.txz")
+RULES = 2  # counts the changes of what becomes a sample, and of its row; an index of other rules is made again
 HOPELESS = 16  # so many tars without anything to index end it
 
 log = logging.getLogger("sharding")
@@ -221,7 +222,7 @@ def write_shard(task: IndexTask, index_name: str, contents: Contents) -> Indexed
     media_type = ("video" if contents.is_video else "image") if contents.rows else ""
     damages = [f"byte {damage.offset}: {damage.reason}" for damage in contents.damages]
     note = {"facts": facts, "fps": task.fps, "failures": contents.failures, "damages": damages}
-    note |= {"rate_assumed": contents.rate_assumed, "remarks": dict(contents.remarks)}
+    note |= {"rules": RULES, "rate_assumed": contents.rate_assumed, "remarks": dict(contents.remarks)}
     index = Path(task.scratch) / index_name
     write_index(index, contents.rows, note, INDEXED)
     info = ShardInfo(
@@ -239,7 +240,10 @@ def write_shard(task: IndexTask, index_name: str, contents: Contents) -> Indexed
 
 
 def kept_index(task: IndexTask, index_name: str) -> IndexedShard | None:
-    """What an earlier run, or the build, said of a tar of this size; None when its index is not there, whole."""
+    """What an earlier run, or the build, said of a tar of this size; None when its index is not there, whole.
+
+    One that was made by other rules than today's counts as none: it may lack samples, or tell other sizes.
+    """
     try:
         filesystem, path = fsspec.url_to_fs(join_url(task.output, index_name))
         data = filesystem.cat_file(path)
@@ -252,6 +256,8 @@ def kept_index(task: IndexTask, index_name: str) -> IndexedShard | None:
     if facts["bytes"] != task.bytes or facts["samples"] != table.num_rows or not table.schema.equals(INDEX_SCHEMA):
         return None
     if note.get("fps", task.fps) != task.fps or note.get("damages"):
+        return None
+    if INDEXED in metadata and note.get("rules") != RULES:
         return None
     digest = hashlib.sha256(data).hexdigest()
     name = index_name if index_name.endswith(".index.parquet") else ""

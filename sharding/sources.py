@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import fsspec
 
@@ -30,6 +30,7 @@ AHEAD = 2  # media under way or waiting to be decoded, for each connection
 OPEN_ARCHIVES = 8
 COMPRESSED_TAR = re.compile(r"\.(tar\.\w+|tgz|tbz2|txz)$", re.IGNORECASE)
 WEB = ("http://", "https://")
+QUOTED = re.compile(r"%[0-9a-fA-F]{2}")  # in a name: it may come from an address
 
 Fetched = bytes | BinaryIO  # an image's bytes, or a clip's open file
 
@@ -85,7 +86,7 @@ class Media:
                         following = next(places, None)
                     place, future = done.get()
                     del pending[place]
-                    yield place, self.outcome(future)
+                    yield place, self.outcome(future, sources[place])
             finally:
                 self.stop.set()
                 for future in pending.values():
@@ -100,12 +101,14 @@ class Media:
             return web_client(self.fetching).fetch(url, cast(BinaryIO, file))
         return pool.submit(self.fetch, source)
 
-    def outcome(self, future: Future[Any]) -> Fetched | MediaError:
+    def outcome(self, future: Future[Any], source: str) -> Fetched | MediaError:
         """What came of a source; raises what would befall all others, too."""
         try:
             found = future.result()
         except (WebError, FileNotFoundError) as error:
-            return MediaError(reason_of(error))
+            quoted = isinstance(error, FileNotFoundError) and "://" not in source and QUOTED.search(source)
+            remedy = f" (names are quoted when they are sent: write {unquote(source)!r}?)" if quoted else ""
+            return MediaError(reason_of(error) + remedy)
         return found.getvalue() if isinstance(found, io.BytesIO) else found
 
     def location(self, source: str) -> str:

@@ -35,12 +35,13 @@ def delimited_rows(handle: IO[bytes], encoding: str, delimiter: str, quoting: in
                 reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)  # type: ignore[arg-type]
             row.clear()
             try:
-                fields = next(reader)
-                fault = SWALLOWED if len(row) > 1 and holds_rows(row, delimiter, columns) else ""
+                fields, fault = next(reader), ""
             except StopIteration:
                 return
             except csv.Error as error:
                 fields, fault = understood(row, delimiter, error)
+            if len(row) > 1 and not fault and holds_rows(row, delimiter, columns or len(fields)):
+                fields, fault = [], SWALLOWED
             if fault:
                 again.extendleft(reversed(row[1:]))
                 del row[1:]
@@ -65,31 +66,47 @@ def recorded(text: Iterable[str], again: deque[str], row: list[str]) -> Iterator
 
 
 def understood(row: list[str], delimiter: str, error: csv.Error) -> tuple[list[str], str]:
-    """(fields, fault) of a row that is not written as it should be; blanks behind a closing quote do no harm."""
+    """(fields, fault) of a row that is not written as it should be.
+
+    Text behind a closing quote does no harm within a line, and is read as spreadsheets and pandas do; in a row of
+    several lines only blanks are taken there, as another quote may have been opened.
+    """
     if "field limit" in str(error) and len(row) == 1:
         return [], f"has a field of more than {LONGEST_FIELD} characters"
-    field = rf'(?:"(?:[^"]|"")*" *|[^{re.escape(delimiter)}"\r\n][^{re.escape(delimiter)}\r\n]*|)'
-    if re.fullmatch(rf"{field}(?:{re.escape(delimiter)}{field})*[\r\n]*", "".join(row)):
+    sign = re.escape(delimiter)
+    behind = " *" if len(row) > 1 else rf'[^{sign}"\r\n]*'
+    field = rf'(?:"[^"]*(?:""[^"]*)*"{behind}|[^{sign}"\r\n][^{sign}\r\n]*|)'
+    if re.fullmatch(rf"{field}(?:{sign}{field})*[\r\n]*", "".join(row)):
         return next(csv.reader(row, delimiter=delimiter)), ""
     return [], UNCLOSED if len(row) > 1 or "end of data" in str(error) else UNDOUBLED
 
 
 def holds_rows(lines: list[str], delimiter: str, columns: int) -> bool:
-    """Whether lines of a quoted field are rows: they begin, or end, with a name of the same kind as the row does.
+    """Whether all lines of a row are rows themselves: full ones, with a name as the row's own where that stands.
 
-    Lines of a caption do not: they hold no file names or numbers in the place of the row's own.
+    Lines of a caption are not, also where they list names or numbers: some are no full rows, or have blanks behind
+    their commas.
     """
-    full = [line.count(delimiter) >= max(columns - 1, 1) for line in lines]
-    starts = [kind_of_name(line.split(delimiter, 1)[0]) for line in lines]
-    ends = [kind_of_name(line.rsplit(delimiter, 1)[-1]) for line in lines]
-    return bool(starts[0] and any(each == starts[0] and whole for each, whole in zip(starts[1:], full[1:]))) or bool(
-        ends[-1] and any(each == ends[-1] and whole for each, whole in zip(ends[:-1], full[:-1]))
+    cells = [line.rstrip("\r\n").split(delimiter) for line in lines if line.strip()]
+    first, last = [each[0] for each in cells], [each[-1] for each in cells]
+    blanks = [each[1].startswith(" ") for each in cells if len(each) > 1]
+    at_start = all(blanks) or not any(blanks)
+    return (at_start and alike(first[0], first[1:], cells[1:], columns)) or alike(
+        last[-1], last[:-1], cells[:-1], columns
+    )
+
+
+def alike(own: str, others: list[str], cells: list[list[str]], columns: int) -> bool:
+    """Whether a row's name is a whole field, and lines cut into `cells` have one of its kind, and all columns."""
+    kind = "" if own.count('"') % 2 else kind_of_name(own)
+    return kind != "" and all(
+        len(each) == columns > 1 and kind_of_name(name) == kind for name, each in zip(others, cells, strict=True)
     )
 
 
 def kind_of_name(field: str) -> str:
     """What names of media have in common: the ending of a file's name, or the form of a number; "" for other texts."""
-    name = field.strip().strip('"')
+    name = field.strip('"')
     if not name or re.search(r"\s", name):
         return ""
     if ending := re.search(r"\.\w{2,5}$", name):

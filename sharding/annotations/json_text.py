@@ -14,6 +14,7 @@ LONGEST_TOKEN = 2**26  # bytes of a string that is not closed
 TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[^"]+', re.DOTALL)
 HALF = re.compile(rb"\\\\|(\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})|\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 PAIR = 12  # bytes of a pair of surrogates
+SURROGATE = re.compile(rb"\\u[dD]")
 LONE_HIGH = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])")
 NOT_A_NUMBER = re.compile(rb"(?<![\w.+-])(?:-?Infinity|NaN)(?![\w.])")
 NUMBER = re.compile(rb"(?<![\w.+-])-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?(?![\w.+-])")
@@ -35,7 +36,7 @@ class Plain:
         data = self.file.read(BLOCK if size < 0 else size)
         check_depth(data)
         text = self.tail + data
-        if b"\\ud" in text or b"\\uD" in text:
+        if b"\\" in text and SURROGATE.search(text):  # the first is quick, and most files have none
             last = len(text) - PAIR if data else len(text)  # what follows behind it comes with the next bytes
             if any(match.start() <= last for match in LONE_HIGH.finditer(text)):
                 raise Unparsable("it holds half a pair of surrogates")

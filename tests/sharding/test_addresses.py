@@ -65,6 +65,18 @@ def test_a_name_below_a_web_server_is_that_of_a_file(tmp_path: Path, server: str
     assert found == {name: pytest.approx(number * 30, abs=2) for number, name in enumerate(NAMES)}
 
 
+def test_a_name_as_addresses_have_it_is_not_found_and_the_reason_says_why(tmp_path: Path, server: str) -> None:
+    names = ["c/100%25.jpg", "d+e&f=g;h,i.jpg", "none.jpg"]
+    (tmp_path / "a.json").write_text(json.dumps([{"image": name, "caption": "x"} for name in names]))
+    out = str(tmp_path / "out")
+    build_corpus([str(tmp_path / "a.json")], f"{server}/my dir", "image", out, workers=1, max_failures=1)
+    said = {row["source"]: row["reason"] for row in pq.read_table(f"{out}/failures.parquet").to_pylist()}
+    assert said == {
+        "c/100%25.jpg": "file not found (names are quoted when they are sent: write 'c/100%.jpg'?)",
+        "none.jpg": "file not found",
+    }
+
+
 def test_a_source_that_is_an_address_stays_as_it_is(tmp_path: Path, server: str) -> None:
     url = f"{server.replace('http', 'Http')}/my%20dir/%C3%A9%E6%97%A5.jpg?size=1#t"
     assert packed(tmp_path, [url], f"{server}/elsewhere") == {url: pytest.approx(120, abs=2)}

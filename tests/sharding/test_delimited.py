@@ -31,6 +31,7 @@ def outcome(tmp_path: Path, text: str | bytes, name: str = "a.csv", **reading) -
         ('0.jpg,zero\n1.jpg,"a "big" dog"\n2.jpg,two\n', [0, 2], {2: "must be doubled"}),
         ('0.jpg,zero\r1.jpg,"one\r2.jpg,two\r', [0, 2], {2: "opened and never closed"}),
         ('0.jpg,"a \\"big\\" dog"\n1.jpg,one\n', [1], {1: "must be doubled"}),
+        ('0.jpg,"a man\n1.jpg,one\n\n2.jpg,two" \n3.jpg,x\n', [1, 2, 3], {1: "closed only in a later row"}),
         ('0.jpg,"a\n1.jpg,"b\n2.jpg,"c\n3.jpg,"d\n', [], {1: "never closed", 2: "", 3: "", 4: "never closed"}),
     ],
 )
@@ -68,11 +69,25 @@ def test_swallowed_rows_are_seen_where_the_media_come_last(tmp_path: Path) -> No
         ('0.jpg,"blanks behind"  \n1.jpg,"and" \r\n', ["blanks behind", "and"]),
         ("0.jpg,zero\r\n1.jpg,one\r\n", ["zero", "one"]),
         ("0.jpg,zero\r1.jpg,one", ["zero", "one"]),
+        ('0.jpg,"in line1\r\nor line2"\r\n1.jpg,"line1\nline2"\n', ["in line1\r\nor line2", "line1\nline2"]),
+        ('0.jpg,"it shows:\n1.jpg, a dog\n2.jpg, a cat"\n', ["it shows:\n1.jpg, a dog\n2.jpg, a cat"]),
+        ('0.jpg,"it shows:\n1.jpg,dog\nand more"\n', ["it shows:\n1.jpg,dog\nand more"]),
         ('0.jpg,"1. open\n2. close, then wait 2.5 s"\n1.jpg,x\n', ["1. open\n2. close, then wait 2.5 s", "x"]),
     ],
 )
 def test_what_is_legal_is_kept(tmp_path: Path, body: str, captions: list[str]) -> None:
     assert outcome(tmp_path, HEAD + body) == [(f"{n}.jpg", caption) for n, caption in enumerate(captions)]
+
+
+def test_a_caption_of_several_lines_may_come_first(tmp_path: Path) -> None:
+    body = '"line1, x\nline2, y",0.jpg\n"see\nb1.jpg, b2.jpg\nand so on",1.jpg\n'
+    captions = ["line1, x\nline2, y", "see\nb1.jpg, b2.jpg\nand so on"]
+    assert outcome(tmp_path, "caption,image\n" + body) == [(f"{n}.jpg", text) for n, text in enumerate(captions)]
+
+
+@pytest.mark.parametrize("body", ['0.jpg,"Hello" he said\n', '"0.jpg"\t,"Hello" he said\n'])
+def test_text_behind_a_closing_quote_is_read_as_pandas_does(tmp_path: Path, body: str) -> None:
+    assert outcome(tmp_path, HEAD + body) == [("0.jpg", "Hello he said")]
 
 
 def test_quotes_of_a_tsv_are_text(tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def test_indices_that_are_there_are_kept(pictures, tmp_path: Path) -> None:
     (tmp_path / "i" / "00002.index.parquet").unlink()
     damaged = tmp_path / "i" / "00004.index.parquet"
     data = bytearray(damaged.read_bytes())
-    data[len(data) // 4] ^= 1
+    data[len(data) // 5] ^= 1  # in a page, which has a checksum
     damaged.write_bytes(data)
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "i").glob("*.index.parquet")}
     assert index_shards(str(tmp_path / "i")) == first
@@ -169,6 +169,19 @@ def test_indices_that_are_there_are_kept(pictures, tmp_path: Path) -> None:
     again = {name for name in after if before.get(name) != after[name]}
     assert again == {"00002.index.parquet", "00004.index.parquet"}
     assert not verify_corpus(str(tmp_path / "i"))
+
+
+def test_an_index_that_was_made_by_other_rules_is_made_again(pictures, tmp_path: Path) -> None:
+    img2dataset(tmp_path / "i", pictures[:5])
+    first = index_shards(str(tmp_path / "i"))
+    index = tmp_path / "i" / "00000.index.parquet"
+    table = pq.read_table(index)
+    note = json.loads(table.schema.metadata[b"indexed"])
+    del note["rules"]
+    note["facts"] |= {"samples": 4, "frames": 4, "captions": 4}
+    pq.write_table(table[:4].replace_schema_metadata({b"indexed": json.dumps(note)}), index)
+    assert index_shards(str(tmp_path / "i")) == first
+    assert read_index(first, 0).num_rows == 5
 
 
 def test_a_place_that_cannot_be_written_keeps_its_tars_and_the_index_goes_elsewhere(
