@@ -2,9 +2,9 @@
 
 import os
 import signal
-
 import time
 import weakref
+from collections.abc import Iterator
 
 import pytest
 
@@ -70,12 +70,18 @@ def test_ctrl_c_is_not_lost_in_the_callback_of_a_weak_reference() -> None:
 
     thing = Thing()
     reference = weakref.ref(thing, callback)
-    seen = []
+    things, drawn = [thing], []
+    del thing
+
+    def tasks() -> Iterator[int]:
+        for number in range(2000):
+            drawn.append(number)
+            if number == 20:
+                things.clear()
+            yield number
+
     with pytest.raises(KeyboardInterrupt):
-        for task, _ in run_tasks(square, range(2000), 2, lambda *_: None):
-            seen.append(task)
-            if len(seen) == 3:
-                del thing
+        list(run_tasks(square, tasks(), 2, lambda *_: None))
     assert reference() is None
-    assert len(seen) < 2000
+    assert len(drawn) < 2000
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
