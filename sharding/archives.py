@@ -261,7 +261,7 @@ def listed(url: str, damages: list[Damage]) -> Iterator[pa.RecordBatch]:
             raise ValueError(
                 f"{url} is compressed as a whole ({error}): unpack it, then its files can be read"
             ) from None
-        except (zipfile.BadZipFile, NotImplementedError, EOFError, OverflowError) as error:
+        except (zipfile.BadZipFile, NotImplementedError, EOFError, OverflowError) as error:  # the second: zipfile's own
             raise ValueError(f"{url} cannot be read as an archive ({error}): is it complete?") from None
         yield pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
 

@@ -207,12 +207,15 @@ def contents_of(reader: Reader, fps: float) -> Contents:
 
 
 def remark_on(sample: Sample) -> list[str]:
-    """What is said of the pictures of a sample that are not taken; empty when there are none."""
-    left = sorted(set(sample.pictures) - set(sample.shown))
-    if not left:
-        return []
-    taken = "the numbered frames are" if sample.is_clip else f"{sample.shown[0]} is"
-    return [f"{', '.join(left)} in the same sample: {taken} taken"]
+    """What is said of the pictures and texts of a sample that are not taken; empty when there are none."""
+    texts = sorted(ending for ending in sample.others if ending.rsplit(".", 1)[-1] in TEXTS)
+    said = [
+        f"{ending}: not read, as a key ends at the first dot of a name; texts are KEY.txt, KEY.json" for ending in texts
+    ]
+    if left := sorted(set(sample.pictures) - set(sample.shown)):
+        taken = "the numbered frames are" if sample.is_clip else f"{sample.shown[0]} is"
+        said.append(f"{', '.join(left)} in the same sample: {taken} taken")
+    return said
 
 
 def is_wanted(name: str) -> bool:

@@ -208,7 +208,7 @@ def naming_faults() -> Iterator[None]:
         raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise MediaError(f"unreadable image: {str(error).split(' <')[0]}") from None
-    except Exception as error:
+    except Exception as error:  # a parser of Pillow's that damaged bytes have led astray
         raise MediaError(f"unreadable image: damaged ({type(error).__name__}: {error})") from None
 
 

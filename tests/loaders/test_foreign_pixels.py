@@ -7,9 +7,9 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
+from pictures import photo, saved
 from PIL import Image
 
 from loaders.clips import Window
@@ -23,17 +23,6 @@ from sharding.schema import read_corpus, read_index
 from sharding.verify import verify_corpus
 
 SIZE = 32
-
-
-def photo(height: int = 48, width: int = 64) -> Image.Image:
-    noise = np.random.default_rng(3).integers(0, 256, (3, 4, 3), np.uint8)
-    return Image.fromarray(cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC))
-
-
-def saved(image: Image.Image, form: str = "JPEG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, form, **({"quality": 92} if form == "JPEG" else {}) | options)
-    return buffer.getvalue()
 
 
 def turned_by(orientation: int) -> Image.Exif:

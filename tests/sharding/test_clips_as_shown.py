@@ -302,7 +302,7 @@ def test_nothing_but_the_file_is_opened(
     began = time.monotonic()
     with pytest.raises(MediaError, match=r"unreadable video|no video stream"):
         pack_video(text.encode(), 36, 90, 5)
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 5  # a port that nobody answers at took 20
 
 
 def test_a_picture_with_exif_is_one_upright_frame() -> None:

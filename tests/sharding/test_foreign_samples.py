@@ -166,6 +166,13 @@ def test_which_of_several_pictures_is_taken_is_said() -> None:
     assert contents.remarks == {"000.png, jpg in the same sample: the numbered frames are taken": 1}
 
 
+def test_a_text_behind_a_second_dot_is_said_not_to_be_read() -> None:
+    contents = read([("a.v1.jpg", jpeg()), ("a.v1.txt", b"a caption")])
+    assert contents.rows[0]["captions"] == []
+    [remark] = contents.remarks
+    assert remark.startswith("v1.txt: not read, as a key ends at the first dot")
+
+
 @pytest.mark.parametrize("form", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
 def test_texts_in_unicode_are_read(form: str) -> None:
     assert said("  café 日本\r\n".encode(form), "txt")["captions"] == ["café 日本"]

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -12,6 +13,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from pictures import TURNS, photo, saved
 from PIL import Image
 
 from loaders.clips import BadSampleError, Window
@@ -21,27 +23,6 @@ from sharding.media.picture import decode_picture
 
 NAMED = ("unreadable image: ", "truncated JPEG", "broken JPEG: ", "its pixels are ", "empty file")
 DAMAGES = ("truncated JPEG", "broken JPEG: ")  # for which a picture is refused that Pillow shows
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-def photo(height: int = 48, width: int = 64) -> Image.Image:
-    """Something with detail, whose corners differ."""
-    noise = np.random.default_rng(5).integers(0, 256, (6, 8, 3), np.uint8)
-    return Image.fromarray(cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC))
-
-
-def saved(image: Image.Image, form: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, form, **options)
-    return buffer.getvalue()
 
 
 def exif_block(orientation: int = 6) -> bytes:
@@ -59,11 +40,11 @@ def sources() -> dict[str, bytes]:
     alpha.putalpha(Image.linear_gradient("L").resize(image.size))
     deep = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 256)
     return {
-        "baseline": saved(image, "JPEG", quality=90),
-        "progressive": saved(image, "JPEG", quality=90, progressive=True),
-        "with EXIF": saved(image, "JPEG", quality=90, exif=exif_block()),
-        "grey": saved(image.convert("L"), "JPEG", quality=90),
-        "CMYK": saved(image.convert("CMYK"), "JPEG", quality=90),
+        "baseline": saved(image),
+        "progressive": saved(image, progressive=True),
+        "with EXIF": saved(image, exif=exif_block()),
+        "grey": saved(image.convert("L")),
+        "CMYK": saved(image.convert("CMYK")),
         "png": saved(image, "PNG"),
         "png of 16 bits": saved(deep, "PNG"),
         "palette": saved(image.quantize(32), "PNG", transparency=3),
@@ -191,7 +172,8 @@ def judge(kind: str, count: int) -> dict[str, dict[str, int]]:
 def run(kind: str, count: int) -> dict[str, dict[str, int]]:
     """`judge` in a process of its own: an abort or a hang is that process's."""
     command = [sys.executable, str(Path(__file__)), kind, str(count)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -164,3 +164,8 @@ def test_lists_that_lack_quotes_are_refused_with_the_remedy(tmp_path: Path) -> N
     expanded = [f"train_corpus=/d/x-{number}.tar" for number in range(4)]  # as a shell does without quotes
     with pytest.raises(ValueError, match=r"train_corpus names a tar 4 times.*quote"):
         load_settings(tmp_path / "run.yaml", expanded)
+
+
+def test_a_pattern_is_refused_with_what_to_write(tars: Path) -> None:
+    with pytest.raises(ValueError, match=r"x-\*\.tar is a pattern: give the tars' folder, or a list in braces"):
+        read_corpus(f"{tars}/x-*.tar")

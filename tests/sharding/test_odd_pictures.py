@@ -6,10 +6,10 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import simplejpeg
+from pictures import TURNS, photo, saved
 from PIL import Image
 
 from sharding.checks import undecodable
@@ -17,17 +17,6 @@ from sharding.foreign import picture_of
 from sharding.media import MediaError, pack_image
 from sharding.media.jpeg import has_end, orientation_of
 from sharding.media.picture import decode_picture
-
-
-def photo(height: int = 96, width: int = 128) -> Image.Image:
-    noise = np.random.default_rng(7).integers(0, 256, (6, 8, 3), np.uint8)
-    return Image.fromarray(cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC))
-
-
-def saved(image: Image.Image, form: str = "JPEG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, form, **({"quality": 90} if form == "JPEG" else {}) | options)
-    return buffer.getvalue()
 
 
 def segment(marker: int, body: bytes) -> bytes:
@@ -71,7 +60,7 @@ def assert_shown(data: bytes, expected: np.ndarray, tolerance: float = 3) -> Non
     assert min(pack_image(data, 40, 90).width, pack_image(data, 40, 90).height) == min(40, width, height)
 
 
-PLAIN, PROGRESSIVE = saved(photo()), saved(photo(), progressive=True)
+PLAIN, PROGRESSIVE = saved(photo(96, 128)), saved(photo(96, 128), progressive=True)
 THUMBNAIL = exif() + saved(photo(12, 16))
 SCAN = PLAIN.index(b"\xff\xda")
 
@@ -86,7 +75,7 @@ SCAN = PLAIN.index(b"\xff\xda")
         PROGRESSIVE + b"\n" * 9000,
         with_segment(PLAIN, 0xE1, THUMBNAIL) + bytes(5000),
         PLAIN[:-2] + b"\xff\xff\xff\xd9" + b"fill" * 2000,
-        saved(photo(), restart_marker_blocks=3) + b"x" * 9000,
+        saved(photo(96, 128), restart_marker_blocks=3) + b"x" * 9000,
         PLAIN[:-2] + b"\x12\x34" + PLAIN[-2:],
         PLAIN[:-2] + b"\x12" * 3000 + PLAIN[-2:],
         PLAIN[: SCAN - 2].replace(b"\xff\xdb", b"\x01\x02\xff\xdb", 1) + PLAIN[SCAN - 2 :],
@@ -126,9 +115,9 @@ def test_what_viewers_show_without_a_wrong_pixel_is_packed(data: bytes) -> None:
         PROGRESSIVE[: len(PROGRESSIVE) // 2] + PLAIN,
         PROGRESSIVE[: -len(PROGRESSIVE) // 3],
         with_segment(PLAIN, 0xE1, THUMBNAIL)[:-400],
-        saved(photo().convert("L"))[:-300],
-        saved(photo().convert("L"))[:-300] + bytes(9000),
-        saved(photo().convert("CMYK"))[:-300],
+        saved(photo(96, 128).convert("L"))[:-300],
+        saved(photo(96, 128).convert("L"))[:-300] + bytes(9000),
+        saved(photo(96, 128).convert("CMYK"))[:-300],
         with_segment(PLAIN, 0xE1, exif((0x112, 3, 1, b"\6\0\0\0")))[:-300] + PLAIN,
     ],
     ids=[
@@ -174,17 +163,8 @@ def test_any_chroma_subsampling_is_shown(luma: int, chroma: int) -> None:
 def test_pictures_are_turned_as_their_exif_says(form: str, orientation: int) -> None:
     block = Image.Exif()
     block[0x0112] = orientation
-    data = saved(photo(), form, exif=block)
-    turned = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_270,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_90,
-    }
-    image = photo().transpose(turned[orientation]) if orientation > 1 else photo()
+    data = saved(photo(96, 128), form, exif=block)
+    image = photo(96, 128).transpose(TURNS[orientation]) if orientation > 1 else photo(96, 128)
     assert_shown(data, np.asarray(image), 8)
 
 
@@ -214,7 +194,7 @@ ON_ITS_SIDE = (0x112, 3, 1, b"\6\0\0\0")
     ],
 )
 def test_a_malformed_exif_block_costs_no_picture(block: bytes, orientation: int) -> None:
-    for image in (photo(), photo().convert("L")):
+    for image in (photo(96, 128), photo(96, 128).convert("L")):
         data = with_segment(saved(image), 0xE1, block)
         assert orientation_of(data) == orientation
         turned = image.transpose(Image.Transpose.ROTATE_270) if orientation == 6 else image
@@ -224,9 +204,9 @@ def test_a_malformed_exif_block_costs_no_picture(block: bytes, orientation: int)
 def test_only_exif_turns_a_picture() -> None:
     xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
     for data in (
-        saved(photo(), xmp=xmp),
-        with_segment(saved(photo(), xmp=xmp), 0xE1, exif((0x128, 3, 1, b"\2\0\0\0"))),
-        saved(photo(), "WEBP", xmp=xmp),
+        saved(photo(96, 128), xmp=xmp),
+        with_segment(saved(photo(96, 128), xmp=xmp), 0xE1, exif((0x128, 3, 1, b"\2\0\0\0"))),
+        saved(photo(96, 128), "WEBP", xmp=xmp),
     ):
         assert stored(data).shape == (96, 128, 3)
 
@@ -264,7 +244,7 @@ def test_a_transparent_value_is_compared_with_all_its_bits() -> None:
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "RGBX"])
 def test_every_colour_mode_is_shown(mode: str) -> None:
-    image = photo().convert(mode)
+    image = photo(96, 128).convert(mode)
     form = "PNG" if mode in ("1", "L", "LA", "P", "RGB", "RGBA") else "TIFF"
     assert stored(saved(image, form)).shape == (96, 128, 3)
 
@@ -305,7 +285,7 @@ def test_wide_numbers_are_shown_where_they_fit_in_fewer_bits(kind: type, bits: i
 
 
 def postscript() -> bytes:
-    return saved(photo(), "EPS")
+    return saved(photo(96, 128), "EPS")
 
 
 def dos_postscript() -> bytes:
@@ -340,7 +320,7 @@ def test_a_header_of_enormous_pixels_is_refused_by_name() -> None:
     huge = PLAIN[: frame + 5] + struct.pack(">HH", 60_000, 60_000) + PLAIN[frame + 9 :]
     for data in (
         huge,
-        saved(photo().convert("L")).replace(struct.pack(">HH", 96, 128), struct.pack(">HH", 60_000, 60_000)),
+        saved(photo(96, 128).convert("L")).replace(struct.pack(">HH", 96, 128), struct.pack(">HH", 60_000, 60_000)),
     ):
         for size in (224, 50_000):
             with pytest.raises(MediaError, match="60000x60000 pixels cannot be in"):
@@ -348,7 +328,7 @@ def test_a_header_of_enormous_pixels_is_refused_by_name() -> None:
         with pytest.raises(MediaError, match="60000x60000 pixels are more than"):
             pack_image(data + bytes(8_000_000), 50_000, 90)
         assert "pixels are more than" in picture_of(data, 0).broken
-    image = bytearray(saved(photo(), "PNG"))
+    image = bytearray(saved(photo(96, 128), "PNG"))
     image[16:24] = struct.pack(">II", 60_000, 60_000)
     image[29:33] = zlib.crc32(image[12:29]).to_bytes(4, "big")
     with pytest.raises(MediaError, match="exceeds limit"):
