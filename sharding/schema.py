@@ -158,7 +158,7 @@ def named_shards(url: str) -> tuple[str, list[str]]:
             return url, []
         raise ValueError(f"{url} lists {tars[0]}: a list in braces must name .tar files, such as x-{{000..009}}.tar")
     if pattern := next((tar for tar in tars if "*" in tar.rpartition("/")[2]), None):
-        raise ValueError(f"{pattern} is a pattern: give the tars' folder, or a list in braces such as x-{{000..009}}.tar")
+        raise ValueError(f"{pattern} is a pattern: give the tars' folder, or a list in braces as x-{{000..009}}.tar")
     folders = list(dict.fromkeys(tar.rpartition("/")[0] if "/" in tar else "." for tar in tars))
     if len(folders) > 1:
         raise ValueError(f"{url} lists tars of several folders ({folders[0]}, {folders[1]}): give one list a folder")
