@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MAY_IMPORT = {
     "sharding": set(),
     "loaders": {"sharding"},
-    "model": set(),
+    "model": {"sharding"},
     "eval": {"model", "loaders", "sharding"},
     "train": {"eval", "model", "loaders", "sharding"},
     "launch": {"train", "eval", "model", "loaders", "sharding"},

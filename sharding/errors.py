@@ -1,0 +1,74 @@
+"""Errors that a user can mend, told in one line; anything else is a bug and shows its traceback."""
+
+from __future__ import annotations
+
+import errno
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+USER_ERROR = 2  # exit code
+INTERRUPTED = 130
+PROGRAM = Path(__file__).resolve().parent.parent
+ROOMS = {"launch", "train", "eval", "loaders", "model", "sharding"}  # whose files are not the user's to mend
+
+# What the operating system says of the user's disks, files and rights.
+OF_THE_USER = {
+    getattr(errno, name)
+    for name in (
+        "EACCES EDQUOT EEXIST EFBIG EIO EISDIR ELOOP EMFILE ENAMETOOLONG ENFILE ENODEV ENOENT ENOSPC ENOTDIR ENOTEMPTY "
+        "EPERM EROFS ESTALE ETXTBSY EXDEV"
+    ).split()
+}
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class UserError(ValueError):
+    """What a user can mend. The message is one line: the thing, the reason, the remedy."""
+
+    exit_code = USER_ERROR
+
+
+class MissingError(UserError, FileNotFoundError):
+    """Something that the user named does not exist."""
+
+
+class AccessError(UserError, OSError):
+    """Something that the user named cannot be read or written: rights, credentials, a store that does not answer."""
+
+
+def user_message(error: BaseException) -> str | None:
+    """The line that tells the user of an error; None where it is no error that a user can mend."""
+    if isinstance(error, UserError):
+        return " ".join(str(error).split())
+    if not isinstance(error, OSError) or error.errno not in OF_THE_USER or _is_ours(error):
+        return None
+    remedy = ": free some space, and run the same command again" if error.errno in FULL else ""
+    named = "".join(f"{name}: " for name in (error.filename,) if name)
+    return f"{named}{error.strerror}{remedy}"
+
+
+def _is_ours(error: OSError) -> bool:
+    """Whether an error is about a file of this program."""
+    name = error.filename
+    return isinstance(name, str) and any(PROGRAM / room in Path(name).absolute().parents for room in ROOMS)
+
+
+def run_command(body: Callable[[], int], interrupted: str = "interrupted") -> int:
+    """The exit code of a command: `body`'s, 2 with one line where the user can mend it, 130 after Ctrl-C.
+
+    Other errors show their traceback and end with 1.
+    """
+    try:
+        return body()
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{interrupted}\n")
+        return INTERRUPTED
+    except Exception as error:
+        message = user_message(error)
+        if message is None:
+            traceback.print_exc()
+            return 1
+        sys.stderr.write(f"error: {message}\n")
+        return error.exit_code if isinstance(error, UserError) else USER_ERROR
