@@ -15,12 +15,10 @@ ROOMS = {"launch", "train", "eval", "loaders", "model", "sharding"}  # whose fil
 
 # What the operating system says of the user's disks, files and rights.
 OF_THE_USER = {
-    getattr(errno, name)
-    for name in (
-        "EACCES EDQUOT EEXIST EFBIG EIO EISDIR ELOOP EMFILE ENAMETOOLONG ENFILE ENODEV ENOENT ENOSPC ENOTDIR ENOTEMPTY "
-        "EPERM EROFS ESTALE ETXTBSY EXDEV"
-    ).split()
-}
+    errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EIO, errno.EISDIR, errno.ELOOP,
+    errno.EMFILE, errno.ENAMETOOLONG, errno.ENFILE, errno.ENODEV, errno.ENOENT, errno.ENOSPC, errno.ENOTDIR,
+    errno.ENOTEMPTY, errno.EPERM, errno.EROFS, errno.ESTALE, errno.ETXTBSY, errno.EXDEV,
+}  # fmt: skip
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
