@@ -19,6 +19,7 @@ from loaders.text import Tokenizer
 from model.checkpoint import save_model
 from model.config import ModelConfig
 from model.files import weights_fault
+from sharding.errors import UserError
 from train.loss_scale import LossScale
 from train.parts import check_parts, read_parts, whole_weights, write_part
 from train.ranks import Ranks
@@ -70,9 +71,9 @@ def read_state(path: Path) -> TrainingState:
         version = data.pop("version")
         state = TrainingState(**data)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path / STATE} is damaged ({error}): remove {path}, an earlier one is used") from None
+        raise UserError(f"{path / STATE} is damaged ({error}): remove {path}, an earlier one is used") from None
     if version != VERSION:
-        raise ValueError(f"{path} is of version {version}, this program reads version {VERSION}: start a new run")
+        raise UserError(f"{path} is of version {version}, this program reads version {VERSION}: start a new run")
     return state
 
 
@@ -80,7 +81,7 @@ def check_checkpoint(path: Path) -> None:
     """Raise ValueError unless a checkpoint's files are complete, as far as their sizes and headers tell."""
     read_state(path)
     if fault := weights_fault(path / WEIGHTS):
-        raise ValueError(f"{path} is damaged ({fault}): remove it, an earlier one is used")
+        raise UserError(f"{path} is damaged ({fault}): remove it, an earlier one is used")
     check_parts(path / PARTS)
 
 

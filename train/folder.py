@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
+from sharding.errors import UserError
 from train.checkpoints import checkpoint_step, complete_checkpoints
 from train.config import RunConfig
 from train.config_files import flatten, load_settings, to_yaml
@@ -70,11 +71,11 @@ class RunFolder:
         when another run has left no checkpoint there.
         """
         if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"output_dir={self.path} is a file: choose another output_dir")
+            raise UserError(f"output_dir={self.path} is a file: choose another output_dir")
         existing = self.settings.is_file()
         others = self.path.is_dir() and any(not _may_lie_there(entry.name) for entry in self.path.iterdir())
         if not existing and others:
-            raise ValueError(f"output_dir={self.path} is in use by something that is no run: choose another output_dir")
+            raise UserError(f"output_dir={self.path} is in use by something that is no run: choose another output_dir")
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock_or_raise()
         if existing:
@@ -117,7 +118,7 @@ class RunFolder:
                 note = _read_note(handle)
                 if note.get("state") != "stopping" or waited >= WAIT_FOR_STOPPING:
                     handle.close()
-                    raise ValueError(
+                    raise UserError(
                         f"output_dir={self.path} is in use by a running process ({note.get('pid', '?')} on "
                         f"{note.get('host', '?')}): wait for it, stop it, or choose another output_dir"
                     ) from None
@@ -133,12 +134,12 @@ class RunFolder:
 
     def _check_same(self, config: RunConfig) -> None:
         if not config.resume:
-            raise ValueError(
+            raise UserError(
                 f"output_dir={self.path} is in use by an earlier run and resume is off: choose another output_dir, "
                 "or set resume=true to go on with that run"
             )
         if self.finished.is_file():
-            raise ValueError(
+            raise UserError(
                 f"output_dir={self.path} is in use by a run that is finished: choose another output_dir, or remove "
                 f"the folder to train again"
             )
@@ -148,7 +149,7 @@ class RunFolder:
             return
         difference = _difference(self.settings, config)
         if difference and steps:
-            raise ValueError(
+            raise UserError(
                 f"output_dir={self.path} is in use by a run with other settings ({difference}): choose another "
                 "output_dir, or repeat that run's settings to go on with it"
             )

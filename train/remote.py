@@ -11,6 +11,7 @@ from pathlib import Path
 import fsspec
 
 from loaders.failures import check_no_credentials, hide_secrets
+from sharding.errors import AccessError, UserError
 from sharding.schema import join_url
 from train.checkpoints import STATE, complete_checkpoints
 
@@ -28,7 +29,7 @@ class RemoteCheckpoints:
         try:
             self._files, self._root = fsspec.core.url_to_fs(url, **dict(storage))
         except (ValueError, ImportError) as error:
-            raise ValueError(f"checkpoint_url={url}: {error}") from None
+            raise UserError(f"checkpoint_url={url}: {error}") from None
         self._url = url
 
     def steps(self) -> list[str]:
@@ -63,7 +64,7 @@ class RemoteCheckpoints:
             for name in self.steps()[-1:]:
                 self._fetch(name, folder)
         except Exception as error:  # each store has errors of its own
-            raise ConnectionError(
+            raise AccessError(
                 f"checkpoint_url={self._url}: what lies there cannot be brought to {folder} ({reason(error)}): mend "
                 "the way there, or start a new run with another checkpoint_url, or without"
             ) from error
