@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from model.files import write_whole
 from sharding.errors import UserError
 from train.fragments import MOMENTS, before_loading, fragments, loaded, set_optimizer_step
 from train.ranks import Ranks
@@ -47,7 +48,7 @@ def write_part(folder: Path, engine: DeepSpeedEngine, ranks: Ranks, moments: boo
             for kind, tensor in {WEIGHT: part.weight, **part.moments}.items():
                 tensors[key + kind] = tensor.detach().float().cpu().clone()
     path = folder / f"rank_{ranks.rank:05}_of_{ranks.world_size:05}.safetensors"
-    save_file(tensors, str(path))
+    write_whole(path, lambda aside: save_file(tensors, str(aside)))
     return path
 
 
