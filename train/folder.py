@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
+from loaders.settings import EVALUATION, FIXED, FREE, change_on_resume
+from sharding.errors import UserError
 from train.checkpoints import checkpoint_step, complete_checkpoints
 from train.config import RunConfig
 from train.config_files import flatten, load_settings, to_yaml
@@ -19,16 +21,6 @@ from train.config_files import flatten, load_settings, to_yaml
 log = logging.getLogger(__name__)
 
 WAIT_FOR_STOPPING = 90.0  # seconds given to a run that is just saving its last checkpoint
-
-# Settings that may differ when a run goes on: they change what is watched and where, not what is learned.
-FREE = (
-    "output_dir", "data_root", "available_corpus", "test_corpus", "splits", "label", "checkpoint", "resume",
-    "log_every", "save_every", "save_minutes", "keep_checkpoints", "wandb", "tensorboard", "threads", "prefetch",
-    "storage",
-    "max_bad_share", "batch_size_test", "pair_batch_size", "gallery", "gallery_frames", "eval_offload", "tokenizer",
-    "checkpoint_url", "deepspeed", "nvme_path", "accumulate", "gradient_checkpointing", "compile", "max_bad_steps",
-    "stall_seconds", "profile_steps", "quarantine_file", "cache", "feature_cache", "eval_num_frames", "benchmark",
-)  # fmt: skip
 
 
 class RunFolder:
@@ -146,11 +138,18 @@ class RunFolder:
         if not self.settings.read_bytes().strip(b"\0 \n"):
             log.warning("%s was emptied, as by a power cut: this command's settings are the run's", self.settings)
             return
-        difference = _difference(self.settings, config)
+        changes = _changes(self.settings, config)
+        difference = "; ".join(changes[FIXED][:3])
         if difference and steps:
-            raise ValueError(
+            raise UserError(
                 f"output_dir={self.path} is in use by a run with other settings ({difference}): choose another "
                 "output_dir, or repeat that run's settings to go on with it"
+            )
+        if changes[EVALUATION] and steps and config.stop_key is not None:
+            log.warning(
+                "The best checkpoint so far was chosen by another evaluation (%s): its score and those to come may "
+                "not compare",
+                "; ".join(changes[EVALUATION][:3]),
             )
         if steps:
             log.info("Going on with the run in %s from step %d", self.path, steps[-1])
@@ -158,11 +157,15 @@ class RunFolder:
             log.info("The earlier run in %s had saved nothing yet: starting anew", self.path)
 
 
-def _difference(path: Path, config: RunConfig) -> str:
-    """The first settings that differ between a resolved configuration and `config`, in words; empty: none."""
+def _changes(path: Path, config: RunConfig) -> dict[str, list[str]]:
+    """How `config` differs from the resolved configuration at `path`, in words, by what a change of it may affect."""
     there, here = flatten(load_settings(path).config), flatten(config)
-    keys = [key for key in here if key.split(".")[0] not in FREE and there.get(key) != here[key]]
-    return "; ".join(f"{key} is {there.get(key)!r} there, {here[key]!r} here" for key in keys[:3])
+    changes: dict[str, list[str]] = {FIXED: [], EVALUATION: [], FREE: []}
+    for key in dict.fromkeys([*here, *there]):
+        if there.get(key) != here.get(key):
+            text = f"{key} is {there.get(key)!r} there, {here.get(key)!r} here"
+            changes[change_on_resume(RunConfig, key) or FIXED].append(text)
+    return changes
 
 
 def _write_note(handle: IO[str], state: str) -> None:
