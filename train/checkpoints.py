@@ -8,17 +8,19 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from torch import distributed
 
 from loaders.text import Tokenizer
 from model.checkpoint import save_model
 from model.config import ModelConfig
-from model.files import weights_fault
+from model.files import TENSORS, weights_fault
 from train.loss_scale import LossScale
 from train.parts import check_parts, read_parts, whole_weights, write_part
 from train.ranks import Ranks
@@ -148,8 +150,7 @@ def _write_whole_weights(
     """Put the ranks' parts of the weights together on this host, on its CPU, and write `folder/weights`."""
     shapes = {name: _shape(parameter) for name, parameter in engine.module.named_parameters()}
     state = whole_weights(folder / PARTS, shapes)
-    persistent = engine.module.state_dict().keys()
-    state |= {name: buffer.detach().cpu() for name, buffer in engine.module.named_buffers() if name in persistent}
+    state |= {name: buffer.detach().cpu() for name, buffer in persistent_buffers(engine).items()}
     (folder / WEIGHTS).mkdir()
     tokenizer.save(folder / WEIGHTS)
     save_model(state, model_config, folder / WEIGHTS, special_ids(tokenizer))
@@ -169,7 +170,23 @@ def load_checkpoint(path: Path, engine: DeepSpeedEngine) -> TrainingState:
     read_parts(path / PARTS, engine, state.optimizer_step)
     engine.global_steps, engine.skipped_steps = state.step, state.step - state.optimizer_step
     LossScale(engine).load(state.loss_scale)
+    if names := persistent_buffers(engine).keys():
+        with safe_open(str(path / WEIGHTS / TENSORS), framework="pt") as file:
+            set_buffers(engine, {name: file.get_tensor(name) for name in names & set(file.keys())})
     return state
+
+
+def persistent_buffers(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
+    """The buffers of the module that belong to its state, by name."""
+    persistent = engine.module.state_dict().keys()
+    return {name: buffer for name, buffer in engine.module.named_buffers() if name in persistent}
+
+
+def set_buffers(engine: DeepSpeedEngine, state: Mapping[str, torch.Tensor]) -> None:
+    """Set the persistent buffers to those in `state`, which may hold more, or lack some."""
+    for name, buffer in persistent_buffers(engine).items():
+        if name in state:
+            buffer.copy_(state[name])
 
 
 def _optimizer_state(engine: DeepSpeedEngine) -> dict[str, Any]:
