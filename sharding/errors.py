@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -40,16 +42,28 @@ def user_message(error: BaseException) -> str | None:
     """The line that tells the user of an error; None where it is no error that a user can mend."""
     if isinstance(error, UserError):
         return " ".join(str(error).split())
-    if not isinstance(error, OSError) or error.errno not in OF_THE_USER or _is_ours(error):
+    number = os_error_number(error)
+    if number not in OF_THE_USER or _is_ours(error):
         return None
-    remedy = ": free some space, and run the same command again" if error.errno in FULL else ""
-    named = "".join(f"{name}: " for name in (error.filename,) if name)
-    return f"{named}{error.strerror}{remedy}"
+    remedy = ": free some space, and run the same command again" if number in FULL else ""
+    named = "".join(f"{name}: " for name in (getattr(error, "filename", None),) if name)
+    return f"{named}{os.strerror(number)}{remedy}"
 
 
-def _is_ours(error: OSError) -> bool:
+def os_error_number(error: BaseException) -> int | None:
+    """The operating system's number of an error, also where a library in Rust has wrapped it; None where it has none.
+
+    safetensors, for one, raises an error of its own that reads "... No space left on device (os error 28)".
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    wrapped = re.search(r"\(os error (\d+)\)", str(error))
+    return int(wrapped[1]) if wrapped else None
+
+
+def _is_ours(error: BaseException) -> bool:
     """Whether an error is about a file of this program."""
-    name = error.filename
+    name = getattr(error, "filename", None)
     return isinstance(name, str) and any(PROGRAM / room in Path(name).absolute().parents for room in ROOMS)
 
 

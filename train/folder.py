@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from loaders.settings import EVALUATION, FIXED, FREE, change_on_resume
 from sharding.errors import UserError
-from train.checkpoints import checkpoint_step, complete_checkpoints
+from train.checkpoints import checkpoint_step, complete_checkpoints, recover
 from train.config import RunConfig
 from train.config_files import flatten, load_settings, to_yaml
 
@@ -69,13 +69,14 @@ class RunFolder:
             raise ValueError(f"output_dir={self.path} is in use by something that is no run: choose another output_dir")
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock_or_raise()
+        recover(self.checkpoints)
         if existing:
             self._check_same(config)
 
     def begin(self, config: RunConfig) -> None:
         """Write the resolved configuration and remove what an interrupted process has left half-written."""
         for leftover in self.checkpoints.glob(".*.part"):
-            shutil.rmtree(leftover, ignore_errors=True)
+            leftover.unlink() if leftover.is_symlink() else shutil.rmtree(leftover, ignore_errors=True)
         aside = self.settings.with_name(".config.yaml.part")
         with aside.open("w") as file:
             file.write(to_yaml(config))
