@@ -18,6 +18,7 @@ import torch
 from torch import distributed, nn
 
 from eval.gather import gather_objects, meet, share
+from sharding.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ def write_entry(
         made = tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)
     aside = Path(share(made, world_size))
     if not aside.is_dir():
-        raise ValueError(f"feature_cache={folder.parent}: not all processes see the same folder, give a shared one")
+        raise UserError(f"feature_cache={folder.parent}: not all processes see the same folder, give a shared one")
     try:
         _write_part(aside, rank, blocks)
         written = sum(gather_objects(len(_read_part(aside, rank).indices), world_size))

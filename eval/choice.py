@@ -25,6 +25,7 @@ from eval.matching import match_marked
 from eval.metrics import NOT_FINITE
 from loaders.evaluation import Choice
 from model.singularity import Singularity
+from sharding.errors import UserError
 
 NO_CHOICE = -1  # of an item whose visual could not be read
 
@@ -84,7 +85,7 @@ def evaluate_choice(
     finally:
         model.train(training)
     if any(np.isnan(row).any() for row in scores):
-        raise ValueError(NOT_FINITE)
+        raise UserError(NOT_FINITE)
     chosen = [int(row.argmax()) if np.isfinite(row).all() else NO_CHOICE for row in scores]
     known = [(choice.answer, one) for choice, one in zip(dataset.choices, chosen) if choice.answer >= 0]
     correct = sum(answer == one for answer, one in known)

@@ -15,6 +15,7 @@ import numpy as np
 
 from eval.evaluations import find_evaluations
 from eval.outcomes import Outcomes, bootstrap, read_outcomes, with_means
+from sharding.errors import UserError, command
 
 CHUNK = 1 << 22  # signs drawn at once
 
@@ -72,7 +73,7 @@ def compare(
     theirs = {(part.metrics, part.kind): part for part in second}
     names = dict.fromkeys(name for name, kind in ours if (name, kind) in theirs)
     if not names:
-        raise ValueError(
+        raise UserError(
             f"the evaluations share no test set: the first has {_listed(first)}, the second {_listed(second)}"
         )
     found = []
@@ -80,7 +81,7 @@ def compare(
         pairs = [_paired(ours[key], theirs[key]) for key in ours if key[0] == name and key in theirs]
         shared = sum(len(one.queries) for one, _ in pairs)
         if not shared:
-            raise ValueError(f"{name}: the evaluations share no query, they are of different test sets")
+            raise UserError(f"{name}: the evaluations share no query, they are of different test sets")
         found.append(
             Comparison(
                 metrics=name,
@@ -231,6 +232,7 @@ def _told(value: float | None) -> str:
     return "not ranked" if value is None else f"{value:g}"
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line: two evaluations of the same test sets."""
     parser = argparse.ArgumentParser(prog="python -m eval.compare", description=__doc__)
@@ -242,12 +244,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--changes", type=int, default=5, metavar="N", help="queries listed of each kind (%(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write the comparison there as well")
     options = parser.parse_args(arguments)
-    try:
-        (first, ours), (second, theirs) = load(options.first), load(options.second)
-        found = compare(ours, theirs, max(1, options.resamples), max(0, options.changes))
-    except (OSError, ValueError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    (first, ours), (second, theirs) = load(options.first), load(options.second)
+    found = compare(ours, theirs, max(1, options.resamples), max(0, options.changes))
     if options.json:
         content: dict[str, Any] = {"first": first, "second": second, "comparisons": [asdict(one) for one in found]}
         Path(options.json).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

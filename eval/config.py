@@ -9,6 +9,7 @@ from eval.published import benchmarks
 from loaders.config import PerMedia
 from loaders.settings import evaluation, fixed, free
 from model.config import ENSEMBLES
+from sharding.errors import UserError
 
 TASKS = ("retrieval", "qa", "choice")
 ACCURACIES = ("exact", "vqa")
@@ -38,15 +39,15 @@ class EvalConfig:
         """Check the values; raises ValueError naming the key."""
         for name, choices in (("task", TASKS), ("eval_frame_ensemble", ENSEMBLES), ("accuracy", ACCURACIES)):
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, must be one of {', '.join(choices)}")
+                raise UserError(f"{name} is {getattr(self, name)!r}, must be one of {', '.join(choices)}")
         if self.benchmark is not None and self.benchmark not in benchmarks():
             near = get_close_matches(self.benchmark, benchmarks()) or benchmarks()
-            raise ValueError(
+            raise UserError(
                 f"benchmark is {self.benchmark!r}, of which nothing is published: {', '.join(near)}, or null"
             )
         if any(frames < 1 for frames in self.eval_num_frames):
-            raise ValueError(f"eval_num_frames is {self.eval_num_frames}: each must be at least 1")
+            raise UserError(f"eval_num_frames is {self.eval_num_frames}: each must be at least 1")
         if self.k_test < 0:
-            raise ValueError(f"k_test is {self.k_test}, must be 0 (dual encoder only) or more")
+            raise UserError(f"k_test is {self.k_test}, must be 0 (dual encoder only) or more")
         if self.pair_batch_size < 1:
-            raise ValueError(f"pair_batch_size is {self.pair_batch_size}, must be at least 1")
+            raise UserError(f"pair_batch_size is {self.pair_batch_size}, must be at least 1")

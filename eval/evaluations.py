@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sharding.errors import MissingError, UserError
+
 FORMAT_VERSION = 2
 
 
@@ -39,7 +41,7 @@ def find_evaluations(paths: Sequence[str | Path]) -> list[Evaluation]:
         folders = [path] if (path / "evaluation.json").is_file() else list(path.glob("evaluation/*/"))
         folders = [folder for folder in folders if (folder / "evaluation.json").is_file()]
         if not folders:
-            raise FileNotFoundError(
+            raise MissingError(
                 f"{path} holds no evaluation (no evaluation/LABEL/evaluation.json): "
                 "evaluate it first with launch/evaluate.py"
             )
@@ -55,10 +57,10 @@ def read_evaluation(folder: str | Path) -> Evaluation:
         try:
             parts.append(json.loads((folder / name).read_text(encoding="utf-8")))
         except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(f"{folder / name} cannot be read ({error}): evaluate again") from None
+            raise UserError(f"{folder / name} cannot be read ({error}): evaluate again") from None
     version = parts[1].get("version")
     if version != FORMAT_VERSION:
-        raise ValueError(
+        raise UserError(
             f"{folder} is an evaluation of version {version}, this program reads version {FORMAT_VERSION}: "
             "evaluate again"
         )

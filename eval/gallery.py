@@ -13,6 +13,7 @@ from PIL import Image, ImageEnhance
 from eval.features import VisualData
 from eval.metrics import NOT_RANKED, Truth, true_ranks
 from eval.ranking import top_items
+from sharding.errors import AccessError
 from sharding.media import MediaError
 from sharding.media.picture import decode_picture
 
@@ -118,7 +119,7 @@ def strip(frames: Sequence[bytes], cell: int = CELL) -> bytes:
         try:
             frame = Image.fromarray(decode_picture(data).pixels)
         except MediaError as error:
-            raise OSError(f"a frame cannot be shown: {error}") from None
+            raise AccessError(f"a frame cannot be shown: {error}") from None
         scale = cell / max(frame.size)
         width, height = (max(1, round(side * scale)) for side in frame.size)
         fill = frame.resize((6, 6), Image.Resampling.BOX).resize((cell, cell), Image.Resampling.BICUBIC)

@@ -9,6 +9,7 @@ from math import comb
 import numpy as np
 
 from eval.ranking import row_blocks
+from sharding.errors import UserError
 
 RECALL_AT = (1, 5, 10)
 NOT_RANKED = np.iinfo(np.int64).max  # rank of a true item that was never scored
@@ -62,7 +63,7 @@ def true_ranks(scores: np.ndarray, truth: Truth) -> TrueRanks:
     for block in row_blocks(len(queries), scores.shape[1]):
         rows = scores[queries[block]]
         if np.isnan(rows).any():
-            raise ValueError(NOT_FINITE)
+            raise UserError(NOT_FINITE)
         is_true = np.zeros(rows.shape, dtype=bool)
         for row, query in enumerate(queries[block]):
             is_true[row, truth[query]] = True

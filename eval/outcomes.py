@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from eval.metrics import NOT_RANKED, RECALL_AT
+from sharding.errors import MissingError, UserError
 from sharding.parquet import read_table
 
 TYPES = ("question_type", "answer_type")
@@ -92,13 +93,13 @@ def write_outcomes(path: Path, outcomes: Sequence[Outcomes]) -> None:
 def read_outcomes(path: Path) -> list[Outcomes]:
     """What `write_outcomes` wrote. Raises FileNotFoundError, or ValueError when it is no such table."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: evaluate again with launch/evaluate.py")
+        raise MissingError(f"{path} does not exist: evaluate again with launch/evaluate.py")
     try:
         table = read_table(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is no table of outcomes ({error}): evaluate again") from None
+        raise UserError(f"{path} is no table of outcomes ({error}): evaluate again") from None
     if not table.schema.equals(SCHEMA):
-        raise ValueError(f"{path} has other columns than a table of outcomes: evaluate again")
+        raise UserError(f"{path} has other columns than a table of outcomes: evaluate again")
     found = []
     keys = table.select(["metrics", "kind"]).to_pylist()
     for key in dict.fromkeys((row["metrics"], row["kind"]) for row in keys):

@@ -21,6 +21,7 @@ from eval.gather import gather_rows
 from eval.metrics import NOT_FINITE
 from loaders.evaluation import Question
 from model.answering import SingularityQA
+from sharding.errors import UserError
 
 QUESTIONS_AT_ONCE = 16
 ANNOTATORS = 10  # of a VQA question
@@ -71,9 +72,9 @@ def evaluate_answers(
     """
     model.check_ensemble(config.eval_frame_ensemble, config.ensemble_skips_temporal)
     if not answer_list:
-        raise ValueError("the answer list is empty: give the answers that may be given, one string each")
+        raise UserError("the answer list is empty: give the answers that may be given, one string each")
     if config.k_test < 1:
-        raise ValueError(f"k_test is {config.k_test}, must be at least 1 for question answering")
+        raise UserError(f"k_test is {config.k_test}, must be at least 1 for question answering")
     start = time.perf_counter()
     training = model.training
     model.eval()
@@ -95,7 +96,7 @@ def evaluate_answers(
     nothing = (torch.empty(0, dtype=torch.int64), torch.empty(0, k, dtype=torch.int64), torch.empty(0, k))
     rows, ids, values = (gather_rows(torch.cat(part), world_size).numpy() for part in zip(nothing, *own))
     if np.isnan(values).any():
-        raise ValueError(NOT_FINITE)
+        raise UserError(NOT_FINITE)
     answers[rows], probabilities[rows] = ids, values
     predictions = [answer_list[first] if first >= 0 else None for first in answers[:, 0].tolist()]
     annotated = [annotated_by(item) for item in dataset.questions]

@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from eval.evaluations import Evaluation, find_evaluations
 from eval.published import SOURCE
 from eval.report_tables import bars, console_table, frame_curves, loss_curves, tables
+from sharding.errors import command
 
 
 def write_report(paths: Sequence[str | Path], output: str | Path, title: str = "Evaluation") -> Path:
@@ -85,6 +86,7 @@ def _galleries(evaluations: Sequence[Evaluation], pictures: _Pictures) -> list[d
     return galleries
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line: evaluation folders of several runs into one page and a table."""
     parser = argparse.ArgumentParser(prog="python -m eval.report", description=__doc__)
@@ -92,12 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", default="report.html", metavar="FILE", help="page to write (default: %(default)s)")
     parser.add_argument("--title", default="Evaluation", help="heading of the page (default: %(default)s)")
     options = parser.parse_args(arguments)
-    try:
-        output = write_report(options.runs, options.output, options.title)
-        table = console_table(find_evaluations(options.runs))
-    except (FileNotFoundError, ValueError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    output = write_report(options.runs, options.output, options.title)
+    table = console_table(find_evaluations(options.runs))
     sys.stdout.write(f"{table}\n\nreport: {output}\n")
     return 0
 

@@ -29,6 +29,7 @@ from loaders.text import Tokenizer, clean_text
 from model.checkpoint import load_model, resolve_weights
 from model.scoring import match_pairs
 from model.singularity import Singularity
+from sharding.errors import AccessError, UserError, command
 
 log = logging.getLogger(__name__)
 
@@ -63,11 +64,11 @@ class VisualSearch:
         weights = resolve_weights(checkpoint)
         brings_own = weights.is_dir() and (weights / "vocab.txt").is_file()
         if not brings_own and tokenizer is None:
-            raise ValueError(f"{weights} brings no vocabulary: give the one it was trained with, --tokenizer vocab.txt")
+            raise UserError(f"{weights} brings no vocabulary: give the one it was trained with, --tokenizer vocab.txt")
         self.tokenizer = Tokenizer.load(str(weights) if tokenizer is None else tokenizer)
         model = load_model(weights)
         if not isinstance(model, Singularity):
-            raise ValueError(f"{checkpoint} answers questions and cannot search: give a model for retrieval")
+            raise UserError(f"{checkpoint} answers questions and cannot search: give a model for retrieval")
         self.model = model.to(device)
         video = VideoInput(num_frames_test=num_frames)
         self.dataset = VisualSet(corpus, LoaderConfig(image_res=model.config.image_res, video_input=video))
@@ -86,7 +87,7 @@ class VisualSearch:
         """
         text = clean_text(query)
         if not text:
-            raise ValueError(f"the query {query!r} has no words: describe what is to be seen")
+            raise UserError(f"the query {query!r} has no words: describe what is to be seen")
         with self._busy, torch.inference_mode():
             length = self.model.config.text_encoder.max_positions
             texts = encode_texts(self.model, *self.tokenizer.encode([text], length))
@@ -112,7 +113,7 @@ class VisualSearch:
         with self._busy:
             frames = self.dataset.thumbnail(visual, FRAMES_SHOWN if self.dataset.media_type == "video" else 1)
         if not frames:
-            raise OSError(f"{self.dataset.sources[visual]} cannot be read")
+            raise AccessError(f"{self.dataset.sources[visual]} cannot be read")
         return strip(frames), len(frames)
 
 
@@ -187,31 +188,28 @@ def parser() -> argparse.ArgumentParser:
     return result  # fmt: skip
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line: search once, or serve a page."""
     options = parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        if options.query is None and not options.serve:
-            raise ValueError("there is nothing to search for: give a QUERY, or --serve for a web page")
-        if options.top < 1 or options.candidates < 0 or options.frames < 1:
-            raise ValueError("--top and --frames must be at least 1, --candidates at least 0")
-        search = VisualSearch(
-            options.checkpoint,
-            options.corpus,
-            options.cache or default_cache(),
-            options.frames,
-            options.tokenizer,
-            options.device,
-        )
-        if options.serve:
-            serve(search, options.host, options.port, options.top, options.candidates)
-            return 0
-        hits = search.find(options.query, options.top, options.candidates)
-        Path(options.output).write_bytes(contact_sheet(search, options.query, hits))
-    except (OSError, ValueError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    if options.query is None and not options.serve:
+        raise UserError("there is nothing to search for: give a QUERY, or --serve for a web page")
+    if options.top < 1 or options.candidates < 0 or options.frames < 1:
+        raise UserError("--top and --frames must be at least 1, --candidates at least 0")
+    search = VisualSearch(
+        options.checkpoint,
+        options.corpus,
+        options.cache or default_cache(),
+        options.frames,
+        options.tokenizer,
+        options.device,
+    )
+    if options.serve:
+        serve(search, options.host, options.port, options.top, options.candidates)
+        return 0
+    hits = search.find(options.query, options.top, options.candidates)
+    Path(options.output).write_bytes(contact_sheet(search, options.query, hits))
     sys.stdout.write(f"{hits_table(hits)}\n\ncontact sheet: {options.output}\n")
     return 0
 

@@ -21,6 +21,7 @@ from typing import Any
 from launch import findings
 from launch.findings import BAD, OK, WARNING, Finding
 from launch.nodes import ROOT, Node, NodeError, ask_all, find_nodes, start
+from sharding.errors import command
 from train.config import RunConfig
 from train.config_files import load_settings
 
@@ -294,14 +295,11 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = parser().parse_intermixed_args(arguments)
-    try:
-        found = examine(options)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    found = examine(options)
     if options.json:
         sys.stdout.write(json.dumps([asdict(finding) for finding in found], indent=1) + "\n")
     else:

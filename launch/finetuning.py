@@ -10,6 +10,7 @@ import torch
 
 from launch.training import train
 from model.building import Model
+from sharding.errors import UserError
 from train.config_files import Settings
 from train.evaluation import Metrics, evaluate_splits
 from train.loop import Evaluate
@@ -23,9 +24,9 @@ def finetune(settings: Settings, ranks: Ranks, tasks: Sequence[str]) -> None:
     """Fine-tune for one of `tasks`. Raises ValueError for another one, or when there is nothing to evaluate."""
     run = settings.config
     if run.task not in tasks:
-        raise ValueError(f"the configuration is for task={run.task}: start it with launch/{ENTRY_POINTS[run.task]}.py")
+        raise UserError(f"the configuration is for task={run.task}: start it with launch/{ENTRY_POINTS[run.task]}.py")
     if not run.test_corpus:
-        raise ValueError("test_corpus is empty: name the packed corpora to evaluate, test_corpus.NAME=URL")
+        raise UserError("test_corpus is empty: name the packed corpora to evaluate, test_corpus.NAME=URL")
     train(settings, ranks, evaluation)
 
 

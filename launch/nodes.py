@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from sharding.errors import UserError
+
 ROOT = Path(__file__).resolve().parent.parent
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=10")
 
@@ -85,7 +87,7 @@ def find_nodes(hostfile: str | None) -> tuple[dict[str, int], str]:
 
         found = fetch_hostfile(hostfile) if Path(hostfile).is_file() else None
         if not found:
-            raise ValueError(f"--hostfile {hostfile} names no hosts: one a line, such as `node1 slots=8`")
+            raise UserError(f"--hostfile {hostfile} names no hosts: one a line, such as `node1 slots=8`")
         return dict(found), "ssh"
     if "SLURM_JOB_NODELIST" in os.environ:
         words = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]

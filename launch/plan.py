@@ -16,6 +16,7 @@ from loaders.config import LoaderConfig, PerMedia
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader
 from loaders.vocab import corpus_texts, learn_from_texts
+from sharding.errors import UserError, command
 
 TEXTS_TO_LEARN_FROM = 5000
 NODES = (1, 2, 4, 8, 16, 32, 64)
@@ -246,22 +247,19 @@ def chosen_medium(options: argparse.Namespace) -> Medium:
         medium, _ = measure(options.measure, LoaderConfig(batch_size=size))
         return replace(medium, samples=options.scale_to or medium.samples)
     if not options.set:
-        raise ValueError("name a training set: --set webvid_cc3m, or --measure URL ... for packed corpora")
+        raise UserError("name a training set: --set webvid_cc3m, or --measure URL ... for packed corpora")
     photos, clips = SETS[options.set]
     if options.cached:
         photos = replace(photos, bytes_shown=photos.bytes_stored, requests=photos.bytes_stored / 2**20)
     return photos + clips
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = parser().parse_args(arguments)
     cluster = Cluster(**{field.name: getattr(options, field.name) for field in fields(Cluster)})
-    try:
-        medium = chosen_medium(options)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    medium = chosen_medium(options)
     plans = [make_plan(medium, cluster, nodes) for nodes in options.nodes]
     if options.json:
         told = [{**asdict(plan), "seconds": plan.seconds, "binds": plan.binds} for plan in plans]

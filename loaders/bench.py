@@ -25,6 +25,7 @@ from loaders.storage import CorpusReader
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader
 from loaders.vocab import corpus_texts, learn_from_texts
+from sharding.errors import UserError, command
 
 TEXTS_TO_LEARN_FROM = 5000
 GUILTY = 0.3  # share of the time that decoding waits for reading, from which reading is to blame
@@ -236,7 +237,7 @@ def parse_options(pairs: Sequence[str]) -> dict[str, str]:
     """{"key": "value"} of KEY=VALUE texts; raises ValueError when one is not of that form."""
     wrong = [pair for pair in pairs if "=" not in pair]
     if wrong:
-        raise ValueError(f"--storage {wrong[0]}: must be KEY=VALUE")
+        raise UserError(f"--storage {wrong[0]}: must be KEY=VALUE")
     return dict(pair.split("=", 1) for pair in pairs)
 
 
@@ -283,16 +284,13 @@ def configuration(options: argparse.Namespace) -> LoaderConfig:
     )
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = parser().parse_args(arguments)
     gc.collect()
     gc.freeze()  # as training does
-    try:
-        figures, setup = measure(options.corpora, configuration(options), options.seconds, options.step_ms / 1000)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    figures, setup = measure(options.corpora, configuration(options), options.seconds, options.step_ms / 1000)
     if options.json:
         sys.stdout.write(json.dumps({**asdict(figures), **asdict(setup)}) + "\n")
     else:

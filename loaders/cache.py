@@ -25,6 +25,8 @@ from pathlib import Path
 
 import psutil
 
+from sharding.errors import UserError
+
 log = logging.getLogger("loaders")
 
 FOLDER = "singularity-cache-1"  # inside the folder of the user: nothing else is ever removed
@@ -62,7 +64,7 @@ class DiskCache:
             with self._changing() as database:
                 self._take_back(database)
         except OSError as error:
-            raise ValueError(f"cache.folder={folder} cannot be written to ({error.strerror}): choose another") from None
+            raise UserError(f"cache.folder={folder} cannot be written to ({error.strerror}): choose another") from None
 
     def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes | None:
         """An item's bytes from `offset` on; None when it is not there."""

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sharding.errors import UserError
+
 CROP_AREA = (0.5, 1.0)
 CROP_ASPECT = (3 / 4, 4 / 3)
 CROP_TRIES = 10
@@ -52,7 +54,7 @@ def choose_frames(
         elif sample_type == "rand" and numbers is not None:
             chosen = edges[:-1] + (numbers[: len(edges) - 1] * np.diff(edges)).astype(np.int64)
         else:
-            raise ValueError(f"sample_type is {sample_type!r}: without random numbers it must be middle or fpsX")
+            raise UserError(f"sample_type is {sample_type!r}: without random numbers it must be middle or fpsX")
     return np.concatenate([chosen, np.full(num_frames - len(chosen), chosen[-1], np.int64)])
 
 
@@ -70,7 +72,7 @@ def check_sample_type(sample_type: str) -> None:
     if sample_type.startswith("fps"):
         parse_rate(sample_type)
     elif sample_type not in ("rand", "middle"):
-        raise ValueError(f"sample_type is {sample_type!r}, must be rand, middle or fpsX such as fps2")
+        raise UserError(f"sample_type is {sample_type!r}, must be rand, middle or fpsX such as fps2")
 
 
 def parse_rate(sample_type: str) -> float:
@@ -80,7 +82,7 @@ def parse_rate(sample_type: str) -> float:
     except ValueError:
         rate = 0.0
     if rate <= 0:
-        raise ValueError(f"sample_type is {sample_type!r}: after fps stands a positive number, such as fps0.5")
+        raise UserError(f"sample_type is {sample_type!r}: after fps stands a positive number, such as fps0.5")
     return rate
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from loaders.settings import evaluation, fixed, free
+from sharding.errors import UserError
 
 
 @dataclass
@@ -87,13 +88,13 @@ def check_storage(config: LoaderConfig) -> None:
     remote, cache = config.remote, config.cache
     for name in ("connections", "ahead_mb", "ahead_steps", "deadline", "try_seconds"):
         if getattr(remote, name) <= 0:
-            raise ValueError(f"remote.{name} is {getattr(remote, name)}, must be more than 0")
+            raise UserError(f"remote.{name} is {getattr(remote, name)}, must be more than 0")
     at_least_0 = {f"remote.{name}": getattr(remote, name) for name in ("gap_kb", "requests_per_second")}
     at_least_0 |= {"remote.starts_per_second": remote.starts_per_second, "patience": config.patience}
     for name, value in {**at_least_0, "cache.index_mb": cache.index_mb}.items():
         if value < 0:
-            raise ValueError(f"{name} is {value}, must be 0 or more")
+            raise UserError(f"{name} is {value}, must be 0 or more")
     if not 0 <= remote.hedge_percentile < 1:
-        raise ValueError(f"remote.hedge_percentile is {remote.hedge_percentile}, must be at least 0 and below 1")
+        raise UserError(f"remote.hedge_percentile is {remote.hedge_percentile}, must be at least 0 and below 1")
     if bool(cache.folder) != (cache.gb > 0):
-        raise ValueError(f"cache.folder is {cache.folder!r} and cache.gb {cache.gb}: set both, or neither")
+        raise UserError(f"cache.folder is {cache.folder!r} and cache.gb {cache.gb}: set both, or neither")

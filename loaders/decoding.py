@@ -14,6 +14,7 @@ from loaders.auto import AutoDecoder
 from loaders.decode_worker import packed
 from loaders.pixels import Clip
 from loaders.workers import MemoryPool, Workers
+from sharding.errors import UserError
 
 log = logging.getLogger("loaders")
 
@@ -48,7 +49,7 @@ def make_decoder(
         ValueError: unknown backend, or decode=dali where DALI cannot be used.
     """
     if backend not in BACKENDS:
-        raise ValueError(f"decode is {backend!r}, must be one of {', '.join(BACKENDS)}")
+        raise UserError(f"decode is {backend!r}, must be one of {', '.join(BACKENDS)}")
     on_gpu = device.type == "cuda"
     if backend == "cpu" or (backend == "auto" and (deterministic or not on_gpu)):
         return CpuDecoder(size, threads, antialias, pin=on_gpu)
@@ -56,7 +57,7 @@ def make_decoder(
         dali = _dali(size, threads, antialias, device, deterministic)
     except _UnusableError as error:
         if backend == "dali":
-            raise ValueError(f"decode=dali, but {error}, or set decode=cpu") from None
+            raise UserError(f"decode=dali, but {error}, or set decode=cpu") from None
         log.warning("decode=auto: images are decoded on the CPU, because %s", error)
         return CpuDecoder(size, threads, antialias, pin=on_gpu)
     return dali if backend == "dali" else AutoDecoder(CpuDecoder(size, threads, antialias, pin=on_gpu), dali)

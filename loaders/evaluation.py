@@ -19,6 +19,7 @@ from loaders.node import this_node
 from loaders.pixels import Clip
 from loaders.storage import open_corpus
 from loaders.text import clean_text
+from sharding.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class VisualSet:
     def __init__(self, url: str, config: LoaderConfig) -> None:
         check_sample_type(config.video_input.sample_type_test)
         if config.video_input.sample_type_test == "rand":
-            raise ValueError(
+            raise UserError(
                 "sample_type_test is 'rand', but test sets show the same frames each time: set middle or fpsX"
             )
         self.reader = open_corpus(url, config)
@@ -157,7 +158,7 @@ class RetrievalSet(VisualSet):
     def __init__(self, url: str, config: LoaderConfig, paragraph: bool = False) -> None:
         super().__init__(url, config)
         if not sum(self.reader.corpus.counts("captions")):
-            raise ValueError(f"{url} holds no captions: it is no retrieval set")
+            raise UserError(f"{url} holds no captions: it is no retrieval set")
         numbers: dict[str, int] = {}
         self.texts: list[str] = []
         self.visuals_of_text: list[list[int]] = []
@@ -206,7 +207,7 @@ class QASet(VisualSet):
             for item in index.texts("questions", row)
         ]
         if not self.questions:
-            raise ValueError(f"{url} holds no questions: it is no question-answering set")
+            raise UserError(f"{url} holds no questions: it is no question-answering set")
 
 
 @dataclass(frozen=True)
@@ -230,4 +231,4 @@ class ChoiceSet(VisualSet):
             for item in index.texts("choices", row)
         ]
         if not self.choices:
-            raise ValueError(f"{url} holds no options: it is no multiple-choice set")
+            raise UserError(f"{url} holds no options: it is no multiple-choice set")

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
+from sharding.errors import UserError
 from sharding.remote import AGAIN, WebError, answer_of, is_transient, reason_of
 
 SECRET_OPTIONS = re.compile(r"secret|password|passwd|token|key|credential|sas|authorization", re.I)
@@ -111,7 +112,7 @@ def check_no_credentials(url: str, options: Mapping[str, Any]) -> None:
     where = "take credentials from the environment instead (AWS_*, GOOGLE_APPLICATION_CREDENTIALS, ~/.aws, ~/.netrc)"
     parts = urlsplit(url) if "://" in url else None
     if parts is not None and ("@" in parts.netloc or parts.query):
-        raise ValueError(f"the URL of {public_url(url)} holds a user, a password or a signature: {where}")
+        raise UserError(f"the URL of {public_url(url)} holds a user, a password or a signature: {where}")
     for name, value in options.items():
         if SECRET_OPTIONS.search(name) and value not in HARMLESS_TOKENS:
-            raise ValueError(f"storage.{name} holds credentials: {where}")
+            raise UserError(f"storage.{name} holds credentials: {where}")

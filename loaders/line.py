@@ -26,6 +26,7 @@ from loaders.pixels import Clip
 from loaders.plan import EpochPlan
 from loaders.shared import turned
 from loaders.storage import CorpusReader
+from sharding.errors import UserError
 
 TRAINING_UNITS = ("samples", "captions", "questions")
 IMAGE_FRAMES = np.zeros(1, np.int64)
@@ -76,7 +77,7 @@ class Line:
         place: float = 0.0,
     ) -> None:
         if config.unit not in TRAINING_UNITS:
-            raise ValueError(f"unit is {config.unit!r}, must be one of {', '.join(TRAINING_UNITS)}")
+            raise UserError(f"unit is {config.unit!r}, must be one of {', '.join(TRAINING_UNITS)}")
         check_sample_type(config.video_input.sample_type)
         self.media_type, self.readers, self.config, self.pool, self.place = media_type, readers, config, pool, place
         self.shards = [
@@ -87,7 +88,7 @@ class Line:
         text_kind = "questions" if config.unit == "questions" else "captions"
         for reader in readers:
             if not sum(reader.corpus.counts(text_kind)):
-                raise ValueError(f"{reader.corpus.url} holds no {text_kind}: this task cannot train on it")
+                raise UserError(f"{reader.corpus.url} holds no {text_kind}: this task cannot train on it")
         self.units = self.plan(0).units  # in every epoch
         self._places = np.array(self.shards, np.int64).reshape(-1, 2)  # (S, 2) corpus and shard
 

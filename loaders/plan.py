@@ -8,6 +8,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from sharding.errors import UserError
+
 CHUNKS_PER_LANE = 8  # a corpus of few shards is cut finer, so that it mixes well too
 SHARD_ORDER, WINDOW_ORDER, MEDIA_ORDER, PASS_ORDER = 1, 2, 3, 4  # what a generator is for; part of its key
 NOTHING = np.zeros(0, np.int64)
@@ -169,10 +171,10 @@ def media_schedule(steps: dict[str, int], seed: int, epoch: int) -> list[str]:
 def check_world_size(batch_size: int, world_size: int, media_type: str) -> None:
     """Raise ValueError, with sizes that fit, unless every rank gets an equal part of a global batch."""
     if batch_size <= 0:
-        raise ValueError(f"batch_size.{media_type} is {batch_size}: set it to a multiple of {world_size} (processes)")
+        raise UserError(f"batch_size.{media_type} is {batch_size}: set it to a multiple of {world_size} (processes)")
     if batch_size % world_size:
         lower, upper = batch_size // world_size * world_size, -(-batch_size // world_size) * world_size
         fits = " or ".join(str(size) for size in (lower, upper) if size)
-        raise ValueError(
+        raise UserError(
             f"batch_size.{media_type}={batch_size} cannot be shared equally by {world_size} processes: use {fits}"
         )

@@ -14,6 +14,7 @@ from loaders.batch import Batch, normalize
 from loaders.config import LoaderConfig, PerMedia, VideoInput
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader
+from sharding.errors import command
 
 MARGIN = 8
 LINE = 14  # pixels of a line of text
@@ -89,15 +90,12 @@ def first_batch(options: argparse.Namespace, tokenizer: Tokenizer) -> Batch:
         loader.close()
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = parser().parse_args(arguments)
-    try:
-        tokenizer = Tokenizer.load(options.tokenizer)
-        batch_sheet(first_batch(options, tokenizer), tokenizer, options.columns).save(options.output)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    tokenizer = Tokenizer.load(options.tokenizer)
+    batch_sheet(first_batch(options, tokenizer), tokenizer, options.columns).save(options.output)
     sys.stdout.write(f"{options.output}: {options.count} samples\n")
     return 0
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loaders.line import Draw
+from sharding.errors import UserError
 
 log = logging.getLogger("loaders")
 
@@ -64,7 +65,7 @@ class Quarantine:
         spread = math.sqrt(seen * self.max_share * max(0.0, 1 - self.max_share))
         if seen >= ENOUGH_TO_JUDGE and len(self) > self.max_share * seen + CERTAIN * spread:
             name, reason = list(self.reasons.items())[-1]
-            raise ValueError(
+            raise UserError(
                 f"{len(self)} of {seen:.0f} samples are unusable, more than max_bad_share={self.max_share}; "
                 f"the last is {name} ({reason}): check the corpus with `python -m sharding.verify`"
             )

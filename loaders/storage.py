@@ -26,6 +26,7 @@ from loaders.node import Node, share_of, this_node, wait_for_turn
 from loaders.ranges import Span, coalesce, cut
 from loaders.remote import Part, Remote, is_local
 from loaders.shared import REFETCHES, SharedFiles
+from sharding.errors import UserError
 from sharding.schema import Corpus, join_url, named_shards, parse_index, read_corpus, read_index
 
 log = logging.getLogger("loaders")
@@ -283,7 +284,7 @@ def check_cache(readers: Sequence[CorpusReader], config: LoaderConfig, lanes_her
             size = sum(shard.bytes + shard.index_bytes for shard in shards)
             need += min(1.0, lanes_here * (config.window_shards + 1) / len(shards)) * size
     if need > config.cache.gb * 1e9:
-        raise ValueError(
+        raise UserError(
             f"cache.gb={config.cache.gb:g} is too little: {lanes_here} lanes of this node are at {need / 1e9:.3g} GB "
             f"at a time (window_shards={config.window_shards}); raise cache.gb to that, or lower lanes or window_shards"
         )

@@ -14,6 +14,8 @@ from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
+from sharding.errors import MissingError, UserError
+
 DELETED = re.compile(r"[,.'!?\"()*#:;~]")
 ID = np.dtype(np.int32)
 WORDS_KEPT = 200_000  # of which the ids are remembered
@@ -33,7 +35,7 @@ class Tokenizer:
         self.path = Path(vocab)
         missing = set(SPECIAL) - set(self.path.read_text(encoding="utf-8").splitlines())
         if missing:
-            raise ValueError(f"{vocab} lacks {', '.join(sorted(missing))}: it is no BERT vocabulary")
+            raise UserError(f"{vocab} lacks {', '.join(sorted(missing))}: it is no BERT vocabulary")
         self._tokenizer = tokenizers.Tokenizer(WordPiece.from_file(str(vocab), unk_token="[UNK]"))
         self._tokenizer.add_special_tokens(list(SPECIAL))
         self._tokenizer.normalizer = BertNormalizer(lowercase=True)
@@ -58,7 +60,7 @@ class Tokenizer:
         if path.is_file():
             return cls(path)
         if path.suffix == ".txt" or len(path.parts) > 2 or path.is_dir():
-            raise FileNotFoundError(f"tokenizer: {name} is no vocabulary file and no folder with a vocab.txt")
+            raise MissingError(f"tokenizer: {name} is no vocabulary file and no folder with a vocab.txt")
         return cls(hub_vocabulary(name))
 
     def encode(self, texts: Sequence[str], max_length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,7 +117,7 @@ def hub_vocabulary(name: str) -> str:
     try:
         return str(Path(snapshot_download(name, allow_patterns=["vocab.txt"])) / "vocab.txt")
     except Exception as error:  # the hub client raises many kinds; all mean: not to be had
-        raise FileNotFoundError(
+        raise MissingError(
             f"tokenizer={name} is no local file or folder, and the Hugging Face hub did not give it "
             f"({type(error).__name__}): check the name and the network, or set tokenizer=/path/to/vocab.txt"
         ) from None

@@ -26,6 +26,7 @@ from loaders.plan import EpochPlan, check_world_size, media_schedule, rank_posit
 from loaders.quarantine import Quarantine
 from loaders.storage import check_cache, open_corpus
 from loaders.text import Tokenizer, clean_text
+from sharding.errors import UserError
 
 log = logging.getLogger("loaders")
 
@@ -72,7 +73,7 @@ class TrainLoader:
         device: torch.device | str = "cpu",
     ) -> None:
         if not corpora:
-            raise ValueError("train_corpus is empty: name at least one packed corpus")
+            raise UserError("train_corpus is empty: name at least one packed corpus")
         check_positive(config)
         self.config, self.tokenizer, self.rank, self.world_size = config, tokenizer, rank, world_size
         lanes = config.lanes // math.gcd(config.lanes, world_size)  # that this rank reads
@@ -110,7 +111,7 @@ class TrainLoader:
         size, units = self.batch_size[kind], self.lines[kind].units
         check_world_size(size, self.world_size, kind)
         if size > units:
-            raise ValueError(
+            raise UserError(
                 f"batch_size.{kind}={size} is more than the {units} {self.config.unit} there are: choose a smaller one"
             )
         return units // size
@@ -294,7 +295,7 @@ class TrainLoader:
         self.counters["quarantined"] = len(self.quarantine)
         step.tries[row] += 1
         if step.tries[row] >= MAX_REPLACEMENTS:
-            raise ValueError(
+            raise UserError(
                 f"{MAX_REPLACEMENTS} samples in a row are unusable, the last {draw.name} ({reason}): "
                 "check the corpus with `python -m sharding.verify`"
             )
@@ -336,20 +337,20 @@ class TrainLoader:
 def check_positive(config: LoaderConfig) -> None:
     """Raise ValueError for settings that must be at least 1, and a seed below 0."""
     if config.seed < 0:
-        raise ValueError(f"seed is {config.seed}, must be 0 or more")
+        raise UserError(f"seed is {config.seed}, must be 0 or more")
     values = {name: getattr(config, name) for name in ("image_res", "lanes", "window_shards", "prefetch")}
     for name, value in {**values, "video_input.num_frames": config.video_input.num_frames}.items():
         if value < 1:
-            raise ValueError(f"{name} is {value}, must be at least 1")
+            raise UserError(f"{name} is {value}, must be at least 1")
 
 
 def check_weights(config: LoaderConfig, names: Sequence[str]) -> None:
     """Raise ValueError for weights of corpora that are not there, and of no use."""
     for name, weight in config.corpus_weights.items():
         if name not in names:
-            raise ValueError(f"corpus_weights names {name!r}, the corpora are {', '.join(sorted(set(names)))}")
+            raise UserError(f"corpus_weights names {name!r}, the corpora are {', '.join(sorted(set(names)))}")
         if not 0 < weight < math.inf:
-            raise ValueError(f"corpus_weights.{name} is {weight}, must be above 0: passes over the corpus an epoch")
+            raise UserError(f"corpus_weights.{name} is {weight}, must be above 0: passes over the corpus an epoch")
 
 
 def replacement(position: int, tried: int, plan: EpochPlan) -> int:

@@ -14,6 +14,7 @@ from loaders.config import LoaderConfig
 from loaders.index import ShardIndex
 from loaders.storage import open_corpus
 from loaders.text import SPECIAL, clean_text
+from sharding.errors import UserError, command
 
 
 def corpus_texts(url: str, config: LoaderConfig) -> Iterator[str]:
@@ -44,7 +45,7 @@ def learn_vocabulary(corpora: Sequence[str], size: int, output: str | Path) -> i
     """
     texts = [text for url in corpora for text in corpus_texts(url, LoaderConfig())]
     if not texts:
-        raise ValueError(f"{', '.join(corpora)}: no texts to learn a vocabulary from")
+        raise UserError(f"{', '.join(corpora)}: no texts to learn a vocabulary from")
     return learn_from_texts(texts, size, output)
 
 
@@ -63,6 +64,7 @@ def learn_from_texts(texts: Sequence[str], size: int, output: str | Path) -> int
     return len(words)
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -73,11 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=8000, help="largest number of entries (default: %(default)s)")
     parser.add_argument("--output", required=True, metavar="FILE", help="the vocab.txt to write")
     options = parser.parse_args(arguments)
-    try:
-        count = learn_vocabulary(options.corpora, options.size, options.output)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    count = learn_vocabulary(options.corpora, options.size, options.output)
     sys.stdout.write(f"{options.output}: {count} entries\n")
     return 0
 

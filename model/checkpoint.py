@@ -20,6 +20,7 @@ from model.official import read_official
 from model.positions import resize_relative
 from model.singularity import Singularity
 from model.temporal import resize_embeddings
+from sharding.errors import UserError
 
 __all__ = ["FitReport", "fit_weights", "load_model", "load_weights", "resolve_weights", "save_model"]
 
@@ -142,7 +143,7 @@ def fit_weights(
         }
         named = {what: [name + shapes.get(name, "") for name in names] for what, names in problems.items()}
         listed = "; ".join(f"{what}: {_shortened(names, 20)}" for what, names in named.items() if names)
-        raise ValueError(
+        raise UserError(
             f"{source} does not fit the model ({listed}): take its architecture from the checkpoint and change only "
             "image_res, num_frames, temporal_vision_encoder, loss_weight or answer_decoder; the vocabulary has "
             f"{weights.config.text_encoder.vocab_size} words there and {model.config.text_encoder.vocab_size} here. "
@@ -160,7 +161,7 @@ def _take_expected(problems: dict[str, list[str]], expected: Sequence[str], sour
         if not found and not any(fnmatchcase(name, pattern) for name in taken):
             rest = [name for names in problems.values() for name in names]
             fits = f"what is: {_shortened(rest)}" if rest else "nothing is"
-            raise ValueError(
+            raise UserError(
                 f"expected_tensors names {pattern!r}, but no such tensor of {source} is missing, left over or of "
                 f"another shape ({fits}): correct it or leave it out"
             )

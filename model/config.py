@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
+from sharding.errors import UserError
+
 ENSEMBLES = ("concat", "mean", "max", "lse")  # of frames: fused early, or their scores combined
 
 
@@ -126,7 +128,7 @@ def _set(config: ModelConfig, key: str, value: Any) -> None:
     known = _flatten(asdict(config))
     if key not in known:
         near = get_close_matches(key, known, n=3) or sorted(known)
-        raise ValueError(f"the model has no setting {key!r}: nearest are {', '.join(near)}")
+        raise UserError(f"the model has no setting {key!r}: nearest are {', '.join(near)}")
     *folders, name = key.split(".")
     owner: Any = config
     for folder in folders:

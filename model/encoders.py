@@ -9,6 +9,7 @@ from model.config import ENSEMBLES, ModelConfig
 from model.temporal import TemporalEncoder, embeddings_for_frames
 from model.text import TextEncoder, VisualKeys
 from model.vision import FrameEncoder, pixel_statistics
+from sharding.errors import UserError
 
 
 class Encoders(nn.Module):
@@ -18,7 +19,7 @@ class Encoders(nn.Module):
         """Random initial weights. Raises ValueError when sizes in `config` do not fit together."""
         super().__init__()
         if config.num_frames < 1:
-            raise ValueError(f"num_frames is {config.num_frames}: must be at least 1")
+            raise UserError(f"num_frames is {config.num_frames}: must be at least 1")
         self.config = config
         self.pad_id = pad_id
         width = config.vision_encoder.width
@@ -83,10 +84,10 @@ class Encoders(nn.Module):
         """Raise ValueError for an unknown ensemble, and for one that scores frames one by one where that would pass by
         this model's temporal modules and nobody asked for it (`skip_temporal`)."""
         if ensemble not in ENSEMBLES:
-            raise ValueError(f"eval_frame_ensemble is {ensemble!r}: must be one of {', '.join(ENSEMBLES)}")
+            raise UserError(f"eval_frame_ensemble is {ensemble!r}: must be one of {', '.join(ENSEMBLES)}")
         temporal = self.temporal_vision_encoder is not None or self.config.add_temporal_embed
         if ensemble != "concat" and temporal and not skip_temporal:
-            raise ValueError(
+            raise UserError(
                 f"eval_frame_ensemble={ensemble} scores each frame by itself and would leave out this model's temporal "
                 "modules: use eval_frame_ensemble=concat, or ensemble_skips_temporal=true to repeat what the official "
                 "code does"

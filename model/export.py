@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from model.files import OFFICIAL_SUFFIXES, Weights, write_weights, write_whole
 from model.official import HEADS
 from model.official_names import to_official
 from model.vision import relative_position_index
+from sharding.errors import command
 
 
 def official_settings(config: ModelConfig) -> dict[str, Any]:
@@ -78,7 +80,8 @@ def write_official(weights: Weights, path: str | Path) -> None:
     write_whole(path, lambda aside: torch.save(content, aside))
 
 
-def main(arguments: list[str] | None = None) -> int:
+@command()
+def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m model.export",
@@ -88,15 +91,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("model", help="a folder with model.json, a run folder (its best or newest), or a .pth")
     parser.add_argument("output", help="what to write: NAME.pth, or a folder")
     options = parser.parse_args(arguments)
-    try:
-        weights = load_weights(options.model)
-        if Path(options.output).suffix in OFFICIAL_SUFFIXES:
-            write_official(weights, options.output)
-        else:
-            write_weights(weights, options.output)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    weights = load_weights(options.model)
+    if Path(options.output).suffix in OFFICIAL_SUFFIXES:
+        write_official(weights, options.output)
+    else:
+        write_weights(weights, options.output)
     sys.stdout.write(f"{options.output}: {len(weights.state)} tensors of {options.model}\n")
     return 0
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from model.config import ModelConfig, config_from_dict, config_to_dict
+from sharding.errors import MissingError, UserError
 
 FORMAT = "singularity-model"
 VERSION = 1
@@ -70,11 +71,11 @@ def resolve_weights(path: str | Path) -> Path:
     if path.is_file():
         if path.suffix in OFFICIAL_SUFFIXES:
             return path
-        raise ValueError(
+        raise UserError(
             f"{path} is no model: give a folder with {DESCRIPTION}, a run folder, or an official checkpoint (.pth)"
         )
     if not path.exists():
-        raise FileNotFoundError(
+        raise MissingError(
             f"{path} does not exist: give a folder with {DESCRIPTION}, a run folder, or an official checkpoint (.pth)"
         )
     newest = sorted((path / "checkpoints").glob("*_*"), key=lambda found: (len(found.name), found.name), reverse=True)
@@ -83,7 +84,7 @@ def resolve_weights(path: str | Path) -> Path:
     for folder in (path, *(found / "weights" for found in (path, *best, *steps))):
         if (folder / DESCRIPTION).is_file():
             return folder
-    raise FileNotFoundError(
+    raise MissingError(
         f"{path} holds no model: neither {DESCRIPTION}, nor weights/{DESCRIPTION}, nor a complete checkpoint under "
         "checkpoints/; has the run written one yet?"
     )
@@ -122,12 +123,12 @@ def read_weights(folder: Path) -> Weights:
     """Read what `write_weights` wrote. Raises ValueError, naming the file and what is wrong."""
     path = folder / DESCRIPTION
     if fault := weights_fault(folder):
-        raise ValueError(f"{fault}: the file is damaged, take another checkpoint")
+        raise UserError(f"{fault}: the file is damaged, take another checkpoint")
     description = json.loads(path.read_text())
     if description.get("format") != FORMAT:
-        raise ValueError(f"{path} does not describe a {FORMAT}: give a folder that training has written")
+        raise UserError(f"{path} does not describe a {FORMAT}: give a folder that training has written")
     if description.get("version") != VERSION:
-        raise ValueError(
+        raise UserError(
             f"{path} is of version {description.get('version')}, this program reads version {VERSION}: "
             "use the release that wrote it"
         )
@@ -139,10 +140,10 @@ def read_weights(folder: Path) -> Weights:
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Tensors of a safetensors file. Raises FileNotFoundError, or ValueError when it is truncated or no such file."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: the checkpoint is incomplete, take another one")
+        raise MissingError(f"{path} is missing: the checkpoint is incomplete, take another one")
     try:
         return load_file(str(path))
     except SafetensorError as error:
-        raise ValueError(
+        raise UserError(
             f"{path} cannot be read ({error}): it is truncated or no safetensors file; copy it again"
         ) from None

@@ -19,6 +19,7 @@ from model.positions import resize_absolute, resize_relative
 from model.singularity import Singularity
 from model.torchvision_cpu import create_model, get_pretrained_cfg, is_model
 from model.vision import VISION_TYPES, named_options
+from sharding.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ def _fill(model: Singularity | SingularityQA, state: dict[str, torch.Tensor], so
     ]
     if missing or other:
         listed = "; ".join(", ".join(names[:10]) for names in (missing, other) if names)
-        raise ValueError(f"{source} does not fit the sizes under {part} (missing or of another shape: {listed})")
+        raise UserError(f"{source} does not fit the sizes under {part} (missing or of another shape: {listed})")
     used = {name: tensor for name, tensor in state.items() if name in target}
     model.load_state_dict(used, strict=False)
     logger.info("%s: %d tensors taken", source, len(used))
@@ -75,14 +76,14 @@ def find_folder(name: str, key: str) -> Path:
         return Path(name)
     remedy = f"set {key} to a local folder with config.json and model.safetensors or pytorch_model.bin, or to null"
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ValueError(f"{key}: the folder {name} does not exist; {remedy}")
+        raise UserError(f"{key}: the folder {name} does not exist; {remedy}")
     from huggingface_hub import snapshot_download  # slow to import, needed for hub names only
 
     try:
         return Path(snapshot_download(name, allow_patterns=_FILES))
     except Exception as error:  # of many kinds: no network, no such name, no permission
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
+        raise UserError(
             f"{key}: {name} is no local folder and could not be fetched from the Hugging Face hub "
             f"({reason[:150]}); {remedy}"
         ) from None
@@ -96,7 +97,7 @@ def read_folder(folder: Path, key: str) -> dict[str, torch.Tensor]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{key}: {path} cannot be read ({str(error).splitlines()[0]}); copy it again") from None
+        raise UserError(f"{key}: {path} cannot be read ({str(error).splitlines()[0]}); copy it again") from None
 
 
 def _without_prefix(state: dict[str, torch.Tensor], prefixes: tuple[str, ...]) -> dict[str, torch.Tensor]:
@@ -140,7 +141,7 @@ def _hub_name(name: str, key: str) -> str:
         return name
     published = get_pretrained_cfg(name)
     if not published or not published.hf_hub_id:
-        raise ValueError(f"{key}: timm has no weights of {name} on the hub; take a model with weights, or null")
+        raise UserError(f"{key}: timm has no weights of {name} on the hub; take a model with weights, or null")
     return published.hf_hub_id
 
 
@@ -148,7 +149,7 @@ def _weights_file(folder: Path, key: str) -> Path:
     for name in _FILES[1:]:
         if (folder / name).is_file():
             return folder / name
-    raise ValueError(f"{key}: {folder} has neither model.safetensors nor pytorch_model.bin; choose another folder")
+    raise UserError(f"{key}: {folder} has neither model.safetensors nor pytorch_model.bin; choose another folder")
 
 
 def _timm_state(name: str, file: Path, **options: Any) -> dict[str, torch.Tensor]:
@@ -179,4 +180,4 @@ def _check_kind(folder: Path, key: str) -> None:
     path = folder / "config.json"
     kind = json.loads(path.read_text()).get("model_type") if path.is_file() else "bert"
     if kind != "bert":
-        raise ValueError(f"{key}: {folder} holds a {kind} model, only BERT fits; take for example bert-base-uncased")
+        raise UserError(f"{key}: {folder} holds a {kind} model, only BERT fits; take for example bert-base-uncased")

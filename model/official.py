@@ -26,6 +26,7 @@ from model.config import (
 )
 from model.files import VOCABULARY, Weights, read_special_ids
 from model.official_names import from_official
+from sharding.errors import UserError
 
 # Everything that an official checkpoint's pickle may name, beyond tensors.
 ALLOWED: list[Any] = [
@@ -56,14 +57,14 @@ def read_official_file(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)|global ([\w.]+)", str(error))
         what = f"names {found[1] or found[2]}" if found else "holds something other than tensors and settings"
-        raise ValueError(
+        raise UserError(
             f"{path} {what} and is refused: loading it could run code; get the checkpoint from its authors"
         ) from None
     except Exception as error:  # bytes that are no checkpoint fail in every way there is
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} cannot be read ({reason}): truncated or no PyTorch file; copy it again") from None
+        raise UserError(f"{path} cannot be read ({reason}): truncated or no PyTorch file; copy it again") from None
     if not isinstance(content, dict) or not {"model", "config"} <= content.keys():
-        raise ValueError(f"{path} is no official checkpoint: it has no entries `model` and `config`")
+        raise UserError(f"{path} is no official checkpoint: it has no entries `model` and `config`")
     config = content["config"]
     if isinstance(config, omegaconf.DictConfig):
         content["config"] = omegaconf.OmegaConf.to_container(config, resolve=False)
@@ -111,7 +112,7 @@ def _heads(path: Path, width: int, extra: dict[str, Any], settings: dict[str, An
     heads = extra.get("num_attention_heads") or settings.get(HEADS, {}).get(part) or width // HEAD_WIDTH
     if not heads:
         name = "vision_config.json" if part == "vision" else "bert_config.json"
-        raise ValueError(
+        raise UserError(
             f"{path}: nothing says how many attention heads its {part} encoder of width {width} has: put a {name} with "
             "num_attention_heads beside it"
         )
@@ -155,7 +156,7 @@ def recognise(path: Path, state: dict[str, torch.Tensor], settings: dict[str, An
     try:
         vision, text = _vision_config(path, state, settings), _text_config(path, state, prefix, settings)
     except KeyError as error:
-        raise ValueError(f"{path} is no Singularity checkpoint: it has no tensor {error}") from None
+        raise UserError(f"{path} is no Singularity checkpoint: it has no tensor {error}") from None
     temporal = settings.get("temporal_vision_encoder", {})
     decoder_layers = _count(state, r"text_decoder\.bert\.encoder\.layer\.(\d+)\.")
     temporal_layers = _count(state, r"temporal_vision_encoder\.layer\.(\d+)\.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from model.parity_evaluation import compare_answers, compare_choices, compare_retrieval
@@ -13,6 +13,7 @@ from model.parity_forward import compare_forward
 from model.parity_loading import compare_finetuning_start, compare_hub_start, compare_pure
 from model.parity_report import Comparison
 from model.parity_training import compare_steps
+from sharding.errors import MissingError, UserError, command
 
 # By the group that a case's case.json names.
 COMPARISONS: dict[str, Callable[[Path], Comparison]] = {
@@ -37,7 +38,7 @@ def find_cases(folder: Path) -> list[Path]:
         return [folder]
     cases = sorted(path.parent for path in folder.glob("*/case.json")) if folder.is_dir() else []
     if not cases:
-        raise FileNotFoundError(f"{folder} holds no cases: give a folder whose sub-folders have a case.json")
+        raise MissingError(f"{folder} holds no cases: give a folder whose sub-folders have a case.json")
     return cases
 
 
@@ -45,11 +46,12 @@ def compare_case(folder: Path) -> Comparison:
     """Compare one case. Raises ValueError when its group is unknown."""
     group = json.loads((folder / "case.json").read_text()).get("group")
     if group not in COMPARISONS:
-        raise ValueError(f"{folder}/case.json: group {group!r} is none of {', '.join(COMPARISONS)}")
+        raise UserError(f"{folder}/case.json: group {group!r} is none of {', '.join(COMPARISONS)}")
     return COMPARISONS[group](folder)
 
 
-def main(arguments: list[str] | None = None) -> int:
+@command()
+def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m model.parity",
@@ -60,22 +62,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="a folder of cases, or one case")
     options = parser.parse_args(arguments)
     failed = 0
-    try:
-        cases = find_cases(options.folder)
-        sys.stdout.write(f"{'case':<32} {'values':>6}  {'deviation':>9}  {'/ allowed':>9}  of\n")
-        for folder in cases:
-            result = compare_case(folder)
-            failed += not result.passed
-            sys.stdout.write(
-                f"{result.case:<32} {result.count:>6}  {result.largest:>9.1e}  {result.worst:>9.3f}  {result.worst_of}"
-                f"{'' if result.passed else '   FAILED'}\n"
-            )
-            for note in result.notes[:10]:
-                sys.stdout.write(f"    {note}\n")
-            sys.stdout.flush()
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    cases = find_cases(options.folder)
+    sys.stdout.write(f"{'case':<32} {'values':>6}  {'deviation':>9}  {'/ allowed':>9}  of\n")
+    for folder in cases:
+        result = compare_case(folder)
+        failed += not result.passed
+        sys.stdout.write(
+            f"{result.case:<32} {result.count:>6}  {result.largest:>9.1e}  {result.worst:>9.3f}  {result.worst_of}"
+            f"{'' if result.passed else '   FAILED'}\n"
+        )
+        for note in result.notes[:10]:
+            sys.stdout.write(f"    {note}\n")
+        sys.stdout.flush()
     sys.stdout.write(f"{len(cases) - failed} of {len(cases)} cases within tolerance\n")
     return 1 if failed else 0
 

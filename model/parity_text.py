@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from tokenizers import BertWordPieceTokenizer
 
+from sharding.errors import MissingError
+
 
 def clean(question: str) -> str:
     """A question as the official code hands it to its tokenizer."""
@@ -19,7 +21,7 @@ def clean(question: str) -> str:
 def tokenise(questions: list[str], vocabulary: Path, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and mask (B, length) int64: [CLS] and word pieces, no [SEP]. Raises FileNotFoundError without vocabulary."""
     if not vocabulary.is_file():
-        raise FileNotFoundError(f"{vocabulary} is missing: the cases of a folder share a vocab.txt")
+        raise MissingError(f"{vocabulary} is missing: the cases of a folder share a vocab.txt")
     tokenizer = BertWordPieceTokenizer(str(vocabulary), lowercase=True)
     start, padding = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[PAD]")
     rows = [

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from sharding.errors import UserError
+
 _EXTRA_ROWS = 3  # of a relative table: [CLS] to token, token to [CLS], [CLS] to [CLS]
 _DEGREE = 3
 
@@ -71,7 +73,7 @@ def resize_relative(table: torch.Tensor, patches: int) -> torch.Tensor:
     if source == target:
         return table
     if source < _DEGREE + 1:
-        raise ValueError(
+        raise UserError(
             f"relative position tables of {(source + 1) // 2} x {(source + 1) // 2} patches cannot be resized "
             "(a cubic spline needs at least 3 x 3): keep image_res as it was"
         )

@@ -14,6 +14,7 @@ import torch
 
 from model.config import ENSEMBLES
 from model.singularity import Singularity
+from sharding.errors import UserError
 
 GROUP = 8  # texts that look at one visual side by side; the last group of a visual is filled up
 
@@ -28,7 +29,7 @@ def combine(scores: torch.Tensor, ensemble: str) -> torch.Tensor:
         return scores.logsumexp(0)
     if ensemble == "concat" and scores.shape[0] == 1:
         return scores[0]
-    raise ValueError(
+    raise UserError(
         f"eval_frame_ensemble is {ensemble!r} for {scores.shape[0]} sets of scores: must be one of "
         f"{', '.join(ENSEMBLES)}, where concat means one set"
     )

@@ -9,6 +9,7 @@ from torch.nn import functional
 from model.config import ModelConfig
 from model.text import bert_config, initialize_bert, run_layer
 from model.torchvision_cpu import BertLayer
+from sharding.errors import UserError
 
 MOST_SEQUENCES = 65_535  # that one call of a GPU's attention kernels takes: the limit of a grid's second dimension
 
@@ -37,7 +38,7 @@ class TemporalEncoder(nn.Module):
         super().__init__()
         text, width = config.text_encoder, config.vision_encoder.width
         if width * text.heads % text.width:
-            raise ValueError(
+            raise UserError(
                 f"temporal_vision_encoder: vision_encoder.width {width} is no multiple of the text heads' width "
                 f"{text.width // text.heads}: change vision_encoder.width or text_encoder.heads"
             )

@@ -22,6 +22,7 @@ from model.torchvision_cpu import (
     BertPredictionHeadTransform,
     BertSelfOutput,
 )
+from sharding.errors import UserError
 
 PADDED = -10000.0  # added to the attention scores of padded keys
 
@@ -40,7 +41,7 @@ def bert_config(config: TextConfig, width: int | None = None, heads: int | None 
     """The transformers configuration of one BERT layer of these sizes; `width` and `heads` replace the text's own."""
     width, heads = width or config.width, heads or config.heads
     if width % heads:
-        raise ValueError(f"text_encoder: a width of {width} is not a multiple of {heads} heads: change one")
+        raise UserError(f"text_encoder: a width of {width} is not a multiple of {heads} heads: change one")
     result = BertConfig(
         vocab_size=config.vocab_size,
         hidden_size=width,
@@ -198,7 +199,7 @@ class TextEncoder(nn.Module):
     def __init__(self, config: TextConfig, visual_width: int, pad_id: int = 0) -> None:
         super().__init__()
         if not 0 <= config.fusion_layer <= config.layers:
-            raise ValueError(
+            raise UserError(
                 f"text_encoder.fusion_layer is {config.fusion_layer}: must lie between 0 and "
                 f"text_encoder.layers {config.layers}"
             )

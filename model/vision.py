@@ -22,6 +22,7 @@ from model.torchvision_cpu import (
     is_model,
     resample_abs_pos_embed,
 )
+from sharding.errors import UserError
 
 TIMM_RANGE = 0.02
 ROW = 8  # elements: a mask's rows are as long as a multiple of it, in memory
@@ -45,16 +46,16 @@ def pixel_statistics(kind: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
 def check_vision(config: VisionConfig, image_res: int) -> None:
     """Raise ValueError when the sizes of a vision transformer do not fit together."""
     if config.type not in VISION_TYPES and not is_model(config.type):
-        raise ValueError(
+        raise UserError(
             f"vision_encoder.type is {config.type!r}: must be one of {', '.join(VISION_TYPES)}, or a name of timm's"
         )
     if image_res % config.patch_size:
-        raise ValueError(
+        raise UserError(
             f"image_res is {image_res}, not a multiple of vision_encoder.patch_size {config.patch_size}: "
             f"take {image_res // config.patch_size * config.patch_size or config.patch_size}"
         )
     if config.width % config.heads:
-        raise ValueError(
+        raise UserError(
             f"vision_encoder.width {config.width} is not a multiple of vision_encoder.heads {config.heads}: change one"
         )
 
@@ -120,14 +121,14 @@ def _named(config: VisionConfig, image_res: int) -> Any:
     with suppress(TypeError):  # of one without such sizes
         vision = create_model(config.type, pretrained=False, **named_options(config, image_res))
     if not hasattr(vision, "num_prefix_tokens") or not hasattr(vision, "blocks"):
-        raise ValueError(
+        raise UserError(
             f"vision_encoder.type={config.type} is no vision transformer with patches: take one, such as "
             "vit_small_patch16_224 or eva02_base_patch14_224"
         )
     sizes = {"width": vision.num_features, "depth": len(vision.blocks)}
     if any(getattr(config, name) != value for name, value in sizes.items()):
         told = " ".join(f"vision_encoder.{name}={value}" for name, value in sizes.items())
-        raise ValueError(f"the sizes of vision_encoder.type={config.type} are others: set {told}")
+        raise UserError(f"the sizes of vision_encoder.type={config.type} are others: set {told}")
     return vision
 
 

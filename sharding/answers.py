@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from sharding.errors import UserError, command
 from sharding.schema import read_corpus, read_index
 
 
@@ -36,10 +37,11 @@ def answer_list(corpora: Sequence[str], size: int = 0, least: int = 1) -> list[s
     ranked = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
     kept = [answer for answer, count in ranked if count >= least][: size or None]
     if not kept:
-        raise ValueError(f"{', '.join(corpora)}: no answer of {least} questions or more; pack questions first")
+        raise UserError(f"{', '.join(corpora)}: no answer of {least} questions or more; pack questions first")
     return kept
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -53,16 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--output", required=True, metavar="FILE", help="the JSON file to write")
     options = parser.parse_args(arguments)
-    try:
-        answers = answer_list(options.corpora, options.size, options.least)
-        target = Path(options.output)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(target.name + ".partial")
-        partial.write_text(json.dumps(answers, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
-        os.replace(partial, target)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    answers = answer_list(options.corpora, options.size, options.least)
+    target = Path(options.output)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + ".partial")
+    partial.write_text(json.dumps(answers, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
+    os.replace(partial, target)
     sys.stdout.write(f"{options.output}: {len(answers)} answers\n")
     return 0
 

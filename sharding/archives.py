@@ -24,6 +24,7 @@ from typing import Any, BinaryIO, cast
 import fsspec
 import pyarrow as pa
 
+from sharding.errors import UserError
 from sharding.links import LinkError, follow
 from sharding.media import MediaError
 from sharding.tar import Damage, TarStream, compression_of
@@ -258,11 +259,11 @@ def listed(url: str, damages: list[Damage]) -> Iterator[pa.RecordBatch]:
                     yield pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
                     rows.clear()
         except CompressedError as error:
-            raise ValueError(
+            raise UserError(
                 f"{url} is compressed as a whole ({error}): unpack it, then its files can be read"
             ) from None
         except (zipfile.BadZipFile, NotImplementedError, EOFError, OverflowError) as error:  # the second: zipfile's own
-            raise ValueError(f"{url} cannot be read as an archive ({error}): is it complete?") from None
+            raise UserError(f"{url} cannot be read as an archive ({error}): is it complete?") from None
         yield pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
 
 

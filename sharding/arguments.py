@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from sharding.annotations.config import CorpusConfig, Reading, load_corpus, parse_pairs, with_columns
+from sharding.errors import UserError
 from sharding.schema import named_shards
 
 SETTINGS = ("media_type", "size", "fps", "max_frames")  # of the build, that a corpus' YAML may set
@@ -79,7 +80,7 @@ def read_options(options: dict[str, Any]) -> dict[str, Any]:
     for name in ("annotations", "media_type"):
         if not options.get(name):
             flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag} is missing" + ("" if corpus else ": give it, or a --corpus that says it"))
+            raise UserError(f"{flag} is missing" + ("" if corpus else ": give it, or a --corpus that says it"))
     options["reading"] = read_reading(options, config)
     return options
 
@@ -98,5 +99,5 @@ def read_reading(options: dict[str, Any], config: CorpusConfig) -> Reading:
         if value is not None:
             given[name] = value.replace("\\t", "\t") if name == "delimiter" else value
     if given.get("limit", 0) < 0:
-        raise ValueError(f"--limit is {given['limit']}, must be 1 or more")
+        raise UserError(f"--limit is {given['limit']}, must be 1 or more")
     return replace(reading, **given)

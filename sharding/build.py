@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import logging
 import os
 import re
@@ -19,6 +18,7 @@ from sharding.annotations.reading import expanded, read_rows
 from sharding.annotations.staging import Staged, open_staged, stage
 from sharding.arguments import add_annotation_arguments, read_options
 from sharding.engines import ENGINES, Engine, pack
+from sharding.errors import UserError, command
 from sharding.estimate import Estimate, estimate_build
 from sharding.failures import FailureLog, TooManyFailures, summary
 from sharding.output import (
@@ -78,7 +78,7 @@ def build_corpus(
     settings = Settings(name or usual_name(output), media_type, size, quality, fps, max_frames, shard_mb)
     settings.check()
     if not 0 <= max_failures <= 1:
-        raise ValueError(f"--max-failures is {max_failures:g}, must be a share from 0 to 1, such as 0.05")
+        raise UserError(f"--max-failures is {max_failures:g}, must be a share from 0 to 1, such as 0.05")
     fetching = fetching or Fetching()
     fetching.check()
     engine = engine or Engine()
@@ -133,7 +133,7 @@ def stage_annotations(
     staged = stage(counted(rows, log_every) if progress else rows, place, scratch, reading.limit)
     if not staged.items:
         place.unlink()
-        raise ValueError(nothing_to_pack(annotations, staged))
+        raise UserError(nothing_to_pack(annotations, staged))
     seconds = time.monotonic() - start
     log.info("annotations: %d rows about %d media, read in %.1f seconds", staged.rows, staged.items, seconds)
     return staged
@@ -270,30 +270,22 @@ def add_fetching(group: argparse._ArgumentGroup) -> None:
     )
 
 
+@command("interrupted: run the same command again to go on")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        options = read_options(vars(parser().parse_args(arguments)))
-        options["fetching"] = Fetching(**{field.name: options.pop(field.name) for field in fields(Fetching)})
-        engine = Engine(options.pop("engine"), options.pop("part"), options.pop("finish"))
-        if options.pop("dry_run"):
-            options["name"] = options["name"] or usual_name(options["output"])
-            names = {field.name for field in fields(Settings)}
-            settings = Settings(**{name: options.pop(name) for name in names & set(options)})
-            del options["max_failures"], options["retry_failed"]
-            estimate = estimate_corpus(settings=settings, **options)
-            sys.stdout.writelines(f"{line}\n" for line in estimate.lines())
-        else:
-            build_corpus(progress=True, engine=engine, **options)
-    except (ValueError, OSError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "disk is full" in str(error)  # SQLite's words
-        what_to_do = ": free some, and run the same command again to go on" if full else ""
-        sys.stderr.write(f"error: {error}{what_to_do}\n")
-        return 1 if isinstance(error, TooManyFailures) else 2
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted: run the same command again to go on\n")
-        return 130
+    options = read_options(vars(parser().parse_args(arguments)))
+    options["fetching"] = Fetching(**{field.name: options.pop(field.name) for field in fields(Fetching)})
+    engine = Engine(options.pop("engine"), options.pop("part"), options.pop("finish"))
+    if options.pop("dry_run"):
+        options["name"] = options["name"] or usual_name(options["output"])
+        names = {field.name for field in fields(Settings)}
+        settings = Settings(**{name: options.pop(name) for name in names & set(options)})
+        del options["max_failures"], options["retry_failed"]
+        estimate = estimate_corpus(settings=settings, **options)
+        sys.stdout.writelines(f"{line}\n" for line in estimate.lines())
+    else:
+        build_corpus(progress=True, engine=engine, **options)
     return 0
 
 

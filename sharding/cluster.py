@@ -14,6 +14,7 @@ from typing import Any
 import cv2
 
 import sharding
+from sharding.errors import AccessError, MissingError, UserError, WorkerError
 from sharding.plan import Task
 from sharding.processes import Advance
 from sharding.sources import check_root
@@ -34,7 +35,7 @@ def run_on_ray(build: Build, tasks: list[Task], advance: Advance) -> Iterator[tu
     try:
         import ray
     except ImportError:
-        raise ValueError("--engine ray needs Ray on every node: pip install 'singularity-at-scale[ray]'") from None
+        raise UserError("--engine ray needs Ray on every node: pip install 'singularity-at-scale[ray]'") from None
     connect(ray)
     try:
         remote = ray.remote(num_cpus=1, max_retries=RETRIES)(build_on_node)
@@ -66,7 +67,7 @@ def connect(ray: Any) -> None:
         )
     except ConnectionError as error:
         remedy = "start one with `ray start --head`, or set RAY_ADDRESS"
-        raise ValueError(f"--engine ray finds no cluster at {address} ({error}): {remedy}") from None
+        raise UserError(f"--engine ray finds no cluster at {address} ({error}): {remedy}") from None
 
 
 def result(ray: Any, done: Any, task: Task) -> FinishedShard:
@@ -76,9 +77,9 @@ def result(ray: Any, done: Any, task: Task) -> FinishedShard:
     except ray.exceptions.RayTaskError as error:
         raise (error.cause or error) from None
     except ray.exceptions.RaySystemError as error:
-        raise OSError(f"{task.name} cannot be built: {error}") from None
+        raise AccessError(f"{task.name} cannot be built: {error}") from None
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError) as error:
-        raise ChildProcessError(
+        raise WorkerError(
             f"{task.name} cannot be built: its process died {RETRIES + 1} times ({error}); finished shards are kept"
         ) from None
 
@@ -89,12 +90,12 @@ def build_on_node(build: Build, task: Task) -> FinishedShard:
     try:
         check_root(task.media_root)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error} (on node {socket.gethostname()}; a folder must be shared by all)") from None
+        raise MissingError(f"{error} (on node {socket.gethostname()}; a folder must be shared by all)") from None
     if "://" in task.output:
         with tempfile.TemporaryDirectory(prefix="singularity-build-") as scratch:
             return build(replace(task, scratch=scratch), count_nothing)
     if not Path(task.scratch).is_dir():
-        raise FileNotFoundError(
+        raise MissingError(
             f"{task.output} is not there on node {socket.gethostname()}: give a folder that all nodes share, or a store"
         )
     return build(task, count_nothing)

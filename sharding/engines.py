@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from sharding.cluster import run_on_ray
+from sharding.errors import UserError
 from sharding.failures import FailureLog
 from sharding.output import remove
 from sharding.plan import Task
@@ -41,11 +42,11 @@ class Engine:
     def check(self) -> None:
         """Raise ValueError, with the remedy, for settings that cannot work."""
         if self.name not in ENGINES:
-            raise ValueError(f"--engine is {self.name!r}, must be one of {', '.join(ENGINES)}")
+            raise UserError(f"--engine is {self.name!r}, must be one of {', '.join(ENGINES)}")
         if self.part and not ((match := PART.fullmatch(self.part)) and 1 <= int(match[1]) <= int(match[2])):
-            raise ValueError(f"--part is {self.part!r}, must be I/N with I from 1 to N, such as 2/8")
+            raise UserError(f"--part is {self.part!r}, must be I/N with I from 1 to N, such as 2/8")
         if self.part and self.finish:
-            raise ValueError("--part builds and --finish does not: give one of them")
+            raise UserError("--part builds and --finish does not: give one of them")
 
     def share(self, tasks: list[Task]) -> list[Task]:
         """Those of the tasks that fall to this job."""
@@ -97,7 +98,7 @@ def pack(
         keep(task.number, done)
     missing = [task.name for task in tasks if task.number not in shards]
     if missing and engine.finish:
-        raise ValueError(
+        raise UserError(
             f"{len(missing)} of {len(tasks)} shards are not complete in {tasks[0].output} ({', '.join(missing[:5])}"
             f"{' ...' if len(missing) > 5 else ''}): run the parts that build them again, then --finish"
         )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import re
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import ParamSpec
 
 USER_ERROR = 2  # exit code
 INTERRUPTED = 130
@@ -38,16 +40,29 @@ class AccessError(UserError, OSError):
     """Something that the user named cannot be read or written: rights, credentials, a store that does not answer."""
 
 
+class WorkerError(UserError, ChildProcessError):
+    """A worker process died."""
+
+
 def user_message(error: BaseException) -> str | None:
     """The line that tells the user of an error; None where it is no error that a user can mend."""
     if isinstance(error, UserError):
         return " ".join(str(error).split())
+    if _raised_in(error) == "fsspec.registry":  # an unknown protocol, or one whose package is not installed
+        return " ".join(str(error).split())
     number = os_error_number(error)
     if number not in OF_THE_USER or _is_ours(error):
         return None
-    remedy = ": free some space, and run the same command again" if number in FULL else ""
-    named = "".join(f"{name}: " for name in (getattr(error, "filename", None),) if name)
-    return f"{named}{os.strerror(number)}{remedy}"
+    filename = getattr(error, "filename", None)
+    named = f": {filename!r}" if filename else ""
+    remedy = ": free some, and run the same command again to go on" if number in FULL else ""
+    return f"{os.strerror(number)}{named}{remedy}"
+
+
+def _raised_in(error: BaseException) -> str:
+    """Name of the module that raised an error."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return str(frames[-1][0].f_globals.get("__name__", "")) if frames else ""
 
 
 def os_error_number(error: BaseException) -> int | None:
@@ -67,20 +82,31 @@ def _is_ours(error: BaseException) -> bool:
     return isinstance(name, str) and any(PROGRAM / room in Path(name).absolute().parents for room in ROOMS)
 
 
-def run_command(body: Callable[[], int], interrupted: str = "interrupted") -> int:
-    """The exit code of a command: `body`'s, 2 with one line where the user can mend it, 130 after Ctrl-C.
+Arguments = ParamSpec("Arguments")
 
-    Other errors show their traceback and end with 1.
+
+def command(interrupted: str = "interrupted") -> Callable[[Callable[Arguments, int]], Callable[Arguments, int]]:
+    """Decorate the `main` of a command: errors that a user can mend are one line and exit code 2, Ctrl-C is 130.
+
+    Other errors show their traceback and end with 1. interrupted: what is printed after Ctrl-C.
     """
-    try:
-        return body()
-    except KeyboardInterrupt:
-        sys.stderr.write(f"{interrupted}\n")
-        return INTERRUPTED
-    except Exception as error:
-        message = user_message(error)
-        if message is None:
-            traceback.print_exc()
-            return 1
-        sys.stderr.write(f"error: {message}\n")
-        return error.exit_code if isinstance(error, UserError) else USER_ERROR
+
+    def decorate(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
+        @functools.wraps(main)
+        def run(*arguments: Arguments.args, **settings: Arguments.kwargs) -> int:
+            try:
+                return main(*arguments, **settings)
+            except KeyboardInterrupt:
+                sys.stderr.write(f"{interrupted}\n")
+                return INTERRUPTED
+            except Exception as error:
+                message = user_message(error)
+                if message is None:
+                    traceback.print_exc()
+                    return 1
+                sys.stderr.write(f"error: {message}\n")
+                return error.exit_code if isinstance(error, UserError) else USER_ERROR
+
+        return run
+
+    return decorate

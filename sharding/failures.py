@@ -13,6 +13,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sharding.errors import MissingError, UserError
 from sharding.parquet import parquet_file, read_batches, read_table
 from sharding.schema import join_url
 from sharding.writing import publish, sha256
@@ -38,8 +39,10 @@ PARTICULARS = (  # what differs between two failures of one kind, and what stand
 )
 
 
-class TooManyFailures(ValueError):
+class TooManyFailures(UserError):
     """A larger share of the media failed than the user allows."""
+
+    exit_code = 1
 
 
 @functools.lru_cache(2**16)
@@ -129,8 +132,8 @@ def read_failures(url: str) -> Iterator[dict[str, Any]]:
                 for batch in read_batches(table):
                     yield from batch.to_pylist()
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist: {url} was packed without it, or is not done yet") from None
+        raise MissingError(f"{path} does not exist: {url} was packed without it, or is not done yet") from None
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is damaged ({error}): `python -m sharding.verify {url} --repair` makes it again"
         ) from None

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sharding.errors import UserError
 from sharding.parquet import read_table
 from sharding.progress import Progress
 from sharding.remote import again
@@ -156,7 +157,7 @@ def columns_of(corpus: Corpus, shard: int, columns: Sequence[str]) -> pa.Table:
         reason = "is missing"
     except UNREADABLE as error:
         reason = f"cannot be read ({error})"
-    raise ValueError(f"{url} {reason}: `python -m sharding.verify {corpus.url} --repair` makes it again")
+    raise UserError(f"{url} {reason}: `python -m sharding.verify {corpus.url} --repair` makes it again")
 
 
 def in_threads(function: Callable[[int], Value], numbers: Sequence[int]) -> Iterator[Value]:

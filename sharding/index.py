@@ -19,13 +19,14 @@ import fsspec
 import pyarrow as pa
 
 from sharding.arguments import folder_of_shards, positive
+from sharding.errors import AccessError, MissingError, UserError, command
 from sharding.failures import FailureLog, TooManyFailures, summary
 from sharding.foreign import Contents, read_contents
 from sharding.output import local_form, open_output, write_text
 from sharding.parquet import read_schema, read_table
 from sharding.processes import Advance, run_tasks
 from sharding.progress import LOG_EVERY, Progress
-from sharding.remote import again, naming, told
+from sharding.remote import again, naming
 from sharding.schema import INDEX_SCHEMA, UNREADABLE, Corpus, ShardInfo, join_url, named_shards, read_corpus
 from sharding.tar import open_stream
 from sharding.writing import INDEXED, NOTE, counts, publish, sha256, write_index
@@ -115,7 +116,7 @@ def index_all(
         shards[task.name] = shard
         failures.add(task.number, shard.failures)
         if len(shards) in (HOPELESS, len(tasks)) and not any(shard.media_type for shard in shards.values()):
-            raise ValueError(f"{join_url(task.tars, task.name)}: {shard.damages[0]}")
+            raise UserError(f"{join_url(task.tars, task.name)}: {shard.damages[0]}")
     return dict(sorted(shards.items()))
 
 
@@ -128,10 +129,10 @@ def tars_at(url: str) -> list[tuple[str, int]]:
         name = sorted(compressed)[0].rsplit("/", 1)[-1]
         said = f"{len(compressed)} compressed tars, such as {name}: samples cannot be read from them, unpack them first"
         if not found:
-            raise ValueError(f"{url} holds {said}")
+            raise UserError(f"{url} holds {said}")
         log.warning("left out %s", said)
     if not found:
-        raise FileNotFoundError(f"{url} holds no .tar files: nothing to index")
+        raise MissingError(f"{url} holds no .tar files: nothing to index")
     sizes = {path.rsplit("/", 1)[-1]: entry.get("size") or filesystem.size(path) for path, entry in found.items()}
     return sorted(sizes.items())
 
@@ -147,7 +148,7 @@ def named_tars(url: str, names: Sequence[str], known: Corpus | None) -> list[tup
             sizes = []
     if not sizes:
         missing = next((name for name, place in zip(names, places) if not filesystem.exists(place)), names[0])
-        raise FileNotFoundError(f"{join_url(url, missing)} does not exist: name the tars that are there")
+        raise MissingError(f"{join_url(url, missing)} does not exist: name the tars that are there")
     earlier = {shard.name: shard.bytes for shard in known.shards} if known else {}
     return sorted((earlier | {name: size or 0 for name, size in zip(names, sizes, strict=True)}).items())
 
@@ -156,7 +157,7 @@ def named_tars(url: str, names: Sequence[str], known: Corpus | None) -> list[tup
 def writable(output: str) -> Iterator[Path]:
     """`open_output`, with an error that says what to do where nothing can be written."""
     if output.startswith(("http://", "https://")):
-        raise PermissionError(f"nothing can be written to {output}: choose a place for the indices with --output")
+        raise AccessError(f"nothing can be written to {output}: choose a place for the indices with --output")
     with ExitStack() as stack:
         try:
             scratch = stack.enter_context(open_output(output, among_others=True))
@@ -192,6 +193,8 @@ def index_shard(task: IndexTask, advance: Advance) -> IndexedShard:
         if not contents.rows and not contents.damages:
             reasons = ", ".join(sorted({failure["reason"] for failure in contents.failures})[:3])
             raise ValueError("holds no pictures that could be indexed" + (f" ({reasons})" if reasons else ""))
+    except AccessError:
+        raise  # the storage's, not the tar's
     except ValueError as error:
         advance(0, 1, 0)
         return IndexedShard(None, "", [], [str(error)])
@@ -287,7 +290,7 @@ def describe(
     """
     first = {shard.media_type: name for name, shard in reversed(shards.items()) if shard.media_type}
     if len(first) > 1:
-        raise ValueError(
+        raise UserError(
             f"{url} holds pictures ({first['image']}) and clips ({first['video']}): a corpus has one kind, put them "
             "into folders of their own"
         )
@@ -335,6 +338,7 @@ def report(corpus: Corpus, shards: dict[str, IndexedShard], failures: FailureLog
         )
 
 
+@command("interrupted: run the same command again to go on")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -357,14 +361,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--log-every", type=float, default=LOG_EVERY, metavar="SECONDS", help="see sharding.build")
     options = vars(parser.parse_args(arguments))
     options["workers"] = options["workers"] or os.cpu_count() or 1
-    try:
+    with naming(options["url"], "read"):
         corpus = index_shards(progress=True, **options)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted: run the same command again to go on\n")
-        return 130
-    except Exception as error:  # stores have errors of their own
-        sys.stderr.write(f"error: {told(error, options['url'])}\n")
-        return 1 if isinstance(error, TooManyFailures) else 2
     sys.stdout.write(f"{corpus.url}: {len(corpus.shards)} shards, {corpus.samples} samples\n")
     return 0
 

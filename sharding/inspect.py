@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow.compute as pc
 
 from sharding.arguments import folder_of_shards, positive
+from sharding.errors import UserError, command
 from sharding.failures import count_kinds, read_failures
 from sharding.failures import summary as failure_lines
 from sharding.figures import Figures, columns_of, in_threads, measure, short, summary, text_histogram
@@ -23,7 +24,7 @@ from sharding.gallery import gallery
 from sharding.output import local_form
 from sharding.pictures import SHARDS, contact_sheet, fetch_command, pick
 from sharding.progress import LOG_EVERY, Progress
-from sharding.remote import told
+from sharding.remote import naming
 from sharding.schema import INDEX_SCHEMA, Corpus, named_shards, read_corpus
 
 SHEET_SAMPLES = 64
@@ -54,7 +55,7 @@ def locate(corpus: Corpus, number: int) -> tuple[int, dict[str, Any]]:
         if 0 <= rest < info.samples:
             return shard, columns_of(corpus, shard, INDEX_SCHEMA.names).slice(rest, 1).to_pylist()[0]
         rest -= info.samples
-    raise ValueError(f"--sample {number}: {corpus.url} has samples 0 to {corpus.samples - 1}")
+    raise UserError(f"--sample {number}: {corpus.url} has samples 0 to {corpus.samples - 1}")
 
 
 def find(corpus: Corpus, name: str, shown: bool = False) -> tuple[int, dict[str, Any]]:
@@ -75,14 +76,14 @@ def find(corpus: Corpus, name: str, shown: bool = False) -> tuple[int, dict[str,
             progress.advance(1, 0, 0)
             if place >= 0:
                 return shard, columns_of(corpus, shard, INDEX_SCHEMA.names).slice(place, 1).to_pylist()[0]
-    raise ValueError(f"--sample {name}: no sample of {corpus.url} has this key or source, and it is no sample's number")
+    raise UserError(f"--sample {name}: no sample of {corpus.url} has this key or source, and it is no sample's number")
 
 
 def sample_facts(corpus: Corpus, name: str, frame: int, shown: bool = False) -> dict[str, Any]:
     """One sample's row of the index, and the command that fetches a frame's bytes."""
     shard, row = find(corpus, name, shown)
     if not 0 <= frame < len(row["offsets"]):
-        raise ValueError(f"--frame {frame}: sample {row['key']} has frames 0 to {len(row['offsets']) - 1}")
+        raise UserError(f"--frame {frame}: sample {row['key']} has frames 0 to {len(row['offsets']) - 1}")
     ending = ".jpg" if row["fps"] is None else f".{frame:03d}.jpg"
     target = row["key"].rsplit("/", 1)[-1] + ending
     command = fetch_command(corpus.tar_url(shard), row["offsets"][frame], row["sizes"][frame], target, signed=True)
@@ -233,19 +234,16 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options = parser().parse_args(arguments)
     try:
-        inspect(options)
+        with naming(options.url, "read"):
+            inspect(options)
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:  # stores have errors of their own
-        sys.stderr.write(f"error: {told(error, options.url)}\n")
-        return 2
     return 0
 
 

@@ -19,6 +19,7 @@ import fsspec
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from sharding.annotations.config import Reading
+from sharding.errors import UserError
 from sharding.plan import Settings
 from sharding.remote import again, naming
 from sharding.schema import VERSION, join_url, plain_scheme
@@ -61,7 +62,7 @@ def open_output(output: str, among_others: bool = False, part: str = "") -> Iter
         lock_folder(lock, output, shared=bool(part))
         others = any(path.name != PARTIAL for path in folder.iterdir())
         if others and not among_others and not (folder / BUILD).exists():  # in this order: a part may just write it
-            raise ValueError(f"{output} is not empty and holds no build of this tool: choose another --output")
+            raise UserError(f"{output} is not empty and holds no build of this tool: choose another --output")
         if part:
             with part_folder(folder, part) as scratch:
                 yield scratch
@@ -130,7 +131,7 @@ def lock_folder(descriptor: int, output: str, shared: bool = False) -> None:
     try:
         patient(fcntl.flock, descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(
+        raise UserError(
             f"another build is writing to {output}: wait until it is done, or choose another --output"
         ) from None
     except OSError:
@@ -164,7 +165,7 @@ def check_claim(output: str, plan: dict[str, Any]) -> bool:
         return False
     different = sorted(key for key in plan if plan[key] != found.get(key))
     if different:
-        raise ValueError(
+        raise UserError(
             f"{output} holds a corpus built with another {', '.join(different)}: "
             "choose another --output, or delete that folder first"
         )

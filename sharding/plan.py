@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sharding.annotations.items import Item
 from sharding.annotations.staging import Staged
+from sharding.errors import UserError
 from sharding.schema import MEDIA_TYPES
 from sharding.web import Fetching
 
@@ -33,13 +34,13 @@ class Settings:
     def check(self) -> None:
         """Raise ValueError, with the remedy, for settings that cannot work."""
         if self.media_type not in MEDIA_TYPES:
-            raise ValueError(f"--media-type is {self.media_type!r}, must be image or video")
+            raise UserError(f"--media-type is {self.media_type!r}, must be image or video")
         if self.size < 16 or self.fps <= 0 or self.max_frames < 0 or not 1 <= self.quality <= 100:
-            raise ValueError("--size must be at least 16, --fps above 0, --max-frames 0 or more, --quality 1 to 100")
+            raise UserError("--size must be at least 16, --fps above 0, --max-frames 0 or more, --quality 1 to 100")
         if self.shard_mb < 1:
-            raise ValueError(f"--shard-mb is {self.shard_mb}, must be at least 1")
+            raise UserError(f"--shard-mb is {self.shard_mb}, must be at least 1")
         if "." in self.name or "/" in self.name or not 1 <= len(self.name) <= 60:
-            raise ValueError(f"--name {self.name!r} must be 1 to 60 characters without dots and slashes")
+            raise UserError(f"--name {self.name!r} must be 1 to 60 characters without dots and slashes")
 
     def samples_per_shard(self, samples: int) -> int:
         """How many of `samples` items go into each shard; depends on nothing else."""

@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 
 import cv2
 
+from sharding.errors import WorkerError
+
 Advance = Callable[[int, int, int], None]  # called with how many items went well, how many badly, how many bytes
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -33,7 +35,7 @@ def run_tasks(
     is called in this process, every half second and at the end of each task; with one worker all runs in this process.
 
     Raises:
-        ChildProcessError: a worker process died. Whatever `function` raises.
+        WorkerError: a worker process died. Whatever `function` raises.
     """
     if workers <= 1:
         for task in tasks:
@@ -64,7 +66,7 @@ def run_tasks(
                 try:
                     yield task, future.result()
                 except BrokenProcessPool:
-                    raise ChildProcessError(
+                    raise WorkerError(
                         "a worker process died (out of memory, killed, or crashed in a decoder); finished shards "
                         "are kept: run the same command again to go on, with fewer --workers if memory is short"
                     ) from None

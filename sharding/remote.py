@@ -17,6 +17,8 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_at
 from tenacity.nap import sleep_using_event
 from tenacity.stop import stop_when_event_set
 
+from sharding.errors import AccessError, MissingError, UserError
+
 ATTEMPTS = 4
 LONGEST_PAUSE = 30.0  # seconds between two attempts
 AGAIN = {408, 425, 429, 500, 502, 503, 504, 509}  # HTTP statuses that may be another one the next time
@@ -35,6 +37,7 @@ PASSING = {
 # Classes of the stores' clients, which are optional, by name: connections that failed or broke off, no credentials.
 BROKEN_OFF = {"HTTPClientError", "ConnectionError", "ResponseParserError", "TransportError", "ChecksumError"}
 NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "RefreshError"}
+CLIENTS = {"aiohttp", "aiobotocore", "botocore", "gcsfs", "google", "s3fs"}  # packages of the stores' clients
 REFUSED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "403", "401"}
 
 Result = TypeVar("Result")
@@ -173,6 +176,12 @@ def reason_of(error: BaseException) -> str:
     return f"unreadable file: {text}"
 
 
+def is_of_store(error: BaseException) -> bool:
+    """Whether an error is the operating system's or a store's client's, and not one of this program."""
+    modules = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    return isinstance(error, OSError | WebError) or bool(modules & CLIENTS) or status_of(error) is not None
+
+
 def credentials_missing(error: BaseException) -> str:
     """What is wrong with the credentials, where an error is about them; else nothing."""
     if class_names(error) & NO_CREDENTIALS:
@@ -189,31 +198,22 @@ def credentials_missing(error: BaseException) -> str:
     return ""
 
 
-def told(error: Exception, url: str) -> str:
-    """What a command says of an error while it looked at `url`; errors of this program are raised again."""
-    if "://" in url and not isinstance(error, FileNotFoundError) and (problem := credentials_missing(error)):
-        return f"cannot reach {url}: {problem}; check the credentials in the environment (see docs/packing.md)"
-    if isinstance(error, ValueError | OSError):
-        return str(error)
-    if isinstance(error, aiohttp.ClientError) or status_of(error) is not None or class_names(error) & BROKEN_OFF:
-        return f"cannot read {url}: {reason_of(error)}"
-    raise error
-
-
 @contextmanager
 def naming(url: str, doing: str) -> Iterator[None]:
-    """Errors of a store inside the block become an OSError that names `url`, what was being done, and the remedy."""
+    """Errors of a store inside the block become a UserError that names `url`, what was being done, and the remedy."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError, ValueError):
-        raise  # errors of this program
     except Exception as error:
+        if isinstance(error, UserError) or not is_of_store(error):
+            raise
         if "://" not in url or url.startswith("file://"):
             if isinstance(error, OSError) and error.errno is not None and error.filename is None:
                 raise OSError(error.errno, error.strerror, url) from None
             raise
+        if isinstance(error, FileNotFoundError):
+            raise MissingError(f"cannot {doing} {url}: it does not exist; check the name") from error
         if problem := credentials_missing(error):
             remedy = "check the credentials in the environment (see docs/packing.md) and the rights on the bucket"
-            raise PermissionError(f"cannot {doing} {url}: {' '.join(problem.split())}; {remedy}") from error
+            raise AccessError(f"cannot {doing} {url}: {' '.join(problem.split())}; {remedy}") from error
         remedy = "nothing is lost: run the same command again to go on"
-        raise OSError(f"cannot {doing} {url}: {' '.join(reason_of(error).split())}; {remedy}") from error
+        raise AccessError(f"cannot {doing} {url}: {' '.join(reason_of(error).split())}; {remedy}") from error

@@ -9,6 +9,7 @@ from typing import Any
 import fsspec
 
 from sharding.checks import Report
+from sharding.errors import UserError
 from sharding.failures import FILE, FailureLog
 from sharding.index import IndexTask, index_shard
 from sharding.output import BUILD, digest_of, open_output, write_text
@@ -61,7 +62,7 @@ def new_index(url: str, report: Report, scratch: Path) -> tuple[ShardInfo, str]:
     task = IndexTask(report.check.number, tars, name, filesystem.size(path), url, str(scratch), 0.0, anew=True)
     shard = index_shard(task, lambda good, bad, size: None)
     if shard.info is None:
-        raise ValueError(f"{report.check.tar}: {shard.damages[0]}")
+        raise UserError(f"{report.check.tar}: {shard.damages[0]}")
     return shard.info, shard.media_type
 
 

@@ -13,6 +13,7 @@ import fsspec
 import pyarrow as pa
 from braceexpand import braceexpand
 
+from sharding.errors import UserError
 from sharding.parquet import read_table
 from sharding.remote import again
 
@@ -151,17 +152,17 @@ def named_shards(url: str) -> tuple[str, list[str]]:
         whole = all(part.endswith(".tar") for part in lists)
         found = [each for part in (lists if whole else [url]) for each in braceexpand(part)]
     except ValueError:
-        raise ValueError(f"{url} has a brace without its counterpart: write x-{{000..009}}.tar") from None
+        raise UserError(f"{url} has a brace without its counterpart: write x-{{000..009}}.tar") from None
     tars = list(dict.fromkeys(found))
     if not all(tar.endswith(".tar") for tar in tars):
         if len(tars) == 1:
             return url, []
-        raise ValueError(f"{url} lists {tars[0]}: a list in braces must name .tar files, such as x-{{000..009}}.tar")
+        raise UserError(f"{url} lists {tars[0]}: a list in braces must name .tar files, such as x-{{000..009}}.tar")
     if pattern := next((tar for tar in tars if "*" in tar.rpartition("/")[2]), None):
-        raise ValueError(f"{pattern} is a pattern: give the tars' folder, or a list in braces as x-{{000..009}}.tar")
+        raise UserError(f"{pattern} is a pattern: give the tars' folder, or a list in braces as x-{{000..009}}.tar")
     folders = list(dict.fromkeys(tar.rpartition("/")[0] if "/" in tar else "." for tar in tars))
     if len(folders) > 1:
-        raise ValueError(f"{url} lists tars of several folders ({folders[0]}, {folders[1]}): give one list a folder")
+        raise UserError(f"{url} lists tars of several folders ({folders[0]}, {folders[1]}): give one list a folder")
     return folders[0], [tar.rpartition("/")[2] for tar in tars]
 
 
@@ -196,7 +197,7 @@ def with_shards(corpus: Corpus, names: Sequence[str]) -> Corpus:
     missing = sorted(set(names) - {shard.name for shard in corpus.shards})
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ValueError(
+        raise UserError(
             f"{join_url(corpus.url, 'corpus.json')} does not list {missing[0]}{more}: "
             f"index it with `python -m sharding.index {join_url(corpus.tars or corpus.url, missing[0])}`"
         )
@@ -226,20 +227,20 @@ def parse_corpus(text: str, url: str, also_damaged: bool = False) -> Corpus:
     try:
         data = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(
+        raise UserError(
             f"{url}/corpus.json is not valid JSON ({error}): `python -m sharding.verify {url} --repair` makes it again"
         ) from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise ValueError(f"{url}/corpus.json is not a {FORMAT} description; pack the corpus again")
+        raise UserError(f"{url}/corpus.json is not a {FORMAT} description; pack the corpus again")
     if data.get("version") != VERSION:
-        raise ValueError(
+        raise UserError(
             f"{url} holds shards of version {data.get('version')}, this program reads version {VERSION}; "
             "pack the corpus again with `python -m sharding.build`"
         )
     if data.get("media_type") not in MEDIA_TYPES:
-        raise ValueError(f"{url}/corpus.json: media_type is {data.get('media_type')!r}, must be one of {MEDIA_TYPES}")
+        raise UserError(f"{url}/corpus.json: media_type is {data.get('media_type')!r}, must be one of {MEDIA_TYPES}")
     if not also_damaged and not is_whole(text):
-        raise ValueError(
+        raise UserError(
             f"{url}/corpus.json is damaged (it does not match its own checksum): "
             f"`python -m sharding.verify {url} --repair` makes it again"
         )
@@ -248,7 +249,7 @@ def parse_corpus(text: str, url: str, also_damaged: bool = False) -> Corpus:
         more = data.get("settings", {}), data.get("files", {}), data.get("tars", "")
         return Corpus(url, data["name"], data["media_type"], shards, *more)
     except (KeyError, TypeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{url}/corpus.json is damaged ({error}): `python -m sharding.verify {url} --repair` makes it again"
         ) from None
 
@@ -286,11 +287,11 @@ def parse_index(corpus: Corpus, shard: int, data: bytes) -> pa.Table:
     try:
         table = read_table(data)
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is damaged ({error}): make it again with `python -m sharding.verify {corpus.url} --repair`"
         ) from None
     if table.num_rows != info.samples or not table.schema.equals(INDEX_SCHEMA):
-        raise ValueError(
+        raise UserError(
             f"{path} does not fit {corpus.url}/corpus.json ({table.num_rows} rows, {info.samples} expected): "
             f"check the corpus with `python -m sharding.verify {corpus.url}`"
         )

@@ -20,6 +20,7 @@ from urllib.parse import quote, unquote
 import fsspec
 
 from sharding.archives import Archive, split_archive
+from sharding.errors import AccessError, MissingError, UserError
 from sharding.media import MediaError
 from sharding.remote import WebError, again, credentials_missing, naming, reason_of
 from sharding.schema import join_url, plain_scheme
@@ -130,7 +131,7 @@ class Media:
             return error
         except Exception as error:  # clients raise all sorts of things; one file must not end a build
             if not url.startswith(("/", *WEB)) and (problem := credentials_missing(error)):
-                raise PermissionError(f"cannot read {url}: {problem}") from error
+                raise AccessError(f"cannot read {url}: {problem}") from error
             return MediaError(reason_of(error))
 
     def _fetch(self, url: str, absolute: bool) -> Fetched:
@@ -216,7 +217,7 @@ def check_root(root: str) -> None:
             and cannot be reached.
     """
     if COMPRESSED_TAR.search(root):
-        raise ValueError(f"media root {root} is compressed as a whole, single files cannot be read from it: gunzip it")
+        raise UserError(f"media root {root} is compressed as a whole, single files cannot be read from it: gunzip it")
     inside = split_archive(root)
     place = plain_scheme(inside[0] if inside else root).removeprefix("file://")
     if not root or place.startswith(WEB):
@@ -225,4 +226,4 @@ def check_root(root: str) -> None:
         filesystem, path = fsspec.url_to_fs(place)
         found = again(filesystem.exists, path)
     if not found:
-        raise FileNotFoundError(f"media root {root} does not exist: check --media-root")
+        raise MissingError(f"media root {root} does not exist: check --media-root")

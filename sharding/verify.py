@@ -14,12 +14,13 @@ import fsspec
 
 from sharding.arguments import folder_of_shards, positive
 from sharding.checks import Check, Fault, Report, check_shard
+from sharding.errors import MissingError, UserError, command
 from sharding.index import is_foreign
 from sharding.output import BUILD, digest_of, local_form
 from sharding.parquet import read_schema
 from sharding.processes import run_tasks
 from sharding.progress import LOG_EVERY, Progress
-from sharding.remote import told
+from sharding.remote import naming
 from sharding.repair import repair
 from sharding.schema import INDEX_SCHEMA, UNREADABLE, Corpus, join_url, named_shards, parse_corpus, with_shards
 
@@ -66,7 +67,7 @@ def examine(
     corpus = findings.corpus
     tars = [name for name in names if name.endswith(".tar")]
     if corpus is None and not tars:
-        raise FileNotFoundError(
+        raise MissingError(
             f"{url} holds no corpus.json and no .tar files: it is no packed corpus; pack it with "
             "`python -m sharding.build`"
         )
@@ -155,6 +156,7 @@ def is_index(url: str) -> bool:
         return False
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0 when all is sound, 1 with faults, 2 when nothing could be checked."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -173,21 +175,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     done: list[str] = []
     how = (options.decode, options.workers or os.cpu_count() or 1, True, options.log_every)
-    try:
+    with naming(options.url, "read"):
         if options.repair and named_shards(options.url)[1]:
-            raise ValueError(f"--repair is for a whole corpus: give its folder {named_shards(options.url)[0]}")
+            raise UserError(f"--repair is for a whole corpus: give its folder {named_shards(options.url)[0]}")
         findings = examine(options.url, *how)
         faults = findings.all
         left = faults
         if options.repair and faults:
             done = repair(findings.url, findings.corpus, findings.reports)
             left = examine(options.url, *how).all
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        return 130
-    except Exception as error:  # stores have errors of their own
-        sys.stderr.write(f"error: {told(error, options.url)}\n")
-        return 2
     if options.json:
         found = {"faults": [asdict(fault) for fault in faults], "repaired": done}
         sys.stdout.write(json.dumps({"url": options.url, **found, "left": [asdict(fault) for fault in left]}) + "\n")

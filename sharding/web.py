@@ -20,6 +20,7 @@ import pycurl
 from yarl import URL
 
 from sharding.curl import error_of, host_of, new_handle
+from sharding.errors import UserError
 from sharding.remote import ATTEMPTS, is_transient, pause_after
 
 LONGEST_WAIT = 1.0  # seconds that the thread sleeps while something is under way
@@ -38,7 +39,7 @@ class Fetching:
     def check(self) -> None:
         """Raise ValueError, with the remedy, for settings that cannot work."""
         if min(self.connections, self.per_host, self.attempts) < 1 or self.timeout <= 0:
-            raise ValueError("--connections, --per-host and --attempts must be at least 1, --timeout above 0")
+            raise UserError("--connections, --per-host and --attempts must be at least 1, --timeout above 0")
 
 
 @dataclass

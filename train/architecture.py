@@ -8,6 +8,7 @@ from typing import Any
 
 from loaders.text import Tokenizer
 from model.config import AnswerDecoderConfig, ModelConfig, config_to_dict
+from sharding.errors import UserError
 from train.config import RunConfig
 from train.config_files import Settings
 
@@ -67,7 +68,7 @@ def _decoder_depth(settings: Settings, config: ModelConfig) -> int:
     if _DEPTH in settings.explicit:
         depth = settings.config.answer_decoder.num_layers
     if not 1 <= depth <= text.layers:
-        raise ValueError(f"answer_decoder.num_layers is {depth}: must be from 1 to text_encoder.layers, {text.layers}")
+        raise UserError(f"answer_decoder.num_layers is {depth}: must be from 1 to text_encoder.layers, {text.layers}")
     return depth
 
 
@@ -91,7 +92,7 @@ def changes_to(settings: Settings, stored: ModelConfig, source: str, training: b
         remedy = "remove it from the configuration, a checkpoint brings its own architecture"
         if key in CHANGEABLE:
             remedy += "; to change it, fine-tune with launch/finetune_retrieval.py first"
-        raise ValueError(f"{key} is {value!r} here and {there[key]!r} in the checkpoint {source}: {remedy}")
+        raise UserError(f"{key} is {value!r} here and {there[key]!r} in the checkpoint {source}: {remedy}")
     if training and settings.config.task == "qa" and not stored.answer_decoder.enable:
         changes["answer_decoder.enable"] = True
         changes[_DEPTH] = _decoder_depth(settings, stored)
@@ -116,14 +117,14 @@ def check_texts(run: RunConfig, config: ModelConfig, tokenizer: Tokenizer) -> No
     """Raise ValueError when the tokenizer or the text lengths do not fit the text encoder."""
     text = config.text_encoder
     if tokenizer.vocab_size > text.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"tokenizer={run.tokenizer} has {tokenizer.vocab_size} words, the model's text_encoder.vocab_size is "
             f"{text.vocab_size}: use the vocabulary the model was trained with"
         )
     for medium in ("image", "video"):
         length = getattr(run.max_txt_l, medium)
         if not 2 <= length <= text.max_positions:
-            raise ValueError(
+            raise UserError(
                 f"max_txt_l.{medium} is {length}: must be from 2 to text_encoder.max_positions, {text.max_positions}"
             )
 

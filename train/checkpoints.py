@@ -75,9 +75,9 @@ def read_state(path: Path) -> TrainingState:
         known = {item.name for item in dataclasses.fields(TrainingState)}
         state = TrainingState(**{name: value for name, value in data.items() if name in known})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path / STATE} is damaged ({error}): remove {path}, an earlier one is used") from None
+        raise UserError(f"{path / STATE} is damaged ({error}): remove {path}, an earlier one is used") from None
     if version != VERSION:
-        raise ValueError(f"{path} is of version {version}, this program reads version {VERSION}: start a new run")
+        raise UserError(f"{path} is of version {version}, this program reads version {VERSION}: start a new run")
     return state
 
 
@@ -85,7 +85,7 @@ def check_checkpoint(path: Path) -> None:
     """Raise ValueError unless a checkpoint's files are complete, as far as their sizes and headers tell."""
     read_state(path)
     if fault := weights_fault(path / WEIGHTS):
-        raise ValueError(f"{path} is damaged ({fault}): remove it, an earlier one is used")
+        raise UserError(f"{path} is damaged ({fault}): remove it, an earlier one is used")
     check_parts(path / PARTS)
 
 

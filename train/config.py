@@ -11,6 +11,7 @@ from eval.config import EvalConfig
 from loaders.config import LoaderConfig
 from loaders.settings import evaluation, fixed, free
 from model.config import AnswerDecoderConfig, LossWeights, TemporalConfig, TextConfig, VisionConfig
+from sharding.errors import UserError
 
 PRECISIONS = ("bf16", "fp16", "fp32")
 WANDB_MODES = ("online", "offline", "disabled")
@@ -124,36 +125,36 @@ class RunConfig(LoaderConfig, EvalConfig):
             _at_least(name, getattr(self, name), 1)
         steps = self.profile_steps
         if steps and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
-            raise ValueError(f"profile_steps is {steps}: must be the first and the last step, such as [5,8]")
+            raise UserError(f"profile_steps is {steps}: must be the first and the last step, such as [5,8]")
         _at_least("scheduler.epochs", self.scheduler.epochs, 1)
         _at_least("scheduler.warmup_epochs", self.scheduler.warmup_epochs, 0)
         _at_least("optimizer.lr", self.optimizer.lr, 0)
         _at_least("video_input.num_frames", self.video_input.num_frames, 1)
         _at_least("video_input.num_frames_test", self.video_input.num_frames_test, 1)
         if len(self.optimizer.opt_betas) != 2:
-            raise ValueError(f"optimizer.opt_betas is {self.optimizer.opt_betas}: must be two numbers")
+            raise UserError(f"optimizer.opt_betas is {self.optimizer.opt_betas}: must be two numbers")
         if not 0 <= self.scheduler.min_lr_multi <= 1:
-            raise ValueError(f"scheduler.min_lr_multi is {self.scheduler.min_lr_multi}: must be between 0 and 1")
+            raise UserError(f"scheduler.min_lr_multi is {self.scheduler.min_lr_multi}: must be between 0 and 1")
         for name in self.test_corpus:  # folders and files are named by it, and entries of metrics.json
             if not name or name.startswith(".") or Path(name).name != name:
-                raise ValueError(f"test_corpus has a split {name!r}: must be a name that a file can have, without /")
+                raise UserError(f"test_corpus has a split {name!r}: must be a name that a file can have, without /")
             if f"{name}_emb" in self.test_corpus:
-                raise ValueError(
+                raise UserError(
                     f"test_corpus has splits {name!r} and '{name}_emb', which is what the results of {name!r} by the "
                     "dual encoder are called: give one of them another name"
                 )
         unknown = [name for name in self.splits if name not in self.test_corpus]
         if unknown:
-            raise ValueError(f"splits names {unknown[0]!r}, test_corpus has {', '.join(self.test_corpus) or 'none'}")
+            raise UserError(f"splits names {unknown[0]!r}, test_corpus has {', '.join(self.test_corpus) or 'none'}")
         if self.label is not None and (self.label in ("", "..") or Path(self.label).name != self.label):
-            raise ValueError(f"label is {self.label!r}, must be the name of a folder within OUTPUT_DIR/evaluation")
+            raise UserError(f"label is {self.label!r}, must be the name of a folder within OUTPUT_DIR/evaluation")
         if self.stop_key is not None and self.stop_key not in self.test_corpus:
-            raise ValueError(f"stop_key is {self.stop_key!r}, test_corpus has {', '.join(self.test_corpus) or 'none'}")
+            raise UserError(f"stop_key is {self.stop_key!r}, test_corpus has {', '.join(self.test_corpus) or 'none'}")
 
     def train_urls(self) -> list[str]:
         """URLs of the training corpora. Raises ValueError when none is named."""
         if not self.train_corpus:
-            raise ValueError("train_corpus is not set: give the name or the URL of a packed corpus, or a list of them")
+            raise UserError("train_corpus is not set: give the name or the URL of a packed corpus, or a list of them")
         return resolve_corpora(self.train_corpus, self.available_corpus, "train_corpus")
 
     def test_urls(self) -> dict[str, str]:
@@ -162,7 +163,7 @@ class RunConfig(LoaderConfig, EvalConfig):
         for name in self.splits or self.test_corpus:
             urls = resolve_corpora(self.test_corpus[name], self.available_corpus, f"test_corpus.{name}")
             if len(urls) != 1:
-                raise ValueError(f"test_corpus.{name} means {len(urls)} corpora: a split is one corpus")
+                raise UserError(f"test_corpus.{name} means {len(urls)} corpora: a split is one corpus")
             result[name] = urls[0]
         return result
 
@@ -176,14 +177,14 @@ def resolve_corpora(what: Any, available: dict[str, Any], key: str) -> list[str]
     if isinstance(what, list):
         return [url for item in what for url in resolve_corpora(item, available, key)]
     if not isinstance(what, str):
-        raise ValueError(f"{key} is {what!r}: must be a corpus' name or URL, or a list of them")
+        raise UserError(f"{key} is {what!r}: must be a corpus' name or URL, or a list of them")
     if what in available:
         others = {name: value for name, value in available.items() if name != what}
         return resolve_corpora(available[what], others, f"available_corpus.{what}")
     if "/" in what or what.endswith(".tar") or Path(what).exists():
         return [what]
     near = get_close_matches(what, available, n=3) or sorted(available)
-    raise ValueError(
+    raise UserError(
         f"{key} names {what!r}, which is neither in available_corpus (nearest: {', '.join(near) or 'it is empty'}) "
         "nor a URL nor a folder"
     )
@@ -191,9 +192,9 @@ def resolve_corpora(what: Any, available: dict[str, Any], key: str) -> list[str]
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} is {value!r}: must be one of {', '.join(choices)}")
+        raise UserError(f"{name} is {value!r}: must be one of {', '.join(choices)}")
 
 
 def _at_least(name: str, value: float, least: int) -> None:
     if value < least:
-        raise ValueError(f"{name} is {value}: must be at least {least}")
+        raise UserError(f"{name} is {value}: must be at least {least}")

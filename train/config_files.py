@@ -15,6 +15,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sharding.errors import MissingError, UserError
 from train.config import RunConfig
 
 # Keys of the official YAMLs that have another name here (docs/migrating.md has the whole table).
@@ -75,7 +76,7 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     try:
         config = OmegaConf.to_object(schema)
     except OmegaConfBaseException as error:
-        raise ValueError(f"{_key_of(error)}{_first_line(error)}") from None
+        raise UserError(f"{_key_of(error)}{_first_line(error)}") from None
     assert isinstance(config, RunConfig)
     return Settings(config, frozenset(explicit))
 
@@ -93,22 +94,22 @@ def flatten(config: RunConfig) -> dict[str, Any]:
 def _read_with_bases(path: Path, chain: tuple[Path, ...]) -> DictConfig:
     if not path.is_file():
         cause = f", the base of {chain[-1]}," if chain else ""
-        raise FileNotFoundError(f"the configuration {path}{cause} does not exist; configs/ holds those that come along")
+        raise MissingError(f"the configuration {path}{cause} does not exist; configs/ holds those that come along")
     if path.resolve() in [earlier.resolve() for earlier in chain]:
-        raise ValueError(f"{path} is its own base, by way of {chain[-1]}: remove one `base:` line")
+        raise UserError(f"{path} is its own base, by way of {chain[-1]}: remove one `base:` line")
     try:
         own = OmegaConf.load(path)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}:" if mark else ""
-        raise ValueError(f"{path} is no valid YAML:{where} {getattr(error, 'problem', error)}") from None
+        raise UserError(f"{path} is no valid YAML:{where} {getattr(error, 'problem', error)}") from None
     if not isinstance(own, DictConfig):
-        raise ValueError(f"{path} is no configuration: it must hold `key: value` lines")
+        raise UserError(f"{path} is no configuration: it must hold `key: value` lines")
     base = own.pop("base", None)
     if base is None:
         return own
     if not isinstance(base, str):
-        raise ValueError(f"{path}: base is {base!r}, must be the path of a YAML, relative to this one")
+        raise UserError(f"{path}: base is {base!r}, must be the path of a YAML, relative to this one")
     merged = OmegaConf.merge(_read_with_bases(path.parent / base, (*chain, path)), own)
     assert isinstance(merged, DictConfig)
     return merged
@@ -118,11 +119,11 @@ def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
     for text in overrides:
         key, sign, _ = text.partition("=")
         if not sign or not key or key.startswith("-"):
-            raise ValueError(f"{text!r} is no setting: write key=value, for example optimizer.lr=1e-5")
+            raise UserError(f"{text!r} is no setting: write key=value, for example optimizer.lr=1e-5")
     tars = Counter(text.partition("=")[0] for text in overrides if text.endswith((".tar", ".tar]")))
     for key, times in tars.items():
         if times > 1:
-            raise ValueError(
+            raise UserError(
                 f"{key} names a tar {times} times, and only the last would count: quote a list in braces for the "
                 f"shell, '{key}=FOLDER/x-{{000..009}}.tar'"
             )
@@ -130,7 +131,7 @@ def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
         return OmegaConf.from_dotlist(list(overrides))
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         remedy = QUOTED if any("[" in text and "{" in text for text in overrides) else ""
-        raise ValueError(f"the settings {' '.join(overrides)} cannot be read: {_first_line(error)}{remedy}") from None
+        raise UserError(f"the settings {' '.join(overrides)} cannot be read: {_first_line(error)}{remedy}") from None
 
 
 def without_none_strings(value: Any) -> Any:
@@ -147,14 +148,14 @@ def _leaves(given: Any, kind: type, prefix: str = "") -> Iterator[tuple[str, Any
     for name, value in given.items():
         key = f"{prefix}{name}"
         if name not in known:
-            raise ValueError(_unknown(key))
+            raise UserError(_unknown(key))
         if not is_dataclass(hints[name]):
             yield key, value
         elif isinstance(value, dict):
             yield from _leaves(value, hints[name], f"{key}.")
         else:
             inner = ", ".join(f"{key}.{item.name}" for item in fields(hints[name]))
-            raise ValueError(f"{key} is {value!r}, but it is a section: set {inner}")
+            raise UserError(f"{key} is {value!r}, but it is a section: set {inner}")
 
 
 def _unknown(key: str) -> str:
@@ -190,11 +191,11 @@ def _assign(schema: DictConfig, key: str, value: Any) -> None:
     # YAML has told numbers and truth values apart; OmegaConf would take one for the other.
     mixed_up = isinstance(value, bool | int | float) and isinstance(value, bool) != (expected == _KINDS[bool])
     if mixed_up and expected != _ANYTHING:
-        raise ValueError(wrong)
+        raise UserError(wrong)
     try:
         OmegaConf.update(schema, key, value)
     except OmegaConfBaseException:
-        raise ValueError(wrong) from None
+        raise UserError(wrong) from None
 
 
 def _expected(key: str) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch.distributed import distributed_c10d
 
+from sharding.errors import UserError
 from train.network import choose_interface
 from train.ranks import Ranks
 
@@ -31,14 +32,14 @@ def device_for(ranks: Ranks) -> torch.device:
     """
     asked = os.environ.get("DS_ACCELERATOR")
     if asked not in (None, "cpu", "cuda"):
-        raise ValueError(f"DS_ACCELERATOR={asked}: set it to cuda or cpu, or leave it unset")
+        raise UserError(f"DS_ACCELERATOR={asked}: set it to cuda or cpu, or leave it unset")
     if asked != "cpu" and torch.cuda.is_available():
         number = _gpu_number(ranks)
         torch.cuda.set_device(number)
         return torch.device("cuda", number)
     fault = gpu_fault()
     if fault:
-        raise ValueError(fault)
+        raise UserError(fault)
     os.environ["DS_ACCELERATOR"] = "cpu"
     return torch.device("cpu")
 
@@ -129,7 +130,7 @@ def _gpu_number(ranks: Ranks) -> int:
                 os.environ[name] = "0"
         return 0
     hint = "" if visible is None else f", CUDA_VISIBLE_DEVICES={visible}"
-    raise ValueError(
+    raise UserError(
         f"{ranks.ranks_here} processes on this host, but {count} visible GPUs (LOCAL_RANK={ranks.local_rank}{hint}): "
         "start one process a GPU, or let the launcher show each process one GPU"
     )
@@ -170,7 +171,7 @@ def describe(device: torch.device) -> str:
 def check_precision(precision: str, device: torch.device) -> None:
     """Raise ValueError where the device does not compute in this precision."""
     if precision == "fp16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
-        raise ValueError(
+        raise UserError(
             "precision=fp16: this CPU has no arithmetic for it (AVX512-FP16 or AMX-FP16): take precision=bf16, or fp32"
         )
 

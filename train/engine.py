@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from sharding.errors import UserError
+from sharding.errors import MissingError, UserError
 from train.config import RunConfig
 from train.fragments import set_optimizer_step
 from train.frozen import keep_exact, whole_frozen
@@ -42,7 +42,7 @@ def find_deepspeed_config(name: str) -> Path:
         if path.is_file():
             return path
     known = ", ".join(sorted(path.name for path in (ROOT / "deepspeed_configs").glob("*.json")))
-    raise FileNotFoundError(
+    raise MissingError(
         f"deepspeed={name} does not exist: give the path of a DeepSpeed JSON; deepspeed_configs/ has {known}"
     )
 
@@ -56,7 +56,7 @@ def deepspeed_config(run: RunConfig, ranks: Ranks) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no valid JSON ({error})") from None
+        raise UserError(f"{path} is no valid JSON ({error})") from None
     config = with_nvme_path(config, path, run.nvme_path)
     largest = max(run.batch_size.image, run.batch_size.video)
     micro = max(1, largest // ranks.world_size // run.accumulate)  # DeepSpeed uses it for its own figures only
@@ -70,11 +70,11 @@ def deepspeed_config(run: RunConfig, ranks: Ranks) -> dict[str, Any]:
         given = _get(config, key)
         expected = {**own, "bf16.enabled": run.precision == "bf16", "fp16.enabled": run.precision == "fp16"}.get(key)
         if given not in (None, "auto", expected):
-            raise ValueError(
+            raise UserError(
                 f"{path} sets {key} to {json.dumps(given)}, which the YAML decides ({yaml_key}): remove it there"
             )
     if run.compile and _get(config, "zero_optimization.stage") == 3:
-        raise ValueError(
+        raise UserError(
             f"compile=true does not go with ZeRO 3 ({path}), which fetches weights within a step: take ZeRO 0 to 2, "
             "or compile=false"
         )

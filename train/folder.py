@@ -62,11 +62,11 @@ class RunFolder:
         when another run has left no checkpoint there.
         """
         if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"output_dir={self.path} is a file: choose another output_dir")
+            raise UserError(f"output_dir={self.path} is a file: choose another output_dir")
         existing = self.settings.is_file()
         others = self.path.is_dir() and any(not _may_lie_there(entry.name) for entry in self.path.iterdir())
         if not existing and others:
-            raise ValueError(f"output_dir={self.path} is in use by something that is no run: choose another output_dir")
+            raise UserError(f"output_dir={self.path} is in use by something that is no run: choose another output_dir")
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock_or_raise()
         recover(self.checkpoints)
@@ -110,7 +110,7 @@ class RunFolder:
                 note = _read_note(handle)
                 if note.get("state") != "stopping" or waited >= WAIT_FOR_STOPPING:
                     handle.close()
-                    raise ValueError(
+                    raise UserError(
                         f"output_dir={self.path} is in use by a running process ({note.get('pid', '?')} on "
                         f"{note.get('host', '?')}): wait for it, stop it, or choose another output_dir"
                     ) from None
@@ -126,12 +126,12 @@ class RunFolder:
 
     def _check_same(self, config: RunConfig) -> None:
         if not config.resume:
-            raise ValueError(
+            raise UserError(
                 f"output_dir={self.path} is in use by an earlier run and resume is off: choose another output_dir, "
                 "or set resume=true to go on with that run"
             )
         if self.finished.is_file():
-            raise ValueError(
+            raise UserError(
                 f"output_dir={self.path} is in use by a run that is finished: choose another output_dir, or remove "
                 f"the folder to train again"
             )

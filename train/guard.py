@@ -11,6 +11,7 @@ import torch
 from torch import distributed
 
 from eval.gather import gather_objects
+from sharding.errors import UserError
 from train.fragments import averaged_gradients
 from train.loss_scale import LossScale
 from train.ranks import Ranks
@@ -127,7 +128,7 @@ class StepGuard:
             self.skipped += 1
             self._row += 1
             if self._row >= self._limit:
-                raise ValueError(
+                raise UserError(
                     f"{self._row} steps in a row, the last one {each.step}, have no finite gradient "
                     f"(max_bad_steps={self._limit}): lower optimizer.lr, set optimizer.max_grad_norm, or take "
                     "precision=bf16 or fp32; the log names the samples; the last checkpoint is from before"

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sharding.errors import UserError
+
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
@@ -26,20 +28,20 @@ def with_nvme_path(config: dict[str, Any], source: Path, nvme_path: str | None) 
     if not any((zero.get(name) or {}).get("device") == "nvme" for name in SECTIONS):
         return config
     if (zero.get("offload_param") or {}).get("device") == "nvme":
-        raise ValueError(f"{source} has offload_param on nvme: take cpu there, only offload_optimizer may be on nvme")
+        raise UserError(f"{source} has offload_param on nvme: take cpu there, only offload_optimizer may be on nvme")
     offload = zero["offload_optimizer"]
     if offload.get("pipeline_read") or offload.get("pipeline_write"):
-        raise ValueError(f"{source} has pipeline_read or pipeline_write, with which gradients go wrong: remove them")
+        raise UserError(f"{source} has pipeline_read or pipeline_write, with which gradients go wrong: remove them")
     folder = nvme_path or offload.get("nvme_path")
     if not folder:
-        raise ValueError(
+        raise UserError(
             f"nvme_path is not set: {source} keeps the optimiser's state there, give a folder on a fast disk"
         )
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         _try_direct(folder)
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"nvme_path={folder} cannot be used ({error.strerror}): give a folder on a local disk, one that "
             "can be read past the system's cache (O_DIRECT)"
         ) from None
@@ -58,7 +60,7 @@ def _check_async_io() -> None:
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible():
-        raise ValueError(
+        raise UserError(
             "DeepSpeed cannot compile its access to nvme_path: install g++ and libaio (Debian: libaio-dev, Red Hat: "
             "libaio-devel), or take deepspeed_configs/zero3_offload.json"
         )

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from sharding.errors import UserError
 from train.fragments import MOMENTS, before_loading, fragments, loaded, set_optimizer_step
 from train.frozen import frozen_fragments, set_frozen, written_fragments
 from train.ranks import Ranks
@@ -103,7 +104,7 @@ def _open(folder: Path) -> Iterator[dict[str, list[Piece]]]:
     files = sorted(folder.glob("rank_*.safetensors"))
     wanted = int(files[0].stem.split("_")[-1]) if files else 1
     if len(files) != wanted:
-        raise ValueError(
+        raise UserError(
             f"{folder} holds {len(files)} of {wanted} ranks' parts: copy its checkpoint again, whole, or remove it, "
             "an earlier one is used"
         )
@@ -113,9 +114,7 @@ def _open(folder: Path) -> Iterator[dict[str, list[Piece]]]:
             try:
                 file = stack.enter_context(safe_open(str(path), framework="pt"))
             except SafetensorError as error:
-                raise ValueError(
-                    f"{path} is damaged ({error}): remove its checkpoint, an earlier one is used"
-                ) from None
+                raise UserError(f"{path} is damaged ({error}): remove its checkpoint, an earlier one is used") from None
             keys = set(file.keys())
             for key in keys:
                 name, start, kind = key.split("|")
@@ -145,5 +144,5 @@ def _assemble(
             result[first - start : last - start] = part[first - piece.start : last - piece.start]
             done = last
     if done < end:
-        raise ValueError(f"{folder} holds no whole {name} ({', '.join((WEIGHT, *MOMENTS))}): take another checkpoint")
+        raise UserError(f"{folder} holds no whole {name} ({', '.join((WEIGHT, *MOMENTS))}): take another checkpoint")
     return result

@@ -14,6 +14,8 @@ from typing import Any
 
 from jinja2 import Environment, select_autoescape
 
+from sharding.errors import MissingError, UserError, command
+
 SMOOTH_FROM = 40  # points of a curve; with fewer it is drawn as it is
 FIRST = ("loss", "loss_itc", "loss_itm", "loss_mlm", "loss_qa", "grad_norm", "temperature", "lr")
 LAST = ("samples_per_second", "data_wait", "memory_gb", "mfu")
@@ -53,7 +55,7 @@ def read_run(folder: Path) -> Run:
     """
     path = folder / "metrics.jsonl" if folder.is_dir() else folder
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no metrics.jsonl: give the folder of a run")
+        raise MissingError(f"{folder} holds no metrics.jsonl: give the folder of a run")
     run = Run(path.parent.name)
     for text in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -66,7 +68,7 @@ def read_run(folder: Path) -> Run:
                 steps.append(int(line["step"]))
                 values.append(float(value))
     if not run.curves:
-        raise ValueError(f"{path} holds no step yet: wait until the run has logged one (log_every)")
+        raise UserError(f"{path} holds no step yet: wait until the run has logged one (log_every)")
     return run
 
 
@@ -128,12 +130,12 @@ def write_plot(folders: Sequence[Path], output: Path, figures: Sequence[str] = (
     Raises FileNotFoundError or ValueError for a run without curves, an unknown figure or another kind of output.
     """
     if output.suffix not in (".png", ".html"):
-        raise ValueError(f"{output}: a picture ends in .png, a page in .html")
+        raise UserError(f"{output}: a picture ends in .png, a page in .html")
     runs = [read_run(folder) for folder in folders]
     known = figures_of(runs)
     unknown = [figure for figure in figures if figure not in known]
     if unknown:
-        raise ValueError(f"no run has logged {unknown[0]!r}: there are {', '.join(known)}")
+        raise UserError(f"no run has logged {unknown[0]!r}: there are {', '.join(known)}")
     chosen = list(figures) or [figure for figure in known if "/" not in figure or figure.endswith(SUMMARIES)]
     picture = draw(runs, chosen)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -148,6 +150,7 @@ def write_plot(folders: Sequence[Path], output: Path, figures: Sequence[str] = (
     return chosen
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m train.plot", description=__doc__)
@@ -161,11 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="for example loss val/txt_r1 (default: all, of evaluations the means)",
     )
     options = parser.parse_args(arguments)
-    try:
-        drawn = write_plot(options.runs, options.output, options.figures)
-    except (FileNotFoundError, ValueError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    drawn = write_plot(options.runs, options.output, options.figures)
     sys.stdout.write(f"{options.output}: {', '.join(drawn)}\n")
     return 0
 

@@ -19,6 +19,7 @@ from model.building import Model, build_model
 from model.checkpoint import fit_weights, load_weights, resolve_weights
 from model.config import with_changes
 from model.initial import new_model
+from sharding.errors import MissingError, UserError
 from train.architecture import adopt, changes_to, check_texts, fresh_architecture
 from train.checkpoints import WEIGHTS, check_checkpoint, complete_checkpoints, special_ids
 from train.config import RunConfig
@@ -58,13 +59,13 @@ def prepare_training(settings: Settings, ranks: Ranks, evaluates: bool, device: 
     """
     run = settings.config
     if run.output_dir is None:
-        raise ValueError("output_dir is not set: give the folder that is to hold the run, output_dir=runs/NAME")
+        raise UserError("output_dir is not set: give the folder that is to hold the run, output_dir=runs/NAME")
     zero = deepspeed_config(run, ranks)
     check_tracking(run)
     answers: list[str] = []
     if evaluates:
         if run.stop_key is not None and run.splits and run.stop_key not in run.splits:
-            raise ValueError(f"stop_key={run.stop_key} is not among splits={run.splits}: add it, or leave splits out")
+            raise UserError(f"stop_key={run.stop_key} is not among splits={run.splits}: add it, or leave splits out")
         check_test_corpora(run)
         answers = read_answer_list(run)
     for url in run.train_urls():
@@ -96,7 +97,7 @@ def _check_parts(loader: TrainLoader, run: RunConfig, ranks: Ranks) -> None:
     for kind, size in loader.batch_size.items():
         share = size // ranks.world_size
         if share % run.accumulate:
-            raise ValueError(
+            raise UserError(
                 f"batch_size.{kind}={size} over {ranks.world_size} processes is {share} each, which accumulate="
                 f"{run.accumulate} does not divide: change one of them"
             )
@@ -109,11 +110,11 @@ def prepare_evaluation(settings: Settings) -> tuple[Model, Tokenizer]:
     """
     run = settings.config
     if run.checkpoint is None:
-        raise ValueError("checkpoint is not set: give a run folder, a weights folder or an official .pth to evaluate")
+        raise UserError("checkpoint is not set: give a run folder, a weights folder or an official .pth to evaluate")
     if run.output_dir is None:
-        raise ValueError("output_dir is not set: give the folder that is to hold the results, output_dir=runs/NAME")
+        raise UserError("output_dir is not set: give the folder that is to hold the results, output_dir=runs/NAME")
     if not run.test_corpus:
-        raise ValueError("test_corpus is empty: name the packed corpora to evaluate, test_corpus.NAME=URL")
+        raise UserError("test_corpus is empty: name the packed corpora to evaluate, test_corpus.NAME=URL")
     check_test_corpora(run)
     return _from_checkpoint(settings, run.checkpoint, training=False)
 
@@ -126,16 +127,16 @@ def read_answer_list(run: RunConfig) -> list[str]:
     if run.task != "qa":
         return []
     if run.answer_list is None:
-        raise ValueError("answer_list is not set: give a JSON list of the answers that may be given, answer_list=FILE")
+        raise UserError("answer_list is not set: give a JSON list of the answers that may be given, answer_list=FILE")
     try:
         with fsspec.open(run.answer_list, "rt", encoding="utf-8", **dict(run.storage)) as file:
             answers = json.load(file)
     except FileNotFoundError:
-        raise FileNotFoundError(f"answer_list={run.answer_list} does not exist: give a JSON list of answers") from None
+        raise MissingError(f"answer_list={run.answer_list} does not exist: give a JSON list of answers") from None
     except ValueError as error:
-        raise ValueError(f"answer_list={run.answer_list} is no JSON ({error}): give a JSON list of answers") from None
+        raise UserError(f"answer_list={run.answer_list} is no JSON ({error}): give a JSON list of answers") from None
     if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
-        raise ValueError(f"answer_list={run.answer_list} must be a JSON list of texts, one an answer")
+        raise UserError(f"answer_list={run.answer_list} must be a JSON list of texts, one an answer")
     return answers
 
 
@@ -144,7 +145,7 @@ def check_test_corpora(run: RunConfig) -> None:
     for name, url in run.test_urls().items():
         kind = TEXTS_OF_TASK[run.task]
         if not sum(describe(url, run).counts(kind)):
-            raise ValueError(f"test_corpus.{name}: {url} holds no {kind}, which task={run.task} needs")
+            raise UserError(f"test_corpus.{name}: {url} holds no {kind}, which task={run.task} needs")
 
 
 def share_cores(ranks: Ranks) -> None:
@@ -168,9 +169,9 @@ def _from_checkpoint(settings: Settings, path: str, training: bool) -> tuple[Mod
     found = resolve_weights(path)
     weights = load_weights(found)
     if weights.config.answer_decoder.enable and run.task != "qa":
-        raise ValueError(f"{path} answers questions: it has no retrieval heads, start from a pre-training checkpoint")
+        raise UserError(f"{path} answers questions: it has no retrieval heads, start from a pre-training checkpoint")
     if run.task == "qa" and not training and not weights.config.answer_decoder.enable:
-        raise ValueError(f"{path} has no answer decoder: fine-tune it with launch/finetune_qa.py first")
+        raise UserError(f"{path} has no answer decoder: fine-tune it with launch/finetune_qa.py first")
     config = with_changes(weights.config, changes_to(settings, weights.config, str(found), training))
     if found.is_dir() and (found / "vocab.txt").is_file():
         if "tokenizer" in settings.explicit:
@@ -190,7 +191,7 @@ def _check_vocabulary(tokenizer: Tokenizer, weights: str, run: RunConfig) -> Non
     """Raise ValueError unless the tokenizer is the one that the weights were trained with."""
     trained_with = Tokenizer.load(weights)
     if tokenizer.path.read_bytes() != trained_with.path.read_bytes():
-        raise ValueError(
+        raise UserError(
             f"tokenizer={run.tokenizer} is another vocabulary than the one of {weights}: leave tokenizer out, "
             "the checkpoint brings its own"
         )

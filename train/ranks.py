@@ -7,6 +7,8 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from sharding.errors import UserError
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -46,7 +48,7 @@ def ranks_from_environment() -> Ranks:
         if environment["WORLD_SIZE"] == "1":
             environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
         elif "MASTER_ADDR" not in environment:
-            raise ValueError(
+            raise UserError(
                 "MASTER_ADDR is not set: export the address of the first host to all processes, and MASTER_PORT"
             )
         environment.setdefault("MASTER_PORT", "29500")

@@ -12,7 +12,7 @@ from pathlib import Path
 import fsspec
 
 from loaders.failures import check_no_credentials, hide_secrets
-from sharding.errors import AccessError
+from sharding.errors import AccessError, UserError
 from sharding.schema import join_url
 from train.best import BEST, MARKER, best_version
 from train.checkpoints import STATE, complete_checkpoints
@@ -31,7 +31,7 @@ class RemoteCheckpoints:
         try:
             self._files, self._root = fsspec.core.url_to_fs(url, **dict(storage))
         except (ValueError, ImportError) as error:
-            raise ValueError(f"checkpoint_url={url}: {error}") from None
+            raise UserError(f"checkpoint_url={url}: {error}") from None
         self._url = url
         self._copied = ""  # the checkpoint that this process has copied whole
         self._failed: tuple[Path, Path, int] | None = None

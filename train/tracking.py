@@ -12,6 +12,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from sharding.errors import UserError
 from train.config import RunConfig
 from train.config_files import flatten
 from train.folder import RunFolder
@@ -26,7 +27,7 @@ def check_tracking(run: RunConfig) -> None:
     for setting, enabled in {"wandb.enable": run.wandb.enable, "tensorboard": run.tensorboard}.items():
         package = setting.partition(".")[0]
         if enabled and importlib.util.find_spec(package) is None:
-            raise ValueError(
+            raise UserError(
                 f"{setting} is true and {package} is not installed: pip install {package}, or {setting}=false"
             )
 

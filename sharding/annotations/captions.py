@@ -13,6 +13,7 @@ from sharding.annotations.config import Reading
 from sharding.annotations.files import Record, json_records, parsed
 from sharding.annotations.lookup import Lookup
 from sharding.annotations.tables import text_lines
+from sharding.errors import UserError
 
 
 def coco_records(files: Sequence[str], reading: Reading) -> Iterator[Record]:
@@ -63,7 +64,7 @@ def sbu_records(files: Sequence[str], reading: Reading) -> Iterator[Record]:
     captions = [file for file in texts if "caption" in file.rsplit("/", 1)[-1].replace("captioned", "")]
     urls = [file for file in texts if file not in captions]
     if len(urls) != len(captions):
-        raise ValueError(
+        raise UserError(
             f"{', '.join(texts)}: each list of addresses (..._urls.txt) needs its list of captions (..._captions.txt)"
         )
     for file in files:
@@ -77,7 +78,7 @@ def paired(file: str, pairs: Iterator[tuple[Any, Any]]) -> Iterator[Record]:
     """Records of (url, caption) pairs; raises ValueError where one side ends early."""
     for number, (url, caption) in enumerate(pairs, 1):
         if url is None or caption is None:
-            raise ValueError(
+            raise UserError(
                 f"{file}, record {number}: it has {'an address' if caption is None else 'a caption'} but no "
                 f"{'caption' if caption is None else 'address'}: the two lists must be equally long"
             )

@@ -11,6 +11,7 @@ from typing import Any
 
 from sharding.annotations.files import Record
 from sharding.annotations.items import Row, identifier, part_of, plain, question_of
+from sharding.errors import UserError
 
 ABSENT: Any = object()  # what a record says about a column that it does not have; null is a value
 Finder = Callable[[Mapping[str, Any]], Any]
@@ -268,7 +269,7 @@ def template(spec: str) -> Finder:
     try:
         parts = list(parsed(spec))
     except ValueError as error:
-        raise ValueError(f"template {spec!r}: {error}; write it as {{column}} or {{column:012d}}") from None
+        raise UserError(f"template {spec!r}: {error}; write it as {{column}} or {{column:012d}}") from None
 
     def fill(record: Mapping[str, Any]) -> Any:
         result = []

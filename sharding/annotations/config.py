@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from sharding.annotations.columns import Columns
+from sharding.errors import MissingError, UserError
 
 
 @dataclass
@@ -49,20 +50,20 @@ def load_corpus(path: str) -> CorpusConfig:
         ValueError: it is no YAML, or a key is unknown (the nearest are named) or has a wrong type.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"--corpus {path} does not exist; configs/corpora/ holds those that come along")
+        raise MissingError(f"--corpus {path} does not exist; configs/corpora/ holds those that come along")
     try:
         given = OmegaConf.load(path)
         if not isinstance(given, DictConfig):
-            raise ValueError(f"{path} is no configuration: it must hold `key: value` lines")
+            raise UserError(f"{path} is no configuration: it must hold `key: value` lines")
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(CorpusConfig), given))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}:" if mark else ""
-        raise ValueError(f"{path} is no valid YAML:{where} {getattr(error, 'problem', error)}") from None
+        raise UserError(f"{path} is no valid YAML:{where} {getattr(error, 'problem', error)}") from None
     except ConfigKeyError as error:
-        raise ValueError(f"{path}: {unknown(error.full_key or str(error.key))}") from None
+        raise UserError(f"{path}: {unknown(error.full_key or str(error.key))}") from None
     except OmegaConfBaseException as error:
-        raise ValueError(f"{path}: {error.full_key}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: {error.full_key}: {str(error).splitlines()[0]}") from None
     assert isinstance(config, CorpusConfig)
     return config
 
@@ -86,7 +87,7 @@ def parse_pairs(flag: str, pairs: list[str]) -> dict[str, str]:
     """`name=value` arguments of a flag; raises ValueError naming one that is none."""
     for pair in pairs:
         if "=" not in pair.lstrip("="):
-            raise ValueError(f"{flag} {pair}: must be NAME=VALUE")
+            raise UserError(f"{flag} {pair}: must be NAME=VALUE")
     return dict(pair.split("=", 1) for pair in pairs)
 
 
@@ -96,7 +97,7 @@ def with_columns(columns: Columns, pairs: dict[str, str]) -> Columns:
     for name in pairs:
         if name not in known:
             near = get_close_matches(name, known, n=3) or known
-            raise ValueError(f"--columns {name}=...: there is no {name!r}, nearest are {', '.join(near)}")
+            raise UserError(f"--columns {name}=...: there is no {name!r}, nearest are {', '.join(near)}")
     values: dict[str, Any] = {each.name: getattr(columns, each.name) for each in fields(columns)}
     for name, value in pairs.items():
         number = name in ("start", "end") and value.replace(".", "", 1).isdigit()

@@ -21,6 +21,7 @@ from fsspec.compression import compr
 from fsspec.utils import infer_compression
 
 from sharding.annotations.json_text import Mended, Plain, Unparsable
+from sharding.errors import MissingError, UserError
 from sharding.remote import again, causes, naming, status_of
 
 BLOCK = 2**20  # bytes of a remote file read at a time
@@ -51,7 +52,7 @@ class Record:
     def value(self, key: str) -> Any:
         """What it says under a key; raises ValueError when it says nothing."""
         if key not in self.fields:
-            raise ValueError(f'{self.place}: no "{key}"; its columns are {self.names}: check --corpus')
+            raise UserError(f'{self.place}: no "{key}"; its columns are {self.names}: check --corpus')
         return self.fields[key]
 
     @property
@@ -123,20 +124,20 @@ def opened(file: str) -> Iterator[IO[bytes]]:
         with naming(file, "read annotations from"), unpacked(file) as handle:
             start = handle.read(4)
             if start[:2] in BOMS or b"\0\0" in (start[::2], start[1::2]):
-                raise ValueError(f"annotation file {file} is in UTF-16: save it as UTF-8")
+                raise UserError(f"annotation file {file} is in UTF-16: save it as UTF-8")
             handle.seek(len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0)
             yield handle
     except DAMAGED as error:
-        raise ValueError(undone(file, error)) from None
+        raise UserError(undone(file, error)) from None
     except OSError as error:
         if infer_compression(file) and type(error) in (OSError, gzip.BadGzipFile) and error.errno is None:
-            raise ValueError(undone(file, error)) from None
+            raise UserError(undone(file, error)) from None
         absent = any(isinstance(cause, FileNotFoundError) for cause in causes(error))
         if absent and status_of(error) in (None, 404):
-            raise FileNotFoundError(f"annotation file {file} does not exist: check --annotations") from None
+            raise MissingError(f"annotation file {file} does not exist: check --annotations") from None
         if not isinstance(error, IsADirectoryError):
             raise
-        raise ValueError(f"{file} is a folder: --annotations are files, such as {file.rstrip('/')}/*.json") from None
+        raise UserError(f"{file} is a folder: --annotations are files, such as {file.rstrip('/')}/*.json") from None
 
 
 def undone(file: str, error: Exception) -> str:
@@ -168,7 +169,7 @@ def json_records(file: str, place: str = "") -> Iterator[Record]:
             yield Record(file, number, {}, fault=f"must be an object, not {str(value)[:60]!r}")
     if place and not found and place.split(".")[0] not in list(json_keys(file)):
         has = first_keys(file) or "nothing"
-        raise ValueError(f'annotation file {file} has no "{place}", but {has}: check --corpus and --records')
+        raise UserError(f'annotation file {file} has no "{place}", but {has}: check --corpus and --records')
 
 
 def parsed(file: str, parse: Callable[[Any], Iterator[Found]]) -> Iterator[Found]:
@@ -194,7 +195,7 @@ def parsed(file: str, parse: Callable[[Any], Iterator[Found]]) -> Iterator[Found
                     yield found
         except NOT_JSON as error:
             where = f", after entry {number}" if number else ""
-            raise ValueError(f"annotation file {file} is not JSON ({json_reason(error)}){where}") from None
+            raise UserError(f"annotation file {file} is not JSON ({json_reason(error)}){where}") from None
 
 
 def json_reason(error: Exception) -> str:
@@ -268,15 +269,15 @@ def check_form(file: str, wanted: str) -> None:
     with opened(file) as handle:
         start = handle.read(4096).lstrip()
     if not start:
-        raise ValueError(f"annotation file {file} is empty")
+        raise UserError(f"annotation file {file} is empty")
     found = {b"[": "list", b"{": "object"}.get(start[:1])
     if found is None:
-        raise ValueError(f"annotation file {file} is not JSON: it begins with {start[:20].decode(errors='replace')!r}")
+        raise UserError(f"annotation file {file} is not JSON: it begins with {start[:20].decode(errors='replace')!r}")
     if found != wanted and found == "object":
-        raise ValueError(
+        raise UserError(
             f"annotation file {file} must be a JSON list of records, but is an object with "
             f"{first_keys(file)}: choose the --corpus that describes it, or name the list's key "
             "with --records"
         )
     if found != wanted:
-        raise ValueError(f"annotation file {file} must be a JSON object, but is a list: check --corpus")
+        raise UserError(f"annotation file {file} must be a JSON object, but is a list: check --corpus")

@@ -8,6 +8,7 @@ from itertools import chain
 from sharding.annotations.config import Reading
 from sharding.annotations.files import Record, json_keys, json_records, json_value
 from sharding.annotations.lookup import Lookup
+from sharding.errors import UserError
 
 KINDS = ("questions", "annotations")  # of VQA's files, by the key of their list
 
@@ -19,7 +20,7 @@ def vqa_records(files: Sequence[str], reading: Reading) -> Iterator[Record]:
     """
     kinds = {file: next((key for key in json_keys(file) if key in KINDS), "") for file in files}
     for file in (file for file in files if not kinds[file]):
-        raise ValueError(f'annotation file {file} has neither "questions" nor "annotations": check --corpus')
+        raise UserError(f'annotation file {file} has neither "questions" nor "annotations": check --corpus')
     questions = (vqa_questions(file) for file in files if kinds[file] == "questions")
     answers = [file for file in files if kinds[file] == "annotations"]
     lookup = Lookup(chain.from_iterable(json_records(file, "annotations") for file in answers), "question_id")
@@ -58,11 +59,11 @@ def answered(
         fault = ""
         if answer is None and not reading.unanswered:
             if not answers:
-                raise ValueError(
+                raise UserError(
                     f"{record.file} holds questions, and no file with their answers is given: add it to --annotations"
                     " (for questions without answers set `unanswered: true` in the corpus' YAML)"
                 )
             fault = f"question_id {number!r} has no answer in {', '.join(answers)}: pass the answers of the same split"
         yield Record(record.file, record.number, {**(answer or {}), **record.fields}, fault=fault)
     if none and answers:
-        raise ValueError(f"{', '.join(files)} holds answers, and no file with their questions is given: add it")
+        raise UserError(f"{', '.join(files)} holds answers, and no file with their questions is given: add it")

@@ -24,6 +24,7 @@ from sharding.annotations.tables import (
     tsv_records,
 )
 from sharding.annotations.visual_genome import visual_genome_records
+from sharding.errors import MissingError, UserError
 from sharding.failures import kind_of
 from sharding.remote import again, naming
 from sharding.schema import plain_scheme
@@ -67,7 +68,7 @@ def by_ending(file: str, reading: Reading) -> Iterator[Record]:
         name = name.removesuffix(packed)
     ending = name.rpartition(".")[2]
     if ending not in ENDINGS:
-        raise ValueError(
+        raise UserError(
             f"annotation file {file}: its name does not tell its form; set --format to one of {', '.join(READERS)}"
         )
     return ENDINGS[ending](file, reading)
@@ -101,11 +102,11 @@ def read_rows(files: Sequence[str], reading: Reading) -> Iterator[Row]:
     """
     if reading.format not in READERS:
         near = get_close_matches(reading.format, READERS, n=3) or list(READERS)
-        raise ValueError(f"--format {reading.format}: there is no such format, nearest are {', '.join(near)}")
+        raise UserError(f"--format {reading.format}: there is no such format, nearest are {', '.join(near)}")
     try:
         codecs.lookup(reading.encoding)
     except LookupError:
-        raise ValueError(f"--encoding {reading.encoding}: there is no such encoding") from None
+        raise UserError(f"--encoding {reading.encoding}: there is no such encoding") from None
     maker = RowMaker(reading.columns, reading.keep)
     # Parts of clips that the corpus itself sets, such as the first 30 seconds, hold for its official JSON as well.
     own = RowMaker(Columns(start=reading.columns.start, end=reading.columns.end), reading.keep)
@@ -120,7 +121,7 @@ def read_rows(files: Sequence[str], reading: Reading) -> Iterator[Row]:
                     raise
                 yield Row(filtered=f"bad row: {kind_of(error.reason)}")
             except RecursionError:
-                raise ValueError(f"{record.place}: it is nested too deeply to be read") from None
+                raise UserError(f"{record.place}: it is nested too deeply to be read") from None
 
 
 def is_official(file: str, maker: RowMaker) -> bool:
@@ -149,6 +150,6 @@ def expanded(patterns: Sequence[str]) -> list[str]:
         with naming(pattern, "read annotations from"):
             found = [path] if again(filesystem.exists, path) else sorted(again(filesystem.glob, path))
         if not found:
-            raise FileNotFoundError(f"no annotation file matches {pattern}: check --annotations")
+            raise MissingError(f"no annotation file matches {pattern}: check --annotations")
         files += [filesystem.unstrip_protocol(each) if "://" in pattern else each for each in found]
     return files

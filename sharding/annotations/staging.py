@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import overload
 
 from sharding.annotations.items import Item, Row
+from sharding.errors import AccessError
 
 CACHE_KB = 16 * 1024  # of each open database
 
@@ -101,7 +102,7 @@ def stage(rows: Iterable[Row], path: Path, scratch: Path, limit: int = 0) -> Sta
                 account = numbered.items, rows_read, json.dumps(dict(filtered), ensure_ascii=False)
                 database.execute("INSERT INTO account VALUES (?, ?, ?)", account)
     except sqlite3.OperationalError as error:
-        raise OSError(f"annotation rows cannot be staged in {scratch}: {error}") from None
+        raise AccessError(f"annotation rows cannot be staged in {scratch}: {error}") from None
     finally:
         unsorted.unlink(missing_ok=True)
     os.replace(unfinished, path)

@@ -16,6 +16,7 @@ from sharding.annotations.columns import used_names
 from sharding.annotations.config import Reading
 from sharding.annotations.delimited import delimited_rows, guessed_delimiter
 from sharding.annotations.files import Record, opened
+from sharding.errors import UserError
 from sharding.parquet import ParquetError, parquet_file, read_batches
 
 DECODER = json.JSONDecoder(parse_constant=lambda _: None)  # NaN and infinity say nothing
@@ -41,7 +42,7 @@ def table_records(file: str, reading: Reading, delimiter: str, quoting: int) -> 
         ValueError: it is empty, its header cannot be read, or two columns that may be used have one name.
     """
     if len(delimiter) != 1:
-        raise ValueError(f"--delimiter {delimiter!r}: must be one character")
+        raise UserError(f"--delimiter {delimiter!r}: must be one character")
     number = 0
     with opened(file) as handle:
         try:
@@ -49,9 +50,9 @@ def table_records(file: str, reading: Reading, delimiter: str, quoting: int) -> 
             header, fault = (reading.header, "") if reading.header else next(rows, ([], ""))
             names = tuple(name.strip() for name in header)
             if fault:
-                raise ValueError(f"annotation file {file}, its first line: {fault}")
+                raise UserError(f"annotation file {file}, its first line: {fault}")
             if not names:
-                raise ValueError(f"annotation file {file} is empty")
+                raise UserError(f"annotation file {file} is empty")
             check_names(file, names, used_names(reading.columns, reading.keep))
             for values, fault in rows:
                 number += 1
@@ -62,7 +63,7 @@ def table_records(file: str, reading: Reading, delimiter: str, quoting: int) -> 
                     )
                 yield Record(file, number, dict(zip(names, values, strict=False)), fault=fault)
         except UnicodeDecodeError as error:
-            raise ValueError(
+            raise UserError(
                 f"annotation file {file} is not in {reading.encoding} (byte {error.object[error.start]:#04x} near row "
                 f"{number + 1}): name its --encoding, such as latin-1 or cp1252"
             ) from None
@@ -82,7 +83,7 @@ def parquet_records(file: str, reading: Reading, more: Sequence[str] = ()) -> It
                 check_names(file, names, used)
                 yield from parquet_rows(file, names, read_batches(table, [name for name in names if name in used]))
         except ParquetError as error:
-            raise ValueError(f"annotation file {file} is no Parquet file, or damaged ({error})") from None
+            raise UserError(f"annotation file {file} is no Parquet file, or damaged ({error})") from None
 
 
 def parquet_rows(file: str, names: tuple[str, ...], batches: Iterable[pa.RecordBatch]) -> Iterator[Record]:
@@ -131,7 +132,7 @@ def check_names(file: str, names: Sequence[str], used: Iterable[str]) -> None:
     """Raise ValueError where two columns that are used have one name."""
     for name in used:
         if names.count(name) > 1:
-            raise ValueError(
+            raise UserError(
                 f'annotation file {file} has {names.count(name)} columns named "{name}": rename all but one, or name '
                 "other columns with --columns"
             )
@@ -183,7 +184,7 @@ def text_lines(file: str, reading: Reading) -> Iterator[str]:
                 number += 1
                 yield line.rstrip("\r\n")
         except UnicodeDecodeError:
-            raise ValueError(
+            raise UserError(
                 f"annotation file {file} is not in {reading.encoding} (near line {number + 1}): name its --encoding, "
                 "such as latin-1 or cp1252"
             ) from None

@@ -7,9 +7,11 @@ import os
 import sys
 from collections.abc import Sequence
 
+from sharding.errors import command
 from sharding.shapes.write import write_shapes
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -25,11 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
     options = vars(parser.parse_args(arguments))
-    try:
-        folder = write_shapes(options.pop("output"), progress=True, **options)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    folder = write_shapes(options.pop("output"), progress=True, **options)
     sys.stdout.write(f"Shapes in {folder}: media/ and {len(list(folder.glob('*.json')))} annotation files\n")
     return 0
 

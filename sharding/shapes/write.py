@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from sharding.errors import UserError
 from sharding.shapes.draw import jpeg, mp4
 from sharding.shapes.scenes import CLIPS, IMAGES, clip_of, image_scene
 from sharding.shapes.tasks import answer_list, clip_records, image_records, text_generator
@@ -38,13 +39,13 @@ def write_shapes(
 
     Raises:
         ValueError: a number that cannot be.
-        FileExistsError: the folder holds files already.
+        UserError: the folder holds files already.
     """
     if size < 32 or size % 2 or min(images, clips, test_items) < 0:
-        raise ValueError("--size must be even and at least 32, --images, --clips and --test-items 0 or more")
+        raise UserError("--size must be even and at least 32, --images, --clips and --test-items 0 or more")
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty: choose another --output or delete it")
+        raise UserError(f"{folder} is not empty: choose another --output or delete it")
     (folder / "media").mkdir(parents=True, exist_ok=True)
     jobs = [
         (medium, split, count)

@@ -213,7 +213,7 @@ def test_missing_credentials_and_buckets_are_one_line(s3: Store, monkeypatch, tm
     forget_clients()
     assert command([s3.url("corpus")]) == 2
     (line,) = (line for line in capsys.readouterr().err.splitlines() if not line.startswith("{"))
-    assert line.startswith(f"error: cannot reach {s3.url('corpus')}: no credentials")
+    assert line.startswith(f"error: cannot read {s3.url('corpus')}: no credentials")
 
 
 def test_texts_cannot_become_markup(tmp_path: Path) -> None:

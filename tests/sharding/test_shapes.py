@@ -7,6 +7,7 @@ from pathlib import Path
 import av
 import pytest
 
+from sharding.errors import UserError
 from sharding.shapes import write_shapes
 from sharding.shapes.captions import appearance_caption, motion_caption
 from sharding.shapes.scenes import MOTIONS, Clip, clip_of, image_scene
@@ -98,5 +99,5 @@ def test_impossible_sizes_and_used_folders_are_refused(tmp_path: Path) -> None:
         write_shapes(tmp_path / "odd", size=33)
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "file").touch()
-    with pytest.raises(FileExistsError, match="is not empty"):
+    with pytest.raises(UserError, match="is not empty"):
         write_shapes(tmp_path / "used")

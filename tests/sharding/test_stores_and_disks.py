@@ -101,7 +101,7 @@ def test_media_that_the_store_refuses_end_the_build_and_are_no_failures(
 ) -> None:
     url = s3.fill(photos, "media")
     faulty(s3, Faults(permanent=r"media/70\.jpg", permanent_status=403))
-    with pytest.raises(PermissionError, match=r"cannot read s3://.*/media/70.jpg: access refused"):
+    with pytest.raises(OSError, match=r"cannot read s3://.*/media/70.jpg: access refused"):
         build(photos, url, str(tmp_path / "out"))
 
 
