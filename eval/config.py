@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from difflib import get_close_matches
 
 from eval.published import benchmarks
 from loaders.config import PerMedia
+from loaders.settings import evaluation, fixed, free
 from model.config import ENSEMBLES
 from sharding.errors import UserError
 
@@ -18,21 +19,21 @@ ACCURACIES = ("exact", "vqa")
 class EvalConfig:
     """What is evaluated, how scores are computed, and what the report shows."""
 
-    task: str = "retrieval"  # what is fine-tuned for and evaluated: retrieval | qa | choice
-    k_test: int = 128  # candidates that are re-ranked, of each query or question; retrieval: 0 for dual encoder only
-    eval_frame_ensemble: str = "concat"  # concat (early fusion) | mean | max | lse (of per-frame scores)
-    eval_x_only: bool = False  # the cross-encoder scores every pair
-    eval_offload: bool = False  # keep visual tokens in host memory, not on the device
-    feature_cache: str | None = None  # folder that keeps encoded visuals, on disk, for later evaluations
-    batch_size_test: PerMedia = field(default_factory=lambda: PerMedia(64, 16))  # visuals encoded at once, a rank
-    pair_batch_size: int = 256  # (text, visual) pairs the cross-encoder scores at once, a rank
-    ensemble_skips_temporal: bool = False  # official behaviour: per-frame scores pass by the temporal modules
-    eval_num_frames: list[int] = field(default_factory=list)  # several evaluations, each with so many test frames
-    answer_list: str | None = None  # qa: path or URL of a JSON list of the answers that may be given
-    accuracy: str = "exact"  # qa: exact (match) | vqa (soft accuracy of the official tool)
-    benchmark: str | None = None  # whose published numbers the report shows, by its name in eval/published.json
-    gallery: int = 8  # best, worst and random queries shown in the report, each
-    gallery_frames: int = 4  # frames of a clip's strip in the report
+    task: str = fixed("retrieval")  # what is fine-tuned for and evaluated: retrieval | qa | choice
+    k_test: int = evaluation(128)  # candidates re-ranked of each query or question; retrieval: 0 for dual encoder only
+    eval_frame_ensemble: str = evaluation("concat")  # concat (early fusion) | mean | max | lse (of per-frame scores)
+    eval_x_only: bool = evaluation(False)  # the cross-encoder scores every pair
+    eval_offload: bool = free(False)  # keep visual tokens in host memory, not on the device
+    feature_cache: str | None = free(None)  # folder that keeps encoded visuals, on disk, for later evaluations
+    batch_size_test: PerMedia = free(factory=lambda: PerMedia(64, 16))  # visuals encoded at once, a rank
+    pair_batch_size: int = free(256)  # (text, visual) pairs the cross-encoder scores at once, a rank
+    ensemble_skips_temporal: bool = evaluation(False)  # official: per-frame scores pass by the temporal modules
+    eval_num_frames: list[int] = evaluation(factory=list)  # several evaluations, each with so many test frames
+    answer_list: str | None = evaluation(None)  # qa: path or URL of a JSON list of the answers that may be given
+    accuracy: str = evaluation("exact")  # qa: exact (match) | vqa (soft accuracy of the official tool)
+    benchmark: str | None = free(None)  # whose published numbers the report shows, by its name in eval/published.json
+    gallery: int = free(8)  # best, worst and random queries shown in the report, each
+    gallery_frames: int = free(4)  # frames of a clip's strip in the report
 
     def __post_init__(self) -> None:
         """Check the values; raises ValueError naming the key."""

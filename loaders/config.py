@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from loaders.settings import evaluation, fixed, free
 from sharding.errors import UserError
 
 
@@ -19,10 +20,10 @@ class PerMedia:
 class VideoInput:
     """How the frames of a clip are chosen."""
 
-    num_frames: int = 1
-    sample_type: str = "rand"  # rand | middle | fpsX (X frames a second)
-    num_frames_test: int = 4
-    sample_type_test: str = "middle"
+    num_frames: int = fixed(1)
+    sample_type: str = fixed("rand")  # rand | middle | fpsX (X frames a second)
+    num_frames_test: int = evaluation(4)
+    sample_type_test: str = evaluation("middle")
 
 
 @dataclass
@@ -55,31 +56,31 @@ class LoaderConfig:
     """Everything that decides what a batch holds, and how it is made."""
 
     # Over all ranks together, so that a run is the same on any number of GPUs.
-    batch_size: PerMedia = field(default_factory=lambda: PerMedia(128, 96))
-    image_res: int = 224
+    batch_size: PerMedia = fixed(factory=lambda: PerMedia(128, 96))
+    image_res: int = fixed(224)
     video_input: VideoInput = field(default_factory=VideoInput)
-    max_txt_l: PerMedia = field(default_factory=lambda: PerMedia(32, 32))
-    max_q_len: int = 25  # tokens of a question
-    max_a_len: PerMedia = field(default_factory=lambda: PerMedia(6, 5))  # and of an answer about an image or a video
-    unit: str = "samples"  # samples (a caption drawn each time) | captions (each its own item) | questions
-    paragraph: bool = False  # all captions of a sample are one text (DiDeMo, ActivityNet)
-    corpus_weights: dict[str, float] = field(default_factory=dict)  # corpus name -> passes over it an epoch; else 1
-    seed: int = 42
-    lanes: int = 64
-    window_shards: int = 4
-    augment: bool = True  # random resized crop and flip; off: plain resize
-    flip: bool = True  # off where left and right carry meaning
-    antialias: bool = False  # the official transform resizes without
-    decode: str = "auto"  # auto | dali | cpu
-    deterministic: bool = False  # the same bits on the same machine and GPU, at a price
-    threads: int = 0  # decoding threads, of decode=cpu processes; 0: chosen from the cores this rank may use
-    prefetch: int = 3  # batches made ahead of the step
-    max_bad_share: float = 0.01  # of the samples read; above it the run fails
-    quarantine_file: str = ""  # bad samples are appended to it as JSON lines; {rank} is filled in
-    storage: dict[str, str] = field(default_factory=dict)  # fsspec options of the corpora; no credentials
-    remote: RemoteReads = field(default_factory=RemoteReads)
-    cache: CacheConfig = field(default_factory=CacheConfig)
-    patience: float = 300.0  # seconds without a batch after which the loader tells what it waits for; 0: never
+    max_txt_l: PerMedia = fixed(factory=lambda: PerMedia(32, 32))
+    max_q_len: int = fixed(25)  # tokens of a question
+    max_a_len: PerMedia = fixed(factory=lambda: PerMedia(6, 5))  # and of an answer about an image or a video
+    unit: str = fixed("samples")  # samples (a caption drawn each time) | captions (each its own item) | questions
+    paragraph: bool = fixed(False)  # all captions of a sample are one text (DiDeMo, ActivityNet)
+    corpus_weights: dict[str, float] = fixed(factory=dict)  # corpus name -> passes over it an epoch; else 1
+    seed: int = fixed(42)
+    lanes: int = fixed(64)
+    window_shards: int = fixed(4)
+    augment: bool = fixed(True)  # random resized crop and flip; off: plain resize
+    flip: bool = fixed(True)  # off where left and right carry meaning
+    antialias: bool = fixed(False)  # the official transform resizes without
+    decode: str = free("auto")  # auto | dali | cpu
+    deterministic: bool = free(False)  # the same bits on the same machine and GPU, at a price
+    threads: int = free(0)  # decoding threads, of decode=cpu processes; 0: chosen from the cores this rank may use
+    prefetch: int = free(3)  # batches made ahead of the step
+    max_bad_share: float = free(0.01)  # of the samples read; above it the run fails
+    quarantine_file: str = free("")  # bad samples are appended to it as JSON lines; {rank} is filled in
+    storage: dict[str, str] = free(factory=dict)  # fsspec options of the corpora; no credentials
+    remote: RemoteReads = free(factory=RemoteReads)
+    cache: CacheConfig = free(factory=CacheConfig)
+    patience: float = free(300.0)  # seconds without a batch after which the loader tells what it waits for; 0: never
 
 
 def check_storage(config: LoaderConfig) -> None:

@@ -74,8 +74,13 @@ def load_weights(path: str | Path) -> Weights:
 
     Raises FileNotFoundError or ValueError that names the file and the remedy.
     """
-    found = resolve_weights(path)
-    return read_weights(found) if found.is_dir() else read_official(found)
+    while True:
+        found = resolve_weights(path)
+        try:
+            return read_weights(found) if found.is_dir() else read_official(found)
+        except (FileNotFoundError, ValueError):
+            if found.exists():
+                raise  # else a run has just put a better model, or a newer checkpoint, in its place
 
 
 def load_model(

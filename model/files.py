@@ -125,8 +125,10 @@ def resolve_weights(path: str | Path) -> Path:
         raise MissingError(
             f"{path} does not exist: give a folder with {DESCRIPTION}, a run folder, or an official checkpoint (.pth)"
         )
-    steps = sorted((path / "checkpoints").glob("step_*"), reverse=True)
-    for folder in (path, path / "weights", path / "checkpoints" / "best" / "weights", *(s / "weights" for s in steps)):
+    newest = sorted((path / "checkpoints").glob("*_*"), key=lambda found: (len(found.name), found.name), reverse=True)
+    best = [found for found in newest if found.name.startswith("best_")] + [path / "checkpoints" / "best"]
+    steps = [found for found in newest if found.name.startswith("step_")]
+    for folder in (path, *(found / "weights" for found in (path, *best, *steps))):
         if (folder / DESCRIPTION).is_file():
             return folder
     raise MissingError(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import functools
+import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -48,11 +50,13 @@ def user_message(error: BaseException) -> str | None:
         return " ".join(str(error).split())
     if _raised_in(error) == "fsspec.registry":  # an unknown protocol, or one whose package is not installed
         return " ".join(str(error).split())
-    if not isinstance(error, OSError) or error.errno not in OF_THE_USER or _is_ours(error):
+    number = os_error_number(error)
+    if number not in OF_THE_USER or _is_ours(error):
         return None
-    named = f": {error.filename!r}" if error.filename else ""
-    remedy = ": free some, and run the same command again to go on" if error.errno in FULL else ""
-    return f"{error.strerror}{named}{remedy}"
+    filename = getattr(error, "filename", None)
+    named = f": {filename!r}" if filename else ""
+    remedy = ": free some, and run the same command again to go on" if number in FULL else ""
+    return f"{os.strerror(number)}{named}{remedy}"
 
 
 def _raised_in(error: BaseException) -> str:
@@ -61,9 +65,20 @@ def _raised_in(error: BaseException) -> str:
     return str(frames[-1][0].f_globals.get("__name__", "")) if frames else ""
 
 
-def _is_ours(error: OSError) -> bool:
+def os_error_number(error: BaseException) -> int | None:
+    """The operating system's number of an error, also where a library in Rust has wrapped it; None where it has none.
+
+    safetensors, for one, raises an error of its own that reads "... No space left on device (os error 28)".
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    wrapped = re.search(r"\(os error (\d+)\)", str(error))
+    return int(wrapped[1]) if wrapped else None
+
+
+def _is_ours(error: BaseException) -> bool:
     """Whether an error is about a file of this program."""
-    name = error.filename
+    name = getattr(error, "filename", None)
     return isinstance(name, str) and any(PROGRAM / room in Path(name).absolute().parents for room in ROOMS)
 
 

@@ -8,18 +8,21 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import distributed
+from safetensors import SafetensorError, safe_open
 
+from eval.gather import gather_objects
 from loaders.text import Tokenizer
 from model.checkpoint import save_model
 from model.config import ModelConfig
-from model.files import weights_fault
-from sharding.errors import UserError
+from model.files import TENSORS, weights_fault
+from sharding.errors import FULL, UserError, os_error_number
+from train.best import BEFORE_VERSIONS, WEIGHTS, best_version, keep_only, point_to, write_marker
 from train.loss_scale import LossScale
 from train.parts import check_parts, read_parts, whole_weights, write_part
 from train.ranks import Ranks
@@ -32,7 +35,6 @@ log = logging.getLogger(__name__)
 VERSION = 2
 PARTS = "parts"  # the ranks' own files: weights and moments
 STATE = "state.json"
-WEIGHTS = "weights"
 _NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -47,6 +49,7 @@ class TrainingState:
     optimizer_step: int = 0  # steps that AdamW has taken: those done less those skipped
     loss_scale: dict[str, float] = field(default_factory=dict)  # of fp16
     best: float | None = None  # r_mean of the stop_key's split so far
+    best_step: int | None = None  # after which the weights had it; none: written before there were versions
     evaluated_epochs: int = 0  # epochs whose evaluation is behind us
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -69,7 +72,8 @@ def read_state(path: Path) -> TrainingState:
     try:
         data = json.loads((path / STATE).read_text())
         version = data.pop("version")
-        state = TrainingState(**data)
+        known = {item.name for item in dataclasses.fields(TrainingState)}
+        state = TrainingState(**{name: value for name, value in data.items() if name in known})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path / STATE} is damaged ({error}): remove {path}, an earlier one is used") from None
     if version != VERSION:
@@ -101,46 +105,154 @@ def save_checkpoint(
     """
     final = folder / f"step_{state.step:08d}"
     aside = folder / f".{final.name}.part"
-    if ranks.is_first:
-        shutil.rmtree(aside, ignore_errors=True)
-        (aside / PARTS).mkdir(parents=True)
-    _barrier()
-    _flush([write_part(aside / PARTS, engine, ranks)])
-    _barrier()
-    if ranks.is_first:
+
+    def write_rest() -> None:
         _write_whole_weights(aside, engine, model_config, tokenizer)
-        state = replace(state, world_size=ranks.world_size, **_optimizer_state(engine))
-        text = json.dumps({"version": VERSION, **dataclasses.asdict(state)}, indent=1)
-        (aside / STATE).write_text(text + "\n")
-        _flush([*(aside / WEIGHTS).iterdir(), aside / WEIGHTS, aside / PARTS, aside / STATE, aside])
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(aside, final)
-        _flush([folder])
+        _write_state(aside, replace(state, world_size=ranks.world_size, **_optimizer_state(engine)))
+        _flush([*(aside / WEIGHTS).iterdir(), aside / WEIGHTS, aside / PARTS, aside])
+        _replace(aside, final)
         for old in complete_checkpoints(folder)[:-keep]:
             _remove(old)
-    _barrier()
+        keep_only(folder, named_best_steps(folder))
+
+    write = _Writing(final, aside, ranks)
+    write.on_first(lambda: _make_anew(aside))
+    write.on_all(lambda: _flush([write_part(aside / PARTS, engine, ranks)]))
+    write.on_first(write_rest)
     return final
 
 
-def save_weights(
-    folder: Path, engine: DeepSpeedEngine, model_config: ModelConfig, tokenizer: Tokenizer, ranks: Ranks
+def save_best(
+    folder: Path,
+    engine: DeepSpeedEngine,
+    state: TrainingState,
+    model_config: ModelConfig,
+    tokenizer: Tokenizer,
+    ranks: Ranks,
+    split: str,
 ) -> None:
-    """Write `folder/weights`, the model in single precision with its vocabulary, or leave the old one; all call."""
+    """Keep the present weights as the best ones, with the score in `state`; to be called by all ranks."""
+    version = best_version(folder, state.step)
+    save_weights(version, engine, model_config, tokenizer, ranks, (state.step, state.best, split))
+    if ranks.is_first:
+        point_to(folder, state.step)
+        keep_only(folder, named_best_steps(folder) | {state.step})
+
+
+def save_weights(
+    folder: Path,
+    engine: DeepSpeedEngine,
+    model_config: ModelConfig,
+    tokenizer: Tokenizer,
+    ranks: Ranks,
+    mark: tuple[int, float | None, str] = (0, None, ""),
+) -> None:
+    """Write `folder/weights`, the model in single precision with its vocabulary, or leave the old one; all call.
+
+    mark: what `write_marker` says of it.
+    """
     aside = folder.with_name(f".{folder.name}.part")
-    if ranks.is_first:
-        shutil.rmtree(aside, ignore_errors=True)
-        (aside / PARTS).mkdir(parents=True)
-    _barrier()
-    write_part(aside / PARTS, engine, ranks, moments=False)
-    _barrier()
-    if ranks.is_first:
+
+    def write_rest() -> None:
         _write_whole_weights(aside, engine, model_config, tokenizer)
         shutil.rmtree(aside / PARTS)
-        _flush([*(aside / WEIGHTS).iterdir(), aside / WEIGHTS, aside])
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(aside, folder)
-        _flush([folder.parent])
-    _barrier()
+        _flush([*(aside / WEIGHTS).iterdir(), aside / WEIGHTS, write_marker(aside, *mark), aside])
+        _replace(aside, folder)
+
+    write = _Writing(folder, aside, ranks)
+    write.on_first(lambda: _make_anew(aside))
+    write.on_all(lambda: write_part(aside / PARTS, engine, ranks, moments=False))
+    write.on_first(write_rest)
+
+
+def update_state(path: Path, state: TrainingState) -> None:
+    """Write into the state of a complete checkpoint what an evaluation of its weights has found."""
+    found = ("best", "best_step", "evaluated_epochs")
+    _write_state(path, replace(read_state(path), **{name: getattr(state, name) for name in found}))
+
+
+def named_best_steps(folder: Path) -> set[int]:
+    """The versions of the best model that the complete checkpoints below `folder` name."""
+    states = [read_state(path) for path in complete_checkpoints(folder)]
+    return {
+        BEFORE_VERSIONS if state.best_step is None else state.best_step for state in states if state.best is not None
+    }
+
+
+def recover(folder: Path) -> None:
+    """Give back its name to a checkpoint whose replacement was interrupted."""
+    for old in folder.glob(".*.old"):
+        final = old.with_name(old.name[1:].removesuffix(".old"))
+        if final.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(old, final)
+
+
+class _Writing:
+    """Steps of writing a folder, each done by one rank or all. Where one of them fails all raise, and nothing is left.
+
+    Raises UserError for a disk that is full or cannot be written to.
+    """
+
+    def __init__(self, final: Path, aside: Path, ranks: Ranks) -> None:
+        self._final, self._aside, self._ranks = final, aside, ranks
+
+    def on_first(self, step: Callable[[], object]) -> None:
+        """Do a step on the first rank; all call, and wait for it."""
+        self.on_all(step if self._ranks.is_first else lambda: None)
+
+    def on_all(self, step: Callable[[], object]) -> None:
+        """Do a step on every rank, and wait until all have."""
+        fault: tuple[int, str] | None = None
+        try:
+            step()
+        except (OSError, SafetensorError) as error:
+            number = os_error_number(error)
+            if number is None:
+                raise
+            fault = (number, os.strerror(number))
+        faults = gather_objects(fault, self._ranks.world_size)
+        failed = next((rank for rank, each in enumerate(faults) if each is not None), None)
+        if failed is None:
+            return
+        if self._ranks.is_first:
+            shutil.rmtree(self._aside, ignore_errors=True)
+        raise UserError(self._told(failed, *faults[failed]))  # type: ignore[misc]
+
+    def _told(self, rank: int, number: int, reason: str) -> str:
+        who = f" by rank {rank}" if self._ranks.world_size > 1 else ""
+        remedy = "free some space" if number in FULL else "see to it that it can be written to"
+        earlier = complete_checkpoints(self._final.parent)
+        start = f"goes on from {earlier[-1].name}, which is whole" if earlier else "begins anew"
+        return (
+            f"{self._final} cannot be written{who} ({reason}): {remedy} and run the same command again, which {start}"
+        )
+
+
+def _make_anew(aside: Path) -> None:
+    shutil.rmtree(aside, ignore_errors=True)
+    (aside / PARTS).mkdir(parents=True)
+
+
+def _replace(aside: Path, final: Path) -> None:
+    """Give a complete folder its name. One that bears it already is moved away first, from where `recover` has it."""
+    old = final.with_name(f".{final.name}.old")
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(final, old)
+    os.replace(aside, final)
+    _flush([final.parent])
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_state(folder: Path, state: TrainingState) -> None:
+    """Write `folder/state.json`, whole or not at all."""
+    aside = folder / f".{STATE}.part"
+    aside.write_text(json.dumps({"version": VERSION, **dataclasses.asdict(state)}, indent=1) + "\n")
+    _flush([aside])
+    os.replace(aside, folder / STATE)
+    _flush([folder])
 
 
 def _write_whole_weights(
@@ -149,8 +261,7 @@ def _write_whole_weights(
     """Put the ranks' parts of the weights together on this host, on its CPU, and write `folder/weights`."""
     shapes = {name: _shape(parameter) for name, parameter in engine.module.named_parameters()}
     state = whole_weights(folder / PARTS, shapes)
-    persistent = engine.module.state_dict().keys()
-    state |= {name: buffer.detach().cpu() for name, buffer in engine.module.named_buffers() if name in persistent}
+    state |= {name: buffer.detach().cpu() for name, buffer in persistent_buffers(engine).items()}
     (folder / WEIGHTS).mkdir()
     tokenizer.save(folder / WEIGHTS)
     save_model(state, model_config, folder / WEIGHTS, special_ids(tokenizer))
@@ -170,7 +281,23 @@ def load_checkpoint(path: Path, engine: DeepSpeedEngine) -> TrainingState:
     read_parts(path / PARTS, engine, state.optimizer_step)
     engine.global_steps, engine.skipped_steps = state.step, state.step - state.optimizer_step
     LossScale(engine).load(state.loss_scale)
+    if names := persistent_buffers(engine).keys():
+        with safe_open(str(path / WEIGHTS / TENSORS), framework="pt") as file:
+            set_buffers(engine, {name: file.get_tensor(name) for name in names & set(file.keys())})
     return state
+
+
+def persistent_buffers(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
+    """The buffers of the module that belong to its state, by name."""
+    persistent = engine.module.state_dict().keys()
+    return {name: buffer for name, buffer in engine.module.named_buffers() if name in persistent}
+
+
+def set_buffers(engine: DeepSpeedEngine, state: Mapping[str, torch.Tensor]) -> None:
+    """Set the persistent buffers to those in `state`, which may hold more, or lack some."""
+    for name, buffer in persistent_buffers(engine).items():
+        if name in state:
+            buffer.copy_(state[name])
 
 
 def _optimizer_state(engine: DeepSpeedEngine) -> dict[str, Any]:
@@ -198,8 +325,3 @@ def _remove(path: Path) -> None:
     doomed = path.with_name(f".{path.name}.part")
     os.replace(path, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _barrier() -> None:
-    if distributed.is_initialized() and distributed.get_world_size() > 1:
-        distributed.barrier()

@@ -9,6 +9,7 @@ from typing import Any
 
 from eval.config import EvalConfig
 from loaders.config import LoaderConfig
+from loaders.settings import evaluation, fixed, free
 from model.config import AnswerDecoderConfig, LossWeights, TemporalConfig, TextConfig, VisionConfig
 from sharding.errors import UserError
 
@@ -60,55 +61,55 @@ class RunConfig(LoaderConfig, EvalConfig):
     """A run: the loader's and the evaluation's settings, the model's, the optimiser's, and where things lie."""
 
     # The model. Fine-tuning and evaluation take it from the checkpoint; see train.architecture.
-    vision_encoder: VisionConfig = field(default_factory=VisionConfig)
-    text_encoder: TextConfig = field(default_factory=TextConfig)
-    temporal_vision_encoder: TemporalConfig = field(default_factory=TemporalConfig)
-    answer_decoder: AnswerDecoderConfig = field(default_factory=AnswerDecoderConfig)  # enabled by task=qa
-    add_temporal_embed: bool = False
-    embed_dim: int = 256
-    temp: float = 0.07
-    itm_hard_neg: bool = True
-    gather_negatives: bool = False  # of all processes; costs their tokens' memory and their transport
-    mlm_prob: float = 0.5
-    loss_weight: LossWeights = field(default_factory=LossWeights)
-    tokenizer: str = "bert-base-uncased"  # folder with vocab.txt, vocab.txt, or hub name
+    vision_encoder: VisionConfig = fixed(factory=VisionConfig)
+    text_encoder: TextConfig = fixed(factory=TextConfig)
+    temporal_vision_encoder: TemporalConfig = fixed(factory=TemporalConfig)
+    answer_decoder: AnswerDecoderConfig = fixed(factory=AnswerDecoderConfig)  # enabled by task=qa
+    add_temporal_embed: bool = fixed(False)
+    embed_dim: int = fixed(256)
+    temp: float = fixed(0.07)
+    itm_hard_neg: bool = fixed(True)
+    gather_negatives: bool = fixed(False)  # of all processes; costs their tokens' memory and their transport
+    mlm_prob: float = fixed(0.5)
+    loss_weight: LossWeights = fixed(factory=LossWeights)
+    tokenizer: str = free("bert-base-uncased")  # folder with vocab.txt, vocab.txt, or hub name
 
     # The data. Corpora are packed ones, by URL or by their name in available_corpus.
-    data_root: str = "data"
-    available_corpus: dict[str, Any] = field(default_factory=dict)  # name -> URL, or list of names and URLs
-    train_corpus: Any = None  # a name, a URL, or a list of them
-    test_corpus: dict[str, str] = field(default_factory=dict)  # name of the split -> corpus
-    splits: list[str] = field(default_factory=list)  # of test_corpus, to be evaluated; empty: all
+    data_root: str = free("data")
+    available_corpus: dict[str, Any] = free(factory=dict)  # name -> URL, or list of names and URLs
+    train_corpus: Any = fixed(None)  # a name, a URL, or a list of them
+    test_corpus: dict[str, str] = evaluation(factory=dict)  # name of the split -> corpus
+    splits: list[str] = evaluation(factory=list)  # of test_corpus, to be evaluated; empty: all
 
     # The optimisation.
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
-    accumulate: int = 1  # parts that a rank's share of a batch is computed in, one after another
-    gradient_checkpointing: bool = False  # compute activations again in the backward pass: more time, less memory
-    compile: bool = False  # the step by torch.compile: minutes at the start, faster steps; not with ZeRO 3
-    precision: str = "bf16"  # bf16 | fp16 | fp32
-    deepspeed: str = "deepspeed_configs/zero1.json"  # relative to the repository, or a path of your own
-    nvme_path: str | None = None  # folder for the optimiser's state where that JSON puts it on nvme
+    optimizer: OptimizerConfig = fixed(factory=OptimizerConfig)
+    scheduler: SchedulerConfig = fixed(factory=SchedulerConfig)
+    accumulate: int = free(1)  # parts that a rank's share of a batch is computed in, one after another
+    gradient_checkpointing: bool = free(False)  # compute activations again in the backward pass: more time, less memory
+    compile: bool = free(False)  # the step by torch.compile: minutes at the start, faster steps; not with ZeRO 3
+    precision: str = fixed("bf16")  # bf16 | fp16 | fp32
+    deepspeed: str = free("deepspeed_configs/zero1.json")  # relative to the repository, or a path of your own
+    nvme_path: str | None = free(None)  # folder for the optimiser's state where that JSON puts it on nvme
 
     # The run.
-    output_dir: str | None = None
-    resume: bool = True  # go on where the run in output_dir stopped
-    pretrained_path: str | None = None  # weights to start from: a run folder, a weights folder, an official .pth
-    checkpoint: str | None = None  # weights to evaluate; the same forms
-    expected_tensors: list[str] = field(default_factory=list)  # of those weights that need not fit; as itm_head.*
-    label: str | None = None  # name of the evaluation's folder; made from frames and ensemble by default
-    stop_key: str | None = None  # split whose r_mean chooses the best checkpoint; none: the last one counts
-    log_every: int = 10  # steps
-    save_every: int = 1000  # steps; checkpoints are also written at signals and at the end
-    save_minutes: float = 0.0  # also when so much time has passed since the last one; 0: not
-    keep_checkpoints: int = 2
-    checkpoint_url: str | None = None  # where checkpoints are copied to as well, for example s3://bucket/runs/first
-    max_steps: int = 0  # ends the run after so many steps; 0: not
-    max_bad_steps: int = 10  # ends the run when so many steps in a row have no finite gradient
-    stall_seconds: float = 600.0  # ends the run when no step is done for so long
-    profile_steps: list[int] = field(default_factory=list)  # first and last step of a profiler's trace; empty: none
-    wandb: WandbConfig = field(default_factory=WandbConfig)
-    tensorboard: bool = False  # event files in output_dir/tensorboard beside metrics.jsonl
+    output_dir: str | None = free(None)
+    resume: bool = free(True)  # go on where the run in output_dir stopped
+    pretrained_path: str | None = fixed(None)  # weights to start from: a run folder, a weights folder, an official .pth
+    checkpoint: str | None = free(None)  # weights to evaluate; the same forms
+    expected_tensors: list[str] = fixed(factory=list)  # of those weights that need not fit; as itm_head.*
+    label: str | None = free(None)  # name of the evaluation's folder; made from frames and ensemble by default
+    stop_key: str | None = fixed(None)  # split whose r_mean chooses the best checkpoint; none: the last one counts
+    log_every: int = free(10)  # steps
+    save_every: int = free(1000)  # steps; checkpoints are also written at signals and at the end
+    save_minutes: float = free(0.0)  # also when so much time has passed since the last one; 0: not
+    keep_checkpoints: int = free(2)
+    checkpoint_url: str | None = free(None)  # where checkpoints are copied to as well: s3://bucket/runs/first
+    max_steps: int = free(0)  # ends the run after so many steps; 0: not
+    max_bad_steps: int = free(10)  # ends the run when so many steps in a row have no finite gradient
+    stall_seconds: float = free(600.0)  # ends the run when no step is done for so long
+    profile_steps: list[int] = free(factory=list)  # first and last step of a profiler's trace; empty: none
+    wandb: WandbConfig = free(factory=WandbConfig)
+    tensorboard: bool = free(False)  # event files in output_dir/tensorboard beside metrics.jsonl
 
     def __post_init__(self) -> None:
         """Check the values; raises ValueError naming the key, the value and the rule."""

@@ -12,6 +12,7 @@ from torch import nn
 from sharding.errors import MissingError, UserError
 from train.config import RunConfig
 from train.fragments import set_optimizer_step
+from train.frozen import keep_exact, whole_frozen
 from train.groups import ParameterGroup, parameter_groups
 from train.offload import mend_gradient_reads, with_nvme_path
 from train.ranks import Ranks
@@ -113,20 +114,37 @@ def start_engine(
         # Not `model.compile`, which would take in the hooks that DeepSpeed puts around the call.
         model.forward = torch.compile(model.forward, fullgraph=True)
     parameters = dict(model.named_parameters())
-    groups = parameter_groups({name: p.ndim for name, p in parameters.items() if p.requires_grad}, run.optimizer)
+    groups = trainable_groups(model, run)
     # No learning rate yet, the schedule sets it at every step: some of DeepSpeed's optimisers begin with an empty step.
     wanted = [
         {"params": [parameters[name] for name in group.names], "lr": 0.0, "weight_decay": group.weight_decay}
         for group in groups
     ]
+    exact = whole_frozen(model) if run.precision != "fp32" else {}
     _broadcast_scalars(parameters, device)
     optimizer = _optimizer(wanted, run, config, device)
     if isinstance(optimizer, torch.optim.AdamW):
         config = {**config, "gradient_clipping": 0.0}  # train.guard clips: DeepSpeed waits for the device to do it
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     mend_gradient_reads(engine)
+    if exact:
+        keep_exact(engine, exact)
     set_optimizer_step(engine, 0)
     return engine, groups
+
+
+def trainable_groups(model: nn.Module, run: RunConfig) -> list[ParameterGroup]:
+    """The optimiser's groups of the parameters that are not frozen; none is empty.
+
+    Raises UserError when all are frozen, ValueError when `different_lr` names a module that the model has not.
+    """
+    parameters = dict(model.named_parameters())
+    groups = parameter_groups({name: p.ndim for name, p in parameters.items()}, run.optimizer)
+    own = [tuple(name for name in group.names if parameters[name].requires_grad) for group in groups]
+    trainable = [ParameterGroup(group.lr, group.weight_decay, names) for group, names in zip(groups, own) if names]
+    if not trainable:
+        raise UserError("every parameter of the model is frozen (requires_grad=False): leave some to be trained")
+    return trainable
 
 
 def _broadcast_scalars(parameters: dict[str, nn.Parameter], device: torch.device) -> None:

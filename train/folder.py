@@ -12,24 +12,15 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
+from loaders.settings import EVALUATION, FIXED, FREE, change_on_resume
 from sharding.errors import UserError
-from train.checkpoints import checkpoint_step, complete_checkpoints
+from train.checkpoints import checkpoint_step, complete_checkpoints, recover
 from train.config import RunConfig
 from train.config_files import flatten, load_settings, to_yaml
 
 log = logging.getLogger(__name__)
 
 WAIT_FOR_STOPPING = 90.0  # seconds given to a run that is just saving its last checkpoint
-
-# Settings that may differ when a run goes on: they change what is watched and where, not what is learned.
-FREE = (
-    "output_dir", "data_root", "available_corpus", "test_corpus", "splits", "label", "checkpoint", "resume",
-    "log_every", "save_every", "save_minutes", "keep_checkpoints", "wandb", "tensorboard", "threads", "prefetch",
-    "storage",
-    "max_bad_share", "batch_size_test", "pair_batch_size", "gallery", "gallery_frames", "eval_offload", "tokenizer",
-    "checkpoint_url", "deepspeed", "nvme_path", "accumulate", "gradient_checkpointing", "compile", "max_bad_steps",
-    "stall_seconds", "profile_steps", "quarantine_file", "cache", "feature_cache", "eval_num_frames", "benchmark",
-)  # fmt: skip
 
 
 class RunFolder:
@@ -78,13 +69,14 @@ class RunFolder:
             raise UserError(f"output_dir={self.path} is in use by something that is no run: choose another output_dir")
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock_or_raise()
+        recover(self.checkpoints)
         if existing:
             self._check_same(config)
 
     def begin(self, config: RunConfig) -> None:
         """Write the resolved configuration and remove what an interrupted process has left half-written."""
         for leftover in self.checkpoints.glob(".*.part"):
-            shutil.rmtree(leftover, ignore_errors=True)
+            leftover.unlink() if leftover.is_symlink() else shutil.rmtree(leftover, ignore_errors=True)
         aside = self.settings.with_name(".config.yaml.part")
         with aside.open("w") as file:
             file.write(to_yaml(config))
@@ -147,11 +139,18 @@ class RunFolder:
         if not self.settings.read_bytes().strip(b"\0 \n"):
             log.warning("%s was emptied, as by a power cut: this command's settings are the run's", self.settings)
             return
-        difference = _difference(self.settings, config)
+        changes = _changes(self.settings, config)
+        difference = "; ".join(changes[FIXED][:3])
         if difference and steps:
             raise UserError(
                 f"output_dir={self.path} is in use by a run with other settings ({difference}): choose another "
                 "output_dir, or repeat that run's settings to go on with it"
+            )
+        if changes[EVALUATION] and steps and config.stop_key is not None:
+            log.warning(
+                "The best checkpoint so far was chosen by another evaluation (%s): its score and those to come may "
+                "not compare",
+                "; ".join(changes[EVALUATION][:3]),
             )
         if steps:
             log.info("Going on with the run in %s from step %d", self.path, steps[-1])
@@ -159,11 +158,15 @@ class RunFolder:
             log.info("The earlier run in %s had saved nothing yet: starting anew", self.path)
 
 
-def _difference(path: Path, config: RunConfig) -> str:
-    """The first settings that differ between a resolved configuration and `config`, in words; empty: none."""
+def _changes(path: Path, config: RunConfig) -> dict[str, list[str]]:
+    """How `config` differs from the resolved configuration at `path`, in words, by what a change of it may affect."""
     there, here = flatten(load_settings(path).config), flatten(config)
-    keys = [key for key in here if key.split(".")[0] not in FREE and there.get(key) != here[key]]
-    return "; ".join(f"{key} is {there.get(key)!r} there, {here[key]!r} here" for key in keys[:3])
+    changes: dict[str, list[str]] = {FIXED: [], EVALUATION: [], FREE: []}
+    for key in dict.fromkeys([*here, *there]):
+        if there.get(key) != here.get(key):
+            text = f"{key} is {there.get(key)!r} there, {here.get(key)!r} here"
+            changes[change_on_resume(RunConfig, key) or FIXED].append(text)
+    return changes
 
 
 def _write_note(handle: IO[str], state: str) -> None:

@@ -29,13 +29,14 @@ class Fragment:
 
 
 def fragments(engine: DeepSpeedEngine, moments: bool = True) -> Iterator[Fragment]:
-    """This rank's fragments; over all ranks they cover every parameter once, or all of it on each rank (ZeRO 0).
+    """This rank's fragments; over all ranks they cover every trained parameter once, or all of it on each rank
+    (ZeRO 0). See train.frozen for the others.
 
     moments: also AdamW's, which begin as zeros where no step has been taken yet. Nothing is gathered. Of what ZeRO
     keeps on NVMe a fragment is valid, and written back, until the next one is asked for.
     """
     optimizer: Any = engine.optimizer
-    trained = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
+    trained = trained_parameters(engine)
     stage = engine.zero_optimization_stage()
     if stage == 3:
         yield from _of_stage_3(optimizer, trained, moments)
@@ -43,6 +44,17 @@ def fragments(engine: DeepSpeedEngine, moments: bool = True) -> Iterator[Fragmen
         yield from _of_stages_1_2(optimizer, trained, moments)
     else:
         yield from _unpartitioned(optimizer, trained, moments)
+
+
+def trained_parameters(engine: DeepSpeedEngine) -> dict[str, Any]:
+    """The parameters that the optimiser has, by name; the others were frozen when the engine started."""
+    optimizer: Any = engine.optimizer
+    names = {3: "fp16_groups", 2: "bit16_groups", 1: "bit16_groups", 0: "fp16_groups"}
+    groups = getattr(optimizer, names[engine.zero_optimization_stage()], None)
+    if groups is None:  # a plain optimiser
+        groups = [group["params"] for group in optimizer.param_groups]
+    known = {id(parameter) for group in groups for parameter in group}
+    return {name: parameter for name, parameter in engine.module.named_parameters() if id(parameter) in known}
 
 
 def loaded(engine: DeepSpeedEngine) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,13 +21,17 @@ from loaders.batch import Batch
 from model.answering import SingularityQA
 from model.building import Model
 from model.checkpoint import load_weights
+from train.best import best_version, restore_best
 from train.checkpoints import (
     TrainingState,
     checkpoint_step,
     complete_checkpoints,
     load_checkpoint,
+    named_best_steps,
+    save_best,
     save_checkpoint,
-    save_weights,
+    set_buffers,
+    update_state,
 )
 from train.config import RunConfig
 from train.engine import start_engine
@@ -78,7 +83,9 @@ class Trainer:
         self.profiler = StepProfiler(self.run.profile_steps, self.folder.path / "profile", self.ranks.rank, device)
         self.tracker: Tracker | None = None
         if self.ranks.is_first:
-            self.tracker = Tracker(self.folder, self.run, self.total_steps, self.state.step)
+            self.tracker = Tracker(
+                self.folder, self.run, self.total_steps, self.state.step, self.state.evaluated_epochs
+            )
         self._saved_step, self._saved_at = self.state.step, time.monotonic()
         self._clock = Clock(self.model_config, self.loader.batch_size, self.run.video_input.num_frames)
 
@@ -108,6 +115,8 @@ class Trainer:
         if evaluate is not None:
             self._evaluate_all(evaluate)
         if self.ranks.is_first:
+            if self._remote is not None:
+                self._remote.retry()
             self.folder.finish({"step": self.state.step, "best": self.state.best})
 
     def close(self) -> None:
@@ -137,10 +146,14 @@ class Trainer:
         )
         self._saved_step, self._saved_at = self.state.step, time.monotonic()
         self._clock.pause(time.perf_counter() - started)
-        if self.ranks.is_first and self._remote is not None:
-            self._remote.upload(path, self.folder.settings, self.run.keep_checkpoints)
+        self._copy(path)
         if self.ranks.is_first:
             log.info("Saved %s in %.1f s", path, time.perf_counter() - started)
+
+    def _copy(self, path: Path) -> None:
+        """Copy a checkpoint to `checkpoint_url`, where one is set."""
+        if self.ranks.is_first and self._remote is not None:
+            self._remote.upload(path, self.folder.settings, self.run.keep_checkpoints)
 
     def _resume(self) -> TrainingState:
         found = complete_checkpoints(self.folder.checkpoints) if self.ranks.is_first else []
@@ -149,11 +162,19 @@ class Trainer:
         names = ("torch", "deepspeed", "timm", "transformers")
         packages = {name: str(import_module(name).__version__) for name in names}
         if not name:
-            return TrainingState(world_size=self.ranks.world_size, versions=packages)
-        path = self.folder.checkpoints / os.path.basename(name)
-        state = load_checkpoint(path, self.engine)
-        assert state.step == checkpoint_step(path)
-        return replace(state, versions=packages)
+            state = TrainingState(world_size=self.ranks.world_size)
+        else:
+            path = self.folder.checkpoints / os.path.basename(name)
+            state = load_checkpoint(path, self.engine)
+            assert state.step == checkpoint_step(path)
+        best = self._restore_best(state) if self.ranks.is_first else None
+        best = share(best, self.ranks.world_size)
+        score = None if best is None else state.best
+        return replace(state, versions=packages, best=score, best_step=best)
+
+    def _restore_best(self, state: TrainingState) -> int | None:
+        folder = self.folder.checkpoints
+        return restore_best(folder, state.best, state.best_step, named_best_steps(folder))
 
     def _epoch(self) -> None:
         """The rest of the present epoch."""
@@ -232,18 +253,27 @@ class Trainer:
         metrics = self._evaluate(evaluate, [key], f"epoch_{epoch:02}")
         measure, score = deciding_score(metrics, key)
         if self.state.best is None or score > self.state.best:
-            self.state.best = score
-            save_weights(self.folder.checkpoints / "best", self.engine, self.model_config, self.tokenizer, self.ranks)
+            self.state.best, self.state.best_step = score, self.state.step
+            save_best(
+                self.folder.checkpoints, self.engine, self.state, self.model_config, self.tokenizer, self.ranks, key
+            )
             if self.ranks.is_first:
                 log.info("Best so far: %s %s %.2f after epoch %d", key, measure, score, epoch)
         self.state.evaluated_epochs = epoch
+        if self.state.step == self._saved_step and self.ranks.is_first:
+            path = self.folder.checkpoints / f"step_{self.state.step:08d}"
+            update_state(path, self.state)
+            self._copy(path)
         self._clock.restart()
 
     def _evaluate_all(self, evaluate: Evaluate) -> None:
         """Evaluate all splits with the best weights, or the last where no split chooses."""
-        best = self.folder.checkpoints / "best" / "weights"
-        if self.run.stop_key is not None:
-            set_weights(self.engine, load_weights(best).state)
+        if self.state.best_step is not None:
+            best = load_weights(best_version(self.folder.checkpoints, self.state.best_step)).state
+            set_weights(self.engine, best)
+            set_buffers(self.engine, best)
+        elif self.run.stop_key is not None and self.ranks.is_first:
+            log.warning("No best model was kept: the last weights are evaluated")
         self._evaluate(evaluate, list(self.run.test_urls()), "final")
 
     def _evaluate(self, evaluate: Evaluate, splits: list[str], label: str) -> Metrics:

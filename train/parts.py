@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from model.files import write_whole
 from sharding.errors import UserError
 from train.fragments import MOMENTS, before_loading, fragments, loaded, set_optimizer_step
+from train.frozen import frozen_fragments, set_frozen, written_fragments
 from train.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class Piece:
     length: int
     file: Any  # an open safetensors file
     key: str  # without the kind
+    trained: bool  # whether the file also holds its moments
 
 
 def write_part(folder: Path, engine: DeepSpeedEngine, ranks: Ranks, moments: bool = True) -> Path:
@@ -47,6 +49,8 @@ def write_part(folder: Path, engine: DeepSpeedEngine, ranks: Ranks, moments: boo
             key = f"{part.name}|{part.start}|"
             for kind, tensor in {WEIGHT: part.weight, **part.moments}.items():
                 tensors[key + kind] = tensor.detach().float().cpu().clone()
+    for part in written_fragments(engine):
+        tensors[f"{part.name}|{part.start}|{WEIGHT}"] = part.weight.float().clone()
     path = folder / f"rank_{ranks.rank:05}_of_{ranks.world_size:05}.safetensors"
     write_whole(path, lambda aside: save_file(tensors, str(aside)))
     return path
@@ -62,6 +66,9 @@ def read_parts(folder: Path, engine: DeepSpeedEngine, step: int) -> None:
         for part in fragments(engine):
             for kind, tensor in {WEIGHT: part.weight, **part.moments}.items():
                 tensor.copy_(_assemble(pieces, part.name, kind, part.start, tensor.numel(), folder))
+        for part in frozen_fragments(engine):
+            value = _assemble(pieces, part.name, WEIGHT, part.start, part.weight.numel(), folder)
+            set_frozen(engine, part, value)
     set_optimizer_step(engine, step)
     loaded(engine)
 
@@ -78,6 +85,8 @@ def set_weights(engine: DeepSpeedEngine, state: Mapping[str, torch.Tensor]) -> N
     for part in fragments(engine, moments=False):
         end = part.start + part.weight.numel()
         part.weight.copy_(state[part.name].flatten()[part.start : end])
+    for part in frozen_fragments(engine):
+        set_frozen(engine, part, state[part.name].flatten()[part.start : part.start + part.weight.numel()].float())
     loaded(engine)
 
 
@@ -107,11 +116,13 @@ def _open(folder: Path) -> Iterator[dict[str, list[Piece]]]:
                 file = stack.enter_context(safe_open(str(path), framework="pt"))
             except SafetensorError as error:
                 raise UserError(f"{path} is damaged ({error}): remove its checkpoint, an earlier one is used") from None
-            for key in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
+            keys = set(file.keys())
+            for key in keys:
                 name, start, kind = key.split("|")
                 if kind == WEIGHT:
                     length = file.get_slice(key).get_shape()[0]
-                    pieces[name].append(Piece(int(start), length, file, f"{name}|{start}|"))
+                    trained = f"{name}|{start}|{MOMENTS[0]}" in keys
+                    pieces[name].append(Piece(int(start), length, file, f"{name}|{start}|", trained))
         for found in pieces.values():
             found.sort(key=lambda piece: piece.start)
         yield pieces
@@ -120,7 +131,12 @@ def _open(folder: Path) -> Iterator[dict[str, list[Piece]]]:
 def _assemble(
     pieces: Mapping[str, list[Piece]], name: str, kind: str, start: int, length: int, folder: Path
 ) -> torch.Tensor:
-    """Elements [start, start + length) of a parameter's weight or moment; only the bytes in question are read."""
+    """Elements [start, start + length) of a parameter's weight or moment; only the bytes in question are read.
+
+    Moments of a parameter that was frozen when it was saved are zeros.
+    """
+    if kind != WEIGHT and name in pieces and not any(piece.trained for piece in pieces[name]):
+        return torch.zeros(length)
     result, end, done = torch.empty(length), start + length, start
     for piece in pieces.get(name, []):
         first, last = max(done, piece.start), min(end, piece.start + piece.length)

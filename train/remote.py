@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -13,11 +14,12 @@ import fsspec
 from loaders.failures import check_no_credentials, hide_secrets
 from sharding.errors import AccessError, UserError
 from sharding.schema import join_url
+from train.best import BEST, MARKER, best_version
 from train.checkpoints import STATE, complete_checkpoints
 
 log = logging.getLogger(__name__)
 
-SETTINGS = "config.yaml"
+SETTINGS, METRICS = "config.yaml", "metrics.jsonl"
 
 
 class RemoteCheckpoints:
@@ -31,32 +33,97 @@ class RemoteCheckpoints:
         except (ValueError, ImportError) as error:
             raise UserError(f"checkpoint_url={url}: {error}") from None
         self._url = url
+        self._copied = ""  # the checkpoint that this process has copied whole
+        self._failed: tuple[Path, Path, int] | None = None
 
     def steps(self) -> list[str]:
         """Names of the complete ones, oldest first."""
         found = self._files.glob(join_url(self._root, f"step_*/{STATE}"))
         return sorted(path.rsplit("/", 2)[-2] for path in found)
 
-    def upload(self, path: Path, settings: Path, keep: int) -> None:
-        """Copy a complete checkpoint and the run's settings; keep the newest `keep`. A failure is logged, no more."""
+    def upload(self, path: Path, settings: Path, keep: int) -> bool:
+        """Copy a complete checkpoint with the best model that it names, the run's settings and its metrics so far.
+
+        The newest `keep` are kept. What this process has copied before is not copied again but for what may have
+        changed. A failure is logged, no more; returns whether all is there.
+        """
+        self._failed = None
         try:
-            self._files.makedirs(self._root, exist_ok=True)
-            self._files.put_file(str(settings), join_url(self._root, SETTINGS))
-            target = join_url(self._root, path.name)
-            files = sorted(each.relative_to(path).as_posix() for each in path.rglob("*") if each.is_file())
-            for name in [name for name in files if name != STATE] + [STATE]:
-                self._files.makedirs(join_url(target, name).rpartition("/")[0], exist_ok=True)
-                self._files.put_file(str(path / name), join_url(target, name))
-            for old in self.steps()[:-keep]:
-                self._files.rm_file(join_url(self._root, f"{old}/{STATE}"))  # first: it is no longer complete
-                self._files.rm(join_url(self._root, old), recursive=True)
+            self._upload(path, settings, keep)
         except Exception as error:  # each store has errors of its own
+            self._failed = (path, settings, keep)
             log.error("%s is not copied to %s (%s): the next checkpoint tries again", path, self._url, reason(error))
+        return self._failed is None
+
+    def retry(self) -> None:
+        """Try again, at the end of a run, what failed at last."""
+        if self._failed is None or self.upload(*self._failed):
+            return
+        log.error("The run ends, and %s is not in %s: copy it there, and %s_*", self._failed[0], self._url, BEST)
+
+    def _upload(self, path: Path, settings: Path, keep: int) -> None:
+        target = join_url(self._root, path.name)
+        if self._copied != path.name:
+            self._copied = ""
+            self._remove_if_there(join_url(target, STATE))  # of a run that went on from an earlier one: not complete
+            self._put_files(path, target, but=STATE)
+        step = _best_step((path / STATE).read_bytes())
+        if step is not None:
+            self._upload_best(best_version(path.parent, step))
+        for file in (settings, settings.parent / METRICS):
+            if file.is_file():
+                self._put_whole(file, join_url(target, file.name))
+        self._put_whole(path / STATE, join_url(target, STATE))
+        self._copied = path.name
+        self._prune(path.name, keep)
+
+    def _upload_best(self, version: Path) -> None:
+        """Copy a version of the best model, unless it is there; its marker is written last."""
+        target = join_url(self._root, version.name)
+        marker = join_url(target, MARKER)
+        if self._files.exists(marker):
+            if self._files.cat_file(marker) == (version / MARKER).read_bytes():
+                return
+            self._remove_if_there(marker)
+        self._put_files(version, target, but=MARKER)
+        self._put_whole(version / MARKER, marker)
+
+    def _put_files(self, folder: Path, target: str, but: str) -> None:
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            name = path.relative_to(folder).as_posix()
+            if name != but:
+                self._files.makedirs(join_url(target, name).rpartition("/")[0], exist_ok=True)
+                self._files.put_file(str(path), join_url(target, name))
+
+    def _put_whole(self, path: Path, target: str) -> None:
+        """Copy a file so that it is whole or absent also where the storage is a folder."""
+        self._files.makedirs(target.rpartition("/")[0], exist_ok=True)
+        self._files.put_file(str(path), f"{target}.part")
+        self._files.mv(f"{target}.part", target)
+
+    def _remove_if_there(self, path: str) -> None:
+        if self._files.exists(path):
+            self._files.rm_file(path)
+
+    def _prune(self, newest: str, keep: int) -> None:
+        """Keep `newest` and those before it, `keep` in all, and the best models that they name."""
+        steps = self.steps()
+        kept = [name for name in steps if name <= newest][-keep:]
+        for name in set(steps) - set(kept):
+            self._files.rm_file(join_url(self._root, f"{name}/{STATE}"))  # first: it is no longer complete
+            self._files.rm(join_url(self._root, name), recursive=True)
+        named = {_best_step(self._files.cat_file(join_url(self._root, f"{name}/{STATE}"))) for name in kept}
+        wanted = {best_version(Path(), step).name for step in named if step is not None}
+        for marker in self._files.glob(join_url(self._root, f"{BEST}_*/{MARKER}")):
+            name = marker.rsplit("/", 2)[-2]
+            if name not in wanted:
+                self._files.rm_file(marker)
+                self._files.rm(join_url(self._root, name), recursive=True)
 
     def fetch(self, folder: Path) -> None:
-        """Bring the newest checkpoint and the settings to a run's folder that holds no checkpoint.
+        """Bring the newest checkpoint, its best model, the settings and the metrics to a run's folder without one.
 
-        Raises ConnectionError where the copies cannot be read.
+        Raises AccessError where the copies cannot be read.
         """
         if complete_checkpoints(folder / "checkpoints"):
             return
@@ -72,6 +139,21 @@ class RemoteCheckpoints:
     def _fetch(self, name: str, folder: Path) -> None:
         log.info("Fetching %s from %s", name, self._url)
         final = folder / "checkpoints" / name
+        aside = self._fetch_folder(name, final)
+        if not (aside / SETTINGS).is_file():  # of before December 2026
+            self._files.get_file(join_url(self._root, SETTINGS), str(aside / SETTINGS))
+        step = _best_step((aside / STATE).read_bytes())
+        if step is not None and self._files.exists(join_url(self._root, f"{best_version(Path(), step).name}/{MARKER}")):
+            version = best_version(final.parent, step)
+            shutil.rmtree(version, ignore_errors=True)
+            os.replace(self._fetch_folder(version.name, version), version)
+        for file in (SETTINGS, METRICS):
+            if (aside / file).is_file():
+                os.replace(aside / file, folder / file)
+        os.replace(aside, final)
+
+    def _fetch_folder(self, name: str, final: Path) -> Path:
+        """Bring a folder to the place where it is to be renamed to `final`; returns that place."""
         aside = final.with_name(f".{final.name}.part")
         shutil.rmtree(aside, ignore_errors=True)
         source = join_url(self._root, name)
@@ -79,8 +161,15 @@ class RemoteCheckpoints:
             target = aside / path[len(source) :].lstrip("/")
             target.parent.mkdir(parents=True, exist_ok=True)
             self._files.get_file(path, str(target))
-        self._files.get_file(join_url(self._root, SETTINGS), str(folder / SETTINGS))
-        os.replace(aside, final)
+        return aside
+
+
+def _best_step(state: bytes) -> int | None:
+    """The version of the best model that a checkpoint's state names."""
+    try:
+        return json.loads(state).get("best_step")
+    except (ValueError, AttributeError):  # damaged, which is told when it is loaded
+        return None
 
 
 def reason(error: Exception) -> str:

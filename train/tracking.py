@@ -35,10 +35,12 @@ def check_tracking(run: RunConfig) -> None:
 class Tracker:
     """Writes a run's figures; only the first rank has one. After a resume the figures of lost steps are dropped."""
 
-    def __init__(self, folder: RunFolder, run: RunConfig, total_steps: int, step: int) -> None:
+    def __init__(
+        self, folder: RunFolder, run: RunConfig, total_steps: int, step: int, evaluated_epochs: int = 0
+    ) -> None:
         self._total_steps, self._path = total_steps, folder.metrics
         self._first_step, self._started = step, time.perf_counter()
-        drop_after(self._path, step)
+        drop_after(self._path, step, evaluated_epochs)
         self._file = self._path.open("a", encoding="utf-8")
         self._wandb = _start_wandb(folder, run) if run.wandb.enable else None
         self._board = _start_tensorboard(folder, step) if run.tensorboard else None
@@ -53,7 +55,8 @@ class Tracker:
     ) -> None:
         """Record an evaluation's metrics, named SPLIT/METRIC; to Weights & Biases also its report and pictures."""
         flat = {f"{split.rstrip('/')}/{name}": value for split, row in metrics.items() for name, value in row.items()}
-        self._write({"step": step, "epoch": epoch, **flat})
+        label = {"evaluation": folder.name} if folder is not None else {}
+        self._write({"step": step, "epoch": epoch, **label, **flat})
         if self._wandb is not None and folder is not None:
             self._wandb.log(_report(folder), step=step)
 
@@ -119,20 +122,30 @@ def step_line(figures: dict[str, Any], total_steps: int) -> str:
     return " | ".join(parts)
 
 
-def drop_after(path: Path, step: int) -> None:
-    """Remove the lines of a metrics.jsonl that lie beyond `step`, and one that an interruption has cut short."""
+def drop_after(path: Path, step: int, evaluated_epochs: int = 0) -> None:
+    """Remove the lines of a metrics.jsonl that lie beyond `step`, and one that an interruption has cut short.
+
+    Of evaluations those of the first `evaluated_epochs` epochs are kept: the others are made again.
+    """
     if not path.is_file():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            figures = json.loads(line)
+            again = "evaluation" in figures and evaluated_epoch(figures["evaluation"]) > evaluated_epochs
+            if figures["step"] <= step and not again:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError, TypeError):
             continue
     aside = path.with_name(f".{path.name}.part")
     aside.write_text("".join(kept), encoding="utf-8")
     os.replace(aside, path)
+
+
+def evaluated_epoch(label: str) -> float:
+    """The epoch after which an evaluation `epoch_XX` was made; infinite for that at the end."""
+    return int(label[6:]) if label.startswith("epoch_") else math.inf
 
 
 def _start_tensorboard(folder: RunFolder, step: int) -> Any:

@@ -23,8 +23,11 @@ SMALL = ModelConfig(
 )
 
 
-def make(zero, precision, model=SMALL, **settings):
-    """An engine under deepspeed_configs/ZERO.json, and its guard; fp16 also on processors that only emulate it."""
+def make(zero, precision, model=SMALL, freeze=(), **settings):
+    """An engine under deepspeed_configs/ZERO.json, and its guard; fp16 also on processors that only emulate it.
+
+    freeze: beginnings of the names of parameters to be frozen.
+    """
     if precision == "fp16":
         accelerator = type(get_accelerator())
         accelerator.is_fp16_supported = lambda _: True
@@ -35,8 +38,16 @@ def make(zero, precision, model=SMALL, **settings):
     )  # fmt: skip
     torch.manual_seed(0)
     module = Singularity(model, pad_id=0, cls_id=2, mask_id=4)
+    freeze_parameters(module, freeze)
     engine, _ = start_engine(module, run, deepspeed_config(run, Ranks()), torch.device("cpu"))
     return engine, StepGuard(engine, Ranks(), limit=3, max_grad_norm=1.0)
+
+
+def freeze_parameters(module, beginnings):
+    """Freeze the parameters whose names begin so."""
+    for name, parameter in module.named_parameters():
+        if name.startswith(tuple(beginnings)):
+            parameter.requires_grad_(False)
 
 
 def step(engine, guard, number, poisoned=False, factor=1.0, num_frames=1):
