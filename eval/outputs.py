@@ -14,6 +14,7 @@ import numpy as np
 
 from eval.config import EvalConfig
 from eval.evaluations import FORMAT_VERSION
+from eval.grouping import items_digest
 from eval.outcomes import Outcomes, intervals, write_outcomes
 from eval.report import write_report
 
@@ -103,7 +104,7 @@ def _details(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": {key: value for key, value in asdict(config).items() if key in EvalConfig.__dataclass_fields__},
         "intervals": intervals(outcomes),
-        "splits": {split.name: split.details for split in splits},
+        "splits": {split.name: split.details | {"items_sha256": items_digest(split.predictions)} for split in splits},
     }
 
 

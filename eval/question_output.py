@@ -136,6 +136,7 @@ def _chosen(result: ChoiceResult, dataset: PicturedChoices, number: int) -> dict
         "source": dataset.sources[choice.visual],
         "question_id": choice.question_id,
         "question": "",
+        "options": list(choice.options),
         "question_type": "",
         "answer_type": "",
         "answer": choice.options[chosen] if answered else None,

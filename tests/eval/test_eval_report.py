@@ -200,7 +200,7 @@ def test_a_strip_fits_frames_of_any_shape_into_squares(shape):
 
 def test_table_lines_up():
     metrics = {"val/": {"txt_r1": 50.0, "r_mean": 43.125}, "val_emb/": {"txt_r1": 100.0, "r_mean": 7.0}}
-    lines = format_table(metrics, {"val": {"txt_r1": 0.1, "r_mean": 0.5}}).splitlines()
+    lines = format_table(metrics, {"chance val": {"txt_r1": 0.1, "r_mean": 0.5}}).splitlines()
     assert lines[0].split() == ["txt_r1", "mean"]
     assert lines[2].split() == ["val", "50.00", "43.12"]
     assert lines[-1].split() == ["chance", "val", "0.10", "0.50"]
