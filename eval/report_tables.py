@@ -47,6 +47,7 @@ def tables(test_sets: Sequence[TestSet]) -> list[dict[str, Any]]:
                 "rows": rows,
                 "published": [{"title": title, "row": row} for title, row in theirs.items()],
                 "chance": details.get("chance", {}),
+                "baselines": _baselines(details),
                 "best": {c: max((r["values"][c] for r in rows if c in r["values"]), default=None) for c in columns},
                 "types": _type_columns(rows, "question_type/")[1:],
             }
@@ -77,6 +78,16 @@ def _rows(test_set: TestSet) -> list[dict[str, Any]]:
     ]
 
 
+def _baselines(details: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What is reached without looking: title, what it means, values by column."""
+    how = "ranking" if details["task"] == "retrieval" else "choosing"
+    rows = [{"title": "chance", "note": f"{how} at random", "values": details.get("chance", {})}]
+    if constant := details.get("constant"):
+        note = "the most frequent answer of this test set, for every question"
+        rows.append({"title": f"always “{constant['answer']}”", "note": note, "values": constant["values"]})
+    return [row for row in rows if row["values"]]
+
+
 def _rankings(member: Member) -> dict[str, str]:
     if member.details["task"] != "retrieval":
         return {member.split: member.details["accuracy"]}
@@ -96,26 +107,32 @@ def _label(column: str) -> str:
 
 
 def bars(all_tables: Sequence[dict[str, Any]], task: str) -> list[dict[str, Any]]:
-    """Bars of one metric for the test sets of a kind: their evaluations, re-ranked where they are, and chance."""
+    """Bars of one metric for the test sets of a kind: their evaluations, re-ranked where they are, and a baseline:
+    chance, or of questions always the same answer.
+    """
     mine = [table for table in all_tables if (table["task"] == "retrieval") == (task == "retrieval") and table["rows"]]
     column = "img_r1" if task == "retrieval" else "overall"
     values = [row["values"][column] for table in mine for row in table["rows"]]
-    scale = max([1.0, *values, *(table["chance"].get(column, 0.0) for table in mine)])
+    values += [row["values"].get(column, 0.0) for table in mine for row in table["baselines"]]
+    scale = max([1.0, *values])
     groups = []
     for table in mine:
         rows = {(row["number"], row["title"]): row for row in reversed(table["rows"])}  # of several the first
-        chance = table["chance"].get(column, 0.0)
+        name, low = "", 0.0
+        for baseline in table["baselines"]:
+            name, low = baseline["title"], baseline["values"].get(column, 0.0)
         each = [
             {
                 "title": row["title"],
                 "color": row["color"],
                 "value": row["values"][column],
                 "width": 100 * row["values"][column] / scale,
-                "times": row["values"][column] / chance if chance else 0.0,
+                "times": row["values"][column] / low if low else 0.0,
             }
             for row in reversed(rows.values())
         ]
-        groups.append({"title": table["title"], "bars": each, "chance": chance, "mark": 100 * chance / scale})
+        shown = {"name": name, "value": low, "mark": 100 * low / scale}
+        groups.append({"title": table["title"], "bars": each, "baseline": shown})
     return groups
 
 
@@ -186,8 +203,8 @@ def console_table(evaluations: Sequence[Evaluation]) -> str:
         for table in mine:
             for row in table["rows"]:
                 metrics[_console_name(table, row)] = _shown(row["values"])
-            if table["chance"]:
-                low[f"chance {table['title']}"] = _shown(table["chance"])
+            for baseline in table["baselines"]:
+                low[f"{baseline['title']} {table['title']}"] = _shown(baseline["values"])
         if metrics:
             texts.append(format_table(metrics, low))
     return "\n\n".join(texts)
