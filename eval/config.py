@@ -31,6 +31,7 @@ class EvalConfig:
     answer_list: str | None = None  # qa: path or URL of a JSON list of the answers that may be given
     accuracy: str = "exact"  # qa: exact (match) | vqa (soft accuracy of the official tool)
     benchmark: str | None = None  # whose published numbers the report shows, by its name in eval/published.json
+    save_scores: bool = False  # scores.npz after each epoch too; the final evaluation and launch/evaluate.py write it
     gallery: int = 8  # best, worst and random queries shown in the report, each
     gallery_frames: int = 4  # frames of a clip's strip in the report
 

@@ -27,6 +27,7 @@ from train.ranks import Ranks
 log = logging.getLogger(__name__)
 
 Metrics = dict[str, dict[str, float]]
+FINAL = "final"  # label of the evaluation that ends a training
 
 
 def evaluate_splits(
@@ -40,10 +41,12 @@ def evaluate_splits(
     checkpoint: str = "",
     answers: Sequence[str] = (),
     num_frames: int | None = None,
+    save_scores: bool = True,
 ) -> Metrics:
     """Evaluate `splits` of `run.test_corpus` on all ranks; the first one writes `folder` and logs the table.
 
     answers: that may be given, for questions. num_frames: of a clip, by default `video_input.num_frames_test`.
+    save_scores: whether scores.npz is written, gigabytes for a large test set.
     Returns the metrics, {"SPLIT/": {...}, "SPLIT_emb/": {...}} or {"SPLIT": {...}}, on all ranks.
     """
     metrics: Metrics = {}
@@ -57,7 +60,7 @@ def evaluate_splits(
         metrics |= one
         outputs += [output] if output else []
     if ranks.is_first:
-        write_evaluation(folder, outputs, run, subject_of(model, checkpoint))
+        write_evaluation(folder, outputs, run, subject_of(model, checkpoint), save_scores)
         log.info("Evaluation in %s\n%s", folder, console_table([read_evaluation(folder)]))
     return metrics
 

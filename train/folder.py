@@ -29,6 +29,7 @@ FREE = (
     "max_bad_share", "batch_size_test", "pair_batch_size", "gallery", "gallery_frames", "eval_offload", "tokenizer",
     "checkpoint_url", "deepspeed", "nvme_path", "accumulate", "gradient_checkpointing", "compile", "max_bad_steps",
     "stall_seconds", "profile_steps", "quarantine_file", "cache", "feature_cache", "eval_num_frames", "benchmark",
+    "save_scores",
 )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ from train.checkpoints import (
 )
 from train.config import RunConfig
 from train.engine import start_engine
-from train.evaluation import Metrics
+from train.evaluation import FINAL, Metrics
 from train.figures import Clock
 from train.guard import StepGuard
 from train.in_step import layer_by_layer
@@ -244,7 +244,7 @@ class Trainer:
         best = self.folder.checkpoints / "best" / "weights"
         if self.run.stop_key is not None:
             set_weights(self.engine, load_weights(best).state)
-        self._evaluate(evaluate, list(self.run.test_urls()), "final")
+        self._evaluate(evaluate, list(self.run.test_urls()), FINAL)
 
     def _evaluate(self, evaluate: Evaluate, splits: list[str], label: str) -> Metrics:
         with layer_by_layer(self.engine):
