@@ -93,7 +93,7 @@ def changes_to(settings: Settings, stored: ModelConfig, source: str, training: b
         if key == "image_res" or (training and key in CHANGEABLE):
             changes[key] = value
             continue
-        remedy = "remove it from the configuration, a checkpoint brings its own architecture"
+        remedy = f"remove it from the configuration, or {key}=null: a checkpoint brings its own architecture"
         if key in CHANGEABLE:
             remedy += "; to change it, fine-tune with launch/finetune_retrieval.py first"
         part, _, name = key.rpartition(".")
