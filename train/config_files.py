@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sharding.errors import MissingError, UserError
+from sharding.packaged import find_file, packaged_folder
 from train.config import RunConfig, name_splits
 
 # Keys of the official YAMLs that have another name here (docs/migrating.md has the whole table).
@@ -66,10 +67,15 @@ class Settings:
 def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     """Read `path`, the files it names as `base:`, and `key=value` overrides, later ones winning.
 
+    A path that does not exist may be the name of a packaged recipe, such as configs/pretrain.yaml; so may a base.
+
     Raises FileNotFoundError for a missing file; ValueError for an unknown key (naming the nearest), a wrong type
     (naming key, value and what is expected), a rule broken, or a file that is no YAML.
     """
-    merged = _read_with_bases(Path(path), ())
+    found = find_file(path)
+    if found is None:
+        raise MissingError(_missing(path))
+    merged = _read_with_bases(found, ())
     for key, override in _parse_overrides(overrides):
         merged = _without(merged, key) if override is None else _over(merged, override, replaced={key})
     given = without_none_strings(OmegaConf.to_container(merged, resolve=False))
@@ -97,9 +103,6 @@ def flatten(config: RunConfig) -> dict[str, Any]:
 
 
 def _read_with_bases(path: Path, chain: tuple[Path, ...]) -> DictConfig:
-    if not path.is_file():
-        cause = f", the base of {chain[-1]}," if chain else ""
-        raise MissingError(f"the configuration {path}{cause} does not exist; configs/ holds those that come along")
     if path.resolve() in [earlier.resolve() for earlier in chain]:
         raise UserError(f"{path} is its own base, by way of {chain[-1]}: remove one `base:` line")
     try:
@@ -116,7 +119,10 @@ def _read_with_bases(path: Path, chain: tuple[Path, ...]) -> DictConfig:
         return own
     if not isinstance(base, str):
         raise UserError(f"{path}: base is {base!r}, must be the path of a YAML, relative to this one")
-    return _over(_read_with_bases(path.parent / base, (*chain, path)), own)
+    found = find_file(path.parent / base) or find_file(base)
+    if found is None:
+        raise MissingError(_missing(f"{path.parent / base}, the base of {path},"))
+    return _over(_read_with_bases(found, (*chain, path)), own)
 
 
 def _over(earlier: DictConfig, later: DictConfig, replaced: Collection[str] = REPLACED) -> DictConfig:
@@ -146,6 +152,10 @@ def _splits_named(layer: DictConfig) -> DictConfig:
     if isinstance(given.get(TEST_CORPUS), str | list):
         layer[TEST_CORPUS] = name_splits(given[TEST_CORPUS])
     return layer
+
+
+def _missing(what: str | Path) -> str:
+    return f"the configuration {what} does not exist; {packaged_folder('configs')} holds those that come along"
 
 
 def _parse_overrides(overrides: Sequence[str]) -> list[tuple[str, DictConfig | None]]:

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from playwright.sync_api import expect
 
 from eval import search as search_module
 from eval.config import EvalConfig
@@ -185,7 +184,7 @@ def test_one_types_submits_and_sees_hits(address, visitor, search, tmp_path):
     assert names == [hit.source for hit in search.find("a red circle moves left", 8, 12)]
     page.fill("input[name=q]", "'><script>alert(1)</script>")
     page.click("button")
-    expect(page).to_have_title(re.compile("script"), timeout=30_000)
+    page.wait_for_function("document.title.includes('script')", timeout=30_000)
     assert visitor.pictures() == (8, 8)
     page.fill("input[name=q]", "???")
     page.click("button")
