@@ -185,11 +185,11 @@ def unpack(data: bytes, member: Member) -> bytes:
 
 
 def decompress(body: bytes, member: Member) -> bytes:
-    """What a zip's member was before it was compressed."""
+    """What a zip's member was before it was compressed; no more than a byte beyond the size that the zip says."""
     if member.method == zipfile.ZIP_DEFLATED:
-        return zlib.decompress(body, -zlib.MAX_WBITS)
+        return zlib.decompressobj(-zlib.MAX_WBITS).decompress(body, member.size + 1)
     if member.method == zipfile.ZIP_BZIP2:
-        return bz2.decompress(body)
+        return bz2.BZ2Decompressor().decompress(body, member.size + 1)
     if member.method == zipfile.ZIP_LZMA:
         return decompress_lzma(body, member.size)
     if member.method == ZSTD:

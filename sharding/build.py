@@ -16,7 +16,7 @@ from pathlib import Path
 from sharding.annotations.config import Reading
 from sharding.annotations.reading import expanded, read_rows
 from sharding.annotations.staging import Staged, open_staged, stage
-from sharding.arguments import add_annotation_arguments, read_options
+from sharding.arguments import add_annotation_arguments, positive, read_options
 from sharding.engines import ENGINES, Engine, pack
 from sharding.errors import UserError, command
 from sharding.estimate import Estimate, estimate_build
@@ -36,7 +36,7 @@ from sharding.plan import Settings, plan_shards
 from sharding.progress import LOG_EVERY, Progress, counted
 from sharding.schema import MEDIA_TYPES, Corpus, join_url
 from sharding.sources import check_root
-from sharding.web import Fetching
+from sharding.web import LARGEST_MB, Fetching
 
 log = logging.getLogger("sharding")
 
@@ -266,8 +266,10 @@ def add_fetching(group: argparse._ArgumentGroup) -> None:
         type=float,
         default=default.timeout,
         metavar="SECONDS",
-        help="without a byte, until a connection is given up (default: %(default)s)",
+        help="without a byte, or nearly, until a connection is given up (default: %(default)s)",
     )
+    largest = ", ".join(f"{megabytes} for {kind}s" for kind, megabytes in LARGEST_MB.items())
+    add("--max-mb", type=positive, default=0, metavar="MB", help=f"larger bodies are failures (default: {largest})")
 
 
 @command("interrupted: run the same command again to go on")

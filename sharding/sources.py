@@ -99,7 +99,8 @@ class Media:
         url = self.location(source)
         if url.startswith(WEB) and ("://" in source or not split_archive(url)):
             file = io.BytesIO() if self.media_type == "image" else tempfile.TemporaryFile(dir=self.scratch)  # noqa: SIM115
-            return web_client(self.fetching).fetch(url, cast(BinaryIO, file))
+            bounds = self.fetching.bounds(self.media_type)
+            return web_client(self.fetching).fetch(url, cast(BinaryIO, file), bounds)
         return pool.submit(self.fetch, source)
 
     def outcome(self, future: Future[Any], source: str) -> Fetched | MediaError:
