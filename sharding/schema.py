@@ -150,7 +150,7 @@ def named_shards(url: str) -> tuple[str, list[str]]:
     lists = url.split("::")
     try:
         whole = all(part.endswith(".tar") for part in lists)
-        found = [each for part in (lists if whole else [url]) for each in braceexpand(part)]
+        found = [each for part in (lists if whole else [url]) for each in brace_list(part)]
     except ValueError:
         raise UserError(f"{url} has a brace without its counterpart: write x-{{000..009}}.tar") from None
     tars = list(dict.fromkeys(found))
@@ -164,6 +164,14 @@ def named_shards(url: str) -> tuple[str, list[str]]:
     if len(folders) > 1:
         raise UserError(f"{url} lists tars of several folders ({folders[0]}, {folders[1]}): give one list a folder")
     return folders[0], [tar.rpartition("/")[2] for tar in tars]
+
+
+def brace_list(url: str) -> list[str]:
+    """What a brace list stands for; in the name of a local folder braces mean themselves."""
+    folder, _, name = url.rpartition("/")
+    if folder and "://" not in url and os.path.isdir(folder):
+        return [f"{folder}/{each}" for each in braceexpand(name)]
+    return list(braceexpand(url))
 
 
 def read_corpus(url: str, storage_options: dict[str, Any] | None = None) -> Corpus:
