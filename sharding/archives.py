@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import bz2
+import contextlib
 import fcntl
 import hashlib
 import logging
@@ -218,7 +219,8 @@ def make_listing(url: str, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = os.open(target.with_suffix(".lock"), os.O_CREAT | os.O_RDWR)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # without locks each process lists it for itself
+            fcntl.flock(lock, fcntl.LOCK_EX)
         if target.exists():
             return
         log.info("listing the members of %s", url)
