@@ -283,9 +283,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options["name"] = options["name"] or usual_name(options["output"])
         names = {field.name for field in fields(Settings)}
         settings = Settings(**{name: options.pop(name) for name in names & set(options)})
-        del options["max_failures"], options["retry_failed"]
+        max_failures = options.pop("max_failures")
+        del options["retry_failed"]
         estimate = estimate_corpus(settings=settings, **options)
         sys.stdout.writelines(f"{line}\n" for line in estimate.lines())
+        estimate.check(max_failures)
     else:
         build_corpus(progress=True, engine=engine, **options)
     return 0

@@ -28,7 +28,6 @@ from sharding.annotations.tables import (
 )
 from sharding.annotations.visual_genome import visual_genome_records
 from sharding.errors import MissingError, UserError
-from sharding.failures import kind_of
 from sharding.remote import again, naming
 from sharding.schema import plain_scheme
 
@@ -124,7 +123,7 @@ def read_rows(files: Sequence[str], reading: Reading) -> Iterator[Row]:
             except RowError as error:
                 if not reading.skip_bad_rows:
                     raise
-                yield Row(filtered=f"bad row: {kind_of(error.reason)}")
+                yield Row(filtered=f"bad row: {error.kind}")
             except RecursionError:
                 raise UserError(f"{record.place}: it is nested too deeply to be read") from None
 
