@@ -56,7 +56,7 @@ class SharedFiles:
         try:
             data = self._once(name, "corpus.json", look, fetch)
         except FileNotFoundError:
-            raise no_corpus(url) from None
+            raise no_corpus(url, self.folder.options) from None
         READ[name] = time.time()
         return corpus_at(url, text_of(data))
 

@@ -20,7 +20,7 @@ from sharding.annotations.config import Reading
 from sharding.errors import UserError
 from sharding.locks import HeldError, Lock
 from sharding.plan import Settings
-from sharding.remote import again, naming
+from sharding.remote import again, check_bucket, naming
 from sharding.schema import VERSION, join_url, plain_scheme
 from sharding.writing import publish
 
@@ -188,6 +188,7 @@ def read_claim(url: str) -> dict[str, Any] | None:
         try:
             return json.loads(again(filesystem.cat_file, path))
         except FileNotFoundError:
+            check_bucket(url)  # now, and not when all annotations are read
             return None
 
 

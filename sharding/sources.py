@@ -22,7 +22,7 @@ import fsspec
 from sharding.archives import Archive, split_archive
 from sharding.errors import AccessError, MissingError, UserError
 from sharding.media import MediaError
-from sharding.remote import WebError, again, credentials_missing, naming, reason_of
+from sharding.remote import WebError, again, check_bucket, credentials_missing, naming, reason_of
 from sharding.schema import join_url, plain_scheme
 from sharding.web import Fetching, web_client
 
@@ -227,4 +227,5 @@ def check_root(root: str) -> None:
         filesystem, path = fsspec.url_to_fs(place)
         found = again(filesystem.exists, path)
     if not found:
+        check_bucket(place)
         raise MissingError(f"media root {root} does not exist: check --media-root")

@@ -23,7 +23,7 @@ from fsspec.utils import infer_compression
 
 from sharding.annotations.json_text import Located, Mended, Plain, Unparsable
 from sharding.errors import MissingError, UserError
-from sharding.remote import again, causes, naming, status_of
+from sharding.remote import BucketError, again, causes, naming, status_of
 
 BLOCK = 2**20  # bytes of a remote file read at a time
 LONGEST_LINE = 2**20  # bytes of a line of JSON that is looked at to tell lines from an object
@@ -130,6 +130,8 @@ def opened(file: str) -> Iterator[IO[bytes]]:
             yield handle
     except DAMAGED as error:
         raise UserError(undone(file, error)) from None
+    except BucketError:
+        raise
     except OSError as error:
         if infer_compression(file) and type(error) in (OSError, gzip.BadGzipFile) and error.errno is None:
             raise UserError(undone(file, error)) from None

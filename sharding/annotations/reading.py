@@ -28,7 +28,7 @@ from sharding.annotations.tables import (
 )
 from sharding.annotations.visual_genome import visual_genome_records
 from sharding.errors import MissingError, UserError
-from sharding.remote import again, naming
+from sharding.remote import again, check_bucket, naming
 from sharding.schema import plain_scheme
 
 MAGIC = set("*?[")  # what makes a pattern of a name
@@ -154,6 +154,7 @@ def expanded(patterns: Sequence[str]) -> list[str]:
         with naming(pattern, "read annotations from"):
             found = again(matching, filesystem, path)
         if not found:
+            check_bucket(pattern)
             raise MissingError(f"no annotation file matches {pattern}: check --annotations")
         files += [filesystem.unstrip_protocol(each) if "://" in pattern else each for each in found]
     return files
