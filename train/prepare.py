@@ -178,13 +178,21 @@ def _from_checkpoint(settings: Settings, path: str, training: bool) -> tuple[Mod
             _check_vocabulary(Tokenizer.load(run.tokenizer), str(found), run)
         tokenizer = Tokenizer.load(str(found))
     else:
-        tokenizer = Tokenizer.load(run.tokenizer)
+        tokenizer = _tokenizer_beside(found, run)
     check_texts(run, config, tokenizer)
     adopt(settings, config)
     model = build_model(config, special_ids(tokenizer))
     report = fit_weights(model, weights, str(found), run.expected_tensors)
     log.info("Weights of %s: %s", found, report)
     return model, tokenizer
+
+
+def _tokenizer_beside(weights: Path, run: RunConfig) -> Tokenizer:
+    """The tokenizer that the settings name for weights without a vocabulary; raises MissingError without one."""
+    try:
+        return Tokenizer.load(run.tokenizer)
+    except MissingError as error:
+        raise MissingError(f"{weights} brings no vocabulary, and {error}") from None
 
 
 def _check_vocabulary(tokenizer: Tokenizer, weights: str, run: RunConfig) -> None:

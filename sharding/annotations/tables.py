@@ -167,7 +167,7 @@ def jsonl_records(file: str, reading: Reading) -> Iterator[Record]:
                 yield Record(file, number, {}, fault=fault)
                 continue
             except (ValueError, RecursionError) as error:
-                place, reason = f"line {row}", error
+                place, reason = f"line {row}", str(error)
                 if isinstance(error, json.JSONDecodeError):
                     column = min(error.pos, len(error.doc.rstrip())) + 1
                     place, reason = f"line {row}, column {column}", error.msg
