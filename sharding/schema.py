@@ -13,7 +13,7 @@ import fsspec
 import pyarrow as pa
 from braceexpand import braceexpand
 
-from sharding.errors import UserError
+from sharding.errors import MissingError, UserError
 from sharding.parquet import read_table
 from sharding.remote import again
 
@@ -204,10 +204,10 @@ def with_shards(corpus: Corpus, names: Sequence[str]) -> Corpus:
     return replace(corpus, shards=tuple(shard for shard in corpus.shards if shard.name in set(names)))
 
 
-def no_corpus(url: str) -> FileNotFoundError:
+def no_corpus(url: str) -> MissingError:
     """What is said where there is no corpus."""
     named = f" '{url}'" if named_shards(url)[1] else ""
-    return FileNotFoundError(
+    return MissingError(
         f"{description_url(url)} does not exist: {named_shards(url)[0]} is no packed corpus; pack it with "
         f"`python -m sharding.build`, or index existing webdataset shards with `python -m sharding.index{named}`"
     )
@@ -274,9 +274,9 @@ def contents(url: str, storage_options: dict[str, Any] | None = None) -> bytes:
         return file.read()
 
 
-def no_index(corpus: Corpus, shard: int) -> FileNotFoundError:
+def no_index(corpus: Corpus, shard: int) -> MissingError:
     """What is said where a shard's index is missing."""
-    return FileNotFoundError(
+    return MissingError(
         f"{corpus.index_url(shard)} is missing: make it again with `python -m sharding.verify {corpus.url} --repair`"
     )
 
