@@ -20,6 +20,8 @@ from eval.grouping import items_digest
 from eval.outcomes import Outcomes, intervals, write_outcomes
 from eval.report import write_report
 
+SEEN = ("image_res", "antialias", "paragraph", "max_txt_l", "max_q_len", "max_a_len", "precision")
+
 
 @dataclass(frozen=True)
 class SplitOutput:
@@ -45,11 +47,13 @@ class SplitOutput:
 class Subject:
     """What was evaluated: the evaluation's name in reports (by default run and label), and the weights.
 
+    checkpoint: what the user calls them; weights: a digest of them, empty where nobody has made it.
     zero_shot: whether the weights were never trained for the task; temporal: whether they relate frames in time.
     """
 
     title: str = ""
     checkpoint: str = ""
+    weights: str = ""
     zero_shot: bool = False
     temporal: bool = False
 
@@ -126,10 +130,19 @@ def _details(
         "task": config.task,
         "benchmark": config.benchmark,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "settings": {key: value for key, value in asdict(config).items() if key in EvalConfig.__dataclass_fields__},
+        "settings": recorded_settings(config),
         "intervals": intervals(outcomes),
         "splits": {split.name: split.details | {"items_sha256": items_digest(split.predictions)} for split in splits},
     }
+
+
+def recorded_settings(config: EvalConfig) -> dict[str, Any]:
+    """The settings that evaluation.json keeps: those of evaluation, and of a whole run those of what the model sees."""
+    values = asdict(config)
+    kept = {key: value for key, value in values.items() if key in EvalConfig.__dataclass_fields__ or key in SEEN}
+    if "video_input" in values:
+        kept["sample_type_test"] = values["video_input"]["sample_type_test"]
+    return kept
 
 
 def write_json(path: Path, value: Any) -> None:

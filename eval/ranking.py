@@ -37,5 +37,9 @@ def top_k_mask(scores: np.ndarray, k: int) -> np.ndarray:
 
 def top_items(row: np.ndarray, k: int) -> np.ndarray:
     """Indices of the k highest of scores (G,), best first, ties by index; fewer where only -inf is left."""
-    candidates = np.flatnonzero(top_k_mask(row[None], k)[0])
-    return candidates[np.argsort(-row[candidates], kind="stable")]
+    return ordered(row, np.flatnonzero(top_k_mask(row[None], k)[0]))
+
+
+def ordered(row: np.ndarray, items: np.ndarray) -> np.ndarray:
+    """Some items (K,) of scores (G,), ascending, best first, ties by index."""
+    return items[np.argsort(-row[items], kind="stable")]

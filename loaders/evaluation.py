@@ -20,6 +20,7 @@ from loaders.pixels import Clip
 from loaders.storage import open_corpus
 from loaders.text import clean_text
 from sharding.errors import UserError
+from sharding.schema import Corpus
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class VisualSet:
     @property
     def digest(self) -> str:
         """A name for the corpus' contents, which its description holds the checksums of."""
-        return hashlib.sha256(self.reader.corpus.to_json().encode()).hexdigest()
+        return corpus_digest(self.reader.corpus)
 
     def place(self, visual: int) -> tuple[int, int]:
         """(shard, row) of a visual."""
@@ -141,6 +142,11 @@ class VisualSet:
     def close(self) -> None:
         """Close the files."""
         self.reader.close()
+
+
+def corpus_digest(corpus: Corpus) -> str:
+    """A name for a corpus' contents, wherever it lies."""
+    return hashlib.sha256(corpus.to_json().encode()).hexdigest()
 
 
 def whole_clip(record: Record, jpegs: list[bytes]) -> Clip:

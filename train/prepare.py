@@ -20,6 +20,7 @@ from model.checkpoint import fit_weights, load_weights, resolve_weights
 from model.config import with_changes
 from model.initial import new_model
 from sharding.errors import MissingError, UserError
+from sharding.outside import check_outside_corpora
 from train.architecture import adopt, changes_to, check_texts, fresh_architecture
 from train.checkpoints import WEIGHTS, check_checkpoint, complete_checkpoints, special_ids
 from train.config import RunConfig
@@ -60,6 +61,7 @@ def prepare_training(settings: Settings, ranks: Ranks, evaluates: bool, device: 
     run = settings.config
     if run.output_dir is None:
         raise UserError("output_dir is not set: give the folder that is to hold the run, output_dir=runs/NAME")
+    check_outside_corpora(run.output_dir, "output_dir")
     zero = deepspeed_config(run, ranks)
     check_tracking(run)
     answers: list[str] = []
@@ -113,6 +115,9 @@ def prepare_evaluation(settings: Settings) -> tuple[Model, Tokenizer]:
         raise UserError("checkpoint is not set: give a run folder, a weights folder or an official .pth to evaluate")
     if run.output_dir is None:
         raise UserError("output_dir is not set: give the folder that is to hold the results, output_dir=runs/NAME")
+    for name, folder in (("output_dir", run.output_dir), ("feature_cache", run.feature_cache)):
+        if folder is not None:
+            check_outside_corpora(folder, name)
     if not run.test_corpus:
         raise UserError("test_corpus is empty: name the packed corpora to evaluate, test_corpus.NAME=URL")
     check_test_corpora(run)
