@@ -19,6 +19,7 @@ from eval.evaluations import FORMAT_VERSION
 from eval.grouping import items_digest
 from eval.outcomes import Outcomes, intervals, write_outcomes
 from eval.report import write_report
+from sharding.activity import progress
 
 
 @dataclass(frozen=True)

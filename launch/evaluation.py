@@ -9,14 +9,20 @@ from pathlib import Path
 import torch
 
 from eval.report import write_report
+from launch.command import log_to_file
+from sharding.activity import progress
 from train.config_files import Settings
 from train.devices import choose_kernels, describe, device_for, start_processes
 from train.engine import DTYPES
 from train.evaluation import evaluate_splits, evaluation_label
 from train.prepare import prepare_evaluation, read_answer_list, share_cores
 from train.ranks import Ranks
+from train.stopped import LostRankError
+from train.watchdog import EVALUATE, Watchdog
 
 log = logging.getLogger(__name__)
+
+REMEDY = "start the evaluation again"
 
 
 def evaluate(settings: Settings, ranks: Ranks) -> None:
@@ -27,25 +33,37 @@ def evaluate(settings: Settings, ranks: Ranks) -> None:
     device = device_for(ranks)
     choose_kernels(settings.config.deterministic)
     share_cores(ranks)
+    logs = Path(settings.config.output_dir or ".") / "evaluation"
+    watchdog = Watchdog(ranks, settings.config.stall_seconds, logs, REMEDY)
     answers = read_answer_list(settings.config)
     model, tokenizer = prepare_evaluation(settings)
     run = settings.config
     assert run.output_dir is not None
+    log_to_file(logs, ranks)
     if ranks.is_first:
-        log.info("Computing on %s", describe(device))
+        log.info("Computing on %s, %d processes", describe(device), ranks.world_size)
     dtype = torch.float32 if device.type == "cpu" else DTYPES[run.precision]
+    progress("joining the other processes")
     if ranks.world_size > 1:
         start_processes(device, run.stall_seconds)
     output = Path(run.output_dir)
     model.to(device, dtype)
     folders: list[Path] = []
     several: list[int | None] = [*sorted(set(run.eval_num_frames))]
-    for frames in several or [None]:
-        folders.append(output / "evaluation" / evaluation_label(run, frames))
-        splits, checkpoint = run.test_urls(), str(run.checkpoint)
-        evaluate_splits(model, tokenizer, run, ranks, device, splits, folders[-1], checkpoint, answers, frames)
+    watchdog.doing(EVALUATE, 0)
+    try:
+        for frames in several or [None]:
+            folders.append(output / "evaluation" / evaluation_label(run, frames))
+            splits, checkpoint = run.test_urls(), str(run.checkpoint)
+            evaluate_splits(model, tokenizer, run, ranks, device, splits, folders[-1], checkpoint, answers, frames)
+    except RuntimeError as error:  # a collective, as a rule: was another rank the cause?
+        gone = watchdog.after_failure()
+        if gone:
+            raise LostRankError(f"{gone}; the job ends: {REMEDY}") from error
+        raise
     if ranks.is_first:
         shutil.copyfile(folders[-1] / "metrics.json", output / "metrics.json")
         write_report(folders, output / "report.html")
     if ranks.world_size > 1:
         torch.distributed.barrier()
+    watchdog.close()

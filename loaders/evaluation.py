@@ -20,6 +20,7 @@ from loaders.pixels import Clip
 from loaders.storage import open_corpus
 from loaders.text import clean_text
 from sharding.errors import UserError
+from sharding.activity import progress
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,9 @@ class VisualSet:
     def rows(self) -> Iterator[tuple[ShardIndex, int]]:
         """(index, row) of every visual, in order."""
         self.reader.bring_indices(this_node().place)
-        for shard in range(len(self.reader.corpus.shards)):
+        shards = len(self.reader.corpus.shards)
+        for shard in range(shards):
+            progress(f"reading the index of shard {shard} of {shards}")
             index = self.reader.index(shard)
             yield from ((index, row) for row in range(len(index)))
 

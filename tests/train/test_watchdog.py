@@ -13,19 +13,54 @@ import psutil
 import pytest
 from small_run import environment, free_port, job, metrics, run, start, start_jobs
 
-from train.watchdog import EXIT_CODE, LOADER, OTHER, STEP, Beat, verdict
+from train.watchdog import EVALUATE, EXIT_CODE, LOADER, SAVE, START, STEP, Beat, verdict
 
 pytestmark = pytest.mark.timeout(300)
 
 
-def beat(rank, step, doing, seconds, silent=0.0, collective=""):
-    return Beat(rank, f"host{rank}", 100 + rank, step, doing, seconds, collective, silent)
+def beat(rank, step, doing, seconds, silent=0.0, collective="", what=""):
+    return Beat(rank, f"host{rank}", 100 + rank, step, doing, seconds, collective, silent, what)
 
 
 def test_a_job_that_goes_on_is_left_alone():
     assert verdict([beat(0, 5, STEP, 2), beat(1, 5, LOADER, 3)], limit=10) == ""
-    assert verdict([beat(0, 5, OTHER, 900), beat(1, 5, OTHER, 900)], limit=10) == ""  # a long evaluation
-    assert verdict([beat(0, 5, OTHER, 30), beat(1, 5, STEP, 30)], limit=10) == ""  # the other one saves
+    assert verdict([beat(0, 5, SAVE, 3), beat(1, 5, SAVE, 900, collective="barrier")], limit=10) == ""  # uploads
+    assert verdict([beat(0, 5, SAVE, 3), beat(1, 5, STEP, 900)], limit=10) == ""  # rank 1 waits on its device
+    evaluating = [beat(0, 5, EVALUATE, 9), beat(1, 5, EVALUATE, 500, collective="gather_rows"), beat(2, 5, EVALUATE, 2)]
+    assert verdict(evaluating, limit=10) == ""
+
+
+@pytest.mark.parametrize("doing", [SAVE, EVALUATE])
+def test_a_rank_without_progress_is_named_whatever_the_others_do(doing):
+    others = [beat(rank, 5, EVALUATE, 11, collective="gather_rows") for rank in range(5)] + [beat(5, 5, STEP, 1)]
+    found = verdict([*others, beat(6, 5, doing, 12, what="evaluating images: visual 8 of 50 encoded")], limit=10)
+    assert found == (
+        "rank 6 (host6, process 106) has made no progress for 12 s, its last step was 5, its last report: evaluating "
+        "images: visual 8 of 50 encoded; waiting for it in a collective: rank 0 in gather_rows, rank 1 in gather_rows, "
+        "rank 2 in gather_rows, rank 3 in gather_rows, 1 more"
+    )
+
+
+def test_ranks_that_wait_in_different_exchanges_are_told():
+    found = verdict([beat(0, 5, SAVE, 11, collective="barrier"), beat(1, 5, EVALUATE, 12, collective="share")], 10)
+    assert "all have been in an exchange for 10 s" in found
+    assert found.endswith("rank 0 in barrier, rank 1 in share")
+
+
+def test_of_many_without_progress_a_few_are_told():
+    found = verdict([beat(rank, 5, SAVE, 11, what="saving: flushing") for rank in range(64)], limit=10)
+    assert found.count("has made no progress") == 4
+    assert found.endswith("; 60 more")
+
+
+def test_a_start_takes_longer_than_a_step():
+    assert verdict([beat(0, 0, START, 100), beat(1, 0, START, 100, collective="init_process_group")], limit=10) == ""
+    assert verdict([Beat(1, "?", 0, 0, START, 0.0, silent=500)], limit=10) == ""
+    found = verdict([beat(0, 0, START, 130, what="starting: opening the corpora")], limit=10)
+    assert found.endswith("has made no progress for 130 s, its last report: starting: opening the corpora")
+    assert verdict([Beat(1, "?", 0, 0, START, 0.0, silent=601)], limit=10) == (
+        "rank 1 has not started 601 s after the first one"
+    )
 
 
 def test_a_loader_that_stands_still_is_told_from_those_who_wait_for_it():
