@@ -125,6 +125,7 @@ def pixel_batches(
     batch_size = getattr(config.batch_size_test, dataset.media_type)
     total = -(-dataset.num_visuals // world_size)
     with tqdm(total=total, desc=f"encoding {dataset.name}", leave=False, disable=None if rank == 0 else True) as bar:
+        progress(f"visual 0 of {total} encoded")
         for batch in dataset.batches(num_frames, batch_size, rank=rank, world_size=world_size, device=device):
             yield normalize(batch.frames.to(device, non_blocking=True), model.mean, model.std), batch.indices
             bar.update(len(batch.indices))

@@ -135,4 +135,5 @@ def _details(
 
 def write_json(path: Path, value: Any) -> None:
     """Write plain values as indented UTF-8."""
+    progress(f"writing {path.name}")
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")

@@ -254,6 +254,7 @@ class Trainer:
         measure, score = deciding_score(metrics, key)
         if self.state.best is None or score > self.state.best:
             self.state.best, self.state.best_step = score, self.state.step
+            self.watchdog.doing(SAVE, self.state.step)
             save_best(
                 self.folder.checkpoints, self.engine, self.state, self.model_config, self.tokenizer, self.ranks, key
             )

@@ -171,7 +171,7 @@ class Watchdog:
         _made += 1
         self._key = f"watchdog/{_made}"
         self._ranks, self._limit, self._folder, self._remedy = ranks, limit, folder, remedy
-        self._closing = threading.Event()
+        self._closing, self._changed = threading.Event(), threading.Event()
         self._seen: dict[int, tuple[bytes, float]] = {}
         self._store: TCPStore | None = None
         self._first: Beat | None = None  # the first rank's last sign of life, as another one knows it
@@ -191,10 +191,13 @@ class Watchdog:
         """
         self._state = (what, step, time.monotonic())
         begin(what)
+        if what not in (LOADER, STEP):  # a process that is halted now was not halted in the step before
+            self._changed.set()
 
     def close(self) -> None:
         """Stop watching."""
         self._closing.set()
+        self._changed.set()
         self._thread.join()
         self._talking.join(2 * BEAT_SECONDS)  # longer where the first rank's host has gone
 
@@ -203,6 +206,7 @@ class Watchdog:
         time.sleep(0 if self._ranks.is_first else 3 * BEAT_SECONDS)
         first_has_gone = not self._talking.is_alive() and not self._found
         self._closing.set()
+        self._changed.set()
         self._thread.join()
         if self._store is None:
             return ""
@@ -231,9 +235,11 @@ class Watchdog:
             if self._store is None and self._ranks.world_size > 1:
                 self._store = self._connect()
             while not self._found:
+                self._changed.clear()
                 self._beat()
                 self._found = self._judgement()
-                if self._closing.wait(BEAT_SECONDS):
+                self._changed.wait(BEAT_SECONDS)
+                if self._closing.is_set():
                     return
         except Exception as error:
             log.debug("The watchdog's store: %s", error)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from small_run import environment, free_port, job, metrics, run, start, start_jobs
+from small_run import environment, free_port, job, metrics, run, run_jobs, start, start_jobs
 
 from train.watchdog import EVALUATE, EXIT_CODE, LOADER, SAVE, START, STEP, Beat, verdict
 
@@ -162,20 +162,82 @@ def test_a_loader_that_stands_still_is_named(corpora, tmp_path):
     )
 
 
+def halted(folder, job, halt, until=r"The job stands still: (.*)", seconds=120):
+    """Start a job in `folder` that comes to a halt; what it shows for `until`, and the seconds that this took."""
+    launcher = start_jobs(folder, [job], worker="halting_worker.py", HALT=halt)
+    began = time.monotonic()
+    try:
+        while not (found := re.search(until, (folder / "shown.txt").read_text())):
+            assert time.monotonic() - began < seconds, (folder / "shown.txt").read_text()
+            time.sleep(0.2)
+        return found[1], time.monotonic() - began
+    finally:
+        for process in psutil.Process(launcher.pid).children(recursive=True):
+            process.kill()
+        launcher.kill()
+        launcher.wait()
+
+
 def test_a_collective_that_stands_still_is_told_with_the_rank_that_did_not_come(corpora, tmp_path):
     folder = tmp_path / "run"
     one = job("pretrain", corpora / "tiny.yaml", f"output_dir={folder}", "stall_seconds=4")
-    launcher = start_jobs(tmp_path, [one], worker="halting_worker.py")
-    try:
-        assert launcher.wait(120) != 0
-    finally:
-        if launcher.poll() is None:
-            os.killpg(launcher.pid, signal.SIGKILL)
+    found, _ = halted(tmp_path, one, "train.step Stepper._part 1 4 wait", until=r"The job stands still: (.*)")
     assert [line["step"] for line in metrics(folder)] == [1, 2, 3]
     assert re.search(
-        r"The job stands still: rank 1 \(.*, process \d+\) has been in a step for \d+ s after step 3 without coming to "
+        r"rank 1 \(.*, process \d+\) has been in a step for \d+ s after step 3 without coming to "
         r"the collective that others wait in \(rank 0 in \w+\): the collective stands still for want of it, no loader",
-        (folder / "log.txt").read_text(),
+        found,
     )
     assert "distributed_c10d.py" in (folder / "stacks_rank_0.txt").read_text()
-    assert "halting_worker.py" in (folder / "stacks_rank_1.txt").read_text()
+
+
+@pytest.fixture(scope="module")
+def trained(corpora, tmp_path_factory):
+    """A run folder with a checkpoint."""
+    folder = tmp_path_factory.mktemp("trained")
+    run_jobs(folder, [job("pretrain", corpora / "tiny.yaml", f"output_dir={folder}/run", "max_steps=1")], processes=1)
+    return folder / "run"
+
+
+# What is run, where it halts, and what is told of that rank.
+IN_TRAINING = ("finetune_retrieval", "scheduler.epochs=1", "stop_key=images", "splits=[images]")
+WRITING = r"saving: writing rank_0000\d_of_00002.safetensors"
+ENCODING = r"evaluating images: visual 0 of 4 encoded"
+slow = pytest.mark.slow
+HALTS = {
+    "saving, rank 1 stopped": (IN_TRAINING, "train.parts save_file 1 1 stop", WRITING),
+    "saving, rank 0 stopped": (IN_TRAINING, "train.parts save_file 0 1 stop", WRITING),
+    "saving, rank 0 flushes": (IN_TRAINING, "train.checkpoints flush 0 1 wait", r"saving: .*"),
+    "after an epoch, rank 1 stopped": (IN_TRAINING, "eval.features normalize 1 1 stop", ENCODING),
+    "after an epoch, rank 0 reads": (IN_TRAINING, "loaders.evaluation VisualSet._batch 0 1 wait", ENCODING),
+    "at the end, rank 1 waits": (IN_TRAINING, "eval.features normalize 1 2 wait", ENCODING),
+    "alone, rank 1 stopped": (("evaluate", "splits=[images]"), "eval.features normalize 1 1 stop", ENCODING),
+    "alone, rank 0 stopped": (("evaluate", "splits=[images]"), "eval.features normalize 0 1 stop", ENCODING),
+    "alone, rank 1 reads": (("evaluate", "splits=[images]"), "loaders.evaluation VisualSet._batch 1 1 wait", ENCODING),
+    "alone, rank 0 writes": (
+        ("evaluate", "splits=[images]"),
+        "eval.outputs write_json 0 2 wait",
+        r"evaluating images: writing \w+.json",
+    ),
+}
+QUICK = ("saving, rank 1 stopped", "alone, rank 0 stopped")
+
+
+@pytest.mark.parametrize("case", [each if each in QUICK else pytest.param(each, marks=slow) for each in HALTS])
+def test_a_halt_in_saving_or_evaluating_ends_the_job(corpora, trained, tmp_path, case):
+    (entry, *settings), halt, report = HALTS[case]
+    folder = tmp_path / "run"
+    settings += [f"output_dir={folder}", "stall_seconds=5", f"checkpoint={trained}"]
+    found, _ = halted(tmp_path, job(entry, corpora / "tiny.yaml", *settings), halt)
+    rank = halt.split()[-3]
+    what = {"0stop": "has not answered rank 1", "1stop": "has given no sign of life"}.get(rank + halt.split()[-1])
+    assert re.search(rf"^rank {rank} \(.*{what or 'has made no progress'}.* for \d+ s", found), found
+    assert re.search(rf"its last report: {report}[;:]", found + ";"), found
+    other = 1 - int(rank)
+    assert re.search(rf"rank {other} in \w+", found), found
+    remedy = (
+        "start the evaluation again" if entry == "evaluate" else "the same command goes on from the last checkpoint"
+    )
+    assert found.endswith(f"It ends; {remedy}")
+    logs = folder / "evaluation" if entry == "evaluate" else folder
+    assert "distributed_c10d.py" in (logs / f"stacks_rank_{other}.txt").read_text()
