@@ -13,8 +13,8 @@ from PIL import Image, ImageEnhance
 from eval.features import VisualData
 from eval.metrics import NOT_RANKED, Truth, true_ranks
 from eval.ranking import top_items
-from sharding.errors import AccessError
 from sharding.activity import progress
+from sharding.errors import AccessError
 from sharding.media import MediaError
 from sharding.media.picture import decode_picture
 

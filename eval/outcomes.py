@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from eval.metrics import NOT_RANKED, RECALL_AT
-from sharding.errors import MissingError, UserError
 from sharding.activity import progress
+from sharding.errors import MissingError, UserError
 from sharding.parquet import read_table
 
 TYPES = ("question_type", "answer_type")

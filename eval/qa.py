@@ -21,8 +21,8 @@ from eval.gather import gather_rows
 from eval.metrics import NOT_FINITE
 from loaders.evaluation import Question
 from model.answering import SingularityQA
-from sharding.errors import UserError
 from sharding.activity import progress
+from sharding.errors import UserError
 
 QUESTIONS_AT_ONCE = 16
 ANNOTATORS = 10  # of a VQA question

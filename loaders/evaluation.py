@@ -19,8 +19,8 @@ from loaders.node import processes_here, this_node
 from loaders.pixels import Clip
 from loaders.storage import open_corpus
 from loaders.text import clean_text
-from sharding.errors import UserError
 from sharding.activity import progress
+from sharding.errors import UserError
 
 
 @dataclass(frozen=True)

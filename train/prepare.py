@@ -19,8 +19,8 @@ from model.building import Model, build_model
 from model.checkpoint import fit_weights, load_weights, resolve_weights
 from model.config import with_changes
 from model.initial import new_model
-from sharding.errors import MissingError, UserError
 from sharding.activity import progress
+from sharding.errors import MissingError, UserError
 from train.architecture import adopt, changes_to, check_texts, fresh_architecture
 from train.checkpoints import WEIGHTS, check_checkpoint, complete_checkpoints, special_ids
 from train.config import RunConfig

@@ -12,8 +12,8 @@ from pathlib import Path
 import fsspec
 
 from loaders.failures import check_no_credentials, hide_secrets
-from sharding.errors import AccessError, UserError
 from sharding.activity import progress
+from sharding.errors import AccessError, UserError
 from sharding.schema import join_url
 from train.best import BEST, MARKER, best_version
 from train.checkpoints import STATE, complete_checkpoints

@@ -202,6 +202,7 @@ def trained(corpora, tmp_path_factory):
 # What is run, where it halts, and what is told of that rank.
 IN_TRAINING = ("finetune_retrieval", "scheduler.epochs=1", "stop_key=images", "splits=[images]")
 WRITING = r"saving: writing rank_0000\d_of_00002.safetensors"
+WRITTEN = r"evaluating images: (writing|confidence) .*"
 ENCODING = r"evaluating images: visual 0 of 4 encoded"
 slow = pytest.mark.slow
 HALTS = {
