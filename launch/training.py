@@ -47,6 +47,7 @@ def train(
         trainer.train(evaluate(prepared, device) if evaluate else None)
     except Stopped:
         trainer.close()
+        torch.distributed.barrier()  # for the first rank's upload: launchers end what is left when a process has ended
         watchdog.close()
         raise
     except RuntimeError as error:  # a collective, as a rule: was another rank the cause?
