@@ -162,15 +162,17 @@ def test_a_loader_that_stands_still_is_named(corpora, tmp_path):
     )
 
 
-def halted(folder, job, halt, until=r"The job stands still: (.*)", seconds=120):
-    """Start a job in `folder` that comes to a halt; what it shows for `until`, and the seconds that this took."""
+def halted(folder, job, halt, *written, until=r"The job stands still: (.*)", seconds=120):
+    """Start a job in `folder` that comes to a halt, until it shows `until` and has `written` files; what it shows."""
     launcher = start_jobs(folder, [job], worker="halting_worker.py", HALT=halt)
     began = time.monotonic()
     try:
-        while not (found := re.search(until, (folder / "shown.txt").read_text())):
+        while not (found := re.search(until, (folder / "shown.txt").read_text())) or not all(
+            path.is_file() and path.stat().st_size for path in written
+        ):
             assert time.monotonic() - began < seconds, (folder / "shown.txt").read_text()
             time.sleep(0.2)
-        return found[1], time.monotonic() - began
+        return found[1]
     finally:
         for process in psutil.Process(launcher.pid).children(recursive=True):
             process.kill()
@@ -181,7 +183,8 @@ def halted(folder, job, halt, until=r"The job stands still: (.*)", seconds=120):
 def test_a_collective_that_stands_still_is_told_with_the_rank_that_did_not_come(corpora, tmp_path):
     folder = tmp_path / "run"
     one = job("pretrain", corpora / "tiny.yaml", f"output_dir={folder}", "stall_seconds=4")
-    found, _ = halted(tmp_path, one, "train.step Stepper._part 1 4 wait", until=r"The job stands still: (.*)")
+    stacks = [folder / f"stacks_rank_{rank}.txt" for rank in range(2)]
+    found = halted(tmp_path, one, "train.step Stepper._part 1 4 wait", *stacks)
     assert [line["step"] for line in metrics(folder)] == [1, 2, 3]
     assert re.search(
         r"rank 1 \(.*, process \d+\) has been in a step for \d+ s after step 3 without coming to "
@@ -229,16 +232,29 @@ def test_a_halt_in_saving_or_evaluating_ends_the_job(corpora, trained, tmp_path,
     (entry, *settings), halt, report = HALTS[case]
     folder = tmp_path / "run"
     settings += [f"output_dir={folder}", "stall_seconds=5", f"checkpoint={trained}"]
-    found, _ = halted(tmp_path, job(entry, corpora / "tiny.yaml", *settings), halt)
     rank = halt.split()[-3]
+    other = 1 - int(rank)
+    stacks = (folder / "evaluation" if entry == "evaluate" else folder) / f"stacks_rank_{other}.txt"
+    found = halted(tmp_path, job(entry, corpora / "tiny.yaml", *settings), halt, stacks)
     what = {"0stop": "has not answered rank 1", "1stop": "has given no sign of life"}.get(rank + halt.split()[-1])
     assert re.search(rf"^rank {rank} \(.*{what or 'has made no progress'}.* for \d+ s", found), found
     assert re.search(rf"its last report: {report}[;:]", found + ";"), found
-    other = 1 - int(rank)
     assert re.search(rf"rank {other} in \w+", found), found
     remedy = (
         "start the evaluation again" if entry == "evaluate" else "the same command goes on from the last checkpoint"
     )
     assert found.endswith(f"It ends; {remedy}")
-    logs = folder / "evaluation" if entry == "evaluate" else folder
-    assert "distributed_c10d.py" in (logs / f"stacks_rank_{other}.txt").read_text()
+    assert "distributed_c10d.py" in stacks.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_saving_and_evaluating_that_goes_on_is_left_alone(corpora, tmp_path, rank):
+    """Each takes longer than `stall_seconds`, on one rank, while the other one waits."""
+    settings = (*IN_TRAINING[1:], f"output_dir={tmp_path}/run", "stall_seconds=5")
+    places = {0: "train.checkpoints flush", 1: "eval.features normalize"}
+    halted(
+        tmp_path, job("finetune_retrieval", corpora / "tiny.yaml", *settings), f"{places[rank]} {rank} 1 slow",
+        until=r"(evaluation/final)", seconds=240,
+    )  # fmt: skip
+    assert "stands still" not in (tmp_path / "shown.txt").read_text()
