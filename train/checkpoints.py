@@ -21,9 +21,9 @@ from loaders.text import Tokenizer
 from model.checkpoint import save_model
 from model.config import ModelConfig
 from model.files import TENSORS, weights_fault
+from sharding.activity import progress
 from sharding.errors import FULL, UserError, os_error_number
 from train.best import BEFORE_VERSIONS, WEIGHTS, best_version, keep_only, point_to, write_marker
-from sharding.activity import progress
 from train.flush import flush
 from train.loss_scale import LossScale
 from train.parts import check_parts, read_parts, whole_weights, write_part

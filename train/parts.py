@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from model.files import write_whole
-from sharding.errors import UserError
 from sharding.activity import progress
+from sharding.errors import UserError
 from train.fragments import MOMENTS, before_loading, fragments, loaded, set_optimizer_step
 from train.frozen import frozen_fragments, set_frozen, written_fragments
 from train.ranks import Ranks
