@@ -6,7 +6,7 @@ import json
 import shutil
 import zipfile
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -85,11 +85,22 @@ def write_evaluation(
         saved = beside.submit(_write_scores, aside / "scores.npz", matrices) if matrices and save_scores else None
         _write_results(aside, splits, config, subject)
         if saved is not None:
-            saved.result()
+            _wait_for(saved, aside / "scores.npz")
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
     write_report([folder], folder / "report.html")
     return folder
+
+
+def _wait_for(saved: Future[None], path: Path) -> None:
+    """Return when the file is written; reports progress as long as it grows."""
+    size = 0
+    while not saved.done():
+        wait([saved], timeout=1)
+        if path.is_file() and path.stat().st_size > size:
+            size = path.stat().st_size
+            progress(f"writing {path.name}, {size >> 20} MiB")
+    saved.result()
 
 
 def _write_scores(path: Path, matrices: Mapping[str, np.ndarray]) -> None:

@@ -90,7 +90,7 @@ def run(script: str, description: str, body: Callable[[Settings, Ranks], None], 
         end(128 + stopped.signal)
     except KeyboardInterrupt:
         if ranks.is_first:
-            sys.stderr.write("interrupted: nothing was saved after the last checkpoint\n")
+            sys.stderr.write("interrupted\n")
         end(128 + signal.SIGINT)
     except Exception as error:
         fail(error, ranks, folder)
