@@ -13,6 +13,7 @@ from PIL import Image, ImageEnhance
 from eval.features import VisualData
 from eval.metrics import NOT_RANKED, Truth, true_ranks
 from eval.ranking import row_blocks, top_items
+from sharding.activity import progress
 from sharding.errors import AccessError
 from sharding.media import MediaError
 from sharding.media.picture import decode_picture
@@ -89,6 +90,7 @@ def draw_visuals(
     shown: dict[str, Any] = {}
     pictures: dict[str, bytes] = {}
     for visual in visuals:
+        progress(f"drawing visual {visual}")
         wanted = frames if dataset.media_type == "video" else 1
         found = [] if visual in missing else dataset.thumbnail(visual, wanted)
         name = None

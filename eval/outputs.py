@@ -6,7 +6,7 @@ import json
 import shutil
 import zipfile
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +19,7 @@ from eval.evaluations import FORMAT_VERSION
 from eval.grouping import items_digest
 from eval.outcomes import Outcomes, intervals, write_outcomes
 from eval.report import write_report
+from sharding.activity import progress
 
 SEEN = ("image_res", "antialias", "paragraph", "max_txt_l", "max_q_len", "max_a_len", "precision")
 
@@ -88,11 +89,22 @@ def write_evaluation(
         saved = beside.submit(_write_scores, aside / "scores.npz", matrices) if matrices and save_scores else None
         _write_results(aside, splits, config, subject)
         if saved is not None:
-            saved.result()
+            _wait_for(saved, aside / "scores.npz")
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
     write_report([folder], folder / "report.html")
     return folder
+
+
+def _wait_for(saved: Future[None], path: Path) -> None:
+    """Return when the file is written; reports progress as long as it grows."""
+    size = 0
+    while not saved.done():
+        wait([saved], timeout=1)
+        if path.is_file() and path.stat().st_size > size:
+            size = path.stat().st_size
+            progress(f"writing {path.name}, {size >> 20} MiB")
+    saved.result()
 
 
 def _write_scores(path: Path, matrices: Mapping[str, np.ndarray]) -> None:
@@ -147,4 +159,5 @@ def recorded_settings(config: EvalConfig) -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write plain values as indented UTF-8."""
+    progress(f"writing {path.name}")
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")

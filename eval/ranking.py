@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from sharding.activity import progress
+
 BLOCK_CELLS = 1 << 24  # cells of a score matrix handled at once
 
 
@@ -13,6 +15,7 @@ def row_blocks(rows: int, columns: int) -> Iterator[slice]:
     """Slices that cover `rows` rows of `columns` cells in blocks of a bounded size."""
     step = max(1, BLOCK_CELLS // max(1, columns))
     for start in range(0, rows, step):
+        progress(f"ranking scores, row {start} of {rows}")
         yield slice(start, min(start + step, rows))
 
 

@@ -12,14 +12,20 @@ import torch
 from eval.cache import model_digest
 from eval.earlier import check_replaceable
 from eval.report import write_report
+from launch.command import log_to_file
+from sharding.activity import progress
 from train.config_files import Settings
 from train.devices import choose_kernels, describe, device_for, start_processes
 from train.engine import DTYPES
 from train.evaluation import evaluate_splits, evaluation_label, split_inputs, subject_of
 from train.prepare import prepare_evaluation, read_answer_list, share_cores
 from train.ranks import Ranks
+from train.stopped import LostRankError
+from train.watchdog import EVALUATE, Watchdog
 
 log = logging.getLogger(__name__)
+
+REMEDY = "start the evaluation again"
 
 
 def evaluate(settings: Settings, ranks: Ranks) -> None:
@@ -30,6 +36,8 @@ def evaluate(settings: Settings, ranks: Ranks) -> None:
     device = device_for(ranks)
     choose_kernels(settings.config.deterministic)
     share_cores(ranks)
+    logs = Path(settings.config.output_dir or ".") / "evaluation"
+    watchdog = Watchdog(ranks, settings.config.stall_seconds, logs, REMEDY)
     answers = read_answer_list(settings.config)
     model, tokenizer = prepare_evaluation(settings)
     run = settings.config
@@ -42,16 +50,27 @@ def evaluate(settings: Settings, ranks: Ranks) -> None:
         subject = replace(subject, weights=model_digest(model))
         for frames, folder in folders.items():
             check_replaceable(folder, subject, run, split_inputs(run, frames))
-        log.info("Computing on %s", describe(device))
+    log_to_file(logs, ranks)
+    if ranks.is_first:
+        log.info("Computing on %s, %d processes", describe(device), ranks.world_size)
     dtype = torch.float32 if device.type == "cpu" else DTYPES[run.precision]
+    progress("joining the other processes")
     if ranks.world_size > 1:
         start_processes(device, run.stall_seconds)
     model.to(device, dtype)
-    for frames, folder in folders.items():
-        evaluate_splits(model, tokenizer, run, ranks, device, run.test_urls(), folder, subject, answers, frames)
+    watchdog.doing(EVALUATE, 0)
+    try:
+        for frames, folder in folders.items():
+            evaluate_splits(model, tokenizer, run, ranks, device, run.test_urls(), folder, subject, answers, frames)
+    except RuntimeError as error:  # a collective, as a rule: was another rank the cause?
+        gone = watchdog.after_failure()
+        if gone:
+            raise LostRankError(f"{gone}; the job ends: {REMEDY}") from error
+        raise
     if ranks.is_first:
         shutil.copyfile(folder / "metrics.json", output / "metrics.json")
         write_report(list(folders.values()), output / "report.html")
         log.info("%s and report.html beside it are of this evaluation now", output / "metrics.json")
     if ranks.world_size > 1:
         torch.distributed.barrier()
+    watchdog.close()

@@ -19,6 +19,7 @@ from loaders.node import processes_here, this_node
 from loaders.pixels import Clip
 from loaders.storage import open_corpus
 from loaders.text import clean_text
+from sharding.activity import progress
 from sharding.errors import UserError
 from sharding.schema import Corpus
 
@@ -65,7 +66,9 @@ class VisualSet:
     def rows(self) -> Iterator[tuple[ShardIndex, int]]:
         """(index, row) of every visual, in order."""
         self.reader.bring_indices(this_node().place)
-        for shard in range(len(self.reader.corpus.shards)):
+        shards = len(self.reader.corpus.shards)
+        for shard in range(shards):
+            progress(f"reading the index of shard {shard} of {shards}")
             index = self.reader.index(shard)
             yield from ((index, row) for row in range(len(index)))
 

@@ -23,6 +23,7 @@ from loaders.storage import describe
 from loaders.text import Tokenizer
 from model.answering import SingularityQA
 from model.singularity import Singularity
+from sharding.activity import begin, progress
 from train.config import RunConfig
 from train.ranks import Ranks
 
@@ -57,11 +58,13 @@ def evaluate_splits(
     for split, url in run.test_urls().items():
         if split not in splits:
             continue
+        begin(f"evaluating {split}")
         one, output = _evaluate_split(
             model, tokenizer, run, ranks, device, split, url, answers, num_frames or run.video_input.num_frames_test
         )
         metrics |= one
         outputs += [output] if output else []
+    progress("writing the results")
     if ranks.is_first:
         write_evaluation(folder, outputs, run, subject or subject_of(model), save_scores)
         log.info("Evaluation in %s\n%s", folder, console_table([read_evaluation(folder)]))

@@ -19,6 +19,7 @@ from model.building import Model, build_model
 from model.checkpoint import fit_weights, load_weights, resolve_weights
 from model.config import with_changes
 from model.initial import new_model
+from sharding.activity import progress
 from sharding.errors import MissingError, UserError
 from sharding.outside import check_outside_corpora
 from train.architecture import adopt, changes_to, check_texts, fresh_architecture
@@ -70,14 +71,19 @@ def prepare_training(settings: Settings, ranks: Ranks, evaluates: bool, device: 
             raise UserError(f"stop_key={run.stop_key} is not among splits={run.splits}: add it, or splits=[] for all")
         check_test_corpora(run)
         answers = read_answer_list(run)
+    log.info("Checking the corpora: %s", ", ".join(run.train_urls()))
     for url in run.train_urls():
+        progress(f"checking {url}")
         describe(url, run)
     share_cores(ranks)
     torch.manual_seed(run.seed)
+    log.info("Building the model")
+    progress("building the model")
     model, tokenizer = _model(settings)
     parameter_groups({name: p.ndim for name, p in model.named_parameters()}, run.optimizer)
     bad_samples = run.quarantine_file or str(Path(run.output_dir) / "quarantine-{rank}.jsonl")
     settings_of_loader = replace(run, quarantine_file=bad_samples)
+    progress("opening the corpora")
     loader = TrainLoader(
         run.train_urls(), tokenizer, settings_of_loader, ranks.rank, ranks.world_size, ranks.ranks_here, device
     )
@@ -120,7 +126,9 @@ def prepare_evaluation(settings: Settings) -> tuple[Model, Tokenizer]:
             check_outside_corpora(folder, name)
     if not run.test_corpus:
         raise UserError("test_corpus is empty: name the packed corpora to evaluate, test_corpus.NAME=URL")
+    log.info("Checking the corpora: %s", ", ".join(run.test_urls().values()))
     check_test_corpora(run)
+    log.info("Loading the model from %s", run.checkpoint)
     return _from_checkpoint(settings, run.checkpoint, training=False)
 
 
@@ -148,6 +156,7 @@ def read_answer_list(run: RunConfig) -> list[str]:
 def check_test_corpora(run: RunConfig) -> None:
     """Raise FileNotFoundError or ValueError unless every split to evaluate is a packed corpus of our version."""
     for name, url in run.test_urls().items():
+        progress(f"checking {url}")
         kind = TEXTS_OF_TASK[run.task]
         if not sum(describe(url, run).counts(kind)):
             raise UserError(f"test_corpus.{name}: {url} holds no {kind}, which task={run.task} needs")
