@@ -260,9 +260,9 @@ class Trainer:
             if self.ranks.is_first:
                 log.info("Best so far: %s %s %.2f after epoch %d", key, measure, score, epoch)
         self.state.evaluated_epochs = epoch
-        if self.state.step == self._saved_step and self.ranks.is_first:
+        if self.state.step == self._saved_step:
             path = self.folder.checkpoints / f"step_{self.state.step:08d}"
-            update_state(path, self.state)
+            update_state(path, self.state, self.ranks)
             self._copy(path)
         self._clock.restart()
 
