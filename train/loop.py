@@ -34,6 +34,7 @@ from train.checkpoints import (
     update_state,
 )
 from train.config import RunConfig
+from train.devices import slow_precision
 from train.engine import start_engine
 from train.evaluation import Metrics
 from train.figures import Clock
@@ -95,6 +96,8 @@ class Trainer:
         Raises Stopped, after a checkpoint, when the run was asked to stop.
         """
         if self.ranks.is_first:
+            if slow := slow_precision(self.run.precision, self.device):
+                log.warning("%s", slow)
             log.info(
                 "Training: %d epochs of %d steps (%s), %d processes, %s",
                 self.run.scheduler.epochs,

@@ -116,6 +116,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(checkpoints, "write_part", write_part)
     monkeypatch.setattr(checkpoints, "_write_whole_weights", whole)
     monkeypatch.setattr(checkpoints, "_optimizer_state", lambda engine: {})
+    monkeypatch.setattr(checkpoints, "_flush", lambda paths: None)
     monkeypatch.setattr(loop, "load_checkpoint", load_checkpoint)
 
 
@@ -134,9 +135,19 @@ def check_end(trainer):
     assert not list(folder.glob(".*"))
 
 
-@pytest.mark.parametrize("save_every", [2, 3, 100])
-@pytest.mark.parametrize("wiped", [False, True])
-def test_a_kill_at_any_use_of_the_disk_or_the_copies_loses_nothing(tmp_path, save_every, wiped):
+@pytest.mark.parametrize(
+    ("save_every", "wiped", "every"),
+    [
+        (3, False, 13),
+        (3, True, 13),
+        *(
+            pytest.param(save_every, wiped, 1, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])
+            for save_every in (2, 3, 100)
+            for wiped in (False, True)
+        ),
+    ],
+)
+def test_a_kill_at_any_use_of_the_disk_or_the_copies_loses_nothing(tmp_path, save_every, wiped, every):
     copies = tmp_path / "copies"
     with KILLER.watching(tmp_path):
         whole = TinyTrainer(tmp_path / "whole", f"file://{copies}", save_every)
@@ -144,7 +155,7 @@ def test_a_kill_at_any_use_of_the_disk_or_the_copies_loses_nothing(tmp_path, sav
         number = KILLER.count
     check_end(whole)
     assert number > 100
-    for last in range(number):
+    for last in range(0, number, every):
         shutil.rmtree(copies, ignore_errors=True)
         run = tmp_path / "run"
         shutil.rmtree(run, ignore_errors=True)
