@@ -172,6 +172,8 @@ class Trainer:
             assert state.step == checkpoint_step(path)
         best = self._restore_best(state) if self.ranks.is_first else None
         best = share(best, self.ranks.world_size)
+        if name:
+            self._copy(path)  # which a killed process may not have come to
         score = None if best is None else state.best
         return replace(state, versions=packages, best=score, best_step=best)
 
