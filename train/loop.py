@@ -21,6 +21,7 @@ from loaders.batch import Batch
 from model.answering import SingularityQA
 from model.building import Model
 from model.checkpoint import load_weights
+from sharding.errors import naming
 from train.best import best_version, restore_best
 from train.checkpoints import (
     TrainingState,
@@ -282,10 +283,10 @@ class Trainer:
         self._evaluate(evaluate, list(self.run.test_urls()), "final")
 
     def _evaluate(self, evaluate: Evaluate, splits: list[str], label: str) -> Metrics:
-        with layer_by_layer(self.engine):
+        folder = self.folder.path / "evaluation" / label
+        with layer_by_layer(self.engine), naming(folder):
             metrics = evaluate(self.model, splits, label)
         if self.tracker is not None:
-            folder = self.folder.path / "evaluation" / label
             self.tracker.evaluation(self.state.step, self.state.epoch, metrics, folder)
         return metrics
 

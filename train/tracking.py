@@ -12,7 +12,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from sharding.errors import UserError
+from sharding.errors import UserError, naming
 from train.config import RunConfig
 from train.config_files import flatten
 from train.folder import RunFolder
@@ -74,8 +74,9 @@ class Tracker:
 
     def _write(self, figures: dict[str, Any]) -> None:
         figures = {key: None if _is_nan(value) else value for key, value in figures.items()}
-        self._file.write(json.dumps(figures) + "\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(json.dumps(figures) + "\n")
+            self._file.flush()
         if self._wandb is not None:
             self._wandb.log({key: value for key, value in figures.items() if key != "step"}, step=figures["step"])
         if self._board is not None:
@@ -143,7 +144,8 @@ def drop_after(path: Path, step: int, evaluated_epochs: int = 0) -> None:
         except (json.JSONDecodeError, KeyError, TypeError):
             continue
     aside = path.with_name(f".{path.name}.part")
-    aside.write_text("".join(kept), encoding="utf-8")
+    with naming(path):
+        aside.write_text("".join(kept), encoding="utf-8")
     os.replace(aside, path)
 
 
