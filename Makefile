@@ -2,6 +2,7 @@
 #   make demo   the whole system on a small corpus of coloured shapes, in a few minutes on a CPU
 #   make study  the paper's claim in small: one frame for what things are, four for where they go; 10 minutes
 #   make test   the tests        make test-all   also those that take minutes
+#   make packages  what some tests need of the system, with apt-get, as root: a browser, Slurm, sshd ...; without it they are left out
 #   make servers   only the object stores that the tests use
 #   make lint   style and types  make clean      removes what these targets made
 
@@ -32,7 +33,7 @@ export TEST_SERVERS := $(abspath $(SERVERS))
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt --constraint constraints-$(DALI).txt
 export PATH := $(BIN):$(PATH)
 
-# Programs that tests start and pip does not have; installed where they are missing and there is an apt-get.
+# Programs that tests start and pip does not have. `make test` leaves out the tests whose programs are missing, and names them.
 # PROGRAM, or PROGRAM:PACKAGE where the package's name is another one; or a FILE:PACKAGE.
 PACKAGES := chromium pdsh ssh:openssh-client sshd:openssh-server ip:iproute2 nft:nftables munged:munge sbatch:slurm-wlm mpirun:openmpi-bin \
   /usr/include/libaio.h:libaio-dev
@@ -51,12 +52,12 @@ install: $(READY)
 
 $(READY): setup.cfg constraints.txt constraints-$(DALI).txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11" >&2; exit 2; }
-	@echo "Installing into $(VENV) (about 2.5 GB without CUDA) ..."
+	@echo "Installing into $(VENV) (3.3 GB without CUDA) ..."
 	@$(PYTHON) -m venv $(VENV) || $(PYTHON) -m virtualenv --quiet $(VENV) || { $(PYTHON) -m pip install --quiet virtualenv && $(PYTHON) -m virtualenv --quiet $(VENV); }
 	@$(PIP) pip setuptools wheel ninja
 	@$(PIP) torch torchvision numpy
 	@DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
-	@$(PIP) --no-build-isolation --editable ".[$(EXTRAS)]" 2>&1 | { grep -v -i warning || true; }
+	@$(PIP) --no-build-isolation --editable ".[$(EXTRAS)]"
 	@echo $(DALI) > $(READY)
 
 servers: $(SERVERS_READY)
@@ -75,13 +76,15 @@ study: $(READY)
 
 packages:
 	@missing=$$(PATH=$$PATH:/usr/sbin:/sbin; for name in $(PACKAGES); do [ -f $${name%:*} ] || command -v $${name%:*} >/dev/null || echo $${name#*:}; done); \
-	[ -z "$$missing" ] || ! command -v apt-get >/dev/null || { echo "Installing for the tests:" $$missing; \
-	$(AS_ROOT) apt-get update -qq && $(AS_ROOT) env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing >/dev/null; }
+	[ -n "$$missing" ] || exit 0; \
+	command -v apt-get >/dev/null || { echo "There is no apt-get here; install by other means what Debian calls:" $$missing >&2; exit 2; }; \
+	echo "Installing for the tests:" $$missing; \
+	$(AS_ROOT) apt-get update -qq && $(AS_ROOT) env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing >/dev/null
 
-test: $(READY) $(SERVERS_READY) packages
+test: $(READY) $(SERVERS_READY)
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow"
 
-test-all: $(READY) $(SERVERS_READY) packages
+test-all: $(READY) $(SERVERS_READY)
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 lint: $(READY)

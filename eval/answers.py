@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 ARTICLES = frozenset({"a", "an", "the"})
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
@@ -42,6 +44,7 @@ class Annotated:
     answer_type: str = ""
 
 
+@lru_cache(maxsize=1 << 16)  # answers come again and again
 def without_punctuation(text: str) -> str:
     """The official treatment of punctuation: removed beside a space or where a number has a comma, else a space."""
     result = text
@@ -70,10 +73,14 @@ def soft_accuracy(prediction: str, answers: Sequence[str]) -> float:
     The mean over leaving out each annotator. As in the official tool the human answers lose their punctuation only
     where they differ, and their articles and number words never: a prediction of "two" can be wrong for "two".
     """
-    given = normalized(prediction)
-    human = list(answers)
-    if len(set(human)) > 1:
-        human = [without_punctuation(answer) for answer in human]
+    return _soft_accuracy(normalized(prediction), _as_compared(answers))
+
+
+def _as_compared(answers: Sequence[str]) -> list[str]:
+    return [without_punctuation(answer) for answer in answers] if len(set(answers)) > 1 else list(answers)
+
+
+def _soft_accuracy(given: str, human: Sequence[str]) -> float:
     matches = human.count(given)
     return sum(min(1.0, (matches - (answer == given)) / 3) for answer in human) / len(human)
 
@@ -111,3 +118,43 @@ def accuracy_by_type(questions: Sequence[Annotated], values: Sequence[float | No
             if name:
                 groups.setdefault(f"{kind}/{name}", []).append(value)
     return {name: round(100 * sum(values) / len(values), 2) for name, values in groups.items()}
+
+
+@dataclass(frozen=True)
+class AnswerBaselines:
+    """What one reaches without looking, in percent by type as `accuracy_by_type` has it.
+
+    chance: a random answer of the list for each question. constant: always `answer`, the one of the list that is right
+    most often on these very questions.
+    """
+
+    chance: dict[str, float]
+    answer: str
+    constant: dict[str, float]
+
+
+def answer_baselines(questions: Sequence[Annotated], answer_list: Sequence[str], accuracy: str) -> AnswerBaselines:
+    """The baselines of questions that one of `answer_list`, at least one, is given for; accuracy as in `accuracies`."""
+    forms = [normalized(answer) if accuracy == "vqa" else answer for answer in answer_list]
+    times = Counter(forms)
+    points = [_points(question.answers, times, accuracy) for question in questions]
+    totals = dict.fromkeys(forms, 0.0)
+    for each in points:
+        for form, value in each.items():
+            totals[form] += value
+    best = max(totals, key=lambda form: totals[form])
+    chance = [sum(times[form] * value for form, value in each.items()) / len(forms) for each in points]
+    constant = [each.get(best, 0.0) for each in points]
+    chance_by_type, constant_by_type = (
+        accuracy_by_type(questions, [v if q.answers else None for q, v in zip(questions, values, strict=True)])
+        for values in (chance, constant)
+    )
+    return AnswerBaselines(chance_by_type, answer_list[forms.index(best)], constant_by_type)
+
+
+def _points(answers: Sequence[str], forms: Container[str], accuracy: str) -> dict[str, float]:
+    """Accuracy of each form of answers that may be given, where it is not 0."""
+    if accuracy == "exact":
+        return {answer: 1.0 for answer in answers if answer in forms}
+    human = _as_compared(answers)
+    return {form: _soft_accuracy(form, human) for form in dict.fromkeys(human) if form in forms}

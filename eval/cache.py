@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
-import tempfile
+import uuid
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -114,7 +115,8 @@ def write_entry(
     made = None
     if rank == 0:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        made = tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)
+        made = str(folder.with_name(f".{folder.name}.{uuid.uuid4().hex}"))
+        os.mkdir(made)  # with usual permissions: others may use the entry
     aside = Path(share(made, world_size))
     if not aside.is_dir():
         raise UserError(f"feature_cache={folder.parent}: not all processes see the same folder, give a shared one")

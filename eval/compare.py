@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from eval.evaluations import find_evaluations
+from eval.evaluations import Evaluation, find_evaluations
+from eval.grouping import item_key, read_predictions, recorded_digest
 from eval.outcomes import Outcomes, bootstrap, read_outcomes, with_means
 from sharding.errors import UserError, command
+
+log = logging.getLogger(__name__)
 
 CHUNK = 1 << 22  # signs drawn at once
 
@@ -68,26 +72,31 @@ class Comparison:
 def compare(
     first: Sequence[Outcomes], second: Sequence[Outcomes], resamples: int = 2000, changes: int = 5
 ) -> list[Comparison]:
-    """Compare what two evaluations share. Raises ValueError when that is nothing."""
-    ours = {(part.metrics, part.kind): part for part in first}
-    theirs = {(part.metrics, part.kind): part for part in second}
-    names = dict.fromkeys(name for name, kind in ours if (name, kind) in theirs)
-    if not names:
-        raise UserError(
-            f"the evaluations share no test set: the first has {_listed(first)}, the second {_listed(second)}"
-        )
-    found = []
+    """Compare what two evaluations share: test sets of the same items, else of one name.
+
+    Raises UserError when that is nothing.
+    """
+    found, refused = [], ""
+    names = list(dict.fromkeys(part.metrics for part in first))
     for name in names:
-        pairs = [_paired(ours[key], theirs[key]) for key in ours if key[0] == name and key in theirs]
+        ours = [part for part in first if part.metrics == name]
+        theirs = _counterparts(ours, second)
+        pairs = [(one, other) for one in ours for other in theirs if one.kind == other.kind]
+        if not pairs:
+            continue
+        if problem := _unfit(pairs):
+            refused = f"{name}: {problem}"
+            log.warning("%s", refused)
+            continue
+        pairs = [_paired(one, other) for one, other in pairs]
         shared = sum(len(one.queries) for one, _ in pairs)
-        if not shared:
-            raise UserError(f"{name}: the evaluations share no query, they are of different test sets")
+        other_name = theirs[0].metrics
         found.append(
             Comparison(
-                metrics=name,
+                metrics=name if name == other_name else f"{name} of A, {other_name} of B",
                 shared=shared,
-                only_first=sum(len(p.queries) for p in first if p.metrics == name) - shared,
-                only_second=sum(len(p.queries) for p in second if p.metrics == name) - shared,
+                only_first=sum(len(part.queries) for part in ours) - shared,
+                only_second=sum(len(part.queries) for part in theirs) - shared,
                 differences=_differences(pairs, resamples),
                 better={one.kind: int((_gain(one, other) > 0).sum()) for one, other in pairs},
                 worse={one.kind: int((_gain(one, other) < 0).sum()) for one, other in pairs},
@@ -95,7 +104,38 @@ def compare(
                 worsened={one.kind: _changes(one, other, changes, -1) for one, other in pairs},
             )
         )
+    if not found:
+        listed = f"the first has {_listed(first)}, the second {_listed(second)}"
+        raise UserError(refused or f"the evaluations share no test set: {listed}")
     return found
+
+
+def _counterparts(ours: Sequence[Outcomes], second: Sequence[Outcomes]) -> list[Outcomes]:
+    """The second evaluation's outcomes of a test set by the same scores: of the same items, else of the same name."""
+    name, test_set = ours[0].metrics, ours[0].test_set
+    same_items = [p for p in second if test_set and p.test_set == test_set and _ranking(p.metrics) == _ranking(name)]
+    names = [part.metrics for part in same_items]
+    chosen = names[0] if names and name not in names else name
+    return [part for part in second if part.metrics == chosen]
+
+
+def _ranking(metrics: str) -> str:
+    """Which scores an entry of metrics.json is made by, as its name ends."""
+    return next((end for end in ("_emb/", "/") if metrics.endswith(end)), "")
+
+
+def _unfit(pairs: Sequence[tuple[Outcomes, Outcomes]]) -> str:
+    """Why two evaluations cannot be compared; empty where they can."""
+    for one, other in pairs:
+        same_items = not (one.test_set and other.test_set) or one.test_set == other.test_set
+        if one.kind != "accuracy" and not (same_items and Counter(one.queries) == Counter(other.queries)):
+            return (
+                "the evaluations rank different candidates, among which ranks mean different things: "
+                "evaluate both on one corpus to compare them"
+            )
+    if not any(set(_keys(one)) & set(_keys(other)) for one, other in pairs):
+        return "the evaluations share no query, they are of different test sets: evaluate both on one corpus"
+    return ""
 
 
 def _listed(outcomes: Sequence[Outcomes]) -> str:
@@ -104,14 +144,21 @@ def _listed(outcomes: Sequence[Outcomes]) -> str:
 
 def _paired(first: Outcomes, second: Outcomes) -> tuple[Outcomes, Outcomes]:
     """Both cut to the queries that they share, in the same order."""
-    keys, places = _numbered(first.queries), {key: i for i, key in enumerate(_numbered(second.queries))}
+    keys, places = _numbered(_keys(first)), {key: i for i, key in enumerate(_numbered(_keys(second)))}
     own = [i for i, key in enumerate(keys) if key in places]
     return _taken(first, own), _taken(second, [places[keys[i]] for i in own])
 
 
-def _numbered(queries: Sequence[str]) -> list[tuple[str, int]]:
+def _keys(part: Outcomes) -> list[tuple[str, str]]:
+    """What tells queries apart: texts and visuals by their names, questions by their visual too."""
+    if part.keys:
+        return [(key, "") for key in part.keys]
+    return list(zip(part.queries, part.visuals if part.kind == "accuracy" else [""] * len(part.queries)))
+
+
+def _numbered(queries: Sequence[tuple[str, str]]) -> list[tuple[tuple[str, str], int]]:
     """Queries with how often each has come before: a name that comes twice means two queries."""
-    seen: Counter[str] = Counter()
+    seen: Counter[tuple[str, str]] = Counter()
     keys = []
     for query in queries:
         keys.append((query, seen[query]))
@@ -195,13 +242,32 @@ def _value(part: Outcomes, row: int) -> float | None:
     return float(part.values[row]) if np.isfinite(part.values[row]) else None
 
 
-def load(path: str | Path) -> tuple[str, list[Outcomes]]:
-    """Name and outcomes of a run folder's newest evaluation, of an evaluation folder, or of an outcomes.parquet."""
+def load(path: str | Path) -> tuple[str, list[Outcomes], Evaluation | None]:
+    """Name, outcomes and folder of a run's newest evaluation, of an evaluation folder, or of an outcomes.parquet."""
     path = Path(path)
     if path.is_file():
-        return str(path), read_outcomes(path)
-    folder = find_evaluations([path])[-1].folder
-    return str(folder), read_outcomes(folder / "outcomes.parquet")
+        return str(path), read_outcomes(path), None
+    evaluation = find_evaluations([path])[-1]
+    digests = {split: recorded_digest(evaluation, split) for split in evaluation.details["splits"]}
+    outcomes = read_outcomes(evaluation.folder / "outcomes.parquet")
+    known = [replace(part, test_set=digests.get(_split(part.metrics), "")) for part in outcomes]
+    return str(evaluation.folder), known, evaluation
+
+
+def _split(metrics: str) -> str:
+    return metrics.removesuffix(_ranking(metrics))
+
+
+def with_whole_questions(outcomes: Sequence[Outcomes], evaluation: Evaluation) -> list[Outcomes]:
+    """Outcomes whose questions are called by all that is known of them, where ids alone may mean others elsewhere."""
+    found = []
+    for part in outcomes:
+        if part.kind == "accuracy":
+            items = [item for item in read_predictions(evaluation, part.metrics) if item["accuracy"] is not None]
+            found.append(replace(part, keys=[item_key(item) for item in items]))
+        else:
+            found.append(part)
+    return found
 
 
 def as_text(names: Sequence[str], comparisons: Sequence[Comparison]) -> str:
@@ -244,7 +310,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--changes", type=int, default=5, metavar="N", help="queries listed of each kind (%(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write the comparison there as well")
     options = parser.parse_args(arguments)
-    (first, ours), (second, theirs) = load(options.first), load(options.second)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    (first, ours, one), (second, theirs, other) = load(options.first), load(options.second)
+    digests = {part.metrics: part.test_set for part in theirs if part.kind == "accuracy"}
+    if one and other and any(digests.get(part.metrics, part.test_set) != part.test_set for part in ours):
+        ours, theirs = with_whole_questions(ours, one), with_whole_questions(theirs, other)
     found = compare(ours, theirs, max(1, options.resamples), max(0, options.changes))
     if options.json:
         content: dict[str, Any] = {"first": first, "second": second, "comparisons": [asdict(one) for one in found]}

@@ -32,6 +32,7 @@ class EvalConfig:
     answer_list: str | None = evaluation(None)  # qa: path or URL of a JSON list of the answers that may be given
     accuracy: str = evaluation("exact")  # qa: exact (match) | vqa (soft accuracy of the official tool)
     benchmark: str | None = free(None)  # whose published numbers the report shows, by its name in eval/published.json
+    save_scores: bool = free(False)  # scores.npz after each epoch too; at the end of a run it is written anyway
     gallery: int = free(8)  # best, worst and random queries shown in the report, each
     gallery_frames: int = free(4)  # frames of a clip's strip in the report
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,22 @@ FORMAT_VERSION = 2
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation folder as read back; `run` is the run's folder, which may hold loss curves."""
+    """One evaluation folder as read back; `run` is the run's folder, which may hold loss curves.
+
+    run_name: what the run is called beside others: its folder's name, with those above it where that is not enough.
+    """
 
     folder: Path
     run: Path
     metrics: dict[str, dict[str, float]]
     details: dict[str, Any]
     gallery: dict[str, Any]
+    run_name: str
 
     @property
     def title(self) -> str:
         """The evaluation's name: as it was given, or run and label."""
-        return self.details["title"] or f"{self.run.name} · {self.folder.name}"
+        return self.details["title"] or f"{self.run_name} · {self.folder.name}"
 
 
 def find_evaluations(paths: Sequence[str | Path]) -> list[Evaluation]:
@@ -46,7 +50,18 @@ def find_evaluations(paths: Sequence[str | Path]) -> list[Evaluation]:
                 "evaluate it first with launch/evaluate.py"
             )
         found += sorted(map(read_evaluation, folders), key=lambda e: (e.details["created"], e.folder.name))
-    return list({evaluation.folder.resolve(): evaluation for evaluation in found}.values())
+    return _told_apart(list({evaluation.folder.resolve(): evaluation for evaluation in found}.values()))
+
+
+def _told_apart(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """The evaluations, runs of one name with as much of their paths as tells them apart."""
+    runs = {evaluation.run.resolve().parts for evaluation in evaluations}
+    names = {}
+    for run in runs:
+        lengths = range(1, len(run) + 1)
+        length = next(n for n in lengths if sum(other[-n:] == run[-n:] for other in runs) == 1)
+        names[run] = "/".join(run[-length:])
+    return [replace(each, run_name=names[each.run.resolve().parts]) for each in evaluations]
 
 
 def read_evaluation(folder: str | Path) -> Evaluation:
@@ -65,4 +80,6 @@ def read_evaluation(folder: str | Path) -> Evaluation:
             "evaluate again"
         )
     run = folder.resolve().parent
-    return Evaluation(folder, run.parent if run.name == "evaluation" else run, *parts)
+    run = run.parent if run.name == "evaluation" else run
+    metrics, details, gallery = parts
+    return Evaluation(folder, run, metrics, details, gallery, run.name)

@@ -37,6 +37,8 @@ class Outcomes:
 
     values (Q,): ranks from 1, infinity where the true item was not ranked; or accuracies from 0 to 1 where `kind` is
     "accuracy". queries, visuals: Q texts each; types: Q texts, empty where unknown, for each of TYPES that there is.
+    test_set: a digest of the evaluated items, empty where unknown. keys: Q texts that tell queries apart, where their
+    names are not enough.
     """
 
     metrics: str
@@ -45,6 +47,8 @@ class Outcomes:
     visuals: Sequence[str]
     values: np.ndarray
     types: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    test_set: str = ""
+    keys: Sequence[str] = ()
 
     @cached_property
     def points(self) -> dict[str, np.ndarray]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +16,7 @@ import numpy as np
 
 from eval.config import EvalConfig
 from eval.evaluations import FORMAT_VERSION
+from eval.grouping import items_digest
 from eval.outcomes import Outcomes, intervals, write_outcomes
 from eval.report import write_report
 
@@ -52,7 +55,11 @@ class Subject:
 
 
 def write_evaluation(
-    folder: str | Path, splits: Sequence[SplitOutput], config: EvalConfig, subject: Subject = Subject()
+    folder: str | Path,
+    splits: Sequence[SplitOutput],
+    config: EvalConfig,
+    subject: Subject = Subject(),
+    save_scores: bool = True,
 ) -> Path:
     """Write test sets' results to `folder` (RUN/evaluation/LABEL), replacing an older evaluation.
 
@@ -62,7 +69,8 @@ def write_evaluation(
       questions and multiple choice
     - evaluation.json: sizes, settings, intervals, chance level, missing samples, seconds
     - outcomes.parquet: how each query went, see `eval.outcomes`
-    - scores.npz: of retrieval SPLIT/i2t_x, SPLIT/t2i_x, SPLIT/i2t_emb (its transpose is t2i_emb), float32
+    - scores.npz, unless save_scores is off: of retrieval SPLIT/i2t_x, SPLIT/t2i_x, SPLIT/i2t_emb (its transpose is
+      t2i_emb), float32
     - predictions.json: what was found for each query; submission/SPLIT.json: as the benchmark takes it
     - gallery.json and thumbnails/: examples for the report, with pictures
     - report.html
@@ -71,14 +79,35 @@ def write_evaluation(
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     (aside / "thumbnails").mkdir(parents=True)
+    matrices = {f"{split.name}/{key}": each for split in splits for key, each in split.matrices.items()}
+    with ThreadPoolExecutor(1) as beside:
+        saved = beside.submit(_write_scores, aside / "scores.npz", matrices) if matrices and save_scores else None
+        _write_results(aside, splits, config, subject)
+        if saved is not None:
+            saved.result()
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+    write_report([folder], folder / "report.html")
+    return folder
+
+
+def _write_scores(path: Path, matrices: Mapping[str, np.ndarray]) -> None:
+    """An .npz, quickly: re-ranked scores are mostly one value and compressed, similarities would gain nothing."""
+    plain = {name: matrix for name, matrix in matrices.items() if name.endswith("_emb")}
+    packed = {name: matrix for name, matrix in matrices.items() if name not in plain}
+    for compression, chosen in ((zipfile.ZIP_STORED, plain), (zipfile.ZIP_DEFLATED, packed)):
+        with zipfile.ZipFile(path, "a", compression, compresslevel=1) as archive:
+            for name, matrix in chosen.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                    np.lib.format.write_array(file, matrix)
+
+
+def _write_results(aside: Path, splits: Sequence[SplitOutput], config: EvalConfig, subject: Subject) -> None:
     outcomes = [part for split in splits for part in split.outcomes]
     write_json(aside / "metrics.json", {name: row for split in splits for name, row in split.metrics.items()})
     write_json(aside / "evaluation.json", _details(splits, outcomes, config, subject))
     write_outcomes(aside / "outcomes.parquet", outcomes)
     write_json(aside / "predictions.json", {split.name: split.predictions for split in splits})
-    matrices = {f"{split.name}/{key}": each for split in splits for key, each in split.matrices.items()}
-    if matrices:
-        np.savez_compressed(aside / "scores.npz", **matrices)  # type: ignore[arg-type]
     for split in splits:
         if split.submission is not None:
             (aside / "submission").mkdir(exist_ok=True)
@@ -86,10 +115,6 @@ def write_evaluation(
         for name, picture in split.pictures.items():
             (aside / "thumbnails" / name).write_bytes(picture)
     write_json(aside / "gallery.json", {split.name: split.gallery for split in splits})
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
-    write_report([folder], folder / "report.html")
-    return folder
 
 
 def _details(
@@ -103,7 +128,7 @@ def _details(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": {key: value for key, value in asdict(config).items() if key in EvalConfig.__dataclass_fields__},
         "intervals": intervals(outcomes),
-        "splits": {split.name: split.details for split in splits},
+        "splits": {split.name: split.details | {"items_sha256": items_digest(split.predictions)} for split in splits},
     }
 
 

@@ -7,12 +7,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from eval.answers import answer_baselines
 from eval.choice import NO_CHOICE, ChoiceData, ChoiceResult
 from eval.config import EvalConfig
 from eval.gallery import PicturedData, draw_visuals
 from eval.outcomes import TYPES, Outcomes
 from eval.outputs import SplitOutput
-from eval.qa import QAData, QAResult
+from eval.qa import QAData, QAResult, annotated_by
 
 LISTED = 5  # answers of a question in predictions.json and in the report
 EXAMPLES = ("right", "wrong", "random")
@@ -32,11 +33,14 @@ def qa_output(
     """Everything to be written of a result on questions."""
     items = [_answered(result, dataset, answer_list, number) for number in range(len(dataset.questions))]
     k = min(config.k_test, len(answer_list))
+    baselines = answer_baselines(list(map(annotated_by, dataset.questions)), answer_list, config.accuracy)
     details = {
         "task": "qa",
         "protocol": f"{k} of a list of {len(answer_list)} answers ranked by likelihood",
         "accuracy": {"exact": "exact match", "vqa": "VQA soft accuracy"}[config.accuracy],
         "num_answers": len(answer_list),
+        "chance": baselines.chance,
+        "constant": {"answer": baselines.answer, "values": baselines.constant},
     }
     return _output(result, dataset, items, details, [item["answer"] or "" for item in items], config)
 
@@ -136,6 +140,7 @@ def _chosen(result: ChoiceResult, dataset: PicturedChoices, number: int) -> dict
         "source": dataset.sources[choice.visual],
         "question_id": choice.question_id,
         "question": "",
+        "options": list(choice.options),
         "question_type": "",
         "answer_type": "",
         "answer": choice.options[chosen] if answered else None,

@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from eval.evaluations import Evaluation, find_evaluations
+from eval.grouping import TestSet, group_test_sets
 from eval.published import SOURCE
 from eval.report_tables import bars, console_table, frame_curves, loss_curves, tables
 from sharding.errors import command
@@ -21,7 +22,8 @@ from sharding.errors import command
 def write_report(paths: Sequence[str | Path], output: str | Path, title: str = "Evaluation") -> Path:
     """Write the page for run or evaluation folders to `output`; returns its path. Raises as `find_evaluations`."""
     evaluations = find_evaluations(paths)
-    pictures, all_tables = _Pictures(), tables(evaluations)
+    test_sets = group_test_sets(evaluations)
+    pictures, all_tables = _Pictures(), tables(test_sets)
     page = (
         templates()
         .get_template("report.html.j2")
@@ -30,9 +32,9 @@ def write_report(paths: Sequence[str | Path], output: str | Path, title: str = "
             evaluations=evaluations,
             tables=all_tables,
             bars={task: bars(all_tables, task) for task in ("retrieval", "questions")},
-            frame_curves=frame_curves(evaluations),
+            frame_curves=frame_curves(test_sets),
             curves=loss_curves(evaluations),
-            galleries=_galleries(evaluations, pictures),
+            galleries=_galleries(test_sets, evaluations, pictures),
             pictures=json.dumps(pictures.data),
             source=SOURCE,
         )
@@ -70,10 +72,13 @@ class _Pictures:
         return self._numbers[content]
 
 
-def _galleries(evaluations: Sequence[Evaluation], pictures: _Pictures) -> list[dict[str, Any]]:
+def _galleries(
+    test_sets: Sequence[TestSet], evaluations: Sequence[Evaluation], pictures: _Pictures
+) -> list[dict[str, Any]]:
     """The examples of each evaluation and test set, numbers as keys, pictures by their number on the page."""
+    titles = {(member.number, member.split): each.title for each in test_sets for member in each.members}
     galleries = []
-    for evaluation in evaluations:
+    for evaluation_number, evaluation in enumerate(evaluations):
         for split, gallery in evaluation.gallery.items():
             visuals = {}
             for number, visual in gallery["visuals"].items():
@@ -81,7 +86,8 @@ def _galleries(evaluations: Sequence[Evaluation], pictures: _Pictures) -> list[d
                 visuals[int(number)] = visual | {"picture": name and pictures.add(evaluation.folder / name)}
             texts = {int(number): text for number, text in gallery.get("texts", {}).items()}
             task = evaluation.details["splits"][split]["task"]
-            own = {"title": evaluation.title, "split": split, "task": task, "visuals": visuals, "texts": texts}
+            test_set = titles[evaluation_number, split]
+            own = {"title": evaluation.title, "test_set": test_set, "task": task, "visuals": visuals, "texts": texts}
             galleries.append({**gallery, **own})
     return galleries
 

@@ -7,8 +7,10 @@ import io
 import logging
 import os
 import sys
+import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from eval.config import EvalConfig
 from eval.features import collect_visuals, encode_texts, visual_blocks
 from eval.gallery import strip
 from eval.ranking import top_items
-from eval.search_page import serve
+from eval.search_page import SearchServer
 from loaders.config import LoaderConfig, VideoInput
 from loaders.decoding import usual_device
 from loaders.evaluation import VisualSet
@@ -33,7 +35,8 @@ from sharding.errors import AccessError, UserError, command
 
 log = logging.getLogger(__name__)
 
-SHEET_WIDTH, MARGIN, TITLE, LINE = 1240, 16, 44, 24  # pixels
+SHEET_WIDTH, MARGIN, TITLE, LINE = 1240, 16, 44, 17  # pixels
+TEXT = 2 * LINE + 7  # below a picture
 CELL = 96  # of a frame on the sheet
 FRAMES_SHOWN = 4
 
@@ -46,6 +49,16 @@ class Found:
     source: str
     match: float | None
     similarity: float
+
+    @property
+    def order(self) -> str:
+        """What hits are ordered by: match scores, or similarity where nothing was matched."""
+        return "similarity" if self.match is None else "match score"
+
+    @property
+    def deciding(self) -> float:
+        """The score that hits are ordered by."""
+        return self.similarity if self.match is None else self.match
 
 
 class VisualSearch:
@@ -118,31 +131,53 @@ class VisualSearch:
 
 
 def contact_sheet(search: VisualSearch, query: str, hits: Sequence[Found]) -> bytes:
-    """JPEG of the hits in order, with the query above, and rank, score and name below each."""
+    """JPEG of the hits in order, the query above them, and below each its rank, the score that orders it, its name."""
     frames = FRAMES_SHOWN if search.dataset.media_type == "video" else 1
     width = CELL * frames if frames > 1 else 2 * CELL
     height = CELL if frames > 1 else 2 * CELL
     columns = max(1, (SHEET_WIDTH - MARGIN) // (width + MARGIN))
     rows = -(-len(hits) // columns)
-    sheet = Image.new("RGB", (SHEET_WIDTH, TITLE + MARGIN + rows * (height + LINE + MARGIN)), "#f6f6f4")
+    sheet = Image.new("RGB", (SHEET_WIDTH, TITLE + MARGIN + rows * (height + TEXT + MARGIN)), "#f6f6f4")
     pen, large, small = ImageDraw.Draw(sheet), ImageFont.load_default(22), ImageFont.load_default(13)
     pen.text((MARGIN, MARGIN), f"“{query}”", fill="#1c1d21", font=large)
+    if hits:
+        pen.text((SHEET_WIDTH - MARGIN, MARGIN + 6), f"by {hits[0].order}", fill="#6c6f78", font=small, anchor="ra")
+    names = short_names([hit.source for hit in hits], lambda name: pen.textlength(name, font=small) <= width)
     for place, hit in enumerate(hits):
         left = MARGIN + place % columns * (width + MARGIN)
-        top = TITLE + MARGIN + place // columns * (height + LINE + MARGIN)
+        top = TITLE + MARGIN + place // columns * (height + TEXT + MARGIN)
         try:
             with Image.open(io.BytesIO(search.picture(hit.visual)[0])) as picture:
                 sheet.paste(picture.resize((width, height), Image.Resampling.LANCZOS), (left, top))
         except OSError:
             pen.rectangle((left, top, left + width, top + height), fill="#eceae6")
             pen.text((left + 8, top + 8), "not readable", fill="#6c6f78", font=small)
-        label = f"{place + 1}  {hit.similarity:.3f}  {hit.source}"
-        while len(label) > 8 and pen.textlength(label, font=small) > width:
-            label = label[:-2].rstrip("…") + "…"
-        pen.text((left, top + height + 4), label, fill="#1c1d21", font=small)
+        pen.text((left, top + height + 4), f"{place + 1}  {hit.deciding:.3f}", fill="#6c6f78", font=small)
+        pen.text((left, top + height + 4 + LINE), names[place], fill="#1c1d21", font=small)
     out = io.BytesIO()
     sheet.save(out, "JPEG", quality=88)
     return out.getvalue()
+
+
+def short_names(names: Sequence[str], fits: Callable[[str], bool]) -> list[str]:
+    """Names cut until they fit, at an end or in the middle, so that different ones stay different."""
+    differ = next((i for i, letters in enumerate(zip(*names)) if len(set(letters)) > 1), 0)
+    ways: list[Callable[[str, int], str]] = [
+        lambda name, kept: f"…{name[-kept:]}",
+        lambda name, kept: f"{name[:kept]}…",
+        lambda name, kept: f"{name[: kept // 2]}…{name[-(kept - kept // 2) :]}",
+        lambda name, kept: f"…{name[differ : differ + kept]}…",
+    ]
+    shortened = list(names)
+    for way in ways:
+        shortened = [name if fits(name) else _longest(name, way, fits) for name in names]
+        if len(set(shortened)) == len(set(names)):
+            break
+    return shortened
+
+
+def _longest(name: str, way: Callable[[str, int], str], fits: Callable[[str], bool]) -> str:
+    return next((text for kept in range(len(name) - 1, 0, -1) if fits(text := way(name, kept))), "…")
 
 
 def hits_table(hits: Sequence[Found]) -> str:
@@ -154,9 +189,36 @@ def hits_table(hits: Sequence[Found]) -> str:
     return "\n".join(lines)
 
 
-def default_cache() -> Path:
+def usual_cache() -> Path:
     """Where encoded visuals are kept when nobody says otherwise."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "singularity" / "features"
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(home) / "singularity" / "features"
+
+
+@contextmanager
+def cache_folder(asked: Path | None) -> Iterator[Path]:
+    """The folder of encoded visuals: as asked, the usual one, or a temporary one where that cannot be written.
+
+    Raises:
+        AccessError: the folder that is asked for cannot be written.
+    """
+    folder = asked or usual_cache()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # a read-only file system shows only when one writes
+            pass
+    except OSError as error:
+        if asked is not None:
+            raise AccessError(f"--cache {asked} cannot be written ({error.strerror}): give another folder") from None
+        log.warning(
+            "%s cannot be written (%s): what is encoded is kept for this call only; --cache FOLDER keeps it",
+            folder,
+            error.strerror,
+        )
+        with tempfile.TemporaryDirectory(prefix="singularity-features-") as temporary:
+            yield Path(temporary)
+        return
+    yield folder
 
 
 def parser() -> argparse.ArgumentParser:
@@ -180,7 +242,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--frames", type=int, default=4, metavar="N", help="frames of a clip (default: %(default)s)")
     result.add_argument("--output", default="hits.jpg", metavar="FILE", help="contact sheet (default: %(default)s)")
     result.add_argument("--tokenizer", metavar="VOCAB", help="vocabulary, where the checkpoint brings none")
-    result.add_argument("--cache", type=Path, metavar="FOLDER", help=f"encoded visuals (default: {default_cache()})")
+    result.add_argument("--cache", type=Path, metavar="FOLDER", help=f"encoded visuals (default: {usual_cache()})")
     result.add_argument("--device", default=usual_device(), help="default: %(default)s")
     result.add_argument("--serve", action="store_true", help="a web page to search with, until Ctrl-C")
     result.add_argument("--host", default="127.0.0.1", help="address of the web page (default: %(default)s)")
@@ -197,21 +259,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError("there is nothing to search for: give a QUERY, or --serve for a web page")
     if options.top < 1 or options.candidates < 0 or options.frames < 1:
         raise UserError("--top and --frames must be at least 1, --candidates at least 0")
-    search = VisualSearch(
-        options.checkpoint,
-        options.corpus,
-        options.cache or default_cache(),
-        options.frames,
-        options.tokenizer,
-        options.device,
-    )
     if options.serve:
-        serve(search, options.host, options.port, options.top, options.candidates)
+        with SearchServer(options.host, options.port, options.top, options.candidates) as server:
+            with _encoded(options) as server.search:
+                server.serve_until_interrupted()
         return 0
-    hits = search.find(options.query, options.top, options.candidates)
-    Path(options.output).write_bytes(contact_sheet(search, options.query, hits))
+    with _encoded(options) as search:
+        hits = search.find(options.query, options.top, options.candidates)
+        Path(options.output).write_bytes(contact_sheet(search, options.query, hits))
     sys.stdout.write(f"{hits_table(hits)}\n\ncontact sheet: {options.output}\n")
     return 0
+
+
+@contextmanager
+def _encoded(options: argparse.Namespace) -> Iterator[VisualSearch]:
+    """The search that the command line asks for, with its cache."""
+    with cache_folder(options.cache) as cache:
+        yield VisualSearch(options.checkpoint, options.corpus, cache, options.frames, options.tokenizer, options.device)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import re
 import sys
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
 
 from eval.report import templates
+from sharding.errors import AccessError
 
 if TYPE_CHECKING:
     from eval.search import VisualSearch
@@ -22,32 +24,48 @@ PICTURE = re.compile(r"/picture/(\d{1,12})\.jpg")
 POLICY = "default-src 'none'; img-src 'self' data:; style-src 'unsafe-inline'; form-action 'self'"
 
 
-def make_server(search: VisualSearch, host: str, port: int, count: int, candidates: int) -> ThreadingHTTPServer:
-    """A server that is bound and not running yet; port 0 takes a free one. Raises OSError when it is taken."""
+class SearchServer(ThreadingHTTPServer):
+    """Bound to its address from the start, so that one in use shows before a corpus is encoded; answers by `search`.
 
-    class Handler(_Handler):
-        """Requests to this search."""
+    Raises:
+        AccessError: the address cannot be listened on; port 0 takes a free one.
+    """
 
-        settings = (search, count, candidates)
+    def __init__(self, host: str, port: int, count: int, candidates: int) -> None:
+        self.search: VisualSearch | None = None
+        self.host, self.count, self.candidates = host, count, candidates
+        try:
+            super().__init__((host, port), _Handler)
+        except (OSError, OverflowError) as error:
+            raise AccessError(_refused(host, port, error)) from None
 
-    return ThreadingHTTPServer((host, port), Handler)
-
-
-def serve(search: VisualSearch, host: str, port: int, count: int, candidates: int) -> None:
-    """Serve the page until Ctrl-C."""
-    with make_server(search, host, port, count, candidates) as server:
-        sys.stdout.write(f"search page: http://{host}:{server.server_port}/   (Ctrl-C ends it)\n")
+    def serve_until_interrupted(self) -> None:
+        """Serve the page until Ctrl-C."""
+        sys.stdout.write(f"search page: http://{self.host}:{self.server_port}/   (Ctrl-C ends it)\n")
         sys.stdout.flush()
         try:
-            server.serve_forever()
+            self.serve_forever()
         except KeyboardInterrupt:
             sys.stdout.write("\n")
+
+
+def _refused(host: str, port: int, error: OSError | OverflowError) -> str:
+    """Why an address cannot be listened on, and what to give instead."""
+    if isinstance(error, OverflowError):
+        return f"--port {port}: a port is a number from 1 to 65535, or 0 for any free one"
+    if error.errno == errno.EADDRINUSE:
+        return f"port {port} of {host} is in use by another program: give another with --port, 0 for any free one"
+    if error.errno == errno.EACCES:
+        return f"port {port} of {host} needs an administrator's rights: give one from 1024 on with --port"
+    return (
+        f"--host {host} is no address of this machine ({error.strerror}): 127.0.0.1 is this machine alone, 0.0.0.0 all"
+    )
 
 
 class _Handler(BaseHTTPRequestHandler):
     """GET / is the page, with ?q=TEXT its hits; GET /picture/N.jpg a visual's frames."""
 
-    settings: tuple[VisualSearch, int, int]
+    server: SearchServer
 
     def do_GET(self) -> None:
         """Answer a request."""
@@ -61,12 +79,16 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._send(HTTPStatus.NOT_FOUND, "text/plain; charset=utf-8", b"no such page; the search is at /\n")
 
+    def _search(self) -> VisualSearch:
+        assert self.server.search is not None, "served before the corpus was encoded"
+        return self.server.search
+
     def _page(self, query: str) -> str:
-        search, count, candidates = self.settings
+        search = self._search()
         hits, problem = [], ""
         if query:
             try:
-                hits = search.find(query, count, candidates)
+                hits = search.find(query, self.server.count, self.server.candidates)
             except ValueError as error:
                 problem = str(error)
         shown: dict[str, Any] = {
@@ -81,7 +103,7 @@ class _Handler(BaseHTTPRequestHandler):
         return templates().get_template("search.html.j2").render(**shown)
 
     def _picture(self, visual: int) -> None:
-        search = self.settings[0]
+        search = self._search()
         try:
             if visual >= search.dataset.num_visuals:
                 raise OSError(f"there is no visual {visual}")

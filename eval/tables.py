@@ -8,14 +8,14 @@ SHORT = {"r_mean": "mean", "txt_r_mean": "txt_mean", "img_r_mean": "img_mean"}
 
 
 def format_table(
-    metrics: Mapping[str, Mapping[str, float]], chance: Mapping[str, Mapping[str, float]] | None = None
+    metrics: Mapping[str, Mapping[str, float]], baselines: Mapping[str, Mapping[str, float]] | None = None
 ) -> str:
     """Lines of a table: a row an entry of `metrics` ("SPLIT/": {"txt_r1": ...}), in percent, a column a metric.
 
-    chance: rows of the same form, set off below, with what ranking at random would reach.
+    baselines: rows of the same form, set off below, with what ranking at random would reach and the like.
     """
     rows = [(name.rstrip("/"), values) for name, values in metrics.items()]
-    low = [(f"chance {name}".rstrip("/"), values) for name, values in (chance or {}).items()]
+    low = [(name, values) for name, values in (baselines or {}).items()]
     columns = list(dict.fromkeys(column for _, values in rows for column in values))
     width = max([len(name) for name, _ in rows + low], default=0)
     widths = [max(6, len(SHORT.get(column, column))) for column in columns]

@@ -28,11 +28,11 @@ OTHERS_WAIT = 10.0  # seconds in which a rank leaves it to the first one to tell
 
 EPILOG = """\
 start it with
-  deepspeed {name} CONFIG.yaml key=value ...                    one process a GPU
-  DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 {name} ...  two processes on the CPU
-  torchrun --nproc_per_node N {name} ...                        likewise
-  sbatch launch/slurm/*.sbatch ..., deepspeed --hostfile, ...   many nodes: docs/launching.md
-  python {name} ...                                             a single process
+  one process a GPU    deepspeed {deepspeed} CONFIG.yaml key=value ...
+  two on the CPU       DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 {deepspeed} ...
+  N processes          torchrun --nproc_per_node N {python} ...
+  a single process     python {python} ...
+  many nodes           sbatch {folder}/slurm/*.sbatch ..., deepspeed --hostfile, ...: docs/launching.md
 
 settings are those of the YAML, as dotted keys: optimizer.lr=1e-5 batch_size.image=64 "splits=[val,test]"
 docs/training.md lists them all."""
@@ -48,11 +48,15 @@ class _Parser(argparse.ArgumentParser):
 
 def parse(script: str, description: str) -> argparse.Namespace:
     """The command line of an entry point: a configuration and settings."""
-    name = f"launch/{Path(script).name}"
+    path = Path(script)
+    name = option = f"launch/{path.name}"
+    folder = path.parent.name
+    if getattr(sys.modules["__main__"], "__spec__", None):  # by `python -m`, as from a wheel
+        name, option, folder = f"-m launch.{path.stem}", f"--module launch.{path.stem}", str(path.parent)
     parser = _Parser(
         prog=name,
         description=description,
-        epilog=EPILOG.format(name=name),
+        epilog=EPILOG.format(deepspeed=option, python=name, folder=folder),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", metavar="CONFIG.yaml", help="a configuration, for example one of configs/")

@@ -12,7 +12,7 @@ from launch.training import train
 from model.building import Model
 from sharding.errors import UserError
 from train.config_files import Settings
-from train.evaluation import Metrics, evaluate_splits
+from train.evaluation import FINAL, Metrics, evaluate_splits
 from train.loop import Evaluate
 from train.prepare import Prepared
 from train.ranks import Ranks
@@ -39,4 +39,7 @@ def _evaluate(prepared: Prepared, device: torch.device, model: Model, splits: li
     folder = prepared.folder.path / "evaluation" / label
     # Features of weights that change are of no use later: kept on disk they would only fill it, epoch after epoch.
     run, ranks = replace(prepared.run, feature_cache=None), prepared.ranks
-    return evaluate_splits(model, prepared.tokenizer, run, ranks, device, splits, folder, answers=prepared.answers)
+    return evaluate_splits(
+        model, prepared.tokenizer, run, ranks, device, splits, folder,
+        answers=prepared.answers, save_scores=run.save_scores or label == FINAL,
+    )  # fmt: skip

@@ -151,7 +151,7 @@ def measure(corpora: Sequence[str], config: LoaderConfig) -> tuple[Medium, float
 
     with tempfile.TemporaryDirectory(prefix="singularity-plan-") as folder:
         texts = (text for url in corpora for text in corpus_texts(url, config))
-        learn_from_texts(list(islice(texts, TEXTS_TO_LEARN_FROM)), 2000, Path(folder) / "vocab.txt")
+        learn_from_texts(islice(texts, TEXTS_TO_LEARN_FROM), 2000, Path(folder) / "vocab.txt")
         tokenizer = Tokenizer.load(folder)
     loader = TrainLoader(corpora, tokenizer, config)
     try:

@@ -20,12 +20,14 @@ from typing import Any
 
 import psutil
 
-ROOT = Path(__file__).resolve().parent.parent
+from sharding.errors import PROGRAM
+from sharding.packaged import PACKAGED, RECIPES
+
 PACKAGES = (
     "torch", "deepspeed", "transformers", "timm", "numpy", "pyarrow", "fsspec", "s3fs", "gcsfs", "aiohttp", "pycurl",
 )  # fmt: skip
 DALI = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
-CODE = ("sharding", "loaders", "model", "train", "eval", "launch", "configs", "deepspeed_configs")
+CODE = ("sharding", "loaders", "model", "train", "eval", "launch")
 CONNECT_SECONDS = 5.0
 SEND_SECONDS = 2.0  # that a link is measured for at most
 CHUNK = 2**18
@@ -226,12 +228,12 @@ class Probe:
 
 
 def code_hash() -> str:
-    """Of all Python files and configurations of the repository."""
+    """Of all Python files and recipes, the same in a checkout and in a wheel of one state."""
     found = hashlib.sha256()
-    for folder in CODE:
-        for path in sorted((ROOT / folder).rglob("*")):
+    for folder in [*(PROGRAM / name for name in CODE), *((PACKAGED / name).resolve() for name in sorted(RECIPES))]:
+        for path in sorted(folder.rglob("*")):
             if path.suffix in (".py", ".yaml", ".json", ".j2"):
-                found.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+                found.update(path.relative_to(folder.parent).as_posix().encode() + b"\0" + path.read_bytes())
     return found.hexdigest()[:12]
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # started by its path, not by `python -m`
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sharding.shapes.captions import motion_words
 from sharding.shapes.scenes import MOTIONS

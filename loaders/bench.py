@@ -25,6 +25,7 @@ from loaders.storage import CorpusReader
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader
 from loaders.vocab import corpus_texts, learn_from_texts
+from sharding.arguments import positive
 from sharding.errors import UserError, command
 
 TEXTS_TO_LEARN_FROM = 5000
@@ -78,7 +79,7 @@ def measure(
     readers = [CorpusReader(url, config.storage) for url in corpora]
     with tempfile.TemporaryDirectory(prefix="singularity-bench-") as folder:
         texts = (text for url in corpora for text in corpus_texts(url, config))
-        learn_from_texts(list(islice(texts, TEXTS_TO_LEARN_FROM)), 2000, Path(folder) / "vocab.txt")
+        learn_from_texts(islice(texts, TEXTS_TO_LEARN_FROM), 2000, Path(folder) / "vocab.txt")
         tokenizer = Tokenizer.load(folder)
     learned = time.perf_counter() - started
     loader = TrainLoader(corpora, tokenizer, config, device=usual_device())
@@ -248,12 +249,12 @@ def parser() -> argparse.ArgumentParser:
         description="Measure how fast packed corpora become batches on this machine, and say where the time goes.",
     )
     result.add_argument("corpora", nargs="+", metavar="URL", help="folders or URLs of packed corpora")
-    result.add_argument("--batch-size", type=int, default=128, help="samples a batch (default: %(default)s)")
-    result.add_argument("--size", type=int, default=224, help="pixels of a frame as shown (default: %(default)s)")
-    result.add_argument("--frames", type=int, default=1, help="frames of a clip (default: %(default)s)")
+    result.add_argument("--batch-size", type=positive, default=128, help="samples a batch (default: %(default)s)")
+    result.add_argument("--size", type=positive, default=224, help="pixels of a frame as shown (default: %(default)s)")
+    result.add_argument("--frames", type=positive, default=1, help="frames of a clip (default: %(default)s)")
     result.add_argument("--threads", type=int, default=0, help="decoding threads or processes (default: the cores)")
     result.add_argument("--decode", default="auto", choices=("auto", "dali", "cpu"), help="(default: %(default)s)")
-    result.add_argument("--prefetch", type=int, default=3, help="batches made ahead (default: %(default)s)")
+    result.add_argument("--prefetch", type=positive, default=3, help="batches made ahead (default: %(default)s)")
     result.add_argument("--step-ms", type=float, default=0, help="time of a training step (default: none)")
     result.add_argument("--seconds", type=float, default=10, help="how long to measure (default: %(default)s)")
     result.add_argument("--storage", nargs="*", default=[], metavar="KEY=VALUE", help="fsspec options of the URLs")
@@ -264,13 +265,11 @@ def parser() -> argparse.ArgumentParser:
 def configuration(options: argparse.Namespace) -> LoaderConfig:
     """The loader's settings for a benchmark; batches are no larger than the corpora allow."""
     storage = parse_options(options.storage)
+    corpora = [CorpusReader(url, storage).corpus for url in options.corpora]
+    unit = "samples" if all(sum(corpus.counts("captions")) for corpus in corpora) else "questions"
     sizes = {"image": 0, "video": 0}
-    unit = "samples"
-    for url in options.corpora:
-        corpus = CorpusReader(url, storage).corpus
-        sizes[corpus.media_type] += corpus.samples
-        if not sum(corpus.counts("captions")):
-            unit = "questions"
+    for corpus in corpora:
+        sizes[corpus.media_type] += sum(corpus.counts(unit))
     return LoaderConfig(
         batch_size=PerMedia(**{kind: min(options.batch_size, count) for kind, count in sizes.items()}),
         image_res=options.size,

@@ -4,9 +4,11 @@ How it stays whole, with any number of processes that may be killed at any momen
 - SQLite holds one row an item: its name, its size, when it was last used, and which process is fetching it.
 - Room is reserved before anything is fetched: a row is written, and older items leave, in one transaction. So the
   files never take more than the budget.
-- An item's file is written aside and renamed: a file of that name is whole. What a dead process had reserved is taken
-  back by whoever comes next.
+- An item's file is written aside, in parts/, and renamed: a file of that name is whole. What a dead process had
+  reserved or was writing is taken back by whoever opens the cache next.
 - A file leaves before its row does. A row without a file is an item that is not there.
+- Rows without files (of a process that died in between) and files without rows (after a power cut) are looked for in
+  a few folders at each opening, in turn. So opening takes as long with a million items as with a thousand.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import re
 import shutil
 import sqlite3
 import threading
@@ -31,12 +34,17 @@ log = logging.getLogger("loaders")
 
 FOLDER = "singularity-cache-1"  # inside the folder of the user: nothing else is ever removed
 NOTE_USE = 5.0  # seconds between notes of which items were used
+CHECKED = 1000  # items whose files and rows are compared when a cache is opened
+AFTER = chr(0x10FFFF)  # sorts after whatever a name may go on with
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS items (
     name TEXT PRIMARY KEY, size INTEGER NOT NULL, used REAL NOT NULL,
     owner TEXT  -- the process that fetches it; null: it is there
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS by_use ON items (used);
+CREATE INDEX IF NOT EXISTS by_owner ON items (owner) WHERE owner IS NOT NULL;
+CREATE TABLE IF NOT EXISTS checked (folder TEXT NOT NULL);  -- of items/: the last one compared with the rows
+INSERT INTO checked SELECT '' WHERE NOT EXISTS (SELECT * FROM checked);
 CREATE TABLE IF NOT EXISTS total (bytes INTEGER NOT NULL);
 INSERT INTO total SELECT 0 WHERE NOT EXISTS (SELECT * FROM total);
 CREATE TRIGGER IF NOT EXISTS added AFTER INSERT ON items BEGIN UPDATE total SET bytes = bytes + new.size; END;
@@ -60,9 +68,11 @@ class DiskCache:
         self._noted = time.monotonic()
         self._full = False
         try:
-            (self.folder / "items").mkdir(parents=True, exist_ok=True)
+            for name in ("items", "parts"):
+                (self.folder / name).mkdir(parents=True, exist_ok=True)
             with self._changing() as database:
                 self._take_back(database)
+                self._check_some(database)
         except OSError as error:
             raise UserError(f"cache.folder={folder} cannot be written to ({error.strerror}): choose another") from None
 
@@ -111,10 +121,10 @@ class DiskCache:
 
     def put(self, name: str, data: bytes) -> None:
         """The bytes of an item that was reserved; where the disk is full it is dropped instead."""
-        aside = self._path(name).with_suffix(f".{os.getpid()}-{threading.get_ident()}.part")
+        aside = self.folder / "parts" / f"{me()} {threading.get_ident()}"
         try:
-            aside.parent.mkdir(exist_ok=True)
             aside.write_bytes(data)
+            self._path(name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(aside, self._path(name))
         except OSError as error:
             self._warn(error.strerror)
@@ -190,6 +200,7 @@ class DiskCache:
             for file in self.folder.glob("items.sqlite*"):
                 file.unlink(missing_ok=True)
             shutil.rmtree(self.folder / "items", ignore_errors=True)
+            (self.folder / "items").mkdir(exist_ok=True)
             return self._connect(path)
 
     def _connect(self, path: Path) -> sqlite3.Connection:
@@ -222,18 +233,38 @@ class DiskCache:
         database.execute("DELETE FROM items WHERE name = ?", (name,))
 
     def _take_back(self, database: sqlite3.Connection) -> None:
-        """What dead processes had reserved or were removing, and files that no row knows."""
-        owners = dict(database.execute("SELECT name, owner FROM items").fetchall())
-        there = set()
-        for path in (self.folder / "items").glob("*/*"):
-            part = path.suffix == ".part"
-            if not (psutil.pid_exists(int(path.name.split(".")[-2].split("-")[0])) if part else path.name in owners):
-                path.unlink(missing_ok=True)
-            elif not part:
-                there.add(path.name)
-        for name, owner in owners.items():
-            if name not in there if owner is None else not is_alive(owner):
+        """What dead processes had reserved or were writing."""
+        for name, owner in database.execute("SELECT name, owner FROM items WHERE owner IS NOT NULL").fetchall():
+            if not is_alive(owner):
                 self._remove(database, name)
+        for path in (self.folder / "parts").iterdir():
+            if not is_alive(path.name.rpartition(" ")[0]):
+                path.unlink(missing_ok=True)
+
+    def _check_some(self, database: sqlite3.Connection) -> None:
+        """Compare files and rows in the next folders of items/, about CHECKED of them; remove what has no other."""
+        (last,) = database.execute("SELECT folder FROM checked").fetchone()
+        folders, checked = [entry.name for entry in os.scandir(self.folder / "items") if entry.is_dir()], 0
+        for folder in sorted(folders, key=lambda folder: (folder <= last, folder)):
+            checked += self._check(database, folder)
+            last = folder
+            if checked >= CHECKED:
+                break
+        database.execute("UPDATE checked SET folder = ?", (last,))
+
+    def _check(self, database: sqlite3.Connection, folder: str) -> int:
+        """Compare files and rows in one folder; returns how many there are."""
+        within = "SELECT name, owner FROM items WHERE name >= ? AND name < ?"
+        rows = dict(database.execute(within, (folder, folder + AFTER)).fetchall())
+        there = set(os.listdir(self.folder / "items" / folder))
+        for name in there - rows.keys():
+            part = re.fullmatch(r".*\.(\d+)-\d+\.part", name)  # where versions until November 2026 wrote items
+            if part is None or not psutil.pid_exists(int(part[1])):
+                (self.folder / "items" / folder / name).unlink(missing_ok=True)
+        for name, owner in rows.items():
+            if owner is None and name not in there:
+                self._remove(database, name)
+        return len(there | rows.keys())
 
     def _note_use(self, database: sqlite3.Connection) -> None:
         """Write down now and then which items this process has used."""

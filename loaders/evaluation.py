@@ -15,7 +15,7 @@ from loaders.clips import BadSampleError, Window, check_sample_type, choose_fram
 from loaders.config import LoaderConfig
 from loaders.decoding import Decoder, make_decoder, usable_threads
 from loaders.index import Record, ShardIndex
-from loaders.node import this_node
+from loaders.node import processes_here, this_node
 from loaders.pixels import Clip
 from loaders.storage import open_corpus
 from loaders.text import clean_text
@@ -87,7 +87,7 @@ class VisualSet:
         metrics must not depend on which was faster.
         """
         config = self.config
-        threads = usable_threads(config.threads, world_size)
+        threads = usable_threads(config.threads, processes_here(world_size))
         decoder = make_decoder(
             config.decode, config.image_res, threads, config.antialias, torch.device(device), deterministic=True
         )

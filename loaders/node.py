@@ -44,6 +44,12 @@ def this_node() -> Node:
     return node_of(rank, max(1, world_size), here or int(os.environ.get("LOCAL_SIZE") or 0))
 
 
+def processes_here(world_size: int) -> int:
+    """How many of a job's `world_size` processes are on this machine: all of them where no launcher says otherwise."""
+    node = this_node()
+    return node.processes if node.world_size == world_size else world_size
+
+
 def share_of(settings: RemoteReads, node: Node) -> RemoteReads:
     """What one process of the node may ask of the stores: an equal part."""
     connections = max(1, settings.connections // node.processes)

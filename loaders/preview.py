@@ -12,8 +12,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from loaders.batch import Batch, normalize
 from loaders.config import LoaderConfig, PerMedia, VideoInput
+from loaders.storage import describe
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader
+from sharding.arguments import positive
 from sharding.errors import command
 
 MARGIN = 8
@@ -58,30 +60,38 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("corpus", metavar="URL", help="a packed corpus")
     result.add_argument("--tokenizer", required=True, help="vocab.txt, a folder that holds one, or a hub name")
     result.add_argument("--output", required=True, metavar="FILE", help="the picture to write, .png or .jpg")
-    result.add_argument("--count", type=int, default=24, help="samples (default: %(default)s)")
-    result.add_argument("--columns", type=int, default=6, help="samples side by side (default: %(default)s)")
-    result.add_argument("--size", type=int, default=224, help="image_res (default: %(default)s)")
-    result.add_argument("--frames", type=int, default=1, help="frames of a clip (default: %(default)s)")
+    result.add_argument("--count", type=positive, default=24, help="samples, at most (default: %(default)s)")
+    result.add_argument("--columns", type=positive, default=6, help="samples side by side (default: %(default)s)")
+    result.add_argument("--size", type=positive, default=224, help="image_res (default: %(default)s)")
+    result.add_argument("--frames", type=positive, default=1, help="frames of a clip (default: %(default)s)")
     result.add_argument("--sample-type", default="rand", help="rand, middle or fpsX (default: %(default)s)")
-    result.add_argument("--length", type=int, default=32, help="tokens of a text (default: %(default)s)")
+    result.add_argument("--length", type=positive, default=32, help="tokens of a text (default: %(default)s)")
     result.add_argument("--epoch", type=int, default=0, help="(default: %(default)s)")
     result.add_argument("--seed", type=int, default=42, help="(default: %(default)s)")
     result.add_argument("--no-augment", action="store_true", help="plain resize, as in evaluation")
-    result.add_argument("--unit", default="samples", help="samples, captions or questions (default: %(default)s)")
+    result.add_argument(
+        "--unit",
+        choices=("samples", "captions", "questions"),
+        help="(default: samples; questions where the corpus holds no captions)",
+    )
     return result
 
 
 def first_batch(options: argparse.Namespace, tokenizer: Tokenizer) -> Batch:
-    """The first batch of the epoch asked for."""
+    """The first batch of the epoch asked for; all of a corpus that holds fewer than `options.count`."""
+    corpus = describe(options.corpus, LoaderConfig())
+    unit = options.unit or ("samples" if sum(corpus.counts("captions")) else "questions")
+    count = min(options.count, sum(corpus.counts(unit)))
     config = LoaderConfig(
-        batch_size=PerMedia(options.count, options.count),
+        batch_size=PerMedia(count, count),
         image_res=options.size,
         video_input=VideoInput(num_frames=options.frames, sample_type=options.sample_type),
         max_txt_l=PerMedia(options.length, options.length),
-        unit=options.unit,
+        unit=unit,
         seed=options.seed,
         augment=not options.no_augment,
         prefetch=1,
+        max_bad_share=1.0,
     )
     loader = TrainLoader([options.corpus], tokenizer, config)
     try:
@@ -95,8 +105,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = parser().parse_args(arguments)
     tokenizer = Tokenizer.load(options.tokenizer)
-    batch_sheet(first_batch(options, tokenizer), tokenizer, options.columns).save(options.output)
-    sys.stdout.write(f"{options.output}: {options.count} samples\n")
+    batch = first_batch(options, tokenizer)
+    batch_sheet(batch, tokenizer, options.columns).save(options.output)
+    sys.stdout.write(f"{options.output}: {len(batch.keys)} samples\n")
     return 0
 
 

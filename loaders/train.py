@@ -111,8 +111,11 @@ class TrainLoader:
         size, units = self.batch_size[kind], self.lines[kind].units
         check_world_size(size, self.world_size, kind)
         if size > units:
+            most = units // self.world_size * self.world_size
+            names = ", ".join(reader.corpus.name for reader in self.lines[kind].readers)
             raise UserError(
-                f"batch_size.{kind}={size} is more than the {units} {self.config.unit} there are: choose a smaller one"
+                f"batch_size.{kind}={size} is more than the {units} {self.config.unit} of {names}: "
+                + (f"set batch_size.{kind}={most} or less" if most else f"use at most {units} processes, or more data")
             )
         return units // size
 

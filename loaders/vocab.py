@@ -5,16 +5,25 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from tokenizers import BertWordPieceTokenizer
+import tokenizers
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer, WhitespaceSplit
+from tokenizers.trainers import WordPieceTrainer
 
 from loaders.config import LoaderConfig
 from loaders.index import ShardIndex
 from loaders.storage import open_corpus
 from loaders.text import SPECIAL, clean_text
 from sharding.errors import UserError, command
+
+ALPHABET = 1000  # characters that words may consist of, at most
+SMALLEST = len(SPECIAL) + 2
+WORDS_OF_A_TEXT = 1000
 
 
 def corpus_texts(url: str, config: LoaderConfig) -> Iterator[str]:
@@ -43,25 +52,70 @@ def learn_vocabulary(corpora: Sequence[str], size: int, output: str | Path) -> i
     Raises:
         FileNotFoundError, ValueError: as `sharding.schema.read_corpus`, or the corpora hold no text.
     """
-    texts = [text for url in corpora for text in corpus_texts(url, LoaderConfig())]
-    if not texts:
-        raise UserError(f"{', '.join(corpora)}: no texts to learn a vocabulary from")
-    return learn_from_texts(texts, size, output)
+    texts = (text for url in corpora for text in corpus_texts(url, LoaderConfig()))
+    return learn_from_texts(texts, size, output, ", ".join(corpora))
 
 
-def learn_from_texts(texts: Sequence[str], size: int, output: str | Path) -> int:
-    """Write a BERT `vocab.txt` of at most `size` entries for these texts; returns how many it has."""
-    tokenizer = BertWordPieceTokenizer(lowercase=True)
-    tokenizer.train_from_iterator(
-        texts, vocab_size=size, min_frequency=2, special_tokens=list(SPECIAL), show_progress=False
-    )
-    words = sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1])
+def learn_from_texts(texts: Iterable[str], size: int, output: str | Path, source: str = "the texts") -> int:
+    """Write a BERT `vocab.txt` of at most `size` entries for these texts; returns how many it has.
+
+    The same texts give the same file, in whichever order they come. Raises UserError when `source` holds no text.
+    """
+    if size < SMALLEST:
+        raise UserError(f"--size {size} is too small for a vocabulary: give at least {SMALLEST}")
+    counts = count_words(texts)
+    if not counts:
+        raise UserError(f"{source}: no texts to learn a vocabulary from")
+    entries = learn_entries(counts, size)
     target = Path(output)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".partial")
-    partial.write_text("".join(f"{word}\n" for word, _ in words), encoding="utf-8")
+    partial.write_text("".join(f"{entry}\n" for entry in entries), encoding="utf-8")
     os.replace(partial, target)
-    return len(words)
+    return len(entries)
+
+
+def count_words(texts: Iterable[str]) -> Counter[str]:
+    """How often each word occurs, split as `Tokenizer` splits it (punctuation stands alone)."""
+    normalizer, splitter = BertNormalizer(lowercase=True), BertPreTokenizer()
+    between_spaces = Counter(word for text in texts for word in text.split())
+    counts: Counter[str] = Counter()
+    for text, count in between_spaces.items():
+        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)):
+            counts[word] += count
+    return counts
+
+
+def learn_entries(counts: Mapping[str, int], size: int) -> list[str]:
+    """The entries of a WordPiece vocabulary for these words: special tokens, characters, then pieces as learned.
+
+    The trainer numbers the characters within words ("##a") in the random order of a hash table, and breaks ties
+    between equally frequent pieces by those numbers. Giving it all characters in order, as special tokens, fixes both
+    the order of the entries and which of them there are.
+    """
+    frequency: Counter[str] = Counter()
+    for word, count in counts.items():
+        for character in word:
+            frequency[character] += count
+    by_frequency = sorted(frequency, key=lambda character: (-frequency[character], character))
+    alphabet = set(by_frequency[: min(ALPHABET, (size - len(SPECIAL)) // 2)])
+    known = {word: count for word, count in sorted(counts.items()) if alphabet.issuperset(word)}  # others are [UNK]
+    within = {f"##{character}" for word in known for character in word[1:]}
+    first = [*SPECIAL, *sorted(alphabet), *sorted(within)]
+
+    tokenizer = tokenizers.Tokenizer(WordPiece(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    trainer = WordPieceTrainer(vocab_size=size, min_frequency=2, special_tokens=first, show_progress=False)
+    tokenizer.train_from_iterator(_repeated(known), trainer)
+    entries = tokenizer.get_vocab()
+    return sorted(entries, key=entries.__getitem__)
+
+
+def _repeated(counts: Mapping[str, int]) -> Iterator[str]:
+    """Each word as often as it occurs; the trainer takes texts, not counts."""
+    for word, count in counts.items():
+        for begin in range(0, count, WORDS_OF_A_TEXT):
+            yield " ".join([word] * min(WORDS_OF_A_TEXT, count - begin))
 
 
 @command()

@@ -101,7 +101,7 @@ def config_to_dict(config: ModelConfig) -> dict[str, Any]:
 def config_from_dict(data: dict[str, Any]) -> ModelConfig:
     """The inverse of `config_to_dict`; absent keys take their defaults. Raises ValueError for unknown keys."""
     config = ModelConfig()
-    for key, value in _flatten(data).items():
+    for key, value in dotted(data).items():
         _set(config, key, value)
     return config
 
@@ -117,15 +117,16 @@ def with_changes(config: ModelConfig, changes: dict[str, Any]) -> ModelConfig:
     return result
 
 
-def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def dotted(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"text_encoder": {"width": 768}} as {"text_encoder.width": 768}."""
     flat: dict[str, Any] = {}
     for key, value in data.items():
-        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+        flat.update(dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
     return flat
 
 
 def _set(config: ModelConfig, key: str, value: Any) -> None:
-    known = _flatten(asdict(config))
+    known = dotted(asdict(config))
     if key not in known:
         near = get_close_matches(key, known, n=3) or sorted(known)
         raise UserError(f"the model has no setting {key!r}: nearest are {', '.join(near)}")

@@ -12,16 +12,30 @@ import omegaconf
 import torch
 
 from model.checkpoint import load_weights
-from model.config import ModelConfig
-from model.files import OFFICIAL_SUFFIXES, Weights, write_weights, write_whole
-from model.official import HEADS
+from model.config import ModelConfig, config_to_dict
+from model.files import (
+    DESCRIPTION,
+    OFFICIAL_SUFFIXES,
+    TENSORS,
+    VOCABULARY,
+    Weights,
+    find_vocabulary,
+    resolve_weights,
+    write_folder,
+    write_whole,
+)
+from model.official import MODEL
 from model.official_names import to_official
-from model.vision import relative_position_index
-from sharding.errors import command
+from model.vision import VISION_TYPES, relative_position_index
+from sharding.errors import UserError, command
+
+# Names that mean a file which is not written here, and what a run's folder looks for its own weights in.
+OTHER_SUFFIXES = (".safetensors", ".ckpt", ".json", ".onnx", ".pkl", ".h5", ".npz", ".zip", ".tar", ".gz")
+RESERVED = ("weights", "checkpoints")
 
 
 def official_settings(config: ModelConfig) -> dict[str, Any]:
-    """The run settings of an official checkpoint that describe the model; the heads, which no shape shows, are ours."""
+    """The run settings of an official checkpoint that describe the model, and all of ours, which it does not know."""
     temporal, weights = config.temporal_vision_encoder, config.loss_weight
     return {
         "vit_type": config.vision_encoder.type,
@@ -38,7 +52,7 @@ def official_settings(config: ModelConfig) -> dict[str, Any]:
         "mlm_prob": config.mlm_prob,
         "loss_weight": {"itc": weights.itc, "itm": weights.itm, "mlm": weights.mlm},
         "itm_hard_neg": config.itm_hard_neg,
-        HEADS: {"vision": config.vision_encoder.heads, "text": config.text_encoder.heads},
+        MODEL: config_to_dict(config),
     }
 
 
@@ -65,8 +79,13 @@ def official_state(weights: Weights) -> dict[str, torch.Tensor]:
 
 
 def write_official(weights: Weights, path: str | Path) -> None:
-    """Write an official checkpoint (.pth) without optimiser state, whole or not at all."""
-    path = Path(path)
+    """Write an official checkpoint (.pth) without optimiser state, whole or not at all.
+
+    Raises UserError for a model of another backbone than the official ones.
+    """
+    path, kind = Path(path), weights.config.vision_encoder.type
+    if kind not in VISION_TYPES:
+        raise UserError(f"{path}: vision_encoder.type={kind} has no official form, give a folder to write to")
     content = {
         "model": official_state(weights),
         "optimizer": {},
@@ -77,7 +96,45 @@ def write_official(weights: Weights, path: str | Path) -> None:
         "global_step": 0,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda aside: torch.save(content, aside))
+    write_whole(path, lambda aside: _save(content, aside))
+
+
+def _save(content: dict[str, Any], path: Path) -> None:
+    # PyTorch tells what the system says, a full disk for example, of files only that it did not open itself.
+    with path.open("wb") as file:
+        torch.save(content, file)
+
+
+def check_output(output: str) -> None:
+    """Raise UserError unless a model can be written to `output` without touching anything that is there."""
+    path = Path(output)
+    official = path.suffix.lower() in OFFICIAL_SUFFIXES
+    if path.suffix.lower() in OTHER_SUFFIXES:
+        raise UserError(
+            f"{output}: no {path.suffix} file is written, give NAME.pth for an official checkpoint or a folder such as "
+            f"{path.with_suffix('')}, which gets {TENSORS}, {DESCRIPTION} and {VOCABULARY}"
+        )
+    if official and (output.endswith("/") or path.is_dir()):
+        raise UserError(f"{output} is a folder by its form and a file by its name: give NAME{path.suffix} or a folder")
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise UserError(f"{output} exists already: remove it, or choose another name")
+    for folder in path.absolute().parents:
+        if (folder / "corpus.json").is_file():
+            raise UserError(f"{output} would lie in the packed corpus {folder}: choose another place")
+        if (folder / "checkpoints").is_dir() and path.absolute().relative_to(folder).parts[0] in RESERVED:
+            raise UserError(f"{output} would be taken for a checkpoint of the run {folder}: choose another place")
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{output} cannot be made: {folder} is a file, choose another place")
+
+
+def without_vocabulary(output: str, vocabulary: Path | None) -> str:
+    """What to do about an export that holds no vocabulary."""
+    found = f" ({vocabulary})" if vocabulary else ""
+    remedy = "" if Path(output).suffix.lower() in OFFICIAL_SUFFIXES else f"copy it to {Path(output) / VOCABULARY}, or "
+    return (
+        f"{output} holds no vocabulary; where it is used {remedy}name the one that it was trained with{found}: "
+        "tokenizer=FILE for training and evaluation, --tokenizer FILE for eval.search"
+    )
 
 
 @command()
@@ -86,17 +143,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m model.export",
         description="Write a model, ours or official, to an official checkpoint (OUTPUT ends in .pth) or to a folder "
-        "of ours (model.safetensors and model.json). All tensors are written bit for bit.",
+        "of ours (model.safetensors, model.json and vocab.txt). All tensors are written bit for bit.",
     )
     parser.add_argument("model", help="a folder with model.json, a run folder (its best or newest), or a .pth")
-    parser.add_argument("output", help="what to write: NAME.pth, or a folder")
+    parser.add_argument("output", help="what to write: NAME.pth, or a new folder")
     options = parser.parse_args(arguments)
-    weights = load_weights(options.model)
-    if Path(options.output).suffix in OFFICIAL_SUFFIXES:
+    check_output(options.output)
+    weights, found = load_weights(options.model), resolve_weights(options.model)
+    vocabulary = find_vocabulary(found, weights.config.text_encoder.vocab_size)
+    official = Path(options.output).suffix.lower() in OFFICIAL_SUFFIXES
+    if official:
         write_official(weights, options.output)
     else:
-        write_weights(weights, options.output)
-    sys.stdout.write(f"{options.output}: {len(weights.state)} tensors of {options.model}\n")
+        write_folder(weights, vocabulary, Path(options.output))
+    sys.stdout.write(f"{options.output}: {len(weights.state)} tensors of {found}\n")
+    if official or vocabulary is None:
+        sys.stdout.write(without_vocabulary(options.output, vocabulary) + "\n")
     return 0
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -33,13 +36,36 @@ class Weights:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file beside `path`, then give it that name: no reader ever sees half of it."""
+    """Let `write` make a file beside `path`, then give it that name: no reader ever sees half of it.
+
+    Its permissions are those of any new file, also where `write` makes a private one. Raises OSError naming `path` when
+    the disk is full or refuses to be written to, also where `write` hides that behind an error of its own.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        aside.touch()
+        mode = stat.S_IMODE(aside.stat().st_mode)
         write(aside)
+        if stat.S_IMODE(aside.stat().st_mode) != mode:
+            aside.chmod(mode)
         os.replace(aside, path)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if number := _system_error(error):
+            raise OSError(number, os.strerror(number), str(path)) from None
+        raise
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _system_error(error: BaseException | None) -> int:
+    """The operating system's error number behind an error of safetensors or PyTorch; 0 when there is none."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return error.errno or 0
+        if found := re.search(r"os error (\d+)", str(error)):
+            return int(found[1])
+        error = error.__context__
+    return 0
 
 
 def write_weights(weights: Weights, folder: str | Path) -> None:
@@ -61,6 +87,27 @@ def write_weights(weights: Weights, folder: str | Path) -> None:
     write_whole(folder / DESCRIPTION, lambda path: path.write_text(text))
 
 
+def write_folder(weights: Weights, vocabulary: Path | None, folder: Path) -> None:
+    """Make a new folder of weights and their vocabulary, whole or not at all."""
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    try:
+        aside.mkdir(parents=True)
+        if vocabulary is not None:
+            shutil.copyfile(vocabulary, aside / VOCABULARY)
+        write_weights(weights, aside)
+        aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def find_vocabulary(weights: Path, words: int) -> Path | None:
+    """The vocab.txt of what `resolve_weights` found; beside an official file only one of as many `words` counts."""
+    path = (weights if weights.is_dir() else weights.parent) / VOCABULARY
+    if not path.is_file() or (weights.is_file() and len(path.read_bytes().splitlines()) != words):
+        return None
+    return path
+
+
 def resolve_weights(path: str | Path) -> Path:
     """The folder or official file that `path` means: itself, a checkpoint's weights, or those of a run folder.
 
@@ -69,7 +116,7 @@ def resolve_weights(path: str | Path) -> Path:
     """
     path = Path(path)
     if path.is_file():
-        if path.suffix in OFFICIAL_SUFFIXES:
+        if path.suffix.lower() in OFFICIAL_SUFFIXES:
             return path
         raise UserError(
             f"{path} is no model: give a folder with {DESCRIPTION}, a run folder, or an official checkpoint (.pth)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
+import math
 import pickle
 import re
 import typing
@@ -23,8 +24,9 @@ from model.config import (
     TemporalConfig,
     TextConfig,
     VisionConfig,
+    config_from_dict,
 )
-from model.files import VOCABULARY, Weights, read_special_ids
+from model.files import Weights, find_vocabulary, read_special_ids
 from model.official_names import from_official
 from sharding.errors import UserError
 
@@ -42,7 +44,8 @@ ALLOWED: list[Any] = [
     int,
 ]
 HEAD_WIDTH = 64  # of every published BERT and ViT; smaller models come with their JSON configurations
-HEADS = "num_attention_heads"  # in the settings of files that model.export wrote: {"vision": ..., "text": ...}
+# In the settings of files that model.export wrote: the whole ModelConfig; until November 2026 the heads only.
+MODEL, HEADS = "model_config", "num_attention_heads"
 
 
 def read_official_file(path: Path) -> dict[str, Any]:
@@ -101,10 +104,17 @@ def _vision_config(path: Path, state: dict[str, torch.Tensor], settings: dict[st
         width=width,
         depth=_count(state, r"vision_encoder\.encoder\.layer\.(\d+)\."),
         heads=heads,
-        mlp_ratio=state[layer + "intermediate.dense.weight"].shape[0] / width,
+        mlp_ratio=_ratio(state[layer + "intermediate.dense.weight"].shape[0], width),
+        layer_scale=VisionConfig.layer_scale if kind != "beit" or layer + "lambda_1" in state else 0.0,
         drop_path=extra.get("drop_path_rate", 0.1) if kind == "beit" else 0.0,
         layer_norm_eps=extra.get("layer_norm_eps", 1e-12),
     )
+
+
+def _ratio(hidden: int, width: int) -> float:
+    """The ratio which times `width`, rounded down, is `hidden`."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def _heads(path: Path, width: int, extra: dict[str, Any], settings: dict[str, Any], part: str) -> int:
@@ -147,11 +157,13 @@ def text_prefix(state: dict[str, torch.Tensor]) -> str:
 
 
 def recognise(path: Path, state: dict[str, torch.Tensor], settings: dict[str, Any]) -> ModelConfig:
-    """The architecture of official tensors `state` and run settings, sizes that shapes do not show from JSON files
-    beside `path` (bert_config.json, vision_config.json) where there are any, else as published.
+    """The architecture of official tensors `state` and run settings: as `model.export` noted it; else by the shapes,
+    and what they do not show by JSON files beside `path` (bert_config.json, vision_config.json) or as published.
 
     Raises ValueError when tensors that every such model has are missing.
     """
+    if MODEL in settings:
+        return config_from_dict(settings[MODEL])
     prefix = text_prefix(state)
     try:
         vision, text = _vision_config(path, state, settings), _text_config(path, state, prefix, settings)
@@ -194,4 +206,5 @@ def read_official(path: Path) -> Weights:
     state = content["model"]
     config = recognise(path, state, content["config"])
     tensors = from_official(state, tensor_names(config), text_prefix(state))
-    return Weights(config, tensors, read_special_ids(path.parent / VOCABULARY))
+    vocabulary = find_vocabulary(path, config.text_encoder.vocab_size)
+    return Weights(config, tensors, read_special_ids(vocabulary) if vocabulary else {})

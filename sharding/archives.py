@@ -12,7 +12,6 @@ import os
 import posixpath
 import re
 import struct
-import tempfile
 import unicodedata
 import zipfile
 import zlib
@@ -235,10 +234,10 @@ def make_listing(url: str, target: Path) -> None:
         table = pa.Table.from_batches(batches, SCHEMA).sort_by("name").combine_chunks()
         damage_text = f"byte {damages[0].offset} ({damages[0].reason})" if damages else ""
         table = table.replace_schema_metadata({"error": error, "damage": damage_text})
-        with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as file:
-            with pa.ipc.new_stream(file, table.schema) as writer:
-                writer.write_table(table)
-        os.replace(file.name, target)
+        aside = target.with_suffix(".part")
+        with aside.open("wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+        os.replace(aside, target)
     finally:
         os.close(lock)
 

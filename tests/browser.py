@@ -1,9 +1,7 @@
 """A real browser for the pages: fixtures `visitor` (a desktop's and a phone's window), `browser`."""
 
-import shutil
-
 import pytest
-from playwright.sync_api import sync_playwright
+from needs import lacks, leave_out, module, program
 
 
 class Visitor:
@@ -30,9 +28,10 @@ class Visitor:
 
 @pytest.fixture(scope="session")
 def browser():
-    with sync_playwright() as driver:
+    leave_out(lacks("chromium"))
+    with module("playwright.sync_api", "playwright").sync_playwright() as driver:
         chromium = driver.chromium.launch(
-            executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu", "--disable-quic"]
+            executable_path=program("chromium"), args=["--no-sandbox", "--disable-gpu", "--disable-quic"]
         )
         yield chromium
         chromium.close()

@@ -1,11 +1,13 @@
 """What several rooms' tests stand on: a small Shapes corpus, packed once a session by the real tools."""
 
 import signal
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from needs import LEFT_OUT
 
 from loaders.text import Tokenizer
 from loaders.vocab import learn_vocabulary
@@ -22,6 +24,16 @@ settings.register_profile("any machine", deadline=None)  # how long an example t
 settings.load_profile("any machine")
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Name every test that was left out, below the reason; pytest's own summary gives a file and a line."""
+    left_out: dict[str, list[str]] = defaultdict(list)
+    for report in terminalreporter.stats.get("skipped", []):
+        left_out[report.longrepr[2].removeprefix("Skipped: ").removeprefix(LEFT_OUT)].append(report.nodeid)
+    for reason, tests in sorted(left_out.items()):
+        terminalreporter.section(f"{len(tests)} left out: {reason}", sep="-")
+        terminalreporter.write_line("\n".join(sorted(tests)))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ Nothing of the machine's own network changes, and everything goes when the test'
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -25,7 +24,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from object_stores import SERVERS, die_with_parent, environment_of
+from needs import lacks, leave_out, program
+from object_stores import die_with_parent, environment_of, store_server
 
 ROOT = Path(__file__).resolve().parent.parent
 ADDRESSES = {"store": "10.203.77.1", "node1": "10.203.77.11", "node2": "10.203.77.12"}
@@ -60,18 +60,10 @@ exec {sshd} -D -e -f {folder}/sshd_config
 """
 
 
-def program(name: str) -> str | None:
-    """Path of a program, an administrator's too."""
-    return shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
-
-
 def why_not() -> str:
     """Why this machine cannot give hosts; empty where it can."""
-    if os.geteuid() != 0:
-        return "not root, and hosts of their own need network namespaces"
-    missing = [name for name in PROGRAMS if program(name) is None]
-    if missing:
-        return f"{', '.join(missing)} not installed (`make packages` does it)"
+    if reason := lacks(*PROGRAMS, root="hosts of their own need network namespaces"):
+        return reason
     trial = "hostname trial && ip link add name one type veth peer name two && ip link add name eth0 type bridge"
     trial += " && mount -t tmpfs tmpfs /run"
     words = ["unshare", *NAMESPACES, "--fork", "--mount-proc", "sh", "-c", trial]
@@ -207,9 +199,7 @@ class Hosts:
 
     def serve_s3(self) -> None:
         """Serve S3 on the store's address; the environment of commands in hosts points there."""
-        server = SERVERS / "bin" / "moto_server"
-        if not server.exists():
-            raise RuntimeError(f"{server} is missing: `make servers` makes it, or set TEST_SERVERS to where it is")
+        server = store_server("moto_server")
         log = self.folder / "s3.log"
         process = self.popen("store", server, "-H", "0.0.0.0", "-p", S3_PORT, log=log)
         until(lambda: "Running on" in log.read_text(), log.read_text, process)
@@ -240,9 +230,7 @@ def until(done: Callable[[], bool], told: Callable[[], str], process: subprocess
 
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
-    reason = why_not()
-    if reason:
-        pytest.skip(f"left out: {reason}")
+    leave_out(why_not())
     outside = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     made = Hosts(tmp_path_factory.mktemp("hosts"), {**outside, **quiet})

@@ -35,13 +35,14 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import fsspec
 import pytest
 from faulty_proxy import Faults, FaultyProxy
+from needs import leave_out, module
 
 SERVERS = Path(os.environ.get("TEST_SERVERS", Path(__file__).resolve().parent.parent / ".venv-servers"))
 
@@ -98,12 +99,18 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
+def store_server(program: str) -> Path:
+    """A program of the servers' environment; ends the test as left out where that is missing."""
+    path = SERVERS / "bin" / program
+    if not path.exists():
+        leave_out(f"{path} is missing: `make servers` makes it, or set TEST_SERVERS to where it is")
+    return path
+
+
 @contextmanager
 def server(program: str, *arguments: str, port: int) -> Iterator[str]:
     """A server of the servers' environment, answering at the address given back."""
-    path = SERVERS / "bin" / program
-    if not path.exists():
-        raise RuntimeError(f"{path} is missing: `make servers` makes it, or set TEST_SERVERS to where it is")
+    path = store_server(program)
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen([path, *arguments], stdout=log, stderr=log, preexec_fn=die_with_parent)
         try:
@@ -183,11 +190,13 @@ def activate(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> No
 def forget_clients() -> None:
     """Make fsspec connect anew: it keeps clients by their arguments, which do not show the environment."""
     for scheme in ("s3", "gs", "http"):
-        fsspec.get_filesystem_class(scheme).clear_instance_cache()
+        with suppress(ImportError):  # s3fs and gcsfs may be missing
+            fsspec.get_filesystem_class(scheme).clear_instance_cache()
 
 
 @pytest.fixture(scope="session")
 def s3_address() -> Iterator[str]:
+    module("s3fs", "s3fs")
     port = free_port()
     with server("moto_server", "-H", "127.0.0.1", "-p", str(port), port=port) as address:
         yield address
@@ -195,6 +204,7 @@ def s3_address() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def gcs_address() -> Iterator[str]:
+    module("gcsfs", "gcsfs")
     port = free_port()
     arguments = ["start", "--host", "127.0.0.1", "--port", str(port), "--in-memory", "--quiet"]
     with server("python", "-c", GCS_EMULATOR, *arguments, port=port) as address:

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hosts import program, until
+from hosts import until
+from needs import lacks, leave_out, program
 from object_stores import die_with_parent, free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue", "scancel")
@@ -120,19 +121,9 @@ class Slurm:
             server.wait(30)
 
 
-def why_not() -> str:
-    """Why there can be no Slurm here; empty where it can."""
-    if os.geteuid() != 0:
-        return "not root, and Slurm's daemons need it"
-    missing = [name for name in PROGRAMS if program(name) is None]
-    return f"{', '.join(missing)} not installed (`make packages` does it)" if missing else ""
-
-
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
-    reason = why_not()
-    if reason:
-        pytest.skip(f"left out: {reason}")
+    leave_out(lacks(*PROGRAMS, root="Slurm's daemons need it"))
     made = Slurm(tmp_path_factory.mktemp("slurm"))
     yield made
     made.close()

@@ -2,12 +2,16 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import fsspec
 import pytest
-import requests
 from faulty_proxy import KINDS, Dealer, Faults, FaultyProxy
+from needs import module
 from object_stores import STORES, MakeFaulty, Store
+
+if TYPE_CHECKING:
+    import requests
 
 DATA = bytes(range(256)) * 400
 
@@ -38,9 +42,9 @@ def test_requests_pass_through_a_proxy(filled: Store, faulty: MakeFaulty) -> Non
     assert set(proxy.counts()) == {""}
 
 
-def fetch(proxy: FaultyProxy, path: str, first: int) -> requests.Response:
+def fetch(proxy: FaultyProxy, path: str, first: int) -> "requests.Response":
     headers = {"Range": f"bytes={first}-{first + 999}"}
-    return requests.get(f"{proxy.endpoint}/{path}", headers=headers, timeout=10)
+    return module("requests", "requests").get(f"{proxy.endpoint}/{path}", headers=headers, timeout=10)
 
 
 @pytest.mark.parametrize("store", ["http"], indirect=True)
@@ -51,7 +55,7 @@ def test_faults_are_what_they_say(filled: Store, faulty: MakeFaulty) -> None:
     proxy.faults = Faults(throttle=1, retry_after=3)
     assert fetch(proxy, path, 0).headers["Retry-After"] == "3"
     proxy.faults = Faults(cut=1)
-    with pytest.raises(requests.exceptions.ChunkedEncodingError):
+    with pytest.raises(module("requests", "requests").exceptions.ChunkedEncodingError):
         fetch(proxy, path, 0)
     proxy.faults = Faults(corrupt=1)
     assert sum(a != b for a, b in zip(fetch(proxy, path, 0).content, DATA)) == 1
@@ -72,7 +76,7 @@ def test_faults_come_in_their_share_whatever_the_requests(filled: Store, faulty:
         for first in range(100):
             try:
                 statuses.append(fetch(proxy, "files/things/shard.tar", first).status_code)
-            except requests.exceptions.ChunkedEncodingError:
+            except module("requests", "requests").exceptions.ChunkedEncodingError:
                 statuses.append(0)
         assert statuses.count(503) in (30, 31)
         assert statuses.count(0) in (2, 3)

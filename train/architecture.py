@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 from loaders.text import Tokenizer
-from model.config import AnswerDecoderConfig, ModelConfig, config_to_dict
+from model.config import AnswerDecoderConfig, ModelConfig, config_to_dict, dotted
 from sharding.errors import UserError
 from train.config import RunConfig
 from train.config_files import Settings
@@ -32,6 +33,9 @@ CHANGEABLE = (
 )
 # What concerns the beginning of training only, and what changes no weight and no score.
 _WITHOUT_EFFECT = ("temp", "vision_encoder.pretrained", "text_encoder.pretrained")
+_OF_TEMPORAL = ("temporal_vision_encoder.num_layers", "temporal_vision_encoder.update_pooler_embed")
+# What neither tensors nor settings of an official file tell, and its name in the JSON files beside it.
+_NOT_IN_OFFICIAL = {"heads": "num_attention_heads", "layer_norm_eps": "layer_norm_eps"}
 _DEPTH = "answer_decoder.num_layers"  # means nothing to a model without an answer decoder
 _TRAINING_ONLY = (
     "itm_hard_neg",
@@ -78,20 +82,24 @@ def changes_to(settings: Settings, stored: ModelConfig, source: str, training: b
     Only keys that the user has set count. For evaluation nothing that needs training may change.
     Raises ValueError when a set value contradicts the checkpoint.
     """
-    wanted, there = _flat(config_to_dict(_as_model(settings.config))), _flat(config_to_dict(stored))
+    wanted, there = dotted(config_to_dict(_as_model(settings.config))), dotted(config_to_dict(stored))
     changes: dict[str, Any] = {}
     for key in sorted(settings.explicit & set(wanted)):
         value = wanted[key]
-        if value == there[key] or key in _WITHOUT_EFFECT or (key == _DEPTH and not stored.answer_decoder.enable):
+        if value == there[key] or _is_same(key, value, stored):
             continue
-        if not training and key.startswith(_TRAINING_ONLY):
+        if not training and (key.startswith(_TRAINING_ONLY) or _is_unused(key, stored)):
             continue
         if key == "image_res" or (training and key in CHANGEABLE):
             changes[key] = value
             continue
-        remedy = "remove it from the configuration, a checkpoint brings its own architecture"
+        remedy = f"remove it from the configuration, or {key}=null: a checkpoint brings its own architecture"
         if key in CHANGEABLE:
             remedy += "; to change it, fine-tune with launch/finetune_retrieval.py first"
+        part, _, name = key.rpartition(".")
+        if name in _NOT_IN_OFFICIAL and Path(source).is_file():
+            file = "vision_config.json" if part == "vision_encoder" else "bert_config.json"
+            remedy = f"if it was trained so, say it by {_NOT_IN_OFFICIAL[name]} in a {file} beside it"
         raise UserError(f"{key} is {value!r} here and {there[key]!r} in the checkpoint {source}: {remedy}")
     if training and settings.config.task == "qa" and not stored.answer_decoder.enable:
         changes["answer_decoder.enable"] = True
@@ -101,6 +109,21 @@ def changes_to(settings: Settings, stored: ModelConfig, source: str, training: b
         if frames != stored.num_frames:
             changes["num_frames"] = frames
     return changes
+
+
+def _is_same(key: str, value: Any, stored: ModelConfig) -> bool:
+    """Whether a setting that differs from the checkpoint's describes the same model all the same."""
+    vision = stored.vision_encoder
+    if key == "vision_encoder.layer_scale":  # what the factors began as; 0: there are none
+        return vision.type != "beit" or bool(value) == bool(vision.layer_scale)
+    if key == "vision_encoder.mlp_ratio":
+        return int(vision.width * value) == int(vision.width * vision.mlp_ratio)
+    return key in _WITHOUT_EFFECT or (key == _DEPTH and not stored.answer_decoder.enable)
+
+
+def _is_unused(key: str, stored: ModelConfig) -> bool:
+    """Whether a setting is about a part that the checkpoint's model does not have."""
+    return key in _OF_TEMPORAL and not stored.temporal_vision_encoder.enable
 
 
 def adopt(settings: Settings, config: ModelConfig) -> None:
@@ -132,10 +155,3 @@ def check_texts(run: RunConfig, config: ModelConfig, tokenizer: Tokenizer) -> No
 def _as_model(run: RunConfig) -> ModelConfig:
     names = {item.name for item in dataclasses.fields(ModelConfig)} & {item.name for item in dataclasses.fields(run)}
     return ModelConfig(**{name: getattr(run, name) for name in names})
-
-
-def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return flat

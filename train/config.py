@@ -78,7 +78,7 @@ class RunConfig(LoaderConfig, EvalConfig):
     data_root: str = free("data")
     available_corpus: dict[str, Any] = free(factory=dict)  # name -> URL, or list of names and URLs
     train_corpus: Any = fixed(None)  # a name, a URL, or a list of them
-    test_corpus: dict[str, str] = evaluation(factory=dict)  # name of the split -> corpus
+    test_corpus: dict[str, str] = evaluation(factory=dict)  # name of the split -> corpus; or corpora, as above
     splits: list[str] = evaluation(factory=list)  # of test_corpus, to be evaluated; empty: all
 
     # The optimisation.
@@ -145,11 +145,17 @@ class RunConfig(LoaderConfig, EvalConfig):
                 )
         unknown = [name for name in self.splits if name not in self.test_corpus]
         if unknown:
-            raise UserError(f"splits names {unknown[0]!r}, test_corpus has {', '.join(self.test_corpus) or 'none'}")
+            raise UserError(
+                f"splits names {unknown[0]!r}, test_corpus has {', '.join(self.test_corpus) or 'none'}: name some of "
+                "these, or splits=[] for all"
+            )
         if self.label is not None and (self.label in ("", "..") or Path(self.label).name != self.label):
             raise UserError(f"label is {self.label!r}, must be the name of a folder within OUTPUT_DIR/evaluation")
         if self.stop_key is not None and self.stop_key not in self.test_corpus:
-            raise UserError(f"stop_key is {self.stop_key!r}, test_corpus has {', '.join(self.test_corpus) or 'none'}")
+            raise UserError(
+                f"stop_key is {self.stop_key!r}, test_corpus has {', '.join(self.test_corpus) or 'none'}: name one of "
+                "these, or stop_key=null"
+            )
 
     def train_urls(self) -> list[str]:
         """URLs of the training corpora. Raises ValueError when none is named."""
@@ -188,6 +194,21 @@ def resolve_corpora(what: Any, available: dict[str, Any], key: str) -> list[str]
         f"{key} names {what!r}, which is neither in available_corpus (nearest: {', '.join(near) or 'it is empty'}) "
         "nor a URL nor a folder"
     )
+
+
+def name_splits(urls: str | list[Any]) -> dict[str, Any]:
+    """Test corpora by the last part of their URL, `{"photos_test": "data/photos_test"}`; of tars what comes before { }.
+
+    Raises UserError where that is no name, or the name of two.
+    """
+    result: dict[str, Any] = {}
+    for url in [urls] if isinstance(urls, str) else urls:
+        name = str(url).rstrip("/").rpartition("/")[2].removesuffix(".tar").partition("{")[0].rstrip("-_.")
+        if not name or "$" in name or name in result:
+            why = "is the name of two" if name in result else "gives no name to the split"
+            raise UserError(f"test_corpus: {name or url} {why}: name each, 'test_corpus={{NAME: URL, OTHER: URL}}'")
+        result[name] = url
+    return result
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

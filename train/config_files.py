@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import typing
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,7 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sharding.errors import MissingError, UserError
-from train.config import RunConfig
+from sharding.packaged import find_file, packaged_folder
+from train.config import RunConfig, name_splits
 
 # Keys of the official YAMLs that have another name here (docs/migrating.md has the whole table).
 RENAMED = {
@@ -47,6 +48,9 @@ RENAMED = {
     "anno_root_pt": "data_root",
     "anno_root_downstream": "data_root",
 }
+TEST_CORPUS = "test_corpus"
+REPLACED = frozenset({TEST_CORPUS, "corpus_weights", "storage"})  # `name: value` lines that stand for one choice
+NOTHING = ("null", "None", "none", "~")
 QUOTED = '; inside [ ] a text with { } needs quotes of its own: ["FOLDER/x-{000..009}.tar"]'
 _ANYTHING = "anything"
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
@@ -63,10 +67,17 @@ class Settings:
 def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     """Read `path`, the files it names as `base:`, and `key=value` overrides, later ones winning.
 
+    A path that does not exist may be the name of a packaged recipe, such as configs/pretrain.yaml; so may a base.
+
     Raises FileNotFoundError for a missing file; ValueError for an unknown key (naming the nearest), a wrong type
     (naming key, value and what is expected), a rule broken, or a file that is no YAML.
     """
-    merged = OmegaConf.merge(_read_with_bases(Path(path), ()), _parse_overrides(overrides))
+    found = find_file(path)
+    if found is None:
+        raise MissingError(_missing(path))
+    merged = _read_with_bases(found, ())
+    for key, override in _parse_overrides(overrides):
+        merged = _without(merged, key) if override is None else _over(merged, override, replaced={key})
     given = without_none_strings(OmegaConf.to_container(merged, resolve=False))
     schema = OmegaConf.structured(RunConfig)
     explicit = []
@@ -92,9 +103,6 @@ def flatten(config: RunConfig) -> dict[str, Any]:
 
 
 def _read_with_bases(path: Path, chain: tuple[Path, ...]) -> DictConfig:
-    if not path.is_file():
-        cause = f", the base of {chain[-1]}," if chain else ""
-        raise MissingError(f"the configuration {path}{cause} does not exist; configs/ holds those that come along")
     if path.resolve() in [earlier.resolve() for earlier in chain]:
         raise UserError(f"{path} is its own base, by way of {chain[-1]}: remove one `base:` line")
     try:
@@ -106,16 +114,52 @@ def _read_with_bases(path: Path, chain: tuple[Path, ...]) -> DictConfig:
     if not isinstance(own, DictConfig):
         raise UserError(f"{path} is no configuration: it must hold `key: value` lines")
     base = own.pop("base", None)
+    own = _splits_named(own)
     if base is None:
         return own
     if not isinstance(base, str):
         raise UserError(f"{path}: base is {base!r}, must be the path of a YAML, relative to this one")
-    merged = OmegaConf.merge(_read_with_bases(path.parent / base, (*chain, path)), own)
+    found = find_file(path.parent / base) or find_file(base)
+    if found is None:
+        raise MissingError(_missing(f"{path.parent / base}, the base of {path},"))
+    return _over(_read_with_bases(found, (*chain, path)), own)
+
+
+def _over(earlier: DictConfig, later: DictConfig, replaced: Collection[str] = REPLACED) -> DictConfig:
+    """`later` over `earlier`, key by key; of the mappings in REPLACED those in `replaced` as a whole."""
+    for key in REPLACED & set(replaced) & set(later):
+        earlier.pop(key, None)
+    merged = OmegaConf.merge(earlier, later)
     assert isinstance(merged, DictConfig)
     return merged
 
 
-def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
+def _without(merged: DictConfig, key: str) -> DictConfig:
+    """The configuration as if nobody had set `key`."""
+    section: Any = merged
+    *sections, name = key.split(".")
+    for each in sections:
+        section = section[each] if isinstance(section, DictConfig) and each in section else None
+    if isinstance(section, DictConfig):
+        section.pop(name, None)
+    return merged
+
+
+def _splits_named(layer: DictConfig) -> DictConfig:
+    """A layer whose test corpora have names, where they are given by their URLs alone."""
+    given = OmegaConf.to_container(layer, resolve=False)
+    assert isinstance(given, dict)
+    if isinstance(given.get(TEST_CORPUS), str | list):
+        layer[TEST_CORPUS] = name_splits(given[TEST_CORPUS])
+    return layer
+
+
+def _missing(what: str | Path) -> str:
+    return f"the configuration {what} does not exist; {packaged_folder('configs')} holds those that come along"
+
+
+def _parse_overrides(overrides: Sequence[str]) -> list[tuple[str, DictConfig | None]]:
+    """Key and layer of each setting; no layer where `null` takes back what a file sets, as that must have a value."""
     for text in overrides:
         key, sign, _ = text.partition("=")
         if not sign or not key or key.startswith("-"):
@@ -127,11 +171,30 @@ def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
                 f"{key} names a tar {times} times, and only the last would count: quote a list in braces for the "
                 f"shell, '{key}=FOLDER/x-{{000..009}}.tar'"
             )
+    return [_parse_override(text) for text in overrides]
+
+
+def _parse_override(text: str) -> tuple[str, DictConfig | None]:
+    key, _, value = text.partition("=")
+    if value.strip() in NOTHING and not _may_be_null(key):
+        return key, None
     try:
-        return OmegaConf.from_dotlist(list(overrides))
+        return key, _splits_named(OmegaConf.from_dotlist([text]))
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        remedy = QUOTED if any("[" in text and "{" in text for text in overrides) else ""
-        raise UserError(f"the settings {' '.join(overrides)} cannot be read: {_first_line(error)}{remedy}") from None
+        remedy = QUOTED if "[" in text and "{" in text else ""
+        raise UserError(f"the setting {text} cannot be read: {_first_line(error)}{remedy}") from None
+
+
+def _may_be_null(key: str) -> bool:
+    """Whether a setting can hold null itself; also what is unknown, which is told later."""
+    kind: Any = RunConfig
+    for name in key.split("."):
+        if typing.get_origin(kind) is dict:
+            return False
+        if not is_dataclass(kind) or name not in (hints := typing.get_type_hints(kind)):
+            return True
+        kind = hints[name]
+    return kind is Any or type(None) in typing.get_args(kind)
 
 
 def without_none_strings(value: Any) -> Any:

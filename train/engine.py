@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sharding.errors import MissingError, UserError
+from sharding.packaged import PACKAGED, find_file
 from train.config import RunConfig
 from train.fragments import set_optimizer_step
 from train.frozen import keep_exact, whole_frozen
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 
-ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # What the YAML decides: JSON key -> the YAML's key.
 _SET_BY_YAML = {
@@ -37,14 +37,14 @@ _SET_BY_YAML = {
 
 
 def find_deepspeed_config(name: str) -> Path:
-    """The ZeRO JSON of `deepspeed: NAME`: as a path, or below the repository. Raises FileNotFoundError."""
-    for path in (Path(name), ROOT / name):
-        if path.is_file():
-            return path
-    known = ", ".join(sorted(path.name for path in (ROOT / "deepspeed_configs").glob("*.json")))
-    raise MissingError(
-        f"deepspeed={name} does not exist: give the path of a DeepSpeed JSON; deepspeed_configs/ has {known}"
-    )
+    """The ZeRO JSON of `deepspeed: NAME`: a path, or the name of a packaged one. Raises MissingError."""
+    path = find_file(name)
+    if path is None:
+        known = ", ".join(sorted(path.name for path in (PACKAGED / "deepspeed_configs").glob("*.json")))
+        raise MissingError(
+            f"deepspeed={name} does not exist: give the path of a DeepSpeed JSON; deepspeed_configs/ has {known}"
+        )
+    return path
 
 
 def deepspeed_config(run: RunConfig, ranks: Ranks) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from eval.question_output import choice_output, qa_output
 from eval.report_tables import console_table
 from eval.retrieval import evaluate_retrieval
 from eval.retrieval_output import retrieval_output
-from loaders.evaluation import ChoiceSet, QASet, RetrievalSet
+from loaders.evaluation import ChoiceSet, QASet, RetrievalSet, VisualSet
 from loaders.text import Tokenizer
 from model.answering import SingularityQA
 from model.singularity import Singularity
@@ -26,6 +27,7 @@ from train.ranks import Ranks
 log = logging.getLogger(__name__)
 
 Metrics = dict[str, dict[str, float]]
+FINAL = "final"  # label of the evaluation that ends a training
 
 
 def evaluate_splits(
@@ -39,10 +41,12 @@ def evaluate_splits(
     checkpoint: str = "",
     answers: Sequence[str] = (),
     num_frames: int | None = None,
+    save_scores: bool = True,
 ) -> Metrics:
     """Evaluate `splits` of `run.test_corpus` on all ranks; the first one writes `folder` and logs the table.
 
     answers: that may be given, for questions. num_frames: of a clip, by default `video_input.num_frames_test`.
+    save_scores: whether scores.npz is written, gigabytes for a large test set.
     Returns the metrics, {"SPLIT/": {...}, "SPLIT_emb/": {...}} or {"SPLIT": {...}}, on all ranks.
     """
     metrics: Metrics = {}
@@ -56,7 +60,7 @@ def evaluate_splits(
         metrics |= one
         outputs += [output] if output else []
     if ranks.is_first:
-        write_evaluation(folder, outputs, run, subject_of(model, checkpoint))
+        write_evaluation(folder, outputs, run, subject_of(model, checkpoint), save_scores)
         log.info("Evaluation in %s\n%s", folder, console_table([read_evaluation(folder)]))
     return metrics
 
@@ -80,20 +84,27 @@ def _evaluate_split(
         answered = evaluate_answers(model, questions, tokenizer, answers, run, _frames(questions, num_frames), *where)
         written = qa_output(answered, questions, answers, run) if ranks.is_first else None
         questions.close()
-        return answered.metrics, written
+        return answered.metrics, _with_corpus(written, url, questions)
     if run.task == "choice":
         choices = ChoiceSet(url, run)
         choices.name = split
         chosen = evaluate_choice(model, choices, tokenizer, run, _frames(choices, num_frames), *where)
         written = choice_output(chosen, choices, run) if ranks.is_first else None
         choices.close()
-        return chosen.metrics, written
+        return chosen.metrics, _with_corpus(written, url, choices)
     dataset = RetrievalSet(url, run, paragraph=run.paragraph)
     dataset.name = split
     found = evaluate_retrieval(model, dataset, tokenizer, run, _frames(dataset, num_frames), *where)
     written = retrieval_output(found, dataset, run) if ranks.is_first else None
     dataset.close()
-    return found.metrics, written
+    return found.metrics, _with_corpus(written, url, dataset)
+
+
+def _with_corpus(output: SplitOutput | None, url: str, dataset: VisualSet) -> SplitOutput | None:
+    """What is to be written, with the packed corpus that it comes from."""
+    if output is None:
+        return None
+    return replace(output, details=output.details | {"corpus": {"url": url, "sha256": dataset.digest}})
 
 
 def _frames(dataset: RetrievalSet | QASet | ChoiceSet, num_frames: int) -> int:

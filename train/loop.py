@@ -37,7 +37,7 @@ from train.checkpoints import (
 from train.config import RunConfig
 from train.devices import slow_precision
 from train.engine import start_engine
-from train.evaluation import Metrics
+from train.evaluation import FINAL, Metrics
 from train.figures import Clock
 from train.guard import StepGuard
 from train.in_step import layer_by_layer
@@ -280,7 +280,7 @@ class Trainer:
             set_buffers(self.engine, best)
         elif self.run.stop_key is not None and self.ranks.is_first:
             log.warning("No best model was kept: the last weights are evaluated")
-        self._evaluate(evaluate, list(self.run.test_urls()), "final")
+        self._evaluate(evaluate, list(self.run.test_urls()), FINAL)
 
     def _evaluate(self, evaluate: Evaluate, splits: list[str], label: str) -> Metrics:
         folder = self.folder.path / "evaluation" / label

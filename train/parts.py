@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from model.files import write_whole
 from sharding.errors import UserError
 from train.fragments import MOMENTS, before_loading, fragments, loaded, set_optimizer_step
 from train.frozen import frozen_fragments, set_frozen, written_fragments
@@ -51,7 +52,7 @@ def write_part(folder: Path, engine: DeepSpeedEngine, ranks: Ranks, moments: boo
     for part in written_fragments(engine):
         tensors[f"{part.name}|{part.start}|{WEIGHT}"] = part.weight.float().clone()
     path = folder / f"rank_{ranks.rank:05}_of_{ranks.world_size:05}.safetensors"
-    save_file(tensors, str(path))
+    write_whole(path, lambda aside: save_file(tensors, str(aside)))
     return path
 
 

@@ -65,7 +65,7 @@ def prepare_training(settings: Settings, ranks: Ranks, evaluates: bool, device: 
     answers: list[str] = []
     if evaluates:
         if run.stop_key is not None and run.splits and run.stop_key not in run.splits:
-            raise UserError(f"stop_key={run.stop_key} is not among splits={run.splits}: add it, or leave splits out")
+            raise UserError(f"stop_key={run.stop_key} is not among splits={run.splits}: add it, or splits=[] for all")
         check_test_corpora(run)
         answers = read_answer_list(run)
     for url in run.train_urls():
@@ -192,6 +192,6 @@ def _check_vocabulary(tokenizer: Tokenizer, weights: str, run: RunConfig) -> Non
     trained_with = Tokenizer.load(weights)
     if tokenizer.path.read_bytes() != trained_with.path.read_bytes():
         raise UserError(
-            f"tokenizer={run.tokenizer} is another vocabulary than the one of {weights}: leave tokenizer out, "
-            "the checkpoint brings its own"
+            f"tokenizer={run.tokenizer} is another vocabulary than the one of {weights}, which the checkpoint brings: "
+            "tokenizer=null takes that"
         )

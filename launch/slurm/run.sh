@@ -8,9 +8,6 @@
 set -uo pipefail
 entry=$1
 shift
-if [ -f .venv/bin/activate ]; then
-    source .venv/bin/activate
-fi
 
 tasks=${TASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -30,7 +27,7 @@ task='
 # Each process sees all cores of its node, and takes its share of them; and all GPUs of the job there, so that they can
 # copy to each other. (A binding that a cluster enforces all the same works too: then each process sees one GPU.)
 srun ${SLURM_GPUS_ON_NODE:+--gpu-bind=none} --ntasks=$((tasks * SLURM_JOB_NUM_NODES)) --ntasks-per-node="$tasks" \
-    --cpus-per-task=$((cores > 0 ? cores : 1)) --cpu-bind=none --kill-on-bad-exit=1 bash -c "$task" task python -u "launch/$entry.py" "$@"
+    --cpus-per-task=$((cores > 0 ? cores : 1)) --cpu-bind=none --kill-on-bad-exit=1 bash -c "$task" task python -u -m "launch.$entry" "$@"
 code=$?
 
 # USR1, a standstill, and TERM where Slurm only wants the nodes back; a job that was cancelled is no longer running.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -14,6 +13,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from sharding.annotations.columns import Columns
 from sharding.errors import MissingError, UserError
+from sharding.packaged import find_file, packaged_folder
 
 
 @dataclass
@@ -49,10 +49,13 @@ def load_corpus(path: str) -> CorpusConfig:
         FileNotFoundError: there is none.
         ValueError: it is no YAML, or a key is unknown (the nearest are named) or has a wrong type.
     """
-    if not Path(path).is_file():
-        raise MissingError(f"--corpus {path} does not exist; configs/corpora/ holds those that come along")
+    found = find_file(path)
+    if found is None:
+        raise MissingError(
+            f"--corpus {path} does not exist; {packaged_folder('configs/corpora')} holds those that come along"
+        )
     try:
-        given = OmegaConf.load(path)
+        given = OmegaConf.load(found)
         if not isinstance(given, DictConfig):
             raise UserError(f"{path} is no configuration: it must hold `key: value` lines")
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(CorpusConfig), given))

@@ -6,6 +6,7 @@ from eval.answers import (
     Annotated,
     accuracies,
     accuracy_by_type,
+    answer_baselines,
     normalized,
     soft_accuracy,
 )
@@ -61,3 +62,29 @@ def test_questions_without_a_prediction_count_as_wrong_and_those_without_annotat
     }
     assert table_of(questions, [None, "yes", None], "exact")["overall"] == 50.0
     assert table_of(questions[2:], ["no"], "vqa") == {}
+
+
+@pytest.mark.parametrize("accuracy", ["exact", "vqa"])
+def test_baselines_are_those_of_every_answer_of_the_list_in_turn(accuracy):
+    listed = ["yes", "no", "Two", "2", "a red", "red", "blue", "never asked"]
+    questions = [
+        Annotated(["yes"] * 7 + ["no"] * 3, "is the", "yes/no"),
+        Annotated(["no"] * 10, "is the", "yes/no"),
+        Annotated(["red"] * 4 + ["re-d"] + ["no"] * 5, "what color", "other"),
+        Annotated(["2"] * 9 + ["two, three"], "how many", "number"),
+        Annotated(["not in the list"] * 10, "what", "other"),
+        Annotated([], "what", "other"),
+    ]
+    each = [accuracies(questions, [answer] * len(questions), accuracy) for answer in listed]
+    expected = [None if values[0] is None else sum(values) / len(listed) for values in zip(*each)]
+    baselines = answer_baselines(questions, listed, accuracy)
+    assert baselines.chance == accuracy_by_type(questions, expected)
+    assert baselines.answer == "no"
+    assert baselines.constant == accuracy_by_type(questions, each[1])
+    assert baselines.constant["overall"] == max(accuracy_by_type(questions, values)["overall"] for values in each)
+
+
+def test_of_equally_frequent_answers_the_earlier_of_the_list_is_the_baseline():
+    questions = [Annotated(["red"]), Annotated(["blue"])]
+    assert answer_baselines(questions, ["green", "blue", "red"], "exact").answer == "blue"
+    assert answer_baselines([Annotated([])], ["green", "blue"], "exact").chance == {}

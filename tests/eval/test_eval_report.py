@@ -81,6 +81,16 @@ def test_the_folder_holds_metrics_scores_and_predictions(tmp_path):
     assert (folder / "report.html").is_file()
 
 
+def test_scores_are_left_out_where_nobody_asks_for_them(tmp_path):
+    config = EvalConfig(k_test=6, gallery=3)
+    result = evaluate_retrieval(small_model(), Pictured(), Words(), config, 2, max_length=12)
+    folder = write_evaluation(tmp_path / "x", [retrieval_output(result, Pictured(), config)], config, save_scores=False)
+    assert {path.name for path in folder.iterdir()} == {
+        "metrics.json", "evaluation.json", "outcomes.parquet", "predictions.json", "gallery.json", "thumbnails",
+        "report.html",
+    }  # fmt: skip
+
+
 def test_evaluating_again_replaces_the_folder(tmp_path):
     folder = tmp_path / "evaluation" / "label"
     evaluation_in(folder)
@@ -200,7 +210,7 @@ def test_a_strip_fits_frames_of_any_shape_into_squares(shape):
 
 def test_table_lines_up():
     metrics = {"val/": {"txt_r1": 50.0, "r_mean": 43.125}, "val_emb/": {"txt_r1": 100.0, "r_mean": 7.0}}
-    lines = format_table(metrics, {"val": {"txt_r1": 0.1, "r_mean": 0.5}}).splitlines()
+    lines = format_table(metrics, {"chance val": {"txt_r1": 0.1, "r_mean": 0.5}}).splitlines()
     assert lines[0].split() == ["txt_r1", "mean"]
     assert lines[2].split() == ["val", "50.00", "43.12"]
     assert lines[-1].split() == ["chance", "val", "0.10", "0.50"]

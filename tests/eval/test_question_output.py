@@ -132,6 +132,8 @@ def test_the_page_has_types_published_numbers_and_examples(folder, visitor, tmp_
         "93.7",
         "as published",
         "VQA soft accuracy",
+        "the most frequent answer of this test set, for every question",
+        "; ×: times that",
     ):
         assert part in text
     assert "choosing at random" in text
@@ -157,3 +159,7 @@ def test_the_console_shows_accuracies(folder):
     assert "yes/no" in text
     assert "kind 1" not in text
     assert "chance test" in text
+    assert "chance test_std" in text
+    always = read_evaluation(folder / "evaluation/qa").details["splits"]["test_std"]["constant"]
+    (row,) = [line for line in text.splitlines() if line.startswith(f"always “{always['answer']}” test_std")]
+    assert f"{always['values']['overall']:.2f}" in row

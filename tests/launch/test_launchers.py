@@ -1,7 +1,6 @@
 """The same training under every launcher, and none of them leaves processes behind."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import psutil
 import pytest
 import yaml
 from hosts import until
+from needs import lacks, leave_out
 from small_run import ROOT, environment, free_port, learned, metrics
 
 from train.ranks import Ranks, ranks_from_environment
@@ -63,8 +63,7 @@ def test_kubernetes_pods_and_mpi_train_the_same(corpora, tmp_path):
     port = free_port()
     finish([pod(number, pods, corpora, port) for number in range(2)])
     assert [line["step"] for line in learned(pods)] == list(range(1, 9))
-    if shutil.which("mpirun") is None:
-        pytest.skip("left out: mpirun is not installed (`make packages` does it); the pods were tested")
+    leave_out(lacks("mpirun"))
     words = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", "2", sys.executable, "launch/pretrain.py"]
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     finish([begin([*words, corpora / "tiny.yaml", f"output_dir={mpi}", "scheduler.epochs=1"], **where)])

@@ -8,6 +8,7 @@ import pytest
 from small_run import ROOT, job, learned, run_jobs
 
 from loaders.vocab import learn_vocabulary
+from model.export import main as export
 from sharding.build import build_corpus
 
 pytestmark = pytest.mark.timeout(900)
@@ -112,6 +113,45 @@ def test_every_recipe_trains_and_evaluates(data, tmp_path, monkeypatch):
         metrics = json.loads((out[recipe] / "metrics.json").read_text())
         assert metrics, recipe
         assert all(0 <= value <= 100 for row in metrics.values() for value in row.values()), recipe
+
+
+@pytest.mark.slow
+def test_an_export_is_evaluated_and_fine_tuned_by_the_recipes_of_its_run(data, tmp_path, monkeypatch):
+    """As the run itself, with the recipes' own models where these are small."""
+    monkeypatch.setenv("SL_DATA_DIR", str(data))
+    vocabulary = f"tokenizer={data}/vocab.txt"
+    trained = {
+        "small/pretrain": [],
+        "demo/pretrain": [vocabulary],
+        "study/finetune": [f"pretrained_path={tmp_path}/demo/pretrain"],
+        "pretrain": [*TINY, vocabulary, "train_corpus=webvid_14m"],
+    }
+    launches = []
+    for name, rest in trained.items():
+        recipe, where = f"configs/{name}.yaml", f"output_dir={tmp_path / name}"
+        launches.append(job(entry_of(recipe), ROOT / recipe, where, *SHORT, *rest))
+    run_jobs(tmp_path, launches, processes=1)
+    launches = []
+    for name, rest in trained.items():
+        pth, settings = (
+            tmp_path / f"{name}.pth",
+            [vocabulary, *(each for each in rest if "pretrained" not in each), *SHORT],
+        )
+        assert export([str(tmp_path / name), str(pth)]) == 0
+        for checkpoint, output in ((tmp_path / name, tmp_path / "run" / name), (pth, tmp_path / "export" / name)):
+            where = [f"checkpoint={checkpoint}", f"output_dir={output}"]
+            launches.append(job("evaluate", ROOT / f"configs/{name}.yaml", *settings, *where))
+    tuned = {"demo/finetune": "demo/pretrain", "retrieval/msrvtt": "pretrain", "qa/msrvtt_qa": "pretrain"}
+    for name, start in tuned.items():
+        recipe = f"configs/{name}.yaml"
+        where = [f"pretrained_path={tmp_path}/{start}.pth", f"output_dir={tmp_path}/tuned/{name}", vocabulary]
+        launches.append(job(entry_of(recipe), ROOT / recipe, *SHORT, *where))
+    run_jobs(tmp_path, launches, processes=1)
+    for name in trained:
+        metrics = [json.loads((tmp_path / of / name / "metrics.json").read_text()) for of in ("run", "export")]
+        assert metrics[0] == metrics[1], name
+    for name in tuned:
+        assert [line["step"] for line in learned(tmp_path / "tuned" / name)] == [1, 2, 3], name
 
 
 def test_every_recipe_says_how_and_with_what(monkeypatch):

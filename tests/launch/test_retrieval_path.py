@@ -35,6 +35,7 @@ def test_pretrain_finetune_evaluate(corpora, tmp_path):
     assert (tuned / "checkpoints/best/weights/model.safetensors").is_file()
     assert (tuned / "finished.json").is_file()
     assert {path.name for path in (tuned / "evaluation").iterdir()} == {"epoch_01", "epoch_02", "final"}
+    assert [path.parent.name for path in tuned.glob("evaluation/*/scores.npz")] == ["final"]  # large: once a run
     final = json.loads((tuned / "evaluation/final/metrics.json").read_text())
     assert set(final) == {"motion/", "motion_emb/", "images/", "images_emb/"}
     steps = [line for line in metrics(tuned) if "loss" in line]

@@ -69,7 +69,7 @@ def test_a_hub_name_without_network(corpora, tmp_path):
 def test_a_split_that_decides_must_be_evaluated(corpora, tmp_path):
     where = (f"output_dir={tmp_path}/run", f"test_corpus={{first: {corpora}/a, second: {corpora}/b}}")
     line = refused("finetune_retrieval", corpora / "tiny.yaml", *where, "stop_key=first", "splits=[second]")
-    assert "stop_key=first is not among splits=['second']: add it, or leave splits out" in line
+    assert "stop_key=first is not among splits=['second']: add it, or splits=[] for all" in line
     assert not (tmp_path / "run").exists()
 
 

@@ -3,16 +3,18 @@
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 import zlib
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from loaders.cache import FOLDER, DiskCache
+from loaders.cache import FOLDER, DiskCache, me
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -142,6 +144,81 @@ def test_what_a_process_was_removing_when_it_died_takes_no_room(tmp_path: Path) 
     (path,) = (tmp_path / FOLDER / "items").glob("*/*")
     path.unlink()  # the file leaves before its row does
     assert DiskCache(str(tmp_path), 60_000).bytes_used() == 0
+
+
+def fill(folder: Path, items: int) -> DiskCache:
+    """A closed cache that holds so many items of one byte, eight in each folder."""
+    cache = DiskCache(str(folder), 10**9)
+    names = [f"{number // 8:02x}{number}" for number in range(items)]
+    cache.reserve(dict.fromkeys(names, 1))
+    for name in names:
+        cache.put(name, b"x")
+    cache.close()
+    return cache
+
+
+def test_opening_looks_at_a_few_items_and_the_next_opening_at_the_next_ones(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("loaders.cache.CHECKED", 16)
+    cache = fill(tmp_path, 320)  # in 40 folders
+    for folder in (cache.folder / "items").iterdir():
+        (folder / f"{folder.name}unknown").write_text("after a power cut")
+        min(folder.iterdir()).unlink()
+    left = [280 + 40]
+    while left[-1] > 280:
+        DiskCache(str(tmp_path), 10**9).close()
+        left.append(len(files(cache)))
+        assert left[-2] - 2 <= left[-1] < left[-2]
+    assert len(left) == 21
+    again = DiskCache(str(tmp_path), 10**9)
+    assert again.bytes_used() == sum(files(again).values()) == 280
+
+
+def test_opening_a_large_cache_reads_no_more_than_opening_a_small_one(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("loaders.cache.CHECKED", 16)
+    steps: dict[int, list[None]] = {80: [], 1600: []}
+    seen: list[int] = []
+    check = DiskCache._check
+    monkeypatch.setattr(DiskCache, "_check", lambda *args: seen.append(check(*args)) or seen[-1])
+    for items, counted in steps.items():
+        fill(tmp_path / str(items), items)
+        seen.clear()
+        cache = DiskCache(str(tmp_path / str(items)), 10**9)
+        assert seen == [8, 8]
+        cache._database.set_progress_handler(partial(counted.append, None), 1)  # each step of SQLite's machine
+        cache._take_back(cache._database)
+        cache._database.set_progress_handler(None, 0)
+    assert 0 < len(steps[1600]) <= len(steps[80])
+
+
+def test_a_cache_of_an_earlier_version_is_taken_over(tmp_path: Path) -> None:
+    folder = tmp_path / FOLDER
+    (folder / "items" / "aa").mkdir(parents=True)
+    (folder / "items" / "aa" / "aa").write_bytes(content("aa"))
+    (folder / "items" / "aa" / f"ab.{2**22 - 1}-140.part").write_bytes(b"of a dead process")
+    (folder / "items" / "aa" / f"ac.{os.getpid()}-140.part").write_bytes(b"of one at work")
+    with sqlite3.connect(folder / "items.sqlite") as database:
+        database.executescript("""
+            CREATE TABLE items (name TEXT PRIMARY KEY, size INTEGER NOT NULL, used REAL NOT NULL, owner TEXT)
+            WITHOUT ROWID; CREATE INDEX by_use ON items (used); CREATE TABLE total (bytes INTEGER NOT NULL);
+            CREATE TRIGGER added AFTER INSERT ON items BEGIN UPDATE total SET bytes = bytes + new.size; END;
+            CREATE TRIGGER removed AFTER DELETE ON items BEGIN UPDATE total SET bytes = bytes - old.size; END;
+        """)
+        database.execute("INSERT INTO total VALUES (0)")
+        database.execute("INSERT INTO items VALUES ('aa', ?, 1.0, NULL)", (len(content("aa")),))
+        database.execute("INSERT INTO items VALUES ('ab', 500, 1.0, '4194303 1')")
+    database.close()
+    cache = DiskCache(str(tmp_path), 10**6)
+    assert cache.read("aa") == content("aa")
+    assert cache.bytes_used() == len(content("aa"))
+    assert sorted(files(cache)) == ["aa", f"ac.{os.getpid()}-140.part"]
+
+
+def test_what_a_dead_process_was_writing_goes_and_what_a_living_one_writes_stays(tmp_path: Path) -> None:
+    cache = DiskCache(str(tmp_path), 10**6)
+    for name in (f"{me()} 7", f"{2**22 - 1} 123 7", f"{os.getpid()} 1 7"):  # the last one's number was used before
+        (cache.folder / "parts" / name).write_bytes(b"half")
+    DiskCache(str(tmp_path), 10**6)
+    assert os.listdir(cache.folder / "parts") == [f"{me()} 7"]
 
 
 def test_processes_killed_at_any_moment_leave_a_whole_cache_to_the_others(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from loaders.config import LoaderConfig
-from loaders.evaluation import ChoiceSet, QASet, RetrievalSet
+from loaders.evaluation import ChoiceSet, QASet, RetrievalSet, VisualSet
 from sharding.build import build_corpus
 
 CONFIG = LoaderConfig(image_res=32, decode="cpu", threads=1)
@@ -63,3 +63,31 @@ def test_questions_and_options(shapes) -> None:
         QASet(shapes.url("images_test"), CONFIG)
     with pytest.raises(ValueError, match="holds no captions"):
         RetrievalSet(shapes.url("qa_test"), CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("variables", "processes"),
+    [
+        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}, 4),  # two nodes, by torchrun or deepspeed
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_SIZE": "1"}, 16),
+        ({}, 2),  # no launcher says: all eight are here
+    ],
+)
+def test_a_rank_decodes_with_its_share_of_its_own_machine(shapes, monkeypatch, variables, processes):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
+    asked = []
+
+    def decoder(backend, size, threads, *_, **__):
+        asked.append(threads)
+        raise RuntimeError("far enough")
+
+    monkeypatch.setattr("loaders.evaluation.make_decoder", decoder)
+    dataset = VisualSet(shapes.url("images_test"), LoaderConfig())
+    with pytest.raises(RuntimeError, match="far enough"):
+        next(dataset.batches(1, 4, rank=1, world_size=int(variables.get("WORLD_SIZE", 8))))
+    assert asked == [processes]
+    dataset.close()

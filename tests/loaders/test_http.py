@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import trustme
 from hosts import ROOT, why_not
+from needs import leave_out, module
 
 from loaders.config import RemoteReads
 from loaders.remote import Part, Remote
@@ -294,7 +294,7 @@ def test_certificates_are_checked_against_those_of_the_environment(
 ) -> None:
     for name in ("SSL_CERT_FILE", "AWS_CA_BUNDLE"):
         monkeypatch.delenv(name, raising=False)
-    authority = trustme.CA()
+    authority = module("trustme", "trustme").CA()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("localhost").configure_cert(context)
     server.socket = context.wrap_socket(server.socket, server_side=True)
@@ -385,8 +385,7 @@ def test_a_wrong_name_is_said_at_once_and_a_failing_name_server_is_asked_again(
     tmp_path: Path, code: int, deadline: float, said: str, retries: bool
 ) -> None:
     """A real name server, in a network of its own; answers of DNS' codes 2 (SERVFAIL) and 3 (NXDOMAIN), or none."""
-    if reason := why_not():
-        pytest.skip(reason)
+    leave_out(why_not())
     (tmp_path / "resolv.conf").write_text("nameserver 127.0.0.1\n")
     (tmp_path / "reading.py").write_text(NAME_SERVER)
     boot = f"ip link set lo up && mount --bind {tmp_path}/resolv.conf /etc/resolv.conf"

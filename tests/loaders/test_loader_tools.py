@@ -8,7 +8,11 @@ from PIL import Image
 
 from loaders import bench, preview, vocab
 from loaders.bench import Figures, Setup, advice
+from loaders.config import LoaderConfig, PerMedia
 from loaders.text import SPECIAL, Tokenizer
+from loaders.train import TrainLoader
+from sharding.build import build_corpus
+from sharding.errors import UserError
 
 FIGURES = Figures(1000, 10.0, 100.0, 1.0, 0.4, 0.3, 0.2, 0.9, 0.0, 110.0, 0.9, 200.0, 0)
 SETUP = Setup(threads=2, cores=2, backend="cpu", remote=False, stored_size=224, shown_size=224)
@@ -75,6 +79,43 @@ def test_a_preview_shows_a_batch(shapes, tmp_path, capsys) -> None:
         assert sheet.width == 3 * (2 * 64 + 8) + 8
         assert len(sheet.convert("RGB").getcolors(10**6)) > 50
     assert "6 samples" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "count"), [("images_test", 24), ("qa_test", 24), ("clips_test_motion", 24)])
+def test_a_preview_of_a_small_corpus_shows_all_there_is(shapes, tmp_path, capsys, name: str, count: int) -> None:
+    output = tmp_path / "sheet.png"
+    arguments = ["--tokenizer", str(shapes.vocab), "--count", "500", "--size", "32", "--output", str(output)]
+    assert preview.main([shapes.url(name), *arguments]) == 0
+    assert capsys.readouterr().out == f"{output}: {count} samples\n"
+
+
+@pytest.fixture
+def one_picture(tmp_path):
+    (tmp_path / "media").mkdir()
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "media" / "a.jpg")
+    (tmp_path / "a.json").write_text(json.dumps([{"image": "a.jpg", "caption": "red"}]))
+    build_corpus([str(tmp_path / "a.json")], str(tmp_path / "media"), "image", str(tmp_path / "one"), workers=1)
+    return str(tmp_path / "one")
+
+
+def test_the_tools_take_a_corpus_of_one_picture(one_picture, tmp_path, capsys) -> None:
+    assert vocab.main([one_picture, "--output", str(tmp_path / "vocab.txt")]) == 0
+    arguments = ["--tokenizer", str(tmp_path / "vocab.txt"), "--output", str(tmp_path / "sheet.png")]
+    assert preview.main([one_picture, *arguments]) == 0
+    assert "sheet.png: 1 samples" in capsys.readouterr().out
+    assert bench.main([one_picture, "--seconds", "0.2", "--size", "32", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["samples"] >= 1
+
+
+def test_a_corpus_smaller_than_a_batch_is_told_with_the_size_that_fits(shapes, tokenizer) -> None:
+    config = LoaderConfig(batch_size=PerMedia(64, 64))
+    told = r"batch_size\.image=64 is more than the 24 samples of images_test: set batch_size\.image=24 or less"
+    with pytest.raises(UserError, match=told):
+        TrainLoader([shapes.url("images_test")], tokenizer, config)
+    with pytest.raises(UserError, match=r"set batch_size\.image=16 or less"):
+        TrainLoader([shapes.url("images_test")], tokenizer, config, world_size=16)
+    with pytest.raises(UserError, match="use at most 24 processes, or more data"):
+        TrainLoader([shapes.url("images_test")], tokenizer, config, world_size=32)
 
 
 @pytest.mark.parametrize(

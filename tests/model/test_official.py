@@ -58,6 +58,42 @@ def test_the_round_trip_is_bit_identical_and_the_variant_recognised(variant, tmp
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
+def test_a_variant_is_recognised_by_its_tensors_alone(variant, tmp_path):
+    model, config = variant
+    write_official(Weights(config, model.state_dict()), tmp_path / "x.pth")
+    forget(tmp_path / "x.pth")
+    assert read_official(tmp_path / "x.pth").config == config
+
+
+def forget(path, **settings):
+    """Make of an exported file one as the official code writes it, with these further settings."""
+    content = torch.load(path, weights_only=False)
+    del content["config"]["model_config"]
+    content["config"].update(settings)
+    torch.save(content, path)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.0])
+def test_factors_that_are_there_are_recognised(scale, tmp_path):
+    config = head_width_64()
+    config.vision_encoder.layer_scale = scale
+    write_official(Weights(config, build_model(config).state_dict()), tmp_path / "x.pth")
+    assert read_official(tmp_path / "x.pth").config == config
+    forget(tmp_path / "x.pth")
+    assert bool(read_official(tmp_path / "x.pth").config.vision_encoder.layer_scale) == bool(scale)
+    load_model(tmp_path / "x.pth")
+
+
+def test_hidden_layers_of_any_width_are_recognised(tmp_path):
+    config = head_width_64("vit")
+    config.vision_encoder.width, config.vision_encoder.heads, config.vision_encoder.mlp_ratio = 44, 2, 49.5 / 44
+    write_official(Weights(config, build_model(config).state_dict()), tmp_path / "x.pth")
+    forget(tmp_path / "x.pth", num_attention_heads={"vision": 2, "text": 2})
+    assert (
+        load_model(tmp_path / "x.pth").state_dict()["vision_encoder.transformer.blocks.0.mlp.fc1.weight"].shape[0] == 49
+    )
+
+
 def test_an_official_file_scores_like_the_model_it_was_written_from(tmp_path):
     config = head_width_64()
     model = build_model(config).eval()
@@ -80,15 +116,15 @@ def test_heads_of_another_width_than_the_published_ones_come_back(kind, heads, t
     config.vision_encoder.heads = config.text_encoder.heads = heads
     write_official(Weights(config, build_model(config).state_dict()), tmp_path / "x.pth")
     assert read_official(tmp_path / "x.pth").config == config
+    forget(tmp_path / "x.pth", num_attention_heads={"vision": heads, "text": heads})  # as earlier versions wrote it
+    assert read_official(tmp_path / "x.pth").config == config
 
 
 def test_a_narrow_file_that_does_not_tell_its_heads_is_refused(tmp_path):
     config = head_width_64("vit")
     config.vision_encoder.width = 32
     write_official(Weights(config, build_model(config).state_dict()), tmp_path / "x.pth")
-    content = torch.load(tmp_path / "x.pth", weights_only=False)
-    del content["config"]["num_attention_heads"]
-    torch.save(content, tmp_path / "x.pth")
+    forget(tmp_path / "x.pth")
     with pytest.raises(ValueError, match=r"its vision encoder of width 32 has: put a vision_config\.json"):
         read_official(tmp_path / "x.pth")
 

@@ -4,8 +4,8 @@ import re
 import subprocess
 from pathlib import Path
 
-import imageio_ffmpeg
 import numpy as np
+from needs import module
 
 SHOWN = re.compile(rb" pts_time:(-?[\d.]+)")
 GREY = np.array([0.299, 0.587, 0.114])
@@ -13,7 +13,7 @@ GREY = np.array([0.299, 0.587, 0.114])
 
 def ffmpeg(*words: object) -> subprocess.CompletedProcess[bytes]:
     """Run the program to its end."""
-    start = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-y"]
+    start = [module("imageio_ffmpeg", "imageio-ffmpeg").get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-y"]
     return subprocess.run([*start, *map(str, words)], capture_output=True, check=True)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from needs import module
 
 from sharding.build import build_corpus
 from sharding.engines import Engine
@@ -51,8 +52,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch):
     """A head that builds nothing and two nodes of two cores: separate raylets with their own worker processes."""
-    from ray.cluster_utils import Cluster
-
+    Cluster = module("ray.cluster_utils", "ray").Cluster
     monkeypatch.setenv("RAY_DISABLE_IMPORT_WARNING", "1")
     monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     head = {"num_cpus": 0, "_system_config": QUICK_TO_NOTICE, "object_store_memory": 10**8}
@@ -100,6 +100,7 @@ def test_ten_thousand_items_on_a_ray_cluster_that_loses_a_node(cluster, tmp_path
 
 
 def test_without_a_ray_cluster_there_is_one_line(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module("ray", "ray")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     words = [sys.executable, "-m", "sharding.build", *arguments(drawn, tmp_path / "out"), "--engine", "ray"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)

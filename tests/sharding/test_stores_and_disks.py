@@ -10,6 +10,7 @@ import fsspec
 import numpy as np
 import pytest
 from faulty_proxy import Faults
+from needs import lacks, leave_out
 from object_stores import MakeFaulty, Store
 from PIL import Image
 
@@ -122,8 +123,7 @@ def test_without_credentials_there_is_one_line_that_names_the_place(s3: Store, p
 @pytest.fixture
 def small_disk(tmp_path: Path):
     """A file system of one megabyte."""
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount one")
+    leave_out(lacks("mount", root="a file system of a test's own has to be mounted"))
     folder = tmp_path / "small"
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], check=True)

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
 
 import pytest
-import trustme
+from needs import module
 
 from sharding.remote import WebError, pause_after
 from sharding.web import Fetching, WebClient
@@ -128,7 +128,7 @@ def test_ending_the_client_ends_what_is_under_way(server, client) -> None:
 def test_certificates_are_checked_and_those_that_python_trusts_are_trusted(
     server, tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    authority = trustme.CA()
+    authority = module("trustme", "trustme").CA()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("localhost").configure_cert(context)
     server.socket = context.wrap_socket(server.socket, server_side=True)

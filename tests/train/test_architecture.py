@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from loaders.text import SPECIAL, Tokenizer
-from model.config import ModelConfig, TemporalConfig, TextConfig, VisionConfig
-from train.architecture import adopt, changes_to, check_texts, fresh_architecture
+from model.config import ModelConfig, TemporalConfig, TextConfig, VisionConfig, config_to_dict, dotted
+from train.architecture import CHANGEABLE, adopt, changes_to, check_texts, fresh_architecture
 from train.config_files import load_settings
 
 STORED = ModelConfig(
@@ -73,6 +73,65 @@ def test_evaluation_changes_nothing_that_would_need_training(settings):
         changes_to(settings("temporal_vision_encoder.enable=true"), STORED, "x", training=False)
     temporal = replace(STORED, temporal_vision_encoder=TemporalConfig(enable=True))
     assert changes_to(settings("temporal_vision_encoder.enable=true"), temporal, "x", training=False) == {}
+
+
+# Every setting of the model with another value than the checkpoint's.
+OTHERWISE = {
+    "vision_encoder.type": "beit", "vision_encoder.pretrained": "somewhere", "vision_encoder.patch_size": 32,
+    "vision_encoder.width": 96, "vision_encoder.depth": 3, "vision_encoder.heads": 4, "vision_encoder.mlp_ratio": 3.0,
+    "vision_encoder.layer_scale": 0.5, "vision_encoder.drop_path": 0.3, "vision_encoder.layer_norm_eps": 1e-6,
+    "vision_encoder.initializer_range": 0.5, "text_encoder.pretrained": "somewhere", "text_encoder.vocab_size": 60,
+    "text_encoder.width": 96, "text_encoder.layers": 4, "text_encoder.fusion_layer": 1, "text_encoder.heads": 4,
+    "text_encoder.intermediate": 100, "text_encoder.max_positions": 50, "text_encoder.dropout": 0.3,
+    "text_encoder.layer_norm_eps": 1e-6, "text_encoder.initializer_range": 0.5,
+    "temporal_vision_encoder.enable": "true", "temporal_vision_encoder.num_layers": 5,
+    "temporal_vision_encoder.update_pooler_embed": "true", "answer_decoder.enable": "true",
+    "answer_decoder.num_layers": 2, "add_temporal_embed": "false", "image_res": 96, "embed_dim": 8, "temp": 0.5,
+    "itm_hard_neg": "false", "gather_negatives": "true", "mlm_prob": 0.3, "loss_weight.itc": 0.5,
+    "loss_weight.itm": 0.5, "loss_weight.mlm": 0.5,
+}  # fmt: skip
+# What no model has whose tensors and outputs are those of the checkpoint.
+REFUSED_BY_BOTH = {
+    "vision_encoder.type", "vision_encoder.patch_size", "vision_encoder.width", "vision_encoder.depth",
+    "vision_encoder.heads", "vision_encoder.mlp_ratio", "vision_encoder.layer_norm_eps", "text_encoder.vocab_size",
+    "text_encoder.width", "text_encoder.layers", "text_encoder.fusion_layer", "text_encoder.heads",
+    "text_encoder.intermediate", "text_encoder.max_positions", "text_encoder.layer_norm_eps", "answer_decoder.enable",
+    "embed_dim",
+}  # fmt: skip
+REFUSED_BY_EVALUATION = {*REFUSED_BY_BOTH, "temporal_vision_encoder.enable", "add_temporal_embed"}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_of_every_setting_it_is_known_whether_it_may_differ_from_the_checkpoint(settings, training):
+    refused, changed = set(), set()
+    for key, value in OTHERWISE.items():
+        try:
+            changed.update(changes_to(settings(f"{key}={value}"), STORED, "x", training))
+        except ValueError:
+            refused.add(key)
+    assert set(OTHERWISE) == set(dotted(config_to_dict(STORED))) - {"num_frames"}  # set by video_input.num_frames
+    assert refused == (REFUSED_BY_BOTH if training else REFUSED_BY_EVALUATION)
+    assert changed == (set(CHANGEABLE) if training else {"image_res"})
+
+
+def test_what_training_began_with_is_no_difference(settings):
+    beit = replace(STORED, vision_encoder=VisionConfig(type="beit", width=192, mlp_ratio=633 / 192))
+    for training in (True, False):
+        same = settings("vision_encoder.layer_scale=1.0", "vision_encoder.mlp_ratio=3.3")
+        assert changes_to(same, beit, "x", training) == {}
+        with pytest.raises(ValueError, match=r"vision_encoder\.layer_scale is 0"):
+            changes_to(settings("vision_encoder.layer_scale=0"), beit, "x", training)
+
+
+def test_what_an_official_file_does_not_tell_is_told_beside_it(settings, tmp_path):
+    (tmp_path / "x.pth").touch()
+    told = (
+        r"heads is 4 here and 2 in the checkpoint .*x\.pth: .* by num_attention_heads in a vision_config\.json beside"
+    )
+    with pytest.raises(ValueError, match=told):
+        changes_to(settings("vision_encoder.heads=4"), STORED, str(tmp_path / "x.pth"), training=False)
+    with pytest.raises(ValueError, match=r"say it by layer_norm_eps in a bert_config\.json beside it"):
+        changes_to(settings("text_encoder.layer_norm_eps=1e-6"), STORED, str(tmp_path / "x.pth"), training=True)
 
 
 def test_texts_must_fit(settings, tokenizer):

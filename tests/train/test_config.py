@@ -115,3 +115,70 @@ def test_every_recipe_is_valid_and_says_its_command(recipe, monkeypatch):
         assert settings.config.train_urls()
     assert f"{recipe.relative_to(ROOT)}" in head
     assert "Hardware:" in head
+
+
+RECIPE = "test_corpus: {val: /d/val, test: /d/test}\ncorpus_weights: {a: 1.0}\navailable_corpus: {a: /d/a}\n"
+
+
+@pytest.mark.parametrize(
+    ("settings", "splits"),
+    [
+        (["test_corpus={mine: /d/x}"], {"mine": "/d/x"}),
+        (["test_corpus.mine=/d/x"], {"val": "/d/val", "test": "/d/test", "mine": "/d/x"}),
+        (["test_corpus.val=/d/x"], {"val": "/d/x", "test": "/d/test"}),
+        (["test_corpus={mine: /d/x}", "test_corpus.more=/d/y"], {"mine": "/d/x", "more": "/d/y"}),
+        (["test_corpus.more=/d/y", "test_corpus={mine: /d/x}"], {"mine": "/d/x"}),
+        (["test_corpus.val=null"], {"test": "/d/test"}),
+        (["test_corpus=/d/photos_test"], {"photos_test": "/d/photos_test"}),
+        (
+            ["test_corpus=s3://b/photos_test/", "test_corpus.b=/d/b"],
+            {"photos_test": "s3://b/photos_test/", "b": "/d/b"},
+        ),
+        (["test_corpus=[/d/x,/d/y]"], {"x": "/d/x", "y": "/d/y"}),
+        (["test_corpus=a"], {"a": "/d/a"}),
+        (["test_corpus=/d/x-{000..009}.tar"], {"x": "/d/x-{000..009}.tar"}),
+        (["test_corpus=${data_root}/photos", "data_root=/e"], {"photos": "/e/photos"}),
+    ],
+)
+def test_a_mapping_on_the_command_line_replaces_and_a_name_adds(load, settings, splits):
+    assert load(RECIPE, *settings).config.test_urls() == splits
+
+
+def test_only_corpora_to_choose_from_are_added_to(load, tmp_path):
+    settings = ("corpus_weights={b: 2.0}", "storage={anon: 'true'}", "available_corpus={b: /d/b}", "train_corpus=[a,b]")
+    config = load(RECIPE + "storage: {endpoint: x}", *settings).config
+    assert (config.corpus_weights, config.storage) == ({"b": 2.0}, {"anon": "true"})
+    assert config.train_urls() == ["/d/a", "/d/b"]
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    config = load("base: recipe.yaml\ntest_corpus: data/mine\navailable_corpus: {b: /d/b}").config
+    assert (config.test_corpus, list(config.available_corpus)) == ({"mine": "data/mine"}, ["a", "b"])
+    assert config.corpus_weights == {"a": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("test_corpus=[/d/x,/e/x]", r"test_corpus: x is the name of two: name each, 'test_corpus={NAME: URL, OTHER"),
+        ("test_corpus=/", "test_corpus: / gives no name to the split"),
+        ("test_corpus=${data_root}", r"gives no name to the split"),
+        ("test_corpus=3", r"test_corpus is 3 \(int\), must be `name: value` lines"),
+        ("splits=[x]", r"test_corpus has val, test: name some of these, or splits=\[\] for all"),
+        ("stop_key=x", "test_corpus has val, test: name one of these, or stop_key=null"),
+        ("seed=", "seed is null, must be a whole number"),
+        ("tokeniser=null", "unknown key 'tokeniser'"),
+    ],
+)
+def test_test_corpora_without_a_name_are_told(load, setting, message):
+    with pytest.raises(ValueError, match=message):
+        load(RECIPE, setting)
+
+
+@pytest.mark.parametrize("nothing", ["null", "None"])
+def test_null_takes_back_what_a_recipe_sets(load, nothing):
+    recipe = "tokenizer: /d/vocab.txt\noptimizer: {lr: 1.0, weight_decay: 0.5}\nstop_key: t\ntest_corpus: {t: /d/t}"
+    keys = ("tokenizer", "optimizer.lr", "stop_key", "text_encoder.width", "vision_encoder")
+    settings = load(recipe, *(f"{key}={nothing}" for key in keys))
+    default = load("").config
+    assert (settings.config.tokenizer, settings.config.optimizer.lr) == (default.tokenizer, default.optimizer.lr)
+    assert settings.config.stop_key is None
+    assert settings.explicit == {"optimizer.weight_decay", "stop_key", "test_corpus"}

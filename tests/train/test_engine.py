@@ -3,9 +3,10 @@
 import json
 
 import pytest
+from small_run import ROOT
 
 from train.config import OptimizerConfig, RunConfig
-from train.engine import ROOT, deepspeed_config, find_deepspeed_config
+from train.engine import deepspeed_config, find_deepspeed_config
 from train.ranks import Ranks
 
 JSONS = sorted((ROOT / "deepspeed_configs").glob("*.json"))

@@ -7,9 +7,8 @@ import struct
 import time
 
 import pytest
+from needs import module
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from wandb.proto.wandb_internal_pb2 import Record
 
 from model.config import LossWeights
 from train.config import RunConfig
@@ -100,12 +99,13 @@ def records(folder):
             whole += content[place + HEADER : place + HEADER + length]
             place += HEADER + length
             if kind in (1, 4):  # a whole record, or the last part of one
-                found.append(Record.FromString(whole))
+                found.append(module("wandb.proto.wandb_internal_pb2", "wandb").Record.FromString(whole))
                 whole = b""
     return found
 
 
 def test_wandb_offline_receives_settings_losses_and_pictures(tmp_path, monkeypatch):
+    module("wandb", "wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")
     run = RunConfig(seed=77)
     run.wandb.enable, run.wandb.mode = True, "offline"
@@ -143,13 +143,18 @@ def test_wandb_offline_receives_settings_losses_and_pictures(tmp_path, monkeypat
     assert any(path.suffix == ".html" and "Evaluation" in path.read_text() for path in tmp_path.rglob("final/report_*"))
 
 
+READER = "tensorboard.backend.event_processing.event_accumulator"
+
+
 def scalars(folder):
     """{figure: [(step, value)]} of a run's event files, as TensorBoard shows them."""
-    shown = EventAccumulator(str(folder / "tensorboard")).Reload()
+    accumulator = module(READER, "tensorboard")
+    shown = accumulator.EventAccumulator(str(folder / "tensorboard")).Reload()
     return {tag: [(event.step, event.value) for event in shown.Scalars(tag)] for tag in shown.Tags()["scalars"]}
 
 
 def test_tensorboard_shows_what_metrics_jsonl_holds(tmp_path):
+    module("tensorboard", "tensorboard")
     run = RunConfig(tensorboard=True)
     folder = RunFolder(tmp_path)
     for first, count in ((0, 4), (2, 3)):  # killed without a word after step 4, resumed from step 2
@@ -178,8 +183,9 @@ def test_without_being_asked_for_there_are_no_event_files(tmp_path):
 def test_a_tracker_that_is_not_installed_is_told_at_once(setting, monkeypatch):
     run = RunConfig(tensorboard=setting == "tensorboard")
     run.wandb.enable = setting == "wandb.enable"
-    check_tracking(run)
     package = setting.partition(".")[0]
+    module(package, package)
+    check_tracking(run)
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else found(name))
     with pytest.raises(ValueError, match=rf"{setting} is true and {package} is not installed: pip install {package}"):

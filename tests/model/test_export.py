@@ -1,0 +1,186 @@
+"""`python -m model.export`: what it takes along, where it writes, and that it leaves nothing half-written."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from small_models import small_config, small_model
+
+from loaders.text import SPECIAL
+from model.building import build_model
+from model.checkpoint import load_weights, save_model
+from model.config import AnswerDecoderConfig, LossWeights
+from model.export import main as export
+from model.files import write_whole
+
+WORDS = [*SPECIAL, *(f"word{i}" for i in range(small_config().text_encoder.vocab_size - len(SPECIAL)))]
+
+
+def write_vocabulary(folder, words=WORDS):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in words))
+
+
+@pytest.fixture
+def weights(tmp_path, model):
+    write_vocabulary(tmp_path / "weights")
+    save_model(model, model.config, tmp_path / "weights")
+    return tmp_path / "weights"
+
+
+@pytest.mark.parametrize("source", ["weights", "run"])
+def test_a_folder_gets_the_vocabulary_of_its_source(tmp_path, weights, source, capsys):
+    (tmp_path / "run" / "checkpoints" / "best").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "best" / "weights").symlink_to(weights)
+    assert export([str(tmp_path / source), str(tmp_path / "new" / "copy")]) == 0
+    assert sorted(os.listdir(tmp_path / "new" / "copy")) == ["model.json", "model.safetensors", "vocab.txt"]
+    assert (tmp_path / "new" / "copy" / "vocab.txt").read_bytes() == (weights / "vocab.txt").read_bytes()
+    assert (tmp_path / "new" / "copy" / "model.json").read_bytes() == (weights / "model.json").read_bytes()
+    assert capsys.readouterr().out.count("\n") == 1
+    assert os.listdir(tmp_path / "new") == ["copy"]
+
+
+def test_an_export_without_a_vocabulary_says_how_to_give_it(tmp_path, weights, capsys):
+    pth, folder = tmp_path / "x.pth", tmp_path / "copy"
+    assert export([str(weights), str(pth)]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == (
+        f"{pth} holds no vocabulary; where it is used name the one that it was trained with ({weights}/vocab.txt): "
+        "tokenizer=FILE for training and evaluation, --tokenizer FILE for eval.search"
+    )
+    assert export([str(pth), str(folder)]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == (
+        f"{folder} holds no vocabulary; where it is used copy it to {folder}/vocab.txt, or name the one that it was "
+        "trained with: tokenizer=FILE for training and evaluation, --tokenizer FILE for eval.search"
+    )
+    assert sorted(os.listdir(folder)) == ["model.json", "model.safetensors"]
+
+
+def test_a_vocabulary_beside_an_official_file_is_its_own_when_it_has_as_many_words(tmp_path, weights):
+    assert export([str(weights), str(tmp_path / "x.pth")]) == 0
+    write_vocabulary(tmp_path)
+    assert export([str(tmp_path / "x.pth"), str(tmp_path / "with")]) == 0
+    assert (tmp_path / "with" / "vocab.txt").is_file()
+    assert load_weights(tmp_path / "x.pth").special_ids
+    write_vocabulary(tmp_path, [*WORDS, "another"])
+    assert export([str(tmp_path / "x.pth"), str(tmp_path / "without")]) == 0
+    assert not (tmp_path / "without" / "vocab.txt").exists()
+    assert not load_weights(tmp_path / "x.pth").special_ids
+
+
+@pytest.mark.parametrize(
+    ("output", "told"),
+    [
+        ("x.safetensors", "no .safetensors file is written, give NAME.pth for an official checkpoint or a folder such"),
+        ("X.CKPT", "no .CKPT file is written"),
+        ("x.pth/", "is a folder by its form and a file by its name"),
+        ("folder.pth", "is a folder by its form and a file by its name"),
+        ("file", "exists already: remove it, or choose another name"),
+        ("old.pth", "exists already"),
+        ("full", "exists already"),
+        ("weights", "exists already"),
+        ("corpus/new", "would lie in the packed corpus"),
+        ("corpus/deeper/x.pth", "would lie in the packed corpus"),
+        ("run/weights", "would be taken for a checkpoint of the run"),
+        ("run/checkpoints/step_00000100", "would be taken for a checkpoint of the run"),
+        ("file/x.pth", "is a file, choose another place"),
+    ],
+)
+def test_an_output_that_cannot_be_meant_is_one_line(tmp_path, weights, output, told, capsys):
+    for folder in ("folder.pth", "full", "corpus", "run/checkpoints"):
+        (tmp_path / folder).mkdir(parents=True)
+    for file in ("file", "old.pth", "full/notes", "corpus/corpus.json"):
+        (tmp_path / file).write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    assert export([str(weights), f"{tmp_path}/{output}"]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: ")
+    assert told in line
+    assert line.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("output", ["X.PTH", "x.Pt", "empty", "v1.2", "run/first.pth"])
+def test_an_output_that_is_free_is_written_and_read_again(tmp_path, weights, output, model):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    assert export([str(weights), str(tmp_path / output)]) == 0
+    assert load_weights(tmp_path / output).config == model.config
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_files_have_the_permissions_of_any_new_file(tmp_path, weights, umask):
+    before = os.umask(umask)
+    try:
+        assert export([str(weights), str(tmp_path / "copy")]) == 0
+        assert export([str(weights), str(tmp_path / "x.pth")]) == 0
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "x.pth", *(tmp_path / "copy").iterdir()):
+        assert path.stat().st_mode & 0o777 == 0o666 & ~umask, path.name
+    assert (tmp_path / "copy").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+FULL_DISK = """
+import resource, sys
+from model.export import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+sys.exit(sum(main([sys.argv[1], output]) == 2 for output in sys.argv[2:]))
+"""
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, weights):
+    outputs = [str(tmp_path / "new" / name) for name in ("copy", "x.pth")]
+    result = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(weights), *outputs], capture_output=True, text=True, timeout=300
+    )
+    lines = result.stderr.splitlines()
+    assert result.returncode == len(lines) == 2, result.stderr
+    assert all(line.startswith("error: ") and "File too large" in line for line in lines)
+    assert not os.listdir(tmp_path / "new")
+
+
+def test_a_writer_that_fails_leaves_the_file_as_it_was(tmp_path):
+    path = tmp_path / "x"
+    path.write_text("old")
+
+    def write(aside):
+        aside.write_text("half")
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        write_whole(path, write)
+    assert [each.name for each in tmp_path.iterdir()] == ["x"]
+    assert path.read_text() == "old"
+
+
+def test_models_of_every_kind_come_back(tmp_path):
+    asking = small_config(answer_decoder=AnswerDecoderConfig(True, 2), loss_weight=LossWeights(mlm=0.0))
+    half = {name: tensor.bfloat16() for name, tensor in small_model().state_dict().items()}
+    for name, state, config in (("qa", build_model(asking).state_dict(), asking), ("bf16", half, small_config())):
+        save_model(state, config, tmp_path / name)
+        for output in (f"{name}.pth", f"{name}.copy"):
+            assert export([str(tmp_path / name), str(tmp_path / output)]) == 0
+            back = load_weights(tmp_path / output)
+            assert back.config == config
+            assert all(torch.equal(back.state[key], tensor) for key, tensor in state.items())
+
+
+def test_a_backbone_without_an_official_form_says_so(tmp_path, capsys):
+    config = small_config()
+    config.vision_encoder.type, config.vision_encoder.patch_size = "vit_tiny_patch16_224", 16
+    save_model({}, config, tmp_path / "named")
+    assert export([str(tmp_path / "named"), str(tmp_path / "x.pth")]) == 2
+    told = "vision_encoder.type=vit_tiny_patch16_224 has no official form, give a folder to write to"
+    assert capsys.readouterr().err == f"error: {tmp_path}/x.pth: {told}\n"
+
+
+def test_what_holds_no_model_is_told(tmp_path, capsys):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "config.json").write_text('{"model_type": "bert"}')
+    for name in ("run", "hub"):
+        assert export([str(tmp_path / name), str(tmp_path / "copy")]) == 2
+        assert f"{tmp_path}/{name} holds no model" in capsys.readouterr().err
