@@ -104,7 +104,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(corpora, whol
     for number in range(1, KILLS + 1):
         process = launcher.start(*settings)
         training_began(log, number)
-        seconds = chance.uniform(0, whole[1] / 3)
+        seconds = chance.uniform(0, whole[1] / (KILLS + 1))  # so that it does not end before
         time.sleep(seconds)
         os.kill(process, signal.SIGKILL)
         assert launcher.wait() == -signal.SIGKILL, log.read_text()
