@@ -129,7 +129,7 @@ def draw(runs: Sequence[Run], figures: Sequence[str]) -> bytes:
                 marker = "o" if single or len(values) == 1 else None
                 style = "--" if medium == MEDIA["video"] else "-"
                 panel.plot(steps, values, color=colour, linestyle=style, label=_legend(run, medium), marker=marker)
-        panel.settitle(title(figure, runs), fontsize=10)
+        panel.set_title(title(figure, runs), fontsize=10)
         panel.set_xlabel("step", fontsize=8)
         panel.set_xlim(left=0)
         panel.grid(alpha=0.3)

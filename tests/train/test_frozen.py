@@ -168,8 +168,8 @@ def test_real_runs_with_a_frozen_encoder_go_on_to_the_bit_and_on_other_processes
         for folder in (tmp_path / f"{zero}_again", tmp_path / f"{zero}_alone"):
             shutil.copytree(tmp_path / zero, folder, symlinks=True)
             (folder / "finished.json").unlink()
-            for step in (10, 15, 16):
-                shutil.rmtree(folder / f"checkpoints/step_{step:08}")
+            for later in (10, 15, 16):
+                shutil.rmtree(folder / f"checkpoints/step_{later:08}")
     run_jobs(tmp_path, [launch(tmp_path / f"{zero}_again", zero) for zero in zeros])
     others = dict(zip(zeros, reversed(zeros)))
     run_jobs(tmp_path, [launch(tmp_path / f"{zero}_alone", others[zero]) for zero in zeros], processes=1)
