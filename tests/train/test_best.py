@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from model import checkpoint as model_checkpoint
 from model.checkpoint import load_weights
 from model.config import ModelConfig
 from model.files import Weights, resolve_weights, write_weights
@@ -218,6 +219,23 @@ def test_an_upload_that_fails_at_the_end_is_tried_again_and_told(tmp_path, monke
     assert "the next checkpoint tries again" in caplog.text
     assert f"The run ends, and {trainer.folder.checkpoints}/step_00000010 is not in file://" in caplog.text
     check_end(trainer)
+
+
+def test_a_reader_that_loses_a_race_with_the_run_reads_the_newer_one(tmp_path, monkeypatch):
+    folder = TinyTrainer(tmp_path, save_every=2).folder.checkpoints
+    for step in (2, 4):
+        write_weights(Weights(ModelConfig(), {"step": torch.tensor(step)}), best_version(folder, step) / "weights")
+    whole, seen = model_checkpoint.resolve_weights, []
+
+    def resolve(path):
+        seen.append(path)
+        if len(seen) > 1:
+            return whole(path)
+        shutil.rmtree(best_version(folder, 2))  # between finding and reading
+        return best_version(folder, 2) / "weights"
+
+    monkeypatch.setattr(model_checkpoint, "resolve_weights", resolve)
+    assert weight(tmp_path) == 4
 
 
 def test_an_interrupted_replacement_of_a_checkpoint_is_undone(tmp_path):
