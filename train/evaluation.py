@@ -21,6 +21,7 @@ from loaders.evaluation import ChoiceSet, QASet, RetrievalSet, VisualSet
 from loaders.text import Tokenizer
 from model.answering import SingularityQA
 from model.singularity import Singularity
+from sharding.errors import naming
 from train.config import RunConfig
 from train.ranks import Ranks
 
@@ -60,7 +61,8 @@ def evaluate_splits(
         metrics |= one
         outputs += [output] if output else []
     if ranks.is_first:
-        write_evaluation(folder, outputs, run, subject_of(model, checkpoint), save_scores)
+        with naming(folder):
+            write_evaluation(folder, outputs, run, subject_of(model, checkpoint), save_scores)
         log.info("Evaluation in %s\n%s", folder, console_table([read_evaluation(folder)]))
     return metrics
 

@@ -21,7 +21,6 @@ from loaders.batch import Batch
 from model.answering import SingularityQA
 from model.building import Model
 from model.checkpoint import load_weights
-from sharding.errors import naming
 from train.best import best_version, restore_best
 from train.checkpoints import (
     TrainingState,
@@ -283,10 +282,10 @@ class Trainer:
         self._evaluate(evaluate, list(self.run.test_urls()), FINAL)
 
     def _evaluate(self, evaluate: Evaluate, splits: list[str], label: str) -> Metrics:
-        folder = self.folder.path / "evaluation" / label
-        with layer_by_layer(self.engine), naming(folder):
+        with layer_by_layer(self.engine):
             metrics = evaluate(self.model, splits, label)
         if self.tracker is not None:
+            folder = self.folder.path / "evaluation" / label
             self.tracker.evaluation(self.state.step, self.state.epoch, metrics, folder)
         return metrics
 
