@@ -211,7 +211,7 @@ def test_a_score_whose_weights_are_gone_does_not_count(tmp_path, caplog):
 def test_an_upload_that_fails_at_the_end_is_tried_again_and_told(tmp_path, monkeypatch, caplog):
     trainer = TinyTrainer(tmp_path / "run", f"file://{tmp_path}/copies", save_every=2)
 
-    def refuse(*_):
+    def refuse(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(trainer._remote._files, "put_file", refuse)
