@@ -10,6 +10,7 @@ from typing import Any
 from eval.charts import COLORS, Line, line_chart
 from eval.evaluations import Evaluation
 from eval.grouping import Member, TestSet, group_test_sets
+from eval.losses import by_medium, loss_weights, weighted_name
 from eval.metrics import RECALL_AT
 from eval.published import Published, published
 from eval.tables import format_table
@@ -163,18 +164,24 @@ def frame_curves(test_sets: Sequence[TestSet]) -> list[dict[str, Any]]:
 
 
 def loss_curves(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
-    """A chart for each distinct run that has a metrics.jsonl."""
+    """A chart for each distinct run that has a metrics.jsonl, and each medium that it was trained on."""
     curves = []
     for run, name_of_run in {evaluation.run: evaluation.run_name for evaluation in evaluations}.items():
-        steps = _training_log(run / "metrics.jsonl")
-        lines = [
-            Line(name, [(step["step"], step[key]) for step in steps if isinstance(step.get(key), int | float)])
-            for key, name in LOSSES.items()
-        ]
-        lines = [line for line in lines if line.points]
-        if lines:
-            last = {line.name: line.points[-1][1] for line in lines}
-            curves.append({"run": name_of_run, "chart": line_chart(lines, "step"), "last": last})
+        weights = loss_weights(run)
+        media = by_medium(_training_log(run / "metrics.jsonl"))
+        for medium, steps in media.items():
+            lines = [
+                Line(
+                    weighted_name(key, weights, name),
+                    [(step["step"], step[key]) for step in steps if isinstance(step.get(key), int | float)],
+                )
+                for key, name in LOSSES.items()
+            ]
+            lines = [line for line in lines if line.points]
+            if lines:
+                last = {line.name: line.points[-1][1] for line in lines}
+                title = f"{name_of_run}, {medium}" if len(media) > 1 else name_of_run
+                curves.append({"run": title, "chart": line_chart(lines, "step"), "last": last})
     return curves
 
 

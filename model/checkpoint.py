@@ -22,7 +22,7 @@ from model.singularity import Singularity
 from model.temporal import resize_embeddings
 from sharding.errors import UserError
 
-__all__ = ["FitReport", "fit_weights", "load_model", "load_weights", "resolve_weights", "save_model"]
+__all__ = ["FitReport", "find_weights", "fit_weights", "load_model", "load_weights", "resolve_weights", "save_model"]
 
 logger = logging.getLogger(__name__)
 
@@ -74,10 +74,18 @@ def load_weights(path: str | Path) -> Weights:
 
     Raises FileNotFoundError or ValueError that names the file and the remedy.
     """
+    return find_weights(path)[1]
+
+
+def find_weights(path: str | Path) -> tuple[Path, Weights]:
+    """The folder or file that `path` means, and what is in it: of a run that is going on, of one moment.
+
+    Raises as `load_weights`.
+    """
     while True:
         found = resolve_weights(path)
         try:
-            return read_weights(found) if found.is_dir() else read_official(found)
+            return found, read_weights(found) if found.is_dir() else read_official(found)
         except (FileNotFoundError, ValueError):
             if found.exists():
                 raise  # else a run has just put a better model, or a newer checkpoint, in its place

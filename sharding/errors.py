@@ -8,7 +8,8 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ParamSpec
 
@@ -63,6 +64,17 @@ def _raised_in(error: BaseException) -> str:
     """Name of the module that raised an error."""
     frames = list(traceback.walk_tb(error.__traceback__))
     return str(frames[-1][0].f_globals.get("__name__", "")) if frames else ""
+
+
+@contextmanager
+def naming(path: object) -> Iterator[None]:
+    """Let the operating system's errors inside name `path` where they name nothing, as a full disk while writing."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 def os_error_number(error: BaseException) -> int | None:

@@ -53,6 +53,8 @@ def point_to(folder: Path, step: int) -> None:
         aside.symlink_to(best_version(folder, step).name)
         os.replace(aside, link)
     except OSError as error:
+        if link.is_symlink():
+            link.unlink()  # it would point to what is to be removed
         log.warning("%s cannot be made a link (%s): the newest %s_* is the best model", link, error.strerror, BEST)
 
 

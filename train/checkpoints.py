@@ -167,18 +167,24 @@ def save_weights(
     write.on_first(write_rest)
 
 
-def update_state(path: Path, state: TrainingState) -> None:
-    """Write into the state of a complete checkpoint what an evaluation of its weights has found."""
-    found = ("best", "best_step", "evaluated_epochs")
-    _write_state(path, replace(read_state(path), **{name: getattr(state, name) for name in found}))
+def update_state(path: Path, state: TrainingState, ranks: Ranks) -> None:
+    """Write into the state of a complete checkpoint what an evaluation of its weights has found; all ranks call."""
+    found = {name: getattr(state, name) for name in ("best", "best_step", "evaluated_epochs")}
+    writing = _Writing(path, path / f".{STATE}.part", ranks)
+    writing.on_first(lambda: _write_state(path, replace(read_state(path), **found)))
 
 
 def named_best_steps(folder: Path) -> set[int]:
     """The versions of the best model that the complete checkpoints below `folder` name."""
-    states = [read_state(path) for path in complete_checkpoints(folder)]
-    return {
-        BEFORE_VERSIONS if state.best_step is None else state.best_step for state in states if state.best is not None
-    }
+    named = set()
+    for path in complete_checkpoints(folder):
+        try:
+            state = read_state(path)
+        except UserError:  # a damaged one, which is told when it is to be loaded
+            continue
+        if state.best is not None:
+            named.add(BEFORE_VERSIONS if state.best_step is None else state.best_step)
+    return named
 
 
 def recover(folder: Path) -> None:
@@ -218,7 +224,9 @@ class _Writing:
         failed = next((rank for rank, each in enumerate(faults) if each is not None), None)
         if failed is None:
             return
-        if self._ranks.is_first:
+        if self._ranks.is_first and self._aside.is_file():
+            self._aside.unlink()
+        elif self._ranks.is_first:
             shutil.rmtree(self._aside, ignore_errors=True)
         raise UserError(self._told(failed, *faults[failed]))  # type: ignore[misc]
 

@@ -24,6 +24,7 @@ from loaders.text import Tokenizer
 from model.answering import SingularityQA
 from model.singularity import Singularity
 from sharding.activity import begin, progress
+from sharding.errors import naming
 from train.config import RunConfig
 from train.ranks import Ranks
 
@@ -66,7 +67,8 @@ def evaluate_splits(
         outputs += [output] if output else []
     progress("writing the results")
     if ranks.is_first:
-        write_evaluation(folder, outputs, run, subject or subject_of(model), save_scores)
+        with naming(folder):
+            write_evaluation(folder, outputs, run, subject or subject_of(model), save_scores)
         log.info("Evaluation in %s\n%s", folder, console_table([read_evaluation(folder)]))
     return metrics
 

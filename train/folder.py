@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from loaders.settings import EVALUATION, FIXED, FREE, change_on_resume
-from sharding.errors import UserError
+from sharding.errors import UserError, naming
 from train.checkpoints import checkpoint_step, complete_checkpoints, recover
 from train.config import RunConfig
 from train.config_files import flatten, load_settings, to_yaml
@@ -78,7 +78,7 @@ class RunFolder:
         for leftover in self.checkpoints.glob(".*.part"):
             leftover.unlink() if leftover.is_symlink() else shutil.rmtree(leftover, ignore_errors=True)
         aside = self.settings.with_name(".config.yaml.part")
-        with aside.open("w") as file:
+        with naming(self.settings), aside.open("w") as file:
             file.write(to_yaml(config))
             file.flush()
             os.fsync(file.fileno())  # a power cut must not leave an empty one
@@ -91,7 +91,8 @@ class RunFolder:
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Mark the run as finished."""
-        self.finished.write_text(json.dumps(summary) + "\n")
+        with naming(self.finished):
+            self.finished.write_text(json.dumps(summary) + "\n")
 
     def release(self) -> None:
         """Let others have the folder."""
@@ -170,10 +171,11 @@ def _changes(path: Path, config: RunConfig) -> dict[str, list[str]]:
 
 
 def _write_note(handle: IO[str], state: str) -> None:
-    handle.seek(0)
-    handle.truncate()
-    json.dump({"pid": os.getpid(), "host": socket.gethostname(), "state": state}, handle)
-    handle.flush()
+    with naming(handle.name):
+        handle.seek(0)
+        handle.truncate()
+        json.dump({"pid": os.getpid(), "host": socket.gethostname(), "state": state}, handle)
+        handle.flush()
 
 
 def _read_note(handle: IO[str]) -> dict[str, Any]:

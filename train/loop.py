@@ -34,6 +34,7 @@ from train.checkpoints import (
     update_state,
 )
 from train.config import RunConfig
+from train.devices import slow_precision
 from train.engine import start_engine
 from train.evaluation import FINAL, Metrics
 from train.figures import Clock
@@ -95,6 +96,8 @@ class Trainer:
         Raises Stopped, after a checkpoint, when the run was asked to stop.
         """
         if self.ranks.is_first:
+            if slow := slow_precision(self.run.precision, self.device):
+                log.warning("%s", slow)
             log.info(
                 "Training: %d epochs of %d steps (%s), %d processes, %s",
                 self.run.scheduler.epochs,
@@ -169,6 +172,8 @@ class Trainer:
             assert state.step == checkpoint_step(path)
         best = self._restore_best(state) if self.ranks.is_first else None
         best = share(best, self.ranks.world_size)
+        if name:
+            self._copy(path)  # which a killed process may not have come to
         score = None if best is None else state.best
         return replace(state, versions=packages, best=score, best_step=best)
 
@@ -261,9 +266,9 @@ class Trainer:
             if self.ranks.is_first:
                 log.info("Best so far: %s %s %.2f after epoch %d", key, measure, score, epoch)
         self.state.evaluated_epochs = epoch
-        if self.state.step == self._saved_step and self.ranks.is_first:
+        if self.state.step == self._saved_step:
             path = self.folder.checkpoints / f"step_{self.state.step:08d}"
-            update_state(path, self.state)
+            update_state(path, self.state, self.ranks)
             self._copy(path)
         self._clock.restart()
 

@@ -14,12 +14,14 @@ from typing import Any
 
 from jinja2 import Environment, select_autoescape
 
+from eval.losses import MEDIA, loss_weights, weighted_name
 from sharding.errors import MissingError, UserError, command
 from sharding.outside import check_outside_corpora
 
 SMOOTH_FROM = 40  # points of a curve; with fewer it is drawn as it is
 FIRST = ("loss", "loss_itc", "loss_itm", "loss_mlm", "loss_qa", "grad_norm", "temperature", "lr")
 LAST = ("samples_per_second", "data_wait", "memory_gb", "mfu")
+SAME = ("lr", "temperature", "memory_gb")  # whatever the medium of a step
 SUMMARIES = ("/r_mean", "/overall")  # of evaluations' many figures those drawn unless others are asked for
 NO_CURVE = ("step", "epoch", "media_type", "skipped")
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -31,13 +33,17 @@ td,th{padding:.2rem 1rem .2rem 0;text-align:left;font-variant-numeric:tabular-nu
 {% endfor %}</tr>{% endfor %}</table><img alt="curves of {{ title }}" src="data:image/png;base64,{{ picture }}"></html>
 """
 
+Curve = tuple[list[int], list[float]]  # steps and values
+
 
 @dataclass
 class Run:
-    """A run's curves: for each figure its steps and values."""
+    """A run's curves: for each figure its steps and values, and the same of each medium; the losses' weights."""
 
     name: str
-    curves: dict[str, tuple[list[int], list[float]]] = field(default_factory=dict)
+    curves: dict[str, Curve] = field(default_factory=dict)
+    media: dict[str, dict[str, Curve]] = field(default_factory=dict)  # figure -> "images" or "clips" -> its curve
+    weights: dict[str, float] = field(default_factory=dict)
 
     @property
     def steps(self) -> int:
@@ -45,8 +51,16 @@ class Run:
         return max((steps[-1] for steps, _ in self.curves.values()), default=0)
 
     def last(self, figure: str) -> str:
-        """A figure's last value, shortly."""
-        return f"{self.curves[figure][1][-1]:.4g}" if figure in self.curves else ""
+        """A figure's last value, shortly; of each medium where they differ."""
+        named = {f" {medium}" if medium else "": values[-1] for medium, (_, values) in self.parts(figure).items()}
+        return ", ".join(f"{value:.4g}{medium}" for medium, value in named.items())
+
+    def parts(self, figure: str) -> dict[str, Curve]:
+        """The curves to be drawn of a figure: one a medium where there are two, else one without a name."""
+        media = self.media.get(figure, {})
+        if len(media) > 1 and figure not in SAME:
+            return media
+        return {"": self.curves[figure]} if figure in self.curves else {}
 
 
 def read_run(folder: Path) -> Run:
@@ -57,7 +71,7 @@ def read_run(folder: Path) -> Run:
     path = folder / "metrics.jsonl" if folder.is_dir() else folder
     if not path.is_file():
         raise MissingError(f"{folder} holds no metrics.jsonl: give the folder of a run")
-    run = Run(path.parent.name)
+    run = Run(path.parent.name, weights=loss_weights(path.parent))
     for text in path.read_text(encoding="utf-8").splitlines():
         try:
             line: dict[str, Any] = json.loads(text)
@@ -65,9 +79,13 @@ def read_run(folder: Path) -> Run:
             continue
         for figure, value in line.items():
             if figure not in NO_CURVE and isinstance(value, int | float):
-                steps, values = run.curves.setdefault(figure, ([], []))
-                steps.append(int(line["step"]))
-                values.append(float(value))
+                curves = [run.curves.setdefault(figure, ([], []))]
+                if line.get("media_type") in MEDIA:
+                    media = run.media.setdefault(figure, {})
+                    curves.append(media.setdefault(MEDIA[line["media_type"]], ([], [])))
+                for steps, values in curves:
+                    steps.append(int(line["step"]))
+                    values.append(float(value))
     if not run.curves:
         raise UserError(f"{path} holds no step yet: wait until the run has logged one (log_every)")
     return run
@@ -91,7 +109,7 @@ def smooth(values: Sequence[float]) -> list[float]:
 
 
 def draw(runs: Sequence[Run], figures: Sequence[str]) -> bytes:
-    """A PNG with a panel a figure and a colour a run; evaluations are marked points."""
+    """A PNG with a panel a figure, a colour a run and a line style a medium; evaluations are marked points."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -104,25 +122,38 @@ def draw(runs: Sequence[Run], figures: Sequence[str]) -> bytes:
     )
     for panel, figure in zip(panels.flat, figures):
         for number, run in enumerate(runs):
-            steps, values = run.curves.get(figure, ([], []))
             colour, single = f"C{number % 10}", "/" in figure
-            if len(values) >= SMOOTH_FROM and not single:
-                panel.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-                values = smooth(values)
-            panel.plot(steps, values, color=colour, label=run.name, marker="o" if single or len(values) == 1 else None)
-        panel.set_title(figure, fontsize=10)
+            for medium, (steps, values) in run.parts(figure).items():
+                if len(values) >= SMOOTH_FROM and not single:
+                    panel.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+                    values = smooth(values)
+                marker = "o" if single or len(values) == 1 else None
+                style = "--" if medium == MEDIA["video"] else "-"
+                panel.plot(steps, values, color=colour, linestyle=style, label=_legend(run, medium), marker=marker)
+        panel.set_title(title(figure, runs), fontsize=10)
         panel.set_xlabel("step", fontsize=8)
         panel.set_xlim(left=0)
         panel.grid(alpha=0.3)
     for panel in list(panels.flat)[len(figures) :]:
         panel.axis("off")
-    if len(runs) > 1:
-        handles, labels = panels.flat[0].get_legend_handles_labels()
-        canvas.legend(handles, labels, loc="outside upper center", ncols=min(4, len(runs)))
+    named = [panel.get_legend_handles_labels() for panel in panels.flat]
+    handles, labels = max(named, key=lambda both: len(both[1]))
+    if len(labels) > 1:
+        canvas.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)))
     output = io.BytesIO()
     canvas.savefig(output, format="png", dpi=110)
     pyplot.close(canvas)
     return output.getvalue()
+
+
+def _legend(run: Run, medium: str) -> str:
+    return f"{run.name}, {medium}" if medium else run.name
+
+
+def title(figure: str, runs: Sequence[Run]) -> str:
+    """A panel's title: a loss with its weight, where the runs have the same one."""
+    titles = {weighted_name(figure, run.weights) for run in runs if figure in run.curves}
+    return titles.pop() if len(titles) == 1 else f"{figure} (weighted)"
 
 
 def write_plot(folders: Sequence[Path], output: Path, figures: Sequence[str] = ()) -> list[str]:

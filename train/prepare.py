@@ -16,7 +16,7 @@ from loaders.storage import describe
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader
 from model.building import Model, build_model
-from model.checkpoint import fit_weights, load_weights, resolve_weights
+from model.checkpoint import find_weights, fit_weights
 from model.config import with_changes
 from model.initial import new_model
 from sharding.activity import progress
@@ -180,8 +180,7 @@ def _model(settings: Settings) -> tuple[Model, Tokenizer]:
 
 def _from_checkpoint(settings: Settings, path: str, training: bool) -> tuple[Model, Tokenizer]:
     run = settings.config
-    found = resolve_weights(path)
-    weights = load_weights(found)
+    found, weights = find_weights(path)
     if weights.config.answer_decoder.enable and run.task != "qa":
         raise UserError(f"{path} answers questions: it has no retrieval heads, start from a pre-training checkpoint")
     if run.task == "qa" and not training and not weights.config.answer_decoder.enable:

@@ -38,8 +38,12 @@ class StepProfiler:
         """Write the trace of a run that ends among the steps."""
         if self._profile is None:
             return
-        self._profile.stop()
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._profile.export_chrome_trace(str(self._path))
+        profile, self._profile = self._profile, None
+        profile.stop()
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            profile.export_chrome_trace(str(self._path))
+        except (OSError, RuntimeError) as error:  # a full disk; the run is worth more than its trace
+            log.warning("The trace of steps %d to %d is lost: %s: %s", self._steps[0], self._last, self._path, error)
+            return
         log.info("Trace of steps %d to %d: %s", self._steps[0], self._last, self._path)
-        self._profile = None

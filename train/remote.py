@@ -64,7 +64,7 @@ class RemoteCheckpoints:
 
     def _upload(self, path: Path, settings: Path, keep: int) -> None:
         target = join_url(self._root, path.name)
-        if self._copied != path.name:
+        if self._copied != path.name and not self._holds(path):
             self._copied = ""
             self._remove_if_there(join_url(target, STATE))  # of a run that went on from an earlier one: not complete
             self._put_files(path, target, but=STATE)
@@ -77,6 +77,11 @@ class RemoteCheckpoints:
         self._put_whole(path / STATE, join_url(target, STATE))
         self._copied = path.name
         self._prune(path.name, keep)
+
+    def _holds(self, path: Path) -> bool:
+        """Whether an earlier process has copied this checkpoint whole."""
+        state = join_url(self._root, f"{path.name}/{STATE}")
+        return bool(self._files.exists(state)) and self._files.cat_file(state) == (path / STATE).read_bytes()
 
     def _upload_best(self, version: Path) -> None:
         """Copy a version of the best model, unless it is there; its marker is written last."""

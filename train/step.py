@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from eval.losses import MEDIA
 from loaders.batch import Answers, Batch, normalize
 from model.building import Model
 from model.singularity import TEMPERATURE_RANGE
+from sharding.errors import UserError
 from train.after_step import clear_step
 from train.engine import DTYPES
 from train.fragments import fragments
@@ -112,7 +114,13 @@ class Stepper:
         """Forward and backward of one part; the optimiser acts after the last one, on the mean of the gradients."""
         frames = normalize(batch.frames, self.model.mean, self.model.std, self._dtype)
         losses = self.engine(frames, *model_inputs(batch))
-        self.engine.backward(self.guard.loss_scale.apply(torch.stack(list(losses.values())).sum()))
+        total = torch.stack(list(losses.values())).sum()
+        if not total.requires_grad:
+            raise UserError(
+                f"all that a batch of {MEDIA[batch.media_type]} is computed with is frozen: leave some of it to be "
+                "trained, or leave that medium out of train_corpus"
+            )
+        self.engine.backward(self.guard.loss_scale.apply(total))
         self.guard.step()
         for temperature in self._temperatures:
             temperature.clamp_(*TEMPERATURE_RANGE)

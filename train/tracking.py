@@ -12,7 +12,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from sharding.errors import UserError
+from sharding.errors import UserError, naming
 from train.config import RunConfig
 from train.config_files import flatten
 from train.folder import RunFolder
@@ -40,6 +40,10 @@ class Tracker:
     ) -> None:
         self._total_steps, self._path = total_steps, folder.metrics
         self._first_step, self._started = step, time.perf_counter()
+        weights = {f"loss_{name}": weight for name, weight in vars(run.loss_weight).items() if weight not in (0, 1)}
+        if weights and run.task != "qa":
+            told = ", ".join(f"{name} x {weight:g}" for name, weight in weights.items())
+            log.info("Losses are logged times their weights (loss_weight): %s; loss is their sum", told)
         drop_after(self._path, step, evaluated_epochs)
         self._file = self._path.open("a", encoding="utf-8")
         self._wandb = _start_wandb(folder, run) if run.wandb.enable else None
@@ -70,8 +74,9 @@ class Tracker:
 
     def _write(self, figures: dict[str, Any]) -> None:
         figures = {key: None if _is_nan(value) else value for key, value in figures.items()}
-        self._file.write(json.dumps(figures) + "\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(json.dumps(figures) + "\n")
+            self._file.flush()
         if self._wandb is not None:
             self._wandb.log({key: value for key, value in figures.items() if key != "step"}, step=figures["step"])
         if self._board is not None:
@@ -139,7 +144,8 @@ def drop_after(path: Path, step: int, evaluated_epochs: int = 0) -> None:
         except (json.JSONDecodeError, KeyError, TypeError):
             continue
     aside = path.with_name(f".{path.name}.part")
-    aside.write_text("".join(kept), encoding="utf-8")
+    with naming(path):
+        aside.write_text("".join(kept), encoding="utf-8")
     os.replace(aside, path)
 
 

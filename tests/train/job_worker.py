@@ -14,14 +14,24 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from launch.command import set_up_logging
+from model.initial import new_model
+from train import prepare
 from train.config_files import load_settings
 from train.ranks import ranks_from_environment
 from train.stopped import Stopped
 
 
+def frozen(model, beginnings):
+    """The model with the parameters frozen whose names begin so, as a user's own code would do it."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(tuple(beginnings)))
+    return model
+
+
 def run_job(job, ranks):
     """The launch's own `main`; returns "" or what went wrong."""
     main = importlib.import_module(f"launch.{job['entry']}").main
+    prepare.new_model = lambda *arguments: frozen(new_model(*arguments), job.get("freeze", []))
     try:
         main(load_settings(job["config"], job["settings"]), ranks)
     except Stopped as stopped:

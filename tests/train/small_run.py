@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -85,9 +86,9 @@ def start(script: str, *arguments: object, log: Path, processes: int = 2) -> sub
         )  # fmt: skip
 
 
-def job(entry: str, config: object, *settings: object) -> dict:
-    """A launch for `run_jobs`."""
-    return {"entry": entry, "config": str(config), "settings": list(map(str, settings))}
+def job(entry: str, config: object, *settings: object, freeze: Sequence[str] = ()) -> dict:
+    """A launch for `run_jobs`; freeze: beginnings of the names of parameters that are not to be trained."""
+    return {"entry": entry, "config": str(config), "settings": list(map(str, settings)), "freeze": list(freeze)}
 
 
 def _jobs_command(

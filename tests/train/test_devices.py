@@ -52,6 +52,16 @@ def host(monkeypatch, tmp_path):
     return build
 
 
+def test_a_cpu_that_only_emulates_bf16_is_told(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": False, "cpu_name": "Old"})
+    assert devices.slow_precision("bf16", cpu).startswith("precision=bf16: this CPU (Old) has no arithmetic for it")
+    assert devices.slow_precision("fp32", cpu) == devices.slow_precision("bf16", torch.device("cuda")) == ""
+    for name in ("avx512_bf16", "amx_bf16"):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=name: {name: True})
+        assert devices.slow_precision("bf16", cpu) == ""
+
+
 def test_each_process_takes_its_own_gpu(host):
     chosen = host(files=8, visible=8)
     assert device_for(Ranks(5, 8, 5, 8)) == torch.device("cuda", 5)

@@ -1,19 +1,25 @@
 """Frozen parameters (requires_grad=False): saved, resumed and exported like all others, under every ZeRO stage."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from small_engine import SMALL, make, numbers, step
-from small_run import PRECISIONS
+from small_run import PRECISIONS, job, learned, run_jobs
 
+from loaders.batch import Batch
 from loaders.text import SPECIAL, Tokenizer
 from model.checkpoint import load_weights
+from model.config import TemporalConfig
 from model.export import main as export
+from model.singularity import Singularity
 from sharding.errors import UserError
 from train.checkpoints import TrainingState, load_checkpoint, save_checkpoint, save_weights
 from train.parts import set_weights
 from train.ranks import Ranks
+from train.step import Stepper
 
 QUICK = ("zero0", "zero1", "zero3")
 ZEROS = (*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero2", "zero2_offload", "zero3_offload")))
@@ -146,3 +152,48 @@ def test_a_persistent_buffer_is_saved_and_comes_back(zero, tmp_path, tokenizer):
 def test_a_model_that_is_all_frozen_is_refused():
     with pytest.raises(UserError, match="every parameter of the model is frozen"):
         make("zero1", "fp32", freeze=("",))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_real_runs_with_a_frozen_encoder_go_on_to_the_bit_and_on_other_processes(corpora, tmp_path):
+    def launch(folder, zero):
+        settings = f"output_dir={folder}", f"deepspeed=deepspeed_configs/{zero}.json", "scheduler.epochs=2"
+        more = "keep_checkpoints=9", "stop_key=images", "precision=bf16", "k_test=4"
+        return job("pretrain", corpora / "tiny.yaml", *settings, *more, freeze=ENCODER)
+
+    zeros = ("zero1", "zero3")
+    run_jobs(tmp_path, [launch(tmp_path / zero, zero) for zero in zeros])
+    for zero in zeros:
+        for folder in (tmp_path / f"{zero}_again", tmp_path / f"{zero}_alone"):
+            shutil.copytree(tmp_path / zero, folder, symlinks=True)
+            (folder / "finished.json").unlink()
+            for later in (10, 15, 16):
+                shutil.rmtree(folder / f"checkpoints/step_{later:08}")
+    run_jobs(tmp_path, [launch(tmp_path / f"{zero}_again", zero) for zero in zeros])
+    others = dict(zip(zeros, reversed(zeros)))
+    run_jobs(tmp_path, [launch(tmp_path / f"{zero}_alone", others[zero]) for zero in zeros], processes=1)
+    for zero in zeros:
+        assert learned(tmp_path / f"{zero}_again") == learned(tmp_path / zero)
+        assert [line["step"] for line in learned(tmp_path / f"{zero}_alone")] == list(range(1, 17))
+        first = whole(tmp_path / zero / "checkpoints/step_00000005")
+        for name in (zero, f"{zero}_again", f"{zero}_alone"):
+            last = whole(tmp_path / name / "checkpoints/step_00000016")
+            same = {key for key in first if torch.equal(first[key], last[key])}
+            frozen = {key for key in first if key.startswith(ENCODER)}
+            assert frozen <= same
+            assert len(same) < len(first) - 10
+        assert equal(whole(tmp_path / f"{zero}_again"), whole(tmp_path / zero))  # the best
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_batch_that_trains_nothing_is_told():
+    temporal = replace(SMALL, num_frames=2, temporal_vision_encoder=TemporalConfig(enable=True, num_layers=1))
+    names = [name for name, _ in Singularity(temporal, pad_id=0, cls_id=2, mask_id=4).named_parameters()]
+    engine, guard = make("zero1", "fp32", temporal, freeze=[name for name in names if "temporal" not in name])
+    ids = torch.randint(5, 40, (4, 8))
+    frames = torch.zeros(4, 1, 32, 32, 3, dtype=torch.uint8)
+    images = Batch("image", 0, 0, frames, ids, torch.ones_like(ids), torch.arange(4), ("a", "b", "c", "d"))
+    stepper = Stepper(engine, [], engine.module, None, guard, torch.device("cpu"), "fp32", 0, 0)
+    with pytest.raises(UserError, match="all that a batch of images is computed with is frozen: leave some"):
+        stepper._part(images)

@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from train.plot import main, read_run, smooth
+from train.plot import main, read_run, smooth, title
 
 
 @pytest.fixture
@@ -29,6 +29,27 @@ def test_curves_are_read_as_logged(runs, tmp_path):
     assert run.curves["loss"][1][9] == 0.25
     assert run.curves["val/r_mean"] == ([50], [20.0])
     assert "mfu" not in run.curves
+
+
+def test_images_and_clips_have_a_curve_each_and_losses_their_weight(tmp_path):
+    lines = [
+        {"step": step, "media_type": medium, "loss": loss, "loss_itc": loss / 2, "lr": 1e-4}
+        for step in range(1, 9)
+        for medium, loss in [("image", 1.0) if step % 2 else ("video", 4.0)]
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "config.yaml").write_text("loss_weight: {itc: 2.0, itm: 1.0, mlm: 0.0}\n")
+    run = read_run(tmp_path)
+    assert run.parts("loss") == {"images": ([1, 3, 5, 7], [1.0] * 4), "clips": ([2, 4, 6, 8], [4.0] * 4)}
+    assert list(run.parts("lr")) == [""]
+    assert run.last("loss") == "1 images, 4 clips"
+    assert [title(name, [run]) for name in ("loss", "loss_itc", "lr")] == [
+        "loss (weighted sum)",
+        "loss_itc (x 2)",
+        "lr",
+    ]
+    assert main([str(tmp_path), "--output", str(tmp_path / "out.png")]) == 0
+    assert list(read_run(tmp_path).parts("loss")) == ["images", "clips"]
 
 
 def test_a_picture_and_a_page(runs, tmp_path, capsys):

@@ -10,6 +10,7 @@ import pytest
 from needs import module
 from PIL import Image
 
+from model.config import LossWeights
 from train.config import RunConfig
 from train.folder import RunFolder
 from train.tracking import Tracker, check_tracking, drop_after
@@ -38,6 +39,28 @@ def test_lines_beyond_the_checkpoint_are_dropped(tmp_path, caplog):
     tracker.step({"step": 4, **FIGURES})
     tracker.close()
     assert steps(folder) == [1, 2, 3, 4]
+
+
+def test_weights_of_losses_are_told_once_where_they_are_not_1(tmp_path, caplog):
+    caplog.set_level("INFO", "train")
+    Tracker(RunFolder(tmp_path), RunConfig(), total_steps=10, step=0).close()
+    assert not caplog.messages
+    weights = LossWeights(itc=2.0, mlm=0.5)
+    Tracker(RunFolder(tmp_path), RunConfig(loss_weight=weights), total_steps=10, step=0).close()
+    told = "Losses are logged times their weights (loss_weight): loss_itc x 2, loss_mlm x 0.5; loss is their sum"
+    assert caplog.messages == [told]
+
+
+def test_evaluations_that_are_made_again_are_dropped(tmp_path):
+    folder = RunFolder(tmp_path)
+    tracker = Tracker(folder, RunConfig(), total_steps=4, step=0)
+    for epoch in (1, 2):
+        tracker.step({"step": 2 * epoch, **FIGURES})
+        tracker.evaluation(2 * epoch, epoch, {"val/": {"r_mean": 50.0}}, tmp_path / f"epoch_{epoch:02}")
+    tracker.evaluation(4, 2, {"val/": {"r_mean": 50.0}}, tmp_path / "final")
+    tracker.close()
+    drop_after(folder.metrics, 4, evaluated_epochs=1)
+    assert steps(folder) == [2, 2, 4]
 
 
 def test_a_line_cut_short_is_dropped(tmp_path):

@@ -1,0 +1,46 @@
+"""What the losses in a run's metrics are: times the weights that the run gives them, and of images or of clips."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MEDIA = {"image": "images", "video": "clips"}
+TOTAL = "loss"
+
+
+def loss_weights(run: Path) -> dict[str, float]:
+    """The weights in a run's config.yaml that are neither 1 nor 0, as {"loss_itc": 2.0}; empty where it has none."""
+    try:
+        settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        weights = {f"loss_{name}": float(value) for name, value in settings["loss_weight"].items()}
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError):
+        return {}
+    return {name: weight for name, weight in weights.items() if weight not in (0, 1)}
+
+
+def weighted_name(figure: str, weights: Mapping[str, float], name: str | None = None) -> str:
+    """How a loss is called in a chart: with its weight where it has one, the total as a weighted sum.
+
+    name: what to call it, by default as in metrics.jsonl.
+    """
+    name = name or figure
+    if figure == TOTAL and weights:
+        return f"{name} (weighted sum)"
+    return f"{name} (x {weights[figure]:g})" if figure in weights else name
+
+
+def by_medium(steps: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """The training steps of a metrics.jsonl by the medium of their batch: "images", "clips", or "" where none is told.
+
+    Lines of evaluations are left out.
+    """
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for step in steps:
+        if TOTAL in step:
+            medium = step.get("media_type")
+            found.setdefault(MEDIA.get(str(medium), str(medium or "")), []).append(step)
+    return found

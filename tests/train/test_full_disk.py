@@ -1,0 +1,164 @@
+"""A disk that is full, or cannot be written to, ends a run with one line; what was saved before is whole."""
+
+import errno
+import os
+import shutil
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+from safetensors import SafetensorError
+from small_run import command, environment, learned, metrics, run
+
+from model.checkpoint import load_weights
+from model.config import ModelConfig
+from sharding.errors import UserError, os_error_number, user_message
+from train import checkpoints
+from train.checkpoints import STATE, TrainingState, save_checkpoint, save_weights, update_state
+from train.config import RunConfig
+from train.folder import RunFolder
+from train.profiling import StepProfiler
+from train.ranks import Ranks
+from train.tracking import Tracker
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+RUST = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+QUOTA = OSError(errno.EDQUOT, "Disk quota exceeded")
+READ_ONLY = OSError(errno.EROFS, "Read-only file system")
+
+
+@pytest.fixture
+def saving(tmp_path, monkeypatch):
+    """Save step N below tmp_path, without an engine; `fail` makes one of the steps of it fail."""
+
+    def part(folder, engine, ranks, moments=True):
+        path = folder / "rank_00000_of_00001.safetensors"
+        path.write_text("half")
+        return path
+
+    monkeypatch.setattr(checkpoints, "write_part", part)
+    monkeypatch.setattr(checkpoints, "_write_whole_weights", lambda folder, *_: (folder / "weights").mkdir())
+    monkeypatch.setattr(checkpoints, "_optimizer_state", lambda engine: {})
+
+    def save(step):
+        return save_checkpoint(tmp_path, None, TrainingState(step=step), ModelConfig(), None, Ranks(), keep=2)
+
+    def fail(where, error):
+        whole = getattr(checkpoints, where)
+
+        def failing(*arguments, **settings):
+            whole(*arguments, **settings)
+            raise error
+
+        monkeypatch.setattr(checkpoints, where, failing)
+
+    return SimpleNamespace(save=save, fail=fail)
+
+
+@pytest.mark.parametrize("where", ["write_part", "_write_whole_weights", "_write_state"])
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (FULL, "(No space left on device): free some space and"),
+        (RUST, "(No space left on device): free some space and"),
+        (QUOTA, "(Disk quota exceeded): free some space and"),
+        (READ_ONLY, "(Read-only file system): see to it that it can be written to and"),
+    ],
+    ids=["full", "full, by safetensors", "quota", "read-only"],
+)
+def test_a_checkpoint_that_cannot_be_written_is_one_line_and_leaves_the_earlier_one(
+    saving, tmp_path, where, error, told
+):
+    saving.save(3)
+    saving.fail(where, error)
+    with pytest.raises(UserError) as caught:
+        saving.save(5)
+    assert str(caught.value) == (
+        f"{tmp_path}/step_00000005 cannot be written {told} run the same command again, which goes on from "
+        "step_00000003, which is whole"
+    )
+    assert os.listdir(tmp_path) == ["step_00000003"]
+
+
+def test_the_first_checkpoint_and_the_best_model_and_a_state_alike(saving, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "_flush", lambda paths: None)
+    path = saving.save(1)
+    saving.fail("_write_state", FULL)
+    with pytest.raises(UserError, match=r"step_00000001 cannot be written"):
+        update_state(path, TrainingState(step=1), Ranks())
+    saving.fail("write_part", RUST)
+    with pytest.raises(UserError, match=r"best_00000001 cannot be written \(No space"):
+        save_weights(tmp_path / "best_00000001", None, ModelConfig(), None, Ranks())
+    assert os.listdir(tmp_path) == ["step_00000001"]
+    assert (path / STATE).is_file()
+    shutil.rmtree(path)
+    with pytest.raises(UserError, match="same command again, which begins anew"):
+        saving.save(5)
+
+
+def test_an_error_that_is_no_fault_of_the_disk_stays_what_it_is(saving):
+    saving.fail("write_part", SafetensorError("Error while serializing: InvalidTensor"))
+    with pytest.raises(SafetensorError):
+        saving.save(5)
+
+
+def test_errors_of_rust_libraries_are_told_like_those_of_the_system():
+    assert os_error_number(RUST) == errno.ENOSPC
+    assert user_message(RUST).startswith("No space left on device: free some")
+    assert user_message(SafetensorError("header too large")) is None
+
+
+def test_metrics_that_cannot_be_written_name_their_file(tmp_path):
+    folder = RunFolder(tmp_path)
+    tracker = Tracker(folder, RunConfig(), total_steps=10, step=0)
+
+    def refuse():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    tracker._file = SimpleNamespace(write=lambda text: None, flush=refuse)
+    with pytest.raises(OSError) as caught:
+        tracker.evaluation(1, 1, {"val/": {"r_mean": 1.0}})
+    assert user_message(caught.value).startswith(f"No space left on device: '{folder.metrics}': free some")
+
+
+def test_a_trace_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog):
+    (tmp_path / "profile").write_text("a file")
+    profiler = StepProfiler([1, 1], tmp_path / "profile", 0, SimpleNamespace(type="cpu"))
+    profiler.before(1)
+    profiler.after(1)
+    profiler.close()
+    assert "The trace of steps 1 to 1 is lost" in caplog.text
+
+
+def small_disk(folder, megabytes, words):
+    """A command whose folder is a file system of so many megabytes of its own."""
+    mount = f'mount -t tmpfs -o size={megabytes}m none "{folder}" && shift && "$@"; code=$?; ls -A "{folder}"/run/*; '
+    keep = f'cp -r "{folder}/run" "{folder}.kept"; exit $code'
+    return ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount + keep, "sh", "--", *words]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_real_disk_that_gets_full_ends_all_processes_and_a_larger_one_goes_on(corpora, tmp_path, processes):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(small_disk(disk, 1, ["true"]), capture_output=True).returncode:
+        pytest.skip("the kernel does not let this user mount a file system")
+    settings = ("scheduler.epochs=2", "save_every=2", "keep_checkpoints=99")
+    words = command("pretrain", corpora / "tiny.yaml", f"output_dir={disk}/run", *settings, processes=processes)
+    ended = subprocess.run(small_disk(disk, 6, words), env=environment(), capture_output=True, text=True, timeout=600)
+    told = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert ended.returncode == 2, ended.stdout + ended.stderr
+    assert len(told) == 1
+    assert "cannot be written" in told[0]
+    assert "(No space left on device): free some space and run the same command again" in told[0]
+    assert "Traceback" not in ended.stderr
+    kept = tmp_path / "disk.kept"
+    assert not [path for path in (kept / "checkpoints").iterdir() if path.name.startswith(".")]
+    assert load_weights(kept).state
+    steps = metrics(kept)[-1]["step"]
+    again = run("pretrain", corpora / "tiny.yaml", f"output_dir={kept}", *settings, processes=processes)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert steps < 16
+    assert [line["step"] for line in learned(kept)] == list(range(1, 17))
