@@ -127,7 +127,9 @@ def tars_at(url: str) -> list[tuple[str, int]]:
     try:
         entries = filesystem.ls(root, detail=True)  # a folder's name may hold what means something to glob
     except FileNotFoundError:
-        entries = []
+        if "://" not in url:
+            raise MissingError(f"{url} does not exist: check the folder's name") from None
+        entries = []  # stores have no empty folders
     there = {entry["name"].rsplit("/", 1)[-1]: entry for entry in entries if entry["type"] != "directory"}
     found = {name: entry for name, entry in there.items() if name.endswith(".tar")}
     compressed = [name for name in there if any(fnmatchcase(name, kind) for kind in COMPRESSED_TARS)]

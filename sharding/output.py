@@ -75,7 +75,9 @@ def open_output(output: str, among_others: bool = False, part: str = "") -> Iter
 
 
 def refuse_others(folder: Path, among_others: bool) -> None:
-    """Raise ValueError where a folder holds things that no build of this tool made, unless they may lie there."""
+    """Raise UserError where the output is a file, or holds things that no build of this tool made and may not."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: choose another --output, a folder")
     if among_others or not folder.exists():
         return
     others = any(path.name != PARTIAL for path in folder.iterdir())

@@ -8,6 +8,7 @@ import mmap
 import os
 import queue
 import re
+import stat
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -177,12 +178,20 @@ def open_archive(url: str, folder: Path) -> Archive:
 
 
 def read_local(path: str, whole: bool) -> Fetched:
-    """A file's bytes, or the open file."""
-    file = open(path, "rb")  # noqa: SIM115 (an open clip is closed by who decodes it)
+    """A file's bytes, or the open file; raises MediaError for what is no file: pipes and devices have no end."""
+    file = open(path, "rb", opener=open_at_once)  # noqa: SIM115 (an open clip is closed by who decodes it)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise MediaError("not a regular file")
     if not whole:
         return file
     with file:
         return file.read()
+
+
+def open_at_once(path: str, flags: int) -> int:
+    """`os.open` that does not wait for a writer of a pipe."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def download(filesystem: Any, path: str, scratch: Path) -> BinaryIO:

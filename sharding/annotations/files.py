@@ -214,7 +214,7 @@ def not_json(file: str, parse: Callable[[Any], Iterator[Found]], slow: int) -> U
         except NOT_JSON as error:
             reason = json_reason(error)
     after = f", after entry {number}" if number else ""
-    place = f"line {stream.line}, column {stream.column}{after}"
+    place = f"line {stream.line}, column {max(stream.column, 1)}{after}"
     return UserError(f"annotation file {file} is not JSON ({reason}): {place}")
 
 

@@ -5,6 +5,7 @@ import gzip
 import io
 import itertools
 import json
+import os
 import socket
 import threading
 import time
@@ -18,6 +19,7 @@ from PIL import Image
 from sharding.build import build_corpus
 from sharding.failures import read_failures
 from sharding.remote import WebError
+from sharding.sources import Media
 from sharding.web import Bounds, Fetching, WebClient
 
 MB = 10**6
@@ -168,3 +170,12 @@ def test_packing_from_a_hostile_server_above_descriptor_1023(server: str, tmp_pa
     assert reasons["gone"] == "file not found"
     assert set(reasons) - {"good.jpg"} == {"header", "gone"}
     assert corpus.samples + len(set(reasons) & {"good.jpg"}) == 1
+
+
+@pytest.mark.parametrize("media_type", ["image", "video"])
+def test_pipes_and_devices_among_the_media_are_failures(tmp_path: Path, media_type: str) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "zero.jpg").symlink_to("/dev/zero")
+    with Media(str(tmp_path), media_type, tmp_path, Fetching()) as media:
+        found = [str(found) for _, found in media.fetched(["pipe.jpg", "zero.jpg"])]
+    assert found == ["not a regular file"] * 2
