@@ -39,9 +39,10 @@ PACKAGES := chromium pdsh ssh:openssh-client sshd:openssh-server ip:iproute2 nft
   /usr/include/libaio.h:libaio-dev
 AS_ROOT := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
 
-# Most tests wait for processes and servers of their own: two files at a time.
-JOBS ?= 2
-SIDE_BY_SIDE := --numprocesses $(JOBS) --dist loadfile
+# Most tests wait for processes and servers of their own: three files at a time keep two cores busy. tests/conftest.py
+# orders the files.
+JOBS ?= 3
+SIDE_BY_SIDE := --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help install servers packages demo study test test-all lint format clean
 
