@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -53,7 +54,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             raise OSError(number, os.strerror(number), str(path)) from None
         raise
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a read-only disk
+            aside.unlink(missing_ok=True)
 
 
 def _system_error(error: BaseException | None) -> int:
@@ -93,6 +95,8 @@ def write_folder(weights: Weights, vocabulary: Path | None, folder: Path) -> Non
             shutil.copyfile(vocabulary, aside / VOCABULARY)
         write_weights(weights, aside)
         aside.rename(folder)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

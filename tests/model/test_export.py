@@ -138,7 +138,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, weights):
     )
     lines = result.stderr.splitlines()
     assert result.returncode == len(lines) == 2, result.stderr
-    assert all(line.startswith("error: ") and "File too large" in line for line in lines)
+    assert lines == [f"error: File too large: {output!r}" for output in outputs]
     assert not os.listdir(tmp_path / "new")
 
 
