@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from eval.evaluations import Evaluation
+from eval.evaluations import Evaluation, read_evaluation
+
+WHILE_TRAINING = re.compile(r"epoch_\d+|final")  # labels
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,21 @@ def read_predictions(evaluation: Evaluation, split: str) -> Any:
         for item in predictions:
             item.setdefault("options", [option["text"] for option in item["top"]])
     return predictions
+
+
+def ambiguous_splits(runs: Iterable[Path]) -> set[str]:
+    """Names that mean different test sets in the runs' evaluations while training; what cannot be read is left out."""
+    digests: dict[str, set[str]] = {}
+    for folder in (folder for run in runs for folder in run.glob("evaluation/*/")):
+        if not WHILE_TRAINING.fullmatch(folder.name):
+            continue
+        try:
+            evaluation = read_evaluation(folder)
+        except ValueError:
+            continue
+        for split in evaluation.details["splits"]:
+            digests.setdefault(split, set()).add(recorded_digest(evaluation, split))
+    return {split for split, found in digests.items() if len(found) > 1}
 
 
 def group_test_sets(evaluations: Sequence[Evaluation]) -> list[TestSet]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import logging
 import os
@@ -205,6 +206,8 @@ def cache_folder(asked: Path | None) -> Iterator[Path]:
     """
     folder = asked or usual_cache()
     try:
+        if asked is None and not folder.is_absolute():
+            raise FileNotFoundError(errno.ENOENT, "there is no home folder")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):  # a read-only file system shows only when one writes
             pass

@@ -14,6 +14,7 @@ from typing import Any
 
 from jinja2 import Environment, select_autoescape
 
+from eval.grouping import ambiguous_splits
 from eval.losses import MEDIA, loss_weights, weighted_name
 from sharding.errors import MissingError, UserError, command
 from sharding.outside import check_outside_corpora
@@ -156,6 +157,16 @@ def title(figure: str, runs: Sequence[Run]) -> str:
     return titles.pop() if len(titles) == 1 else f"{figure} (weighted)"
 
 
+def _tell_test_sets_apart(runs: Sequence[Run], folders: Sequence[Path]) -> None:
+    """Give the curves of splits that share a name and no items a name of their own, and so a panel."""
+    for split in ambiguous_splits(folders):
+        for run, folder in zip(runs, folders, strict=True):
+            for name in (split, f"{split}_emb"):
+                for figure in [figure for figure in run.curves if figure.startswith(f"{name}/")]:
+                    own = f"{name} ({folder})/{figure.removeprefix(f'{name}/')}"
+                    run.curves[own] = run.curves.pop(figure)
+
+
 def write_plot(folders: Sequence[Path], output: Path, figures: Sequence[str] = ()) -> list[str]:
     """Draw the runs' curves to OUTPUT.png or OUTPUT.html; returns the figures drawn.
 
@@ -164,6 +175,7 @@ def write_plot(folders: Sequence[Path], output: Path, figures: Sequence[str] = (
     if output.suffix not in (".png", ".html"):
         raise UserError(f"{output}: a picture ends in .png, a page in .html")
     runs = [read_run(folder) for folder in folders]
+    _tell_test_sets_apart(runs, folders)
     known = figures_of(runs)
     unknown = [figure for figure in figures if figure not in known]
     if unknown:

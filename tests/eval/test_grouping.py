@@ -16,6 +16,7 @@ from eval.outcomes import Outcomes, outcomes_of_ranks
 from eval.outputs import SplitOutput, write_evaluation
 from eval.report import main as report
 from eval.report_tables import bars, console_table, frame_curves, tables
+from train.plot import write_plot
 
 
 def retrieval(count, name="test", words="text", corpus=None, frames=1, order=1, hit=0.5):
@@ -160,6 +161,20 @@ def test_runs_of_one_name_keep_their_rows_bars_and_curves(tmp_path):
     assert len(bars(tables(sets), "retrieval")[0]["bars"]) == 4
     assert frame_curves(sets)[0]["names"] == [f"{run}, concat, dual encoder" for run in ("first/small", "second/small")]
     assert len(re.findall("small · ", console_table(evaluations))) == 4
+
+
+def test_curves_of_two_test_sets_of_one_name_have_panels_of_their_own(tmp_path):
+    for run, words in (("a", "text"), ("b", "other"), ("c", "text")):
+        write(tmp_path / run / "evaluation/epoch_01", retrieval(20, "val", words=words), retrieval(9, "same"))
+        lines = [{"step": 1, "loss": 1.0}, {"step": 1, "epoch": 1, "val_emb/r_mean": 5.0, "same_emb/r_mean": 9.0}]
+        (tmp_path / run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    runs = [tmp_path / name for name in "abc"]
+    drawn = write_plot(runs, tmp_path / "plot.png")
+    assert [name for name in drawn if "/" in name] == [
+        "same_emb/r_mean", *(f"val_emb ({run})/r_mean" for run in runs),
+    ]  # fmt: skip
+    drawn = write_plot([runs[0], runs[2]], tmp_path / "plot.png")
+    assert [name for name in drawn if "/" in name] == ["same_emb/r_mean", "val_emb/r_mean"]
 
 
 def test_ranks_among_other_candidates_are_not_compared(tmp_path, capsys):
