@@ -52,7 +52,7 @@ def evaluate(settings: Settings, ranks: Ranks) -> None:
             check_replaceable(folder, subject, run, split_inputs(run, frames))
     log_to_file(logs, ranks)
     if ranks.is_first:
-        log.info("Computing on %s, %d processes", describe(device), ranks.world_size)
+        log.info("Computing on %s", describe(device))
     dtype = torch.float32 if device.type == "cpu" else DTYPES[run.precision]
     progress("joining the other processes")
     if ranks.world_size > 1:

@@ -36,7 +36,7 @@ def train(
     if ranks.is_first:
         prepared.folder.begin(prepared.run)
         log_to_file(prepared.folder.path, ranks)
-        log.info("Computing on %s; starting DeepSpeed with %d processes", describe(device), ranks.world_size)
+        log.info("Computing on %s; starting DeepSpeed", describe(device))
     progress("joining the other processes")
     start_processes(device, prepared.run.stall_seconds)
     if not ranks.is_first:  # only now is the folder known to be this run's

@@ -75,7 +75,7 @@ def test_what_a_user_can_mend_on_one_rank_is_one_line(corpora, tmp_path, launche
 @pytest.mark.parametrize(
     ("kind", "code", "told"),
     [
-        ("bug", 1, "ValueError: a bug in the model"),
+        pytest.param("bug", 1, "ValueError: a bug in the model", marks=pytest.mark.slow),
         pytest.param("user", 2, "error: this rank's disk is missing: mount it", marks=pytest.mark.slow),
         pytest.param("disk", 2, "error: No space left on device: '/data/part'", marks=pytest.mark.slow),
     ],

@@ -20,7 +20,7 @@ SLOW = 12.0
 
 def halt(how):
     if how == "stop":
-        time.sleep(1.5)  # in which its last report reaches the first rank
+        time.sleep(3)  # in which its last report reaches the other ranks
         os.kill(os.getpid(), signal.SIGSTOP)
     elif how == "wait":
         threading.Event().wait()

@@ -1,5 +1,6 @@
 """A job that stands still ends by itself, and says which rank is the cause and at which step."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -174,8 +175,9 @@ def halted(folder, job, halt, *written, until=r"The job stands still: (.*)", sec
             time.sleep(0.2)
         return found[1]
     finally:
-        for process in psutil.Process(launcher.pid).children(recursive=True):
-            process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in psutil.Process(launcher.pid).children(recursive=True):
+                process.kill()
         launcher.kill()
         launcher.wait()
 
@@ -221,7 +223,7 @@ HALTS = {
     "alone, rank 0 writes": (
         ("evaluate", "splits=[images]"),
         "eval.outputs write_json 0 2 wait",
-        r"evaluating images: writing \w+.json",
+        WRITTEN,
     ),
 }
 QUICK = ("saving, rank 1 stopped", "alone, rank 0 stopped")
