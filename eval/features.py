@@ -19,6 +19,7 @@ from loaders.batch import normalize
 from loaders.config import LoaderConfig
 from model.encoders import Encoders
 from model.singularity import Singularity
+from sharding.activity import progress
 
 log = logging.getLogger(__name__)
 
@@ -124,9 +125,11 @@ def pixel_batches(
     batch_size = getattr(config.batch_size_test, dataset.media_type)
     total = -(-dataset.num_visuals // world_size)
     with tqdm(total=total, desc=f"encoding {dataset.name}", leave=False, disable=None if rank == 0 else True) as bar:
+        progress(f"visual 0 of {total} encoded")
         for batch in dataset.batches(num_frames, batch_size, rank=rank, world_size=world_size, device=device):
             yield normalize(batch.frames.to(device, non_blocking=True), model.mean, model.std), batch.indices
             bar.update(len(batch.indices))
+            progress(f"visual {bar.n} of {total} encoded")
 
 
 def missing_visuals(dataset: VisualData, present: np.ndarray, world_size: int) -> dict[int, str]:
@@ -211,6 +214,7 @@ def encode_texts(
     first, last = (len(ids) * part // world_size for part in (rank, rank + 1))
     attended, embeddings = [], []
     for rows in _slices(first, last, TEXT_BATCH) if last > first else [slice(0, 1)]:
+        progress(f"encoding texts, {rows.start - first} of {last - first} done")
         states, pooled = model.encode_text(ids[rows], mask[rows])
         own = slice(0, last - first)  # nothing of what a rank without texts encodes, to learn the shapes
         attended.append(model.text_encoder.attend_texts(states, mask[rows])[own])

@@ -12,7 +12,8 @@ from PIL import Image, ImageEnhance
 
 from eval.features import VisualData
 from eval.metrics import NOT_RANKED, Truth, true_ranks
-from eval.ranking import top_items
+from eval.ranking import row_blocks, top_items
+from sharding.activity import progress
 from sharding.errors import AccessError
 from sharding.media import MediaError
 from sharding.media.picture import decode_picture
@@ -68,7 +69,7 @@ def choose_queries(
     """
     queries = np.array([query for query, items in enumerate(truth) if len(items)], dtype=np.int64)
     ranks = true_ranks(scores, truth).by_index
-    margins = np.array([_margin(scores[query], truth[query]) for query in queries])
+    margins = _margins(scores, truth, queries)
     best = np.lexsort((-margins, ranks))[:count]
     worst = np.lexsort((margins, -ranks))[:count]
     random = np.sort(np.random.default_rng(seed).permutation(len(queries))[:count])
@@ -89,6 +90,7 @@ def draw_visuals(
     shown: dict[str, Any] = {}
     pictures: dict[str, bytes] = {}
     for visual in visuals:
+        progress(f"drawing visual {visual}")
         wanted = frames if dataset.media_type == "video" else 1
         found = [] if visual in missing else dataset.thumbnail(visual, wanted)
         name = None
@@ -131,13 +133,18 @@ def strip(frames: Sequence[bytes], cell: int = CELL) -> bytes:
     return out.getvalue()
 
 
-def _margin(row: np.ndarray, items: Sequence[int]) -> float:
-    """By how much the best true item leads the best wrong one; -inf where it was not scored."""
-    target = row[items].max()
-    wrong = np.delete(row, items)
-    if not np.isfinite(target):
-        return -np.inf
-    return float(target - wrong.max()) if len(wrong) and np.isfinite(wrong.max()) else np.inf
+def _margins(scores: np.ndarray, truth: Truth, queries: np.ndarray) -> np.ndarray:
+    """By how much each query's best true item leads the best wrong one; -inf where it was not scored."""
+    margins = np.full(len(queries), -np.inf)
+    for block in row_blocks(len(queries), scores.shape[1]):
+        rows = scores[queries[block]]
+        target = np.empty(len(rows))
+        for row, query in enumerate(queries[block]):
+            target[row] = rows[row, truth[query]].max()
+            rows[row, truth[query]] = -np.inf
+        scored = np.isfinite(target)
+        margins[block][scored] = target[scored] - rows[scored].max(1)
+    return margins
 
 
 def _query(query: int, scores: np.ndarray, truth: Truth, rank: int, unranked: float) -> Query:

@@ -8,6 +8,8 @@ from typing import TypeVar
 import torch
 from torch import distributed
 
+from sharding.activity import waiting
+
 T = TypeVar("T")
 
 # Called on every rank before ranks exchange anything: what they must have finished together.
@@ -30,13 +32,15 @@ def gather_rows(rows: torch.Tensor, world_size: int) -> torch.Tensor:
     meet()
     device = _group_device(rows)
     counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size)]
-    distributed.all_gather(counts, torch.tensor([len(rows)], device=device))
-    sizes = [int(count) for count in counts]
+    with waiting("gather_rows"):
+        distributed.all_gather(counts, torch.tensor([len(rows)], device=device))
+        sizes = [int(count) for count in counts]
     padded = torch.zeros((max(sizes), *rows.shape[1:]), dtype=rows.dtype, device=device)
     padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in range(world_size)]
-    distributed.all_gather(parts, padded)
-    return torch.cat([part[:size] for part, size in zip(parts, sizes)]).to(rows.device)
+    with waiting("gather_rows"):
+        distributed.all_gather(parts, padded)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes)]).to(rows.device)
 
 
 def gather_objects(value: T, world_size: int) -> list[T]:
@@ -45,7 +49,8 @@ def gather_objects(value: T, world_size: int) -> list[T]:
         return [value]
     meet()
     values: list[T | None] = [None] * world_size
-    distributed.all_gather_object(values, value)
+    with waiting("gather_objects"):
+        distributed.all_gather_object(values, value)
     return values  # type: ignore[return-value]
 
 
@@ -54,7 +59,8 @@ def share(value: T | None, world_size: int) -> T:
     values = [value]
     if world_size > 1:
         meet()
-        distributed.broadcast_object_list(values, src=0)
+        with waiting("share"):
+            distributed.broadcast_object_list(values, src=0)
     return values[0]  # type: ignore[return-value]
 
 

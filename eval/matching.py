@@ -27,8 +27,8 @@ def match_marked(
 
     Marked pairs of a visual that could not be read hold `outside` too.
     """
-    progress = tqdm(visuals.blocks, desc="matching", leave=False, disable=None if rank == 0 else True)
-    blocks = ((block.indices, block.tokens) for block in progress)
+    bar = tqdm(visuals.blocks, desc="matching", leave=False, disable=None if rank == 0 else True)
+    blocks = ((block.indices, block.tokens) for block in bar)
     own = match_pairs(
         model, blocks, texts.attended, texts.mask, pairs, config.eval_frame_ensemble, config.pair_batch_size
     )

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from eval.metrics import NOT_RANKED, RECALL_AT
+from sharding.activity import progress
 from sharding.errors import MissingError, UserError
 from sharding.parquet import read_table
 
@@ -157,6 +158,7 @@ def bootstrap(
     result = np.empty((resamples, len(names)))
     top, bottom = np.stack(sums, 1), np.stack(counts, 1).astype(np.float64)
     for number in range(resamples):
+        progress(f"confidence intervals, resample {number} of {resamples}")
         weights = np.bincount(generator.integers(len(numbers), size=len(numbers)), minlength=len(numbers))
         total = weights @ bottom
         result[number] = 100 * (weights @ top) / np.where(total == 0, 1, total)

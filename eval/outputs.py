@@ -6,7 +6,7 @@ import json
 import shutil
 import zipfile
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +19,9 @@ from eval.evaluations import FORMAT_VERSION
 from eval.grouping import items_digest
 from eval.outcomes import Outcomes, intervals, write_outcomes
 from eval.report import write_report
+from sharding.activity import progress
+
+SEEN = ("image_res", "antialias", "paragraph", "max_txt_l", "max_q_len", "max_a_len", "precision")
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,13 @@ class SplitOutput:
 class Subject:
     """What was evaluated: the evaluation's name in reports (by default run and label), and the weights.
 
+    checkpoint: what the user calls them; weights: a digest of them, empty where nobody has made it.
     zero_shot: whether the weights were never trained for the task; temporal: whether they relate frames in time.
     """
 
     title: str = ""
     checkpoint: str = ""
+    weights: str = ""
     zero_shot: bool = False
     temporal: bool = False
 
@@ -84,11 +89,22 @@ def write_evaluation(
         saved = beside.submit(_write_scores, aside / "scores.npz", matrices) if matrices and save_scores else None
         _write_results(aside, splits, config, subject)
         if saved is not None:
-            saved.result()
+            _wait_for(saved, aside / "scores.npz")
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
     write_report([folder], folder / "report.html")
     return folder
+
+
+def _wait_for(saved: Future[None], path: Path) -> None:
+    """Return when the file is written; reports progress as long as it grows."""
+    size = 0
+    while not saved.done():
+        wait([saved], timeout=1)
+        if path.is_file() and path.stat().st_size > size:
+            size = path.stat().st_size
+            progress(f"writing {path.name}, {size >> 20} MiB")
+    saved.result()
 
 
 def _write_scores(path: Path, matrices: Mapping[str, np.ndarray]) -> None:
@@ -126,12 +142,22 @@ def _details(
         "task": config.task,
         "benchmark": config.benchmark,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "settings": {key: value for key, value in asdict(config).items() if key in EvalConfig.__dataclass_fields__},
+        "settings": recorded_settings(config),
         "intervals": intervals(outcomes),
         "splits": {split.name: split.details | {"items_sha256": items_digest(split.predictions)} for split in splits},
     }
 
 
+def recorded_settings(config: EvalConfig) -> dict[str, Any]:
+    """The settings that evaluation.json keeps: those of evaluation, and of a whole run those of what the model sees."""
+    values = asdict(config)
+    kept = {key: value for key, value in values.items() if key in EvalConfig.__dataclass_fields__ or key in SEEN}
+    if "video_input" in values:
+        kept["sample_type_test"] = values["video_input"]["sample_type_test"]
+    return kept
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write plain values as indented UTF-8."""
+    progress(f"writing {path.name}")
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")

@@ -21,6 +21,7 @@ from eval.gather import gather_rows
 from eval.metrics import NOT_FINITE
 from loaders.evaluation import Question
 from model.answering import SingularityQA
+from sharding.activity import progress
 from sharding.errors import UserError
 
 QUESTIONS_AT_ONCE = 16
@@ -138,6 +139,7 @@ def rank_for_block(
     answer_ids, answer_mask = (part.to(device) for part in candidates)
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
     for start in range(0, len(mine), QUESTIONS_AT_ONCE):
+        progress(f"answering about {len(block.indices)} visuals, question {start} of {len(mine)}")
         numbers = mine[start : start + QUESTIONS_AT_ONCE]
         ids, mask = (part[torch.from_numpy(numbers)].to(device) for part in questions)
         seen = tokens[[place[int(owners[number])] for number in numbers]]

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from sharding.activity import progress
+
 BLOCK_CELLS = 1 << 24  # cells of a score matrix handled at once
 
 
@@ -13,6 +15,7 @@ def row_blocks(rows: int, columns: int) -> Iterator[slice]:
     """Slices that cover `rows` rows of `columns` cells in blocks of a bounded size."""
     step = max(1, BLOCK_CELLS // max(1, columns))
     for start in range(0, rows, step):
+        progress(f"ranking scores, row {start} of {rows}")
         yield slice(start, min(start + step, rows))
 
 
@@ -37,5 +40,9 @@ def top_k_mask(scores: np.ndarray, k: int) -> np.ndarray:
 
 def top_items(row: np.ndarray, k: int) -> np.ndarray:
     """Indices of the k highest of scores (G,), best first, ties by index; fewer where only -inf is left."""
-    candidates = np.flatnonzero(top_k_mask(row[None], k)[0])
-    return candidates[np.argsort(-row[candidates], kind="stable")]
+    return ordered(row, np.flatnonzero(top_k_mask(row[None], k)[0]))
+
+
+def ordered(row: np.ndarray, items: np.ndarray) -> np.ndarray:
+    """Some items (K,) of scores (G,), ascending, best first, ties by index."""
+    return items[np.argsort(-row[items], kind="stable")]

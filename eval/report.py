@@ -17,6 +17,7 @@ from eval.grouping import TestSet, group_test_sets
 from eval.published import SOURCE
 from eval.report_tables import bars, console_table, frame_curves, loss_curves, tables
 from sharding.errors import command
+from sharding.outside import check_outside_corpora
 
 
 def write_report(paths: Sequence[str | Path], output: str | Path, title: str = "Evaluation") -> Path:
@@ -100,6 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", default="report.html", metavar="FILE", help="page to write (default: %(default)s)")
     parser.add_argument("--title", default="Evaluation", help="heading of the page (default: %(default)s)")
     options = parser.parse_args(arguments)
+    check_outside_corpora(options.output, "--output")
     output = write_report(options.runs, options.output, options.title)
     table = console_table(find_evaluations(options.runs))
     sys.stdout.write(f"{table}\n\nreport: {output}\n")

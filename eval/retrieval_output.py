@@ -12,7 +12,7 @@ from eval.gallery import PicturedData, Query, choose_queries, draw_visuals
 from eval.metrics import true_ranks
 from eval.outcomes import Outcomes, outcomes_of_ranks
 from eval.outputs import SplitOutput
-from eval.ranking import row_blocks, top_items
+from eval.ranking import ordered, row_blocks, top_k_mask
 from eval.retrieval import NOT_RERANKED, RetrievalData, RetrievalResult, score_matrices
 
 PREDICTED = 10  # items listed for each query in predictions.json
@@ -96,8 +96,8 @@ def _predictions(
 def _first(scores: np.ndarray, names: Sequence[str]) -> list[list[dict[str, Any]]]:
     found = []
     for block in row_blocks(*scores.shape):
-        for row in scores[block]:
-            items = [int(i) for i in top_items(row, PREDICTED) if row[i] > NOT_RERANKED]
+        for row, marked in zip(scores[block], top_k_mask(scores[block], PREDICTED)):
+            items = [int(i) for i in ordered(row, np.flatnonzero(marked)) if row[i] > NOT_RERANKED]
             found.append([{"item": names[i], "score": round(float(row[i]), 4)} for i in items])
     return found
 

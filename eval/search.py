@@ -32,6 +32,7 @@ from model.checkpoint import load_model, resolve_weights
 from model.scoring import match_pairs
 from model.singularity import Singularity
 from sharding.errors import AccessError, UserError, command
+from sharding.outside import check_outside_corpora
 
 log = logging.getLogger(__name__)
 
@@ -259,11 +260,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError("there is nothing to search for: give a QUERY, or --serve for a web page")
     if options.top < 1 or options.candidates < 0 or options.frames < 1:
         raise UserError("--top and --frames must be at least 1, --candidates at least 0")
+    check_outside_corpora(options.cache or usual_cache(), "--cache")
     if options.serve:
         with SearchServer(options.host, options.port, options.top, options.candidates) as server:
             with _encoded(options) as server.search:
                 server.serve_until_interrupted()
         return 0
+    check_outside_corpora(options.output, "--output")
     with _encoded(options) as search:
         hits = search.find(options.query, options.top, options.candidates)
         Path(options.output).write_bytes(contact_sheet(search, options.query, hits))

@@ -11,20 +11,23 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import NoReturn
 
+from sharding.errors import USER_ERROR, UserError, user_message
 from train.config_files import Settings, load_settings
 from train.ranks import Ranks, ranks_from_environment
-from train.stopped import Stopped
+from train.stopped import LostRankError, Stopped
 
 log = logging.getLogger("launch")
 
 ROOMS = ("launch", "train", "eval", "loaders", "model", "sharding")
 NOISY = ("huggingface_hub", "transformers", "timm")  # they tell again, at length, what our own messages say
 
-USER_ERROR = 2
 OTHERS_WAIT = 10.0  # seconds in which a rank leaves it to the first one to tell what is wrong
+
+_kept = MemoryHandler(100_000, flushLevel=logging.CRITICAL + 1)
 
 EPILOG = """\
 start it with
@@ -42,8 +45,8 @@ class _Parser(argparse.ArgumentParser):
     """Tells mistakes as everything else here does."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise ValueError."""
-        raise ValueError(f"{message}; `python {self.prog} --help` tells how to start it")
+        """Raise UserError."""
+        raise UserError(f"{message}; `python {self.prog} --help` tells how to start it")
 
 
 def parse(script: str, description: str) -> argparse.Namespace:
@@ -65,42 +68,60 @@ def parse(script: str, description: str) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run(script: str, description: str, body: Callable[[Settings, Ranks], None]) -> NoReturn:
-    """Run an entry point and end the process: 0 done, 2 a mistake of the user's, 128 + signal stopped by it.
+def run(script: str, description: str, body: Callable[[Settings, Ranks], None], logs: str = "") -> NoReturn:
+    """Run an entry point and end the process: 0 done, 2 a mistake of the user's, 128 + signal stopped by it, 1 a bug.
 
-    body: imports what it needs itself, so that mistakes in the settings show before PyTorch is there.
+    body: imports what it needs itself, so that mistakes in the settings show before PyTorch is there. logs: the folder
+    below output_dir whose log a failure belongs to.
     """
-    ranks = Ranks()
+    ranks, folder = Ranks(), None
     try:
         ranks = ranks_from_environment()
         set_up_logging(ranks)
         options = parse(script, description)
-        body(load_settings(options.config, options.settings), ranks)
+        settings = load_settings(options.config, options.settings)
+        if settings.config.output_dir is not None:
+            folder = Path(settings.config.output_dir) / logs
+        count = f"{ranks.world_size} processes" if ranks.world_size > 1 else "1 process"
+        log.info("launch/%s %s, %s: loading PyTorch and DeepSpeed", Path(script).name, options.config, count)
+        body(settings, ranks)
     except Stopped as stopped:
         log.info("%s", stopped)
         end(128 + stopped.signal)
-    except (ValueError, OSError) as error:
-        log.debug("%s", traceback.format_exc())
-        tell(" ".join(str(error).split()), "error: ", ranks, wait=not ranks.is_first)
-        end(USER_ERROR)
     except KeyboardInterrupt:
+        if ranks.is_first:
+            sys.stderr.write("interrupted\n")
         end(128 + signal.SIGINT)
     except Exception as error:
-        text = traceback.format_exc().rstrip()
-        log.debug("%s", text)
-        tell(text, "", ranks, wait=not ranks.is_first or "by peer" in str(error))
-        end(1)
+        fail(error, ranks, folder)
     end(0)
 
 
-def tell(message: str, prefix: str, ranks: Ranks, wait: bool) -> None:
-    """Print a failure. wait: another rank may be its cause or tell it; the launcher then ends this one meanwhile."""
-    if wait:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: end(1))
-        time.sleep(OTHERS_WAIT)
+def fail(error: Exception, ranks: Ranks, folder: Path | None) -> NoReturn:
+    """Tell a failure and end the process: in one line where the user can mend it, else with its traceback.
+
+    The rank's log in `folder` gets the traceback in any case.
+    """
+    trace = traceback.format_exc().rstrip()
+    log.debug("%s", trace)
+    message = str(error) if isinstance(error, LostRankError) else user_message(error)
     rank = "" if ranks.is_first else f"rank {ranks.rank}: "
-    sys.stderr.write(f"{prefix}{rank}{message}\n")
+    if not ranks.is_first or "by peer" in str(error):  # another rank may be the cause, or tell the same
+        leave_to_others(OTHERS_WAIT if ranks.local_rank == 0 or ranks.on_one_host else 2 * OTHERS_WAIT)
+    if not ranks.is_first and folder is not None and folder.is_dir():
+        log_to_file(folder, ranks)
+    if message is not None:
+        sys.stderr.write(f"error: {rank}{message}\n")
+        end(1 if isinstance(error, LostRankError) else USER_ERROR)
+    sys.stderr.write(f"{rank}{trace}\n")
+    end(1)
+
+
+def leave_to_others(seconds: float) -> None:
+    """Wait whether another rank, whose failure is the cause or the same, tells it: the launcher then ends this one."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: end(1))
+    time.sleep(seconds)
 
 
 def end(code: int) -> NoReturn:
@@ -112,7 +133,7 @@ def end(code: int) -> NoReturn:
 
 
 def set_up_logging(ranks: Ranks) -> None:
-    """Our messages to the console: all of the first rank's, warnings of the others."""
+    """Our messages to the console: all of the first rank's, warnings of the others; kept until there is a log file."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%H:%M:%S"))
     handler.setLevel(logging.INFO if ranks.is_first else logging.WARNING)
@@ -120,15 +141,26 @@ def set_up_logging(ranks: Ranks) -> None:
         logger = logging.getLogger(name)
         logger.setLevel(logging.DEBUG)
         logger.addHandler(handler)
+        logger.addHandler(_kept)
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.simplefilter("ignore", FutureWarning)
     warnings.simplefilter("ignore", DeprecationWarning)
 
 
-def log_to_file(path: Path) -> None:
-    """Our messages, with dates and the traces of failures, to the run's log as well."""
+def log_to_file(folder: Path, ranks: Ranks) -> None:
+    """Our messages from the start, with dates and the traces of failures, to the rank's log below `folder` as well:
+    log.txt of the first rank, logs/rank_00001.txt of another.
+    """
+    path = (folder / "log.txt" if ranks.is_first else folder / "logs" / f"rank_{ranks.rank:05}.txt").absolute()
+    loggers = [logging.getLogger(name) for name in ROOMS]
+    if any(getattr(each, "baseFilename", None) == str(path) for each in loggers[0].handlers):
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    for name in ROOMS:
-        logging.getLogger(name).addHandler(handler)
+    _kept.setTarget(handler)
+    _kept.flush()
+    for logger in loggers:
+        logger.removeHandler(_kept)
+        logger.addHandler(handler)

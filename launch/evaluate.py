@@ -24,4 +24,4 @@ def main(settings: Settings, ranks: Ranks) -> None:
 if __name__ == "__main__":
     from launch.command import run
 
-    run(__file__, __doc__, main)
+    run(__file__, __doc__, main, logs="evaluation")

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from eval.cache import model_digest
+from eval.earlier import check_replaceable
 from eval.report import write_report
+from launch.command import log_to_file
+from sharding.activity import progress
 from train.config_files import Settings
 from train.devices import choose_kernels, describe, device_for, start_processes
 from train.engine import DTYPES
-from train.evaluation import evaluate_splits, evaluation_label
+from train.evaluation import evaluate_splits, evaluation_label, split_inputs, subject_of
 from train.prepare import prepare_evaluation, read_answer_list, share_cores
 from train.ranks import Ranks
+from train.stopped import LostRankError
+from train.watchdog import EVALUATE, Watchdog
 
 log = logging.getLogger(__name__)
+
+REMEDY = "start the evaluation again"
 
 
 def evaluate(settings: Settings, ranks: Ranks) -> None:
@@ -27,25 +36,41 @@ def evaluate(settings: Settings, ranks: Ranks) -> None:
     device = device_for(ranks)
     choose_kernels(settings.config.deterministic)
     share_cores(ranks)
+    logs = Path(settings.config.output_dir or ".") / "evaluation"
+    watchdog = Watchdog(ranks, settings.config.stall_seconds, logs, REMEDY)
     answers = read_answer_list(settings.config)
     model, tokenizer = prepare_evaluation(settings)
     run = settings.config
     assert run.output_dir is not None
+    output = Path(run.output_dir)
+    several: list[int | None] = [*sorted(set(run.eval_num_frames))]
+    folders = {frames: output / "evaluation" / evaluation_label(run, frames) for frames in several or [None]}
+    subject = subject_of(model, str(run.checkpoint))
     if ranks.is_first:
-        log.info("Computing on %s", describe(device))
+        subject = replace(subject, weights=model_digest(model))
+        for frames, folder in folders.items():
+            check_replaceable(folder, subject, run, split_inputs(run, frames))
+    log_to_file(logs, ranks)
+    if ranks.is_first:
+        log.info("Computing on %s, %d processes", describe(device), ranks.world_size)
     dtype = torch.float32 if device.type == "cpu" else DTYPES[run.precision]
+    progress("joining the other processes")
     if ranks.world_size > 1:
         start_processes(device, run.stall_seconds)
-    output = Path(run.output_dir)
     model.to(device, dtype)
-    folders: list[Path] = []
-    several: list[int | None] = [*sorted(set(run.eval_num_frames))]
-    for frames in several or [None]:
-        folders.append(output / "evaluation" / evaluation_label(run, frames))
-        splits, checkpoint = run.test_urls(), str(run.checkpoint)
-        evaluate_splits(model, tokenizer, run, ranks, device, splits, folders[-1], checkpoint, answers, frames)
+    watchdog.doing(EVALUATE, 0)
+    try:
+        for frames, folder in folders.items():
+            evaluate_splits(model, tokenizer, run, ranks, device, run.test_urls(), folder, subject, answers, frames)
+    except RuntimeError as error:  # a collective, as a rule: was another rank the cause?
+        gone = watchdog.after_failure()
+        if gone:
+            raise LostRankError(f"{gone}; the job ends: {REMEDY}") from error
+        raise
     if ranks.is_first:
-        shutil.copyfile(folders[-1] / "metrics.json", output / "metrics.json")
-        write_report(folders, output / "report.html")
+        shutil.copyfile(folder / "metrics.json", output / "metrics.json")
+        write_report(list(folders.values()), output / "report.html")
+        log.info("%s and report.html beside it are of this evaluation now", output / "metrics.json")
     if ranks.world_size > 1:
         torch.distributed.barrier()
+    watchdog.close()

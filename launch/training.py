@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from launch.command import log_to_file
+from sharding.activity import progress
 from train.config_files import Settings
 from train.devices import check_precision, choose_kernels, describe, device_for, start_processes
 from train.loop import Evaluate, Trainer
 from train.prepare import Prepared, prepare_training
 from train.ranks import Ranks
-from train.stopped import Stopped
+from train.stopped import LostRankError, Stopped
 from train.stopping import StopRequest
+from train.watchdog import NEXT_STEP, Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -26,25 +29,33 @@ def train(
     device = device_for(ranks)
     choose_kernels(settings.config.deterministic)
     check_precision(settings.config.precision, device)
+    watchdog = Watchdog(ranks, settings.config.stall_seconds, Path(settings.config.output_dir or "."))
     prepared = prepare_training(settings, ranks, evaluates=evaluate is not None, device=device)
     request = StopRequest(prepared.folder.note_stopping)
     request.install()
     if ranks.is_first:
         prepared.folder.begin(prepared.run)
-        log_to_file(prepared.folder.log)
-        log.info("Computing on %s", describe(device))
+        log_to_file(prepared.folder.path, ranks)
+        log.info("Computing on %s; starting DeepSpeed with %d processes", describe(device), ranks.world_size)
+    progress("joining the other processes")
     start_processes(device, prepared.run.stall_seconds)
-    trainer = Trainer(prepared, device, request)
+    if not ranks.is_first:  # only now is the folder known to be this run's
+        log_to_file(prepared.folder.path, ranks)
+    progress("starting DeepSpeed's engine")
+    trainer = Trainer(prepared, device, request, watchdog)
     try:
         trainer.train(evaluate(prepared, device) if evaluate else None)
     except Stopped:
         trainer.close()
+        torch.distributed.barrier()  # for the first rank's upload: launchers end what is left when a process has ended
+        watchdog.close()
         raise
-    except RuntimeError:  # a collective, as a rule: was another rank the cause?
-        gone = trainer.watchdog.after_failure()
+    except RuntimeError as error:  # a collective, as a rule: was another rank the cause?
+        gone = watchdog.after_failure()
         if gone:
-            log.error("%s; the job ends, the same command goes on from the last checkpoint", gone)
+            raise LostRankError(f"{gone}; the job ends, {NEXT_STEP}") from error
         raise
     trainer.close()
     torch.distributed.barrier()
+    watchdog.close()
     prepared.folder.release()

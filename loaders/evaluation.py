@@ -19,7 +19,9 @@ from loaders.node import processes_here, this_node
 from loaders.pixels import Clip
 from loaders.storage import open_corpus
 from loaders.text import clean_text
+from sharding.activity import progress
 from sharding.errors import UserError
+from sharding.schema import Corpus
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class VisualSet:
     @property
     def digest(self) -> str:
         """A name for the corpus' contents, which its description holds the checksums of."""
-        return hashlib.sha256(self.reader.corpus.to_json().encode()).hexdigest()
+        return corpus_digest(self.reader.corpus)
 
     def place(self, visual: int) -> tuple[int, int]:
         """(shard, row) of a visual."""
@@ -64,7 +66,9 @@ class VisualSet:
     def rows(self) -> Iterator[tuple[ShardIndex, int]]:
         """(index, row) of every visual, in order."""
         self.reader.bring_indices(this_node().place)
-        for shard in range(len(self.reader.corpus.shards)):
+        shards = len(self.reader.corpus.shards)
+        for shard in range(shards):
+            progress(f"reading the index of shard {shard} of {shards}")
             index = self.reader.index(shard)
             yield from ((index, row) for row in range(len(index)))
 
@@ -141,6 +145,11 @@ class VisualSet:
     def close(self) -> None:
         """Close the files."""
         self.reader.close()
+
+
+def corpus_digest(corpus: Corpus) -> str:
+    """A name for a corpus' contents, wherever it lies."""
+    return hashlib.sha256(corpus.to_json().encode()).hexdigest()
 
 
 def whole_clip(record: Record, jpegs: list[bytes]) -> Clip:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-import select
 import socket
 import threading
 from abc import ABC, abstractmethod
@@ -15,14 +13,10 @@ import pycurl
 
 from loaders.addresses import Address
 from loaders.failures import GoneError, TransientError, explain, failure_of_status
-from sharding.curl import error_of, new_handle
+from sharding.curl import Sockets, error_of, new_handle
 
-INTERESTS = {
-    pycurl.POLL_IN: select.EPOLLIN,
-    pycurl.POLL_OUT: select.EPOLLOUT,
-    pycurl.POLL_INOUT: select.EPOLLIN | select.EPOLLOUT,
-}
 CONNECT_SECONDS = 10.0  # at most, of a try
+LARGEST_OBJECT = 2**30  # bytes, where a whole object is asked for: a description, an index
 
 
 class Answer(asyncio.Future[bytes], ABC):
@@ -67,8 +61,7 @@ class Transfer(Answer):
 class HttpClient:
     """Asks for byte ranges, as many at a time as it is told to; connections are kept. To be used in its loop alone.
 
-    libcurl's sockets are watched by an epoll of their own, and that one by the loop: a socket comes and goes with every
-    request, and so needs no objects of the loop's each time.
+    libcurl's sockets are watched by an epoll of their own, and that one by the loop.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, connections: int, try_seconds: float) -> None:
@@ -76,15 +69,14 @@ class HttpClient:
         self.loop, self.try_seconds = loop, try_seconds
         self._bundle = os.environ.get("AWS_CA_BUNDLE")
         self._multi = pycurl.CurlMulti()
-        self._multi.setopt(pycurl.M_SOCKETFUNCTION, self._watch)
         self._multi.setopt(pycurl.M_TIMERFUNCTION, self._set_timer)
         self._multi.setopt(pycurl.M_MAXCONNECTS, connections)
-        self._sockets = select.epoll()
+        self._sockets = Sockets(self._multi)
         self._due: float | None = None  # when libcurl wants to be called
         self._timer: asyncio.TimerHandle | None = None  # not later than that
         self._idle: list[pycurl.Curl] = []
         self._running: dict[pycurl.Curl, Transfer] = {}
-        loop.add_reader(self._sockets.fileno(), self._ready)
+        loop.add_reader(self._sockets.epoll.fileno(), self._ready)
 
     def get(self, address: Address, start: int = 0, end: int | None = None) -> Answer:
         """Ask for bytes [start, end), all where there is no end; fewer come where the object ends before.
@@ -101,7 +93,7 @@ class HttpClient:
             self._idle.append(curl)
             raise GoneError("no valid address") from None
         curl.setopt(pycurl.RANGE, None if end is None else f"{start}-{end - 1}")
-        curl.setopt(pycurl.MAXFILESIZE_LARGE, transfer.size or 0)  # a server may send all of an object
+        curl.setopt(pycurl.MAXFILESIZE_LARGE, transfer.size or LARGEST_OBJECT)  # a server may send more
         curl.setopt(pycurl.WRITEFUNCTION, transfer.chunks.append)
         self._running[curl], transfer.curl = transfer, curl
         self._multi.add_handle(curl)
@@ -122,10 +114,10 @@ class HttpClient:
         closing = threading.Thread(target=self._multi.close, daemon=True)
         closing.start()  # by itself: it waits for threads of libcurl that look up names, however long that takes
         closing.join(1.0)
-        self._sockets.close()
+        self._sockets.epoll.close()
 
     async def _end_all(self) -> None:
-        self.loop.remove_reader(self._sockets.fileno())
+        self.loop.remove_reader(self._sockets.epoll.fileno())
         for transfer in list(self._running.values()):
             transfer.cancel()
         if self._timer is not None:
@@ -141,17 +133,6 @@ class HttpClient:
         curl.setopt(pycurl.PATH_AS_IS, 1)  # addresses are signed as they are
         curl.setopt(pycurl.NOPROXY, "")  # the address knows
         return curl
-
-    def _watch(self, what: int, descriptor: int, *_: object) -> None:
-        """Called by libcurl: what it wants to know of a socket."""
-        if what == pycurl.POLL_REMOVE:
-            with contextlib.suppress(OSError, ValueError):  # it, or ours, may be closed already
-                self._sockets.unregister(descriptor)
-            return
-        try:
-            self._sockets.register(descriptor, INTERESTS[what])
-        except FileExistsError:
-            self._sockets.modify(descriptor, INTERESTS[what])
 
     def _set_timer(self, milliseconds: int) -> None:
         """Called by libcurl: when it wants to be called. A timer that comes too early is kept: most never count."""
@@ -177,10 +158,7 @@ class HttpClient:
 
     def _ready(self) -> None:
         """Bytes have come, or can be sent."""
-        for descriptor, events in self._sockets.poll(0):
-            readable, writable = events & ~select.EPOLLOUT, events & select.EPOLLOUT
-            action = (pycurl.CSELECT_IN if readable else 0) | (pycurl.CSELECT_OUT if writable else 0)
-            self._multi.socket_action(descriptor, action)
+        self._sockets.act(self._sockets.epoll.poll(0))
         self._collect()
 
     def _collect(self) -> None:

@@ -17,6 +17,7 @@ from loaders.text import Tokenizer
 from loaders.train import TrainLoader
 from sharding.arguments import positive
 from sharding.errors import command
+from sharding.outside import check_outside_corpora
 
 MARGIN = 8
 LINE = 14  # pixels of a line of text
@@ -104,6 +105,7 @@ def first_batch(options: argparse.Namespace, tokenizer: Tokenizer) -> Batch:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = parser().parse_args(arguments)
+    check_outside_corpora(options.output, "--output")
     tokenizer = Tokenizer.load(options.tokenizer)
     batch = first_batch(options, tokenizer)
     batch_sheet(batch, tokenizer, options.columns).save(options.output)

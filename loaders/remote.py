@@ -72,7 +72,7 @@ class Remote:
     """
 
     def __init__(self, url: str, options: dict[str, Any], settings: RemoteReads) -> None:
-        self.url, self._url, self._options, self.settings = public_url(url), url, options, settings
+        self.url, self._url, self.options, self.settings = public_url(url), url, options, settings
         self.counters: Counter[str] = Counter()
         self._told = -math.inf  # when the log heard last of a part that does not come
         self._process = 0
@@ -139,7 +139,7 @@ class Remote:
         """Make the clients of this process."""
         if self._process:
             INHERITED.append((self._client, self._filesystem))
-        self._filesystem, self._root = fsspec.url_to_fs(self._url, **self._options)
+        self._filesystem, self._root = fsspec.url_to_fs(self._url, **self.options)
         self._loop = self._filesystem.loop if self._filesystem.async_impl else get_loop()
         self._client, self._waiting, self._calls = None, {}, set()
         self._gate = gate_of_process(self.settings.connections, self.settings.requests_per_second)

@@ -56,7 +56,7 @@ class SharedFiles:
         try:
             data = self._once(name, "corpus.json", look, fetch)
         except FileNotFoundError:
-            raise no_corpus(url) from None
+            raise no_corpus(url, self.folder.options) from None
         READ[name] = time.time()
         return corpus_at(url, text_of(data))
 
@@ -215,11 +215,12 @@ def turned(things: Sequence[Thing], place: float) -> list[Thing]:
 
 
 def try_lock(descriptor: int) -> bool:
-    """Lock a file, unless another process or thread has it locked."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+    """Lock a file, unless another process or thread has it locked; where the file system has no locks, do without."""
+    with contextlib.suppress(OSError):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
     return True
 
 

@@ -26,7 +26,7 @@ from loaders.node import Node, share_of, this_node, wait_for_turn
 from loaders.ranges import Span, coalesce, cut
 from loaders.remote import Part, Remote, is_local
 from loaders.shared import REFETCHES, SharedFiles
-from sharding.errors import UserError
+from sharding.errors import MissingError, UserError
 from sharding.schema import Corpus, join_url, named_shards, parse_index, read_corpus, read_index
 
 log = logging.getLogger("loaders")
@@ -191,8 +191,8 @@ class CorpusReader:
         except FileNotFoundError:
             raise self._missing(f"{self.corpus.tar_url(shard)} is missing") from None
 
-    def _missing(self, what: str) -> FileNotFoundError:
-        return FileNotFoundError(f"{what}, though {self.corpus.url}/corpus.json lists it")
+    def _missing(self, what: str) -> MissingError:
+        return MissingError(f"{what}, though {self.corpus.url}/corpus.json lists it")
 
     def counters(self) -> Counter[str]:
         """What reading from a store and the cache took so far."""

@@ -33,7 +33,10 @@ class Tokenizer:
 
     def __init__(self, vocab: str | Path) -> None:
         self.path = Path(vocab)
-        missing = set(SPECIAL) - set(self.path.read_text(encoding="utf-8").splitlines())
+        try:
+            missing = set(SPECIAL) - set(self.path.read_text(encoding="utf-8").splitlines())
+        except UnicodeDecodeError:
+            raise UserError(f"{vocab} is no text: it is no BERT vocabulary, give a vocab.txt") from None
         if missing:
             raise UserError(f"{vocab} lacks {', '.join(sorted(missing))}: it is no BERT vocabulary")
         self._tokenizer = tokenizers.Tokenizer(WordPiece.from_file(str(vocab), unk_token="[UNK]"))
@@ -60,7 +63,10 @@ class Tokenizer:
         if path.is_file():
             return cls(path)
         if path.suffix == ".txt" or len(path.parts) > 2 or path.is_dir():
-            raise MissingError(f"tokenizer: {name} is no vocabulary file and no folder with a vocab.txt")
+            raise MissingError(
+                f"tokenizer: {name} is no vocabulary file and no folder with a vocab.txt: "
+                "give the one that the model was trained with"
+            )
         return cls(hub_vocabulary(name))
 
     def encode(self, texts: Sequence[str], max_length: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -28,6 +28,7 @@ from model.official import MODEL
 from model.official_names import to_official
 from model.vision import VISION_TYPES, relative_position_index
 from sharding.errors import UserError, command
+from sharding.outside import check_outside_corpora
 
 # Names that mean a file which is not written here, and what a run's folder looks for its own weights in.
 OTHER_SUFFIXES = (".safetensors", ".ckpt", ".json", ".onnx", ".pkl", ".h5", ".npz", ".zip", ".tar", ".gz")
@@ -148,6 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("model", help="a folder with model.json, a run folder (its best or newest), or a .pth")
     parser.add_argument("output", help="what to write: NAME.pth, or a new folder")
     options = parser.parse_args(arguments)
+    check_outside_corpora(options.output, "OUTPUT")
     check_output(options.output)
     weights, found = load_weights(options.model), resolve_weights(options.model)
     vocabulary = find_vocabulary(found, weights.config.text_encoder.vocab_size)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import stat
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from model.config import ModelConfig, config_from_dict, config_to_dict
-from sharding.errors import MissingError, UserError
+from sharding.errors import MissingError, UserError, os_error_number
 
 FORMAT = "singularity-model"
 VERSION = 1
@@ -60,10 +59,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 def _system_error(error: BaseException | None) -> int:
     """The operating system's error number behind an error of safetensors or PyTorch; 0 when there is none."""
     while error is not None:
-        if isinstance(error, OSError):
-            return error.errno or 0
-        if found := re.search(r"os error (\d+)", str(error)):
-            return int(found[1])
+        if number := os_error_number(error):
+            return number
         error = error.__context__
     return 0
 

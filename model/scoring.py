@@ -14,6 +14,7 @@ import torch
 
 from model.config import ENSEMBLES
 from model.singularity import Singularity
+from sharding.activity import progress
 from sharding.errors import UserError
 
 GROUP = 8  # texts that look at one visual side by side; the last group of a visual is filled up
@@ -122,6 +123,7 @@ def _match_block(
     all_visuals, all_texts = (torch.from_numpy(part).to(device) for part in (groups.visuals, groups.texts))
     scores = []
     for start in range(0, len(groups.visuals), step):
+        progress(f"matching {len(tokens)} visuals, group of texts {start} of {len(groups.visuals)}")
         batch = slice(start, start + step)
         length = max(1, int(groups.longest[batch].max()))
         visuals = all_visuals[batch]

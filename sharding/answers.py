@@ -59,8 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     target = Path(options.output)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".partial")
-    partial.write_text(json.dumps(answers, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
-    os.replace(partial, target)
+    try:
+        partial.write_text(json.dumps(answers, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)  # of a disk that is full, or where the target is a folder
     sys.stdout.write(f"{options.output}: {len(answers)} answers\n")
     return 0
 

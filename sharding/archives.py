@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import bz2
+import contextlib
 import fcntl
 import hashlib
 import logging
@@ -185,11 +186,11 @@ def unpack(data: bytes, member: Member) -> bytes:
 
 
 def decompress(body: bytes, member: Member) -> bytes:
-    """What a zip's member was before it was compressed."""
+    """What a zip's member was before it was compressed; no more than a byte beyond the size that the zip says."""
     if member.method == zipfile.ZIP_DEFLATED:
-        return zlib.decompress(body, -zlib.MAX_WBITS)
+        return zlib.decompressobj(-zlib.MAX_WBITS).decompress(body, member.size + 1)
     if member.method == zipfile.ZIP_BZIP2:
-        return bz2.decompress(body)
+        return bz2.BZ2Decompressor().decompress(body, member.size + 1)
     if member.method == zipfile.ZIP_LZMA:
         return decompress_lzma(body, member.size)
     if member.method == ZSTD:
@@ -218,7 +219,8 @@ def make_listing(url: str, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = os.open(target.with_suffix(".lock"), os.O_CREAT | os.O_RDWR)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # without locks each process lists it for itself
+            fcntl.flock(lock, fcntl.LOCK_EX)
         if target.exists():
             return
         log.info("listing the members of %s", url)

@@ -16,7 +16,7 @@ from pathlib import Path
 from sharding.annotations.config import Reading
 from sharding.annotations.reading import expanded, read_rows
 from sharding.annotations.staging import Staged, open_staged, stage
-from sharding.arguments import add_annotation_arguments, read_options
+from sharding.arguments import add_annotation_arguments, positive, read_options
 from sharding.engines import ENGINES, Engine, pack
 from sharding.errors import UserError, command
 from sharding.estimate import Estimate, estimate_build
@@ -36,7 +36,7 @@ from sharding.plan import Settings, plan_shards
 from sharding.progress import LOG_EVERY, Progress, counted
 from sharding.schema import MEDIA_TYPES, Corpus, join_url
 from sharding.sources import check_root
-from sharding.web import Fetching
+from sharding.web import LARGEST_MB, Fetching
 
 log = logging.getLogger("sharding")
 
@@ -266,8 +266,10 @@ def add_fetching(group: argparse._ArgumentGroup) -> None:
         type=float,
         default=default.timeout,
         metavar="SECONDS",
-        help="without a byte, until a connection is given up (default: %(default)s)",
+        help="without a byte, or nearly, until a connection is given up (default: %(default)s)",
     )
+    largest = ", ".join(f"{megabytes} for {kind}s" for kind, megabytes in LARGEST_MB.items())
+    add("--max-mb", type=positive, default=0, metavar="MB", help=f"larger bodies are failures (default: {largest})")
 
 
 @command("interrupted: run the same command again to go on")
@@ -281,9 +283,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options["name"] = options["name"] or usual_name(options["output"])
         names = {field.name for field in fields(Settings)}
         settings = Settings(**{name: options.pop(name) for name in names & set(options)})
-        del options["max_failures"], options["retry_failed"]
+        max_failures = options.pop("max_failures")
+        del options["retry_failed"]
         estimate = estimate_corpus(settings=settings, **options)
         sys.stdout.writelines(f"{line}\n" for line in estimate.lines())
+        estimate.check(max_failures)
     else:
         build_corpus(progress=True, engine=engine, **options)
     return 0

@@ -1,8 +1,11 @@
-"""Handles of libcurl, and what its transfers' ends mean."""
+"""Handles of libcurl, its sockets in an epoll, and what its transfers' ends mean."""
 
 from __future__ import annotations
 
+import contextlib
+import select
 import ssl
+from collections.abc import Iterable
 from http import HTTPStatus
 from urllib.parse import urlsplit
 
@@ -21,6 +24,43 @@ BROKEN_OFF = {
     pycurl.E_FTP_WEIRD_SERVER_REPLY,  # of any server
     92,  # CURLE_HTTP2_STREAM, which pycurl does not name
 }
+
+
+TOO_LARGE = 100  # CURLE_TOO_LARGE, which pycurl does not name: a header of more than 100 KB
+INTERESTS = {
+    pycurl.POLL_IN: select.EPOLLIN,
+    pycurl.POLL_OUT: select.EPOLLOUT,
+    pycurl.POLL_INOUT: select.EPOLLIN | select.EPOLLOUT,
+}
+
+
+class Sockets:
+    """The sockets of a CurlMulti, watched by one epoll; select(), and so CurlMulti.fdset, ends at descriptor 1,023.
+
+    A socket comes and goes with every request: one epoll is cheaper than objects of an event loop for each.
+    """
+
+    def __init__(self, multi: pycurl.CurlMulti) -> None:
+        self.multi, self.epoll = multi, select.epoll()
+        multi.setopt(pycurl.M_SOCKETFUNCTION, self._watch)
+
+    def _watch(self, what: int, descriptor: int, *_: object) -> None:
+        """Called by libcurl: what it wants to know of a socket."""
+        with contextlib.suppress(OSError, ValueError):  # the socket, or the epoll, may be closed already
+            if what == pycurl.POLL_REMOVE:
+                self.epoll.unregister(descriptor)
+                return
+            try:
+                self.epoll.register(descriptor, INTERESTS[what])
+            except FileExistsError:
+                self.epoll.modify(descriptor, INTERESTS[what])
+
+    def act(self, found: Iterable[tuple[int, int]]) -> None:
+        """Let libcurl read and write where it can; `found`: (descriptor, events) as the epoll gives them."""
+        for descriptor, events in found:
+            readable, writable = events & ~select.EPOLLOUT, events & select.EPOLLOUT
+            action = (pycurl.CSELECT_IN if readable else 0) | (pycurl.CSELECT_OUT if writable else 0)
+            self.multi.socket_action(descriptor, action)
 
 
 def new_handle(connect_seconds: float, bundle: str | None = None) -> pycurl.Curl:
@@ -67,6 +107,8 @@ def error_of(curl: pycurl.Curl, code: int, message: str, url: str) -> FileNotFou
     proxy_status = curl.getinfo(pycurl.HTTP_CONNECTCODE)
     if status == 0 and proxy_status >= 400:
         return WebError(f"the proxy says status {proxy_status}", passing=proxy_status in AGAIN)
+    if code == TOO_LARGE or "Too large response headers" in message:
+        return WebError("its headers have no end")
     if code in BROKEN_OFF or (code == pycurl.E_UNSUPPORTED_PROTOCOL and "HTTP/0.9" in message):
         return WebError("connection broke off", passing=True)
     host = host_of(url)

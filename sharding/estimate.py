@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sharding.annotations.staging import Staged
-from sharding.failures import kind_of, summary
+from sharding.failures import TooManyFailures, kind_of, summary
 from sharding.parquet import read_table
 from sharding.plan import Task
 from sharding.schema import join_url
@@ -37,6 +37,15 @@ class Estimate:
     seconds: float  # of work on one core
     workers: int
     free: int | None  # bytes on the output's disk
+
+    def check(self, max_failures: float) -> None:
+        """Raise TooManyFailures where a larger share of the sample failed than the build would allow."""
+        failed = sum(self.failures.values())
+        if failed > max_failures * self.sampled:
+            raise TooManyFailures(
+                f"{failed} of the {self.sampled} media tried failed ({failed / self.sampled:.1%}, at most "
+                f"{max_failures:.1%} allowed): a build would end so, too: mend them, or raise --max-failures"
+            )
 
     def lines(self) -> Iterator[str]:
         """The estimate as text."""

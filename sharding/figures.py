@@ -69,22 +69,30 @@ class Distribution:
         return self.high
 
     def bins(self) -> list[tuple[float, float, int]]:
-        """(from, to, how many) of a histogram with round limits; the ends hold what lies beyond the 1 % and 99 %."""
+        """(from, to, how many) of a histogram with round limits, from the 1 % to the 99 %.
+
+        What lies beyond has bins of its own, from -inf and to inf, so that the ends are no peaks.
+        """
         low, high = self.percentile(0.01), self.percentile(0.99)
         whole = all(value == int(value) for value in self.counts)
         step = round_step((high - low) / BINS, whole)
         first, last = math.floor(low / step), math.floor(high / step)
-        heights = [0] * (last - first + 1)
+        heights = [0] * (last - first + 3)  # with those beyond
         for value, number in self.counts.items():
-            heights[min(max(math.floor(value / step + 1e-9), first), last) - first] += number
-        return [((first + n) * step, (first + n + 1) * step, height) for n, height in enumerate(heights)]
+            heights[min(max(math.floor(value / step + 1e-9), first - 1), last + 1) - first + 1] += number
+        limits = [-math.inf, *(number * step for number in range(first, last + 2)), math.inf]
+        found = list(zip(limits, limits[1:], heights, strict=False))
+        return found[0 if heights[0] else 1 : None if heights[-1] else -1]
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
         places = {f"p{share}": self.percentile(share / 100) for share in (5, 25, 50, 75, 95)}
-        bins = [{"from": low, "to": high, "count": count} for low, high, count in self.bins()]
-        ends = {"count": self.count, "mean": self.mean, "min": self.low, "max": self.high}
-        return {**ends, **places, "histogram": bins}
+        ends = {-math.inf: self.low, math.inf: self.high}
+        bins = [
+            {"from": ends.get(low, low), "to": ends.get(high, high), "count": count} for low, high, count in self.bins()
+        ]
+        head = {"count": self.count, "mean": self.mean, "min": self.low, "max": self.high}
+        return {**head, **places, "histogram": bins}
 
 
 @dataclass
@@ -215,9 +223,12 @@ def text_histogram(distribution: Distribution, width: int = 100) -> str:
 
 
 def bin_names(bins: Sequence[tuple[float, float, int]]) -> list[str]:
-    """`5` for the bin of one whole number, else `5-10`: its limits, the second one outside."""
-    one = all(low == int(low) and high - low == 1 for low, high, _ in bins)
-    return [short(low) if one else f"{short(low)}-{short(high)}" for low, high, _ in bins]
+    """`5` for the bin of one whole number, else `5-10`: its limits, the second one outside; `<5` and `≥60` beyond."""
+    inner = [(low, high) for low, high, _ in bins if math.isfinite(high - low)]
+    one = all(low == int(low) and high - low == 1 for low, high in inner)
+    names = {(low, high): short(low) if one else f"{short(low)}-{short(high)}" for low, high in inner}
+    beyond = {low: f"<{short(high)}" if low == -math.inf else f"≥{short(low)}" for low, high, _ in bins}
+    return [names.get((low, high), beyond[low]) for low, high, _ in bins]
 
 
 def short(value: float) -> str:

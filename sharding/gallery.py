@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from PIL import Image
 
@@ -17,6 +19,7 @@ from sharding.schema import Corpus
 
 FRAME_HEIGHT = 180  # pixels of a clip's frames on the page
 QUALITY = 80
+PLAIN = 8.0  # standard deviation of a frame's values, of 256, up to which there is nothing to see
 
 
 def gallery(corpus: Corpus, figures: Figures, picked: Sequence[Picked], failures: Counter[str]) -> str:
@@ -45,8 +48,13 @@ def chart(distribution: Distribution) -> dict[str, Any]:
     most = max(count for _, _, count in bins)
     names = bin_names(bins)
     bars = [
-        {"name": name, "count": count, "height": 0 if not count else max(1.5, 100 * count / most)}
-        for name, (_, _, count) in zip(names, bins)
+        {
+            "name": name,
+            "count": count,
+            "height": 0 if not count else max(1.5, 100 * count / most),
+            "beyond": math.isinf(high - low),
+        }
+        for name, (low, high, count) in zip(names, bins)
     ]
     five, ninety_five = distribution.percentile(0.05), distribution.percentile(0.95)
     return {
@@ -75,10 +83,17 @@ def card(corpus: Corpus, sample: Picked) -> dict[str, Any]:
         "row": row,
         "picture": url,
         "frames": len(readable),
+        "shown": telling(readable),
         "aspect": round(readable[0].width / readable[0].height, 4) if readable else 1,
         "shard": corpus.shards[sample.shard].name,
         "command": fetch_command(corpus.tar_url(sample.shard), row["offsets"][0], row["sizes"][0], target),
     }
+
+
+def telling(frames: Sequence[Image.Image]) -> int:
+    """The frame of a clip that is shown alone: the one nearest to the middle that is not of one colour."""
+    nearest = sorted(range(len(frames)), key=lambda number: abs(number - len(frames) // 2))
+    return next((number for number in nearest if np.asarray(frames[number]).std() > PLAIN), len(frames) // 2)
 
 
 def side_by_side(images: Sequence[Image.Image]) -> Image.Image:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -123,17 +124,22 @@ def index_all(
 def tars_at(url: str) -> list[tuple[str, int]]:
     """(name, bytes) of the tars in a folder, in order; raises FileNotFoundError when there is none."""
     filesystem, root = fsspec.url_to_fs(url)
-    found = filesystem.glob(join_url(root, "*.tar"), detail=True)
-    compressed = [path for kind in COMPRESSED_TARS for path in filesystem.glob(join_url(root, kind))]
+    try:
+        entries = filesystem.ls(root, detail=True)  # a folder's name may hold what means something to glob
+    except FileNotFoundError:
+        entries = []
+    there = {entry["name"].rsplit("/", 1)[-1]: entry for entry in entries if entry["type"] != "directory"}
+    found = {name: entry for name, entry in there.items() if name.endswith(".tar")}
+    compressed = [name for name in there if any(fnmatchcase(name, kind) for kind in COMPRESSED_TARS)]
     if compressed:
-        name = sorted(compressed)[0].rsplit("/", 1)[-1]
-        said = f"{len(compressed)} compressed tars, such as {name}: samples cannot be read from them, unpack them first"
+        such = f"{len(compressed)} compressed tars, such as {min(compressed)}"
+        said = f"{such}: samples cannot be read from them, unpack them first"
         if not found:
             raise UserError(f"{url} holds {said}")
         log.warning("left out %s", said)
     if not found:
         raise MissingError(f"{url} holds no .tar files: nothing to index")
-    sizes = {path.rsplit("/", 1)[-1]: entry.get("size") or filesystem.size(path) for path, entry in found.items()}
+    sizes = {name: entry.get("size") or filesystem.size(entry["name"]) for name, entry in found.items()}
     return sorted(sizes.items())
 
 

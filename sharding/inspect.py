@@ -157,8 +157,9 @@ def write_gallery(corpus: Corpus, file: Path, count: int, shards: int, figures: 
         kinds, _ = failures_of(corpus.url)
     except (OSError, ValueError):
         kinds = Counter()
+    page = gallery(corpus, figures, pick(corpus, count, shards), kinds)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(gallery(corpus, figures, pick(corpus, count, shards), kinds), encoding="utf-8")
+    file.write_text(page, encoding="utf-8")
 
 
 def inspect(options: argparse.Namespace) -> None:
@@ -185,8 +186,9 @@ def inspect(options: argparse.Namespace) -> None:
             say["statistics"] = figures.to_json()
             lines += [figures_text(figures, corpus)] if options.stats else []
         if options.sheet:
+            sheet = contact_sheet(corpus, options.count or SHEET_SAMPLES, options.shards)
             options.sheet.parent.mkdir(parents=True, exist_ok=True)
-            contact_sheet(corpus, options.count or SHEET_SAMPLES, options.shards).save(options.sheet)
+            sheet.save(options.sheet)
             lines.append(f"contact sheet: {options.sheet}")
         if options.html:
             write_gallery(corpus, Path(options.html), options.count or GALLERY_SAMPLES, options.shards, figures)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import hashlib
+import itertools
 import json
-import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -16,21 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from sharding.annotations.config import Reading
 from sharding.errors import UserError
+from sharding.locks import HeldError, Lock
 from sharding.plan import Settings
-from sharding.remote import again, naming
+from sharding.remote import again, check_bucket, naming
 from sharding.schema import VERSION, join_url, plain_scheme
 from sharding.writing import publish
 
 BUILD = "build.json"  # says what a build writes there
 PARTIAL = ".partial"  # folder inside a local output that holds unfinished files
+LOCK = "lock"  # file in it
 CLEARING = 5.0  # seconds that the last part of a build may take to clear up
 STAGED = "rows-*.sqlite"  # files in it that an interrupted build leaves to the next one
-
-log = logging.getLogger(__name__)
 
 
 def local_form(url: str) -> str:
@@ -56,41 +54,79 @@ def open_output(output: str, among_others: bool = False, part: str = "") -> Iter
             shutil.rmtree(scratch, ignore_errors=True)
         return
     folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
+    refuse_others(folder, among_others)
+    made = missing_folders(folder)
+    partial = folder / PARTIAL
+    beside = [] if part else list(partial.glob("part-*.lock"))
     try:
-        lock_folder(lock, output, shared=bool(part))
-        others = any(path.name != PARTIAL for path in folder.iterdir())
-        if others and not among_others and not (folder / BUILD).exists():  # in this order: a part may just write it
-            raise UserError(f"{output} is not empty and holds no build of this tool: choose another --output")
-        if part:
-            with part_folder(folder, part) as scratch:
-                yield scratch
-            if (folder / "corpus.json").exists() and lock_alone(lock):  # no other part still works in there
-                shutil.rmtree(folder / PARTIAL, ignore_errors=True)
-            return
-        clear_partial(folder / PARTIAL)  # what a killed build left
-        (folder / PARTIAL).mkdir(exist_ok=True)
-        try:
-            yield Path(tempfile.mkdtemp(dir=folder / PARTIAL))  # a name of its own: no older process writes there
-        except BaseException:
-            clear_partial(folder / PARTIAL)
-            raise
-        shutil.rmtree(folder / PARTIAL, ignore_errors=True)
+        with locked(Lock(partial / LOCK, bool(part), beside), output, CLEARING if part else 0) as lock:
+            try:
+                refuse_others(folder, among_others)  # once more: nobody else can begin to write from here on
+                with part_folder(folder, part) if part else whole_folder(folder) as scratch:
+                    yield scratch
+            except BaseException:
+                if not part or lock.alone():
+                    leave_partial(partial, keep_rows=True)
+                raise
+            if not part or ((folder / "corpus.json").exists() and lock.alone()):  # no other part works in there
+                leave_partial(partial, keep_rows=False)
     finally:
-        os.close(lock)
+        remove_empty([partial, *made])
 
 
-def clear_partial(folder: Path) -> None:
-    """Delete unfinished files; staged rows stay, and the folder where there are any."""
-    staged = set(folder.glob(STAGED))
+def refuse_others(folder: Path, among_others: bool) -> None:
+    """Raise ValueError where a folder holds things that no build of this tool made, unless they may lie there."""
+    if among_others or not folder.exists():
+        return
+    others = any(path.name != PARTIAL for path in folder.iterdir())
+    if others and not (folder / BUILD).exists():  # in this order: a part may just write it
+        raise UserError(f"{folder} is not empty and holds no build of this tool: choose another --output")
+
+
+def missing_folders(folder: Path) -> list[Path]:
+    """A folder and its parents as far as they do not exist, innermost first."""
+    return list(itertools.takewhile(lambda path: not path.exists(), [folder, *folder.parents]))
+
+
+def remove_empty(folders: Sequence[Path]) -> None:
+    """Remove those of the folders, innermost first, that hold nothing."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+@contextmanager
+def locked(lock: Lock, what: str, seconds: float = 0) -> Iterator[Lock]:
+    """Hold a lock; raises UserError where another build has it.
+
+    Who shares it waits a moment: the last part of a build holds the folder alone while it clears up.
+    """
+    try:
+        lock.acquire(seconds)
+    except HeldError as held:
+        raise UserError(
+            f"another build is writing to {what} ({held}): wait until it is done, or choose another --output"
+        ) from None
+    try:
+        yield lock
+    finally:
+        lock.release()
+
+
+def clear_partial(folder: Path, keep_rows: bool) -> None:
+    """Delete unfinished files; the lock stays, and staged rows where they are to be kept."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
-        elif path not in staged:
+        elif path.name != LOCK and not (keep_rows and path.match(STAGED)):
             path.unlink(missing_ok=True)
-    if folder.is_dir() and not staged:
-        folder.rmdir()
+
+
+def leave_partial(folder: Path, keep_rows: bool) -> None:
+    """`clear_partial`, and where nothing stays, the lock goes, too: from then on another build may hold one."""
+    clear_partial(folder, keep_rows)
+    if folder.is_dir() and [path.name for path in folder.iterdir()] == [LOCK]:
+        (folder / LOCK).unlink()
 
 
 def staging_place(output: str, scratch: Path, plan: dict[str, Any]) -> Path:
@@ -101,51 +137,24 @@ def staging_place(output: str, scratch: Path, plan: dict[str, Any]) -> Path:
 
 
 @contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder for unfinished files, cleared of what a killed build left."""
+    clear_partial(folder / PARTIAL, keep_rows=True)
+    yield Path(tempfile.mkdtemp(dir=folder / PARTIAL))  # a name of its own: no older process writes there
+
+
+@contextmanager
 def part_folder(folder: Path, part: str) -> Iterator[Path]:
     """Hold one job's share of the local output `folder`; yields a folder in it for unfinished files."""
-    name = f"part-{part.replace('/', '-of-')}"
-    (folder / PARTIAL).mkdir(exist_ok=True)
-    with open(folder / PARTIAL / f"{name}.lock", "w") as lock:
-        lock_folder(lock.fileno(), f"part {part} of {folder}")
-        for left in (folder / PARTIAL).glob(f"{name}-*"):  # by a killed job
+    partial, name = folder / PARTIAL, f"part-{part.replace('/', '-of-')}"
+    with locked(Lock(partial / f"{name}.lock"), f"part {part} of {folder}"):
+        for left in partial.glob(f"{name}-*"):  # by a killed job
             shutil.rmtree(left, ignore_errors=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=folder / PARTIAL))
+        scratch = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=partial))
         try:
             yield scratch
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-
-
-def lock_folder(descriptor: int, output: str, shared: bool = False) -> None:
-    """Lock an open folder until it is closed, or until this process dies; file systems without locks pass.
-
-    A shared lock is waited for: the last part of a build holds the folder alone for the moment of its clearing up.
-    """
-    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-    patient = Retrying(
-        retry=retry_if_exception_type(BlockingIOError),
-        stop=stop_after_delay(CLEARING if shared else 0),
-        wait=wait_fixed(0.1),
-        reraise=True,
-    )
-    try:
-        patient(fcntl.flock, descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(
-            f"another build is writing to {output}: wait until it is done, or choose another --output"
-        ) from None
-    except OSError:
-        log.debug("%s: its file system has no locks", output)
-
-
-def lock_alone(descriptor: int) -> bool:
-    """Turn a shared lock into one that nobody shares; False, and no lock at all, where others hold it too."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)  # first: of two that do this at once the later one must get it
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
 
 
 def plan_of(settings: Settings, reading: Reading, annotations: Sequence[str]) -> dict[str, Any]:
@@ -179,6 +188,7 @@ def read_claim(url: str) -> dict[str, Any] | None:
         try:
             return json.loads(again(filesystem.cat_file, path))
         except FileNotFoundError:
+            check_bucket(url)  # now, and not when all annotations are read
             return None
 
 

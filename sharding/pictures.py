@@ -102,7 +102,9 @@ def contact_sheet(corpus: Corpus, count: int, shards: int = SHARDS) -> Image.Ima
         left, top = GAP + number % columns * width, GAP + number // columns * height
         for place, data in enumerate(sample.frames):
             sheet.paste(tile(picture(data), TILE), (left + place * (TILE + 2), top))
-        for line, text in enumerate(two_lines(first_text(sample.row), font, width - GAP)):
+        text = first_text(sample.row)
+        lines = two_lines(text, font, width - GAP) if text else name_lines(sample.row["source"], font, width - GAP)
+        for line, text in enumerate(lines):
             draw.text((left, top + TILE + 2 + 15 * line), text, INK, font)
     return sheet
 
@@ -119,10 +121,10 @@ def tile(image: Image.Image | None, side: int) -> Image.Image:
 
 
 def first_text(row: dict[str, Any]) -> str:
-    """What a sample is about, in one line."""
+    """What a sample is about, in one line; empty where it has no text."""
     texts = [*row["captions"], *(question["question"] for question in row["questions"])]
     texts += [" / ".join(choice["options"]) for choice in row["choices"]]
-    return " ".join(texts[0].split()) if texts else row["source"]
+    return " ".join(texts[0].split()) if texts else ""
 
 
 def two_lines(text: str, font: Any, width: int) -> list[str]:
@@ -134,6 +136,18 @@ def two_lines(text: str, font: Any, width: int) -> list[str]:
     while second and font.getlength(second + "…") > width:
         second = second[: -max(1, len(second) // 20)]
     return [first.strip(), second if second == " ".join(rest) else second + "…"]
+
+
+def name_lines(name: str, font: Any, width: int) -> list[str]:
+    """A path in up to two lines of `width` pixels, without its middle where it is longer: paths differ at the end."""
+    first = len(name)
+    while font.getlength(name[:first]) > width:
+        first -= 1
+    rest = kept = name[first:]
+    while font.getlength(kept) > width:
+        rest = rest[1:]
+        kept = "…" + rest
+    return [name[:first], kept]
 
 
 def fetch_command(url: str, offset: int, size: int, target: str, signed: bool = False) -> str:

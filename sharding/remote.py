@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import aiohttp
+import fsspec
 from aiohttp.http_exceptions import HttpProcessingError
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
 from tenacity.nap import sleep_using_event
@@ -40,7 +41,13 @@ NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "DefaultCrede
 CLIENTS = {"aiohttp", "aiobotocore", "botocore", "gcsfs", "google", "s3fs"}  # packages of the stores' clients
 REFUSED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "403", "401"}
 
+BUCKETS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")  # stores whose addresses begin with a bucket
+
 Result = TypeVar("Result")
+
+
+class BucketError(MissingError):
+    """A bucket does not exist."""
 
 
 class WebError(Exception):
@@ -198,12 +205,31 @@ def credentials_missing(error: BaseException) -> str:
     return ""
 
 
+def check_bucket(url: str, options: Mapping[str, Any] | None = None) -> None:
+    """Raise BucketError where something at `url` was not found because its bucket does not exist.
+
+    options: of fsspec. A bucket of which nothing can be learned is taken for one that exists.
+    """
+    scheme, _, path = url.partition("://")
+    bucket = path.split("/")[0]
+    if scheme not in BUCKETS or not bucket:
+        return
+    try:
+        found = fsspec.filesystem(scheme, **(options or {})).exists(bucket)
+    except Exception:  # each store has errors of its own
+        return
+    if not found:
+        raise BucketError(f"{url}: bucket {bucket} does not exist: create it, or check the name")
+
+
 @contextmanager
 def naming(url: str, doing: str) -> Iterator[None]:
     """Errors of a store inside the block become a UserError that names `url`, what was being done, and the remedy."""
     try:
         yield
     except Exception as error:
+        if isinstance(error, FileNotFoundError) and not isinstance(error, BucketError):
+            check_bucket(url)
         if isinstance(error, UserError) or not is_of_store(error):
             raise
         if "://" not in url or url.startswith("file://"):

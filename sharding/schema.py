@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -13,9 +13,9 @@ import fsspec
 import pyarrow as pa
 from braceexpand import braceexpand
 
-from sharding.errors import UserError
+from sharding.errors import MissingError, UserError
 from sharding.parquet import read_table
-from sharding.remote import again
+from sharding.remote import again, check_bucket
 
 FORMAT = "singularity-shards"
 VERSION = 1
@@ -150,7 +150,7 @@ def named_shards(url: str) -> tuple[str, list[str]]:
     lists = url.split("::")
     try:
         whole = all(part.endswith(".tar") for part in lists)
-        found = [each for part in (lists if whole else [url]) for each in braceexpand(part)]
+        found = [each for part in (lists if whole else [url]) for each in brace_list(part)]
     except ValueError:
         raise UserError(f"{url} has a brace without its counterpart: write x-{{000..009}}.tar") from None
     tars = list(dict.fromkeys(found))
@@ -166,6 +166,14 @@ def named_shards(url: str) -> tuple[str, list[str]]:
     return folders[0], [tar.rpartition("/")[2] for tar in tars]
 
 
+def brace_list(url: str) -> list[str]:
+    """What a brace list stands for; in the name of a local folder braces mean themselves."""
+    folder, _, name = url.rpartition("/")
+    if folder and "://" not in url and os.path.isdir(folder):
+        return [f"{folder}/{each}" for each in braceexpand(name)]
+    return list(braceexpand(url))
+
+
 def read_corpus(url: str, storage_options: dict[str, Any] | None = None) -> Corpus:
     """Read `corpus.json` of the folder `url`; where that names tars (see `named_shards`), the corpus has only those.
 
@@ -176,7 +184,7 @@ def read_corpus(url: str, storage_options: dict[str, Any] | None = None) -> Corp
     try:
         data = again(contents, description_url(url), storage_options)
     except FileNotFoundError:
-        raise no_corpus(url) from None
+        raise no_corpus(url, storage_options) from None
     return corpus_at(url, data.decode("utf-8", "replace"))
 
 
@@ -204,10 +212,11 @@ def with_shards(corpus: Corpus, names: Sequence[str]) -> Corpus:
     return replace(corpus, shards=tuple(shard for shard in corpus.shards if shard.name in set(names)))
 
 
-def no_corpus(url: str) -> FileNotFoundError:
-    """What is said where there is no corpus."""
+def no_corpus(url: str, storage_options: Mapping[str, Any] | None = None) -> MissingError:
+    """What is said where there is no corpus; raises BucketError where there is not even a bucket."""
+    check_bucket(url, storage_options)
     named = f" '{url}'" if named_shards(url)[1] else ""
-    return FileNotFoundError(
+    return MissingError(
         f"{description_url(url)} does not exist: {named_shards(url)[0]} is no packed corpus; pack it with "
         f"`python -m sharding.build`, or index existing webdataset shards with `python -m sharding.index{named}`"
     )
@@ -274,9 +283,9 @@ def contents(url: str, storage_options: dict[str, Any] | None = None) -> bytes:
         return file.read()
 
 
-def no_index(corpus: Corpus, shard: int) -> FileNotFoundError:
+def no_index(corpus: Corpus, shard: int) -> MissingError:
     """What is said where a shard's index is missing."""
-    return FileNotFoundError(
+    return MissingError(
         f"{corpus.index_url(shard)} is missing: make it again with `python -m sharding.verify {corpus.url} --repair`"
     )
 

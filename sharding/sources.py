@@ -22,7 +22,7 @@ import fsspec
 from sharding.archives import Archive, split_archive
 from sharding.errors import AccessError, MissingError, UserError
 from sharding.media import MediaError
-from sharding.remote import WebError, again, credentials_missing, naming, reason_of
+from sharding.remote import WebError, again, check_bucket, credentials_missing, naming, reason_of
 from sharding.schema import join_url, plain_scheme
 from sharding.web import Fetching, web_client
 
@@ -99,7 +99,8 @@ class Media:
         url = self.location(source)
         if url.startswith(WEB) and ("://" in source or not split_archive(url)):
             file = io.BytesIO() if self.media_type == "image" else tempfile.TemporaryFile(dir=self.scratch)  # noqa: SIM115
-            return web_client(self.fetching).fetch(url, cast(BinaryIO, file))
+            bounds = self.fetching.bounds(self.media_type)
+            return web_client(self.fetching).fetch(url, cast(BinaryIO, file), bounds)
         return pool.submit(self.fetch, source)
 
     def outcome(self, future: Future[Any], source: str) -> Fetched | MediaError:
@@ -226,4 +227,5 @@ def check_root(root: str) -> None:
         filesystem, path = fsspec.url_to_fs(place)
         found = again(filesystem.exists, path)
     if not found:
+        check_bucket(place)
         raise MissingError(f"media root {root} does not exist: check --media-root")

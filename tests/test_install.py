@@ -105,6 +105,20 @@ def test_all_packages_of_a_variant_go_together(variant, tmp_path):
     assert {name[-4:] for name in found if re.search(r"-cu\d\d$", name)} == {f"cu{variant.removeprefix('cuda')}"}
 
 
+@pytest.mark.parametrize("variant", ["cuda12", "cuda13"])
+def test_the_page_installs_with_pip_what_make_installs(variant, tmp_path):
+    page = (ROOT / "docs/installing.md").read_text()
+    (line,) = [line for line in page.splitlines() if line.startswith("pip install") and f"[{variant}]" in line]
+    words = shlex.split(line.partition("#")[0])
+    assert words[-1] == f".[{variant}]"
+    named = [words[place + 1] for place, word in enumerate(words) if word == "--constraint"]
+    assert sorted(named) == requirements(variant, tmp_path / "venv")[2]
+
+
+def test_nothing_that_installing_prints_is_hidden():
+    assert "grep" not in make("install").stdout
+
+
 def test_an_environment_keeps_its_variant(tmp_path):
     (tmp_path / ".ready").write_text("cuda12\n")
     other = make("install", "DALI=cuda13", f"VENV={tmp_path}")

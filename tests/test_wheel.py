@@ -27,11 +27,15 @@ def files_below(folder: Path) -> set[str]:
 
 
 def build(kind: str, source: Path, target: Path) -> Path:
-    """A wheel or an sdist, by the backend that pip calls, without its isolation: that would need a network."""
+    """A wheel, an sdist or an editable wheel, by the backend that pip calls, without a word of warning.
+
+    Without pip's isolation, which would need a network.
+    """
     program = f"import setuptools.build_meta as backend; backend.build_{kind}({str(target)!r})"
     target.mkdir(exist_ok=True)
     result = subprocess.run([sys.executable, "-c", program], cwd=source, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+    assert "Warning" not in result.stderr
     (path,) = target.iterdir()
     return path
 
@@ -89,6 +93,12 @@ def test_an_sdist_builds_the_same_wheel(site: Path, sources: Path, tmp_path: Pat
     for name in wheel.namelist():
         assert wheel.read(name) == (site / name).read_bytes() or ".dist-info/" in name, name
     assert {*wheel.namelist()} == {path.relative_to(site).as_posix() for path in site.rglob("*") if path.is_file()}
+
+
+def test_an_editable_installation_gives_this_folder(sources: Path, tmp_path: Path) -> None:
+    wheel = zipfile.ZipFile(build("editable", sources, tmp_path / "wheel"))
+    (name,) = [name for name in wheel.namelist() if name.endswith(".pth")]
+    assert wheel.read(name).decode().strip() == str(sources)
 
 
 def test_a_wheel_and_its_checkout_are_the_same_code_to_the_doctor(site: Path, environment: dict[str, str]) -> None:

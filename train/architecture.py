@@ -142,7 +142,7 @@ def check_texts(run: RunConfig, config: ModelConfig, tokenizer: Tokenizer) -> No
     if tokenizer.vocab_size > text.vocab_size:
         raise UserError(
             f"tokenizer={run.tokenizer} has {tokenizer.vocab_size} words, the model's text_encoder.vocab_size is "
-            f"{text.vocab_size}: use the vocabulary the model was trained with"
+            f"{text.vocab_size}: name the vocabulary that the model was trained with, tokenizer=vocab.txt"
         )
     for medium in ("image", "video"):
         length = getattr(run.max_txt_l, medium)

@@ -21,8 +21,10 @@ from loaders.text import Tokenizer
 from model.checkpoint import save_model
 from model.config import ModelConfig
 from model.files import TENSORS, weights_fault
+from sharding.activity import progress
 from sharding.errors import FULL, UserError, os_error_number
 from train.best import BEFORE_VERSIONS, WEIGHTS, best_version, keep_only, point_to, write_marker
+from train.flush import flush
 from train.loss_scale import LossScale
 from train.parts import check_parts, read_parts, whole_weights, write_part
 from train.ranks import Ranks
@@ -270,6 +272,7 @@ def _write_whole_weights(
     shapes = {name: _shape(parameter) for name, parameter in engine.module.named_parameters()}
     state = whole_weights(folder / PARTS, shapes)
     state |= {name: buffer.detach().cpu() for name, buffer in persistent_buffers(engine).items()}
+    progress("writing the whole weights")
     (folder / WEIGHTS).mkdir()
     tokenizer.save(folder / WEIGHTS)
     save_model(state, model_config, folder / WEIGHTS, special_ids(tokenizer))
@@ -321,11 +324,7 @@ def _shape(parameter: torch.nn.Parameter) -> Any:
 
 def _flush(paths: list[Path]) -> None:
     for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        flush(path)
 
 
 def _remove(path: Path) -> None:

@@ -12,8 +12,9 @@ import torch
 from torch.distributed import distributed_c10d
 
 from sharding.errors import UserError
+from train.meeting import forget_port, meeting_port
 from train.network import choose_interface
-from train.ranks import Ranks
+from train.ranks import Ranks, ranks_from_environment
 
 DEVICES = Path("/dev")
 DRIVER = Path("/proc/driver/nvidia/version")
@@ -197,7 +198,8 @@ def collective_timeout(stall_seconds: float) -> timedelta:
 def start_processes(device: torch.device, stall_seconds: float = 0.0) -> None:
     """Join the other processes of the job; must follow everything that can be checked without them.
 
-    stall_seconds: the watchdog's limit, which the timeout of all collectives exceeds.
+    stall_seconds: the watchdog's limit, which the timeout of all collectives exceeds. Raises UserError where the port
+    to meet at is in use and no other can be taken.
     """
     import deepspeed
 
@@ -213,4 +215,8 @@ def start_processes(device: torch.device, stall_seconds: float = 0.0) -> None:
         # Serves inference only, and would need a compiler at every user's machine. Not touched on a GPU, where it does
         # not exist: the first access probes every operation with the compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    ranks = ranks_from_environment()
+    meeting_port(ranks, timeout.total_seconds())
     deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, timeout=timeout)
+    if ranks.is_first:
+        forget_port()

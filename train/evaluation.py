@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from eval.choice import evaluate_choice
+from eval.earlier import SplitInput
 from eval.evaluations import read_evaluation
 from eval.outputs import SplitOutput, Subject, write_evaluation
 from eval.qa import evaluate_answers
@@ -17,10 +18,12 @@ from eval.question_output import choice_output, qa_output
 from eval.report_tables import console_table
 from eval.retrieval import evaluate_retrieval
 from eval.retrieval_output import retrieval_output
-from loaders.evaluation import ChoiceSet, QASet, RetrievalSet, VisualSet
+from loaders.evaluation import ChoiceSet, QASet, RetrievalSet, VisualSet, corpus_digest
+from loaders.storage import describe
 from loaders.text import Tokenizer
 from model.answering import SingularityQA
 from model.singularity import Singularity
+from sharding.activity import begin, progress
 from sharding.errors import naming
 from train.config import RunConfig
 from train.ranks import Ranks
@@ -39,14 +42,15 @@ def evaluate_splits(
     device: torch.device,
     splits: Iterable[str],
     folder: Path,
-    checkpoint: str = "",
+    subject: Subject | None = None,
     answers: Sequence[str] = (),
     num_frames: int | None = None,
     save_scores: bool = True,
 ) -> Metrics:
     """Evaluate `splits` of `run.test_corpus` on all ranks; the first one writes `folder` and logs the table.
 
-    answers: that may be given, for questions. num_frames: of a clip, by default `video_input.num_frames_test`.
+    subject: what reports say of the model. answers: that may be given, for questions. num_frames: of a clip, by
+    default `video_input.num_frames_test`.
     save_scores: whether scores.npz is written, gigabytes for a large test set.
     Returns the metrics, {"SPLIT/": {...}, "SPLIT_emb/": {...}} or {"SPLIT": {...}}, on all ranks.
     """
@@ -55,14 +59,16 @@ def evaluate_splits(
     for split, url in run.test_urls().items():
         if split not in splits:
             continue
+        begin(f"evaluating {split}")
         one, output = _evaluate_split(
             model, tokenizer, run, ranks, device, split, url, answers, num_frames or run.video_input.num_frames_test
         )
         metrics |= one
         outputs += [output] if output else []
+    progress("writing the results")
     if ranks.is_first:
         with naming(folder):
-            write_evaluation(folder, outputs, run, subject_of(model, checkpoint), save_scores)
+            write_evaluation(folder, outputs, run, subject or subject_of(model), save_scores)
         log.info("Evaluation in %s\n%s", folder, console_table([read_evaluation(folder)]))
     return metrics
 
@@ -109,14 +115,25 @@ def _with_corpus(output: SplitOutput | None, url: str, dataset: VisualSet) -> Sp
     return replace(output, details=output.details | {"corpus": {"url": url, "sha256": dataset.digest}})
 
 
+def split_inputs(run: RunConfig, num_frames: int | None = None) -> dict[str, SplitInput]:
+    """What the splits to evaluate are, by their names."""
+    found = {}
+    for name, url in run.test_urls().items():
+        corpus = describe(url, run)
+        frames = 1 if corpus.media_type == "image" else num_frames or run.video_input.num_frames_test
+        found[name] = SplitInput(url, corpus_digest(corpus), corpus.samples, frames)
+    return found
+
+
 def _frames(dataset: RetrievalSet | QASet | ChoiceSet, num_frames: int) -> int:
     return 1 if dataset.media_type == "image" else num_frames
 
 
-def subject_of(model: Singularity | SingularityQA, checkpoint: str) -> Subject:
+def subject_of(model: Singularity | SingularityQA, checkpoint: str = "", weights: str = "") -> Subject:
     """What reports say of a model. A word head is what only pre-training leaves."""
     return Subject(
         checkpoint=checkpoint,
+        weights=weights,
         zero_shot=isinstance(model, Singularity) and model.word_head is not None,
         temporal=model.temporal_vision_encoder is not None,
     )

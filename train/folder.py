@@ -187,5 +187,5 @@ def _read_note(handle: IO[str]) -> dict[str, Any]:
 
 
 def _may_lie_there(name: str) -> bool:
-    """What may lie in a folder before its first run: evaluations of other checkpoints, and remains."""
-    return name.startswith(".") or name in ("evaluation", "metrics.json")
+    """What may lie in a folder before its first run: evaluations of other checkpoints, and remains of failed starts."""
+    return name.startswith((".", "stacks_rank_")) or name in ("evaluation", "metrics.json", "logs")

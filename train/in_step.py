@@ -11,6 +11,7 @@ from torch import distributed, nn
 
 from eval import gather
 from model.answering import SingularityQA
+from sharding.activity import waiting
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -88,8 +89,9 @@ class _Layers:
         """Vote until the wanted layer is gathered here."""
         while True:
             votes = torch.empty(self._world_size, dtype=torch.int64, device=self._votes_on)
-            distributed.all_gather_into_tensor(votes, torch.tensor([wanted], device=self._votes_on))
-            chosen = int(votes.min())
+            with waiting("layer_by_layer"):
+                distributed.all_gather_into_tensor(votes, torch.tensor([wanted], device=self._votes_on))
+                chosen = int(votes.min())
             if chosen == DONE:
                 return
             weights = _partitioned([self._layers[chosen]])

@@ -48,7 +48,7 @@ from train.step import Losses, Stepper, without_padding
 from train.stopped import Stopped
 from train.stopping import StopRequest, StopVote
 from train.tracking import Tracker
-from train.watchdog import LOADER, OTHER, STEP, Watchdog
+from train.watchdog import END, EVALUATE, LOADER, SAVE, STEP, Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -58,16 +58,16 @@ Evaluate = Callable[[Model, list[str], str], Metrics]  # model, splits, label
 class Trainer:
     """A run in progress: the engine, where it is, and what it writes."""
 
-    def __init__(self, prepared: Prepared, device: torch.device, request: StopRequest) -> None:
+    def __init__(self, prepared: Prepared, device: torch.device, request: StopRequest, watchdog: Watchdog) -> None:
         """Start the engine and, where the run's folder holds a checkpoint, go back to it; all ranks call."""
         self.run, self.ranks, self.folder = prepared.run, prepared.ranks, prepared.folder
+        self.watchdog = watchdog
         self.tokenizer, self.loader, self.device = prepared.tokenizer, prepared.loader, device
         self.model: Model = prepared.model
         self._remote = prepared.remote
         self.model_config = prepared.model.config
         self.model.set_gradient_checkpointing(self.run.gradient_checkpointing)
         self.engine, groups = start_engine(self.model, self.run, prepared.deepspeed, device)
-        self.watchdog = Watchdog(self.ranks, self.run.stall_seconds, self.folder.path)
         self.state = self._resume()
         self.total_steps = total_steps(self.run, self.loader.steps_per_epoch)
         self.guard = StepGuard(self.engine, self.ranks, self.run.max_bad_steps, self.run.optimizer.max_grad_norm)
@@ -124,8 +124,8 @@ class Trainer:
 
     def close(self) -> None:
         """End the threads and the records; not to be called after a failure, when other ranks may be gone."""
+        self.watchdog.doing(END, self.state.step)
         self.profiler.close()
-        self.watchdog.close()
         self.loader.close()
         gc.unfreeze()
         if self.tracker is not None:
@@ -136,7 +136,7 @@ class Trainer:
         if self.state.step == self._saved_step and self.state.step > 0:
             return
         self.guard.inspect()
-        self.watchdog.doing(OTHER, self.state.step)
+        self.watchdog.doing(SAVE, self.state.step)
         started = time.perf_counter()
         path = save_checkpoint(
             self.folder.checkpoints,
@@ -203,7 +203,7 @@ class Trainer:
                 if self._is_over():
                     break
                 self.watchdog.doing(LOADER, self.state.step)
-        self.watchdog.doing(OTHER, self.state.step)
+            self.watchdog.doing(END, self.state.step)
 
     def _is_over(self) -> bool:
         return self.state.step >= self.total_steps
@@ -259,6 +259,7 @@ class Trainer:
         measure, score = deciding_score(metrics, key)
         if self.state.best is None or score > self.state.best:
             self.state.best, self.state.best_step = score, self.state.step
+            self.watchdog.doing(SAVE, self.state.step)
             save_best(
                 self.folder.checkpoints, self.engine, self.state, self.model_config, self.tokenizer, self.ranks, key
             )
@@ -282,6 +283,7 @@ class Trainer:
         self._evaluate(evaluate, list(self.run.test_urls()), FINAL)
 
     def _evaluate(self, evaluate: Evaluate, splits: list[str], label: str) -> Metrics:
+        self.watchdog.doing(EVALUATE, self.state.step)
         with layer_by_layer(self.engine):
             metrics = evaluate(self.model, splits, label)
         if self.tracker is not None:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from model.files import write_whole
+from sharding.activity import progress
 from sharding.errors import UserError
 from train.fragments import MOMENTS, before_loading, fragments, loaded, set_optimizer_step
 from train.frozen import frozen_fragments, set_frozen, written_fragments
@@ -46,12 +47,14 @@ def write_part(folder: Path, engine: DeepSpeedEngine, ranks: Ranks, moments: boo
     tensors: dict[str, torch.Tensor] = {}
     for number, part in enumerate(fragments(engine, moments)):
         if not alone or number % ranks.world_size == ranks.rank:
+            progress(f"taking the fragment {part.name}")
             key = f"{part.name}|{part.start}|"
             for kind, tensor in {WEIGHT: part.weight, **part.moments}.items():
                 tensors[key + kind] = tensor.detach().float().cpu().clone()
     for part in written_fragments(engine):
         tensors[f"{part.name}|{part.start}|{WEIGHT}"] = part.weight.float().clone()
     path = folder / f"rank_{ranks.rank:05}_of_{ranks.world_size:05}.safetensors"
+    progress(f"writing {path.name}")
     write_whole(path, lambda aside: save_file(tensors, str(aside)))
     return path
 
@@ -64,6 +67,7 @@ def read_parts(folder: Path, engine: DeepSpeedEngine, step: int) -> None:
     before_loading(engine)
     with _open(folder) as pieces:
         for part in fragments(engine):
+            progress(f"reading the fragment {part.name}")
             for kind, tensor in {WEIGHT: part.weight, **part.moments}.items():
                 tensor.copy_(_assemble(pieces, part.name, kind, part.start, tensor.numel(), folder))
         for part in frozen_fragments(engine):
@@ -92,11 +96,12 @@ def set_weights(engine: DeepSpeedEngine, state: Mapping[str, torch.Tensor]) -> N
 
 def whole_weights(folder: Path, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
     """All weights of the files in `folder`, in single precision, of these shapes."""
+    weights: dict[str, torch.Tensor] = {}
     with _open(folder) as pieces:
-        return {
-            name: _assemble(pieces, name, WEIGHT, 0, math.prod(shape), folder).view(shape)
-            for name, shape in shapes.items()
-        }
+        for name, shape in shapes.items():
+            progress(f"putting {name} together")
+            weights[name] = _assemble(pieces, name, WEIGHT, 0, math.prod(shape), folder).view(shape)
+    return weights
 
 
 @contextmanager

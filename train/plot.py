@@ -16,6 +16,7 @@ from jinja2 import Environment, select_autoescape
 
 from eval.losses import MEDIA, loss_weights, weighted_name
 from sharding.errors import MissingError, UserError, command
+from sharding.outside import check_outside_corpora
 
 SMOOTH_FROM = 40  # points of a curve; with fewer it is drawn as it is
 FIRST = ("loss", "loss_itc", "loss_itm", "loss_mlm", "loss_qa", "grad_norm", "temperature", "lr")
@@ -195,6 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="for example loss val/txt_r1 (default: all, of evaluations the means)",
     )
     options = parser.parse_args(arguments)
+    check_outside_corpora(options.output, "--output")
     drawn = write_plot(options.runs, options.output, options.figures)
     sys.stdout.write(f"{options.output}: {', '.join(drawn)}\n")
     return 0

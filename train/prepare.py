@@ -19,7 +19,9 @@ from model.building import Model, build_model
 from model.checkpoint import find_weights, fit_weights
 from model.config import with_changes
 from model.initial import new_model
+from sharding.activity import progress
 from sharding.errors import MissingError, UserError
+from sharding.outside import check_outside_corpora
 from train.architecture import adopt, changes_to, check_texts, fresh_architecture
 from train.checkpoints import WEIGHTS, check_checkpoint, complete_checkpoints, special_ids
 from train.config import RunConfig
@@ -60,6 +62,7 @@ def prepare_training(settings: Settings, ranks: Ranks, evaluates: bool, device: 
     run = settings.config
     if run.output_dir is None:
         raise UserError("output_dir is not set: give the folder that is to hold the run, output_dir=runs/NAME")
+    check_outside_corpora(run.output_dir, "output_dir")
     zero = deepspeed_config(run, ranks)
     check_tracking(run)
     answers: list[str] = []
@@ -68,14 +71,19 @@ def prepare_training(settings: Settings, ranks: Ranks, evaluates: bool, device: 
             raise UserError(f"stop_key={run.stop_key} is not among splits={run.splits}: add it, or splits=[] for all")
         check_test_corpora(run)
         answers = read_answer_list(run)
+    log.info("Checking the corpora: %s", ", ".join(run.train_urls()))
     for url in run.train_urls():
+        progress(f"checking {url}")
         describe(url, run)
     share_cores(ranks)
     torch.manual_seed(run.seed)
+    log.info("Building the model")
+    progress("building the model")
     model, tokenizer = _model(settings)
     parameter_groups({name: p.ndim for name, p in model.named_parameters()}, run.optimizer)
     bad_samples = run.quarantine_file or str(Path(run.output_dir) / "quarantine-{rank}.jsonl")
     settings_of_loader = replace(run, quarantine_file=bad_samples)
+    progress("opening the corpora")
     loader = TrainLoader(
         run.train_urls(), tokenizer, settings_of_loader, ranks.rank, ranks.world_size, ranks.ranks_here, device
     )
@@ -113,9 +121,14 @@ def prepare_evaluation(settings: Settings) -> tuple[Model, Tokenizer]:
         raise UserError("checkpoint is not set: give a run folder, a weights folder or an official .pth to evaluate")
     if run.output_dir is None:
         raise UserError("output_dir is not set: give the folder that is to hold the results, output_dir=runs/NAME")
+    for name, folder in (("output_dir", run.output_dir), ("feature_cache", run.feature_cache)):
+        if folder is not None:
+            check_outside_corpora(folder, name)
     if not run.test_corpus:
         raise UserError("test_corpus is empty: name the packed corpora to evaluate, test_corpus.NAME=URL")
+    log.info("Checking the corpora: %s", ", ".join(run.test_urls().values()))
     check_test_corpora(run)
+    log.info("Loading the model from %s", run.checkpoint)
     return _from_checkpoint(settings, run.checkpoint, training=False)
 
 
@@ -143,6 +156,7 @@ def read_answer_list(run: RunConfig) -> list[str]:
 def check_test_corpora(run: RunConfig) -> None:
     """Raise FileNotFoundError or ValueError unless every split to evaluate is a packed corpus of our version."""
     for name, url in run.test_urls().items():
+        progress(f"checking {url}")
         kind = TEXTS_OF_TASK[run.task]
         if not sum(describe(url, run).counts(kind)):
             raise UserError(f"test_corpus.{name}: {url} holds no {kind}, which task={run.task} needs")
@@ -177,13 +191,21 @@ def _from_checkpoint(settings: Settings, path: str, training: bool) -> tuple[Mod
             _check_vocabulary(Tokenizer.load(run.tokenizer), str(found), run)
         tokenizer = Tokenizer.load(str(found))
     else:
-        tokenizer = Tokenizer.load(run.tokenizer)
+        tokenizer = _tokenizer_beside(found, run)
     check_texts(run, config, tokenizer)
     adopt(settings, config)
     model = build_model(config, special_ids(tokenizer))
     report = fit_weights(model, weights, str(found), run.expected_tensors)
     log.info("Weights of %s: %s", found, report)
     return model, tokenizer
+
+
+def _tokenizer_beside(weights: Path, run: RunConfig) -> Tokenizer:
+    """The tokenizer that the settings name for weights without a vocabulary; raises MissingError without one."""
+    try:
+        return Tokenizer.load(run.tokenizer)
+    except MissingError as error:
+        raise MissingError(f"{weights} brings no vocabulary, and {error}") from None
 
 
 def _check_vocabulary(tokenizer: Tokenizer, weights: str, run: RunConfig) -> None:

@@ -24,6 +24,11 @@ class Ranks:
         """Whether this process logs and writes files."""
         return self.rank == 0
 
+    @property
+    def on_one_host(self) -> bool:
+        """Whether the whole job runs on this machine."""
+        return self.ranks_here == self.world_size
+
 
 # What the other launchers call RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE. The first one that is there counts:
 # `mpirun` within a Slurm job starts its processes below a step of `srun`.

@@ -12,6 +12,7 @@ from pathlib import Path
 import fsspec
 
 from loaders.failures import check_no_credentials, hide_secrets
+from sharding.activity import progress
 from sharding.errors import AccessError, UserError
 from sharding.schema import join_url
 from train.best import BEST, MARKER, best_version
@@ -98,7 +99,7 @@ class RemoteCheckpoints:
             name = path.relative_to(folder).as_posix()
             if name != but:
                 self._files.makedirs(join_url(target, name).rpartition("/")[0], exist_ok=True)
-                self._files.put_file(str(path), join_url(target, name))
+                self._files.put_file(str(path), join_url(target, name), callback=_Reporting(f"uploading {name}"))
 
     def _put_whole(self, path: Path, target: str) -> None:
         """Copy a file so that it is whole or absent also where the storage is a folder."""
@@ -165,7 +166,7 @@ class RemoteCheckpoints:
         for path in self._files.find(source):
             target = aside / path[len(source) :].lstrip("/")
             target.parent.mkdir(parents=True, exist_ok=True)
-            self._files.get_file(path, str(target))
+            self._files.get_file(path, str(target), callback=_Reporting(f"fetching {path}"))
         return aside
 
 
@@ -175,6 +176,20 @@ def _best_step(state: bytes) -> int | None:
         return json.loads(state).get("best_step")
     except (ValueError, AttributeError):  # damaged, which is told when it is loaded
         return None
+
+
+class _Reporting(fsspec.Callback):
+    """Reports the progress of a copy."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self._what = what
+        progress(what)
+
+    def relative_update(self, inc: int = 1) -> None:
+        """`inc` bytes more are there."""
+        super().relative_update(inc)
+        progress(f"{self._what}, {self.value >> 20} MiB")
 
 
 def reason(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""How training ends before its time, in good order."""
+"""How training ends before its time: in good order, or for want of another rank."""
 
 from __future__ import annotations
 
@@ -12,3 +12,7 @@ class Stopped(Exception):
         self.signal, self.step = number, step
         cause = "the launcher has gone" if number == signal.SIGHUP else signal.Signals(number).name
         super().__init__(f"stopped ({cause}) at step {step}, saved: the same command goes on from there")
+
+
+class LostRankError(RuntimeError):
+    """Another rank has gone, and this one's collective failed of it. The message names that rank."""

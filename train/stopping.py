@@ -14,10 +14,13 @@ import psutil
 import torch
 from torch import distributed
 
+from sharding.activity import waiting
+
 log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 WATCH_SECONDS = 0.2
+LAUNCHER_PATIENCE = 30  # seconds between deepspeed's SIGTERM and its SIGKILL
 LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed.run", "torch/distributed/run")  # in their command lines
 
 
@@ -31,12 +34,14 @@ class StopRequest:
     def __init__(self, on_request: Callable[[], None] = lambda: None) -> None:
         self.signal = 0
         self._on_request = on_request
+        self._below_deepspeed = False
 
     def install(self) -> None:
         """Begin to listen; to be called from the main thread."""
         for number in SIGNALS:
             signal.signal(number, self._handle)
         launchers = launcher_processes()
+        self._below_deepspeed = any(_is_on_node(process) for process in launchers)
         if launchers:
             threading.Thread(target=self._watch, args=(launchers,), name="launcher-watch", daemon=True).start()
 
@@ -45,11 +50,26 @@ class StopRequest:
         if not self.signal:
             self.signal = number
             self._on_request()
+            # Not here: a signal may have come while this very thread was writing to the log.
+            threading.Thread(target=log.info, args=("%s", self._answer()), name="stop-answer", daemon=True).start()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal == signal.SIGINT == number:  # the user is impatient
             raise KeyboardInterrupt
         self.request(number)
+
+    def _answer(self) -> str:
+        """What the user is told at once: saving takes its time, and the launcher may end before."""
+        name = "The launcher has gone" if self.signal == signal.SIGHUP else signal.Signals(self.signal).name
+        told = f"{name}: saving after the present step, then ending"
+        if self.signal != signal.SIGINT:
+            return told
+        if self._below_deepspeed:
+            return (
+                f"{told}. `deepspeed` itself shows a traceback and returns to the prompt before that: wait for "
+                f'"stopped" here. It kills processes that need more than {LAUNCHER_PATIENCE} s'
+            )
+        return f"{told}; Ctrl-C again ends at once, without saving"
 
     def _watch(self, launchers: list[psutil.Process]) -> None:
         pause = threading.Event()
@@ -117,7 +137,8 @@ class StopVote:
         """Count the vote under way, if any."""
         if self._work is None:
             return Decision()
-        self._work.wait()
+        with waiting("vote"):
+            self._work.wait()
         self._work = None
         signal, save = self._votes.tolist()
         return Decision(signal, bool(save))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import string
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -12,17 +13,25 @@ from typing import Any
 from sharding.annotations.files import Record
 from sharding.annotations.items import Row, identifier, part_of, plain, question_of
 from sharding.errors import UserError
+from sharding.failures import kind_of
 
 ABSENT: Any = object()  # what a record says about a column that it does not have; null is a value
+QUOTED = re.compile(r'("[^"]*")')  # a column's name in a reason
 Finder = Callable[[Mapping[str, Any]], Any]
 
 
-class RowError(ValueError):
+class RowError(UserError):
     """A record that is no row; the message names file, record and `reason`, which has the remedy."""
 
     def __init__(self, record: Record, reason: str) -> None:
         self.reason = " ".join(reason.split())  # in one line, whatever the names of columns are
-        super().__init__(f"{record.place}: {self.reason}")
+        super().__init__(f"{record.place}: {self.reason}; --skip-bad-rows leaves such records out and counts them")
+
+    @property
+    def kind(self) -> str:
+        """The reason without its remedy and particulars; names of columns, in double quotes, stay."""
+        parts = QUOTED.split(self.reason.partition(";")[0])
+        return "".join(part if place % 2 else kind_of(part) for place, part in enumerate(parts))[:200]
 
 
 @dataclass
@@ -296,5 +305,5 @@ def parsed(spec: str) -> Iterator[tuple[str, Finder | None, str]]:
 
 def shortened(value: Any) -> str:
     """A value for a message."""
-    text = "nothing" if value is ABSENT else repr(value)
+    text = "nothing" if value is ABSENT else repr(value).replace('"', "'")  # double quotes are for names of columns
     return text if len(text) <= 80 else text[:77] + "..."

@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import lzma
+import math
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -20,9 +21,9 @@ import ijson
 from fsspec.compression import compr
 from fsspec.utils import infer_compression
 
-from sharding.annotations.json_text import Mended, Plain, Unparsable
+from sharding.annotations.json_text import Located, Mended, Plain, Unparsable
 from sharding.errors import MissingError, UserError
-from sharding.remote import again, causes, naming, status_of
+from sharding.remote import BucketError, again, causes, naming, status_of
 
 BLOCK = 2**20  # bytes of a remote file read at a time
 LONGEST_LINE = 2**20  # bytes of a line of JSON that is looked at to tell lines from an object
@@ -129,6 +130,8 @@ def opened(file: str) -> Iterator[IO[bytes]]:
             yield handle
     except DAMAGED as error:
         raise UserError(undone(file, error)) from None
+    except BucketError:
+        raise
     except OSError as error:
         if infer_compression(file) and type(error) in (OSError, gzip.BadGzipFile) and error.errno is None:
             raise UserError(undone(file, error)) from None
@@ -187,15 +190,32 @@ def parsed(file: str, parse: Callable[[Any], Iterator[Found]]) -> Iterator[Found
             return
         except NOT_JSON:
             pass
+    with opened(file) as handle:
+        stream = Located(Mended(handle), math.inf)
+        try:
+            for number, found in enumerate(parse(stream)):
+                if number >= done:
+                    yield found
+            return
+        except NOT_JSON:
+            pass
+    raise not_json(file, parse, stream.last)
+
+
+def not_json(file: str, parse: Callable[[Any], Iterator[Found]], slow: int) -> UserError:
+    """What is said of a file that is no JSON, and where, found by reading it again, from byte `slow` on one by one."""
     number = 0
     with opened(file) as handle:
+        stream = Located(Mended(handle), slow)
         try:
-            for number, found in enumerate(parse(Mended(handle)), 1):
-                if number > done:
-                    yield found
+            for _ in parse(stream):
+                number += 1
+            reason = "it could be read the second time: run the same command again"
         except NOT_JSON as error:
-            where = f", after entry {number}" if number else ""
-            raise UserError(f"annotation file {file} is not JSON ({json_reason(error)}){where}") from None
+            reason = json_reason(error)
+    after = f", after entry {number}" if number else ""
+    place = f"line {stream.line}, column {stream.column}{after}"
+    return UserError(f"annotation file {file} is not JSON ({reason}): {place}")
 
 
 def json_reason(error: Exception) -> str:

@@ -65,6 +65,29 @@ class Mended:
                 return TOKEN.sub(mended, text[:end])
 
 
+class Located:
+    """A stream that knows how far the parser has come: after `slow` bytes it hands over one at a time."""
+
+    def __init__(self, stream: Plain | Mended, slow: float) -> None:
+        self.stream, self.slow = stream, slow
+        self.seen = self.last = 0  # bytes handed over; those before the last piece
+        self.line, self.column = 1, 0
+        self._held = b""
+
+    def read(self, size: int = -1) -> bytes:
+        """The next bytes, any number of them; none at the end alone."""
+        if size == 0:
+            return b""
+        self._held = self._held or self.stream.read(size)
+        piece = self._held if self.seen + len(self._held) <= self.slow else self._held[:1]
+        self._held = self._held[len(piece) :]
+        self.last, self.seen = self.seen, self.seen + len(piece)
+        broken = piece.count(b"\n")
+        self.line += broken
+        self.column = len(piece) - piece.rfind(b"\n") - 1 if broken else self.column + len(piece)
+        return piece
+
+
 def check_depth(data: bytes) -> None:
     """Raise Unparsable where more brackets are opened than any annotations do."""
     if data.count(b"[") + data.count(b"{") > DEEPEST:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import codecs
+import re
 from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
 from itertools import groupby
+from typing import Any
 
 import fsspec
+from fsspec.utils import glob_translate
 
 from sharding.annotations.captions import coco_records, flickr_records, sbu_records, something_records
 from sharding.annotations.columns import Columns, RowError, RowMaker
@@ -25,9 +28,10 @@ from sharding.annotations.tables import (
 )
 from sharding.annotations.visual_genome import visual_genome_records
 from sharding.errors import MissingError, UserError
-from sharding.failures import kind_of
-from sharding.remote import again, naming
+from sharding.remote import again, check_bucket, naming
 from sharding.schema import plain_scheme
+
+MAGIC = set("*?[")  # what makes a pattern of a name
 
 FileReader = Callable[[str, Reading], Iterator[Record]]
 Reader = Callable[[Sequence[str], Reading], Iterator[Record]]
@@ -119,7 +123,7 @@ def read_rows(files: Sequence[str], reading: Reading) -> Iterator[Row]:
             except RowError as error:
                 if not reading.skip_bad_rows:
                     raise
-                yield Row(filtered=f"bad row: {kind_of(error.reason)}")
+                yield Row(filtered=f"bad row: {error.kind}")
             except RecursionError:
                 raise UserError(f"{record.place}: it is nested too deeply to be read") from None
 
@@ -142,14 +146,31 @@ def expanded(patterns: Sequence[str]) -> list[str]:
     """
     files = []
     for pattern in map(plain_scheme, patterns):
-        if not any(sign in pattern for sign in "*?["):
+        if not MAGIC & set(pattern):
             with opened(pattern):
                 files.append(pattern)
             continue
         filesystem, path = fsspec.url_to_fs(pattern)
         with naming(pattern, "read annotations from"):
-            found = [path] if again(filesystem.exists, path) else sorted(again(filesystem.glob, path))
+            found = again(matching, filesystem, path)
         if not found:
+            check_bucket(pattern)
             raise MissingError(f"no annotation file matches {pattern}: check --annotations")
         files += [filesystem.unstrip_protocol(each) if "://" in pattern else each for each in found]
     return files
+
+
+def matching(filesystem: Any, path: str) -> list[str]:
+    """The files that match a pattern, in order of name; parts of it that are there as they stand are no patterns."""
+    parts = path.split("/")
+    known = 1
+    while known < len(parts) and (not MAGIC & set(parts[known]) or filesystem.exists("/".join(parts[: known + 1]))):
+        known += 1
+    folder, rest = "/".join(parts[:known]), "/".join(parts[known:])
+    if not rest:
+        return [path]
+    if not MAGIC & set(folder):
+        return sorted(filesystem.glob(path))
+    pattern = re.compile(glob_translate(rest))
+    found = filesystem.find(folder, maxdepth=None if "**" in rest else rest.count("/") + 1)
+    return sorted(each for each in found if pattern.match(each[len(folder) + 1 :]))

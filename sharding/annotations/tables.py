@@ -154,7 +154,7 @@ def jsonl_records(file: str, reading: Reading) -> Iterator[Record]:
     """Lines of a file of JSON objects."""
     number = 0
     with opened(file) as handle:
-        for line in handle:
+        for row, line in enumerate(handle, 1):
             if not line.strip():
                 continue
             number += 1
@@ -163,11 +163,15 @@ def jsonl_records(file: str, reading: Reading) -> Iterator[Record]:
                 if b"\\ud" in line.lower():  # half of a pair of surrogates is no text that could be stored
                     fields = json.loads(json.dumps(fields, ensure_ascii=False).encode("utf-8", "replace"))
             except UnicodeDecodeError as error:
-                fault = f"the line is not in UTF-8 (byte {error.object[error.start]:#04x}): save the file so"
+                fault = f"line {row} is not in UTF-8 (byte {error.object[error.start]:#04x}): save the file so"
                 yield Record(file, number, {}, fault=fault)
                 continue
             except (ValueError, RecursionError) as error:
-                yield Record(file, number, {}, fault=f"the line is not JSON ({error})")
+                place, reason = f"line {row}", str(error)
+                if isinstance(error, json.JSONDecodeError):
+                    column = min(error.pos, len(error.doc.rstrip())) + 1
+                    place, reason = f"line {row}, column {column}", error.msg
+                yield Record(file, number, {}, fault=f"{place} is not JSON ({reason})")
                 continue
             if not isinstance(fields, dict):
                 yield Record(file, number, {}, fault=f"must be an object, not {str(fields)[:60]!r}")

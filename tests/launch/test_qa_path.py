@@ -7,6 +7,8 @@ import torch
 from safetensors.torch import load_file
 from small_run import job, learned, run, run_jobs
 
+from eval import report
+from sharding import answers
 from sharding.build import build_corpus
 
 pytestmark = pytest.mark.timeout(400)
@@ -30,12 +32,31 @@ def questions(corpora):
     return path
 
 
-def test_pretrain_finetune_for_questions_evaluate(corpora, questions, tmp_path):
-    pretrained, tuned, other = (tmp_path / name for name in ("pretrained", "tuned", "other"))
+@pytest.fixture(scope="module")
+def own(corpora):
+    """A data root as configs/small/qa.yaml reads it, by the commands of its head, from JSON lists of questions."""
+    root, shapes = corpora / "own", corpora / "shapes"
+    for name, source in (("questions", "images_train"), ("questions_test", "images_test")):
+        asked = [
+            {"image": item["image"], "question": "what is it?", "answer": "ring" if "ring" in str(item) else "no ring"}
+            for item in json.loads((shapes / f"{source}.json").read_text())
+        ]
+        (corpora / f"{name}.json").write_text(json.dumps(asked))
+        build_corpus(
+            [str(corpora / f"{name}.json")], str(shapes / "media"), "image", str(root / name), size=32, workers=1
+        )
+    assert answers.main([str(root / "questions"), "--output", str(root / "answers.json")]) == 0
+    return root
+
+
+def test_pretrain_finetune_for_questions_evaluate(corpora, questions, own, tmp_path):
+    pretrained, tuned, other, mine = (tmp_path / name for name in ("pretrained", "tuned", "other", "mine"))
+    few = ("batch_size.image=8", "scheduler.epochs=1", "log_every=1", f"data_root={own}")
     launches = [
         job("pretrain", corpora / "tiny.yaml", f"output_dir={pretrained}", "scheduler.epochs=1"),
         job("finetune_qa", questions, f"pretrained_path={pretrained}", f"output_dir={tuned}"),
         job("evaluate", questions, f"checkpoint={tuned}", f"output_dir={other}", "label=again"),
+        job("finetune_qa", "configs/small/qa.yaml", f"pretrained_path={pretrained}", f"output_dir={mine}", *few),
     ]
     run_jobs(tmp_path, launches)
 
@@ -55,6 +76,11 @@ def test_pretrain_finetune_for_questions_evaluate(corpora, questions, tmp_path):
     final = json.loads((tuned / "evaluation/final/metrics.json").read_text())
     assert 0 <= final["test"]["overall"] <= 100
     assert json.loads((other / "metrics.json").read_text()) == final
+
+    assert json.loads((own / "answers.json").read_text()) == ["no ring", "ring"]
+    assert {line["media_type"] for line in learned(mine)} == {"image"}
+    assert report.main([str(mine), "--output", str(tmp_path / "report.html")]) == 0
+    assert "mine · final" in (tmp_path / "report.html").read_text()
 
     result = run("finetune_retrieval", questions, f"output_dir={tmp_path}/wrong", processes=1)
     assert result.returncode == 2

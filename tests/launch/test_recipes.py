@@ -39,7 +39,7 @@ SETS = {
     "ssv2_test": "ssv2_label_val ssv2_template_val",
     "qa_train": "msrvtt_qa_train activitynet_qa_train",
     "qa_test": "msrvtt_qa_val msrvtt_qa_test activitynet_qa_val activitynet_qa_test",
-    "vqa_questions": "vqa_train vqa_val vqa_vg vqa_minival",
+    "vqa_questions": "vqa_train vqa_val vqa_vg vqa_minival questions questions_test",
     "vqa_unanswered": "vqa_test vqa_test_dev",
     "mc_test": "msrvtt_mc_test",
     "clips_test_appearance": "",
@@ -75,8 +75,8 @@ def data(corpora, tmp_path_factory):
     learn_vocabulary(
         [str(root / name) for name in ("images_train", "clips_train", "qa_train")], 400, root / "vocab.txt"
     )
-    for name in ("msrvtt_qa", "activitynet_qa", "vqa"):
-        shutil.copy(shapes / "answer_list.json", root / f"{name}_answer_list.json")
+    for name in ("msrvtt_qa_answer_list", "activitynet_qa_answer_list", "vqa_answer_list", "answers"):
+        shutil.copy(shapes / "answer_list.json", root / f"{name}.json")
     return root
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from descriptors import many_descriptors
 from hosts import ROOT, why_not
 from needs import leave_out, module
 
@@ -107,6 +108,21 @@ def test_many_ranges_share_few_connections(server) -> None:
     reading.close()
     assert server.connections <= 4
     assert len(server.asked) == 300
+
+
+def test_ranges_are_read_above_descriptor_1023(server) -> None:
+    with many_descriptors():
+        reading = remote(server, "things", connections=4)
+        assert reading.fetch(parts(100)) == [DATA[part.start : part.end] for part in parts(100)]
+        reading.close()
+
+
+def test_a_whole_object_without_measure_is_refused(server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loaders.http.LARGEST_OBJECT", len(DATA) - 1)
+    reading = remote(server, "things")
+    with pytest.raises(OSError, match="Maximum file size exceeded"):
+        reading.fetch([Part("corpus.json")])
+    reading.close()
 
 
 def test_a_redirect_is_followed(server) -> None:

@@ -45,7 +45,12 @@ def sources(path: Path, **reading) -> list[str]:
         ("a.json", b'{"images": []}', {"records": "annotations"}, 'has no "annotations", but images: check --corpus'),
         ("a.json", b"[]", {"records": "images"}, "must be a JSON object, but is a list"),
         ("a.json", b'["a", "b"]', {}, "record 1: must be an object, not 'a'"),
-        ("a.jsonl", b'{"image": "1.jpg", "caption": "x"}\n{"image"\n', {}, "record 2: the line is not JSON"),
+        (
+            "a.jsonl",
+            b'{"image": "1.jpg", "caption": "x"}\n{"image"\n',
+            {},
+            "record 2: line 2, column 9 is not JSON .Expecting",
+        ),
         (
             "a.csv",
             b"image,caption\n1.jpg,x\n2.jpg,caf\xe9\n",
@@ -115,6 +120,33 @@ def test_bad_rows_are_counted_on_demand(tmp_path: Path) -> None:
     assert [row.source for row in rows if not row.filtered] == ["1.jpg", "5.jpg"]
     counts = Counter(row.filtered.partition(" fields")[0] for row in rows if row.filtered)
     assert counts == {"bad row: has N": 2, "no caption": 1, "no media path": 1}
+
+
+def test_the_account_of_bad_rows_names_the_column_and_the_message_names_the_flag(tmp_path: Path) -> None:
+    records = [{"image": "1.jpg", "caption": 5}, {"image": "2.jpg", "text": "x"}, {"image": "3.jpg", "y": "it's"}]
+    (tmp_path / "a.json").write_text(json.dumps([*CAPTIONED, *records]))
+    with pytest.raises(ValueError, match=r'record 3: "caption" must be .*; --skip-bad-rows leaves such records out'):
+        sources(tmp_path / "a.json")
+    rows = list(read_rows([str(tmp_path / "a.json")], Reading(skip_bad_rows=True)))
+    assert Counter(row.filtered for row in rows if row.filtered) == {
+        'bad row: "caption" must be a text or a list of texts, not N': 1,
+        'bad row: no "caption"': 2,
+    }
+
+
+def test_lines_that_are_no_json_are_numbered_with_the_blank_ones(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('\n{"image": "1.jpg", "caption": "x"}\n\n{"image": }\n')
+    with pytest.raises(ValueError, match=r"a.jsonl, record 2: line 4, column 11 is not JSON \(Expecting value\)"):
+        sources(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("big", [0, 3000])
+def test_where_a_file_is_no_json_is_said(tmp_path: Path, big: int) -> None:
+    good = "\n".join(json.dumps(CAPTIONED[0]) + "," for _ in range(big + 2))
+    (tmp_path / "a.json").write_text(f'[\n{good}\n {{"image" "2.jpg"}}]')
+    place = rf"line {big + 4}, column 17, after entry {big + 2}$"
+    with pytest.raises(ValueError, match=rf"a.json is not JSON \(.*\): {place}"):
+        sources(tmp_path / "a.json")
 
 
 def test_files_come_compressed_with_byte_order_marks_and_by_pattern(tmp_path: Path) -> None:
@@ -260,6 +292,16 @@ def test_what_has_no_default_is_asked_for(table: Path, capsys) -> None:
     assert "--annotations is missing" in capsys.readouterr().err
     assert main(["--output", str(table / "out"), "--annotations", "x.json"]) == 2
     assert "--media-type is missing: give it, or a --corpus that says it" in capsys.readouterr().err
+
+
+def test_a_dry_run_of_what_would_fail_ends_with_an_error(table: Path) -> None:
+    flags = ["--columns", "media=file", "caption=text", "--workers", "1"]
+    for media in (table / "media").glob("*.jpg"):
+        media.write_bytes(b"no picture")
+    done = build(table, *flags, "--dry-run")
+    assert done.returncode == 1
+    assert "media tried failed (100.0%, at most 5.0% allowed)" in done.stderr
+    assert build(table, *flags, "--dry-run", "--max-failures", "1").returncode == 0
 
 
 def test_a_dry_run_estimates_what_a_build_gives_and_writes_nothing(table: Path) -> None:

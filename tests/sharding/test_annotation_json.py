@@ -107,7 +107,7 @@ def test_a_bad_line_costs_itself_alone(tmp_path: Path) -> None:
     found = rows(tmp_path / "a.jsonl", content, skip_bad_rows=True)
     assert [row.source for row in found if not row.filtered] == ["0.jpg", "1.jpg"]
     assert len(found) == len(bad) + 2
-    assert "a.jsonl, record 2: the line is not in UTF-8 (byte 0xff)" in error(tmp_path / "a.jsonl", content)
+    assert "a.jsonl, record 2: line 2 is not in UTF-8 (byte 0xff)" in error(tmp_path / "a.jsonl", content)
 
 
 @pytest.mark.parametrize(("ending", "pack"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)])

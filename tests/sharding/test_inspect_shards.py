@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from object_stores import Store, forget_clients
-from PIL import Image
+from PIL import Image, ImageFont
 
 from sharding.build import build_corpus
 from sharding.figures import Distribution, measure, spread, text_histogram
+from sharding.gallery import telling
 from sharding.index import main as index_main
 from sharding.inspect import main
-from sharding.pictures import pick
+from sharding.pictures import name_lines, pick
 from sharding.schema import Corpus, read_corpus, read_index
 from sharding.verify import main as verify_main
 
@@ -150,11 +151,38 @@ def test_histograms_hold_every_number_whatever_the_spread() -> None:
         bins = distribution.bins()
         assert sum(count for _, _, count in bins) == len(values)
         assert len(bins) <= 26
+        beyond = [count for low, high, count in bins if np.isinf(high - low)]
+        assert sum(beyond) <= 0.02 * len(values) + 1
         assert distribution.percentile(0.05) <= distribution.percentile(0.5) <= distribution.percentile(0.95)
         assert len(distribution.counts) < 8000
         lines = text_histogram(distribution, 80).splitlines()
         assert all(len(line) <= 80 for line in lines[1:])
     assert Counter({1.0: 2, 3.0: 1}) == counted([1, 1, 3])
+
+
+def test_the_tails_of_a_histogram_are_named_and_no_peaks() -> None:
+    distribution = Distribution("words")
+    distribution.add(np.concatenate([np.arange(100.0).repeat(100), np.full(60, 5000.0), np.full(40, -7.0)]))
+    lines = text_histogram(distribution).splitlines()
+    assert lines[1].split()[:2] == ["<0", "40"]
+    assert lines[-1].split()[:2] == ["≥100", "60"]
+    assert json.loads(json.dumps(distribution.to_json()))["histogram"][-1] == {"from": 100, "to": 5000, "count": 60}
+
+
+@pytest.mark.parametrize(("dark", "shown"), [(range(0, 1), 2), (range(0, 3), 3), (range(0, 4), 2), ((2, 3), 1)])
+def test_a_clips_card_shows_a_frame_with_something_to_see(dark, shown: int) -> None:
+    noise = np.random.default_rng(1).integers(0, 255, (32, 48, 3), np.uint8)
+    black = [number in dark for number in range(4)]
+    assert telling([Image.fromarray(noise * (not each)) for each in black]) == shown
+
+
+def test_long_names_on_a_contact_sheet_keep_their_ends() -> None:
+    font = ImageFont.load_default(12)
+    names = [f"/data/a/very/long/path/to/the/folder/of/all/the/videos/{number}.mp4" for number in range(3)]
+    lines = [name_lines(name, font, 150) for name in names]
+    assert all(font.getlength(line) <= 150 for pair in lines for line in pair)
+    assert [pair[1][-5:] for pair in lines] == ["0.mp4", "1.mp4", "2.mp4"]
+    assert name_lines("short.jpg", font, 150) == ["short.jpg", ""]
 
 
 def counted(values: list[float]) -> Counter[float]:

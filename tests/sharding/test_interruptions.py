@@ -1,6 +1,5 @@
 """Builds that are cut off, run twice, mended, or sent to a remote store: nothing is lost, nothing is half there."""
 
-import fcntl
 import json
 import os
 import random
@@ -18,6 +17,7 @@ import pytest
 from PIL import Image
 
 from sharding.build import build_corpus
+from sharding.locks import Lock
 from sharding.output import open_output
 from sharding.schema import read_corpus, read_index
 from sharding.verify import verify_corpus
@@ -147,10 +147,9 @@ def test_the_last_part_to_end_clears_up_and_no_other(tmp_path: Path) -> None:
 
 def test_a_part_waits_for_the_one_that_clears_up(tmp_path: Path) -> None:
     output = tmp_path / "out"
-    output.mkdir()
-    clearing = os.open(output, os.O_RDONLY)
-    fcntl.flock(clearing, fcntl.LOCK_EX)
-    threading.Timer(0.5, os.close, [clearing]).start()
+    clearing = Lock(output / ".partial" / "lock")
+    clearing.acquire()
+    threading.Timer(0.5, clearing.release).start()
     with open_output(str(output), part="1/2") as scratch:
         assert scratch.exists()
 

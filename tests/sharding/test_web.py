@@ -14,6 +14,7 @@ from needs import module
 from sharding.remote import WebError, pause_after
 from sharding.web import Fetching, WebClient
 
+BOUNDS = Fetching().bounds("image")
 BODY = bytes(range(256)) * 4000  # about a megabyte
 
 
@@ -70,7 +71,7 @@ def address(server: ThreadingHTTPServer, path: str) -> str:
 
 
 def got(client: WebClient, url: str) -> bytes:
-    return client.fetch(url, io.BytesIO()).result(timeout=60).read()
+    return client.fetch(url, io.BytesIO(), BOUNDS).result(timeout=60).read()
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,9 @@ def test_what_a_browser_would_show_is_fetched(server, client, path: str) -> None
 
 
 def test_many_addresses_share_few_connections(server, client) -> None:
-    futures = {path: client.fetch(address(server, path), io.BytesIO()) for path in (f"/{n}" for n in range(300))}
+    futures = {
+        path: client.fetch(address(server, path), io.BytesIO(), BOUNDS) for path in (f"/{n}" for n in range(300))
+    }
     assert all(future.result(timeout=60).read() == path.encode() for path, future in futures.items())
 
 
@@ -112,17 +115,17 @@ def test_the_pause_that_a_server_asks_for_is_kept(server, client) -> None:
 
 def test_a_file_that_cannot_be_written_is_the_error(server, client) -> None:
     with open("/dev/full", "wb+", buffering=0) as full, pytest.raises(OSError, match="No space left"):
-        client.fetch(address(server, "/moved"), full).result(timeout=60)
+        client.fetch(address(server, "/moved"), full, BOUNDS).result(timeout=60)
 
 
 def test_ending_the_client_ends_what_is_under_way(server, client) -> None:
-    future = client.fetch(address(server, "/stuck"), io.BytesIO())
+    future = client.fetch(address(server, "/stuck"), io.BytesIO(), BOUNDS)
     client.close()
     assert not client.thread.is_alive()
     with pytest.raises(CancelledError):
         future.result(timeout=60)
     with pytest.raises(RuntimeError, match="has ended"):
-        client.fetch(address(server, "/1"), io.BytesIO())
+        client.fetch(address(server, "/1"), io.BytesIO(), BOUNDS)
 
 
 def test_certificates_are_checked_and_those_that_python_trusts_are_trusted(

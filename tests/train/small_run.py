@@ -113,11 +113,18 @@ def run_jobs(folder: Path, jobs: list[dict], processes: int = 2, timeout: int = 
     return result.stdout + result.stderr
 
 
-def start_jobs(folder: Path, jobs: list[dict], processes: int = 2, worker: str = "job_worker.py") -> subprocess.Popen:
-    """Start launches as `run_jobs` does, in a process group of their own, by a script of this folder."""
+def start_jobs(
+    folder: Path, jobs: list[dict], processes: int = 2, worker: str = "job_worker.py", **variables: str
+) -> subprocess.Popen:
+    """Start launches as `run_jobs` does, in a process group of their own, by a script of this folder.
+
+    variables: of the environment, besides.
+    """
     _, words = _jobs_command(folder, jobs, processes, worker)
-    quiet = subprocess.DEVNULL
-    return subprocess.Popen(words, env=environment(), stdout=quiet, stderr=quiet, start_new_session=True)
+    with (folder / "shown.txt").open("a") as shown:
+        return subprocess.Popen(
+            words, env={**environment(), **variables}, stdout=shown, stderr=shown, start_new_session=True
+        )
 
 
 def learned(folder: Path) -> list[dict]:

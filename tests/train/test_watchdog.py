@@ -11,21 +11,56 @@ from pathlib import Path
 
 import psutil
 import pytest
-from small_run import environment, free_port, job, metrics, run, start, start_jobs
+from small_run import environment, free_port, job, metrics, run, run_jobs, start, start_jobs
 
-from train.watchdog import EXIT_CODE, LOADER, OTHER, STEP, Beat, verdict
+from train.watchdog import EVALUATE, EXIT_CODE, LOADER, SAVE, START, STEP, Beat, verdict
 
 pytestmark = pytest.mark.timeout(300)
 
 
-def beat(rank, step, doing, seconds, silent=0.0, collective=""):
-    return Beat(rank, f"host{rank}", 100 + rank, step, doing, seconds, collective, silent)
+def beat(rank, step, doing, seconds, silent=0.0, collective="", what=""):
+    return Beat(rank, f"host{rank}", 100 + rank, step, doing, seconds, collective, silent, what)
 
 
 def test_a_job_that_goes_on_is_left_alone():
     assert verdict([beat(0, 5, STEP, 2), beat(1, 5, LOADER, 3)], limit=10) == ""
-    assert verdict([beat(0, 5, OTHER, 900), beat(1, 5, OTHER, 900)], limit=10) == ""  # a long evaluation
-    assert verdict([beat(0, 5, OTHER, 30), beat(1, 5, STEP, 30)], limit=10) == ""  # the other one saves
+    assert verdict([beat(0, 5, SAVE, 3), beat(1, 5, SAVE, 900, collective="barrier")], limit=10) == ""  # uploads
+    assert verdict([beat(0, 5, SAVE, 3), beat(1, 5, STEP, 900)], limit=10) == ""  # rank 1 waits on its device
+    evaluating = [beat(0, 5, EVALUATE, 9), beat(1, 5, EVALUATE, 500, collective="gather_rows"), beat(2, 5, EVALUATE, 2)]
+    assert verdict(evaluating, limit=10) == ""
+
+
+@pytest.mark.parametrize("doing", [SAVE, EVALUATE])
+def test_a_rank_without_progress_is_named_whatever_the_others_do(doing):
+    others = [beat(rank, 5, EVALUATE, 11, collective="gather_rows") for rank in range(5)] + [beat(5, 5, STEP, 1)]
+    found = verdict([*others, beat(6, 5, doing, 12, what="evaluating images: visual 8 of 50 encoded")], limit=10)
+    assert found == (
+        "rank 6 (host6, process 106) has made no progress for 12 s, its last step was 5, its last report: evaluating "
+        "images: visual 8 of 50 encoded; waiting for it in a collective: rank 0 in gather_rows, rank 1 in gather_rows, "
+        "rank 2 in gather_rows, rank 3 in gather_rows, 1 more"
+    )
+
+
+def test_ranks_that_wait_in_different_exchanges_are_told():
+    found = verdict([beat(0, 5, SAVE, 11, collective="barrier"), beat(1, 5, EVALUATE, 12, collective="share")], 10)
+    assert "all have been in an exchange for 10 s" in found
+    assert found.endswith("rank 0 in barrier, rank 1 in share")
+
+
+def test_of_many_without_progress_a_few_are_told():
+    found = verdict([beat(rank, 5, SAVE, 11, what="saving: flushing") for rank in range(64)], limit=10)
+    assert found.count("has made no progress") == 4
+    assert found.endswith("; 60 more")
+
+
+def test_a_start_takes_longer_than_a_step():
+    assert verdict([beat(0, 0, START, 100), beat(1, 0, START, 100, collective="init_process_group")], limit=10) == ""
+    assert verdict([Beat(1, "?", 0, 0, START, 0.0, silent=500)], limit=10) == ""
+    found = verdict([beat(0, 0, START, 130, what="starting: opening the corpora")], limit=10)
+    assert found.endswith("has made no progress for 130 s, its last report: starting: opening the corpora")
+    assert verdict([Beat(1, "?", 0, 0, START, 0.0, silent=601)], limit=10) == (
+        "rank 1 has not started 601 s after the first one"
+    )
 
 
 def test_a_loader_that_stands_still_is_told_from_those_who_wait_for_it():
@@ -127,20 +162,99 @@ def test_a_loader_that_stands_still_is_named(corpora, tmp_path):
     )
 
 
+def halted(folder, job, halt, *written, until=r"The job stands still: (.*)", seconds=120):
+    """Start a job in `folder` that comes to a halt, until it shows `until` and has `written` files; what it shows."""
+    launcher = start_jobs(folder, [job], worker="halting_worker.py", HALT=halt)
+    began = time.monotonic()
+    try:
+        while not (found := re.search(until, (folder / "shown.txt").read_text())) or not all(
+            path.is_file() and path.stat().st_size for path in written
+        ):
+            assert time.monotonic() - began < seconds, (folder / "shown.txt").read_text()
+            time.sleep(0.2)
+        return found[1]
+    finally:
+        for process in psutil.Process(launcher.pid).children(recursive=True):
+            process.kill()
+        launcher.kill()
+        launcher.wait()
+
+
 def test_a_collective_that_stands_still_is_told_with_the_rank_that_did_not_come(corpora, tmp_path):
     folder = tmp_path / "run"
     one = job("pretrain", corpora / "tiny.yaml", f"output_dir={folder}", "stall_seconds=4")
-    launcher = start_jobs(tmp_path, [one], worker="halting_worker.py")
-    try:
-        assert launcher.wait(120) != 0
-    finally:
-        if launcher.poll() is None:
-            os.killpg(launcher.pid, signal.SIGKILL)
+    stacks = [folder / f"stacks_rank_{rank}.txt" for rank in range(2)]
+    found = halted(tmp_path, one, "train.step Stepper._part 1 4 wait", *stacks)
     assert [line["step"] for line in metrics(folder)] == [1, 2, 3]
     assert re.search(
-        r"The job stands still: rank 1 \(.*, process \d+\) has been in a step for \d+ s after step 3 without coming to "
+        r"rank 1 \(.*, process \d+\) has been in a step for \d+ s after step 3 without coming to "
         r"the collective that others wait in \(rank 0 in \w+\): the collective stands still for want of it, no loader",
-        (folder / "log.txt").read_text(),
+        found,
     )
     assert "distributed_c10d.py" in (folder / "stacks_rank_0.txt").read_text()
-    assert "halting_worker.py" in (folder / "stacks_rank_1.txt").read_text()
+
+
+@pytest.fixture(scope="module")
+def trained(corpora, tmp_path_factory):
+    """A run folder with a checkpoint."""
+    folder = tmp_path_factory.mktemp("trained")
+    run_jobs(folder, [job("pretrain", corpora / "tiny.yaml", f"output_dir={folder}/run", "max_steps=1")], processes=1)
+    return folder / "run"
+
+
+# What is run, where it halts, and what is told of that rank.
+IN_TRAINING = ("finetune_retrieval", "scheduler.epochs=1", "stop_key=images", "splits=[images]")
+WRITING = r"saving: writing rank_0000\d_of_00002.safetensors"
+WRITTEN = r"evaluating images: (writing|confidence) .*"
+ENCODING = r"evaluating images: visual 0 of 4 encoded"
+slow = pytest.mark.slow
+HALTS = {
+    "saving, rank 1 stopped": (IN_TRAINING, "train.parts save_file 1 1 stop", WRITING),
+    "saving, rank 0 stopped": (IN_TRAINING, "train.parts save_file 0 1 stop", WRITING),
+    "saving, rank 0 flushes": (IN_TRAINING, "train.checkpoints flush 0 1 wait", r"saving: .*"),
+    "after an epoch, rank 1 stopped": (IN_TRAINING, "eval.features normalize 1 1 stop", ENCODING),
+    "after an epoch, rank 0 reads": (IN_TRAINING, "loaders.evaluation VisualSet._batch 0 1 wait", ENCODING),
+    "at the end, rank 1 waits": (IN_TRAINING, "eval.features normalize 1 2 wait", ENCODING),
+    "alone, rank 1 stopped": (("evaluate", "splits=[images]"), "eval.features normalize 1 1 stop", ENCODING),
+    "alone, rank 0 stopped": (("evaluate", "splits=[images]"), "eval.features normalize 0 1 stop", ENCODING),
+    "alone, rank 1 reads": (("evaluate", "splits=[images]"), "loaders.evaluation VisualSet._batch 1 1 wait", ENCODING),
+    "alone, rank 0 writes": (
+        ("evaluate", "splits=[images]"),
+        "eval.outputs write_json 0 2 wait",
+        r"evaluating images: writing \w+.json",
+    ),
+}
+QUICK = ("saving, rank 1 stopped", "alone, rank 0 stopped")
+
+
+@pytest.mark.parametrize("case", [each if each in QUICK else pytest.param(each, marks=slow) for each in HALTS])
+def test_a_halt_in_saving_or_evaluating_ends_the_job(corpora, trained, tmp_path, case):
+    (entry, *settings), halt, report = HALTS[case]
+    folder = tmp_path / "run"
+    settings += [f"output_dir={folder}", "stall_seconds=5", f"checkpoint={trained}"]
+    rank = halt.split()[-3]
+    other = 1 - int(rank)
+    stacks = (folder / "evaluation" if entry == "evaluate" else folder) / f"stacks_rank_{other}.txt"
+    found = halted(tmp_path, job(entry, corpora / "tiny.yaml", *settings), halt, stacks)
+    what = {"0stop": "has not answered rank 1", "1stop": "has given no sign of life"}.get(rank + halt.split()[-1])
+    assert re.search(rf"^rank {rank} \(.*{what or 'has made no progress'}.* for \d+ s", found), found
+    assert re.search(rf"its last report: {report}[;:]", found + ";"), found
+    assert re.search(rf"rank {other} in \w+", found), found
+    remedy = (
+        "start the evaluation again" if entry == "evaluate" else "the same command goes on from the last checkpoint"
+    )
+    assert found.endswith(f"It ends; {remedy}")
+    assert "distributed_c10d.py" in stacks.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_saving_and_evaluating_that_goes_on_is_left_alone(corpora, tmp_path, rank):
+    """Each takes longer than `stall_seconds`, on one rank, while the other one waits."""
+    settings = (*IN_TRAINING[1:], f"output_dir={tmp_path}/run", "stall_seconds=5")
+    places = {0: "train.checkpoints flush", 1: "eval.features normalize"}
+    halted(
+        tmp_path, job("finetune_retrieval", corpora / "tiny.yaml", *settings), f"{places[rank]} {rank} 1 slow",
+        until=r"(evaluation/final)", seconds=240,
+    )  # fmt: skip
+    assert "stands still" not in (tmp_path / "shown.txt").read_text()

@@ -1,0 +1,188 @@
+"""Locks on folders that several processes, on several machines, may want to write to.
+
+Two means together, because neither suffices everywhere. The kernel's lock (flock) on a file that is open for writing
+ends with its process; it works between machines on NFS with a lock daemon, but not on mounts with `nolock` or
+`local_lock`, nor on file systems without locks. So the holder also leaves a note in the file, with a number that it
+raises every few seconds: who finds a note of another machine watches for a while whether the number goes on. No clocks
+are compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+BEAT = 3.0  # seconds between two numbers of a note
+WATCH = 5  # beats without a new number, after which the note's process counts as dead
+SETTLE = 1.0  # seconds until a note counts, where the kernel has no locks: another process may just write its own
+POLL = 0.2
+
+log = logging.getLogger("sharding")
+
+
+class HeldError(Exception):
+    """Another process holds a lock; the message says which, as far as it is known."""
+
+
+def machine() -> str:
+    """What all processes under one running kernel have in common: among them its locks can be trusted."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+class Lock:
+    """The lock of the file `path`, held from `acquire` to `release`, or to the end of this process.
+
+    shared: with others that share it; they leave no note. `beside`: other files whose holders it excludes by their
+    notes, where the kernel's lock does not.
+    """
+
+    def __init__(self, path: Path, shared: bool = False, beside: Iterable[Path] = ()) -> None:
+        self.path, self.shared, self.beside = path, shared, list(beside)
+        self._descriptor = -1
+        self._kernel = True  # whether its file system has locks
+        self._note: dict[str, Any] = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "machine": machine(),
+            "token": uuid.uuid4().hex,
+        }
+        self._released = threading.Event()
+        self._beating = threading.Thread(target=self._beat, name="lock", daemon=True)
+
+    def acquire(self, seconds: float = 0) -> None:
+        """Take the lock; wait so long for a process that has it. Raises HeldError."""
+        deadline = time.monotonic() + seconds
+        while True:
+            self._open()
+            if not self._lock():
+                os.close(self._descriptor)
+                if time.monotonic() >= deadline:
+                    raise HeldError(holder(read_note(self.path)))
+            elif self._is_current():
+                break
+            else:  # its holder has removed the file meanwhile
+                os.close(self._descriptor)
+                continue
+            time.sleep(POLL)
+        try:
+            self._heed_notes()
+            if not self.shared:
+                self._leave_note()
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+
+    def alone(self) -> bool:
+        """Turn a shared lock into one that nobody shares; False, and no lock at all, where others hold it too."""
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # first: of two that do this at once the later one must get it
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
+
+    def release(self) -> None:
+        """Let others have the lock."""
+        self._released.set()
+        if self._beating.ident is not None:
+            self._beating.join()  # before the descriptor may become another file's
+        if not self.shared and same(read_note(self.path), self._note):
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._descriptor, 0)
+        os.close(self._descriptor)
+
+    def _open(self) -> None:
+        while True:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # whoever had it removed the folder just now
+                # For writing: NFS gives no exclusive lock on what is open for reading, as folders are.
+                self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                return
+
+    def _lock(self) -> bool:
+        kind = fcntl.LOCK_SH if self.shared else fcntl.LOCK_EX
+        try:
+            fcntl.flock(self._descriptor, kind | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                return False
+            self._kernel = False
+        return True
+
+    def _is_current(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self._descriptor), os.stat(self.path))
+        except FileNotFoundError:
+            return False
+
+    def _heed_notes(self) -> None:
+        """Watch the notes of processes that the kernel's lock may not keep out; HeldError when one goes on."""
+        found = {path: note for path in [self.path, *self.beside] if (note := self._foreign(path))}
+        if not found:
+            return
+        names = " and ".join(map(holder, found.values()))
+        log.info("%s: watching for %g seconds whether %s is still at work", self.path.parent, WATCH * BEAT, names)
+        deadline = time.monotonic() + WATCH * BEAT
+        while time.monotonic() < deadline:
+            time.sleep(POLL)
+            for path, before in found.items():
+                now = self._foreign(path)
+                if now and now != before:
+                    raise HeldError(holder(now))
+
+    def _foreign(self, path: Path) -> dict[str, Any]:
+        """The note in a file, empty where the kernel tells that its process is no more, or there is none."""
+        note = read_note(path)
+        return {} if self._kernel and note.get("machine") == self._note["machine"] else note
+
+    def _leave_note(self) -> None:
+        self._write(0)
+        if not self._kernel:
+            time.sleep(SETTLE)
+            if not same(note := read_note(self.path), self._note):
+                raise HeldError(holder(note))
+        self._beating.start()
+
+    def _beat(self) -> None:
+        number = 0
+        while not self._released.wait(BEAT):
+            number += 1
+            with contextlib.suppress(OSError):  # a full disk, a server that is gone for a while
+                if same(read_note(self.path), self._note):
+                    self._write(number)
+
+    def _write(self, number: int) -> None:
+        data = json.dumps({**self._note, "beat": number}).encode()
+        os.pwrite(self._descriptor, data, 0)
+        os.ftruncate(self._descriptor, len(data))
+        os.fsync(self._descriptor)  # to be seen by other clients of a network file system
+
+
+def read_note(path: Path) -> dict[str, Any]:
+    """What the holder of a lock says of itself; empty where nobody does."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def same(note: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two notes are of one holder."""
+    return note.get("token") == other["token"]
+
+
+def holder(note: Mapping[str, Any]) -> str:
+    """The process of a note, in words."""
+    return f"process {note['pid']} on {note['host']}" if {"pid", "host"} <= set(note) else "another process"

@@ -1,0 +1,17 @@
+"""File descriptors beyond those that select() knows, for tests: `with many_descriptors(): ...`."""
+
+import contextlib
+import resource
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def many_descriptors() -> Iterator[None]:
+    """The first 1,100 descriptors are taken: the next ones are above 1,023."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (4096, hard))
+    with contextlib.ExitStack() as stack:
+        for _ in range(1100):
+            stack.enter_context(open("/dev/null", "rb"))
+        yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -1,0 +1,157 @@
+"""A failure of any rank is told on the console once and in that rank's log; a port in use is no failure."""
+
+import os
+import pty
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from small_run import ROOT, environment, learned, metrics
+
+from sharding.errors import UserError
+from train import meeting
+from train.ranks import Ranks
+
+pytestmark = pytest.mark.timeout(400)
+
+BIN = Path(sys.executable).parent
+FAILING = str(Path(__file__).with_name("failing.py"))
+LAUNCHERS = {
+    "deepspeed": [BIN / "deepspeed", "--num_accelerators", "2"],
+    "torchrun": [BIN / "torchrun", "--nproc_per_node", "2"],
+    "python": [sys.executable],
+}
+STEP, LOADING = "train.step Stepper._part", "train.prepare share_cores"
+
+
+def failed(launcher, corpora, folder, fail):
+    """The exit code and the output of a run that fails as told, below a launcher."""
+    words = [*LAUNCHERS[launcher], FAILING, corpora / "tiny.yaml", f"output_dir={folder}"]
+    result = subprocess.run(
+        list(map(str, words)), env={**environment(), "FAIL": fail}, capture_output=True, text=True, timeout=300
+    )
+    return result.returncode, result.stdout + result.stderr
+
+
+@pytest.fixture
+def usual_port():
+    """Has the port that launchers choose by default in use, as another job of this machine does."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("", 29500))
+            listener.listen()
+        except OSError:  # it is anyway
+            pass
+        yield
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", pytest.param("torchrun", marks=pytest.mark.slow)])
+def test_a_bug_on_one_rank_shows_its_traceback_once(corpora, tmp_path, usual_port, launcher):
+    code, shown = failed(launcher, corpora, tmp_path / "run", f"1 bug {STEP}")
+    assert code == 1, shown
+    assert shown.count("ValueError: a bug in the model") == 1, shown
+    assert "rank 1: Traceback (most recent call last):" in shown
+    assert "failing.py" in shown
+    kept = (tmp_path / "run/logs/rank_00001.txt").read_text()
+    assert "ValueError: a bug in the model" in kept
+    assert "Building the model" in kept  # from before there was a folder
+    assert "ValueError" not in (tmp_path / "run/log.txt").read_text()
+
+
+@pytest.mark.parametrize("launcher", [pytest.param(each, marks=pytest.mark.slow) for each in ("deepspeed", "torchrun")])
+def test_what_a_user_can_mend_on_one_rank_is_one_line(corpora, tmp_path, launcher):
+    code, shown = failed(launcher, corpora, tmp_path / "run", f"1 user {LOADING}")
+    assert code != 0
+    assert shown.count("error: rank 1: this rank's disk is missing: mount it\n") == 1, shown
+    assert "UserError" not in shown
+    assert "UserError" in (tmp_path / "run/logs/rank_00001.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "told"),
+    [
+        ("bug", 1, "ValueError: a bug in the model"),
+        pytest.param("user", 2, "error: this rank's disk is missing: mount it", marks=pytest.mark.slow),
+        pytest.param("disk", 2, "error: No space left on device: '/data/part'", marks=pytest.mark.slow),
+    ],
+)
+def test_a_single_process_tells_its_failures(corpora, tmp_path, kind, code, told):
+    found, shown = failed("python", corpora, tmp_path / "run", f"0 {kind} {LOADING}")
+    assert found == code, shown
+    assert shown.strip().splitlines()[-1].startswith(told)
+    assert ("Traceback" in shown) == (kind == "bug")
+    assert re.match(r"\[\d\d:\d\d:\d\d\] launch/pretrain.py \S+tiny.yaml, 1 process: loading PyTorch", shown)
+
+
+def on_one_node(monkeypatch, **variables):
+    monkeypatch.setattr(meeting, "_agreed", [])
+    monkeypatch.setattr(meeting, "_listening", [])
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    given = {"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "CROSS_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in {**given, "MASTER_PORT": "29500", **variables}.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_a_node_chooses_a_free_port_and_tells_the_others(monkeypatch, usual_port):
+    on_one_node(monkeypatch)
+    port = meeting.meeting_port(Ranks(0, 2, 0, 2), 10)
+    assert port != 29500
+    assert os.environ["MASTER_PORT"] == str(port)
+    kept = meeting._listening
+    on_one_node(monkeypatch)  # the other process
+    assert meeting.meeting_port(Ranks(1, 2, 1, 2), 10) == port
+    meeting.meet(Ranks(1, 2, 1, 2), 10).set("key", "value")
+    assert kept[0].get("key") == b"value"
+    meeting.forget_port()
+    on_one_node(monkeypatch)
+    with pytest.raises(RuntimeError, match="rank 0 has not told its port"):
+        meeting.meeting_port(Ranks(1, 2, 1, 2), 0.3)
+
+
+def test_several_nodes_are_told_how_to_choose_another_port(monkeypatch, usual_port):
+    on_one_node(monkeypatch, WORLD_SIZE="4", CROSS_SIZE="2")
+    with pytest.raises(UserError, match=r"port 29500, .* in use on this host.*`deepspeed --master_port 29501"):
+        meeting.meeting_port(Ranks(0, 4, 0, 2), 10)
+
+
+@pytest.mark.slow
+def test_two_commands_at_once_on_one_machine(corpora, tmp_path):
+    words = [*LAUNCHERS["deepspeed"], ROOT / "launch/pretrain.py", corpora / "tiny.yaml", "max_steps=3"]
+    commands = [
+        subprocess.Popen(
+            list(map(str, [*words, f"output_dir={tmp_path}/{name}"])),
+            env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for name in ("first", "second")
+    ]  # fmt: skip
+    for command in commands:
+        shown, _ = command.communicate(timeout=300)
+        assert command.returncode == 0, shown
+    assert learned(tmp_path / "first") == learned(tmp_path / "second")
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_terminal_says_at_once_what_will_happen(corpora, tmp_path):
+    folder, shown = tmp_path / "run", b""
+    words = [*LAUNCHERS["deepspeed"], ROOT / "launch/pretrain.py", corpora / "tiny.yaml", f"output_dir={folder}"]
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execve(words[0], [*map(str, words), "scheduler.epochs=400", "save_every=100000"], environment())
+    interrupted = False
+    while b"stopped (SIGINT) at step" not in shown:
+        shown += os.read(terminal, 65536)
+        if not interrupted and any(line["step"] >= 3 for line in metrics(folder)):
+            os.write(terminal, b"\x03")
+            interrupted = True
+    text = shown.decode()
+    print(text)
+    assert "SIGINT: saving after the present step, then ending. `deepspeed` itself shows a traceback" in text
+    assert text.index("SIGINT: saving") < text.index("Saved ") < text.index("stopped (SIGINT)")
+    assert len(list((folder / "checkpoints").glob("step_*"))) == 1
+    os.waitpid(child, 0)
+    time.sleep(0.1)

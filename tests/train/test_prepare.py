@@ -1,0 +1,56 @@
+"""What is said before a run starts about a checkpoint that brings no vocabulary."""
+
+import pytest
+import torch
+
+from loaders.text import Tokenizer
+from model.building import build_model
+from model.checkpoint import save_model
+from model.config import ModelConfig, TextConfig, VisionConfig
+from sharding.errors import UserError
+from train.config_files import load_settings
+from train.prepare import prepare_evaluation
+
+
+@pytest.fixture
+def weights(shapes, tmp_path):
+    """A folder of weights as an export of a .pth: without the vocabulary of Shapes, which it was trained with."""
+    words = Tokenizer.load(str(shapes.vocab)).vocab_size
+    config = ModelConfig(
+        vision_encoder=VisionConfig(width=32, depth=1, heads=2),
+        text_encoder=TextConfig(vocab_size=words, width=32, layers=2, fusion_layer=1, heads=2, intermediate=64),
+        image_res=32,
+        embed_dim=16,
+    )
+    torch.manual_seed(0)
+    save_model(build_model(config), config, tmp_path / "weights")
+    return tmp_path / "weights"
+
+
+@pytest.fixture
+def settings(shapes, weights, tmp_path):
+    """A reader of the settings of an evaluation."""
+    (tmp_path / "run.yaml").write_text(f"test_corpus: {{images: {shapes.url('images_test')}}}\n")
+    base = [f"checkpoint={weights}", f"output_dir={tmp_path}/out"]
+    return lambda *more: load_settings(tmp_path / "run.yaml", [*base, *more])
+
+
+def test_weights_without_a_vocabulary_take_the_one_that_is_named(settings, shapes):
+    assert prepare_evaluation(settings(f"tokenizer={shapes.vocab}"))[1].path == shapes.vocab
+
+
+def test_weights_without_a_vocabulary_ask_for_it(settings, weights, tmp_path, monkeypatch):
+    monkeypatch.setattr("loaders.text.hub_vocabulary", lambda name: str(tmp_path / "published.txt"))
+    (tmp_path / "published.txt").write_text(
+        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(900))])
+    )
+    told = r"name the vocabulary that the model was trained with, tokenizer=vocab\.txt"
+    with pytest.raises(UserError, match=rf"tokenizer=bert-base-uncased has 905 words, .*: {told}"):
+        prepare_evaluation(settings())
+    told = (
+        rf"{weights} brings no vocabulary, and tokenizer: {tmp_path} is no vocabulary file and no folder with a vocab"
+    )
+    with pytest.raises(UserError, match=told):
+        prepare_evaluation(settings(f"tokenizer={tmp_path}"))
+    with pytest.raises(UserError, match=r"model\.safetensors is no text: it is no BERT vocabulary, give a vocab\.txt"):
+        prepare_evaluation(settings(f"tokenizer={weights}/model.safetensors"))
