@@ -9,6 +9,7 @@ import json
 import logging
 import sys
 import traceback
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -21,10 +22,10 @@ from train.ranks import ranks_from_environment
 from train.stopped import Stopped
 
 
-def frozen(model, beginnings):
-    """The model with the parameters frozen whose names begin so, as a user's own code would do it."""
+def frozen(model, patterns):
+    """The model with the parameters frozen whose names fit a pattern, as a user's own code would do it."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not name.startswith(tuple(beginnings)))
+        parameter.requires_grad_(not any(fnmatchcase(name, pattern) for pattern in patterns))
     return model
 
 

@@ -87,7 +87,7 @@ def start(script: str, *arguments: object, log: Path, processes: int = 2) -> sub
 
 
 def job(entry: str, config: object, *settings: object, freeze: Sequence[str] = ()) -> dict:
-    """A launch for `run_jobs`; freeze: beginnings of the names of parameters that are not to be trained."""
+    """A launch for `run_jobs`; freeze: patterns of parameters that are not to be trained."""
     return {"entry": entry, "config": str(config), "settings": list(map(str, settings)), "freeze": list(freeze)}
 
 
