@@ -34,6 +34,7 @@ def meeting_port(ranks: Ranks, patience: float) -> int:
                 aside = note.with_suffix(f".{os.getpid()}")
                 aside.write_text(str(_agreed[0]))
                 os.replace(aside, note)
+                _remove_left(note)
         elif note is not None:
             _agreed.append(_noted(note, patience))
         os.environ.update({"MASTER_PORT": str(_agreed[0])} if _agreed else {})
@@ -83,6 +84,15 @@ def _note() -> Path | None:
     except OSError:  # the launcher has gone
         return None
     return Path(tempfile.gettempdir()) / f"singularity-port-{os.getuid()}-{namespace}-{launcher}-{started}"
+
+
+def _remove_left(note: Path) -> None:
+    """Remove the notes of launchers that have gone, which jobs that failed before they had met have left."""
+    common, launcher, _ = note.name.rsplit("-", 2)
+    for other in note.parent.glob(f"{common}-*-*"):
+        pid = other.name.removeprefix(f"{common}-").split("-")[0]
+        if pid != launcher and not Path(f"/proc/{pid}").exists():
+            other.unlink(missing_ok=True)
 
 
 def _noted(note: Path, patience: float) -> int:

@@ -99,7 +99,11 @@ def on_one_node(monkeypatch, **variables):
 
 def test_a_node_chooses_a_free_port_and_tells_the_others(monkeypatch, usual_port):
     on_one_node(monkeypatch)
+    note = meeting._note()
+    left = note.with_name(f"{note.name.rsplit('-', 2)[0]}-{2**22 + 1}-7")  # no process has such a number
+    left.write_text("29500")
     port = meeting.meeting_port(Ranks(0, 2, 0, 2), 10)
+    assert not left.exists()
     assert port != 29500
     assert os.environ["MASTER_PORT"] == str(port)
     kept = meeting._listening
