@@ -91,8 +91,10 @@ def prepare_training(settings: Settings, ranks: Ranks, evaluates: bool, device: 
     folder = RunFolder(run.output_dir)
     remote = RemoteCheckpoints(run.checkpoint_url, run.storage) if run.checkpoint_url else None
     if ranks.is_first:
-        if remote is not None and run.resume:
-            remote.fetch(folder.path)
+        if remote is not None:
+            remote.check()
+            if run.resume:
+                remote.fetch(folder.path)
         folder.claim(run)
         for path in complete_checkpoints(folder.checkpoints)[-1:]:
             check_checkpoint(path)

@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from loaders.failures import check_no_credentials, hide_secrets
 from sharding.activity import progress
 from sharding.errors import AccessError, UserError
+from sharding.remote import BUCKETS, check_bucket
 from sharding.schema import join_url
 from train.best import BEST, MARKER, best_version
 from train.checkpoints import STATE, complete_checkpoints
@@ -33,14 +35,28 @@ class RemoteCheckpoints:
             self._files, self._root = fsspec.core.url_to_fs(url, **dict(storage))
         except (ValueError, ImportError) as error:
             raise UserError(f"checkpoint_url={url}: {error}") from None
-        self._url = url
+        self._url, self._storage = url, storage
         self._copied = ""  # the checkpoint that this process has copied whole
         self._failed: tuple[Path, Path, int] | None = None
 
+    def check(self) -> None:
+        """Raise UserError where the bucket does not exist."""
+        check_bucket(self._url, self._storage)
+
     def steps(self) -> list[str]:
         """Names of the complete ones, oldest first."""
-        found = self._files.glob(join_url(self._root, f"step_*/{STATE}"))
-        return sorted(path.rsplit("/", 2)[-2] for path in found)
+        return self._folders("step_", STATE)
+
+    def _folders(self, beginning: str, marker: str) -> list[str]:
+        """Names of the folders that begin so and hold `marker`, in order; without patterns, which URLs may contain."""
+        try:
+            paths = self._files.ls(self._root, detail=False)
+        except FileNotFoundError:
+            return []
+        names = sorted(path.rstrip("/").rpartition("/")[-1] for path in paths)
+        return [
+            n for n in names if n.startswith(beginning) and self._files.exists(join_url(self._root, f"{n}/{marker}"))
+        ]
 
     def upload(self, path: Path, settings: Path, keep: int) -> bool:
         """Copy a complete checkpoint with the best model that it names, the run's settings and its metrics so far.
@@ -102,8 +118,11 @@ class RemoteCheckpoints:
                 self._files.put_file(str(path), join_url(target, name), callback=_Reporting(f"uploading {name}"))
 
     def _put_whole(self, path: Path, target: str) -> None:
-        """Copy a file so that it is whole or absent also where the storage is a folder."""
+        """Copy a file so that it is whole or absent, as objects in a bucket are by themselves."""
         self._files.makedirs(target.rpartition("/")[0], exist_ok=True)
+        if self._url.partition("://")[0] in BUCKETS:
+            self._files.put_file(str(path), target)
+            return
         self._files.put_file(str(path), f"{target}.part")
         self._files.mv(f"{target}.part", target)
 
@@ -117,14 +136,21 @@ class RemoteCheckpoints:
         kept = [name for name in steps if name <= newest][-keep:]
         for name in set(steps) - set(kept):
             self._files.rm_file(join_url(self._root, f"{name}/{STATE}"))  # first: it is no longer complete
-            self._files.rm(join_url(self._root, name), recursive=True)
+            self._remove_folder(name)
         named = {_best_step(self._files.cat_file(join_url(self._root, f"{name}/{STATE}"))) for name in kept}
         wanted = {best_version(Path(), step).name for step in named if step is not None}
-        for marker in self._files.glob(join_url(self._root, f"{BEST}_*/{MARKER}")):
-            name = marker.rsplit("/", 2)[-2]
-            if name not in wanted:
-                self._files.rm_file(marker)
-                self._files.rm(join_url(self._root, name), recursive=True)
+        for name in set(self._folders(f"{BEST}_", MARKER)) - wanted:
+            self._files.rm_file(join_url(self._root, f"{name}/{MARKER}"))
+            self._remove_folder(name)
+
+    def _remove_folder(self, name: str) -> None:
+        """Remove a folder with all below it; fsspec's own `rm` takes names for patterns."""
+        folder = join_url(self._root, name)
+        if isinstance(self._files, LocalFileSystem):
+            shutil.rmtree(folder)
+            return
+        for path in self._files.find(folder):
+            self._files.rm_file(path)
 
     def fetch(self, folder: Path) -> None:
         """Bring the newest checkpoint, its best model, the settings and the metrics to a run's folder without one.

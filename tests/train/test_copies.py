@@ -11,7 +11,7 @@ from small_run import job, learned, run_jobs
 
 from model.checkpoint import load_weights
 from model.export import main as export
-from sharding.errors import AccessError
+from sharding.errors import AccessError, UserError
 from train.checkpoints import STATE
 from train.remote import RemoteCheckpoints
 
@@ -60,6 +60,26 @@ def test_a_store_that_has_gone_does_not_end_a_run_but_is_told_at_its_start(
     assert f"{checkpoint} is not copied to {s3.url('copies')} (EndpointConnectionError: Could not" in caplog.text
     with pytest.raises(AccessError, match=rf"checkpoint_url={s3.url('copies')}: what lies there cannot be brought"):
         copies.fetch(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("place", ["disk", "s3"])
+@pytest.mark.parametrize("name", ["run[1]", "what?", "a*b", "{x}"])
+def test_a_url_may_hold_what_means_something_to_patterns(place, name, checkpoint, tmp_path, request):
+    url = str(tmp_path / name) if place == "disk" else request.getfixturevalue("s3").url(name)
+    for step in (5, 10, 15):
+        newer = checkpoint.rename(checkpoint.with_name(f"step_{step:08d}"))
+        copies = RemoteCheckpoints(url, {})
+        assert copies.upload(newer, newer.parents[1] / "config.yaml", keep=2)
+        checkpoint = newer
+    assert RemoteCheckpoints(url, {}).steps() == ["step_00000010", "step_00000015"]
+    assert not copies._files.find(f"{copies._root}/step_00000005")
+    copies.fetch(tmp_path / "elsewhere")
+    assert (tmp_path / "elsewhere/checkpoints/step_00000015" / STATE).is_file()
+
+
+def test_a_bucket_that_does_not_exist_is_told_at_the_start(s3):
+    with pytest.raises(UserError, match=r"bucket no-such-bucket does not exist: create it"):
+        RemoteCheckpoints("s3://no-such-bucket/runs/a", {}).check()
 
 
 def test_credentials_in_the_url_are_refused():
