@@ -35,7 +35,9 @@ def top_k_mask(scores: np.ndarray, k: int) -> np.ndarray:
         threshold = -np.partition(-rows, k - 1, axis=1)[:, k - 1, None]
         above, equal = rows > threshold, rows == threshold
         vacant = k - above.sum(1, keepdims=True)
-        mask[block] = (above | (equal & (equal.cumsum(1) <= vacant))) & (rows > -np.inf)
+        crowded = equal.sum(1) > vacant[:, 0]
+        equal[crowded] &= equal[crowded].cumsum(1) <= vacant[crowded]
+        mask[block] = (above | equal) & (rows > -np.inf)
     return mask
 
 
