@@ -120,8 +120,6 @@ def check_output(output: str) -> None:
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise UserError(f"{output} exists already: remove it, or choose another name")
     for folder in path.absolute().parents:
-        if (folder / "corpus.json").is_file():
-            raise UserError(f"{output} would lie in the packed corpus {folder}: choose another place")
         if (folder / "checkpoints").is_dir() and path.absolute().relative_to(folder).parts[0] in RESERVED:
             raise UserError(f"{output} would be taken for a checkpoint of the run {folder}: choose another place")
         if folder.exists() and not folder.is_dir():

@@ -80,17 +80,15 @@ def test_a_vocabulary_beside_an_official_file_is_its_own_when_it_has_as_many_wor
         ("old.pth", "exists already"),
         ("full", "exists already"),
         ("weights", "exists already"),
-        ("corpus/new", "would lie in the packed corpus"),
-        ("corpus/deeper/x.pth", "would lie in the packed corpus"),
         ("run/weights", "would be taken for a checkpoint of the run"),
         ("run/checkpoints/step_00000100", "would be taken for a checkpoint of the run"),
         ("file/x.pth", "is a file, choose another place"),
     ],
 )
 def test_an_output_that_cannot_be_meant_is_one_line(tmp_path, weights, output, told, capsys):
-    for folder in ("folder.pth", "full", "corpus", "run/checkpoints"):
+    for folder in ("folder.pth", "full", "run/checkpoints"):
         (tmp_path / folder).mkdir(parents=True)
-    for file in ("file", "old.pth", "full/notes", "corpus/corpus.json"):
+    for file in ("file", "old.pth", "full/notes"):
         (tmp_path / file).write_text("mine")
     before = sorted(tmp_path.rglob("*"))
     assert export([str(weights), f"{tmp_path}/{output}"]) == 2
