@@ -1,6 +1,7 @@
 """What a user can mend is told in one line; what is our bug shows its traceback."""
 
 import errno
+import os
 import pickle
 from pathlib import Path
 
@@ -38,8 +39,8 @@ def test_a_bug_shows_its_traceback(error, capsys):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_says_what_to_do(number, capsys):
-    assert ending(OSError(number, "No space left on device", "/runs/a")) == 2
-    line = "error: No space left on device: '/runs/a': free some, and run the same command again to go on\n"
+    assert ending(OSError(number, os.strerror(number), "/runs/a")) == 2
+    line = f"error: {os.strerror(number)}: '/runs/a': free some, and run the same command again to go on\n"
     assert capsys.readouterr().err == line
 
 
