@@ -107,7 +107,7 @@ def _save(content: dict[str, Any], path: Path) -> None:
 
 
 def check_output(output: str) -> None:
-    """Raise UserError unless a model can be written to `output` without touching anything that is there."""
+    """Raise UserError unless a model can be written to `output` without touching anything but an earlier export."""
     path = Path(output)
     official = path.suffix.lower() in OFFICIAL_SUFFIXES
     if path.suffix.lower() in OTHER_SUFFIXES:
@@ -117,8 +117,9 @@ def check_output(output: str) -> None:
         )
     if official and (output.endswith("/") or path.is_dir()):
         raise UserError(f"{output} is a folder by its form and a file by its name: give NAME{path.suffix} or a folder")
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise UserError(f"{output} exists already: remove it, or choose another name")
+    exported = {TENSORS, DESCRIPTION, VOCABULARY}
+    if (path.is_file() and not official) or (path.is_dir() and {each.name for each in path.iterdir()} - exported):
+        raise UserError(f"{output} exists already and is no export: remove it, or choose another name")
     for folder in path.absolute().parents:
         if (folder / "checkpoints").is_dir() and path.absolute().relative_to(folder).parts[0] in RESERVED:
             raise UserError(f"{output} would be taken for a checkpoint of the run {folder}: choose another place")
@@ -145,11 +146,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "of ours (model.safetensors, model.json and vocab.txt). All tensors are written bit for bit.",
     )
     parser.add_argument("model", help="a folder with model.json, a run folder (its best or newest), or a .pth")
-    parser.add_argument("output", help="what to write: NAME.pth, or a new folder")
+    parser.add_argument("output", help="what to write: NAME.pth, or a folder; an earlier export is replaced")
     options = parser.parse_args(arguments)
     check_outside_corpora(options.output, "OUTPUT")
     check_output(options.output)
     weights, found = load_weights(options.model), resolve_weights(options.model)
+    if found.resolve() == Path(options.output).resolve():
+        raise UserError(f"{options.output} is what is to be exported: choose another name")
     vocabulary = find_vocabulary(found, weights.config.text_encoder.vocab_size)
     official = Path(options.output).suffix.lower() in OFFICIAL_SUFFIXES
     if official:

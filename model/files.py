@@ -87,13 +87,15 @@ def write_weights(weights: Weights, folder: str | Path) -> None:
 
 
 def write_folder(weights: Weights, vocabulary: Path | None, folder: Path) -> None:
-    """Make a new folder of weights and their vocabulary, whole or not at all."""
+    """Make a folder of weights and their vocabulary, whole or not at all; it takes the place of an earlier one."""
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
         aside.mkdir(parents=True)
         if vocabulary is not None:
             shutil.copyfile(vocabulary, aside / VOCABULARY)
         write_weights(weights, aside)
+        if folder.is_dir():
+            shutil.rmtree(folder)
         aside.rename(folder)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(folder)) from None

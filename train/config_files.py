@@ -117,12 +117,30 @@ def _read_with_bases(path: Path, chain: tuple[Path, ...]) -> DictConfig:
     own = _splits_named(own)
     if base is None:
         return own
+    earlier = _read_base(base, path, chain)
+    for key in list(_taken_back(OmegaConf.to_container(own, resolve=False))):
+        earlier, own = _without(earlier, key), _without(own, key)
+    return _over(earlier, own)
+
+
+def _read_base(base: Any, path: Path, chain: tuple[Path, ...]) -> DictConfig:
+    """The configuration that the YAML at `path` names as its base."""
     if not isinstance(base, str):
         raise UserError(f"{path}: base is {base!r}, must be the path of a YAML, relative to this one")
     found = find_file(path.parent / base) or find_file(base)
     if found is None:
         raise MissingError(_missing(f"{path.parent / base}, the base of {path},"))
-    return _over(_read_with_bases(found, (*chain, path)), own)
+    return _read_with_bases(found, (*chain, path))
+
+
+def _taken_back(given: Any, section: str = "") -> Iterator[str]:
+    """Keys that a layer sets to null although they must have a value: what an earlier layer says is taken back."""
+    for name, value in given.items():
+        key = f"{section}{name}"
+        if isinstance(value, dict):
+            yield from _taken_back(value, f"{key}.")
+        elif (value is None or value in NOTHING) and not _may_be_null(key):
+            yield key
 
 
 def _over(earlier: DictConfig, later: DictConfig, replaced: Collection[str] = REPLACED) -> DictConfig:

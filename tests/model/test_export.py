@@ -76,10 +76,9 @@ def test_a_vocabulary_beside_an_official_file_is_its_own_when_it_has_as_many_wor
         ("X.CKPT", "no .CKPT file is written"),
         ("x.pth/", "is a folder by its form and a file by its name"),
         ("folder.pth", "is a folder by its form and a file by its name"),
-        ("file", "exists already: remove it, or choose another name"),
-        ("old.pth", "exists already"),
+        ("file", "exists already and is no export: remove it, or choose another name"),
         ("full", "exists already"),
-        ("weights", "exists already"),
+        ("weights", "is what is to be exported: choose another name"),
         ("run/weights", "would be taken for a checkpoint of the run"),
         ("run/checkpoints/step_00000100", "would be taken for a checkpoint of the run"),
         ("file/x.pth", "is a file, choose another place"),
@@ -98,6 +97,19 @@ def test_an_output_that_cannot_be_meant_is_one_line(tmp_path, weights, output, t
     assert line.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("output", ["again.pth", "again"])
+def test_an_earlier_export_is_replaced(tmp_path, weights, model, output):
+    path = tmp_path / output
+    assert export([str(weights), str(path)]) == 0
+    tensors = path if path.is_file() else path / "model.safetensors"
+    first = tensors.read_bytes()
+    tensors.write_bytes(b"of an earlier model")
+    assert export([str(weights), str(path)]) == 0
+    assert len(tensors.read_bytes()) == len(first)
+    assert load_weights(path).config == model.config
+    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize("output", ["X.PTH", "x.Pt", "empty", "v1.2", "run/first.pth"])
