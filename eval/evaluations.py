@@ -71,7 +71,7 @@ def read_evaluation(folder: str | Path) -> Evaluation:
     for name in ("metrics.json", "evaluation.json", "gallery.json"):
         try:
             parts.append(json.loads((folder / name).read_text(encoding="utf-8")))
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, ValueError) as error:  # also what is no UTF-8
             raise UserError(f"{folder / name} cannot be read ({error}): evaluate again") from None
     version = parts[1].get("version")
     if version != FORMAT_VERSION:

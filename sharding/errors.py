@@ -24,6 +24,8 @@ OF_THE_USER = {
     errno.EMFILE, errno.ENAMETOOLONG, errno.ENFILE, errno.ENODEV, errno.ENOENT, errno.ENOSPC, errno.ENOTDIR,
     errno.ENOTEMPTY, errno.EPERM, errno.EROFS, errno.ESTALE, errno.ETXTBSY, errno.EXDEV,
 }  # fmt: skip
+# Modules whose errors are of what was typed: a protocol that is unknown or whose package is missing, a malformed URL.
+TELLING = {"fsspec.registry", "urllib.parse", "yarl._parse"}
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -49,7 +51,7 @@ def user_message(error: BaseException) -> str | None:
     """The line that tells the user of an error; None where it is no error that a user can mend."""
     if isinstance(error, UserError):
         return " ".join(str(error).split())
-    if _raised_in(error) == "fsspec.registry":  # an unknown protocol, or one whose package is not installed
+    if _raised_in(error) in TELLING and isinstance(error, ValueError | ImportError):
         return " ".join(str(error).split())
     number = os_error_number(error)
     if number not in OF_THE_USER or _is_ours(error):

@@ -111,6 +111,8 @@ def _read_with_bases(path: Path, chain: tuple[Path, ...]) -> DictConfig:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}:" if mark else ""
         raise UserError(f"{path} is no valid YAML:{where} {getattr(error, 'problem', error)}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not in UTF-8 ({error}): save it as UTF-8") from None
     if not isinstance(own, DictConfig):
         raise UserError(f"{path} is no configuration: it must hold `key: value` lines")
     base = own.pop("base", None)

@@ -55,7 +55,7 @@ def deepspeed_config(run: RunConfig, ranks: Ranks) -> dict[str, Any]:
     path = find_deepspeed_config(run.deepspeed)
     try:
         config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # also what is no UTF-8
         raise UserError(f"{path} is no valid JSON ({error})") from None
     config = with_nvme_path(config, path, run.nvme_path)
     largest = max(run.batch_size.image, run.batch_size.video)

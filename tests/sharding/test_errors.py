@@ -53,6 +53,18 @@ def test_a_protocol_that_fsspec_does_not_know_is_named(url, capsys):
     assert url.partition(":")[0] in message
 
 
+def _read(url: str) -> None:
+    files, path = fsspec.url_to_fs(url)
+    files.cat_file(path)
+
+
+@pytest.mark.parametrize("url", ["http://[::1/a", "s3://[bucket/a", "http://host:port/a", "http://host:99999/a"])
+def test_a_malformed_url_is_one_line(url):
+    with pytest.raises(ValueError, match=r"Invalid|Port") as failed:
+        _read(url)
+    assert user_message(failed.value) == str(failed.value)
+
+
 def test_a_missing_file_of_the_program_is_a_bug_and_one_of_the_user_is_not():
     ours = Path(sharding.__file__).parent / "templates" / "gone.html"
     assert user_message(FileNotFoundError(errno.ENOENT, "No such file or directory", str(ours))) is None

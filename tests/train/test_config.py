@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from sharding.errors import UserError
 from train.config_files import all_keys, flatten, load_settings, to_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -182,3 +183,10 @@ def test_null_takes_back_what_a_recipe_sets(load, nothing):
     assert (settings.config.tokenizer, settings.config.optimizer.lr) == (default.tokenizer, default.optimizer.lr)
     assert settings.config.stop_key is None
     assert settings.explicit == {"optimizer.weight_decay", "stop_key", "test_corpus"}
+
+
+def test_a_configuration_that_is_no_utf8_is_named(tmp_path):
+    path = tmp_path / "latin.yaml"
+    path.write_bytes(b"# caf\xe9\nseed: 1\n")
+    with pytest.raises(UserError, match=r"latin\.yaml is not in UTF-8"):
+        load_settings(str(path), [])
