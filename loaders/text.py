@@ -14,6 +14,7 @@ from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
+from sharding.activity import trusted
 from sharding.errors import MissingError, UserError
 
 DELETED = re.compile(r"[,.'!?\"()*#:;~]")
@@ -121,7 +122,8 @@ def hub_vocabulary(name: str) -> str:
     from huggingface_hub import snapshot_download  # unlike hf_hub_download it fails at once without a network
 
     try:
-        return str(Path(snapshot_download(name, allow_patterns=["vocab.txt"])) / "vocab.txt")
+        with trusted(f"fetching {name}"):
+            return str(Path(snapshot_download(name, allow_patterns=["vocab.txt"])) / "vocab.txt")
     except Exception as error:  # the hub client raises many kinds; all mean: not to be had
         raise MissingError(
             f"tokenizer={name} is no local file or folder, and the Hugging Face hub did not give it "

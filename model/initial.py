@@ -19,6 +19,7 @@ from model.positions import resize_absolute, resize_relative
 from model.singularity import Singularity
 from model.torchvision_cpu import create_model, get_pretrained_cfg, is_model
 from model.vision import VISION_TYPES, named_options
+from sharding.activity import trusted
 from sharding.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,8 @@ def find_folder(name: str, key: str) -> Path:
     from huggingface_hub import snapshot_download  # slow to import, needed for hub names only
 
     try:
-        return Path(snapshot_download(name, allow_patterns=_FILES))
+        with trusted(f"fetching {name}"):  # gigabytes over a slow line are no hang
+            return Path(snapshot_download(name, allow_patterns=_FILES))
     except Exception as error:  # of many kinds: no network, no such name, no permission
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
