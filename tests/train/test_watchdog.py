@@ -122,7 +122,7 @@ def test_a_killed_or_halted_rank_brings_the_job_down(corpora, tmp_path, what):
     text = log.read_text()
     assert "rank 1 (" in text
     if what == signal.SIGKILL:
-        assert "has gone, its last step was" in text
+        assert "has gone, its last" in text  # step, or report where it gave no sign of life since its first steps
     else:
         assert re.search(r"given no sign of life for .* waiting for it in a collective: rank 0 in \w+", text)
         assert "Thread" in (folder / "stacks_rank_0.txt").read_text()
