@@ -119,12 +119,17 @@ def _of_stage_3(optimizer: Any, trained: dict[str, Any], moments: bool) -> Itera
             state = _state(optimizer.optimizer, flat) if moments else {}
             for parameter in parameters:
                 _, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
-                start = length * optimizer._get_param_partition_rank(parameter)
-                length = min(length, parameter.ds_numel - start)  # the last rank's part is padded
+                start, length = own_part(optimizer, parameter, length)
                 if length > 0:
                     part = slice(offset, offset + length)
                     own = {key: value[part] for key, value in state.items()}
                     yield Fragment(names[id(parameter)], start, flat.data[part], own)
+
+
+def own_part(optimizer: Any, parameter: Any, length: int) -> tuple[int, int]:
+    """Where this rank's part of a parameter starts under ZeRO 3, and its elements; each part is padded to `length`."""
+    start = length * optimizer._get_param_partition_rank(parameter)
+    return start, min(length, parameter.ds_numel - start)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import distributed, nn
 
-from train.fragments import Fragment, trained_parameters
+from train.fragments import Fragment, own_part, trained_parameters
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -27,9 +27,7 @@ def frozen_fragments(engine: DeepSpeedEngine) -> Iterator[Fragment]:
         if engine.zero_optimization_stage() != 3:
             yield Fragment(name, 0, parameter.data.view(-1), {})
             continue
-        length = parameter.ds_tensor.ds_numel
-        start = length * optimizer._get_param_partition_rank(parameter)
-        length = min(length, parameter.ds_numel - start)  # the last rank's part is padded
+        start, length = own_part(optimizer, parameter, parameter.ds_tensor.ds_numel)
         if length > 0:
             yield Fragment(name, start, parameter.ds_tensor.data.view(-1)[:length], {})
 

@@ -18,11 +18,11 @@ _listening: list[TCPStore] = []  # the first rank's server, as long as the proce
 _agreed: list[int] = []  # the port, once it is known
 
 
-def meeting_port(ranks: Ranks, patience: float) -> int:
+def meeting_port(ranks: Ranks, seconds: float) -> int:
     """The port on MASTER_ADDR where the ranks meet, also set as MASTER_PORT; the first rank listens there from now on.
 
     On a single node under `deepspeed` another port takes the place of one that another job uses, and the first rank
-    leaves a note of it for the others, who wait `patience` seconds for it. Elsewhere the first rank raises UserError.
+    leaves a note of it for the others, who wait `seconds` seconds for it. Elsewhere the first rank raises UserError.
     `torchrun` listens itself.
     """
     if not _agreed and not _hosted_by_launcher():
@@ -36,14 +36,14 @@ def meeting_port(ranks: Ranks, patience: float) -> int:
                 os.replace(aside, note)
                 _remove_left(note)
         elif note is not None:
-            _agreed.append(_noted(note, patience))
+            _agreed.append(_noted(note, seconds))
         os.environ.update({"MASTER_PORT": str(_agreed[0])} if _agreed else {})
     return int(os.environ["MASTER_PORT"])
 
 
-def meet(ranks: Ranks, patience: float) -> TCPStore:
+def meet(ranks: Ranks, seconds: float) -> TCPStore:
     """A connection of its own to the store, for the calling thread."""
-    port, timeout = meeting_port(ranks, patience), timedelta(seconds=patience)
+    port, timeout = meeting_port(ranks, seconds), timedelta(seconds=seconds)
     return TCPStore(os.environ["MASTER_ADDR"], port, is_master=False, timeout=timeout)
 
 
@@ -95,9 +95,9 @@ def _remove_left(note: Path) -> None:
             other.unlink(missing_ok=True)
 
 
-def _noted(note: Path, patience: float) -> int:
+def _noted(note: Path, seconds: float) -> int:
     """What the first rank has written."""
-    until = time.monotonic() + patience
+    until = time.monotonic() + seconds
     while time.monotonic() < until:
         if _agreed:  # another thread has read it
             return _agreed[0]
@@ -107,4 +107,4 @@ def _noted(note: Path, patience: float) -> int:
         except FileNotFoundError:
             pass
         time.sleep(LOOK_SECONDS)
-    raise RuntimeError(f"rank 0 has not told its port in {patience:.0f} s")
+    raise RuntimeError(f"rank 0 has not told its port in {seconds:.0f} s")
