@@ -21,7 +21,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from loaders.cache import DiskCache
+from storage.cache import DiskCache
 
 BUDGET = 10**12
 

@@ -26,11 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-from loaders.clips import BadSampleError, Window
 from loaders.config import LoaderConfig
-from loaders.decoding import BATCHES_AT_ONCE, Decoder, make_decoder, usable_threads
+from loaders.decode.decoder import BATCHES_AT_ONCE, Decoder, make_decoder, usable_threads
+from loaders.decode.pixels import Clip
 from loaders.evaluation import VisualSet
-from loaders.pixels import Clip
+from loaders.order.choices import BadSampleError, Window
 
 LARGEST_MEAN = 2.0  # grey levels: the kernels differ, DALI's is Catmull-Rom's; of photos they do by 0.7
 
@@ -84,7 +84,7 @@ def dali_decoder(size: int, threads: int, batch: list[Clip], load: float | None 
     """
     from nvidia.dali import fn
 
-    from loaders.dali import DaliDecoder
+    from loaders.decode.dali import DaliDecoder
 
     plain = fn.decoders.image_slice
 

@@ -6,9 +6,9 @@
 
 One query at a time, as the official code does it: for each clip its k_test texts and for each text its k_test clips go
 through the fusion layers as one batch, texts padded to the full length, keys and values projected for every pair.
-Ours: `eval.retrieval.score`. Both start from the same encoded clips and texts. Clips are random pictures, texts random
-words of the length that captions have; the model has random weights. Times on a CPU are the process' own seconds on one
-core, which a busy machine does not change much (OMP_NUM_THREADS=1); on a GPU they are those of the clock.
+Ours: `eval.tasks.retrieval.score`. Both start from the same encoded clips and texts. Clips are random pictures, texts
+random words of the length that captions have; the model has random weights. Times on a CPU are the process' own
+seconds on one core, which a busy machine does not change much (OMP_NUM_THREADS=1); on a GPU they are those of the clock.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from benchmarks.model import SIZES
 from eval.config import EvalConfig
 from eval.features import TextFeatures, VisualFeatures, collect_visuals, encode_blocks, encode_texts
 from eval.ranking import top_k_mask
-from eval.retrieval import NOT_RERANKED, Scores, score
+from eval.tasks.retrieval import NOT_RERANKED, Scores, score
 from model.singularity import Singularity
+from train.deepspeed.engine import DTYPES
 from train.devices import choose_kernels
-from train.engine import DTYPES
 
 
 def seconds_now(device: str) -> float:

@@ -25,11 +25,11 @@ import torch
 
 from model.config import ModelConfig, TextConfig, VisionConfig
 from model.singularity import Singularity
-from train.config import OptimizerConfig, RunConfig
+from runtime.ranks import ranks_from_environment
+from train.config.settings import OptimizerConfig, RunConfig
+from train.deepspeed.engine import DTYPES, deepspeed_config, start_engine
 from train.devices import choose_kernels, device_for, start_processes
-from train.engine import DTYPES, deepspeed_config, start_engine
 from train.guard import StepGuard
-from train.ranks import ranks_from_environment
 
 NARROW = ModelConfig(
     vision_encoder=VisionConfig(width=24, heads=12, mlp_ratio=1.0),

@@ -26,7 +26,7 @@ from loading_remote import nginx
 from yarl import URL
 
 from loaders.config import RemoteReads
-from loaders.remote import Part, Remote
+from storage.remote import Part, Remote
 
 NAME, BYTES, BATCH = "shard.tar", 2**27, 32
 Ranges = list[tuple[int, int]]

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from loading_peers import PEERS, serve
 
 from loaders.config import LoaderConfig, PerMedia
-from loaders.pixels import Clip, odd_room
+from loaders.decode.pixels import Clip, odd_room
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader
 from loaders.vocab import learn_vocabulary

@@ -32,7 +32,7 @@ from model.losses import contrastive_loss, contrastive_targets, matching_loss, w
 from model.singularity import Draws, Singularity
 from model.text import additive_mask
 from train.devices import choose_kernels
-from train.figures import peak_flops
+from train.tracking.metrics import peak_flops
 
 SIZES = {
     "base": ModelConfig(),

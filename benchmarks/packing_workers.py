@@ -27,11 +27,11 @@ import cv2  # noqa: E402
 from sharding.annotations.config import Reading  # noqa: E402
 from sharding.annotations.reading import read_rows  # noqa: E402
 from sharding.annotations.staging import stage  # noqa: E402
+from sharding.executors.build_shard import build_shard  # noqa: E402
+from sharding.executors.process_pool import Advance, run_tasks  # noqa: E402
 from sharding.media import video  # noqa: E402
-from sharding.plan import Settings, Task, plan_shards  # noqa: E402
-from sharding.processes import Advance, run_tasks  # noqa: E402
-from sharding.web import Fetching  # noqa: E402
-from sharding.workers import build_shard  # noqa: E402
+from sharding.shards.plan import Settings, Task, plan_shards  # noqa: E402
+from storage.web import Fetching  # noqa: E402
 
 SHARED = ROOT.parent / "shared" / "data"
 Way = Callable[[list[Task], int], float]  # shards, how many at once -> seconds of the processor

@@ -21,7 +21,7 @@ import numpy as np
 import webdataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from loaders.plan import EpochPlan
+from loaders.order.epoch import EpochPlan
 
 BATCH = 128
 CORPORA = (0.7, 0.3)  # shares of the shards that belong to two corpora

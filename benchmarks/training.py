@@ -37,24 +37,24 @@ import torch
 
 from loaders.batch import Batch, normalize
 from loaders.config import LoaderConfig, PerMedia, VideoInput
-from loaders.decoding import BACKENDS
-from loaders.storage import CorpusReader
+from loaders.decode.decoder import BACKENDS
+from loaders.shards import CorpusReader
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader
 from model.building import build_model
 from model.config import ModelConfig, TextConfig, VisionConfig, with_changes
 from model.flops import step_flops
 from model.singularity import Singularity
-from train.checkpoints import special_ids
-from train.config import OptimizerConfig, RunConfig
+from runtime.ranks import Ranks, ranks_from_environment
+from train.checkpoints.writing import special_ids
+from train.config.settings import OptimizerConfig, RunConfig
+from train.deepspeed.engine import DTYPES, deepspeed_config, start_engine
 from train.devices import choose_kernels, device_for, start_processes
-from train.engine import DTYPES, deepspeed_config, start_engine
-from train.figures import FORWARD_AND_BACKWARD, memory, peak_flops
 from train.groups import parameter_groups
 from train.guard import StepGuard
-from train.ranks import Ranks, ranks_from_environment
 from train.schedule import Schedule
 from train.step import TEXT_LENGTHS, Stepper, without_padding
+from train.tracking.metrics import FORWARD_AND_BACKWARD, memory, peak_flops
 
 SIZES = {
     "least": ModelConfig(  # a layer of each kind, soon compiled

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import distributed, nn
 
-from eval.gather import gather_objects, meet, share
-from sharding.errors import UserError
+from runtime.collectives import gather_objects, meet, share
+from runtime.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from eval.evaluations import Evaluation, find_evaluations
-from eval.grouping import item_key, read_predictions, recorded_digest
 from eval.outcomes import Outcomes, bootstrap, read_outcomes, with_means
-from sharding.errors import UserError, command
+from eval.report.evaluations import Evaluation, find_evaluations
+from eval.report.grouping import item_key, read_predictions, recorded_digest
+from runtime.errors import UserError, command
 
 log = logging.getLogger(__name__)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from eval.published import benchmarks
+from eval.report.published import benchmarks
 from loaders.config import PerMedia
-from loaders.settings import evaluation, fixed, free
 from model.config import ENSEMBLES
-from sharding.errors import UserError
+from runtime.errors import UserError
+from runtime.settings import evaluation, fixed, free
 
 TASKS = ("retrieval", "qa", "choice")
 ACCURACIES = ("exact", "vqa")

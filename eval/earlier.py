@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from eval.config import EvalConfig
-from eval.evaluations import FORMAT_VERSION
 from eval.outputs import Subject, recorded_settings
-from sharding.errors import UserError
+from eval.report.evaluations import FORMAT_VERSION
+from runtime.errors import UserError
 
 TOLD = 3  # differences
 

@@ -14,12 +14,12 @@ from tqdm import tqdm
 
 from eval.cache import Block, CachedBlocks, entry_name, model_digest, read_entry, write_entry
 from eval.config import EvalConfig
-from eval.gather import gather_objects, gather_rows, share
 from loaders.batch import normalize
 from loaders.config import LoaderConfig
 from model.encoders import Encoders
 from model.singularity import Singularity
-from sharding.activity import progress
+from runtime.activity import progress
+from runtime.collectives import gather_objects, gather_rows, share
 
 log = logging.getLogger(__name__)
 

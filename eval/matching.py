@@ -8,9 +8,9 @@ from tqdm import tqdm
 
 from eval.config import EvalConfig
 from eval.features import TextFeatures, VisualFeatures
-from eval.gather import gather_rows
 from model.scoring import match_pairs
 from model.singularity import Singularity
+from runtime.collectives import gather_rows
 
 
 def match_marked(

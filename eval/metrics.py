@@ -9,7 +9,7 @@ from math import comb
 import numpy as np
 
 from eval.ranking import row_blocks
-from sharding.errors import UserError
+from runtime.errors import UserError
 
 RECALL_AT = (1, 5, 10)
 NOT_RANKED = np.iinfo(np.int64).max  # rank of a true item that was never scored

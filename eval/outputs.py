@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from eval.config import EvalConfig
-from eval.evaluations import FORMAT_VERSION
-from eval.grouping import items_digest
 from eval.outcomes import Outcomes, intervals, write_outcomes
-from eval.report import write_report
-from sharding.activity import progress
+from eval.report.evaluations import FORMAT_VERSION
+from eval.report.grouping import items_digest
+from eval.report.page import write_report
+from runtime.activity import progress
 
 SEEN = ("image_res", "antialias", "paragraph", "max_txt_l", "max_q_len", "max_a_len", "precision")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from sharding.activity import progress
+from runtime.activity import progress
 
 BLOCK_CELLS = 1 << 24  # cells of a score matrix handled at once
 

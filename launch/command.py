@@ -15,10 +15,10 @@ from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import NoReturn
 
-from sharding.errors import USER_ERROR, UserError, user_message
-from train.config_files import Settings, load_settings
-from train.ranks import Ranks, ranks_from_environment
-from train.stopped import LostRankError, Stopped
+from runtime.errors import USER_ERROR, UserError, user_message
+from runtime.ranks import Ranks, ranks_from_environment
+from train.config.files import Settings, load_settings
+from train.interrupted import LostRankError, Stopped
 
 log = logging.getLogger("launch")
 

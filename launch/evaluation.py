@@ -11,16 +11,16 @@ import torch
 
 from eval.cache import model_digest
 from eval.earlier import check_replaceable
-from eval.report import write_report
+from eval.report.page import write_report
+from eval.run import evaluate_splits, evaluation_label, split_inputs, subject_of
 from launch.command import log_to_file
-from sharding.activity import progress
-from train.config_files import Settings
+from runtime.activity import progress
+from runtime.ranks import Ranks
+from train.config.files import Settings
+from train.deepspeed.engine import DTYPES
 from train.devices import choose_kernels, describe, device_for, start_processes
-from train.engine import DTYPES
-from train.evaluation import evaluate_splits, evaluation_label, split_inputs, subject_of
+from train.interrupted import LostRankError
 from train.prepare import prepare_evaluation, read_answer_list, share_cores
-from train.ranks import Ranks
-from train.stopped import LostRankError
 from train.watchdog import EVALUATE, Watchdog
 
 log = logging.getLogger(__name__)

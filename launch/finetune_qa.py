@@ -10,8 +10,8 @@ if not __package__:  # started by its path, not by `python -m`
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if TYPE_CHECKING:
-    from train.config_files import Settings
-    from train.ranks import Ranks
+    from runtime.ranks import Ranks
+    from train.config.files import Settings
 
 
 def main(settings: Settings, ranks: Ranks) -> None:

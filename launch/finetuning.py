@@ -8,14 +8,14 @@ from functools import partial
 
 import torch
 
+from eval.run import FINAL, Metrics, evaluate_splits
 from launch.training import train
 from model.building import Model
-from sharding.errors import UserError
-from train.config_files import Settings
-from train.evaluation import FINAL, Metrics, evaluate_splits
+from runtime.errors import UserError
+from runtime.ranks import Ranks
+from train.config.files import Settings
 from train.loop import Evaluate
 from train.prepare import Prepared
-from train.ranks import Ranks
 
 ENTRY_POINTS = {"retrieval": "finetune_retrieval", "choice": "finetune_retrieval", "qa": "finetune_qa"}
 

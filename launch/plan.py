@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 
-from launch.findings import duration
+from launch.doctor.findings import duration
 from loaders.config import LoaderConfig, PerMedia
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader
 from loaders.vocab import corpus_texts, learn_from_texts
-from sharding.errors import UserError, command
+from runtime.errors import UserError, command
 
 TEXTS_TO_LEARN_FROM = 5000
 NODES = (1, 2, 4, 8, 16, 32, 64)

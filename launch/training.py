@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 
 from launch.command import log_to_file
-from sharding.activity import progress
-from train.config_files import Settings
+from runtime.activity import progress
+from runtime.ranks import Ranks
+from train.config.files import Settings
 from train.devices import check_precision, choose_kernels, describe, device_for, start_processes
+from train.interrupted import LostRankError, Stopped
 from train.loop import Evaluate, Trainer
 from train.prepare import Prepared, prepare_training
-from train.ranks import Ranks
-from train.stopped import LostRankError, Stopped
 from train.stopping import StopRequest
 from train.watchdog import NEXT_STEP, Watchdog
 

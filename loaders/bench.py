@@ -20,13 +20,13 @@ import torch
 
 from loaders.batch import Batch, normalize
 from loaders.config import LoaderConfig, PerMedia, VideoInput
-from loaders.decoding import usable_threads, usual_device
-from loaders.storage import CorpusReader
+from loaders.decode.decoder import usable_threads, usual_device
+from loaders.shards import CorpusReader
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader
 from loaders.vocab import corpus_texts, learn_from_texts
-from sharding.arguments import positive
-from sharding.errors import UserError, command
+from runtime.errors import UserError, command
+from sharding.annotations.arguments import positive
 
 TEXTS_TO_LEARN_FROM = 5000
 GUILTY = 0.3  # share of the time that decoding waits for reading, from which reading is to blame
@@ -149,7 +149,7 @@ def cpu_seconds() -> float:
     total = sum(own.cpu_times()[:2])
     for process in own.children():
         with suppress(psutil.Error):  # it has just ended
-            if "loaders.decode_worker" in process.cmdline():
+            if "loaders.decode.worker" in process.cmdline():
                 total += sum(process.cpu_times()[:2])
     return total
 

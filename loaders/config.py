@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from loaders.settings import evaluation, fixed, free
-from sharding.errors import UserError
+from runtime.errors import UserError
+from runtime.settings import evaluation, fixed, free
 
 
 @dataclass

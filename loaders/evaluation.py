@@ -10,18 +10,18 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from loaders.ahead import Ahead
-from loaders.clips import BadSampleError, Window, check_sample_type, choose_frames
 from loaders.config import LoaderConfig
-from loaders.decoding import Decoder, make_decoder, usable_threads
+from loaders.decode.decoder import Decoder, make_decoder, usable_threads
+from loaders.decode.pixels import Clip
 from loaders.index import Record, ShardIndex
-from loaders.node import processes_here, this_node
-from loaders.pixels import Clip
-from loaders.storage import open_corpus
+from loaders.order.choices import BadSampleError, Window, check_sample_type, choose_frames
+from loaders.prefetch import Ahead
+from loaders.shards import open_corpus
 from loaders.text import clean_text
-from sharding.activity import progress
-from sharding.errors import UserError
-from sharding.schema import Corpus
+from runtime.activity import progress
+from runtime.errors import UserError
+from sharding.shards.schema import Corpus
+from storage.node import processes_here, this_node
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class VisualSet:
     """The visuals of a packed corpus in the order of its shards; `missing` lists those that do not decode.
 
     Raises:
-        FileNotFoundError, ValueError: as `sharding.schema.read_corpus`; or no such sample_type_test.
+        FileNotFoundError, ValueError: as `sharding.shards.schema.read_corpus`; or no such sample_type_test.
     """
 
     def __init__(self, url: str, config: LoaderConfig) -> None:

@@ -12,12 +12,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from loaders.batch import Batch, normalize
 from loaders.config import LoaderConfig, PerMedia, VideoInput
-from loaders.storage import describe
+from loaders.shards import describe
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader
-from sharding.arguments import positive
-from sharding.errors import command
-from sharding.outside import check_outside_corpora
+from runtime.errors import command
+from sharding.annotations.arguments import positive
+from sharding.shards.outside import check_outside_corpora
 
 MARGIN = 8
 LINE = 14  # pixels of a line of text

@@ -9,8 +9,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from loaders.line import Draw
-from sharding.errors import UserError
+from loaders.order.mixture import Draw
+from runtime.errors import UserError
 
 log = logging.getLogger("loaders")
 

@@ -14,8 +14,8 @@ from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
-from sharding.activity import trusted
-from sharding.errors import MissingError, UserError
+from runtime.activity import trusted
+from runtime.errors import MissingError, UserError
 
 DELETED = re.compile(r"[,.'!?\"()*#:;~]")
 ID = np.dtype(np.int32)

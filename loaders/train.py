@@ -15,18 +15,18 @@ from itertools import chain
 import numpy as np
 import torch
 
-from loaders.ahead import Ahead, StalledError, overlapped
 from loaders.batch import Answers, Batch
-from loaders.clips import BadSampleError
 from loaders.config import LoaderConfig
-from loaders.decoding import BATCHES_AT_ONCE, make_decoder, usable_threads
-from loaders.line import Draw, Line
-from loaders.node import node_of
-from loaders.plan import EpochPlan, check_world_size, media_schedule, rank_positions
+from loaders.decode.decoder import BATCHES_AT_ONCE, make_decoder, usable_threads
+from loaders.order.choices import BadSampleError
+from loaders.order.epoch import EpochPlan, check_world_size, media_schedule, rank_positions
+from loaders.order.mixture import Draw, Line
+from loaders.prefetch import Ahead, StalledError, overlapped
 from loaders.quarantine import Quarantine
-from loaders.storage import check_cache, open_corpus
+from loaders.shards import check_cache, open_corpus
 from loaders.text import Tokenizer, clean_text
-from sharding.errors import UserError
+from runtime.errors import UserError
+from storage.node import node_of
 
 log = logging.getLogger("loaders")
 

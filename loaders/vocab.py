@@ -17,9 +17,9 @@ from tokenizers.trainers import WordPieceTrainer
 
 from loaders.config import LoaderConfig
 from loaders.index import ShardIndex
-from loaders.storage import open_corpus
+from loaders.shards import open_corpus
 from loaders.text import SPECIAL, clean_text
-from sharding.errors import UserError, command
+from runtime.errors import UserError, command
 
 ALPHABET = 1000  # characters that words may consist of, at most
 SMALLEST = len(SPECIAL) + 2
@@ -50,7 +50,7 @@ def learn_vocabulary(corpora: Sequence[str], size: int, output: str | Path) -> i
     """Write a BERT `vocab.txt` of at most `size` entries; returns how many it has.
 
     Raises:
-        FileNotFoundError, ValueError: as `sharding.schema.read_corpus`, or the corpora hold no text.
+        FileNotFoundError, ValueError: as `sharding.shards.schema.read_corpus`, or the corpora hold no text.
     """
     texts = (text for url in corpora for text in corpus_texts(url, LoaderConfig()))
     return learn_from_texts(texts, size, output, ", ".join(corpora))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from model.answering import SingularityQA
 from model.config import ModelConfig
 from model.singularity import Singularity
+from model.vqa import SingularityQA
 
 Model = Singularity | SingularityQA
 

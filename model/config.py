@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
-from sharding.errors import UserError
+from runtime.errors import UserError
 
 ENSEMBLES = ("concat", "mean", "max", "lse")  # of frames: fused early, or their scores combined
 

@@ -9,7 +9,7 @@ from model.config import ENSEMBLES, ModelConfig
 from model.temporal import TemporalEncoder, embeddings_for_frames
 from model.text import TextEncoder, VisualKeys
 from model.vision import FrameEncoder, pixel_statistics
-from sharding.errors import UserError
+from runtime.errors import UserError
 
 
 class Encoders(nn.Module):

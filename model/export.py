@@ -11,9 +11,7 @@ from typing import Any
 import omegaconf
 import torch
 
-from model.checkpoint import load_weights
-from model.config import ModelConfig, config_to_dict
-from model.files import (
+from model.checkpoints.files import (
     DESCRIPTION,
     OFFICIAL_SUFFIXES,
     TENSORS,
@@ -24,11 +22,13 @@ from model.files import (
     write_folder,
     write_whole,
 )
-from model.official import MODEL
-from model.official_names import to_official
+from model.checkpoints.loading import load_weights
+from model.checkpoints.official import MODEL
+from model.checkpoints.official_names import to_official
+from model.config import ModelConfig, config_to_dict
 from model.vision import VISION_TYPES, relative_position_index
-from sharding.errors import UserError, command
-from sharding.outside import check_outside_corpora
+from runtime.errors import UserError, command
+from sharding.shards.outside import check_outside_corpora
 
 # Names that mean a file which is not written here, and what a run's folder looks for its own weights in.
 OTHER_SUFFIXES = (".safetensors", ".ckpt", ".json", ".onnx", ".pkl", ".h5", ".npz", ".zip", ".tar", ".gz")

@@ -14,8 +14,8 @@ import torch
 
 from model.config import ENSEMBLES
 from model.singularity import Singularity
-from sharding.activity import progress
-from sharding.errors import UserError
+from runtime.activity import progress
+from runtime.errors import UserError
 
 GROUP = 8  # texts that look at one visual side by side; the last group of a visual is filled up
 

@@ -9,7 +9,7 @@ from torch.nn import functional
 from model.config import ModelConfig
 from model.text import bert_config, initialize_bert, run_layer
 from model.torchvision_cpu import BertLayer
-from sharding.errors import UserError
+from runtime.errors import UserError
 
 MOST_SEQUENCES = 65_535  # that one call of a GPU's attention kernels takes: the limit of a grid's second dimension
 

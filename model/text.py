@@ -22,7 +22,7 @@ from model.torchvision_cpu import (
     BertPredictionHeadTransform,
     BertSelfOutput,
 )
-from sharding.errors import UserError
+from runtime.errors import UserError
 
 PADDED = -10000.0  # added to the attention scores of padded keys
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from model.checkpoints.positions import resize_absolute
 from model.config import ModelConfig, VisionConfig
-from model.positions import resize_absolute
 from model.torchvision_cpu import (
     Beit,
     BeitAttention,
@@ -22,7 +22,7 @@ from model.torchvision_cpu import (
     is_model,
     resample_abs_pos_embed,
 )
-from sharding.errors import UserError
+from runtime.errors import UserError
 
 TIMM_RANGE = 0.02
 ROW = 8  # elements: a mask's rows are as long as a multiple of it, in memory

@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from sharding.errors import UserError, command
-from sharding.schema import read_corpus, read_index
+from runtime.errors import UserError, command
+from sharding.shards.schema import read_corpus, read_index
 
 
 def count_answers(url: str) -> Counter[str]:

@@ -13,15 +13,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
+from runtime.errors import UserError, command
+from runtime.progress import LOG_EVERY, Progress, counted
+from sharding.annotations.arguments import add_annotation_arguments, positive, read_options
 from sharding.annotations.config import Reading
 from sharding.annotations.reading import expanded, read_rows
 from sharding.annotations.staging import Staged, open_staged, stage
-from sharding.arguments import add_annotation_arguments, positive, read_options
-from sharding.engines import ENGINES, Engine, pack
-from sharding.errors import UserError, command
 from sharding.estimate import Estimate, estimate_build
-from sharding.failures import FailureLog, TooManyFailures, summary
-from sharding.output import (
+from sharding.executors.executor import ENGINES, Engine, pack
+from sharding.media.sources import check_root
+from sharding.shards.failures import FailureLog, TooManyFailures, summary
+from sharding.shards.output import (
     BUILD,
     check_claim,
     claim,
@@ -32,11 +34,9 @@ from sharding.output import (
     staging_place,
     write_text,
 )
-from sharding.plan import Settings, plan_shards
-from sharding.progress import LOG_EVERY, Progress, counted
-from sharding.schema import MEDIA_TYPES, Corpus, join_url
-from sharding.sources import check_root
-from sharding.web import LARGEST_MB, Fetching
+from sharding.shards.plan import Settings, plan_shards
+from sharding.shards.schema import MEDIA_TYPES, Corpus, join_url
+from storage.web import LARGEST_MB, Fetching
 
 log = logging.getLogger("sharding")
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sharding.annotations.staging import Staged
-from sharding.failures import TooManyFailures, kind_of, summary
-from sharding.parquet import read_table
-from sharding.plan import Task
-from sharding.schema import join_url
-from sharding.workers import build_shard
+from sharding.executors.build_shard import build_shard
+from sharding.shards.failures import TooManyFailures, kind_of, summary
+from sharding.shards.parquet import read_table
+from sharding.shards.plan import Task
+from sharding.shards.schema import join_url
 
 SAMPLE = {"image": 128, "video": 24}  # media
 SURE = 1.96  # standard errors to either side: 95 % of the time

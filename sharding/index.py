@@ -19,18 +19,18 @@ from typing import Any
 import fsspec
 import pyarrow as pa
 
-from sharding.arguments import folder_of_shards, positive
-from sharding.errors import AccessError, MissingError, UserError, command
-from sharding.failures import FailureLog, TooManyFailures, summary
-from sharding.foreign import Contents, read_contents
-from sharding.output import local_form, open_output, write_text
-from sharding.parquet import read_schema, read_table
-from sharding.processes import Advance, run_tasks
-from sharding.progress import LOG_EVERY, Progress
-from sharding.remote import again, naming
-from sharding.schema import INDEX_SCHEMA, UNREADABLE, Corpus, ShardInfo, join_url, named_shards, read_corpus
-from sharding.tar import open_stream
-from sharding.writing import INDEXED, NOTE, counts, publish, sha256, write_index
+from runtime.errors import AccessError, MissingError, UserError, command
+from runtime.progress import LOG_EVERY, Progress
+from sharding.annotations.arguments import folder_of_shards, positive
+from sharding.executors.process_pool import Advance, run_tasks
+from sharding.shards.failures import FailureLog, TooManyFailures, summary
+from sharding.shards.foreign import Contents, read_contents
+from sharding.shards.output import local_form, open_output, write_text
+from sharding.shards.parquet import read_schema, read_table
+from sharding.shards.schema import INDEX_SCHEMA, UNREADABLE, Corpus, ShardInfo, join_url, named_shards, read_corpus
+from sharding.shards.tar import open_stream
+from sharding.shards.writing import INDEXED, NOTE, counts, publish, sha256, write_index
+from storage.policy import again, naming
 
 COMPRESSED_TARS = ("*.tar.*", "*.tgz", "*.tbz2", "*.txz")
 RULES = 2  # counts the changes of what becomes a sample, and of its row; an index of other rules is made again

@@ -15,17 +15,17 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from sharding.arguments import folder_of_shards, positive
-from sharding.errors import UserError, command
-from sharding.failures import count_kinds, read_failures
-from sharding.failures import summary as failure_lines
-from sharding.figures import Figures, columns_of, in_threads, measure, short, summary, text_histogram
-from sharding.gallery import gallery
-from sharding.output import local_form
-from sharding.pictures import SHARDS, contact_sheet, fetch_command, pick
-from sharding.progress import LOG_EVERY, Progress
-from sharding.remote import naming
-from sharding.schema import INDEX_SCHEMA, Corpus, named_shards, read_corpus
+from runtime.errors import UserError, command
+from runtime.progress import LOG_EVERY, Progress
+from sharding.annotations.arguments import folder_of_shards, positive
+from sharding.report.gallery import gallery
+from sharding.report.samples import SHARDS, contact_sheet, fetch_command, pick
+from sharding.report.statistics import Figures, columns_of, in_threads, measure, short, summary, text_histogram
+from sharding.shards.failures import count_kinds, read_failures
+from sharding.shards.failures import summary as failure_lines
+from sharding.shards.output import local_form
+from sharding.shards.schema import INDEX_SCHEMA, Corpus, named_shards, read_corpus
+from storage.policy import naming
 
 SHEET_SAMPLES = 64
 GALLERY_SAMPLES = 96

@@ -12,17 +12,17 @@ from dataclasses import asdict, dataclass, field
 
 import fsspec
 
-from sharding.arguments import folder_of_shards, positive
-from sharding.checks import Check, Fault, Report, check_shard
-from sharding.errors import MissingError, UserError, command
+from runtime.errors import MissingError, UserError, command
+from runtime.progress import LOG_EVERY, Progress
+from sharding.annotations.arguments import folder_of_shards, positive
+from sharding.executors.process_pool import run_tasks
 from sharding.index import is_foreign
-from sharding.output import BUILD, digest_of, local_form
-from sharding.parquet import read_schema
-from sharding.processes import run_tasks
-from sharding.progress import LOG_EVERY, Progress
-from sharding.remote import naming
-from sharding.repair import repair
-from sharding.schema import INDEX_SCHEMA, UNREADABLE, Corpus, join_url, named_shards, parse_corpus, with_shards
+from sharding.shards.checks import Check, Fault, Report, check_shard
+from sharding.shards.output import BUILD, digest_of, local_form
+from sharding.shards.parquet import read_schema
+from sharding.shards.repair import repair
+from sharding.shards.schema import INDEX_SCHEMA, UNREADABLE, Corpus, join_url, named_shards, parse_corpus, with_shards
+from storage.policy import naming
 
 DESCRIPTION = "corpus.json"
 

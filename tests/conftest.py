@@ -24,7 +24,7 @@ settings.register_profile("any machine", deadline=None)  # how long an example t
 settings.load_profile("any machine")
 
 LONGEST = {"launch", "train"}
-SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -26,8 +26,8 @@ import psutil
 import pytest
 from needs import lacks, leave_out, program
 from object_stores import die_with_parent, environment_of, store_server
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 ADDRESSES = {"store": "10.203.77.1", "node1": "10.203.77.11", "node2": "10.203.77.12"}
 PROGRAMS = ("ip", "tc", "nft", "ssh", "sshd", "ssh-keygen", "unshare", "nsenter", "pdsh")
 NAMESPACES = ("--net", "--uts", "--mount", "--pid")

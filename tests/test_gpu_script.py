@@ -10,8 +10,8 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 LOADS = {
     "a": [
         "versions", "losses", "pretrain", "pretrain_large", "straightforward", "profile", "finetune", "evaluation",

@@ -7,11 +7,10 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 # What pip would take on a Linux machine with a GPU. Not for the Python that runs the tests: an index beside PyPI may
 # have a build of torch for the CPU for that one.
 PYTHON = "3.12" if sys.version_info < (3, 12) else "3.11"

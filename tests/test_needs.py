@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from needs import lacks, leave_out
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 OPTIONAL = ("playwright", "ray", "tensorboard", "wandb", "s3fs", "gcsfs", "trustme", "imageio_ffmpeg", "requests")
 # A plugin of pytest that hides packages as if they had never been installed.
 HIDE = f"""
@@ -28,7 +28,7 @@ NEEDY = {
     "tests/sharding/test_stores_and_disks.py::test_a_disk_that_cannot_be_written_to_is_named": "not root, and a file "
     "system of a test's own has to be mounted",
     "tests/test_object_stores.py": "s3fs not installed: `pip install s3fs`, or `make install`",
-    "tests/sharding/test_web.py": "trustme not installed: `pip install trustme`, or `make install`",
+    "tests/storage/test_web.py": "trustme not installed: `pip install trustme`, or `make install`",
 }
 
 

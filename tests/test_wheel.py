@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 from object_stores import free_port
+from places import ROOT
 
 pytestmark = pytest.mark.timeout(600)
 
-ROOT = Path(__file__).resolve().parent.parent
+
 PACKAGES = ("sharding", "loaders", "model", "train", "eval", "launch")
 RECIPES = ("configs", "deepspeed_configs")
 HOME = "singularity_at_scale"  # of recipes and pages in a wheel

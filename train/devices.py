@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch.distributed import distributed_c10d
 
-from sharding.errors import UserError
-from train.meeting import forget_port, meeting_port
-from train.network import choose_interface
-from train.ranks import Ranks, ranks_from_environment
+from runtime.errors import UserError
+from runtime.network import choose_interface
+from runtime.ranks import Ranks, ranks_from_environment
+from runtime.rendezvous import forget_port, meeting_port
 
 DEVICES = Path("/dev")
 DRIVER = Path("/proc/driver/nvidia/version")

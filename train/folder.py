@@ -12,11 +12,11 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from loaders.settings import EVALUATION, FIXED, FREE, change_on_resume
-from sharding.errors import UserError, naming
-from train.checkpoints import checkpoint_step, complete_checkpoints, recover
-from train.config import RunConfig
-from train.config_files import flatten, load_settings, to_yaml
+from runtime.errors import UserError, naming
+from runtime.settings import EVALUATION, FIXED, FREE, change_on_resume
+from train.checkpoints.writing import checkpoint_step, complete_checkpoints, recover
+from train.config.files import flatten, load_settings, to_yaml
+from train.config.settings import RunConfig
 
 log = logging.getLogger(__name__)
 

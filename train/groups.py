@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from sharding.errors import UserError
-from train.config import OptimizerConfig
+from runtime.errors import UserError
+from train.config.settings import OptimizerConfig
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import distributed
 
-from eval.gather import gather_objects
-from sharding.errors import UserError
-from train.fragments import averaged_gradients
-from train.loss_scale import LossScale
-from train.ranks import Ranks
+from runtime.collectives import gather_objects
+from runtime.errors import UserError
+from runtime.ranks import Ranks
+from train.deepspeed.loss_scale import LossScale
+from train.deepspeed.state import averaged_gradients
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from torch import distributed
 
-from eval.gather import share
+from eval.run import FINAL, Metrics
 from loaders.batch import Batch
-from model.answering import SingularityQA
 from model.building import Model
-from model.checkpoint import load_weights
-from train.best import best_version, restore_best
-from train.checkpoints import (
+from model.checkpoints.loading import load_weights
+from model.vqa import SingularityQA
+from runtime.collectives import share
+from train.checkpoints.best import best_version, restore_best
+from train.checkpoints.shards import set_weights
+from train.checkpoints.writing import (
     TrainingState,
     checkpoint_step,
     complete_checkpoints,
@@ -33,21 +35,19 @@ from train.checkpoints import (
     set_buffers,
     update_state,
 )
-from train.config import RunConfig
+from train.config.settings import RunConfig
+from train.deepspeed.engine import start_engine
+from train.deepspeed.in_step import layer_by_layer
 from train.devices import slow_precision
-from train.engine import start_engine
-from train.evaluation import FINAL, Metrics
-from train.figures import Clock
 from train.guard import StepGuard
-from train.in_step import layer_by_layer
-from train.parts import set_weights
+from train.interrupted import Stopped
 from train.prepare import Prepared
-from train.profiling import StepProfiler
 from train.schedule import Schedule
 from train.step import Losses, Stepper, without_padding
-from train.stopped import Stopped
 from train.stopping import StopRequest, StopVote
-from train.tracking import Tracker
+from train.tracking.metrics import Clock
+from train.tracking.profiling import StepProfiler
+from train.tracking.trackers import Tracker
 from train.watchdog import END, EVALUATE, LOADER, SAVE, STEP, Watchdog
 
 log = logging.getLogger(__name__)

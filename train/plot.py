@@ -14,10 +14,10 @@ from typing import Any
 
 from jinja2 import Environment, select_autoescape
 
-from eval.grouping import ambiguous_splits
-from eval.losses import MEDIA, loss_weights, weighted_name
-from sharding.errors import MissingError, UserError, command
-from sharding.outside import check_outside_corpora
+from eval.report.grouping import ambiguous_splits
+from eval.report.losses import MEDIA, loss_weights, weighted_name
+from runtime.errors import MissingError, UserError, command
+from sharding.shards.outside import check_outside_corpora
 
 SMOOTH_FROM = 40  # points of a curve; with fewer it is drawn as it is
 FIRST = ("loss", "loss_itc", "loss_itm", "loss_mlm", "loss_qa", "grad_norm", "temperature", "lr")

@@ -12,26 +12,26 @@ from typing import Any
 import fsspec
 import torch
 
-from loaders.storage import describe
+from loaders.shards import describe
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader
 from model.building import Model, build_model
-from model.checkpoint import find_weights, fit_weights
+from model.checkpoints.loading import find_weights, fit_weights
+from model.checkpoints.pretrained import new_model
 from model.config import with_changes
-from model.initial import new_model
-from sharding.activity import progress
-from sharding.errors import MissingError, UserError
-from sharding.outside import check_outside_corpora
-from train.architecture import adopt, changes_to, check_texts, fresh_architecture
-from train.checkpoints import WEIGHTS, check_checkpoint, complete_checkpoints, special_ids
-from train.config import RunConfig
-from train.config_files import Settings
-from train.engine import deepspeed_config
+from runtime.activity import progress
+from runtime.errors import MissingError, UserError
+from runtime.ranks import Ranks
+from sharding.shards.outside import check_outside_corpora
+from train.checkpoints.copies import RemoteCheckpoints
+from train.checkpoints.writing import WEIGHTS, check_checkpoint, complete_checkpoints, special_ids
+from train.config.architecture import adopt, changes_to, check_texts, fresh_architecture
+from train.config.files import Settings
+from train.config.settings import RunConfig
+from train.deepspeed.engine import deepspeed_config
 from train.folder import RunFolder
 from train.groups import parameter_groups
-from train.ranks import Ranks
-from train.remote import RemoteCheckpoints
-from train.tracking import check_tracking
+from train.tracking.trackers import check_tracking
 
 log = logging.getLogger(__name__)
 

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from eval.losses import MEDIA
+from eval.report.losses import MEDIA
 from loaders.batch import Answers, Batch, normalize
 from model.building import Model
 from model.singularity import TEMPERATURE_RANGE
-from sharding.errors import UserError
-from train.after_step import clear_step
-from train.engine import DTYPES
-from train.fragments import fragments
+from runtime.errors import UserError
+from train.deepspeed.after_step import clear_step
+from train.deepspeed.engine import DTYPES
+from train.deepspeed.state import fragments
 from train.groups import ParameterGroup
 from train.guard import StepGuard
 from train.schedule import Schedule

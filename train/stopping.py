@@ -14,7 +14,7 @@ import psutil
 import torch
 from torch import distributed
 
-from sharding.activity import waiting
+from runtime.activity import waiting
 
 log = logging.getLogger(__name__)
 

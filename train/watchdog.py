@@ -18,9 +18,9 @@ from types import FrameType
 
 from torch.distributed import TCPStore, distributed_c10d
 
-from sharding.activity import begin, present_activity
-from train.meeting import meet
-from train.ranks import Ranks
+from runtime.activity import begin, present_activity
+from runtime.ranks import Ranks
+from runtime.rendezvous import meet
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ def present_collective() -> str:
     """The exchange between ranks that the main thread or another one is in; empty where none is.
 
     A GPU's collectives are not waited for within PyTorch's functions: where our code waits for their result, it says
-    so (`sharding.activity.waiting`); elsewhere only the device is seen to stand still.
+    so (`runtime.activity.waiting`); elsewhere only the device is seen to stand still.
     """
     found = ""
     for frame in sys._current_frames().values():
@@ -187,7 +187,7 @@ class Watchdog:
 
     def doing(self, what: str, step: int) -> None:
         """Note that the main thread begins with something: `LOADER`, `STEP` or anything else, whose progress is then
-        reported by `sharding.activity.progress`; `step` lies behind it.
+        reported by `runtime.activity.progress`; `step` lies behind it.
         """
         self._state = (what, step, time.monotonic())
         begin(what)

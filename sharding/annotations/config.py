@@ -11,9 +11,9 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from runtime.errors import MissingError, UserError
+from runtime.packaged import find_file, packaged_folder
 from sharding.annotations.columns import Columns
-from sharding.errors import MissingError, UserError
-from sharding.packaged import find_file, packaged_folder
 
 
 @dataclass

@@ -21,9 +21,9 @@ import ijson
 from fsspec.compression import compr
 from fsspec.utils import infer_compression
 
-from sharding.annotations.json_text import Located, Mended, Plain, Unparsable
-from sharding.errors import MissingError, UserError
-from sharding.remote import BucketError, again, causes, naming, status_of
+from runtime.errors import MissingError, UserError
+from sharding.annotations.formats.json_text import Located, Mended, Plain, Unparsable
+from storage.policy import BucketError, again, causes, naming, status_of
 
 BLOCK = 2**20  # bytes of a remote file read at a time
 LONGEST_LINE = 2**20  # bytes of a line of JSON that is looked at to tell lines from an object

@@ -12,24 +12,24 @@ from typing import Any
 import fsspec
 from fsspec.utils import glob_translate
 
-from sharding.annotations.captions import coco_records, flickr_records, sbu_records, something_records
+from runtime.errors import MissingError, UserError
 from sharding.annotations.columns import Columns, RowError, RowMaker
 from sharding.annotations.config import Reading
 from sharding.annotations.files import Record, first_record, first_sign, is_json_lines, json_records, opened
-from sharding.annotations.items import Row
-from sharding.annotations.msrvtt import msrvtt_records
-from sharding.annotations.questions import activitynet_qa_records, vqa_records
-from sharding.annotations.tables import (
+from sharding.annotations.formats.captions import coco_records, flickr_records, sbu_records, something_records
+from sharding.annotations.formats.msrvtt import msrvtt_records
+from sharding.annotations.formats.questions import activitynet_qa_records, vqa_records
+from sharding.annotations.formats.tables import (
     csv_records,
     img2dataset_records,
     jsonl_records,
     parquet_records,
     tsv_records,
 )
-from sharding.annotations.visual_genome import visual_genome_records
-from sharding.errors import MissingError, UserError
-from sharding.remote import again, check_bucket, naming
-from sharding.schema import plain_scheme
+from sharding.annotations.formats.visual_genome import visual_genome_records
+from sharding.annotations.items import Row
+from sharding.shards.schema import plain_scheme
+from storage.policy import again, check_bucket, naming
 
 MAGIC = set("*?[")  # what makes a pattern of a name
 

@@ -14,8 +14,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import overload
 
+from runtime.errors import AccessError
 from sharding.annotations.items import Item, Row
-from sharding.errors import AccessError
 
 CACHE_KB = 16 * 1024  # of each open database
 

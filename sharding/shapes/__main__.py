@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from sharding.errors import command
+from runtime.errors import command
 from sharding.shapes.write import write_shapes
 
 

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from sharding.errors import UserError
+from runtime.errors import UserError
 from sharding.shapes.draw import jpeg, mp4
 from sharding.shapes.scenes import CLIPS, IMAGES, clip_of, image_scene
 from sharding.shapes.tasks import answer_list, clip_records, image_records, text_generator

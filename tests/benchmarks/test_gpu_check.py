@@ -7,8 +7,8 @@ import torch
 
 from benchmarks import decoding
 from benchmarks.gpu_check import TOLERANCES, Outcome, compare, faults, race, survival
-from loaders.clips import Window
-from loaders.pixels import Clip
+from loaders.decode.pixels import Clip
+from loaders.order.choices import Window
 
 
 def clip(grey):

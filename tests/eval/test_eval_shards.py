@@ -12,17 +12,17 @@ import torch
 from PIL import Image
 
 from eval.config import EvalConfig
-from eval.evaluations import find_evaluations
 from eval.outputs import write_evaluation
-from eval.report import write_report
-from eval.report_tables import console_table
-from eval.retrieval import evaluate_retrieval
-from eval.retrieval_output import retrieval_output
+from eval.report.evaluations import find_evaluations
+from eval.report.page import write_report
+from eval.report.tables import console_table
+from eval.tasks.retrieval import evaluate_retrieval
+from eval.tasks.retrieval_output import retrieval_output
 from loaders.config import LoaderConfig, PerMedia
 from loaders.evaluation import RetrievalSet
 from model.config import ModelConfig, TemporalConfig, TextConfig, VisionConfig
 from model.singularity import Singularity
-from sharding.schema import read_corpus, read_index
+from sharding.shards.schema import read_corpus, read_index
 
 LOADER = LoaderConfig(image_res=32, max_txt_l=PerMedia(24, 24))
 CONFIG = EvalConfig(k_test=8, gallery=3, batch_size_test=PerMedia(8, 8))

@@ -9,7 +9,7 @@ import torch
 
 from eval.cache import Block, read_entry, write_entry
 from eval.config import EvalConfig
-from eval.retrieval import evaluate_retrieval
+from eval.tasks.retrieval import evaluate_retrieval
 from tests.eval.small import Drawn, Words, small_model
 
 

@@ -15,17 +15,18 @@ import pytest
 import torch
 from PIL import Image
 
-from eval import search as search_module
 from eval.config import EvalConfig
-from eval.retrieval import evaluate_retrieval
-from eval.search import VisualSearch, contact_sheet, main, short_names
-from eval.search_page import SearchServer
+from eval.search import __main__ as search_module
+from eval.search.__main__ import main
+from eval.search.server import SearchServer
+from eval.search.visual_search import VisualSearch, contact_sheet, short_names
+from eval.tasks.retrieval import evaluate_retrieval
 from loaders.config import LoaderConfig, PerMedia
 from loaders.evaluation import RetrievalSet
-from model.answering import SingularityQA
-from model.checkpoint import save_model
+from model.checkpoints.loading import save_model
 from model.config import LossWeights, ModelConfig, TextConfig, VisionConfig
 from model.singularity import Singularity
+from model.vqa import SingularityQA
 
 
 def weights_in(folder, tokenizer, kind=Singularity):

@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from launch.command import run
-from sharding.errors import UserError
+from runtime.errors import UserError
 
 
 def main(settings, ranks):

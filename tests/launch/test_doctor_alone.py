@@ -9,9 +9,9 @@ import pytest
 import torch
 from small_run import environment, free_port
 
-from launch import collective, doctor, probe
-from launch.findings import OK
-from launch.nodes import ROOT, start
+from launch.doctor import all_reduce, examine, probe
+from launch.doctor.findings import OK
+from launch.doctor.nodes import ROOT, start
 
 
 def test_a_host_without_gpus_passes():
@@ -30,7 +30,7 @@ def test_the_processes_of_one_host_meet(monkeypatch):
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
     with closing(start("localhost", 2, "")) as node:
-        (finding,) = doctor.examine_network([node], free_port(), 1.0)
+        (finding,) = examine.examine_network([node], free_port(), 1.0)
     assert finding.where == "2 processes"
     assert finding.found.endswith("Gbit/s of bus bandwidth over gloo, sums and bf16 products are right")
 
@@ -52,7 +52,7 @@ def test_a_decoder_that_crashes_or_hangs_harms_nothing_else(monkeypatch, tmp_pat
 
 
 def test_wrong_products_are_told(monkeypatch):
-    collective.check_product(torch.device("cpu"))
-    monkeypatch.setattr(collective, "LARGEST_ERROR", 0.0)
+    all_reduce.check_product(torch.device("cpu"))
+    monkeypatch.setattr(all_reduce, "LARGEST_ERROR", 0.0)
     with pytest.raises(RuntimeError, match=r"cpu on \S+: a product of bf16 matrices is wrong by \d"):
-        collective.check_product(torch.device("cpu"))
+        all_reduce.check_product(torch.device("cpu"))

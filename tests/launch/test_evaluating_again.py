@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from launch.evaluation import evaluate
-from model.checkpoint import save_model
+from model.checkpoints.loading import save_model
 from model.config import LossWeights, ModelConfig, TextConfig, VisionConfig
 from model.singularity import Singularity
-from sharding.errors import UserError
-from train.config_files import load_settings
-from train.ranks import Ranks
+from runtime.errors import UserError
+from runtime.ranks import Ranks
+from train.config.files import load_settings
 
 CORPORA = ("images_test", "clips_test_motion", "clips_test_appearance")
 

@@ -8,10 +8,10 @@ import torch
 from small_run import run
 
 from loaders.text import Tokenizer
-from model.answering import SingularityQA
 from model.building import build_model
-from model.checkpoint import save_model
+from model.checkpoints.loading import save_model
 from model.config import AnswerDecoderConfig, LossWeights, ModelConfig, TextConfig, VisionConfig
+from model.vqa import SingularityQA
 
 pytestmark = pytest.mark.timeout(400)
 

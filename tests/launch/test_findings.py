@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.findings import (
+from launch.doctor.findings import (
     BAD,
     OK,
     WARNING,

@@ -12,7 +12,7 @@ from hosts import until
 from needs import lacks, leave_out
 from small_run import ROOT, environment, free_port, learned, metrics
 
-from train.ranks import Ranks, ranks_from_environment
+from runtime.ranks import Ranks, ranks_from_environment
 
 pytestmark = pytest.mark.timeout(600)
 

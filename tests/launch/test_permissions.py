@@ -8,16 +8,16 @@ import pytest
 from small_run import job, run_jobs
 
 from eval.compare import main as compare
-from eval.report import main as report
-from eval.search import main as search
+from eval.report.__main__ import main as report
+from eval.search.__main__ import main as search
 from loaders import preview, vocab
-from loaders.cache import DiskCache
 from model.export import main as export
 from sharding.answers import main as answers
 from sharding.build import main as build
 from sharding.index import main as index
 from sharding.inspect import main as inspect
 from sharding.shapes import write_shapes
+from storage.cache import DiskCache
 
 UMASK = 0o027  # neither the usual one nor a private one: files are 640 and folders 750
 

@@ -7,9 +7,9 @@ import pytest
 
 from launch.plan import CLIP, PHOTO, SETS, STEP_PARTS, Cluster, Medium, main, make_plan, measure, training_seconds
 from loaders.config import CacheConfig, LoaderConfig, PerMedia, RemoteReads
-from sharding.schema import read_corpus
-from train.config import RunConfig
-from train.engine import find_deepspeed_config
+from sharding.shards.schema import read_corpus
+from train.config.settings import RunConfig
+from train.deepspeed.engine import find_deepspeed_config
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from small_run import job, learned, run, run_jobs
 
-from eval import report
+from eval.report.__main__ import main as report
 from sharding import answers
 from sharding.build import build_corpus
 
@@ -79,7 +79,7 @@ def test_pretrain_finetune_for_questions_evaluate(corpora, questions, own, tmp_p
 
     assert json.loads((own / "answers.json").read_text()) == ["no ring", "ring"]
     assert {line["media_type"] for line in learned(mine)} == {"image"}
-    assert report.main([str(mine), "--output", str(tmp_path / "report.html")]) == 0
+    assert report([str(mine), "--output", str(tmp_path / "report.html")]) == 0
     assert "mine · final" in (tmp_path / "report.html").read_text()
 
     result = run("finetune_retrieval", questions, f"output_dir={tmp_path}/wrong", processes=1)

@@ -10,7 +10,7 @@ import pytest
 from small_run import ROOT
 
 from launch.study import CAPTION, Share, direction_share, table
-from loaders.clips import choose_frames
+from loaders.order.choices import choose_frames
 from sharding.shapes.captions import motion_words
 from sharding.shapes.draw import FPS, FRAMES
 from sharding.shapes.scenes import MOTIONS, Clip, clip_of

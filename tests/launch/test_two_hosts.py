@@ -147,7 +147,8 @@ def test_stopped_from_a_login_host_all_hosts_save_and_end(hosts, recipe, tmp_pat
 
 def test_gloo_gets_the_interface_that_leads_to_the_first_host(hosts):
     code = (
-        "from train.network import interface_towards as way; print(way('{}'), way('127.0.0.1'), way('nowhere.invalid'))"
+        "from runtime.network import interface_towards as way; "
+        "print(way('{}'), way('127.0.0.1'), way('nowhere.invalid'))"
     )
     told = hosts.run("node2", "python", "-c", code.format("node1")).stdout
     assert told.split() == ["eth0"]

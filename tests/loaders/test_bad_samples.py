@@ -14,7 +14,7 @@ import torch
 from loaders.config import LoaderConfig, PerMedia, RemoteReads, VideoInput
 from loaders.text import Tokenizer, clean_text
 from loaders.train import TrainLoader
-from sharding.schema import INDEX_SCHEMA, read_corpus, read_index
+from sharding.shards.schema import INDEX_SCHEMA, read_corpus, read_index
 
 
 def config(**settings) -> LoaderConfig:

@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 from faulty_proxy import Faults
 from object_stores import STORES, MakeFaulty, Store
+from places import ROOT
 
-from loaders.cache import FOLDER
 from loaders.config import CacheConfig, LoaderConfig, PerMedia, RemoteReads
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader
 from loaders.vocab import corpus_texts, learn_vocabulary
 from sharding.build import build_corpus
-from sharding.schema import read_corpus, read_index
 from sharding.shapes import write_shapes
+from sharding.shards.schema import read_corpus, read_index
+from storage.cache import FOLDER
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 BATCH = 32
 
 # One of several loaders at work on the same folder: two epochs of an own order; prints what every batch held.

@@ -14,8 +14,8 @@ from loaders.config import LoaderConfig, PerMedia
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader
 from sharding.build import build_corpus
-from sharding.schema import INDEX_SCHEMA, read_corpus
 from sharding.shapes import write_shapes
+from sharding.shards.schema import INDEX_SCHEMA, read_corpus
 
 SAMPLES = 1200
 WAYS = (

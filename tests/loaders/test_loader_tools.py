@@ -11,8 +11,8 @@ from loaders.bench import Figures, Setup, advice
 from loaders.config import LoaderConfig, PerMedia
 from loaders.text import SPECIAL, Tokenizer
 from loaders.train import TrainLoader
+from runtime.errors import UserError
 from sharding.build import build_corpus
-from sharding.errors import UserError
 
 FIGURES = Figures(1000, 10.0, 100.0, 1.0, 0.4, 0.3, 0.2, 0.9, 0.0, 110.0, 0.9, 200.0, 0)
 SETUP = Setup(threads=2, cores=2, backend="cpu", remote=False, stored_size=224, shown_size=224)

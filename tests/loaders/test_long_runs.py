@@ -20,10 +20,10 @@ import simplejpeg
 import torch
 
 from loaders.config import LoaderConfig, PerMedia, VideoInput
+from loaders.decode.pool import MemoryPool
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader
-from loaders.workers import MemoryPool
-from sharding.schema import INDEX_SCHEMA, Corpus, ShardInfo
+from sharding.shards.schema import INDEX_SCHEMA, Corpus, ShardInfo
 
 SHARDS, EACH = 100, 10_000
 

@@ -10,8 +10,8 @@ import torch
 from faulty_proxy import KINDS, Faults
 from object_stores import STORES, MakeFaulty, Store
 
-from loaders.ahead import StalledError
 from loaders.config import CacheConfig, LoaderConfig, PerMedia, RemoteReads, VideoInput
+from loaders.prefetch import StalledError
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader
 

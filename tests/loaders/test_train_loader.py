@@ -14,7 +14,7 @@ from loaders.config import LoaderConfig, PerMedia, VideoInput
 from loaders.text import Tokenizer, clean_text
 from loaders.train import TrainLoader
 from sharding.build import build_corpus
-from sharding.schema import read_corpus, read_index
+from sharding.shards.schema import read_corpus, read_index
 
 
 def config(**settings) -> LoaderConfig:

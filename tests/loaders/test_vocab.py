@@ -9,7 +9,7 @@ import pytest
 
 from loaders.text import SPECIAL, Tokenizer, clean_text
 from loaders.vocab import learn_from_texts
-from sharding.errors import UserError
+from runtime.errors import UserError
 
 TIES = ["".join(letters) for letters in itertools.product("abcd", repeat=4) for _ in range(3)]
 CHINESE = ["".join(chr(0x4E00 + (7 * i + j) % 1500) for j in range(9)) for i in range(900)]

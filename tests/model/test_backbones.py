@@ -4,9 +4,9 @@ import pytest
 import torch
 from small_models import CLS, MASK, PAD, small_batch, small_config
 
-from model.checkpoint import load_model, save_model
+from model.checkpoints.loading import load_model, save_model
+from model.checkpoints.pretrained import new_model
 from model.config import TemporalConfig
-from model.initial import new_model
 from model.singularity import Singularity
 from model.torchvision_cpu import create_model
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from small_models import small_config
 
+from model.checkpoints.files import Weights
+from model.checkpoints.pretrained import find_folder, new_model
 from model.export import official_state
-from model.files import Weights
-from model.initial import find_folder, new_model
 
 
 def write_folders(tmp_path, config):

@@ -6,9 +6,9 @@ import pytest
 import torch
 from small_models import CLS, MASK, PAD, small_batch, small_config, small_model
 
-from model.checkpoint import fit_weights, load_model, load_weights, resolve_weights, save_model
+from model.checkpoints.files import Weights
+from model.checkpoints.loading import fit_weights, load_model, load_weights, resolve_weights, save_model
 from model.config import TemporalConfig, config_from_dict, config_to_dict, with_changes
-from model.files import Weights
 from model.singularity import Singularity
 
 

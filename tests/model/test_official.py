@@ -9,12 +9,12 @@ import torch
 from small_models import CLS, MASK, PAD, small_batch, small_config
 
 from model.building import build_model
-from model.checkpoint import load_model, load_weights, save_model
+from model.checkpoints.files import Weights
+from model.checkpoints.loading import load_model, load_weights, save_model
+from model.checkpoints.official import read_official, read_official_file
 from model.config import AnswerDecoderConfig, LossWeights, TemporalConfig
 from model.export import main as export
 from model.export import official_state, write_official
-from model.files import Weights
-from model.official import read_official, read_official_file
 
 VARIANTS = {
     "pretrained": {},

@@ -5,10 +5,10 @@ import pytest
 import torch
 from small_models import CLS, MASK, PAD, VOCAB, small_batch, small_config, small_model
 
-from model.answering import SingularityQA
 from model.config import ENSEMBLES, AnswerDecoderConfig, LossWeights, TemporalConfig
 from model.scoring import GROUP, combine, group_pairs, match_pairs
 from model.singularity import Singularity
+from model.vqa import SingularityQA
 
 
 @pytest.mark.parametrize("ensemble", ENSEMBLES)

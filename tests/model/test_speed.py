@@ -7,10 +7,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.answering import SingularityQA
 from model.config import AnswerDecoderConfig, LossWeights, TemporalConfig
 from model.flops import step_flops
 from model.losses import IGNORED, chosen_positions, most_labels
+from model.vqa import SingularityQA
 
 TEMPORAL = {"temporal_vision_encoder": TemporalConfig(True, 1, True), "num_frames": 2, "add_temporal_embed": True}
 # Operators whose result's size or value the host has to know, so that on a GPU it waits.

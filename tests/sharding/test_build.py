@@ -14,11 +14,10 @@ import pytest
 import simplejpeg
 import webdataset
 from PIL import Image
+from places import ROOT
 
 from sharding.build import build_corpus
-from sharding.schema import read_corpus, read_index
-
-ROOT = Path(__file__).resolve().parent.parent.parent
+from sharding.shards.schema import read_corpus, read_index
 
 
 def photo(path: Path, seed: int, size: tuple[int, int] = (90, 70)) -> None:

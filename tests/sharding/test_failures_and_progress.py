@@ -13,11 +13,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from places import ROOT
 
 from sharding.build import build_corpus
-from sharding.failures import KINDS, FailureLog, count_kinds, kind_of, read_failures, summary
-
-ROOT = Path(__file__).resolve().parent.parent.parent
+from sharding.shards.failures import KINDS, FailureLog, count_kinds, kind_of, read_failures, summary
 
 
 @pytest.fixture

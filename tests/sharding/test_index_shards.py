@@ -18,13 +18,14 @@ import pytest
 import simplejpeg
 import webdataset
 from object_stores import Store
+from places import ROOT
 
-from loaders.storage import CorpusReader
+from loaders.shards import CorpusReader
 from sharding.build import build_corpus
-from sharding.failures import read_failures
 from sharding.index import index_shards, main
 from sharding.media import pack_video
-from sharding.schema import read_corpus, read_index
+from sharding.shards.failures import read_failures
+from sharding.shards.schema import read_corpus, read_index
 from sharding.verify import verify_corpus
 
 
@@ -43,7 +44,7 @@ def test_a_lost_index_is_made_again(corpus: Path) -> None:
     assert not verify_corpus(str(corpus), decode=True)
 
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+
 
 
 def img2dataset(folder: Path, pictures: list[Path], each: int = 12) -> None:

@@ -15,20 +15,21 @@ import numpy as np
 import pytest
 from object_stores import Store, forget_clients
 from PIL import Image, ImageFont
+from places import ROOT
 
 from sharding.build import build_corpus
-from sharding.figures import Distribution, measure, spread, text_histogram
-from sharding.gallery import telling
 from sharding.index import main as index_main
 from sharding.inspect import main
-from sharding.pictures import name_lines, pick
-from sharding.schema import Corpus, read_corpus, read_index
+from sharding.report.gallery import telling
+from sharding.report.samples import name_lines, pick
+from sharding.report.statistics import Distribution, measure, spread, text_histogram
+from sharding.shards.schema import Corpus, read_corpus, read_index
 from sharding.verify import main as verify_main
 
 MEASURED = """import sys; from sharding.inspect import main; code = main(sys.argv[1:])
 sys.stderr.write(open("/proc/self/status").read()); sys.exit(code)"""  # so that the peak of memory is known
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+
 
 
 @pytest.fixture

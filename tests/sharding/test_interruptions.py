@@ -15,14 +15,14 @@ import fsspec
 import numpy as np
 import pytest
 from PIL import Image
+from places import ROOT
 
 from sharding.build import build_corpus
-from sharding.locks import Lock
-from sharding.output import open_output
-from sharding.schema import read_corpus, read_index
+from sharding.shards.output import open_output
+from sharding.shards.schema import read_corpus, read_index
 from sharding.verify import verify_corpus
+from storage.locks import Lock
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 COUNT = 256  # four shards of 64
 
 

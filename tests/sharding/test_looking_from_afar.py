@@ -10,7 +10,7 @@ from object_stores import MakeFaulty, Store
 
 from sharding.index import index_shards
 from sharding.inspect import main as inspect_main
-from sharding.schema import read_corpus
+from sharding.shards.schema import read_corpus
 from sharding.verify import main, verify_corpus
 
 FAILING = Faults(error=0.08, throttle=0.04, cut=0.08, seed=3)

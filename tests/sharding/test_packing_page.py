@@ -11,10 +11,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from places import ROOT
 
-from sharding.schema import read_corpus, read_index
+from sharding.shards.schema import read_corpus, read_index
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "packing.md"
+PAGE = ROOT / "docs" / "packing.md"
 ELSEWHERE = re.compile(r"\.\.\.|s3://|https://|\bFILES\b|^ray |^sbatch ")  # what a test cannot have or fill in
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import av
 import pytest
 
-from sharding.errors import UserError
+from runtime.errors import UserError
 from sharding.shapes import write_shapes
 from sharding.shapes.captions import appearance_caption, motion_caption
 from sharding.shapes.scenes import MOTIONS, Clip, clip_of, image_scene

@@ -13,12 +13,12 @@ from faulty_proxy import Faults
 from needs import lacks, leave_out
 from object_stores import MakeFaulty, Store
 from PIL import Image
+from places import ROOT
 
 from sharding.build import build_corpus
 from sharding.verify import verify_corpus
-from sharding.web import Fetching
+from storage.web import Fetching
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 COUNT = 96
 BAD_DAY = Faults(error=0.05, throttle=0.03, cut=0.05, slow=0.02, slow_seconds=0.3, seed=1)
 

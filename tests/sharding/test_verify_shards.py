@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from sharding.build import build_corpus
-from sharding.failures import read_failures
 from sharding.index import index_shards
-from sharding.schema import Corpus, ShardInfo, read_corpus, read_index
+from sharding.shards.failures import read_failures
+from sharding.shards.schema import Corpus, ShardInfo, read_corpus, read_index
 from sharding.verify import main, verify_corpus
 
 

@@ -3,8 +3,8 @@
 import pytest
 from small_run import free_port, make_corpora
 
+from runtime.ranks import Ranks
 from train.devices import device_for, start_processes
-from train.ranks import Ranks
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import time
 
 import job_worker
 
-from sharding.activity import progress
+from runtime.activity import progress
 
 SLOW = 12.0
 

@@ -15,11 +15,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from launch.command import set_up_logging
-from model.initial import new_model
+from model.checkpoints.pretrained import new_model
+from runtime.ranks import ranks_from_environment
 from train import prepare
-from train.config_files import load_settings
-from train.ranks import ranks_from_environment
-from train.stopped import Stopped
+from train.config.files import load_settings
+from train.interrupted import Stopped
 
 
 def frozen(model, patterns):

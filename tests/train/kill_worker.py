@@ -13,9 +13,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from launch.command import end, set_up_logging
-from train.config_files import load_settings
-from train.ranks import ranks_from_environment
-from train.stopped import Stopped
+from runtime.ranks import ranks_from_environment
+from train.config.files import load_settings
+from train.interrupted import Stopped
 
 for name in ("launch.pretrain", "launch.finetuning", "launch.training", "deepspeed", "s3fs"):
     importlib.import_module(name)

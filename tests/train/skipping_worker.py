@@ -12,7 +12,7 @@ import torch
 from torch import distributed
 
 from launch.command import set_up_logging
-from train.ranks import ranks_from_environment
+from runtime.ranks import ranks_from_environment
 from train.watchdog import LOADER, STEP, Watchdog
 
 

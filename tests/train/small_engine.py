@@ -8,12 +8,12 @@ from small_run import ROOT
 
 from model.config import ModelConfig, TextConfig, VisionConfig
 from model.singularity import Singularity
-from train.after_step import clear_step
-from train.config import OptimizerConfig, RunConfig
-from train.engine import deepspeed_config, start_engine
-from train.fragments import fragments
+from runtime.ranks import Ranks
+from train.config.settings import OptimizerConfig, RunConfig
+from train.deepspeed.after_step import clear_step
+from train.deepspeed.engine import deepspeed_config, start_engine
+from train.deepspeed.state import fragments
 from train.guard import StepGuard
-from train.ranks import Ranks
 
 SMALL = ModelConfig(
     vision_encoder=VisionConfig(type="vit", width=32, depth=1, heads=2, drop_path=0.0),

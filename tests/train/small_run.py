@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from places import ROOT
 
 from loaders.vocab import learn_vocabulary
 from sharding.build import build_corpus
 from sharding.shapes import write_shapes
 
-ROOT = Path(__file__).resolve().parents[2]
 SIZE = 32
 # What this machine's processor computes in; not all have arithmetic for fp16, which is then refused.
 PRECISIONS = ("fp32", "bf16", "fp16") if torch.ops.mkldnn._is_mkldnn_fp16_supported() else ("fp32", "bf16")

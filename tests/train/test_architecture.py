@@ -6,8 +6,8 @@ import pytest
 
 from loaders.text import SPECIAL, Tokenizer
 from model.config import ModelConfig, TemporalConfig, TextConfig, VisionConfig, config_to_dict, dotted
-from train.architecture import CHANGEABLE, adopt, changes_to, check_texts, fresh_architecture
-from train.config_files import load_settings
+from train.config.architecture import CHANGEABLE, adopt, changes_to, check_texts, fresh_architecture
+from train.config.files import load_settings
 
 STORED = ModelConfig(
     vision_encoder=VisionConfig(type="vit", width=64, depth=2, heads=2),

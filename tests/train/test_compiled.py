@@ -6,9 +6,9 @@ from small_engine import SMALL
 from small_run import job, learned, run_jobs
 
 from model.singularity import Singularity
-from train.config import RunConfig
-from train.engine import deepspeed_config
-from train.ranks import Ranks
+from runtime.ranks import Ranks
+from train.config.settings import RunConfig
+from train.deepspeed.engine import deepspeed_config
 
 pytestmark = pytest.mark.timeout(1800)
 

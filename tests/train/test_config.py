@@ -1,13 +1,12 @@
 """What a run's YAML may hold, and how mistakes in it are told."""
 
-from pathlib import Path
 
 import pytest
+from places import ROOT
 
-from sharding.errors import UserError
-from train.config_files import all_keys, flatten, load_settings, to_yaml
+from runtime.errors import UserError
+from train.config.files import all_keys, flatten, load_settings, to_yaml
 
-ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "corpora")  # of packing
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from train.figures import named_peak
+from train.tracking.metrics import named_peak
 
 # Names as the driver gives them. Figures: dense bf16 TFLOP/s of NVIDIA's data sheets, half of those "with sparsity".
 PUBLISHED = {

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 from loaders.text import SPECIAL
+from model.checkpoints.files import Weights, read_weights, write_weights
 from model.config import ModelConfig
-from model.files import Weights, read_weights, write_weights
-from train.checkpoints import STATE, VERSION, TrainingState, check_checkpoint, complete_checkpoints, read_state
-from train.config import OptimizerConfig, RunConfig
+from train.checkpoints.writing import STATE, VERSION, TrainingState, check_checkpoint, complete_checkpoints, read_state
+from train.config.settings import OptimizerConfig, RunConfig
 from train.folder import RunFolder
 
 
@@ -88,7 +88,7 @@ def test_evaluations_may_lie_there_already(tmp_path):
 
 HOLDER = """
 import sys
-from train.config import RunConfig
+from train.config.settings import RunConfig
 from train.folder import RunFolder
 folder = RunFolder(sys.argv[1])
 folder.claim(RunConfig())

@@ -10,16 +10,16 @@ import pytest
 from safetensors import SafetensorError
 from small_run import command, environment, learned, metrics, run
 
-from model.checkpoint import load_weights
+from model.checkpoints.loading import load_weights
 from model.config import ModelConfig
-from sharding.errors import UserError, os_error_number, user_message
-from train import checkpoints
-from train.checkpoints import STATE, TrainingState, save_checkpoint, save_weights, update_state
-from train.config import RunConfig
+from runtime.errors import UserError, os_error_number, user_message
+from runtime.ranks import Ranks
+from train.checkpoints import writing
+from train.checkpoints.writing import STATE, TrainingState, save_checkpoint, save_weights, update_state
+from train.config.settings import RunConfig
 from train.folder import RunFolder
-from train.profiling import StepProfiler
-from train.ranks import Ranks
-from train.tracking import Tracker
+from train.tracking.profiling import StepProfiler
+from train.tracking.trackers import Tracker
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 RUST = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
@@ -36,21 +36,21 @@ def saving(tmp_path, monkeypatch):
         path.write_text("half")
         return path
 
-    monkeypatch.setattr(checkpoints, "write_part", part)
-    monkeypatch.setattr(checkpoints, "_write_whole_weights", lambda folder, *_: (folder / "weights").mkdir())
-    monkeypatch.setattr(checkpoints, "_optimizer_state", lambda engine: {})
+    monkeypatch.setattr(writing, "write_part", part)
+    monkeypatch.setattr(writing, "_write_whole_weights", lambda folder, *_: (folder / "weights").mkdir())
+    monkeypatch.setattr(writing, "_optimizer_state", lambda engine: {})
 
     def save(step):
         return save_checkpoint(tmp_path, None, TrainingState(step=step), ModelConfig(), None, Ranks(), keep=2)
 
     def fail(where, error):
-        whole = getattr(checkpoints, where)
+        whole = getattr(writing, where)
 
         def failing(*arguments, **settings):
             whole(*arguments, **settings)
             raise error
 
-        monkeypatch.setattr(checkpoints, where, failing)
+        monkeypatch.setattr(writing, where, failing)
 
     return SimpleNamespace(save=save, fail=fail)
 
@@ -81,7 +81,7 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line_and_leaves_the_earlier_
 
 
 def test_the_first_checkpoint_and_the_best_model_and_a_state_alike(saving, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "_flush", lambda paths: None)
+    monkeypatch.setattr(writing, "_flush", lambda paths: None)
     path = saving.save(1)
     saving.fail("_write_state", FULL)
     with pytest.raises(UserError, match=r"step_00000001 cannot be written"):

@@ -7,8 +7,8 @@ from small_run import PRECISIONS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.singularity import Singularity
-from train.config import OptimizerConfig
-from train.fragments import fragments
+from train.config.settings import OptimizerConfig
+from train.deepspeed.state import fragments
 from train.groups import parameter_groups
 
 pytestmark = pytest.mark.usefixtures("one_process")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from small_run import VARYING, environment, metrics
 
-from model.checkpoint import load_weights
+from model.checkpoints.loading import load_weights
 
 KILLS = 5  # in a row, of each of the runs below: 20 moments
 WAIT = 600  # seconds

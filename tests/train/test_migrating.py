@@ -1,12 +1,13 @@
 """The page for those who come from the official code names real settings, and all that their YAMLs have."""
 
 import re
-from pathlib import Path
 
-from train.config import RunConfig
-from train.config_files import RENAMED, all_keys
+from places import ROOT
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs/migrating.md").read_text()
+from train.config.files import RENAMED, all_keys
+from train.config.settings import RunConfig
+
+PAGE = (ROOT / "docs/migrating.md").read_text()
 ROWS = [line.split("|")[1:-1] for line in PAGE.split("## Options")[1].splitlines() if line.startswith("| `")]
 
 

@@ -5,10 +5,10 @@ import torch
 
 from loaders.text import Tokenizer
 from model.building import build_model
-from model.checkpoint import save_model
+from model.checkpoints.loading import save_model
 from model.config import ModelConfig, TextConfig, VisionConfig
-from sharding.errors import UserError
-from train.config_files import load_settings
+from runtime.errors import UserError
+from train.config.files import load_settings
 from train.prepare import prepare_evaluation
 
 

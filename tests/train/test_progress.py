@@ -3,10 +3,10 @@
 import fsspec
 import pytest
 
-from sharding import activity
-from sharding.activity import begin, present_activity, progress, waiting
-from train import flush
-from train.remote import RemoteCheckpoints
+from runtime import activity
+from runtime.activity import begin, present_activity, progress, waiting
+from train.checkpoints import flush
+from train.checkpoints.copies import RemoteCheckpoints
 
 
 @pytest.fixture

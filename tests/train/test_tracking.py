@@ -11,9 +11,9 @@ from needs import module
 from PIL import Image
 
 from model.config import LossWeights
-from train.config import RunConfig
+from train.config.settings import RunConfig
 from train.folder import RunFolder
-from train.tracking import Tracker, check_tracking, drop_after
+from train.tracking.trackers import Tracker, check_tracking, drop_after
 
 FIGURES = {
     "epoch": 0, "media_type": "image", "loss": 3.0, "loss_itc": 1.0, "loss_itm": 2.0, "lr": 1e-4,

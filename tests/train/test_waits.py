@@ -15,11 +15,11 @@ from small_engine import make, step
 from waits import watched
 
 from loaders.batch import Answers, Batch
-from model.answering import SingularityQA
 from model.config import AnswerDecoderConfig, ModelConfig, TemporalConfig, TextConfig, VisionConfig
 from model.singularity import Singularity
+from model.vqa import SingularityQA
+from train.deepspeed.loss_scale import LossScale
 from train.guard import StepGuard, gradient_norm
-from train.loss_scale import LossScale
 from train.schedule import Schedule
 from train.step import Stepper, without_padding
 

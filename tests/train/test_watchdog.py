@@ -212,9 +212,9 @@ WRITTEN = r"evaluating images: (writing|confidence) .*"
 ENCODING = r"evaluating images: visual 0 of 4 encoded"
 slow = pytest.mark.slow
 HALTS = {
-    "saving, rank 1 stopped": (IN_TRAINING, "train.parts save_file 1 1 stop", WRITING),
-    "saving, rank 0 stopped": (IN_TRAINING, "train.parts save_file 0 1 stop", WRITING),
-    "saving, rank 0 flushes": (IN_TRAINING, "train.checkpoints flush 0 1 wait", r"saving: .*"),
+    "saving, rank 1 stopped": (IN_TRAINING, "train.checkpoints.shards save_file 1 1 stop", WRITING),
+    "saving, rank 0 stopped": (IN_TRAINING, "train.checkpoints.shards save_file 0 1 stop", WRITING),
+    "saving, rank 0 flushes": (IN_TRAINING, "train.checkpoints.writing flush 0 1 wait", r"saving: .*"),
     "after an epoch, rank 1 stopped": (IN_TRAINING, "eval.features normalize 1 1 stop", ENCODING),
     "after an epoch, rank 0 reads": (IN_TRAINING, "loaders.evaluation VisualSet._batch 0 1 wait", ENCODING),
     "at the end, rank 1 waits": (IN_TRAINING, "eval.features normalize 1 2 wait", ENCODING),
@@ -255,7 +255,7 @@ def test_a_halt_in_saving_or_evaluating_ends_the_job(corpora, trained, tmp_path,
 def test_saving_and_evaluating_that_goes_on_is_left_alone(corpora, tmp_path, rank):
     """Each takes longer than `stall_seconds`, on one rank, while the other one waits."""
     settings = (*IN_TRAINING[1:], f"output_dir={tmp_path}/run", "stall_seconds=5")
-    places = {0: "train.checkpoints flush", 1: "eval.features normalize"}
+    places = {0: "train.checkpoints.writing flush", 1: "eval.features normalize"}
     halted(
         tmp_path, job("finetune_retrieval", corpora / "tiny.yaml", *settings), f"{places[rank]} {rank} 1 slow",
         until=r"(evaluation/final)", seconds=240,

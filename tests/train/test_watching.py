@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 from small_run import job, metrics, run_jobs
 
-from train.config import RunConfig
+from train.config.settings import RunConfig
 from train.plot import main as plot
-from train.tracking import step_line
+from train.tracking.trackers import step_line
 
 GROUPS = 2  # of parameters, with weight decay and without; ZeRO's steps are taken group by group
 

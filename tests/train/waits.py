@@ -7,14 +7,13 @@ finding out how many elements a mask has, and an explicit synchronisation make i
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
+from places import ROOT
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 FROM_NUMBERS = {torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor}
 MOVES = {torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.copy_, torch.Tensor.type_as}
 READS = {

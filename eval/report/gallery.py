@@ -1,0 +1,161 @@
+"""Chooses queries worth looking at, with what was found for them, and draws their pictures."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image, ImageEnhance
+
+from eval.features import VisualData
+from eval.metrics import NOT_RANKED, Truth, true_ranks
+from eval.ranking import row_blocks, top_items
+from runtime.activity import progress
+from runtime.errors import AccessError
+from sharding.media import MediaError
+from sharding.media.picture import decode_picture
+
+CELL = 128  # pixels of a frame's side in a strip
+SHOWN = 5  # results of a query
+KINDS = ("best", "worst", "random")
+
+
+class PicturedData(VisualData, Protocol):
+    """A test set that can show its visuals."""
+
+    def thumbnail(self, visual: int, num_frames: int = 4) -> list[bytes]:
+        """JPEG bytes of `num_frames` frames of a visual; empty when they cannot be read."""
+        ...
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One item that a query found."""
+
+    item: int
+    rank: int  # from 1
+    score: float
+    correct: bool
+
+
+@dataclass(frozen=True)
+class Query:
+    """A query, its first hits, and its best-ranked true item where that is not among them.
+
+    `rank` from 1 of the best true item; None where it was not ranked: outside the candidates, or missing.
+    """
+
+    query: int
+    rank: int | None
+    top: list[Hit]
+    correct: Hit | None
+    correct_item: int
+
+    def to_json(self) -> dict:
+        """As plain values."""
+        return asdict(self)
+
+
+def choose_queries(
+    scores: np.ndarray, truth: Truth, count: int, unranked: float = -np.inf, seed: int = 0
+) -> dict[str, list[Query]]:
+    """`count` best, worst and random queries of scores (Q, G); a query is random at most once and never twice a kind.
+
+    Best: the true item leads by the widest margin. Worst: it stands lowest. `unranked`: the score of items that were
+    not among a query's candidates. The random ones depend only on `seed` and Q: the same for two models.
+    """
+    queries = np.array([query for query, items in enumerate(truth) if len(items)], dtype=np.int64)
+    ranks = true_ranks(scores, truth).by_index
+    margins = _margins(scores, truth, queries)
+    best = np.lexsort((-margins, ranks))[:count]
+    worst = np.lexsort((margins, -ranks))[:count]
+    random = np.sort(np.random.default_rng(seed).permutation(len(queries))[:count])
+    kinds = zip(KINDS, (best, worst, random))
+    return {
+        kind: [_query(int(queries[i]), scores, truth, int(ranks[i]), unranked) for i in chosen]
+        for kind, chosen in kinds
+    }
+
+
+def draw_visuals(
+    visuals: Iterable[int], dataset: PicturedData, split: str, missing: set[int], frames: int
+) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Name, picture and number of frames of each visual by its number as text; and the pictures, JPEG, by their name.
+
+    What cannot be read has no picture.
+    """
+    shown: dict[str, Any] = {}
+    pictures: dict[str, bytes] = {}
+    for visual in visuals:
+        progress(f"drawing visual {visual}")
+        wanted = frames if dataset.media_type == "video" else 1
+        found = [] if visual in missing else dataset.thumbnail(visual, wanted)
+        name = None
+        try:
+            if found:
+                name = f"{split}-{visual:06}.jpg"
+                pictures[name] = strip(found)
+        except OSError:  # a frame that the evaluation did not use may be broken
+            name = None
+        shown[str(visual)] = {
+            "source": dataset.sources[visual],
+            "picture": name and f"thumbnails/{name}",
+            "frames": len(found) if name else 0,
+        }
+    return shown, pictures
+
+
+def strip(frames: Sequence[bytes], cell: int = CELL) -> bytes:
+    """JPEG of frames (bytes of an image file each) side by side, each fitted into a square of `cell` pixels.
+
+    What a frame that is not square leaves free is filled with its own colours, blurred and dark.
+
+    Raises:
+        OSError: a frame cannot be shown.
+    """
+    sheet = Image.new("RGB", (cell * len(frames), cell))
+    for place, data in enumerate(frames):
+        try:
+            frame = Image.fromarray(decode_picture(data).pixels)
+        except MediaError as error:
+            raise AccessError(f"a frame cannot be shown: {error}") from None
+        scale = cell / max(frame.size)
+        width, height = (max(1, round(side * scale)) for side in frame.size)
+        fill = frame.resize((6, 6), Image.Resampling.BOX).resize((cell, cell), Image.Resampling.BICUBIC)
+        sheet.paste(ImageEnhance.Brightness(fill).enhance(0.6), (place * cell, 0))
+        frame = frame.resize((width, height), Image.Resampling.LANCZOS)
+        sheet.paste(frame, (place * cell + (cell - width) // 2, (cell - height) // 2))
+    out = io.BytesIO()
+    sheet.save(out, "JPEG", quality=80)
+    return out.getvalue()
+
+
+def _margins(scores: np.ndarray, truth: Truth, queries: np.ndarray) -> np.ndarray:
+    """By how much each query's best true item leads the best wrong one; -inf where it was not scored."""
+    margins = np.full(len(queries), -np.inf)
+    for block in row_blocks(len(queries), scores.shape[1]):
+        rows = scores[queries[block]]
+        target = np.empty(len(rows))
+        for row, query in enumerate(queries[block]):
+            target[row] = rows[row, truth[query]].max()
+            rows[row, truth[query]] = -np.inf
+        scored = np.isfinite(target)
+        margins[block][scored] = target[scored] - rows[scored].max(1)
+    return margins
+
+
+def _query(query: int, scores: np.ndarray, truth: Truth, rank: int, unranked: float) -> Query:
+    row = scores[query]
+    top = [
+        Hit(int(item), place + 1, round(float(row[item]), 4), bool(item in truth[query]))
+        for place, item in enumerate(top_items(row, SHOWN))
+        if row[item] > unranked
+    ]
+    best_true = int(max(truth[query], key=lambda item: (row[item], -item)))
+    ranked = rank != NOT_RANKED and row[best_true] > unranked
+    outside = ranked and not any(hit.correct for hit in top)
+    correct = Hit(best_true, rank + 1, round(float(row[best_true]), 4), True) if outside else None
+    return Query(query, rank + 1 if ranked else None, top, correct, best_true)

@@ -1,0 +1,230 @@
+"""The report's numbers: a table for each test set, bars over all of them, and curves by the number of test frames."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from eval.metrics import RECALL_AT
+from eval.report.charts import COLORS, Line, line_chart
+from eval.report.console import format_table
+from eval.report.evaluations import Evaluation
+from eval.report.grouping import Member, TestSet, group_test_sets
+from eval.report.losses import by_medium, loss_weights, weighted_name
+from eval.report.published import Published, published
+
+COLUMNS = [*(f"img_r{k}" for k in RECALL_AT), *(f"txt_r{k}" for k in RECALL_AT), "r_mean"]
+LOSSES = {
+    "loss": "total", "loss_itc": "contrast", "loss_itm": "matching", "loss_mlm": "masked words", "loss_qa": "answers",
+}  # fmt: skip
+OF_TYPE = {"answer_type/": "answers", "question_type/": "questions"}
+BY_FRAMES = {"retrieval": "img_r_mean", "qa": "overall", "choice": "overall"}
+
+
+def tables(test_sets: Sequence[TestSet]) -> list[dict[str, Any]]:
+    """For each test set its size, columns, rows of ours, rows as published, and baselines; the best of ours marked.
+
+    Each row has the evaluation's title and colour, values and intervals by column, and the columns that depend on
+    how ties are broken.
+    """
+    found = []
+    for test_set in test_sets:
+        details, rows = test_set.details, _rows(test_set)
+        theirs: dict[str, Published] = {}
+        for member in test_set.members:
+            about = member.evaluation.details
+            theirs |= {row.title: row for row in published(about["benchmark"], member.split, about["zero_shot"])}
+        columns = COLUMNS if details["task"] == "retrieval" else _type_columns(rows, "answer_type/")
+        found.append(
+            {
+                "title": test_set.title,
+                "distinction": test_set.distinction,
+                "splits": list(dict.fromkeys(member.split for member in test_set.members)),
+                "task": details["task"],
+                "details": details,
+                "columns": [{"key": key, "label": _label(key), "side": key[:3]} for key in columns],
+                "rows": rows,
+                "published": [{"title": title, "row": row} for title, row in theirs.items()],
+                "chance": details.get("chance", {}),
+                "baselines": _baselines(details),
+                "best": {c: max((r["values"][c] for r in rows if c in r["values"]), default=None) for c in columns},
+                "types": _type_columns(rows, "question_type/")[1:],
+            }
+        )
+    return found
+
+
+def _rows(test_set: TestSet) -> list[dict[str, Any]]:
+    several_names = len({member.split for member in test_set.members}) > 1
+    return [
+        {
+            "member": member,
+            "number": member.number,
+            "color": member.number % COLORS,
+            "title": f"{member.evaluation.title}: {member.split}" if several_names else member.evaluation.title,
+            "key": key,
+            "ranking": ranking,
+            "secondary": ranking == "dual encoder",
+            "values": member.evaluation.metrics[key],
+            "intervals": member.evaluation.details["intervals"].get(key, {}),
+            "details": member.details,
+            "packing": packing,
+            "ties": member.details.get("depends_on_ties", {}).get(key, []),
+        }
+        for member, packing in zip(test_set.members, test_set.packings, strict=True)
+        for key, ranking in _rankings(member).items()
+        if key in member.evaluation.metrics
+    ]
+
+
+def _baselines(details: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What is reached without looking: title, what it means, values by column."""
+    how = "ranking" if details["task"] == "retrieval" else "choosing"
+    rows = [{"title": "chance", "note": f"{how} at random", "values": details.get("chance", {})}]
+    if constant := details.get("constant"):
+        note = "the most frequent answer of this test set, for every question"
+        rows.append({"title": f"always “{constant['answer']}”", "note": note, "values": constant["values"]})
+    return [row for row in rows if row["values"]]
+
+
+def _rankings(member: Member) -> dict[str, str]:
+    if member.details["task"] != "retrieval":
+        return {member.split: member.details["accuracy"]}
+    return {f"{member.split}/": "re-ranked", f"{member.split}_emb/": "dual encoder"}
+
+
+def _type_columns(rows: Sequence[dict[str, Any]], prefix: str) -> list[str]:
+    names = sorted({name for row in rows for name in row["values"] if name.startswith(prefix)})
+    return ["overall", *names]
+
+
+def _label(column: str) -> str:
+    for prefix in OF_TYPE:
+        if column.startswith(prefix):
+            return column.removeprefix(prefix)
+    return {"r_mean": "mean", "overall": "all"}.get(column, f"R@{column.rpartition('r')[2]}")
+
+
+def bars(all_tables: Sequence[dict[str, Any]], task: str) -> list[dict[str, Any]]:
+    """Bars of one metric for the test sets of a kind: their evaluations, re-ranked where they are, and a baseline:
+    chance, or of questions always the same answer.
+    """
+    mine = [table for table in all_tables if (table["task"] == "retrieval") == (task == "retrieval") and table["rows"]]
+    column = "img_r1" if task == "retrieval" else "overall"
+    values = [row["values"][column] for table in mine for row in table["rows"]]
+    values += [row["values"].get(column, 0.0) for table in mine for row in table["baselines"]]
+    scale = max([1.0, *values])
+    groups = []
+    for table in mine:
+        rows = {(row["number"], row["title"]): row for row in reversed(table["rows"])}  # of several the first
+        name, low = "", 0.0
+        for baseline in table["baselines"]:
+            name, low = baseline["title"], baseline["values"].get(column, 0.0)
+        each = [
+            {
+                "title": row["title"],
+                "color": row["color"],
+                "value": row["values"][column],
+                "width": 100 * row["values"][column] / scale,
+                "times": row["values"][column] / low if low else 0.0,
+            }
+            for row in reversed(rows.values())
+        ]
+        shown = {"name": name, "value": low, "mark": 100 * low / scale}
+        groups.append({"title": table["title"], "bars": each, "baseline": shown})
+    return groups
+
+
+def frame_curves(test_sets: Sequence[TestSet]) -> list[dict[str, Any]]:
+    """For each test set of clips that was evaluated with several numbers of frames: a chart of its metric by them.
+
+    A line for each run, way of combining frames, and ranking.
+    """
+    curves = []
+    runs = {member.evaluation.run for test_set in test_sets for member in test_set.members}
+    for test_set in test_sets:
+        lines: dict[str, dict[int, float]] = {}
+        task = test_set.details["task"]
+        if test_set.details["media_type"] != "video":
+            continue
+        for row in _rows(test_set):
+            evaluation = row["member"].evaluation
+            words = [evaluation.run_name] if len(runs) > 1 else []
+            words += [evaluation.details["settings"]["eval_frame_ensemble"]]
+            words += [row["ranking"]] if task == "retrieval" else []
+            lines.setdefault(", ".join(words), {})[row["details"]["num_frames"]] = row["values"][BY_FRAMES[task]]
+        drawn = [Line(name, sorted(points.items())) for name, points in lines.items() if len(points) > 1]
+        if drawn:
+            what = "mean of R@1, 5, 10, text to clip" if task == "retrieval" else "accuracy"
+            chart = line_chart(drawn, "test frames", from_zero=False)
+            curves.append({"title": test_set.title, "what": what, "chart": chart, "names": [x.name for x in drawn]})
+    return curves
+
+
+def loss_curves(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
+    """A chart for each distinct run that has a metrics.jsonl, and each medium that it was trained on."""
+    curves = []
+    for run, name_of_run in {evaluation.run: evaluation.run_name for evaluation in evaluations}.items():
+        weights = loss_weights(run)
+        media = by_medium(_training_log(run / "metrics.jsonl"))
+        for medium, steps in media.items():
+            lines = [
+                Line(
+                    weighted_name(key, weights, name),
+                    [(step["step"], step[key]) for step in steps if isinstance(step.get(key), int | float)],
+                )
+                for key, name in LOSSES.items()
+            ]
+            lines = [line for line in lines if line.points]
+            if lines:
+                last = {line.name: line.points[-1][1] for line in lines}
+                title = f"{name_of_run}, {medium}" if len(media) > 1 else name_of_run
+                curves.append({"run": title, "chart": line_chart(lines, "step"), "last": last})
+    return curves
+
+
+def _training_log(path: Path) -> list[dict[str, Any]]:
+    """The training steps of a metrics.jsonl; a line cut short by an interruption is left out."""
+    steps = []
+    if path.is_file():
+        for text in path.read_text(encoding="utf-8").splitlines():
+            try:
+                step = json.loads(text)
+            except json.JSONDecodeError:
+                continue
+            if "step" in step:
+                steps.append(step)
+    return steps
+
+
+def console_table(evaluations: Sequence[Evaluation]) -> str:
+    """The evaluations' metrics, and baselines, as plain tables: one of recalls, one of accuracies."""
+    texts = []
+    all_tables = tables(group_test_sets(evaluations))
+    for retrieval in (True, False):
+        mine = [table for table in all_tables if (table["task"] == "retrieval") == retrieval]
+        metrics: dict[str, dict[str, float]] = {}
+        low: dict[str, dict[str, float]] = {}
+        for table in mine:
+            for row in table["rows"]:
+                metrics[_console_name(table, row)] = _shown(row["values"])
+            for baseline in table["baselines"]:
+                low[f"{baseline['title']} {table['title']}"] = _shown(baseline["values"])
+        if metrics:
+            texts.append(format_table(metrics, low))
+    return "\n\n".join(texts)
+
+
+def _console_name(table: dict[str, Any], row: dict[str, Any]) -> str:
+    evaluation, of = row["member"].evaluation, [name for name in (table["distinction"], row["packing"]) if name]
+    return f"{evaluation.title}: {row['key'].rstrip('/')}" + (f" ({', '.join(of)})" if of else "")
+
+
+def _shown(values: Mapping[str, float]) -> dict[str, float]:
+    return {
+        name.removeprefix("answer_type/"): value
+        for name, value in values.items()
+        if not name.startswith("question_type/")
+    }

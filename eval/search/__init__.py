@@ -1,0 +1,1 @@
+"""Searches packed images or clips by a text."""

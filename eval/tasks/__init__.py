@@ -1,0 +1,1 @@
+"""One evaluation task a file: retrieval, question answering, multiple choice."""

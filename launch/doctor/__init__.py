@@ -1,0 +1,1 @@
+"""Examines a cluster and its storage before a job starts."""

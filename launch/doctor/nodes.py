@@ -1,0 +1,151 @@
+"""The doctor's way to the nodes: a program on each, over ssh, Slurm or directly, that answers questions."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=10")
+
+
+class NodeError(Exception):
+    """A node that does not answer, or a question that it could not answer; the message is its reason."""
+
+
+class Node:
+    """A host of the cluster with the doctor's program running on it."""
+
+    def __init__(self, name: str, slots: int, command: Sequence[str]) -> None:
+        """slots: processes that a job has there."""
+        self.name, self.slots = name, slots
+        self.address = address_in_slurm(name) if command[0] == "srun" else name
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+        self._said: list[str] = []
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
+
+    def _listen(self) -> None:
+        """Keep the last of what the program and ssh complain about."""
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            self._said = [*self._said[-5:], line.strip()]
+
+    def ask(self, question: str, *arguments: Any, seconds: float = 120.0) -> Any:
+        """A method of launch.doctor.probe.Probe. Raises NodeError, also when there is no answer within `seconds`."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        alarm = threading.Timer(seconds, self._process.kill)
+        alarm.start()
+        try:
+            self._process.stdin.write(json.dumps({"ask": question, "with": arguments}) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        finally:
+            alarm.cancel()
+        if not line:
+            self._listener.join(2)
+            late = not alarm.is_alive() and self._process.poll() == -9
+            reason = f"no answer within {seconds:.0f} s" if late else " ".join(self._said[-1:]) or "no reason given"
+            raise NodeError(reason)
+        answer = json.loads(line)
+        if "error" in answer:
+            raise NodeError(answer["error"])
+        return answer["answer"]
+
+    def close(self) -> None:
+        """End the program."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.close()
+            self._process.wait(10)
+        except (BrokenPipeError, subprocess.TimeoutExpired):
+            self._process.kill()
+            self._process.wait()
+
+
+def find_nodes(hostfile: str | None) -> tuple[dict[str, int], str]:
+    """Host -> slots, and how to reach them: "ssh" for a hostfile, "srun" within a Slurm job, "" for this host alone.
+
+    Raises ValueError when the hostfile is missing or damaged.
+    """
+    if hostfile:
+        from deepspeed.launcher.runner import fetch_hostfile
+
+        found = fetch_hostfile(hostfile) if Path(hostfile).is_file() else None
+        if not found:
+            raise UserError(f"--hostfile {hostfile} names no hosts: one a line, such as `node1 slots=8`")
+        return dict(found), "ssh"
+    if "SLURM_JOB_NODELIST" in os.environ:
+        words = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
+        names = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
+        slots = int(os.environ.get("TASKS_PER_NODE") or os.environ.get("SLURM_GPUS_ON_NODE") or 1)
+        return dict.fromkeys(names, slots), "srun"
+    return {"localhost": 0}, ""
+
+
+def address_in_slurm(name: str) -> str:
+    """Where Slurm itself reaches a node."""
+    words = ["scontrol", "--oneliner", "show", "node", name]
+    told = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
+    return next((word.split("=", 1)[1] for word in told if word.startswith("NodeAddr=")), name)
+
+
+def start(name: str, slots: int, way: str) -> Node:
+    """The doctor's program on a host, with the environment that `deepspeed` would give its processes there."""
+    path = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}".rstrip(":")
+    words = ["env", f"PYTHONPATH={path}", sys.executable, "-u", "-m", "launch.doctor.probe"]
+    if way == "srun":
+        words = ["srun", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={name}", *words]
+    elif way == "ssh":
+        exports = [f"export {key}={shlex.quote(value)};" for key, value in passed_on().items()]
+        return Node(name, slots, [*SSH, name, *exports, f"cd {shlex.quote(os.getcwd())}; exec {shlex.join(words)}"])
+    return Node(name, slots, words)
+
+
+def passed_on() -> dict[str, str]:
+    """The variables that `deepspeed` takes to other hosts: those of some beginnings, and those of .deepspeed_env."""
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.launcher.runner import DEEPSPEED_ENVIRONMENT_NAME, DEEPSPEED_ENVIRONMENT_PATHS, EXPORT_ENVS
+
+    beginnings = tuple(EXPORT_ENVS + get_accelerator().export_envs())
+    found = {key: value for key, value in os.environ.items() if key.startswith(beginnings) and key != "PYTHONPATH"}
+    for folder in DEEPSPEED_ENVIRONMENT_PATHS:
+        path = Path(folder) / DEEPSPEED_ENVIRONMENT_NAME
+        if path.is_file():
+            lines = path.read_text().splitlines()
+            found |= dict(line.split("=", 1) for line in lines if "=" in line)
+    return found
+
+
+def ask_all(nodes: Sequence[Node], question: Callable[[Node], Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Every node at the same time: host -> answer, and host -> reason for those that have none."""
+    answers: dict[str, Any] = {}
+    failures: dict[str, str] = {}
+
+    def one(node: Node) -> None:
+        try:
+            answers[node.name] = question(node)
+        except NodeError as error:
+            failures[node.name] = str(error)
+
+    with ThreadPoolExecutor(max(1, len(nodes))) as pool:
+        list(pool.map(one, nodes))
+    return _in_order(answers, nodes), _in_order(failures, nodes)
+
+
+def _in_order(found: dict[str, Any], nodes: Sequence[Node]) -> dict[str, Any]:
+    return {node.name: found[node.name] for node in nodes if node.name in found}

@@ -1,0 +1,314 @@
+"""What `python -m launch.doctor` runs on every node: answers questions about it, one JSON line each."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import random
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from runtime.errors import PROGRAM
+from runtime.packaged import PACKAGED, RECIPES
+
+PACKAGES = (
+    "torch", "deepspeed", "transformers", "timm", "numpy", "pyarrow", "fsspec", "s3fs", "gcsfs", "aiohttp", "pycurl",
+)  # fmt: skip
+DALI = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
+CODE = ("runtime", "storage", "sharding", "loaders", "model", "train", "eval", "launch")
+CONNECT_SECONDS = 5.0
+SEND_SECONDS = 2.0  # that a link is measured for at most
+CHUNK = 2**18
+SHARDS_READ = 4  # of a corpus on each node
+FRAMES_READ = 32  # of each of them
+STORE_SECONDS = 20.0  # given to a store for one part, all tries together
+COLLECTIVE = Path(__file__).with_name("all_reduce.py")
+DECODE_ONE = Path(__file__).with_name("decode_one.py")
+DECODE_SECONDS = 150.0
+
+
+class Probe:
+    """A node's answers; a method a question."""
+
+    def __init__(self) -> None:
+        self._listeners: list[socket.socket] = []
+
+    def clock(self) -> float:
+        """This node's time in seconds."""
+        return time.time()
+
+    def facts(self) -> dict[str, Any]:
+        """What this node is and what is installed on it."""
+        from train.devices import driver_version, gpu_fault
+
+        installed = {name: _version(name) for name in (*PACKAGES, *DALI)} | _cuda_versions()
+        return {
+            "host": socket.gethostname(),
+            "python": platform.python_version(),
+            "versions": {name: found for name, found in installed.items() if found},
+            "code": code_hash(),
+            "gpus": _gpus(),
+            "gpu_fault": gpu_fault(),
+            "driver": driver_version(),
+            "cores": len(os.sched_getaffinity(0)),
+            "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        }
+
+    def listen(self, port: int) -> dict[str, Any]:
+        """Listen on `port` and on one that the system chooses; {"ports": the open ones, "error": of the first}."""
+        error, ports = "", []
+        for wanted in (port, 0):
+            listener = socket.socket()
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                listener.bind(("0.0.0.0", wanted))
+            except OSError as failure:
+                error = f"port {wanted} cannot be opened: {failure.strerror}"
+                continue
+            listener.listen(128)
+            self._listeners.append(listener)
+            ports.append(listener.getsockname()[1])
+            threading.Thread(target=_swallow, args=(listener,), daemon=True).start()
+        return {"ports": ports, "error": error}
+
+    def close_ports(self) -> None:
+        """Stop listening."""
+        for listener in self._listeners:
+            listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for connections
+            listener.close()
+        self._listeners = []
+
+    def connect(self, targets: Sequence[tuple[str, int]]) -> list[str]:
+        """For each host and port: empty when it can be reached, or why not."""
+        found = [""] * len(targets)
+
+        def attempt(number: int, host: str, port: int) -> None:
+            try:
+                socket.create_connection((host, port), CONNECT_SECONDS).close()
+            except OSError as error:
+                found[number] = "no answer" if isinstance(error, TimeoutError) else str(error.strerror or error)
+
+        threads = [threading.Thread(target=attempt, args=(n, *target)) for n, target in enumerate(targets)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return found
+
+    def send(self, host: str, port: int) -> float:
+        """Gbit/s of one connection to a host that listens."""
+        with socket.create_connection((host, port), CONNECT_SECONDS) as sock:
+            sock.settimeout(60)
+            data, sent, began = bytes(CHUNK), 0, time.perf_counter()
+            while time.perf_counter() - began < SEND_SECONDS:
+                sock.sendall(data)
+                sent += CHUNK
+            sock.shutdown(socket.SHUT_WR)
+            sock.recv(1)  # when the last byte has arrived
+            return sent * 8e-9 / (time.perf_counter() - began)
+
+    def way(self, host: str) -> str:
+        """This node's address as another one sees it."""
+        from runtime.network import address_towards
+
+        return address_towards(host)
+
+    def write(self, path: str, text: str) -> None:
+        """Write a file, and the folders above it."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(text)
+
+    def read(self, path: str) -> str:
+        """A file's text; empty when it is not there."""
+        return Path(path).read_text() if Path(path).is_file() else ""
+
+    def remove(self, path: str) -> None:
+        """Remove a file."""
+        Path(path).unlink(missing_ok=True)
+
+    def collective(self, master: str, port: int, first_rank: int, world_size: int, processes: int) -> dict[str, Any]:
+        """All-reduce over all nodes, with `processes` of this one; {"gbit": bus bandwidth, "backend", "tflops"}."""
+        children = []
+        for local in range(processes):
+            ranks = {"RANK": first_rank + local, "WORLD_SIZE": world_size, "LOCAL_RANK": local}
+            environment = {**os.environ, **{name: str(value) for name, value in ranks.items()}}
+            environment.update(LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR=master, MASTER_PORT=str(port))
+            words = [sys.executable, str(COLLECTIVE)]
+            pipe = subprocess.PIPE
+            children.append(subprocess.Popen(words, env=environment, stdout=pipe, stderr=pipe, text=True))
+        told = [child.communicate() for child in children]
+        for child, (_, errors) in zip(children, told):
+            if child.returncode:
+                raise RuntimeError(_last_line(errors))
+        return json.loads(told[0][0].splitlines()[-1])
+
+    def decode_one(self) -> dict[str, Any]:
+        """Decode a picture in a process of its own, which a faulty GPU or driver may end; see decode_one.py."""
+        words = [sys.executable, str(DECODE_ONE)]
+        try:
+            told = subprocess.run(words, capture_output=True, text=True, timeout=DECODE_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"a picture is not decoded within {DECODE_SECONDS:.0f} s") from None
+        if told.returncode < 0:
+            raise RuntimeError(f"decoding a picture ended with signal {-told.returncode}: {_last_line(told.stderr)}")
+        if told.returncode:
+            raise RuntimeError(_last_line(told.stderr))
+        return json.loads(told.stdout.splitlines()[-1])
+
+    def listing(self, url: str, storage: dict[str, str]) -> dict[str, Any]:
+        """{"missing": files that corpus.json lists and the folder lacks}, where the folder can be listed."""
+        import fsspec
+
+        reader = _open(url, storage)
+        corpus = reader.corpus
+        wanted = {shard.index_name for shard in corpus.shards}
+        if not corpus.tars or corpus.tars == url:
+            wanted |= {shard.name for shard in corpus.shards}
+        try:
+            files, root = fsspec.url_to_fs(url, **storage)
+            there = {str(path).rsplit("/", 1)[-1] for path in files.ls(root, detail=False)}
+        except (OSError, NotImplementedError) as error:
+            return {"missing": [], "error": f"cannot be listed ({error}): only samples of it were read"}
+        finally:
+            reader.close()
+        return {"missing": sorted(wanted - there), "error": ""}
+
+    def samples(self, url: str, storage: dict[str, str]) -> int:
+        """Of a corpus."""
+        reader = _open(url, storage)
+        reader.close()
+        return reader.corpus.samples
+
+    def storage(self, url: str, storage: dict[str, str], seed: int) -> dict[str, Any]:
+        """Read the indices of some shards and frames of them, checked: {"samples", "mb_per_second", "shards"}."""
+        import numpy as np
+
+        from loaders.order.choices import BadSampleError
+
+        reader = _open(url, storage)
+        try:
+            corpus, began, read = reader.corpus, time.perf_counter(), 0
+            chosen = random.Random(seed).sample(range(len(corpus.shards)), min(SHARDS_READ, len(corpus.shards)))
+            for shard in chosen:
+                index = reader.index(shard)
+                rows = np.linspace(0, corpus.shards[shard].samples - 1, FRAMES_READ).astype(int)
+                records = [index.record(int(row)) for row in sorted(set(rows.tolist()))]
+                frames = reader.read([(shard, record, np.zeros(1, np.int64)) for record in records])
+                for record, data in zip(records, frames):
+                    if isinstance(data, BadSampleError):
+                        raise ValueError(f"{corpus.tar_url(shard)}: {record.key}: {data}")
+                    read += len(data[0])
+            seconds = time.perf_counter() - began
+        finally:
+            reader.close()
+        return {"samples": corpus.samples, "shards": len(chosen), "mb_per_second": read / 1e6 / seconds}
+
+    def loader(self, config: str, settings: list[str], nodes: int, seconds: float) -> dict[str, Any]:
+        """Samples a second that this node reads and decodes, with its share of the batch."""
+        from loaders.bench import measure
+        from loaders.config import PerMedia
+        from train.config.files import load_settings
+
+        run = load_settings(config, settings).config
+        share = PerMedia(*(max(1, size // nodes) for size in (run.batch_size.image, run.batch_size.video)))
+        figures, setup = measure(run.train_urls(), replace(run, batch_size=share, quarantine_file=""), seconds)
+        return {"samples_per_second": figures.samples_per_second, "backend": setup.backend, "threads": setup.threads}
+
+
+def code_hash() -> str:
+    """Of all Python files and recipes, the same in a checkout and in a wheel of one state."""
+    found = hashlib.sha256()
+    for folder in [*(PROGRAM / name for name in CODE), *((PACKAGED / name).resolve() for name in sorted(RECIPES))]:
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in (".py", ".yaml", ".json", ".j2"):
+                found.update(path.relative_to(folder.parent).as_posix().encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()[:12]
+
+
+def _open(url: str, storage: dict[str, str]) -> Any:
+    from loaders.config import RemoteReads
+    from loaders.shards import CorpusReader
+
+    return CorpusReader(url, storage, remote=RemoteReads(deadline=STORE_SECONDS, try_seconds=STORE_SECONDS / 2))
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
+
+
+def _gpus() -> list[str]:
+    """The GPUs that a run would use."""
+    import torch
+
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return []
+    return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+
+
+def _cuda_versions() -> dict[str, str]:
+    """CUDA and NCCL of a PyTorch for GPUs: processes whose NCCL differ do not meet."""
+    import torch
+
+    if torch.version.cuda is None:
+        return {}
+    return {"CUDA of torch": torch.version.cuda, "NCCL": ".".join(map(str, torch.cuda.nccl.version()))}
+
+
+def _last_line(errors: str) -> str:
+    return (errors.strip().splitlines() or ["no reason given"])[-1]
+
+
+def _swallow(listener: socket.socket) -> None:
+    """Take whatever comes, and say when it has all come."""
+    while True:
+        try:
+            connection, _ = listener.accept()
+        except OSError:
+            return
+        threading.Thread(target=_swallow_one, args=(connection,), daemon=True).start()
+
+
+def _swallow_one(connection: socket.socket) -> None:
+    with connection:
+        try:
+            while connection.recv(CHUNK):
+                pass
+            connection.sendall(b"!")
+        except OSError:
+            return
+
+
+def main() -> int:
+    """Answer until the input ends: {"ask": METHOD, "with": [ARGUMENTS]} -> {"answer": ...} or {"error": TEXT}."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print
+    probe = Probe()
+    for line in sys.stdin:
+        request = json.loads(line)
+        method: Callable[..., Any] = getattr(probe, request["ask"])
+        try:
+            answer = {"answer": method(*request["with"])}
+        except Exception as error:
+            answer = {"error": " ".join(str(error).split()) or type(error).__name__}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    os._exit(main())

@@ -1,0 +1,1 @@
+"""JPEG bytes to cropped 8-bit frames: DALI, or a pool of CPU processes."""

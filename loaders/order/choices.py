@@ -1,0 +1,138 @@
+"""What of a sample a step sees: frames, crop, flip and caption, drawn by a counter-based generator."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from runtime.errors import UserError
+
+CROP_AREA = (0.5, 1.0)
+CROP_ASPECT = (3 / 4, 4 / 3)
+CROP_TRIES = 10
+FLIP, TEXT, CROP, FRAMES = 0, 1, 2, 64  # which of a sample's random numbers are for what
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+class BadSampleError(Exception):
+    """A sample whose bytes cannot be used; the message is the reason that the log shows."""
+
+
+class Window(NamedTuple):
+    """The part of a frame that is shown, in pixels, and whether it is mirrored."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    flip: bool = False
+
+
+def choose_frames(
+    sample_type: str, num_frames: int, length: int, fps: float, numbers: np.ndarray | None = None
+) -> np.ndarray:
+    """Indices (num_frames,) int64 of the frames to show of a clip of `length` frames stored at `fps` a second.
+
+    `rand`: a random frame of each of num_frames equal intervals; `middle`: the middle one of each; `fpsX`: frames at
+    X a second, spread evenly where they are more than num_frames. Where there are too few, the last is repeated.
+
+    numbers: (num_frames,) random ones in [0, 1), for `rand`.
+
+    Raises:
+        ValueError: unknown sample_type, or `rand` without numbers.
+    """
+    check_sample_type(sample_type)
+    if sample_type.startswith("fps"):
+        chosen = frames_at_rate(parse_rate(sample_type), length, fps)
+        if len(chosen) > num_frames:
+            chosen = chosen[np.linspace(0, len(chosen) - 1, num_frames).round().astype(np.int64)]
+    else:
+        edges = np.linspace(0, length, min(num_frames, length) + 1).astype(np.int64)
+        if sample_type == "middle":
+            chosen = (edges[:-1] + edges[1:] - 1) // 2
+        elif sample_type == "rand" and numbers is not None:
+            chosen = edges[:-1] + (numbers[: len(edges) - 1] * np.diff(edges)).astype(np.int64)
+        else:
+            raise UserError(f"sample_type is {sample_type!r}: without random numbers it must be middle or fpsX")
+    return np.concatenate([chosen, np.full(num_frames - len(chosen), chosen[-1], np.int64)])
+
+
+def random_frames(num_frames: int, lengths: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """`choose_frames("rand", ...)` of B clips at once: (B, num_frames) of lengths (B,) and numbers (B, num_frames)."""
+    edges = np.linspace(0, lengths, num_frames + 1, axis=1).astype(np.int64)
+    chosen = edges[:, :-1] + (numbers * np.diff(edges, axis=1)).astype(np.int64)
+    for row in np.flatnonzero(lengths < num_frames).tolist():
+        chosen[row] = choose_frames("rand", num_frames, int(lengths[row]), 1.0, numbers[row])
+    return chosen
+
+
+def check_sample_type(sample_type: str) -> None:
+    """Raise ValueError unless it is one that `choose_frames` knows."""
+    if sample_type.startswith("fps"):
+        parse_rate(sample_type)
+    elif sample_type not in ("rand", "middle"):
+        raise UserError(f"sample_type is {sample_type!r}, must be rand, middle or fpsX such as fps2")
+
+
+def parse_rate(sample_type: str) -> float:
+    """X of `fpsX`; raises ValueError when it is no positive number."""
+    try:
+        rate = float(sample_type[3:])
+    except ValueError:
+        rate = 0.0
+    if rate <= 0:
+        raise UserError(f"sample_type is {sample_type!r}: after fps stands a positive number, such as fps0.5")
+    return rate
+
+
+def frames_at_rate(rate: float, length: int, fps: float) -> np.ndarray:
+    """Indices of the frames nearest to 1/2X, 3/2X, 5/2X ... seconds; the middle one where there is none."""
+    seconds = np.arange(0.5 / rate, length / fps + 0.5 / rate, 1 / rate)
+    found = np.around(seconds * fps).astype(np.int64)
+    found = found[found < length]
+    return found if len(found) else np.array([length // 2], np.int64)
+
+
+def random_windows(heights: np.ndarray, widths: np.ndarray, keys: np.ndarray, flip: bool) -> list[Window]:
+    """A random resized crop (area 0.5-1, aspect 3/4-4/3) of each of B frames and, if wanted, a flip for half of them.
+
+    heights, widths: (B,) pixels; keys: (B,) of `draw_keys`. Where no crop fits in ten tries, it is the middle.
+    """
+    mirrored = (random_numbers(keys, FLIP, 1)[:, 0] < 0.5) & flip
+    w = np.where(widths > heights, np.minimum(widths, np.rint(heights * CROP_ASPECT[1])), widths)
+    h = np.where(heights >= widths, np.minimum(heights, np.rint(widths / CROP_ASPECT[0])), heights)
+    middle = np.stack([(heights - h) // 2, (widths - w) // 2, h, w], axis=1)
+    # All tries at once, (B, CROP_TRIES): a batch is small, and calls cost more than numbers.
+    numbers = random_numbers(keys, CROP, 4 * CROP_TRIES).reshape(len(keys), CROP_TRIES, 4)
+    for_area, for_aspect, for_top, for_left = np.moveaxis(numbers, 2, 0)
+    height, width = heights[:, None], widths[:, None]
+    area = height * width * (CROP_AREA[0] + for_area * (CROP_AREA[1] - CROP_AREA[0]))
+    aspect = CROP_ASPECT[0] * (CROP_ASPECT[1] / CROP_ASPECT[0]) ** for_aspect  # uniform in the logarithm
+    w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    tries = np.stack([for_top * (height - h + 1), for_left * (width - w + 1), h, w], axis=2)  # (B, CROP_TRIES, 4)
+    first = tries[np.arange(len(keys)), fits.argmax(axis=1)]
+    boxes = np.where(fits.any(axis=1, keepdims=True), first, middle).astype(np.int64)
+    return list(map(Window, *boxes.T.tolist(), mirrored.tolist()))
+
+
+def draw_keys(seed: int, corpora: np.ndarray, shards: np.ndarray, units: np.ndarray, passes: np.ndarray) -> np.ndarray:
+    """(B,) uint64: what decides everything random about B samples, each in one pass over its corpus; arrays (B,)."""
+    key = scrambled(np.full(len(units), seed, np.uint64) + GOLDEN)
+    for part in (corpora, shards, units, passes):
+        key = scrambled((key + GOLDEN) ^ np.asarray(part).astype(np.uint64))
+    return key
+
+
+def random_numbers(keys: np.ndarray, first: int, count: int) -> np.ndarray:
+    """Numbers `first` to `first + count` of each key's endless sequence, (B, count) float64 in [0, 1)."""
+    counters = np.arange(first + 1, first + count + 1, dtype=np.uint64) * GOLDEN
+    return (scrambled(keys[:, None] + counters) >> np.uint64(11)) * 2.0**-53
+
+
+def scrambled(values: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64: one-to-one, and each bit of the argument changes half of the result's."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

@@ -1,0 +1,1 @@
+"""Weights on disk: ours, the official ones, published initial weights."""

@@ -1,0 +1,199 @@
+"""Weights on disk in our own form, found by a folder, a checkpoint or a run, written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from model.config import ModelConfig, config_from_dict, config_to_dict
+from runtime.errors import MissingError, UserError, os_error_number
+
+FORMAT = "singularity-model"
+VERSION = 1
+DESCRIPTION, TENSORS, VOCABULARY = "model.json", "model.safetensors", "vocab.txt"
+OFFICIAL_SUFFIXES = (".pth", ".pt", ".bin")
+_SPECIAL_TOKENS = {"pad_id": "[PAD]", "cls_id": "[CLS]", "mask_id": "[MASK]"}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model on disk: its architecture, its tensors by our names, and where special tokens stand in its vocabulary."""
+
+    config: ModelConfig
+    state: dict[str, torch.Tensor]
+    special_ids: dict[str, int] = field(default_factory=dict)
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file beside `path`, then give it that name: no reader ever sees half of it.
+
+    Its permissions are those of any new file, also where `write` makes a private one. Raises OSError naming `path` when
+    the disk is full or refuses to be written to, also where `write` hides that behind an error of its own.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        aside.touch()
+        mode = stat.S_IMODE(aside.stat().st_mode)
+        write(aside)
+        if stat.S_IMODE(aside.stat().st_mode) != mode:
+            aside.chmod(mode)
+        os.replace(aside, path)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if number := _system_error(error):
+            raise OSError(number, os.strerror(number), str(path)) from None
+        raise
+    finally:
+        with contextlib.suppress(OSError):  # of a read-only disk
+            aside.unlink(missing_ok=True)
+
+
+def _system_error(error: BaseException | None) -> int:
+    """The operating system's error number behind an error of safetensors or PyTorch; 0 when there is none."""
+    while error is not None:
+        if number := os_error_number(error):
+            return number
+        error = error.__context__
+    return 0
+
+
+def write_weights(weights: Weights, folder: str | Path) -> None:
+    """Write `model.safetensors`, then `model.json`, whose presence says that both are complete."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Copies on the CPU: safetensors refuses tensors that share memory.
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.state.items()}
+    description = {
+        "format": FORMAT,
+        "version": VERSION,
+        "config": config_to_dict(weights.config),
+        "special_ids": weights.special_ids,
+        "versions": {name: version(name) for name in ("torch", "timm", "transformers")},
+    }
+    write_whole(folder / TENSORS, lambda path: save_file(state, str(path), metadata={"format": "pt"}))
+    beside = [path for path in (folder / TENSORS, folder / VOCABULARY) if path.is_file()]
+    text = json.dumps(description | {"bytes": {path.name: path.stat().st_size for path in beside}}, indent=1) + "\n"
+    write_whole(folder / DESCRIPTION, lambda path: path.write_text(text))
+
+
+def write_folder(weights: Weights, vocabulary: Path | None, folder: Path) -> None:
+    """Make a folder of weights and their vocabulary, whole or not at all; it takes the place of an earlier one."""
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    try:
+        aside.mkdir(parents=True)
+        if vocabulary is not None:
+            shutil.copyfile(vocabulary, aside / VOCABULARY)
+        write_weights(weights, aside)
+        if folder.is_dir():
+            shutil.rmtree(folder)
+        aside.rename(folder)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def find_vocabulary(weights: Path, words: int) -> Path | None:
+    """The vocab.txt of what `resolve_weights` found; beside an official file only one of as many `words` counts."""
+    path = (weights if weights.is_dir() else weights.parent) / VOCABULARY
+    if not path.is_file() or (weights.is_file() and len(path.read_bytes().splitlines()) != words):
+        return None
+    return path
+
+
+def resolve_weights(path: str | Path) -> Path:
+    """The folder or official file that `path` means: itself, a checkpoint's weights, or those of a run folder.
+
+    Of a run the best checkpoint (checkpoints/best) is taken where there is one, otherwise the newest complete one.
+    Raises FileNotFoundError, saying what was looked for.
+    """
+    path = Path(path)
+    if path.is_file():
+        if path.suffix.lower() in OFFICIAL_SUFFIXES:
+            return path
+        raise UserError(
+            f"{path} is no model: give a folder with {DESCRIPTION}, a run folder, or an official checkpoint (.pth)"
+        )
+    if not path.exists():
+        raise MissingError(
+            f"{path} does not exist: give a folder with {DESCRIPTION}, a run folder, or an official checkpoint (.pth)"
+        )
+    newest = sorted((path / "checkpoints").glob("*_*"), key=lambda found: (len(found.name), found.name), reverse=True)
+    best = [found for found in newest if found.name.startswith("best_")] + [path / "checkpoints" / "best"]
+    steps = [found for found in newest if found.name.startswith("step_")]
+    for folder in (path, *(found / "weights" for found in (path, *best, *steps))):
+        if (folder / DESCRIPTION).is_file():
+            return folder
+    raise MissingError(
+        f"{path} holds no model: neither {DESCRIPTION}, nor weights/{DESCRIPTION}, nor a complete checkpoint under "
+        "checkpoints/; has the run written one yet?"
+    )
+
+
+def read_special_ids(vocabulary: Path) -> dict[str, int]:
+    """pad_id, cls_id and mask_id by the lines of a vocab.txt, as far as they are in it; nothing without the file."""
+    if not vocabulary.is_file():
+        return {}
+    lines = vocabulary.read_text(encoding="utf-8", errors="replace").splitlines()
+    return {name: lines.index(token) for name, token in _SPECIAL_TOKENS.items() if token in lines}
+
+
+def weights_fault(folder: Path) -> str:
+    """What a power cut or a copy that broke off did to the files of `write_weights`; empty when nothing shows."""
+    path = folder / DESCRIPTION
+    try:
+        description = json.loads(path.read_text())
+        sizes = description.get("bytes", {})  # not in what was written before November 2026
+    except FileNotFoundError:
+        return f"{path} is missing"
+    except (ValueError, AttributeError) as error:
+        return f"{path} is not valid JSON ({error})"
+    for name, size in sizes.items():
+        if not (folder / name).is_file():
+            return f"{folder / name} is missing"
+        if (found := (folder / name).stat().st_size) != size:
+            return f"{folder / name} has {found:,} bytes instead of {size:,}"
+    vocabulary = folder / VOCABULARY
+    if vocabulary.is_file() and read_special_ids(vocabulary).keys() != _SPECIAL_TOKENS.keys():
+        return f"{vocabulary} lacks {', '.join(_SPECIAL_TOKENS.values())}"
+    return ""
+
+
+def read_weights(folder: Path) -> Weights:
+    """Read what `write_weights` wrote. Raises ValueError, naming the file and what is wrong."""
+    path = folder / DESCRIPTION
+    if fault := weights_fault(folder):
+        raise UserError(f"{fault}: the file is damaged, take another checkpoint")
+    description = json.loads(path.read_text())
+    if description.get("format") != FORMAT:
+        raise UserError(f"{path} does not describe a {FORMAT}: give a folder that training has written")
+    if description.get("version") != VERSION:
+        raise UserError(
+            f"{path} is of version {description.get('version')}, this program reads version {VERSION}: "
+            "use the release that wrote it"
+        )
+    config = config_from_dict(description["config"])
+    special_ids = read_special_ids(folder / VOCABULARY) or dict(description.get("special_ids", {}))
+    return Weights(config, read_tensors(folder / TENSORS), special_ids)
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a safetensors file. Raises FileNotFoundError, or ValueError when it is truncated or no such file."""
+    if not path.is_file():
+        raise MissingError(f"{path} is missing: the checkpoint is incomplete, take another one")
+    try:
+        return load_file(str(path))
+    except SafetensorError as error:
+        raise UserError(
+            f"{path} cannot be read ({error}): it is truncated or no safetensors file; copy it again"
+        ) from None

@@ -1,0 +1,239 @@
+"""Saves and loads models, ours and official ones, and fits weights to another size, length or task."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from model.building import build_model
+from model.checkpoints.files import Weights, read_weights, resolve_weights, write_weights
+from model.checkpoints.official import read_official
+from model.checkpoints.positions import resize_relative
+from model.config import ModelConfig, with_changes
+from model.singularity import Singularity
+from model.temporal import resize_embeddings
+from model.vqa import SingularityQA
+from runtime.errors import UserError
+
+__all__ = ["FitReport", "find_weights", "fit_weights", "load_model", "load_weights", "resolve_weights", "save_model"]
+
+logger = logging.getLogger(__name__)
+
+# Tensors, beside the temperature, that only models without an answer decoder have.
+_WITHOUT_ANSWERS = ("vision_proj.", "text_proj.", "itm_head.", "word_head.", "vision_encoder.transformer.fc_norm.")
+
+
+@dataclass
+class FitReport:
+    """What had to be done to weights so that they fit a model: names of its tensors."""
+
+    resized: list[str] = field(default_factory=list)  # position tables and temporal embeddings
+    fresh: list[str] = field(default_factory=list)  # not in the weights, and newly asked for
+    copied: list[str] = field(default_factory=list)  # of the answer decoder, from the fusion layers
+    dropped: list[str] = field(default_factory=list)  # of the weights, not in the model and no longer asked for
+    expected: list[str] = field(default_factory=list)  # did not fit, as was said beforehand: fresh, or dropped
+
+    def __str__(self) -> str:
+        parts = [f"{name} {len(names)} ({_shortened(names)})" for name, names in vars(self).items() if names]
+        return "; ".join(parts) or "all tensors taken as they are"
+
+
+def _shortened(names: list[str], limit: int = 6) -> str:
+    return ", ".join(names[:limit]) + (f", ... {len(names) - limit} more" if len(names) > limit else "")
+
+
+def save_model(
+    model_or_state: nn.Module | dict[str, torch.Tensor],
+    config: ModelConfig,
+    folder: str | Path,
+    special_ids: dict[str, int] | None = None,
+) -> None:
+    """Write `folder/model.safetensors` and `folder/model.json`, each whole or not at all.
+
+    special_ids: pad_id, cls_id, mask_id; taken from a model, and needed for a state dict that no vocab.txt will
+    accompany.
+    """
+    if isinstance(model_or_state, nn.Module):
+        state = model_or_state.state_dict()
+        own = {name: getattr(model_or_state, name) for name in ("pad_id", "cls_id", "mask_id")}
+        special_ids = {**own, **(special_ids or {})}
+    else:
+        state = model_or_state
+    write_weights(Weights(config, state, special_ids or {}), folder)
+
+
+def load_weights(path: str | Path) -> Weights:
+    """Architecture and tensors at `path` (see `resolve_weights`), whichever form they are in.
+
+    Raises FileNotFoundError or ValueError that names the file and the remedy.
+    """
+    return find_weights(path)[1]
+
+
+def find_weights(path: str | Path) -> tuple[Path, Weights]:
+    """The folder or file that `path` means, and what is in it: of a run that is going on, of one moment.
+
+    Raises as `load_weights`.
+    """
+    while True:
+        found = resolve_weights(path)
+        try:
+            return found, read_weights(found) if found.is_dir() else read_official(found)
+        except (FileNotFoundError, ValueError):
+            if found.exists():
+                raise  # else a run has just put a better model, or a newer checkpoint, in its place
+
+
+def load_model(
+    path: str | Path,
+    changes: dict[str, Any] | None = None,
+    special_ids: dict[str, int] | None = None,
+    expected: Sequence[str] = (),
+) -> Singularity | SingularityQA:
+    """The model at `path`, in float32 on the CPU, in evaluation mode.
+
+    path: a folder that `save_model` wrote, a run folder, or an official .pth. changes: dotted settings to load it
+    with, for example {"num_frames": 4, "temporal_vision_encoder.enable": True, "image_res": 384}: position tables
+    are interpolated, temporal embeddings extended with zeros or cut, a new temporal encoder starts afresh, the
+    answer decoder from the fusion layers. expected: tensors that need not fit, see `fit_weights`. What was done is
+    logged.
+    Raises ValueError, listing the tensors, when anything else does not fit.
+    """
+    weights = load_weights(path)
+    config = with_changes(weights.config, changes or {})
+    model = build_model(config, special_ids or weights.special_ids)
+    report = fit_weights(model, weights, str(path), expected)
+    logger.info("Loaded %s: %s", path, report)
+    return model.eval()
+
+
+def fit_weights(
+    model: Singularity | SingularityQA, weights: Weights, source: str, expected: Sequence[str] = ()
+) -> FitReport:
+    """Copy `weights` into `model`, changed where its configuration asks for another size, length or task.
+
+    expected: names of tensors, or patterns such as "itm_head.*", that may be missing or of another shape (the model
+    keeps its own) or left over (they are dropped).
+    Raises ValueError, listing the tensors, when any other is missing, left over, or of another shape; or when an
+    expected one fits after all.
+    """
+    report = FitReport()
+    target, state = model.state_dict(), dict(weights.state)
+    if model.config.answer_decoder.enable and not weights.config.answer_decoder.enable:
+        _decoder_from_fusion(state, weights.config, model.config, report)
+    _resize(state, target, model, report)
+
+    missing = [name for name in target if name not in state]
+    report.fresh = [name for name in missing if _is_new(name, weights.config, model.config)]
+    surplus = [name for name in state if name not in target]
+    report.dropped = [name for name in surplus if _is_obsolete(name, weights.config, model.config)]
+    problems = {
+        "missing": sorted(set(missing) - set(report.fresh)),
+        "unexpected": sorted(set(surplus) - set(report.dropped)),
+        "of another shape": [
+            name for name, tensor in target.items() if name in state and state[name].shape != tensor.shape
+        ],
+    }
+    report.expected = _take_expected(problems, expected, source)
+    for name in report.expected:
+        state.pop(name, None)
+    if any(problems.values()):
+        shapes = {
+            name: f" {tuple(state[name].shape)} for {tuple(target[name].shape)}"
+            for name in problems["of another shape"]
+        }
+        named = {what: [name + shapes.get(name, "") for name in names] for what, names in problems.items()}
+        listed = "; ".join(f"{what}: {_shortened(names, 20)}" for what, names in named.items() if names)
+        raise UserError(
+            f"{source} does not fit the model ({listed}): take its architecture from the checkpoint and change only "
+            "image_res, num_frames, temporal_vision_encoder, loss_weight or answer_decoder; the vocabulary has "
+            f"{weights.config.text_encoder.vocab_size} words there and {model.config.text_encoder.vocab_size} here. "
+            "Tensors that are meant not to fit can be named in expected_tensors"
+        )
+    model.load_state_dict({name: state[name] for name in target if name in state}, strict=False)
+    return report
+
+
+def _take_expected(problems: dict[str, list[str]], expected: Sequence[str], source: str) -> list[str]:
+    """Take the names that match `expected` out of `problems`, and return them; raises ValueError for idle patterns."""
+    taken: list[str] = []
+    for pattern in expected:
+        found = [name for names in problems.values() for name in names if fnmatchcase(name, pattern)]
+        if not found and not any(fnmatchcase(name, pattern) for name in taken):
+            rest = [name for names in problems.values() for name in names]
+            fits = f"what is: {_shortened(rest)}" if rest else "nothing is"
+            raise UserError(
+                f"expected_tensors names {pattern!r}, but no such tensor of {source} is missing, left over or of "
+                f"another shape ({fits}): correct it or leave it out"
+            )
+        taken += found
+        for what, names in problems.items():
+            problems[what] = [name for name in names if name not in found]
+    return taken
+
+
+def _is_new(name: str, old: ModelConfig, new: ModelConfig) -> bool:
+    """Whether the new configuration asks for a module that the old one did not have and that may start afresh."""
+    if name.startswith("answer_decoder.") and not old.answer_decoder.enable:
+        return _reads_visuals(name) and old.vision_encoder.width != old.text_encoder.width
+    return name.startswith("temporal_vision_encoder.") and (
+        new.temporal_vision_encoder.enable and not old.temporal_vision_encoder.enable
+    )
+
+
+def _is_obsolete(name: str, old: ModelConfig, new: ModelConfig) -> bool:
+    """Whether a tensor belongs to a module that the new configuration switches off."""
+    answering = new.answer_decoder.enable and not old.answer_decoder.enable
+    if answering and (name == "temp" or name.startswith(_WITHOUT_ANSWERS)):
+        return True
+    if name.startswith("word_head."):
+        return old.loss_weight.mlm > 0 and new.loss_weight.mlm <= 0
+    return name.startswith("temporal_vision_encoder.") and not new.temporal_vision_encoder.enable
+
+
+def _reads_visuals(name: str) -> bool:
+    """Whether a cross-attention's tensor is as wide as the visual tokens; an answer decoder's is as the text."""
+    return name.endswith(("crossattention.self.key.weight", "crossattention.self.value.weight"))
+
+
+def _decoder_from_fusion(state: dict[str, torch.Tensor], old: ModelConfig, new: ModelConfig, report: FitReport) -> None:
+    """Add an answer decoder to `state`: the last layers of the text encoder, its embeddings and its word head."""
+    same_width = old.vision_encoder.width == old.text_encoder.width
+    first = old.text_encoder.layers - new.answer_decoder.num_layers
+    sources = {"answer_decoder.embeddings.": "text_encoder.embeddings.", "answer_decoder.word_head.": "word_head."}
+    for i in range(new.answer_decoder.num_layers):
+        sources[f"answer_decoder.layer.{i}."] = f"text_encoder.layer.{first + i}."
+    for target, source in sources.items():
+        for name in [name for name in state if name.startswith(source) and (same_width or not _reads_visuals(name))]:
+            state[target + name.removeprefix(source)] = state[name]
+            report.copied.append(target + name.removeprefix(source))
+
+
+def _resize(
+    state: dict[str, torch.Tensor],
+    target: dict[str, torch.Tensor],
+    model: Singularity | SingularityQA,
+    report: FitReport,
+) -> None:
+    """Fit position tables to the image size and temporal embeddings to the number of frames, in place."""
+    config = model.config
+    patches = config.image_res // config.vision_encoder.patch_size
+    for name, tensor in state.items():
+        if name not in target or tensor.shape == target[name].shape:
+            continue
+        if name.endswith("relative_position_bias_table") and tensor.shape[1] == target[name].shape[1]:
+            state[name] = resize_relative(tensor, patches)
+        elif name.endswith("transformer.pos_embed") and tensor.shape[2] == target[name].shape[2]:
+            state[name] = model.vision_encoder.resize_positions(tensor, patches)
+        elif name == "temporal_embeddings" and tensor.shape[3] == target[name].shape[3]:
+            state[name] = resize_embeddings(tensor, config.num_frames)
+        else:
+            continue
+        report.resized.append(name)

@@ -1,0 +1,84 @@
+"""Resizes position tables to another image size, with the same numbers as the official code."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from runtime.errors import UserError
+
+_EXTRA_ROWS = 3  # of a relative table: [CLS] to token, token to [CLS], [CLS] to [CLS]
+_DEGREE = 3
+
+
+def resize_absolute(table: torch.Tensor, patches: int) -> torch.Tensor:
+    """Position embeddings (1, 1 + n·n, D) to (1, 1 + patches·patches, D), bicubic; [CLS] stays as it is."""
+    side = math.isqrt(table.shape[1] - 1)
+    if side == patches:
+        return table
+    grid = table[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    grid = functional.interpolate(grid, size=(patches, patches), mode="bicubic", align_corners=False)
+    return torch.cat([table[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)], dim=1)
+
+
+def _source_coordinates(source: int, target: int) -> np.ndarray:
+    """Where the `source` rows of a table lie on the axis of `target` integer positions: a geometric progression."""
+    low, high, ratio = 1.01, 1.5, 1.0
+    while high - low > 1e-6:
+        ratio = (low + high) / 2
+        if (1 - ratio ** (source // 2)) / (1 - ratio) > target // 2:
+            high = ratio
+        else:
+            low = ratio
+    half = np.cumsum(ratio ** np.arange(source // 2, dtype=np.float64))
+    return np.concatenate([-half[::-1], [0.0], half])
+
+
+def _spline_basis(knots: np.ndarray, points: np.ndarray, count: int) -> np.ndarray:
+    """Values (points, count) of the cubic B-splines over `knots`, by the Cox-de Boor recursion."""
+    last = np.searchsorted(knots, knots[-1]) - 1  # the last interval of positive length includes its right end
+    interval = np.minimum(np.searchsorted(knots, points, side="right") - 1, last)
+    basis = (interval[:, None] == np.arange(len(knots) - 1)[None, :]).astype(np.float64)
+    for degree in range(1, _DEGREE + 1):
+        left_width = knots[degree:-1] - knots[: -degree - 1]
+        right_width = knots[degree + 1 :] - knots[1:-degree]
+        left = (points[:, None] - knots[None, : -degree - 1]) * _inverse(left_width) * basis[:, :-1]
+        right = (knots[None, degree + 1 :] - points[:, None]) * _inverse(right_width) * basis[:, 1:]
+        basis = left + right
+    return basis[:, :count]
+
+
+def _inverse(widths: np.ndarray) -> np.ndarray:
+    """1 / width, and 0 for empty intervals."""
+    return np.divide(1.0, widths, out=np.zeros_like(widths), where=widths > 0)
+
+
+def spline_matrix(source: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Matrix (target, source) of the interpolating not-a-knot cubic spline, constant beyond the ends."""
+    knots = np.concatenate([[source[0]] * 4, source[2:-2], [source[-1]] * 4])
+    points = np.clip(target, source[0], source[-1])
+    at_source = _spline_basis(knots, source, len(source))
+    return _spline_basis(knots, points, len(source)) @ np.linalg.inv(at_source)
+
+
+def resize_relative(table: torch.Tensor, patches: int) -> torch.Tensor:
+    """BEiT's relative position table ((2n-1)² + 3, heads) to that of patches x patches tokens.
+
+    Raises ValueError for a table of fewer than 3 x 3 patches, which has too few rows for a cubic spline.
+    """
+    source, target = math.isqrt(table.shape[0] - _EXTRA_ROWS), 2 * patches - 1
+    if source == target:
+        return table
+    if source < _DEGREE + 1:
+        raise UserError(
+            f"relative position tables of {(source + 1) // 2} x {(source + 1) // 2} patches cannot be resized "
+            "(a cubic spline needs at least 3 x 3): keep image_res as it was"
+        )
+    half = target // 2
+    matrix = spline_matrix(_source_coordinates(source, target), np.arange(-half, half + 1, dtype=np.float64))
+    grid = table[:-_EXTRA_ROWS].double().numpy(force=True).reshape(source, source, -1)
+    resized = np.einsum("ai,bj,ijh->abh", matrix, matrix, grid).reshape(target * target, -1)
+    return torch.cat([torch.from_numpy(resized).to(table), table[-_EXTRA_ROWS:]])

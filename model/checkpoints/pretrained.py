@@ -1,0 +1,185 @@
+"""Initial weights: vision and text encoders from published checkpoints, by local folder, Hugging Face or timm name."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.building import build_model
+from model.checkpoints.files import read_tensors
+from model.checkpoints.official_names import vision_parts
+from model.checkpoints.positions import resize_absolute, resize_relative
+from model.config import ModelConfig
+from model.singularity import Singularity
+from model.torchvision_cpu import create_model, get_pretrained_cfg, is_model
+from model.vision import VISION_TYPES, named_options
+from model.vqa import SingularityQA
+from runtime.activity import trusted
+from runtime.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_FILES = ["config.json", "model.safetensors", "pytorch_model.bin"]
+_OLD_NORMS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+_VISION = "vision_encoder.transformer."
+# Of our tensors those that published BERT and ViT checkpoints never have.
+_ALWAYS_FRESH = ("crossattention.",)
+
+
+def new_model(config: ModelConfig, special_ids: dict[str, int] | None = None) -> Singularity | SingularityQA:
+    """A model with the weights that `vision_encoder.pretrained` and `text_encoder.pretrained` name, random elsewhere.
+
+    A name is a local folder (config.json with model.safetensors or pytorch_model.bin), a Hugging Face hub name, or,
+    for the vision encoder, a timm name. What stays random is logged.
+    Raises ValueError when a name cannot be found or its weights do not fit.
+    """
+    model = build_model(config, special_ids)
+    sources = {
+        "vision_encoder.pretrained": (config.vision_encoder.pretrained, _vision_weights),
+        "text_encoder.pretrained": (config.text_encoder.pretrained, _text_weights),
+    }
+    for key, (name, convert) in sources.items():
+        if name:
+            _fill(model, convert(name, key, model), f"{key}={name}", key.split(".")[0])
+    return model
+
+
+def _fill(model: Singularity | SingularityQA, state: dict[str, torch.Tensor], source: str, part: str) -> None:
+    """Copy `state` into `model`; every tensor of `part` but cross-attention must be there, in the right shape."""
+    target = model.state_dict()
+    scope = _VISION if part == "vision_encoder" else "text_encoder."
+    missing = [name for name in target if name.startswith(scope) and name not in state]
+    missing = [name for name in missing if not any(fresh in name for fresh in _ALWAYS_FRESH)]
+    other = [
+        f"{name} {tuple(tensor.shape)} for {tuple(target[name].shape)}"
+        for name, tensor in state.items()
+        if name in target and tensor.shape != target[name].shape
+    ]
+    if missing or other:
+        listed = "; ".join(", ".join(names[:10]) for names in (missing, other) if names)
+        raise UserError(f"{source} does not fit the sizes under {part} (missing or of another shape: {listed})")
+    used = {name: tensor for name, tensor in state.items() if name in target}
+    model.load_state_dict(used, strict=False)
+    logger.info("%s: %d tensors taken", source, len(used))
+
+
+def find_folder(name: str, key: str) -> Path:
+    """The local folder of a checkpoint, fetched from the hub when `name` is not a folder.
+
+    Raises ValueError, saying what to set instead, when it is neither there nor to be had.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    remedy = f"set {key} to a local folder with config.json and model.safetensors or pytorch_model.bin, or to null"
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"{key}: the folder {name} does not exist; {remedy}")
+    from huggingface_hub import snapshot_download  # slow to import, needed for hub names only
+
+    try:
+        with trusted(f"fetching {name}"):  # gigabytes over a slow line are no hang
+            return Path(snapshot_download(name, allow_patterns=_FILES))
+    except Exception as error:  # of many kinds: no network, no such name, no permission
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{key}: {name} is no local folder and could not be fetched from the Hugging Face hub "
+            f"({reason[:150]}); {remedy}"
+        ) from None
+
+
+def read_folder(folder: Path, key: str) -> dict[str, torch.Tensor]:
+    """Tensors of a checkpoint folder. Raises ValueError when it has none or they cannot be read."""
+    path = _weights_file(folder, key)
+    if path.suffix == ".safetensors":
+        return read_tensors(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise UserError(f"{key}: {path} cannot be read ({str(error).splitlines()[0]}); copy it again") from None
+
+
+def _without_prefix(state: dict[str, torch.Tensor], prefixes: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    for prefix in prefixes:
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state
+
+
+def _vision_weights(name: str, key: str, model: Singularity | SingularityQA) -> dict[str, torch.Tensor]:
+    """Our vision tensors from a Hugging Face (BEiT, ViT) or timm checkpoint, position tables resized to the model."""
+    config = model.config
+    if config.vision_encoder.type not in VISION_TYPES:
+        file = _weights_file(find_folder(_hub_name(name, key), key), key)
+        options = named_options(config.vision_encoder, config.image_res)
+        return {
+            _VISION + ours: tensor for ours, tensor in _timm_state(config.vision_encoder.type, file, **options).items()
+        }
+    wanted = [each.removeprefix(_VISION) for each in model.state_dict() if each.startswith(_VISION)]
+    if not Path(name).is_dir() and "/" not in name and is_model(name):
+        found = _timm_state(name, _weights_file(find_folder(_hub_name(name, key), key), key), num_classes=0)
+    else:
+        state = _without_prefix(read_folder(find_folder(name, key), key), ("beit.", "vit.", "deit."))
+        parts = {ours: vision_parts(ours) for ours in wanted}
+        found = {
+            ours: torch.cat([state[part] for part in theirs]) if len(theirs) > 1 else state[theirs[0]]
+            for ours, theirs in parts.items()
+            if all(part in state for part in theirs)
+        }
+    patches = config.image_res // config.vision_encoder.patch_size
+    for ours in found:
+        if ours.endswith("relative_position_bias_table"):
+            found[ours] = resize_relative(found[ours], patches)
+        elif ours == "pos_embed":
+            found[ours] = resize_absolute(found[ours], patches)
+    return {_VISION + ours: tensor for ours, tensor in found.items()}
+
+
+def _hub_name(name: str, key: str) -> str:
+    """Where the weights of timm's model `name` are on the hub; any other name, and a folder, as it is."""
+    if Path(name).is_dir() or "/" in name or not is_model(name):
+        return name
+    published = get_pretrained_cfg(name)
+    if not published or not published.hf_hub_id:
+        raise UserError(f"{key}: timm has no weights of {name} on the hub; take a model with weights, or null")
+    return published.hf_hub_id
+
+
+def _weights_file(folder: Path, key: str) -> Path:
+    for name in _FILES[1:]:
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"{key}: {folder} has neither model.safetensors nor pytorch_model.bin; choose another folder")
+
+
+def _timm_state(name: str, file: Path, **options: Any) -> dict[str, torch.Tensor]:
+    """Tensors of timm's model `name` with these options, from a file of weights that timm resizes to fit."""
+    return dict(create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}, **options).state_dict())
+
+
+def _text_weights(name: str, key: str, model: Singularity | SingularityQA) -> dict[str, torch.Tensor]:
+    """Our text tensors from a BERT checkpoint; the answer decoder takes its first layers and its word head."""
+    folder = find_folder(name, key)
+    state = _without_prefix(read_folder(folder, key), ("bert.",))
+    for old, new in _OLD_NORMS.items():
+        state = {each.replace(old, new): tensor for each, tensor in state.items()}
+    _check_kind(folder, key)
+    result = {}
+    for each, tensor in state.items():
+        for theirs, ours in (("embeddings.", "embeddings."), ("encoder.layer.", "layer.")):
+            if each.startswith(theirs):
+                result[f"text_encoder.{ours}{each.removeprefix(theirs)}"] = tensor
+                result[f"answer_decoder.{ours}{each.removeprefix(theirs)}"] = tensor
+        head = each.removeprefix("cls.predictions.")
+        if head != each:
+            result[f"word_head.{head}"] = result[f"answer_decoder.word_head.{head}"] = tensor
+    return result
+
+
+def _check_kind(folder: Path, key: str) -> None:
+    path = folder / "config.json"
+    kind = json.loads(path.read_text()).get("model_type") if path.is_file() else "bert"
+    if kind != "bert":
+        raise UserError(f"{key}: {folder} holds a {kind} model, only BERT fits; take for example bert-base-uncased")

@@ -1,0 +1,1 @@
+"""What every process of a job shares: errors, progress, settings, ranks, collectives."""

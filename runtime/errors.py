@@ -1,0 +1,126 @@
+"""Errors that a user can mend, told in one line; anything else is a bug and shows its traceback."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import ParamSpec
+
+USER_ERROR = 2  # exit code
+INTERRUPTED = 130
+PROGRAM = Path(__file__).resolve().parent.parent
+ROOMS = {"launch", "train", "eval", "loaders", "model", "sharding", "storage", "runtime"}  # ours
+
+# What the operating system says of the user's disks, files and rights.
+OF_THE_USER = {
+    errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EIO, errno.EISDIR, errno.ELOOP,
+    errno.EMFILE, errno.ENAMETOOLONG, errno.ENFILE, errno.ENODEV, errno.ENOENT, errno.ENOSPC, errno.ENOTDIR,
+    errno.ENOTEMPTY, errno.EPERM, errno.EROFS, errno.ESTALE, errno.ETXTBSY, errno.EXDEV,
+}  # fmt: skip
+# Modules whose errors are of what was typed: a protocol that is unknown or whose package is missing, a malformed URL.
+TELLING = {"fsspec.registry", "urllib.parse", "yarl._parse"}
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class UserError(ValueError):
+    """What a user can mend. The message is one line: the thing, the reason, the remedy."""
+
+    exit_code = USER_ERROR
+
+
+class MissingError(UserError, FileNotFoundError):
+    """Something that the user named does not exist."""
+
+
+class AccessError(UserError, OSError):
+    """Something that the user named cannot be read or written: rights, credentials, a store that does not answer."""
+
+
+class WorkerError(UserError, ChildProcessError):
+    """A worker process died."""
+
+
+def user_message(error: BaseException) -> str | None:
+    """The line that tells the user of an error; None where it is no error that a user can mend."""
+    if isinstance(error, UserError):
+        return " ".join(str(error).split())
+    if _raised_in(error) in TELLING and isinstance(error, ValueError | ImportError):
+        return " ".join(str(error).split())
+    number = os_error_number(error)
+    if number not in OF_THE_USER or _is_ours(error):
+        return None
+    filename = getattr(error, "filename", None)
+    named = f": {filename!r}" if filename else ""
+    remedy = ": free some, and run the same command again to go on" if number in FULL else ""
+    return f"{os.strerror(number)}{named}{remedy}"
+
+
+def _raised_in(error: BaseException) -> str:
+    """Name of the module that raised an error."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return str(frames[-1][0].f_globals.get("__name__", "")) if frames else ""
+
+
+@contextmanager
+def naming(path: object) -> Iterator[None]:
+    """Let the operating system's errors inside name `path` where they name nothing, as a full disk while writing."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
+def os_error_number(error: BaseException) -> int | None:
+    """The operating system's number of an error, also where a library in Rust has wrapped it; None where it has none.
+
+    safetensors, for one, raises an error of its own that reads "... No space left on device (os error 28)".
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    wrapped = re.search(r"\(os error (\d+)\)", str(error))
+    return int(wrapped[1]) if wrapped else None
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether an error is about a file of this program."""
+    name = getattr(error, "filename", None)
+    return isinstance(name, str) and any(PROGRAM / room in Path(name).absolute().parents for room in ROOMS)
+
+
+Arguments = ParamSpec("Arguments")
+
+
+def command(interrupted: str = "interrupted") -> Callable[[Callable[Arguments, int]], Callable[Arguments, int]]:
+    """Decorate the `main` of a command: errors that a user can mend are one line and exit code 2, Ctrl-C is 130.
+
+    Other errors show their traceback and end with 1. interrupted: what is printed after Ctrl-C.
+    """
+
+    def decorate(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
+        @functools.wraps(main)
+        def run(*arguments: Arguments.args, **settings: Arguments.kwargs) -> int:
+            try:
+                return main(*arguments, **settings)
+            except KeyboardInterrupt:
+                sys.stderr.write(f"{interrupted}\n")
+                return INTERRUPTED
+            except Exception as error:
+                message = user_message(error)
+                if message is None:
+                    traceback.print_exc()
+                    return 1
+                sys.stderr.write(f"error: {message}\n")
+                return error.exit_code if isinstance(error, UserError) else USER_ERROR
+
+        return run
+
+    return decorate

@@ -1,0 +1,240 @@
+"""Where media come from: local files, any fsspec URL, web servers, archives; distant ones are fetched ahead."""
+
+from __future__ import annotations
+
+import functools
+import io
+import mmap
+import os
+import queue
+import re
+import stat
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+from urllib.parse import quote, unquote
+
+import fsspec
+
+from runtime.errors import AccessError, MissingError, UserError
+from sharding.media import MediaError
+from sharding.media.archives import Archive, split_archive
+from sharding.shards.schema import join_url, plain_scheme
+from storage.policy import WebError, again, check_bucket, credentials_missing, naming, reason_of
+from storage.web import Fetching, web_client
+
+WINDOW = {"image": 1024, "video": 64}  # media: how far finished ones may run ahead of one that is slow to come
+AHEAD = 2  # media under way or waiting to be decoded, for each connection
+OPEN_ARCHIVES = 8
+COMPRESSED_TAR = re.compile(r"\.(tar\.\w+|tgz|tbz2|txz)$", re.IGNORECASE)
+WEB = ("http://", "https://")
+QUOTED = re.compile(r"%[0-9a-fA-F]{2}")  # in a name: it may come from an address
+
+Fetched = bytes | BinaryIO  # an image's bytes, or a clip's open file
+
+
+class Media:
+    """The media of one shard under a root (folder, archive or URL); `scratch` is a local folder for clips on their way.
+
+    Use as a context manager; closing it ends what is under way.
+    """
+
+    def __init__(self, root: str, media_type: str, scratch: Path, fetching: Fetching) -> None:
+        root = plain_scheme(root).removeprefix("file://")
+        self.root = os.path.abspath(root) if root and "://" not in root else root
+        self.media_type, self.scratch, self.fetching = media_type, scratch, fetching
+        self.stop = threading.Event()
+        self._archive = functools.lru_cache(OPEN_ARCHIVES)(functools.partial(open_archive, folder=scratch))
+        self._listing = threading.Lock()
+
+    def __enter__(self) -> Media:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End what is under way."""
+        self.stop.set()
+
+    def fetched(self, sources: Sequence[str]) -> Iterator[tuple[int, Fetched | MediaError]]:
+        """(place in `sources`, media or why it cannot be read), local files in order, distant ones as they come.
+
+        Raises:
+            PermissionError: the store refuses the credentials, so that no source would be better off.
+        """
+        places = iter(range(len(sources)))
+        local = (self.location(source).startswith("/") for source in sources)
+        if all(local):
+            yield from ((place, self.fetch(sources[place])) for place in places)
+            return
+        window = WINDOW[self.media_type]
+        done: queue.SimpleQueue[tuple[int, Future[Fetched | MediaError]]] = queue.SimpleQueue()
+        with ThreadPoolExecutor(self.fetching.connections) as pool:
+            pending: dict[int, Future[Any]] = {}
+            following = next(places, None)
+            try:
+                while pending or following is not None:
+                    few = len(pending) <= self.fetching.connections  # many begun together cost less than one by one
+                    while (
+                        few
+                        and following is not None
+                        and len(pending) < AHEAD * self.fetching.connections
+                        and following - min(pending, default=following) < window
+                    ):
+                        pending[following] = self.start(pool, sources[following])
+                        pending[following].add_done_callback(functools.partial(hand_over, done, following))
+                        following = next(places, None)
+                    place, future = done.get()
+                    del pending[place]
+                    yield place, self.outcome(future, sources[place])
+            finally:
+                self.stop.set()
+                for future in pending.values():
+                    future.cancel()
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def start(self, pool: ThreadPoolExecutor, source: str) -> Future[Any]:
+        """Begin to fetch a distant source."""
+        url = self.location(source)
+        if url.startswith(WEB) and ("://" in source or not split_archive(url)):
+            file = io.BytesIO() if self.media_type == "image" else tempfile.TemporaryFile(dir=self.scratch)  # noqa: SIM115
+            bounds = self.fetching.bounds(self.media_type)
+            return web_client(self.fetching).fetch(url, cast(BinaryIO, file), bounds)
+        return pool.submit(self.fetch, source)
+
+    def outcome(self, future: Future[Any], source: str) -> Fetched | MediaError:
+        """What came of a source; raises what would befall all others, too."""
+        try:
+            found = future.result()
+        except (WebError, FileNotFoundError) as error:
+            quoted = isinstance(error, FileNotFoundError) and "://" not in source and QUOTED.search(source)
+            remedy = f" (names are quoted when they are sent: write {unquote(source)!r}?)" if quoted else ""
+            return MediaError(reason_of(error) + remedy)
+        return found.getvalue() if isinstance(found, io.BytesIO) else found
+
+    def location(self, source: str) -> str:
+        """A source's URL, or its absolute path where it is a local file."""
+        if "://" in source:
+            return plain_scheme(source).removeprefix("file://")
+        if self.root.startswith(WEB):
+            return web_address(self.root, source)
+        return join_url(self.root, source) if self.root else os.path.abspath(source)
+
+    def fetch(self, source: str) -> Fetched | MediaError:
+        """One media's bytes or open file, or why it cannot be read."""
+        url = self.location(source)
+        try:
+            if url.startswith("/"):
+                return self._fetch(url, False)
+            return again(self._fetch, url, "://" in source, attempts=self.fetching.attempts, stop=self.stop)
+        except MediaError as error:
+            return error
+        except Exception as error:  # clients raise all sorts of things; one file must not end a build
+            if not url.startswith(("/", *WEB)) and (problem := credentials_missing(error)):
+                raise AccessError(f"cannot read {url}: {problem}") from error
+            return MediaError(reason_of(error))
+
+    def _fetch(self, url: str, absolute: bool) -> Fetched:
+        if not absolute and (inside := split_archive(url)):
+            with self._listing:  # one thread lists the archive, the others wait
+                archive = self._archive(inside[0])
+            return archive.read(inside[1])
+        if url.startswith("/"):
+            return read_local(url, whole=self.media_type == "image")
+        filesystem, path = fsspec.url_to_fs(url)
+        if self.media_type == "image":
+            return filesystem.cat_file(path)
+        return download(filesystem, path, self.scratch)
+
+
+def web_address(root: str, name: str) -> str:
+    """The address of a file below a folder of a web server; signs that mean something in addresses are quoted.
+
+    Names of archives' members stay as they are: they are looked up, and not sent.
+    """
+    url = join_url(root, name)
+    archive, member = split_archive(url) or (url, "")
+    outer = len(join_url(root, ""))
+    if len(archive) < outer:
+        return url  # the root is an archive, or inside of one
+    return url[:outer] + quote(archive[outer:]) + ("/" + member if member else "")
+
+
+def hand_over(done: queue.SimpleQueue[tuple[int, Future[Any]]], place: int, future: Future[Any]) -> None:
+    """Tell who waits at a queue that a source is there."""
+    done.put((place, future))
+
+
+def open_archive(url: str, folder: Path) -> Archive:
+    """An archive; raises MediaError when it cannot be read, and what `again` knows to be transient."""
+    try:
+        return Archive(url, folder)
+    except ValueError as error:
+        raise MediaError(str(error)) from None
+    except FileNotFoundError:
+        raise MediaError(f"archive {url.rsplit('/', 1)[-1]} not found") from None
+
+
+def read_local(path: str, whole: bool) -> Fetched:
+    """A file's bytes, or the open file; raises MediaError for what is no file: pipes and devices have no end."""
+    file = open(path, "rb", opener=open_at_once)  # noqa: SIM115 (an open clip is closed by who decodes it)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise MediaError("not a regular file")
+    if not whole:
+        return file
+    with file:
+        return file.read()
+
+
+def open_at_once(path: str, flags: int) -> int:
+    """`os.open` that does not wait for a writer of a pipe."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def download(filesystem: Any, path: str, scratch: Path) -> BinaryIO:
+    """A distant file as an open local one that has no name any more: it goes when it is closed."""
+    descriptor, name = tempfile.mkstemp(dir=scratch)
+    os.close(descriptor)
+    try:
+        filesystem.get_file(path, name)
+        return open(name, "rb")
+    finally:
+        os.unlink(name)
+
+
+@contextmanager
+def opened(media: Fetched) -> Iterator[bytes | mmap.mmap]:
+    """A media's bytes: mapped, where it is a file, so that a long clip costs no memory."""
+    if isinstance(media, bytes):
+        yield media
+        return
+    with media:
+        if os.fstat(media.fileno()).st_size == 0:
+            yield b""
+            return
+        with mmap.mmap(media.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            yield data
+
+
+def check_root(root: str) -> None:
+    """Make sure that the place that media paths start from is there, as far as that can be told.
+
+    Raises:
+        FileNotFoundError: it does not exist. ValueError: it is a compressed tar. PermissionError, OSError: it is remote
+            and cannot be reached.
+    """
+    if COMPRESSED_TAR.search(root):
+        raise UserError(f"media root {root} is compressed as a whole, single files cannot be read from it: gunzip it")
+    inside = split_archive(root)
+    place = plain_scheme(inside[0] if inside else root).removeprefix("file://")
+    if not root or place.startswith(WEB):
+        return  # sources are URLs of their own; web servers do not list folders
+    with naming(place, "read"):
+        filesystem, path = fsspec.url_to_fs(place)
+        found = again(filesystem.exists, path)
+    if not found:
+        check_bucket(place)
+        raise MissingError(f"media root {root} does not exist: check --media-root")

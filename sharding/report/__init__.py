@@ -1,0 +1,1 @@
+"""What is in a packed corpus: statistics, a gallery, a contact sheet."""

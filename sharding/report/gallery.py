@@ -1,0 +1,118 @@
+"""One self-contained HTML page to look at a corpus: its distributions, and samples from all over with their texts."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from PIL import Image
+
+from sharding.report.samples import Picked, fetch_command, picture
+from sharding.report.statistics import Distribution, Figures, bin_names, short, summary
+from sharding.shards.schema import Corpus
+
+FRAME_HEIGHT = 180  # pixels of a clip's frames on the page
+QUALITY = 80
+PLAIN = 8.0  # standard deviation of a frame's values, of 256, up to which there is nothing to see
+
+
+def gallery(corpus: Corpus, figures: Figures, picked: Sequence[Picked], failures: Counter[str]) -> str:
+    """The page; `failures` by kind of reason."""
+    environment = Environment(
+        loader=PackageLoader("sharding.report"),
+        autoescape=select_autoescape(("html.j2",)),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("gallery.html.j2").render(
+        corpus=corpus,
+        facts=summary(corpus),
+        figures=figures,
+        charts=[chart(each) for each in figures.distributions if each.low < each.high],
+        constants={each.name: short(each.low) for each in figures.distributions if each.low == each.high},
+        failures=failures,
+        cards=[card(corpus, sample) for sample in picked],
+    )
+
+
+def chart(distribution: Distribution) -> dict[str, Any]:
+    """A histogram as the page draws it."""
+    bins = distribution.bins()
+    most = max(count for _, _, count in bins)
+    names = bin_names(bins)
+    bars = [
+        {
+            "name": name,
+            "count": count,
+            "height": 0 if not count else max(1.5, 100 * count / most),
+            "beyond": math.isinf(high - low),
+        }
+        for name, (low, high, count) in zip(names, bins)
+    ]
+    five, ninety_five = distribution.percentile(0.05), distribution.percentile(0.95)
+    return {
+        "name": distribution.name,
+        "median": short(distribution.percentile(0.5)),
+        "mean": f"{distribution.mean:,.3g}" if distribution.mean < 1000 else short(distribution.mean),
+        "outer": f"{short(five)} to {short(ninety_five)}" if five != ninety_five else "",
+        "bars": bars,
+        "first": short(distribution.low),
+        "last": short(distribution.high),
+    }
+
+
+def card(corpus: Corpus, sample: Picked) -> dict[str, Any]:
+    """A sample as the page shows it: its pictures as one data URL, side by side where there are several."""
+    row = sample.row
+    images = [picture(data) for data in sample.frames]
+    readable = [image for image in images if image is not None]
+    url = None
+    if len(readable) == 1 and sample.frames[0] is not None:
+        url = data_url(jpeg(readable[0]))
+    elif readable:
+        url = data_url(jpeg(side_by_side(readable)))
+    target = f"{row['key'].rsplit('/', 1)[-1]}.jpg"
+    return {
+        "row": row,
+        "picture": url,
+        "frames": len(readable),
+        "shown": telling(readable),
+        "aspect": round(readable[0].width / readable[0].height, 4) if readable else 1,
+        "shard": corpus.shards[sample.shard].name,
+        "command": fetch_command(corpus.tar_url(sample.shard), row["offsets"][0], row["sizes"][0], target),
+    }
+
+
+def telling(frames: Sequence[Image.Image]) -> int:
+    """The frame of a clip that is shown alone: the one nearest to the middle that is not of one colour."""
+    nearest = sorted(range(len(frames)), key=lambda number: abs(number - len(frames) // 2))
+    return next((number for number in nearest if np.asarray(frames[number]).std() > PLAIN), len(frames) // 2)
+
+
+def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
+    """Frames of a clip in a row, each of FRAME_HEIGHT or less."""
+    height = min(FRAME_HEIGHT, images[0].height)
+    width = max(1, round(images[0].width * height / images[0].height))
+    strip = Image.new("RGB", (width * len(images), height))
+    for place, image in enumerate(images):
+        strip.paste(image.resize((width, height), Image.Resampling.LANCZOS), (place * width, 0))
+    return strip
+
+
+def jpeg(image: Image.Image) -> bytes:
+    """JPEG bytes of a picture."""
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=QUALITY)
+    return out.getvalue()
+
+
+def data_url(data: bytes) -> str:
+    """A picture inside the page."""
+    return "data:image/jpeg;base64," + base64.b64encode(data).decode()

@@ -1,0 +1,186 @@
+"""Samples from all over a corpus with their frames, read in part: for the contact sheet and the gallery."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+import numpy as np
+from fsspec.implementations.local import LocalFileSystem
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from sharding.media import MediaError
+from sharding.media.picture import decode_picture
+from sharding.report.statistics import columns_of, in_threads, spread
+from sharding.shards.schema import INDEX_SCHEMA, Corpus
+
+SHARDS = 16  # of a corpus that pictures are taken from, unless more are asked for
+FRAMES = 8  # of a clip that are shown, at most
+TILE = 160  # pixels of a picture's side on the contact sheet
+SHEET_WIDTH = 8  # pictures a row
+CAPTION = 40  # pixels of the text below: two lines
+GAP = 8
+INK, PAPER, NOTHING = (40, 42, 48), (255, 255, 255), (225, 225, 228)
+
+
+@dataclass(frozen=True)
+class Picked:
+    """A sample: its shard, its row of the index, and JPEG bytes of the frames that are shown (None: unreadable)."""
+
+    shard: int
+    row: dict[str, Any]
+    frames: list[bytes | None]
+
+
+def pick(corpus: Corpus, count: int, shards: int = SHARDS, frames: int = FRAMES) -> list[Picked]:
+    """`count` samples evenly spread over so many shards, each with up to `frames` of its frames.
+
+    Raises:
+        OSError, ValueError: an index cannot be read. Frames that cannot be read are None.
+    """
+    filled = [shard for shard, info in enumerate(corpus.shards) if info.samples]
+    chosen = [filled[place] for place in spread(len(filled), min(shards, count))]
+    sizes = [corpus.shards[shard].samples for shard in chosen]
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    places = np.array(spread(int(starts[-1]), count))
+    wanted = {
+        shard: places[(places >= first) & (places < last)] - first
+        for shard, first, last in zip(chosen, starts[:-1], starts[1:])
+    }
+
+    def rows(shard: int) -> list[tuple[int, dict[str, Any]]]:
+        table = columns_of(corpus, shard, INDEX_SCHEMA.names)
+        return [(shard, row) for row in table.take(wanted[shard]).to_pylist()]
+
+    found = [pair for pairs in in_threads(rows, chosen) for pair in pairs]
+    return with_frames(corpus, found, frames)
+
+
+def with_frames(corpus: Corpus, rows: Sequence[tuple[int, dict[str, Any]]], frames: int = FRAMES) -> list[Picked]:
+    """Samples with up to `frames` of their frames, evenly spread; all of them are fetched side by side."""
+    shown = [spread(len(row["offsets"]), frames) for _, row in rows]
+    spans = [
+        (corpus.tar_url(shard), row["offsets"][frame], row["sizes"][frame])
+        for (shard, row), numbers in zip(rows, shown)
+        for frame in numbers
+    ]
+    data = iter(ranges(spans))
+    return [Picked(shard, row, [next(data) for _ in numbers]) for (shard, row), numbers in zip(rows, shown)]
+
+
+def ranges(spans: Sequence[tuple[str, int, int]]) -> list[bytes | None]:
+    """The bytes at (url, offset, size) of files in one store; None where they cannot be read."""
+    if not spans:
+        return []
+    filesystem, _ = fsspec.url_to_fs(spans[0][0])
+    paths = [fsspec.url_to_fs(url)[1] for url, _, _ in spans]
+    starts, ends = [offset for _, offset, _ in spans], [offset + size for _, offset, size in spans]
+    found = filesystem.cat_ranges(paths, starts, ends, on_error="return")
+    return [data if isinstance(data, bytes) and data else None for data in found]
+
+
+def picture(data: bytes | None) -> Image.Image | None:
+    """A decoded frame, or None."""
+    try:
+        return None if data is None else Image.fromarray(decode_picture(data).pixels)
+    except MediaError:
+        return None
+
+
+def contact_sheet(corpus: Corpus, count: int, shards: int = SHARDS) -> Image.Image:
+    """Pictures of `count` samples from all over the corpus with their first text; of a clip four frames."""
+    frames = 1 if corpus.media_type == "image" else 4
+    picked = pick(corpus, count, shards, frames)
+    columns = max(1, min(SHEET_WIDTH // frames, len(picked)))
+    width, height = (TILE + 2) * frames + GAP, TILE + CAPTION
+    sheet = Image.new("RGB", (columns * width + GAP, max(1, -(-len(picked) // columns)) * height + GAP), PAPER)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    for number, sample in enumerate(picked):
+        left, top = GAP + number % columns * width, GAP + number // columns * height
+        for place, data in enumerate(sample.frames):
+            sheet.paste(tile(picture(data), TILE), (left + place * (TILE + 2), top))
+        text = first_text(sample.row)
+        lines = two_lines(text, font, width - GAP) if text else name_lines(sample.row["source"], font, width - GAP)
+        for line, text in enumerate(lines):
+            draw.text((left, top + TILE + 2 + 15 * line), text, INK, font)
+    return sheet
+
+
+def tile(image: Image.Image | None, side: int) -> Image.Image:
+    """A picture fitted into a square."""
+    square = Image.new("RGB", (side, side), NOTHING)
+    if image is None:
+        ImageDraw.Draw(square).text((side // 2, side // 2), "unreadable", INK, ImageFont.load_default(12), "mm")
+        return square
+    image = ImageOps.contain(image, (side, side), Image.Resampling.LANCZOS)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def first_text(row: dict[str, Any]) -> str:
+    """What a sample is about, in one line; empty where it has no text."""
+    texts = [*row["captions"], *(question["question"] for question in row["questions"])]
+    texts += [" / ".join(choice["options"]) for choice in row["choices"]]
+    return " ".join(texts[0].split()) if texts else ""
+
+
+def two_lines(text: str, font: Any, width: int) -> list[str]:
+    """A text in up to two lines of `width` pixels, cut where it is longer."""
+    first, rest = "", text.split()
+    while rest and font.getlength(f"{first} {rest[0]}") <= width:
+        first = f"{first} {rest.pop(0)}"
+    second = " ".join(rest)
+    while second and font.getlength(second + "…") > width:
+        second = second[: -max(1, len(second) // 20)]
+    return [first.strip(), second if second == " ".join(rest) else second + "…"]
+
+
+def name_lines(name: str, font: Any, width: int) -> list[str]:
+    """A path in up to two lines of `width` pixels, without its middle where it is longer: paths differ at the end."""
+    first = len(name)
+    while font.getlength(name[:first]) > width:
+        first -= 1
+    rest = kept = name[first:]
+    while font.getlength(kept) > width:
+        rest = rest[1:]
+        kept = "…" + rest
+    return [name[:first], kept]
+
+
+def fetch_command(url: str, offset: int, size: int, target: str, signed: bool = False) -> str:
+    """The shell command that fetches `size` bytes at `offset` of a file into `target`.
+
+    dd for a local file, curl for what has an address on the web, else Python with fsspec. `signed`: an address in S3
+    or Azure carries a signature that is good for an hour, so that the command works as it is.
+    """
+    filesystem, path = fsspec.url_to_fs(url)
+    name = shlex.quote(target)
+    if isinstance(filesystem, LocalFileSystem):
+        flags = "iflag=skip_bytes,count_bytes bs=1M status=none"
+        return f"dd if={shlex.quote(path)} {flags} skip={offset} count={size} of={name}"
+    kinds = (filesystem.protocol,) if isinstance(filesystem.protocol, str) else filesystem.protocol
+    address, header = "", ""
+    if "http" in kinds or "https" in kinds:
+        address = url
+    elif "gs" in kinds:
+        address = filesystem.url(path)
+        if filesystem.storage_options.get("token") != "anon":
+            header = '-H "Authorization: Bearer $(gcloud auth print-access-token)" '
+    elif signed:
+        address = signature(filesystem, path)
+    if address:
+        return f"curl -sS -r {offset}-{offset + size - 1} {header}{shlex.quote(address)} -o {name}"
+    program = f"fs, path = fsspec.url_to_fs({url!r}); "
+    program += f"open({target!r}, 'wb').write(fs.cat_file(path, {offset}, {offset + size}))"
+    return f"python -c {shlex.quote('import fsspec; ' + program)}"
+
+
+def signature(filesystem: Any, path: str) -> str:
+    """An address with a signature for an hour; empty where the store gives none."""
+    try:
+        return str(filesystem.sign(path, expiration=3600))
+    except Exception:  # no such thing there, or no key to sign with: each store says it its own way
+        return ""

@@ -1,0 +1,1 @@
+"""Packed corpora: shards and their index, written, read back, checked and repaired."""

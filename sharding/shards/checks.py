@@ -1,0 +1,339 @@
+"""Checks one shard: its tar byte by byte against its index, its checksums, and what corpus.json says of both."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+
+from sharding.executors.process_pool import Advance
+from sharding.media import MediaError
+from sharding.media.links import LinkError, Places
+from sharding.media.picture import decode_picture
+from sharding.shards import parquet
+from sharding.shards.foreign import PICTURES, split_name
+from sharding.shards.schema import INDEX_SCHEMA, UNREADABLE, ShardInfo
+from sharding.shards.tar import Damage, Member, TarStream, open_stream
+from sharding.shards.writing import INDEXED, NOTE, counts, tar_header
+from storage.policy import again, reason_of
+
+LISTED = 1000  # faults of one shard that are listed; the rest is counted
+PLACES = ("key", "offsets", "sizes", "crc32s")  # columns of the index that the sample's JSON in the tar lacks
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something wrong with a corpus: in which file, with which sample, at which byte (-1: no certain one), and what."""
+
+    file: str
+    reason: str
+    key: str = ""
+    offset: int = -1
+
+    def __str__(self) -> str:
+        """One line."""
+        place = [self.file, self.key, f"byte {self.offset}" if self.offset >= 0 else "", self.reason]
+        return ": ".join(part for part in place if part)
+
+
+@dataclass(frozen=True)
+class Check:
+    """A shard to check: URLs of both files, what corpus.json says (None: nothing that could be trusted)."""
+
+    number: int
+    tar: str
+    index: str
+    info: ShardInfo | None
+    own: bool  # packed by this program: names and texts in the tar are exactly those of the index
+    decode: bool
+
+
+@dataclass
+class Report:
+    """What was found out about a shard."""
+
+    check: Check
+    faults: list[Fault] = field(default_factory=list)
+    tar_is_sound: bool = False
+    index_is_sound: bool = False
+    info: ShardInfo | None = None  # of a sound shard, from the files themselves
+    media_type: str = ""
+    failures: list[dict[str, Any]] = field(default_factory=list)  # as the index tells them
+
+
+def check_shard(check: Check, advance: Advance) -> Report:
+    """Everything wrong with a shard."""
+    report = Report(check)
+    index_name, tar_name = check.index.rsplit("/", 1)[-1], check.tar.rsplit("/", 1)[-1]
+    table, digest, size, faults = read_table(check, index_name)
+    rows = [] if table is None else table.to_pylist()
+    faults += index_faults(check.info, index_name, rows) if table is not None else []
+    note = note_of(table)
+    expected = check.info or (ShardInfo(tar_name, **note["facts"], index_bytes=0, index_sha256="") if note else None)
+    report.faults += faults
+
+    def walk_through() -> Walk:
+        with open_stream(check.tar) as file:
+            stream = TarStream(file, lambda part: advance(0, 0, part))
+            walk = Walk(check, tar_name, table, rows, stream)
+            walk.run(None if expected is None else expected.bytes)
+            return walk
+
+    try:
+        walk = again(walk_through)
+    except Exception as error:  # each store has errors of its own
+        reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {reason_of(error)}"
+        report.faults.append(Fault(tar_name, reason))
+    else:
+        sha256 = walk.stream.sha256.hexdigest()
+        as_written = expected is None or sha256 == expected.sha256
+        found = walk.faults + ([] if as_written else walk.doubts)
+        report.faults += found if as_written or found else [unnamed(tar_name)]
+        report.tar_is_sound = as_written and not walk.damaged
+        report.index_is_sound = table is not None and not faults and not (walk.misfits and as_written)
+        if report.index_is_sound and table is not None:
+            report.failures = note.get("failures", []) if note else []
+            report.media_type = "" if not table.num_rows else "image" if table.column("fps").null_count else "video"
+            facts: dict[str, Any] = {**counts(rows), "bytes": walk.stream.position, "sha256": sha256}
+            name = "" if tar_name.removesuffix(".tar") + ".parquet" == index_name else index_name
+            report.info = ShardInfo(tar_name, **facts, index_bytes=size, index_sha256=digest, index=name)
+    more = len(report.faults) - LISTED
+    if more > 0:
+        report.faults = [*report.faults[:LISTED], Fault(tar_name, f"and {more} more")]
+    advance(int(not report.faults), int(bool(report.faults)), 0)
+    return report
+
+
+def unnamed(tar_name: str) -> Fault:
+    """The fault of a tar that differs from what was written, though no reader would notice."""
+    return Fault(tar_name, "its SHA-256 is not the recorded one, though every member is sound")
+
+
+def read_table(check: Check, name: str) -> tuple[pa.Table | None, str, int, list[Fault]]:
+    """(the index, or None where it cannot be used; its SHA-256; its bytes; its faults)."""
+    try:
+        filesystem, path = fsspec.url_to_fs(check.index)
+        data = again(filesystem.cat_file, path)
+    except Exception as error:  # each store has errors of its own
+        reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {reason_of(error)}"
+        return None, "", 0, [Fault(name, reason)]
+    digest = hashlib.sha256(data).hexdigest()
+    if check.info and digest != check.info.index_sha256:
+        size = "" if len(data) == check.info.index_bytes else f" ({len(data)} bytes, {check.info.index_bytes} expected)"
+        return None, digest, len(data), [Fault(name, f"its SHA-256 is not the one in corpus.json{size}")]
+    try:
+        table = parquet.read_table(data)
+    except UNREADABLE as error:
+        return None, digest, len(data), [Fault(name, f"is no readable index: {error}")]
+    if not table.schema.equals(INDEX_SCHEMA):
+        return None, digest, len(data), [Fault(name, "has other columns than an index")]
+    return table, digest, len(data), []
+
+
+def index_faults(info: ShardInfo | None, name: str, rows: list[dict[str, Any]]) -> Iterator[Fault]:
+    """Where an index contradicts corpus.json or itself."""
+    if info:
+        for unit, count in counts(rows).items():
+            if count != getattr(info, unit):
+                yield Fault(name, f"holds {count} {unit}, corpus.json says {getattr(info, unit)}")
+    for key, count in Counter(row["key"] for row in rows).items():
+        if count > 1:
+            yield Fault(name, f"{count} samples have this key", key)
+    for row in rows:
+        if not len(row["offsets"]) == len(row["sizes"]) == len(row["crc32s"]) or not row["offsets"]:
+            yield Fault(name, "offsets, sizes and CRC-32s do not belong together", row["key"])
+
+
+def note_of(table: pa.Table | None) -> dict[str, Any] | None:
+    """What was noted in an index when it was made."""
+    metadata = (table.schema.metadata if table is not None else None) or {}
+    text = metadata.get(NOTE) or metadata.get(INDEXED)
+    return json.loads(text) if text else None
+
+
+@dataclass
+class Frame:
+    """A frame of the index, to be found in the tar."""
+
+    row: int
+    number: int
+    size: int
+    crc32: int
+
+
+class Walk:
+    """One walk through a tar: `faults`, and `doubts` that count only if the tar's SHA-256 is wrong."""
+
+    def __init__(
+        self, check: Check, name: str, table: pa.Table | None, rows: list[dict[str, Any]], stream: TarStream
+    ) -> None:
+        self.check, self.name, self.table, self.rows, self.stream = check, name, table, rows, stream
+        self.faults: list[Fault] = []
+        self.doubts: list[Fault] = []
+        self.damaged = self.misfits = 0  # faults of the tar itself; places where the index does not fit it
+        self.number_of = {row["key"]: number for number, row in enumerate(self.rows)}
+        self.frames: dict[int, list[Frame]] = defaultdict(list)  # links let several samples share a file
+        for number, row in enumerate(self.rows):
+            for frame, (offset, size, crc32) in enumerate(zip(row["offsets"], row["sizes"], row["crc32s"])):
+                self.frames[offset].append(Frame(number, frame, size, crc32))
+        self.texts: dict[int, dict[str, Any]] = {}
+        self.places = Places()
+        self.links: list[Member] = []
+        self.elsewhere: list[tuple[Member, Frame]] = []  # frames in the file of another sample: is it a link?
+
+    def run(self, size: int | None) -> None:
+        """Read the tar to its end; `size`: the bytes it should have."""
+        known = {offset: (self.name_of(frames[0]), frames[0].size) for offset, frames in self.frames.items()}
+        cut = False
+        for found in self.stream.walk(lambda _: True, known):
+            if isinstance(found, Damage):
+                fault = Fault(self.name, found.reason, offset=found.offset)
+                (self.faults if found.certain else self.doubts).append(fault)
+                self.damaged += found.certain
+                cut = cut or "cut off" in found.reason
+            else:
+                self.see(found)
+        if size is not None and size != self.stream.position:
+            self.damaged += 1
+            reason = f"{self.stream.position} bytes, {size} expected"
+            self.faults.append(Fault(self.name, reason, offset=min(self.stream.position, size)))
+        self.see_links()
+        self.not_seen(cut)
+        self.compare_texts()
+
+    def name_of(self, frame: Frame) -> str:
+        """The name of a frame's file in a tar of our own."""
+        row = self.rows[frame.row]
+        return f"{row['key']}.jpg" if row["fps"] is None else f"{row['key']}.{frame.number:03d}.jpg"
+
+    def see(self, member: Member) -> None:
+        """Check one member against the index."""
+        key, ending = split_name(member.name)
+        if not self.check.own:
+            self.places.add(member)
+        if member.link:
+            self.links.append(member)
+            return
+        frames = self.frames.pop(member.offset, [])
+        if self.check.own and member.header and member.header != tar_header(member.name, member.size):
+            self.doubts.append(Fault(self.name, "its tar header is not as written", key, member.offset - 512))
+        for frame in frames:
+            if self.check.own or is_key(key, self.rows[frame.row]["key"]):
+                self.see_frame(member, frame)
+            else:
+                self.elsewhere.append((member, frame))
+        if frames:
+            return
+        if self.check.own and self.table is not None and ending.rsplit(".", 1)[-1] in PICTURES:
+            self.misfit(f"{member.name} is not in the index", key, member.offset)
+        elif self.check.own and ending == "json" and member.data is not None:
+            self.see_text(member, key)
+
+    def see_links(self) -> None:
+        """Check frames in files of other names: links must lead there."""
+        linked = set()
+        for link in self.links:
+            with suppress(LinkError):
+                linked.add((split_name(link.name)[0], self.places.target(link).offset))
+        for member, frame in self.elsewhere:
+            row = self.rows[frame.row]
+            if (row["key"], member.offset) in linked:
+                self.see_frame(member, frame)
+            else:
+                self.misfit(f"frame {frame.number}: the tar has {member.name} here", row["key"], member.offset)
+
+    def see_frame(self, member: Member, frame: Frame) -> None:
+        """Check a frame's name, size, CRC-32, and with `decode` its pixels."""
+        row, data = self.rows[frame.row], member.data or b""
+        where = f"frame {frame.number}"
+        if self.check.own and member.name != self.name_of(frame):
+            self.misfit(f"{where}: the tar has {member.name} here", row["key"], member.offset)
+        elif member.size != frame.size:
+            self.misfit(f"{where}: {member.size} bytes, the index says {frame.size}", row["key"], member.offset)
+        elif zlib.crc32(data) != frame.crc32:
+            self.damaged += 1
+            reason = f"{where}: CRC-32 does not match the index"
+            self.faults.append(Fault(self.name, reason, row["key"], member.offset))
+        elif self.check.decode:
+            reason = undecodable(data, row["width"], row["height"])
+            if reason:
+                self.faults.append(Fault(self.name, f"{where}: {reason}", row["key"], member.offset))
+
+    def see_text(self, member: Member, key: str) -> None:
+        """Note a sample's JSON, to be compared with the index."""
+        number = self.number_of.get(key)
+        if self.table is None:
+            return
+        if number is None:
+            self.misfit(f"{member.name} is not in the index", key, member.offset)
+            return
+        try:
+            self.texts[number] = json.loads(member.data or b"")
+        except ValueError:
+            self.damaged += 1
+            self.faults.append(Fault(self.name, "its JSON cannot be read", key, member.offset))
+
+    def misfit(self, reason: str, key: str, offset: int) -> None:
+        """Note that index and tar contradict each other."""
+        self.misfits += 1
+        self.faults.append(Fault(self.name, reason, key, offset))
+
+    def not_seen(self, cut: bool) -> None:
+        """Frames of the index that the tar has not; of a tar that was cut off only their number is told."""
+        left = [(offset, frame) for offset, frames in self.frames.items() for frame in frames]
+        if cut and left:
+            lost = {self.rows[frame.row]["key"]: None for _, frame in left}
+            self.damaged += 1
+            reason = f"{len(lost)} samples from here on are cut off"
+            self.faults.append(Fault(self.name, reason, next(iter(lost)), min(self.frames)))
+            return
+        for offset, frame in left:
+            reason = f"frame {frame.number}: the index says it begins here, the tar has no file here"
+            self.misfit(reason, self.rows[frame.row]["key"], offset)
+
+    def compare_texts(self) -> None:
+        """Compare the JSON of every sample with its row of the index."""
+        if not self.texts or self.table is None:
+            return
+        numbers = list(self.texts)
+        columns = [column for column in INDEX_SCHEMA.names if column not in PLACES]
+        wanted = self.table.select(columns).take(numbers)
+        try:
+            found = pa.Table.from_pylist([self.texts[number] for number in numbers], schema=wanted.schema)
+        except (pa.ArrowException, TypeError, ValueError) as error:
+            self.faults.append(Fault(self.name, f"texts in the tar do not fit the index: {error}"))
+            self.damaged += 1
+            return
+        if found.equals(wanted):
+            return
+        for place, (here, there) in enumerate(zip(found.to_pylist(), wanted.to_pylist())):
+            other = [column for column in columns if here[column] != there[column]]
+            if other:
+                key = self.rows[numbers[place]]["key"]
+                self.misfit(f"its JSON and the index differ in {', '.join(other)}", key, -1)
+
+
+def is_key(key: str, indexed: str) -> bool:
+    """Whether a sample's key is that in an index, as it is or as earlier versions wrote it."""
+    return indexed in (key, key.replace(".", "_"))
+
+
+def undecodable(data: bytes, width: int, height: int) -> str:
+    """Why a picture cannot be shown as the index says; empty when it can."""
+    try:
+        pixels = decode_picture(data).pixels
+    except MediaError as error:
+        return str(error)
+    found = (pixels.shape[1], pixels.shape[0])
+    if found == (width, height):
+        return ""
+    remedy = "; it is turned by its EXIF, index it again" if found == (height, width) else ""
+    return f"{found[0]}x{found[1]} pixels, the index says {width}x{height}{remedy}"

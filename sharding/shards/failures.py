@@ -1,0 +1,139 @@
+"""Media that could not be packed: every one with its reason in `failures.parquet`, summed up by kind of reason."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from runtime.errors import MissingError, UserError
+from sharding.shards.parquet import parquet_file, read_batches, read_table
+from sharding.shards.schema import join_url
+from sharding.shards.writing import publish, sha256
+
+FILE = "failures.parquet"
+SCHEMA = pa.schema(
+    [
+        ("source", pa.string()),  # the media's name in the annotation
+        ("rows", pa.int64()),  # annotation rows lost with it
+        ("reason", pa.string()),
+    ]
+)
+ROW_GROUP = 2**16  # rows
+KINDS = 1000  # kinds of reasons told apart; a reason of text without a pattern must not fill the memory
+
+STATUS = re.compile(r"(?:^|(?<=HTTP )|(?<=status )|(?<=errno )|(?<=code ))\d+", re.IGNORECASE)
+PARTICULARS = (  # what differs between two failures of one kind, and what stands for it
+    (re.compile(r"\b\w+://\S+"), "URL"),
+    (re.compile(r"'[^']*'|\"[^\"]*\""), "'…'"),
+    (re.compile(r"(?<![\w.])/\S+"), "PATH"),
+    (re.compile(r"0x[0-9a-fA-F]+"), "N"),
+    (re.compile(r"(?<![\w])[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?"), "N"),
+)
+
+
+class TooManyFailures(UserError):
+    """A larger share of the media failed than the user allows."""
+
+    exit_code = 1
+
+
+@functools.lru_cache(2**16)
+def kind_of(reason: str) -> str:
+    """A reason without its particulars (numbers, names, URLs), the same for all failures of one kind.
+
+    Numbers that are the reason stay: `HTTP 404`, `errno 5`.
+    """
+    parts = []
+    end = 0
+    for match in STATUS.finditer(reason):
+        parts += [general(reason[end : match.start()]), match[0]]
+        end = match.end()
+    return "".join([*parts, general(reason[end:])])[:200]
+
+
+def general(text: str) -> str:
+    """A text with its particulars replaced."""
+    for pattern, stand_in in PARTICULARS:
+        text = pattern.sub(stand_in, text)
+    return text
+
+
+class FailureLog:
+    """Collects failures shard by shard, on disk, and counts them by kind; `publish` writes them in order."""
+
+    def __init__(self, scratch: Path) -> None:
+        self.scratch = scratch
+        self.shards: list[int] = []
+        self.count = self.rows = 0
+        self.kinds: Counter[str] = Counter()
+
+    def add(self, shard: int, failures: list[dict[str, Any]]) -> None:
+        """Note the failures (source, rows, reason) of one shard."""
+        if not failures:
+            return
+        pq.write_table(pa.Table.from_pylist(failures, schema=SCHEMA), self._part(shard))
+        self.shards.append(shard)
+        self.count += len(failures)
+        self.rows += sum(failure["rows"] for failure in failures)
+        count_kinds(self.kinds, (failure["reason"] for failure in failures))
+
+    def publish(self, output: str) -> dict[str, str]:
+        """Write `failures.parquet` to the folder `output`, in the order of shards; returns {its name: its SHA-256}."""
+        path = self.scratch / FILE
+        with pq.ParquetWriter(path, SCHEMA) as writer:
+            held: list[pa.Table] = []
+            for shard in sorted(self.shards):
+                held.append(read_table(self._part(shard)))
+                if sum(table.num_rows for table in held) >= ROW_GROUP:
+                    writer.write_table(pa.concat_tables(held))
+                    held = []
+            writer.write_table(pa.concat_tables(held) if held else SCHEMA.empty_table())
+        digest = sha256(path)
+        publish(path, join_url(output, FILE))
+        return {FILE: digest}
+
+    def _part(self, shard: int) -> Path:
+        return self.scratch / f"failures-{shard:06d}.parquet"
+
+
+def count_kinds(kinds: Counter[str], reasons: Iterable[str]) -> None:
+    """Add reasons to the counts by kind; beyond KINDS kinds the rest is one."""
+    for reason in reasons:
+        kind = kind_of(reason)
+        kinds[kind if kind in kinds or len(kinds) < KINDS else "other reasons"] += 1
+
+
+def summary(kinds: Counter[str], most: int = 10) -> Iterator[str]:
+    """Lines `count x kind`, most frequent first."""
+    for kind, count in kinds.most_common(most):
+        yield f"  {count:6d} x {kind}"
+    if len(kinds) > most:
+        yield f"  and {len(kinds) - most} more kinds of reasons, all in {FILE}"
+
+
+def read_failures(url: str) -> Iterator[dict[str, Any]]:
+    """The rows of a corpus' `failures.parquet`, streamed.
+
+    Raises:
+        FileNotFoundError: there is none. ValueError: it is damaged.
+    """
+    path = join_url(url, FILE)
+    try:
+        with fsspec.open(path, "rb") as file:
+            with parquet_file(cast(BinaryIO, file)) as table:
+                for batch in read_batches(table):
+                    yield from batch.to_pylist()
+    except FileNotFoundError:
+        raise MissingError(f"{path} does not exist: {url} was packed without it, or is not done yet") from None
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged ({error}): `python -m sharding.verify {url} --repair` makes it again"
+        ) from None

@@ -1,0 +1,233 @@
+"""The folder that a build writes to: claimed for one set of settings, locked, cleared of what a killed build left."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from runtime.errors import UserError
+from sharding.annotations.config import Reading
+from sharding.shards.plan import Settings
+from sharding.shards.schema import VERSION, join_url, plain_scheme
+from sharding.shards.writing import publish
+from storage.locks import HeldError, Lock
+from storage.policy import again, check_bucket, naming
+
+BUILD = "build.json"  # says what a build writes there
+PARTIAL = ".partial"  # folder inside a local output that holds unfinished files
+LOCK = "lock"  # file in it
+CLEARING = 5.0  # seconds that the last part of a build may take to clear up
+STAGED = "rows-*.sqlite"  # files in it that an interrupted build leaves to the next one
+
+
+def local_form(url: str) -> str:
+    """A local folder as a plain path, any other URL with its scheme in lower case."""
+    return plain_scheme(url).removeprefix("file://")
+
+
+@contextmanager
+def open_output(output: str, among_others: bool = False, part: str = "") -> Iterator[Path]:
+    """Hold `output` for one build; yields a local folder for unfinished files, removed at the end.
+
+    among_others: files that no build of this tool made may lie there.
+    part: this is one of several jobs, such as 2/8, that write there at the same time.
+
+    Raises:
+        ValueError: another build is writing there, or it is a folder of other things.
+    """
+    if "://" in output:
+        scratch = Path(tempfile.mkdtemp(prefix="singularity-build-"))
+        try:
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        return
+    folder = Path(output)
+    refuse_others(folder, among_others)
+    made = missing_folders(folder)
+    partial = folder / PARTIAL
+    beside = [] if part else list(partial.glob("part-*.lock"))
+    try:
+        with locked(Lock(partial / LOCK, bool(part), beside), output, CLEARING if part else 0) as lock:
+            try:
+                refuse_others(folder, among_others)  # once more: nobody else can begin to write from here on
+                with part_folder(folder, part) if part else whole_folder(folder) as scratch:
+                    yield scratch
+            except BaseException:
+                if not part or lock.alone():
+                    leave_partial(partial, keep_rows=True)
+                raise
+            if not part or ((folder / "corpus.json").exists() and lock.alone()):  # no other part works in there
+                leave_partial(partial, keep_rows=False)
+    finally:
+        remove_empty([partial, *made])
+
+
+def refuse_others(folder: Path, among_others: bool) -> None:
+    """Raise UserError where the output is a file, or holds things that no build of this tool made and may not."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: choose another --output, a folder")
+    if among_others or not folder.exists():
+        return
+    others = any(path.name != PARTIAL for path in folder.iterdir())
+    if others and not (folder / BUILD).exists():  # in this order: a part may just write it
+        raise UserError(f"{folder} is not empty and holds no build of this tool: choose another --output")
+
+
+def missing_folders(folder: Path) -> list[Path]:
+    """A folder and its parents as far as they do not exist, innermost first."""
+    return list(itertools.takewhile(lambda path: not path.exists(), [folder, *folder.parents]))
+
+
+def remove_empty(folders: Sequence[Path]) -> None:
+    """Remove those of the folders, innermost first, that hold nothing."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+@contextmanager
+def locked(lock: Lock, what: str, seconds: float = 0) -> Iterator[Lock]:
+    """Hold a lock; raises UserError where another build has it.
+
+    Who shares it waits a moment: the last part of a build holds the folder alone while it clears up.
+    """
+    try:
+        lock.acquire(seconds)
+    except HeldError as held:
+        raise UserError(
+            f"another build is writing to {what} ({held}): wait until it is done, or choose another --output"
+        ) from None
+    try:
+        yield lock
+    finally:
+        lock.release()
+
+
+def clear_partial(folder: Path, keep_rows: bool) -> None:
+    """Delete unfinished files; the lock stays, and staged rows where they are to be kept."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != LOCK and not (keep_rows and path.match(STAGED)):
+            path.unlink(missing_ok=True)
+
+
+def leave_partial(folder: Path, keep_rows: bool) -> None:
+    """`clear_partial`, and where nothing stays, the lock goes, too: from then on another build may hold one."""
+    clear_partial(folder, keep_rows)
+    if folder.is_dir() and [path.name for path in folder.iterdir()] == [LOCK]:
+        (folder / LOCK).unlink()
+
+
+def staging_place(output: str, scratch: Path, plan: dict[str, Any]) -> Path:
+    """Where the rows of a plan are staged: inside a local output, for an interrupted build to find them again."""
+    digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
+    folder = scratch if "://" in output else Path(output) / PARTIAL
+    return folder / STAGED.replace("*", digest)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder for unfinished files, cleared of what a killed build left."""
+    clear_partial(folder / PARTIAL, keep_rows=True)
+    yield Path(tempfile.mkdtemp(dir=folder / PARTIAL))  # a name of its own: no older process writes there
+
+
+@contextmanager
+def part_folder(folder: Path, part: str) -> Iterator[Path]:
+    """Hold one job's share of the local output `folder`; yields a folder in it for unfinished files."""
+    partial, name = folder / PARTIAL, f"part-{part.replace('/', '-of-')}"
+    with locked(Lock(partial / f"{name}.lock"), f"part {part} of {folder}"):
+        for left in partial.glob(f"{name}-*"):  # by a killed job
+            shutil.rmtree(left, ignore_errors=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=partial))
+        try:
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def plan_of(settings: Settings, reading: Reading, annotations: Sequence[str]) -> dict[str, Any]:
+    """What decides the bytes of a corpus, besides its media; for `build.json`."""
+    return {
+        "version": VERSION,
+        **asdict(settings),
+        "annotations_sha256": digest_of(annotations),
+        "reading": asdict(reading),
+    }
+
+
+def check_claim(output: str, plan: dict[str, Any]) -> bool:
+    """Whether `build.json` is there; raises ValueError when the shards there are of another build than `plan`."""
+    found = read_claim(join_url(output, BUILD))
+    if found is None:
+        return False
+    different = sorted(key for key in plan if plan[key] != found.get(key))
+    if different:
+        raise UserError(
+            f"{output} holds a corpus built with another {', '.join(different)}: "
+            "choose another --output, or delete that folder first"
+        )
+    return True
+
+
+def read_claim(url: str) -> dict[str, Any] | None:
+    """What `build.json` says; None where there is none."""
+    with naming(url, "read"):
+        filesystem, path = fsspec.url_to_fs(url)
+        try:
+            return json.loads(again(filesystem.cat_file, path))
+        except FileNotFoundError:
+            check_bucket(url)  # now, and not when all annotations are read
+            return None
+
+
+def claim(output: str, plan: dict[str, Any], scratch: Path) -> None:
+    """Note in `build.json` what is built here; raise ValueError when the shards there are of another build."""
+    if not check_claim(output, plan):
+        write_text(join_url(output, BUILD), json.dumps(plan, indent=1, ensure_ascii=False) + "\n", scratch)
+
+
+def digest_of(files: Sequence[str]) -> str:
+    """SHA-256 over the contents of files, in order."""
+    digest = hashlib.sha256()
+    for file in files:
+        with naming(file, "read"):
+            digest = again(with_contents, digest, file)
+    return digest.hexdigest()
+
+
+def with_contents(digest: Any, file: str) -> Any:
+    """A copy of a digest that has taken in a file."""
+    result = digest.copy()
+    with fsspec.open(file, "rb") as handle:
+        while block := handle.read(2**20):
+            result.update(block)
+    return result
+
+
+def write_text(url: str, text: str, scratch: Path) -> None:
+    """Write a small file so that it is whole or absent."""
+    path = scratch / url.rsplit("/", 1)[-1]
+    path.write_text(text, encoding="utf-8")
+    publish(path, url)
+
+
+def remove(url: str) -> None:
+    """Delete a file if it is there."""
+    with naming(url, "delete"):
+        filesystem, path = fsspec.url_to_fs(url)
+        if again(filesystem.exists, path):
+            again(filesystem.rm_file, path)

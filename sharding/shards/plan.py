@@ -1,0 +1,86 @@
+"""Which items go into which shard: a pure function of annotations and settings, so that any worker builds any shard."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime.errors import UserError
+from sharding.annotations.items import Item
+from sharding.annotations.staging import Staged
+from sharding.shards.schema import MEDIA_TYPES
+from storage.web import Fetching
+
+FRAMES_PER_CLIP = 24  # assumed when clips are spread over shards, before any is opened
+BYTES_PER_PIXEL = 0.25  # of a JPEG at the usual quality, assumed likewise
+SMALLEST_SHARD = {"image": 64, "video": 8}  # samples
+SPREAD = 16  # a corpus is cut into so many shards, for as many workers, as soon as they are not smaller than that
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the bytes of the shards, besides annotations and media."""
+
+    name: str
+    media_type: str
+    size: int = 224
+    quality: int = 90
+    fps: float = 2.0
+    max_frames: int = 0
+    shard_mb: int = 256
+
+    def check(self) -> None:
+        """Raise ValueError, with the remedy, for settings that cannot work."""
+        if self.media_type not in MEDIA_TYPES:
+            raise UserError(f"--media-type is {self.media_type!r}, must be image or video")
+        if self.size < 16 or self.fps <= 0 or self.max_frames < 0 or not 1 <= self.quality <= 100:
+            raise UserError("--size must be at least 16, --fps above 0, --max-frames 0 or more, --quality 1 to 100")
+        if self.shard_mb < 1:
+            raise UserError(f"--shard-mb is {self.shard_mb}, must be at least 1")
+        if "." in self.name or "/" in self.name or not 1 <= len(self.name) <= 60:
+            raise UserError(f"--name {self.name!r} must be 1 to 60 characters without dots and slashes")
+
+    def samples_per_shard(self, samples: int) -> int:
+        """How many of `samples` items go into each shard; depends on nothing else."""
+        frames = 1 if self.media_type == "image" else self.max_frames or FRAMES_PER_CLIP
+        by_size = self.shard_mb * 2**20 / (frames * self.size**2 * 4 / 3 * BYTES_PER_PIXEL)
+        return max(1, min(int(by_size), max(SMALLEST_SHARD[self.media_type], math.ceil(samples / SPREAD))))
+
+    def shares(self, samples: int) -> dict[str, int]:
+        """How `samples` items are shared out, for `build.json`: other numbers mean other shards."""
+        return {"items": samples, "samples_per_shard": self.samples_per_shard(samples)}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One shard to build: its number, its items, where from and where to."""
+
+    number: int
+    items: Sequence[Item]  # read from disk where they are looked at; a list to send a task to another machine
+    media_root: str
+    output: str
+    scratch: str
+    settings: Settings
+    fetching: Fetching
+
+    @property
+    def name(self) -> str:
+        """The shard's file name."""
+        return f"{self.settings.name}-{self.number:06d}.tar"
+
+    def key(self, number: int) -> str:
+        """The key of the task's item `number`, unique in the corpus."""
+        return f"{self.number:06d}{number:06d}"
+
+
+def plan_shards(
+    staged: Staged, settings: Settings, media_root: str, output: str, scratch: Path, fetching: Fetching
+) -> list[Task]:
+    """One task a shard; together they hold every item once, in order."""
+    each = settings.samples_per_shard(staged.items)
+    return [
+        Task(number, staged.between(first, first + each), media_root, output, str(scratch), settings, fetching)
+        for number, first in enumerate(range(0, staged.items, each))
+    ]

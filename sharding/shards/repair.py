@@ -1,0 +1,112 @@
+"""Makes again what can be made from sound tars: indices, corpus.json, failures.parquet."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from runtime.errors import UserError
+from sharding.index import IndexTask, index_shard
+from sharding.shards.checks import Report
+from sharding.shards.failures import FILE, FailureLog
+from sharding.shards.output import BUILD, digest_of, open_output, write_text
+from sharding.shards.plan import Settings
+from sharding.shards.schema import Corpus, ShardInfo, contents, join_url, parse_corpus
+
+
+def repair(url: str, corpus: Corpus | None, reports: list[Report]) -> list[str]:
+    """Mend a corpus of which `reports` tell all shards; returns what was done, a line each.
+
+    corpus: what corpus.json says, None when that cannot be trusted. What depends on a damaged tar is left as it is.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
+    done: list[str] = []
+    with open_output(url, among_others=True) as scratch:
+        shards: list[ShardInfo] = []
+        kinds: set[str] = set()
+        failures = FailureLog(scratch)
+        told = True  # whether the indices still tell all failures
+        for number, report in enumerate(reports):
+            known = corpus.shards[number] if corpus else None
+            info, kind = report.info, report.media_type
+            if not report.index_is_sound and report.tar_is_sound:
+                info, kind = new_index(url, report, scratch)
+                done.append(f"{info.index_name} made again from {info.name}")
+                told = False
+            elif not report.index_is_sound:
+                told = False
+            failures.add(number, report.failures)
+            kept = known if known and not report.tar_is_sound else info or known
+            if kept:
+                shards.append(kept)
+            kinds |= {kind} - {""}
+        files = dict(corpus.files) if corpus else {}
+        files |= small_files(url, files, failures if told else None, done)
+        mended = described(url, corpus, tuple(shards), kinds, files)
+        text = mended.to_json()
+        if corpus is None or text != corpus.to_json():
+            write_text(join_url(url, "corpus.json"), text, scratch)
+            done.append(f"corpus.json made again: {len(shards)} shards, {mended.samples} samples")
+    return done
+
+
+def new_index(url: str, report: Report, scratch: Path) -> tuple[ShardInfo, str]:
+    """Index a sound tar anew; returns its line of corpus.json and its media type."""
+    tars, name = report.check.tar.rsplit("/", 1)
+    filesystem, path = fsspec.url_to_fs(report.check.tar)
+    task = IndexTask(report.check.number, tars, name, filesystem.size(path), url, str(scratch), 0.0, anew=True)
+    shard = index_shard(task, lambda good, bad, size: None)
+    if shard.info is None:
+        raise UserError(f"{report.check.tar}: {shard.damages[0]}")
+    return shard.info, shard.media_type
+
+
+def small_files(url: str, files: dict[str, str], failures: FailureLog | None, done: list[str]) -> dict[str, str]:
+    """SHA-256 of the files beside the shards; failures.parquet is made again from the indices where it is damaged."""
+    found = {}
+    for name in (BUILD, FILE):
+        place = join_url(url, name)
+        filesystem, path = fsspec.url_to_fs(place)
+        there = filesystem.exists(path)
+        digest = digest_of([place]) if there else ""
+        if digest and files.get(name, digest) == digest:
+            found[name] = digest
+        elif name == FILE and failures is not None and (there or files or failures.count):
+            found |= failures.publish(url)
+            done.append(f"{FILE} made again: {failures.count} failures")
+    return found
+
+
+def described(
+    url: str, corpus: Corpus | None, shards: tuple[ShardInfo, ...], kinds: set[str], files: dict[str, str]
+) -> Corpus:
+    """The corpus of these shards; name and settings as corpus.json or build.json says, as far as that can be read."""
+    if corpus:
+        return Corpus(url, corpus.name, corpus.media_type, shards, corpus.settings, files, corpus.tars)
+    settings = settings_at(url)
+    if settings is None:
+        try:
+            text = contents(join_url(url, "corpus.json")).decode("utf-8", "replace")
+            old = parse_corpus(text, url, also_damaged=True)  # better than nothing
+            name, settings, tars = old.name, old.settings, old.tars
+        except (OSError, ValueError):
+            name, settings, tars = url.rstrip("/").rsplit("/", 1)[-1], {"indexed": True}, ""
+    else:
+        name, tars = settings["name"], ""
+    media_type = next(iter(kinds)) if len(kinds) == 1 else settings.get("media_type", "image")
+    return Corpus(url, name, media_type, shards, settings, files, tars)
+
+
+def settings_at(url: str) -> dict[str, Any] | None:
+    """The settings of the build that wrote there."""
+    try:
+        with fsspec.open(join_url(url, BUILD), "rb") as file:
+            found = json.loads(file.read())
+        return {name: found[name] for name in Settings.__dataclass_fields__}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

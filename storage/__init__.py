@@ -1,0 +1,1 @@
+"""Bytes of objects, wherever they are: disks, S3, GCS, web servers. Knows nothing of shards."""

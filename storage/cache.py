@@ -1,0 +1,294 @@
+"""A node's cache of remote bytes on a local disk: bounded, least recently used out first, safe against any crash.
+
+How it stays whole, with any number of processes that may be killed at any moment:
+- SQLite holds one row an item: its name, its size, when it was last used, and which process is fetching it.
+- Room is reserved before anything is fetched: a row is written, and older items leave, in one transaction. So the
+  files never take more than the budget.
+- An item's file is written aside, in parts/, and renamed: a file of that name is whole. What a dead process had
+  reserved or was writing is taken back by whoever opens the cache next.
+- A file leaves before its row does. A row without a file is an item that is not there.
+- Rows without files (of a process that died in between) and files without rows (after a power cut) are looked for in
+  a few folders at each opening, in turn. So opening takes as long with a million items as with a thousand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import re
+import shutil
+import sqlite3
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+from runtime.errors import UserError
+
+log = logging.getLogger("loaders")
+
+FOLDER = "singularity-cache-1"  # inside the folder of the user: nothing else is ever removed
+NOTE_USE = 5.0  # seconds between notes of which items were used
+CHECKED = 1000  # items whose files and rows are compared when a cache is opened
+AFTER = chr(0x10FFFF)  # sorts after whatever a name may go on with
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS items (
+    name TEXT PRIMARY KEY, size INTEGER NOT NULL, used REAL NOT NULL,
+    owner TEXT  -- the process that fetches it; null: it is there
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS by_use ON items (used);
+CREATE INDEX IF NOT EXISTS by_owner ON items (owner) WHERE owner IS NOT NULL;
+CREATE TABLE IF NOT EXISTS checked (folder TEXT NOT NULL);  -- of items/: the last one compared with the rows
+INSERT INTO checked SELECT '' WHERE NOT EXISTS (SELECT * FROM checked);
+CREATE TABLE IF NOT EXISTS total (bytes INTEGER NOT NULL);
+INSERT INTO total SELECT 0 WHERE NOT EXISTS (SELECT * FROM total);
+CREATE TRIGGER IF NOT EXISTS added AFTER INSERT ON items BEGIN UPDATE total SET bytes = bytes + new.size; END;
+CREATE TRIGGER IF NOT EXISTS removed AFTER DELETE ON items BEGIN UPDATE total SET bytes = bytes - old.size; END;
+"""
+
+
+class DiskCache:
+    """Items by name, `budget` bytes of them at most. Safe to use from several threads and processes.
+
+    counters: cache_hits, cache_misses, cache_evictions.
+    """
+
+    def __init__(self, folder: str, budget: int) -> None:
+        """Open or make the cache. Raises ValueError when the folder cannot be written to."""
+        self.folder, self.budget = Path(folder) / FOLDER, budget
+        self.counters: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self._process = 0
+        self._used: dict[str, float] = {}
+        self._noted = time.monotonic()
+        self._full = False
+        try:
+            for name in ("items", "parts"):
+                (self.folder / name).mkdir(parents=True, exist_ok=True)
+            with self._changing() as database:
+                self._take_back(database)
+                self._check_some(database)
+        except OSError as error:
+            raise UserError(f"cache.folder={folder} cannot be written to ({error.strerror}): choose another") from None
+
+    def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes | None:
+        """An item's bytes from `offset` on; None when it is not there."""
+        try:
+            descriptor = os.open(self._path(name), os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        try:
+            data = os.pread(descriptor, os.fstat(descriptor).st_size if size is None else size, offset)
+        finally:
+            os.close(descriptor)
+        self._used[name] = time.time()
+        return data
+
+    def has(self, name: str) -> bool:
+        """Whether an item is there."""
+        return self._path(name).exists()
+
+    def reserve(self, sizes: Mapping[str, int]) -> dict[str, bool]:
+        """Room for items that are not there yet: name -> True for those that the caller now must `put` or `drop`.
+
+        Those with False are being fetched by another process, or are there, or do not fit beside what others fetch.
+        """
+        mine = dict.fromkeys(sizes, False)
+        with self._going_on_without(), self._changing() as database:
+            self._note_use(database)
+            for name, size in sizes.items():
+                row = database.execute("SELECT owner FROM items WHERE name = ?", (name,)).fetchone()
+                if row is not None and (is_alive(row[0]) if row[0] is not None else self.has(name)):
+                    continue
+                self._remove(database, name)
+                if self._make_room(database, size):
+                    values = name, size, time.time(), me()
+                    database.execute("INSERT INTO items VALUES (?, ?, ?, ?)", values)
+                    mine[name] = True
+        return mine
+
+    def is_coming(self, name: str) -> bool:
+        """Whether a living process is fetching an item."""
+        row = None
+        with self._going_on_without(), self._changing() as database:
+            row = database.execute("SELECT owner FROM items WHERE name = ?", (name,)).fetchone()
+        return row is not None and row[0] is not None and is_alive(row[0])
+
+    def put(self, name: str, data: bytes) -> None:
+        """The bytes of an item that was reserved; where the disk is full it is dropped instead."""
+        aside = self.folder / "parts" / f"{me()} {threading.get_ident()}"
+        try:
+            aside.write_bytes(data)
+            self._path(name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(aside, self._path(name))
+        except OSError as error:
+            self._warn(error.strerror)
+            aside.unlink(missing_ok=True)
+            self.drop([name])
+            return
+        with self._going_on_without(), self._changing() as database:
+            mine = database.execute("UPDATE items SET owner = NULL WHERE name = ? AND owner = ?", (name, me()))
+            if not mine.rowcount:  # taken for dead: nobody counts this file
+                self._path(name).unlink(missing_ok=True)
+
+    def drop(self, names: Sequence[str]) -> None:
+        """Remove items: damaged ones, or what was reserved and could not be fetched."""
+        with self._going_on_without(), self._changing() as database:
+            for name in names:
+                self._remove(database, name)
+
+    def bytes_used(self) -> int:
+        """Bytes that are taken or reserved."""
+        with self._changing() as database:
+            return self._total(database)
+
+    def close(self) -> None:
+        """Note what was used, and close the list of items; it opens again when it is needed."""
+        with self._going_on_without(), self._changing() as database:
+            self._noted = -NOTE_USE
+            self._note_use(database)
+        with self._lock:
+            self._database.close()
+            self._process = 0
+
+    @contextlib.contextmanager
+    def _going_on_without(self) -> Iterator[None]:
+        """Where the list of items cannot be changed, as on a full disk, reading goes on without it."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            self._warn(f"SQLite: {error}")
+        except OSError as error:  # the list is opened again after a fork
+            self._warn(error.strerror)
+
+    def _warn(self, reason: str | None) -> None:
+        if not self._full:
+            log.warning("cache %s: %s; reading goes on without it", self.folder, reason)
+        self._full = True
+
+    def _path(self, name: str) -> Path:
+        return self.folder / "items" / name[:2] / name
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[sqlite3.Connection]:
+        """A transaction that no other thread or process has at the same time."""
+        with self._lock:
+            if self._process != os.getpid():  # a connection must not be taken through a fork
+                self._database, self._process = self._open(), os.getpid()
+            database = self._database
+            database.execute("BEGIN IMMEDIATE")
+            try:
+                yield database
+                database.commit()
+            except BaseException:
+                database.rollback()
+                raise
+
+    def _open(self) -> sqlite3.Connection:
+        path = self.folder / "items.sqlite"
+        try:
+            return self._connect(path)
+        except sqlite3.OperationalError as error:
+            raise OSError(0, f"SQLite: {error}") from None
+        except sqlite3.DatabaseError as error:
+            log.warning("cache %s is damaged (%s): it begins anew", self.folder, error)
+            for file in self.folder.glob("items.sqlite*"):
+                file.unlink(missing_ok=True)
+            shutil.rmtree(self.folder / "items", ignore_errors=True)
+            (self.folder / "items").mkdir(exist_ok=True)
+            return self._connect(path)
+
+    def _connect(self, path: Path) -> sqlite3.Connection:
+        database = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
+        with (self.folder / "opening").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # SQLite does not wait for others that change the journal's mode too
+            database.execute("PRAGMA journal_mode=WAL")
+            database.execute("PRAGMA synchronous=NORMAL")
+            database.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
+        return database
+
+    def _total(self, database: sqlite3.Connection) -> int:
+        return int(database.execute("SELECT bytes FROM total").fetchone()[0])
+
+    def _make_room(self, database: sqlite3.Connection, size: int) -> bool:
+        """Let the least recently used items go until `size` bytes fit; False when they cannot."""
+        while self._total(database) + size > self.budget:
+            rows = database.execute("SELECT name FROM items WHERE owner IS NULL ORDER BY used LIMIT 16").fetchall()
+            if not rows:
+                return False
+            for (name,) in rows:
+                self._remove(database, name)
+                self.counters["cache_evictions"] += 1
+                if self._total(database) + size <= self.budget:
+                    break
+        return True
+
+    def _remove(self, database: sqlite3.Connection, name: str) -> None:
+        self._path(name).unlink(missing_ok=True)
+        database.execute("DELETE FROM items WHERE name = ?", (name,))
+
+    def _take_back(self, database: sqlite3.Connection) -> None:
+        """What dead processes had reserved or were writing."""
+        for name, owner in database.execute("SELECT name, owner FROM items WHERE owner IS NOT NULL").fetchall():
+            if not is_alive(owner):
+                self._remove(database, name)
+        for path in (self.folder / "parts").iterdir():
+            if not is_alive(path.name.rpartition(" ")[0]):
+                path.unlink(missing_ok=True)
+
+    def _check_some(self, database: sqlite3.Connection) -> None:
+        """Compare files and rows in the next folders of items/, about CHECKED of them; remove what has no other."""
+        (last,) = database.execute("SELECT folder FROM checked").fetchone()
+        folders, checked = [entry.name for entry in os.scandir(self.folder / "items") if entry.is_dir()], 0
+        for folder in sorted(folders, key=lambda folder: (folder <= last, folder)):
+            checked += self._check(database, folder)
+            last = folder
+            if checked >= CHECKED:
+                break
+        database.execute("UPDATE checked SET folder = ?", (last,))
+
+    def _check(self, database: sqlite3.Connection, folder: str) -> int:
+        """Compare files and rows in one folder; returns how many there are."""
+        within = "SELECT name, owner FROM items WHERE name >= ? AND name < ?"
+        rows = dict(database.execute(within, (folder, folder + AFTER)).fetchall())
+        there = set(os.listdir(self.folder / "items" / folder))
+        for name in there - rows.keys():
+            part = re.fullmatch(r".*\.(\d+)-\d+\.part", name)  # where versions until November 2026 wrote items
+            if part is None or not psutil.pid_exists(int(part[1])):
+                (self.folder / "items" / folder / name).unlink(missing_ok=True)
+        for name, owner in rows.items():
+            if owner is None and name not in there:
+                self._remove(database, name)
+        return len(there | rows.keys())
+
+    def _note_use(self, database: sqlite3.Connection) -> None:
+        """Write down now and then which items this process has used."""
+        if time.monotonic() - self._noted < NOTE_USE:
+            return
+        self._noted, used, self._used = time.monotonic(), self._used, {}
+        database.executemany("UPDATE items SET used = ? WHERE name = ?", [(at, name) for name, at in used.items()])
+
+
+def me() -> str:
+    """This process, told apart from later ones with its number."""
+    return f"{os.getpid()} {started(os.getpid())}"
+
+
+def is_alive(owner: str) -> bool:
+    """Whether the process that `me` described still runs."""
+    process, _, begun = owner.partition(" ")
+    return started(int(process)) == begun
+
+
+def started(process: int) -> str:
+    """When a process was started, in the kernel's ticks; empty when it has ended."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        return "" if fields[0] == "Z" else fields[19]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""

@@ -1,0 +1,142 @@
+"""Reading frames: the bytes that were packed, from anywhere, or a reason."""
+
+import shutil
+import threading
+import zlib
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+import webdataset
+
+from loaders.order.choices import BadSampleError
+from loaders.shards import CorpusReader, LastUsed
+
+
+@pytest.fixture
+def in_memory(shapes):
+    """A packed corpus of clips behind an fsspec URL that is no local path."""
+    memory = fsspec.filesystem("memory")
+    memory.put(shapes.url("clips_train"), "/clips", recursive=True)
+    yield "memory://clips"
+    memory.rm("/clips", recursive=True)
+
+
+def everything(reader: CorpusReader) -> dict[str, list[bytes]]:
+    found = {}
+    for shard in range(len(reader.corpus.shards)):
+        index = reader.index(shard)
+        records = [index.record(row) for row in range(len(index))]
+        data = reader.read([(shard, record, np.arange(len(record.sizes))) for record in records])
+        found |= dict(zip((record.key for record in records), data, strict=True))
+    return found
+
+
+def test_frames_are_those_that_webdataset_reads(shapes) -> None:
+    reader = CorpusReader(shapes.url("clips_train"))
+    ours = everything(reader)
+    tars = sorted(str(path) for path in Path(shapes.url("clips_train")).glob("*.tar"))
+    theirs = {}
+    for sample in webdataset.WebDataset(tars, shardshuffle=False):
+        names = sorted(name for name in sample if name.endswith("jpg"))
+        theirs[sample["__key__"]] = [sample[name] for name in names]
+    assert ours == theirs
+    assert len(ours) == 40
+
+
+def test_any_storage_gives_the_same_bytes(shapes, in_memory: str) -> None:
+    assert everything(CorpusReader(in_memory)) == everything(CorpusReader(shapes.url("clips_train")))
+
+
+def test_frames_come_in_the_order_asked_for_each_read_once(shapes, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = CorpusReader(shapes.url("clips_train"))
+    record = reader.index(0).record(2)
+    asked = []
+    ranges = reader.ranges
+    monkeypatch.setattr(reader, "ranges", lambda spans: asked.extend(spans) or ranges(spans))
+    (frames,) = reader.read([(0, record, np.array([3, 1, 1, 3]))])
+    assert [zlib.crc32(data) for data in frames] == record.crc32s[[3, 1, 1, 3]].tolist()
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize("where", ["disk", "memory"])
+def test_what_the_index_cannot_mean_is_one_bad_sample(shapes, in_memory: str, where: str) -> None:
+    reader = CorpusReader(in_memory if where == "memory" else shapes.url("clips_train"))
+    good = reader.index(0).record(0)
+    wrong = {
+        "CRC-32": replace(good, crc32s=good.crc32s + np.uint32(1)),
+        "says 0 bytes": replace(good, sizes=good.sizes * 0),
+        "says -5 bytes": replace(good, sizes=good.sizes * 0 - 5),
+        "of a tar of": replace(good, offsets=good.offsets + 10**12),
+        "does not match the index": replace(good, offsets=good.offsets + 100),
+    }
+    found = reader.read([(0, record, np.array([0])) for record in [*wrong.values(), good]])
+    assert isinstance(found[-1], list)
+    for message, reason in zip(wrong, found, strict=False):
+        assert isinstance(reason, BadSampleError)
+        assert message in str(reason)
+
+
+@pytest.mark.parametrize("where", ["disk", "memory"])
+def test_a_missing_tar_is_named(shapes, tmp_path: Path, where: str) -> None:
+    shutil.copytree(shapes.url("clips_train"), tmp_path / "clips")
+    for tar in (tmp_path / "clips").glob("*.tar"):
+        tar.unlink()
+    url = str(tmp_path / "clips")
+    if where == "memory":
+        fsspec.filesystem("memory").put(url, "/without", recursive=True)
+        url = "memory://without"
+    reader = CorpusReader(url)
+    with pytest.raises(FileNotFoundError, match=r"\.tar is missing, though .*corpus\.json lists it"):
+        reader.read([(0, reader.index(0).record(0), np.array([0]))])
+
+
+def test_few_files_stay_open(shapes) -> None:
+    reader = CorpusReader(shapes.url("images_train"), open_shards=1)
+    expected = everything(CorpusReader(shapes.url("images_train")))
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    assert everything(reader) == expected
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 1
+    reader.close()
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before
+
+
+def test_threads_that_want_the_same_value_wait_for_one_making() -> None:
+    made: Counter[int] = Counter()
+    begun = threading.Event()
+
+    def make(key: int) -> str:
+        made[key] += 1
+        begun.wait(5)
+        return f"value {key}"
+
+    values = LastUsed(make, 2)
+    found: list[str] = []
+    threads = [threading.Thread(target=lambda: found.append(values.get(1))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    begun.set()
+    for thread in threads:
+        thread.join()
+    assert found == ["value 1"] * 4
+    assert made == {1: 1}
+    assert [values.get(2), values.get(3)] == ["value 2", "value 3"]
+    assert 1 not in values
+
+
+def test_a_making_that_fails_is_tried_again() -> None:
+    answers = iter([OSError("not now"), "there"])
+
+    def make(_: int) -> str:
+        answer = next(answers)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    values = LastUsed(make, 2)
+    with pytest.raises(OSError, match="not now"):
+        values.get(0)
+    assert values.get(0) == "there"

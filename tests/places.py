@@ -1,0 +1,6 @@
+"""Where the checkout lies, and the real data beside it."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"

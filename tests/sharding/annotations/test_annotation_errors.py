@@ -1,0 +1,319 @@
+"""Annotations that cannot be read: one line that names file, row and remedy; those left out are counted by reason."""
+
+import gzip
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from places import ROOT
+
+from sharding.annotations.columns import Columns
+from sharding.annotations.config import Reading, load_corpus
+from sharding.annotations.reading import expanded, read_rows
+from sharding.build import main
+
+CAPTIONED = [{"image": "1.jpg", "caption": "one"}, {"image": "2.jpg", "caption": "two"}]
+
+
+def sources(path: Path, **reading) -> list[str]:
+    return [row.source for row in read_rows([str(path)], Reading(**reading))]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reading", "message"),
+    [
+        ("a.json", b"", {}, "a.json is empty"),
+        ("a.csv", b"", {}, "a.csv is empty"),
+        ("a.json", b"<html>404</html>", {}, "is not JSON: it begins with '<html>404"),
+        ("a.json", b'[{"image": "1.jpg", "caption": "x"}, {"image"', {}, "is not JSON"),
+        ("a.json", b'[{"image": "1.jpg", "caption": "caf\xe9"}]', {}, "is not JSON .it is not in UTF-8: save it so"),
+        ("a.json", '[{"image": "1.jpg"}]'.encode("utf-16"), {}, "is in UTF-16: save it as UTF-8"),
+        (
+            "a.json",
+            b'{"images": [], "info": 1}',
+            {},
+            "must be a JSON list of records, but is an object with images, info",
+        ),
+        ("a.json", b'{"images": []}', {"records": "annotations"}, 'has no "annotations", but images: check --corpus'),
+        ("a.json", b"[]", {"records": "images"}, "must be a JSON object, but is a list"),
+        ("a.json", b'["a", "b"]', {}, "record 1: must be an object, not 'a'"),
+        (
+            "a.jsonl",
+            b'{"image": "1.jpg", "caption": "x"}\n{"image"\n',
+            {},
+            "record 2: line 2, column 9 is not JSON .Expecting",
+        ),
+        (
+            "a.csv",
+            b"image,caption\n1.jpg,x\n2.jpg,caf\xe9\n",
+            {},
+            "record 2: is not in utf-8 .byte 0xe9.: name",
+        ),
+        ("a.csv", b"image,caption\n1.jpg,x\n2.jpg\n", {}, "record 2: has 1 fields where 2 columns are expected"),
+        (
+            "a.csv",
+            b"image,text\n1.jpg,x\n",
+            {},
+            'record 1: no "caption"; its columns are image, text; name it with --col',
+        ),
+        (
+            "a.csv",
+            b"image,caption\n1.jpg,x\n",
+            {"keep": {"split": "val"}},
+            'record 1: no "split"; its columns are image',
+        ),
+        ("a.csv", b"image,caption\n1.jpg,x\n", {"encoding": "utf-9"}, "--encoding utf-9: there is no such encoding"),
+        ("a.parquet", b"PAR1 no", {}, "a.parquet is no Parquet file, or damaged"),
+        ("a.dat", b"x", {}, "its name does not tell its form; set --format to one of auto, json"),
+        ("a.json", b"[]", {"format": "jsno"}, "--format jsno: there is no such format, nearest are json"),
+        (
+            "a.json",
+            b'{"images": [], "annotations": [{"image_id": 5, "caption": "x"}]}',
+            {"format": "coco"},
+            "image_id 5",
+        ),
+        ("a.json", b'{"annotations": [{"image_id": 5}]}', {"format": "coco"}, 'has no "images", but annotations'),
+        ("a.token", b"1.jpg#0 a man\n", {"format": "flickr"}, "record 1: must be FILE#NUMBER, a tab, the caption"),
+        (
+            "a.json",
+            b'[{"question_id": 1, "question": "x"}]',
+            {"format": "activitynet_qa"},
+            "no file with their answers",
+        ),
+        (
+            "a.json",
+            b'{"questions": [{"question_id": 1}]}',
+            {"format": "vqa"},
+            "no file with their answers is given: add",
+        ),
+    ],
+)
+def test_a_wrong_file_is_named_with_the_remedy(
+    tmp_path: Path, name: str, content: bytes, reading, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        sources(tmp_path / name, **reading)
+    assert str(tmp_path / name) in str(error.value) or "--format" in message or "--encoding utf" in message
+    assert "\n" not in str(error.value)
+
+
+def test_a_question_whose_answer_is_of_another_split_is_named(tmp_path: Path) -> None:
+    (tmp_path / "q.json").write_text(json.dumps([{"video_name": "a", "question": "x", "question_id": "a_1"}]))
+    (tmp_path / "a.json").write_text(json.dumps([{"answer": "yes", "question_id": "b_1"}]))
+    files = [str(tmp_path / "q.json"), str(tmp_path / "a.json")]
+    with pytest.raises(ValueError, match=r"q.json, record 1: question_id 'a_1' has no answer in .*a.json: pass the"):
+        list(read_rows(files, Reading(format="activitynet_qa")))
+
+
+def test_bad_rows_are_counted_on_demand(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("image,caption\n1.jpg,x\n2.jpg\n3.jpg,y,z\n4.jpg,\n,w\n5.jpg,v\n")
+    rows = list(read_rows([str(tmp_path / "a.csv")], Reading(skip_bad_rows=True)))
+    assert [row.source for row in rows if not row.filtered] == ["1.jpg", "5.jpg"]
+    counts = Counter(row.filtered.partition(" fields")[0] for row in rows if row.filtered)
+    assert counts == {"bad row: has N": 2, "no caption": 1, "no media path": 1}
+
+
+def test_the_account_of_bad_rows_names_the_column_and_the_message_names_the_flag(tmp_path: Path) -> None:
+    records = [{"image": "1.jpg", "caption": 5}, {"image": "2.jpg", "text": "x"}, {"image": "3.jpg", "y": "it's"}]
+    (tmp_path / "a.json").write_text(json.dumps([*CAPTIONED, *records]))
+    with pytest.raises(ValueError, match=r'record 3: "caption" must be .*; --skip-bad-rows leaves such records out'):
+        sources(tmp_path / "a.json")
+    rows = list(read_rows([str(tmp_path / "a.json")], Reading(skip_bad_rows=True)))
+    assert Counter(row.filtered for row in rows if row.filtered) == {
+        'bad row: "caption" must be a text or a list of texts, not N': 1,
+        'bad row: no "caption"': 2,
+    }
+
+
+def test_lines_that_are_no_json_are_numbered_with_the_blank_ones(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('\n{"image": "1.jpg", "caption": "x"}\n\n{"image": }\n')
+    with pytest.raises(ValueError, match=r"a.jsonl, record 2: line 4, column 11 is not JSON \(Expecting value\)"):
+        sources(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("big", [0, 3000])
+def test_where_a_file_is_no_json_is_said(tmp_path: Path, big: int) -> None:
+    good = "\n".join(json.dumps(CAPTIONED[0]) + "," for _ in range(big + 2))
+    (tmp_path / "a.json").write_text(f'[\n{good}\n {{"image" "2.jpg"}}]')
+    place = rf"line {big + 4}, column 17, after entry {big + 2}$"
+    with pytest.raises(ValueError, match=rf"a.json is not JSON \(.*\): {place}"):
+        sources(tmp_path / "a.json")
+
+
+def test_files_come_compressed_with_byte_order_marks_and_by_pattern(tmp_path: Path) -> None:
+    (tmp_path / "1.json.gz").write_bytes(gzip.compress(json.dumps(CAPTIONED).encode()))
+    (tmp_path / "2.csv").write_bytes("image;caption\r\n3.jpg;Zürich\r\n".encode("utf-8-sig"))
+    (tmp_path / "3.json").write_bytes(json.dumps(CAPTIONED[:1]).encode("utf-8-sig"))
+    (tmp_path / "4.csv").write_bytes("image,caption\n5.jpg,Zürich\n".encode("latin-1"))
+    files = expanded([f"{tmp_path}/[1-3].*"])
+    rows = list(read_rows(files, Reading()))
+    assert [row.source for row in rows] == ["1.jpg", "2.jpg", "3.jpg", "1.jpg"]
+    assert rows[2].captions == ("Zürich",)
+    assert next(read_rows([str(tmp_path / "4.csv")], Reading(encoding="latin-1"))).captions == ("Zürich",)
+    with pytest.raises(FileNotFoundError, match="no annotation file matches"):
+        expanded([f"{tmp_path}/*.parquet"])
+    assert expanded([f"file://{tmp_path}/2*"]) == [f"file://{tmp_path}/2.csv"]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_half_a_surrogate_pair_is_replaced(tmp_path: Path, name: str) -> None:
+    text = r'{"image": "1.jpg", "caption": "a \ud83d dog \ud83d\ude00"}'
+    (tmp_path / name).write_text(f"[{text}]" if name == "a.json" else text)
+    assert next(read_rows([str(tmp_path / name)], Reading())).captions == ("a ? dog 😀",)
+
+
+def test_columns_are_templates_paths_and_alternatives(tmp_path: Path) -> None:
+    record = {"folder": "a", "id": 7, "texts": [{"raw": "one"}, {"raw": "two"}], "box.x": "dotted", "when": {"s": 2}}
+    (tmp_path / "a.json").write_text(json.dumps([record]))
+
+    def row(**columns):
+        return next(read_rows([str(tmp_path / "a.json")], Reading(columns=Columns(**columns))))
+
+    assert row(media="{folder}/{id:06d}.jpg", caption="texts.raw").captions == ("one", "two")
+    assert row(media="{folder}/{id:06d}.jpg", caption="texts.raw").source == "a/000007.jpg"
+    assert row(media=["path", "folder"], caption="box.x", start="when.s", end=9).source == "a#t=2,9"
+    with pytest.raises(ValueError, match=r'record 1: no "{folder}/{nr}.jpg"; its columns are folder, id'):
+        row(media="{folder}/{nr}.jpg", caption="texts.raw")
+    with pytest.raises(ValueError, match=r"template '\{folder' *: "):
+        row(media="{folder")
+    (tmp_path / "a.json").write_text(json.dumps([{"folder": "a", "id": "x7", "caption": "one"}]))
+    with pytest.raises(ValueError, match=r"record 1: \"\{id:06d\}.jpg\" cannot be filled in"):
+        row(media="{id:06d}.jpg")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("colums: {media: x}", "unknown key 'colums': nearest are columns"),
+        ("columns: {captoin: x}", "unknown key 'columns.captoin': nearest are columns.caption"),
+        ("limit: many", "limit: "),
+        ("- a", "is no configuration"),
+        ("a: [", "is no valid YAML: line"),
+    ],
+)
+def test_a_wrong_yaml_names_the_key_and_the_nearest(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "mine.yaml").write_text(text + "\n")
+    with pytest.raises(ValueError, match=message) as error:
+        load_corpus(str(tmp_path / "mine.yaml"))
+    assert "mine.yaml" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    """A Parquet table about ten photos, two rows each, of two splits."""
+    rows = [
+        {"file": f"{number % 10}.jpg", "text": f"text {number}", "split": "train" if number % 10 < 6 else "val"}
+        for number in range(20)
+    ]
+    rows += [{"file": "0.jpg", "text": " ", "split": "train"}, {"file": None, "text": "lost", "split": "train"}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    (tmp_path / "media").mkdir()
+    for number in range(10):
+        Image.fromarray(np.full((48, 64, 3), number * 20, np.uint8)).save(tmp_path / "media" / f"{number}.jpg")
+    return tmp_path
+
+
+def build(table: Path, *flags: str) -> subprocess.CompletedProcess:
+    command = [
+        sys.executable,
+        "-m",
+        "sharding.build",
+        "--annotations",
+        str(table / "a.parquet"),
+        "--media-type",
+        "image",
+    ]
+    command += ["--media-root", str(table / "media"), "--output", str(table / "out"), "--workers", "1", *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_account_counts_packed_failed_and_filtered_rows(table: Path) -> None:
+    (table / "media" / "2.jpg").write_bytes(b"")
+    flags = [
+        "--columns",
+        "media=file",
+        "caption=text",
+        "--keep",
+        "split=train",
+        "--limit",
+        "5",
+        "--max-failures",
+        "0.5",
+    ]
+    done = build(table, *flags)
+    assert done.returncode == 0, done.stderr
+    assert "22 rows = 8 packed + 2 failed + 12 filtered" in done.stderr
+    assert "8 x filtered: split is not train" in done.stderr
+    assert "2 x filtered: not about the first 5 media (--limit)" in done.stderr
+    assert "1 x filtered: no caption" in done.stderr
+    assert "1 x filtered: no media path" in done.stderr
+    assert "5 media = 4 packed + 1 failed" in done.stderr
+
+
+def test_another_reading_of_the_same_file_is_another_corpus(table: Path) -> None:
+    flags = ["--columns", "media=file", "caption=text"]
+    assert build(table, *flags).returncode == 0
+    done = build(table, *flags, "--keep", "split=val")
+    assert done.returncode == 2
+    assert "holds a corpus built with another reading" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--columns", "media=file", "captoin=text"], "there is no 'captoin', nearest are caption"),
+        (["--columns", "media"], "--columns media: must be NAME=VALUE"),
+        (["--columns", "media=file", "caption=text", "--keep", "split=test"], "all 22 rows of .* are filtered"),
+        (["--corpus", "nowhere.yaml"], "--corpus nowhere.yaml does not exist; configs/corpora/ holds those"),
+        (["--columns", "media=file", "caption=text", "--limit", "-1"], "--limit is -1"),
+    ],
+)
+def test_wrong_flags_get_one_line(table: Path, capsys, flags: list[str], message: str) -> None:
+    common = ["--annotations", str(table / "a.parquet"), "--media-type", "image", "--media-root", str(table / "media")]
+    assert main([*common, "--output", str(table / "out"), *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert re.search(message, error)
+
+
+def test_what_has_no_default_is_asked_for(table: Path, capsys) -> None:
+    assert main(["--output", str(table / "out")]) == 2
+    assert "--annotations is missing" in capsys.readouterr().err
+    assert main(["--output", str(table / "out"), "--annotations", "x.json"]) == 2
+    assert "--media-type is missing: give it, or a --corpus that says it" in capsys.readouterr().err
+
+
+def test_a_dry_run_of_what_would_fail_ends_with_an_error(table: Path) -> None:
+    flags = ["--columns", "media=file", "caption=text", "--workers", "1"]
+    for media in (table / "media").glob("*.jpg"):
+        media.write_bytes(b"no picture")
+    done = build(table, *flags, "--dry-run")
+    assert done.returncode == 1
+    assert "media tried failed (100.0%, at most 5.0% allowed)" in done.stderr
+    assert build(table, *flags, "--dry-run", "--max-failures", "1").returncode == 0
+
+
+def test_a_dry_run_estimates_what_a_build_gives_and_writes_nothing(table: Path) -> None:
+    flags = ["--columns", "media=file", "caption=text"]
+    done = build(table, *flags, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert not (table / "out").exists()
+    lines = done.stdout.splitlines()
+    assert lines[0] == "22 rows = 20 to pack + 2 filtered"
+    assert "10 media in 1 shards; 10 of them tried" in lines
+    said = next(float(line.split()[1]) for line in lines if line.startswith("size: "))
+    assert build(table, *flags).returncode == 0
+    written = sum(path.stat().st_size for path in (table / "out").glob("out-*"))
+    assert said == pytest.approx(written / 1e6, abs=0.06)
+    assert any(line.startswith("time: ") for line in lines)

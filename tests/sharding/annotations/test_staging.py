@@ -1,0 +1,181 @@
+"""Rows on disk: media in order of first appearance, each once with all its texts, in memory that does not grow."""
+
+import json
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as some
+from PIL import Image
+from places import ROOT
+
+from runtime.progress import counted
+from sharding.annotations.items import Item, Row
+from sharding.annotations.staging import open_staged, stage
+from sharding.build import build_corpus
+from sharding.shards.plan import Settings, plan_shards
+from sharding.shards.schema import read_index
+from storage.web import Fetching
+
+
+def staged(rows: list[Row], folder: Path, limit: int = 0):
+    return stage(rows, folder / "rows.sqlite", folder, limit)
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(some.lists(some.tuples(some.sampled_from("abcdefg"), some.text(max_size=4)), max_size=40), some.integers(0, 5))
+def test_rows_are_merged_in_the_order_in_which_media_appear(tmp_path: Path, pairs, limit: int) -> None:
+    rows = [Row(source, (text,)) for source, text in pairs]
+    found = staged(rows, tmp_path, limit)
+    expected: dict[str, list[str]] = {}
+    for source, text in pairs:
+        if source in expected or not limit or len(expected) < limit:
+            expected.setdefault(source, []).append(text)
+    assert list(found.between(0, found.items)) == [
+        Item(source, len(texts), texts) for source, texts in expected.items()
+    ]
+    assert found.rows == len(rows)
+    assert found.kept == sum(map(len, expected.values()))
+    assert sum(found.filtered.values()) == found.rows - found.kept
+
+
+def test_questions_and_choices_are_numbered_where_they_have_no_name(tmp_path: Path) -> None:
+    question = {"question_id": "", "question": "what?", "answers": ["a"], "weights": [1.0]}
+    choice = {"question_id": "", "options": ["a", "b"], "answer": 1}
+    rows = [Row("v", question=question), Row("w", ("x",)), Row("v", question={**question, "question_id": "7"})]
+    rows += [Row("v", question=question), Row("v", choice=choice), Row(filtered="why"), Row(filtered="why")]
+    found = staged(rows, tmp_path)
+    first = found.between(0, 1)[0]
+    assert [each["question_id"] for each in first.questions] == ["v#0", "7", "v#2"]
+    assert first.choices == [{**choice, "question_id": "v#0"}]
+    assert first.rows == 4
+    assert found.filtered == {"why": 2}
+    assert open_staged(tmp_path / "rows.sqlite") == found
+
+
+def test_tasks_stay_small_and_are_read_by_whoever_builds_them(tmp_path: Path) -> None:
+    rows = [Row(f"{number}.jpg", ("a caption of some length",)) for number in range(5000)]
+    found = staged(rows, tmp_path)
+    plan = Settings("x", "image", 224, 90, 2.0, 0, 256)
+    tasks = plan_shards(found, plan, "media", "out", tmp_path, Fetching())
+    assert sum(len(task.items) for task in tasks) == 5000
+    assert max(len(pickle.dumps(task)) for task in tasks) < 1000
+    again = pickle.loads(pickle.dumps(tasks[1]))
+    assert [item.source for item in again.items] == [f"{number}.jpg" for number in range(313, 626)]
+    assert again.items[-1].captions == ["a caption of some length"]
+
+
+def test_a_full_disk_is_named_and_leaves_nothing_half_read(photos: Path, tmp_path: Path) -> None:
+    records = [{"image": "0.jpg", "caption": f"a long caption {number} " * 20} for number in range(5000)]
+    (tmp_path / "long.json").write_text(json.dumps(records))
+    words = [sys.executable, "-m", "sharding.build", "--annotations", str(tmp_path / "long.json"), "--size", "32"]
+    words += ["--media-root", str(photos), "--media-type", "image", "--workers", "1", "--output", str(tmp_path / "out")]
+
+    def small_disk() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**19, 2**19))
+
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, preexec_fn=small_disk)
+    assert done.returncode == 2
+    assert "error: annotation rows cannot be staged in" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out" / ".partial").exists()
+    assert subprocess.run(words, cwd=ROOT, stderr=subprocess.DEVNULL).returncode == 0
+
+
+def test_reading_shows_its_progress_where_there_is_no_terminal(caplog) -> None:
+    caplog.set_level("INFO", "sharding")
+    rows = [Row("a", ("x",))] * 10_000
+    assert list(counted(rows, log_every=1e-9)) == rows
+    assert [json.loads(record.message) for record in caplog.records] == [
+        {"stage": "annotations", "done": 4096},
+        {"stage": "annotations", "done": 8192},
+    ]
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from sharding.annotations.items import Row
+from sharding.annotations import staging
+staging.CACHE_KB = 1024  # else the caches, which fill up first, hide what is looked for
+rows = (Row(f"{number * 7919 % 100003}/{number % 50000}.jpg", (f"caption {number} of usual length, more or less",))
+        for number in range(int(sys.argv[2])))
+found = staging.stage(rows, Path(sys.argv[1]) / "rows.sqlite", Path(sys.argv[1]))
+assert found.rows == int(sys.argv[2])
+peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+print(int(peak.split()[1]) / 1024)  # not ru_maxrss, which begins with that of the parent process
+"""
+
+
+@pytest.mark.parametrize(("few", "many"), [(2_000, 200_000)])
+def test_memory_does_not_grow_with_rows(tmp_path: Path, few: int, many: int) -> None:
+    peaks = []
+    for count in (few, many):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        words = [sys.executable, "-c", PEAK, str(folder), str(count)]
+        peaks.append(float(subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True).stdout))
+    assert peaks[1] - peaks[0] < 20, peaks  # MB; the rows alone are 60
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """150 photos, annotated twice each: all of them, then all of them again."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    noise = np.random.default_rng(0).integers(0, 255, (9, 12, 3), np.uint8)
+    Image.fromarray(noise).resize((1600, 1200)).save(folder / "0.jpg", quality=85)
+    for number in range(1, 150):
+        os.link(folder / "0.jpg", folder / f"{number}.jpg")
+    records = [{"image": f"{n % 150}.jpg", "caption": f"text {n}"} for n in range(300)]
+    (tmp_path / "photos.json").write_text(json.dumps(records))
+    return folder
+
+
+def test_a_photo_of_many_rows_is_stored_once(photos: Path, tmp_path: Path) -> None:
+    settings = {"size": 32, "workers": 1}
+    corpus = build_corpus([str(photos.parent / "photos.json")], str(photos), "image", str(tmp_path / "out"), **settings)
+    assert (corpus.samples, sum(corpus.counts("captions")), len(corpus.shards)) == (150, 300, 3)
+    rows = [row for shard in range(3) for row in read_index(corpus, shard).to_pylist()]
+    assert [row["source"] for row in rows] == [f"{number}.jpg" for number in range(150)]
+    assert [row["captions"] for row in rows] == [[f"text {number}", f"text {number + 150}"] for number in range(150)]
+
+
+def test_a_killed_build_finds_its_rows_again(photos: Path, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "sharding.build", "--annotations", str(photos.parent / "photos.json")]
+    words += ["--media-root", str(photos), "--media-type", "image", "--size", "32", "--workers", "1", "--output"]
+    out = tmp_path / "out"
+    process = subprocess.Popen([*words, str(out)], cwd=ROOT, stderr=subprocess.DEVNULL)
+    while not (out / "build.json").exists():  # written when the rows are staged
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(list((out / ".partial").glob("rows-*.sqlite"))) == 1
+    done = subprocess.run([*words, str(out)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "annotations: read by an earlier run" in done.stderr
+    assert not (out / ".partial").exists()
+    subprocess.run([*words, str(tmp_path / "whole" / "out")], cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole" / "out").iterdir()}
+    assert whole == {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_rows_of_other_annotations_are_not_taken_for_these(photos: Path, tmp_path: Path) -> None:
+    file = photos.parent / "photos.json"
+    out = tmp_path / "out"
+    (photos / "0.jpg").unlink()
+    with pytest.raises(ValueError, match="media failed"):
+        build_corpus([str(file)], str(photos), "image", str(out), size=32, workers=1, max_failures=0.0)
+    kept = list((out / ".partial").glob("rows-*.sqlite"))
+    assert len(kept) == 1
+    file.write_text(file.read_text().replace("text 7", "text seven"))
+    with pytest.raises(ValueError, match="built with another annotations_sha256"):
+        build_corpus([str(file)], str(photos), "image", str(out), size=32, workers=1)

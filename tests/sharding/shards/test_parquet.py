@@ -1,0 +1,141 @@
+"""Parquet is read without Arrow's threads, which abort a process that ends beside them, and in one place only."""
+
+import ast
+import io
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from places import ROOT
+
+from sharding.build import build_corpus
+from sharding.shards.parquet import ParquetError, parquet_file, read_batches, read_schema, read_table
+
+FOLDERS = ("sharding", "loaders", "model", "train", "eval", "launch", "benchmarks")
+READING = {  # each starts threads, unless told otherwise
+    "ParquetDataset", "ParquetFile", "dataset", "group_by", "open_file", "read_csv", "read_feather", "read_json",
+    "read_metadata", "read_parquet", "read_schema", "read_table",
+}  # fmt: skip
+
+RUN = """
+import importlib, os, sys, threading
+
+def foreign():  # threads that are not Python's own, which end with it
+    return len(os.listdir("/proc/self/task")) - threading.active_count()
+
+module = importlib.import_module(sys.argv[1])
+before = foreign()
+code = module.main(sys.argv[2:])
+sys.stderr.write(f"{code} {foreign() - before}")
+"""
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three packed photos, and one that failed."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for number in range(3):
+        Image.fromarray(np.full((40, 50, 3), number * 80, np.uint8)).save(folder / f"{number}.jpg")
+    records = [{"image": f"{number}.jpg", "caption": f"text {number}"} for number in range(4)]
+    (folder / "a.json").write_text(json.dumps(records))
+    build_corpus([str(folder / "a.json")], str(folder), "image", str(folder / "out"), workers=1, max_failures=1.0)
+    return folder / "out"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["sharding.verify"],
+        ["sharding.verify", "--decode"],
+        ["sharding.inspect"],
+        ["sharding.inspect", "--stats"],
+        ["sharding.inspect", "--failures"],
+        ["sharding.inspect", "--sheet", "sheet.png", "--html", "page.html"],
+    ],
+    ids=" ".join,
+)
+def test_a_command_leaves_no_thread_of_arrow_behind(corpus: Path, tmp_path: Path, words: list[str]) -> None:
+    command = [sys.executable, "-c", RUN, words[0], str(corpus), *words[1:]]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.stderr.splitlines()[-1] == "0 0", done.stderr
+
+
+ARCHIVE = """
+import os, sys
+from pathlib import Path
+from sharding.media.archives import Archive
+before = len(os.listdir("/proc/self/task"))
+assert Archive(sys.argv[1], Path(sys.argv[2])).read("0.jpg")
+assert Archive(sys.argv[1], Path(sys.argv[2])).read("1.jpg")
+sys.exit(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+def test_an_archives_listing_needs_no_threads_either(corpus: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for number in range(2):
+            archive.write(corpus.parent / f"{number}.jpg", f"{number}.jpg")
+    command = [sys.executable, "-c", ARCHIVE, str(tmp_path / "a.zip"), str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True)
+
+
+def calls(path: Path) -> set[str]:
+    """What a module calls of pyarrow by a name in READING."""
+    tree = ast.parse(path.read_text())
+    arrow = {
+        (alias.asname or alias.name).split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+        if "pyarrow" in (getattr(node, "module", None) or alias.name) or "pandas" in alias.name
+    }
+    functions = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    found = {node.id for node in functions if isinstance(node, ast.Name) and node.id in arrow}
+    for node in functions:
+        if isinstance(node, ast.Attribute):
+            first = node.value
+            while isinstance(first, ast.Attribute):
+                first = first.value
+            if isinstance(first, ast.Name) and first.id in arrow:
+                found.add(node.attr)
+    return found & READING
+
+
+def test_no_other_module_reads_parquet() -> None:
+    modules = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
+    found = {str(path.relative_to(ROOT)): calls(path) for path in modules if calls(path)}
+    assert found == {"sharding/shards/parquet.py": {"ParquetFile"}}
+
+
+def test_a_file_is_read_from_a_path_from_bytes_and_from_an_open_file(tmp_path: Path) -> None:
+    table = pa.table({"a": range(10_000), "b": ["x"] * 10_000})
+    folder = tmp_path / "a=1"  # no column of its own, as pyarrow.dataset would make it
+    folder.mkdir()
+    pq.write_table(table, folder / "t.parquet")
+    data = (folder / "t.parquet").read_bytes()
+    for source in (folder / "t.parquet", str(folder / "t.parquet"), data, io.BytesIO(data)):
+        assert read_table(source).equals(table)
+        assert read_table(source, ["b"]).column_names == ["b"]
+        with parquet_file(source) as file:
+            assert pa.Table.from_batches(read_batches(file)).equals(table)
+        assert read_schema(source).names == ["a", "b"]
+
+
+def test_damage_is_a_value_error_of_one_line_and_an_error_of_the_storage_stays(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"a": ["some text"] * 50}), buffer, write_page_checksum=True, compression="none")
+    data = buffer.getvalue()
+    for damaged in (b"", b"PAR1", data[:-9], b"\0" * 60 + data[60:], data.replace(b"text", b"next", 1)):
+        with pytest.raises(ParquetError, match=r"\w") as error:
+            read_table(damaged)
+        assert "\n" not in str(error.value)
+    with pytest.raises(FileNotFoundError):
+        read_table(tmp_path / "none.parquet")

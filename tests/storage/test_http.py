@@ -1,0 +1,421 @@
+"""Byte ranges over HTTP: connections kept and closed, redirects, certificates, names, servers with a will."""
+
+import os
+import re
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
+from contextlib import ExitStack, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from descriptors import many_descriptors
+from hosts import ROOT, why_not
+from needs import leave_out, module
+
+from loaders.config import RemoteReads
+from storage.remote import Part, Remote
+
+LATE = 8.0  # seconds
+DATA = np.random.default_rng(1).bytes(2**20)
+
+
+class Ranges(BaseHTTPRequestHandler):
+    """Answers ranges of DATA under /things; elsewhere as the path says."""
+
+    protocol_version = "HTTP/1.1"
+
+    def setup(self) -> None:
+        super().setup()
+        self.server.connections += 1
+
+    def do_GET(self) -> None:
+        self.server.asked.append((self.path, self.headers.get("Authorization")))
+        first, last = map(int, re.findall(r"\d+", self.headers.get("Range", f"bytes=0-{len(DATA) - 1}")))
+        if self.path.startswith("/moved"):
+            return self.say(302, b"", Location=self.path.replace("moved", "things"))
+        if self.path.startswith("/garbled"):
+            return self.raw(b"blah blah blah\r\n\r\n")
+        if self.path.startswith("/broken"):
+            return self.raw(b"HTTP/1.1 206 Partial Content\r\nContent-Le")
+        if self.path.startswith("/whole"):
+            return self.say(200, DATA * 64)
+        if self.path.startswith("/refusing"):
+            return self.say(503, DATA)  # an excuse longer than what was asked for
+        if self.path.startswith("/late") and first == 2000 and self.server.late.is_set():
+            self.server.late.clear()
+            time.sleep(LATE)
+        if self.path.startswith("/stuck") and first:
+            self.server.stuck.set()
+            self.connection.settimeout(20)
+            self.server.ended.append(self.connection.recv(1))  # empty when the client hangs up
+        return self.say(206, DATA[first : last + 1])
+
+    def do_CONNECT(self) -> None:
+        self.say(407, b"")
+
+    def raw(self, data: bytes) -> None:
+        self.wfile.write(data)
+        self.close_connection = True
+
+    def say(self, status: int, body: bytes, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        try:
+            self.wfile.write(body)
+            self.server.sent += len(body)
+        except OSError:
+            self.close_connection = True
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[ThreadingHTTPServer]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Ranges)
+    server.connections, server.sent, server.asked = 0, 0, []
+    server.ended, server.stuck, server.late = [], threading.Event(), threading.Event()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def remote(server: ThreadingHTTPServer, folder: str, scheme: str = "http", **settings) -> Remote:
+    host = "localhost" if scheme == "https" else "127.0.0.1"
+    return Remote(f"{scheme}://{host}:{server.server_port}/{folder}", {}, RemoteReads(**settings))
+
+
+def parts(count: int, size: int = 1500) -> list[Part]:
+    return [Part("shard.tar", first, first + size) for first in range(0, count * 2000, 2000)]
+
+
+def test_many_ranges_share_few_connections(server) -> None:
+    reading = remote(server, "things", connections=4, hedge_percentile=0)
+    for _ in range(3):
+        assert reading.fetch(parts(100)) == [DATA[part.start : part.end] for part in parts(100)]
+    reading.close()
+    assert server.connections <= 4
+    assert len(server.asked) == 300
+
+
+def test_ranges_are_read_above_descriptor_1023(server) -> None:
+    with many_descriptors():
+        reading = remote(server, "things", connections=4)
+        assert reading.fetch(parts(100)) == [DATA[part.start : part.end] for part in parts(100)]
+        reading.close()
+
+
+def test_a_whole_object_without_measure_is_refused(server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("storage.http.LARGEST_OBJECT", len(DATA) - 1)
+    reading = remote(server, "things")
+    with pytest.raises(OSError, match="Maximum file size exceeded"):
+        reading.fetch([Part("corpus.json")])
+    reading.close()
+
+
+def test_a_redirect_is_followed(server) -> None:
+    reading = remote(server, "moved")
+    assert reading.fetch(parts(3)) == [DATA[part.start : part.end] for part in parts(3)]
+    assert {path for path, _ in server.asked} == {"/moved/shard.tar", "/things/shard.tar"}
+    reading.close()
+
+
+def test_a_server_without_ranges_is_named_before_all_has_come(server) -> None:
+    reading = remote(server, "whole")
+    with pytest.raises(OSError, match=r"whole/shard\.tar cannot be read: the server does not answer byte ranges"):
+        reading.fetch(parts(1))
+    reading.close()
+    time.sleep(0.2)
+    assert server.sent == 0  # of 64 MB, its buffers alone
+
+
+def test_an_excuse_longer_than_what_was_asked_for_is_still_an_excuse(server) -> None:
+    reading = remote(server, "refusing", deadline=1)
+    with pytest.raises(TimeoutError, match=r"the last: status 503"):
+        reading.fetch(parts(1))
+    reading.close()
+
+
+@pytest.mark.parametrize("folder", ["garbled", "broken"])
+def test_answers_that_break_off_or_mean_nothing_are_asked_for_again(server, folder: str) -> None:
+    reading = remote(server, folder, deadline=1)
+    with pytest.raises(TimeoutError, match=r"\(\d+ tries\); the last: connection broke off"):
+        reading.fetch(parts(1))
+    assert reading.counters["retries"] > 0
+    reading.close()
+
+
+def test_a_server_that_hangs_up_while_the_encryption_is_agreed_on_is_asked_again() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def hang_up() -> None:
+            with suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    connection.recv(100)
+                    connection.close()  # with bytes unread: a reset
+
+        threading.Thread(target=hang_up, daemon=True).start()
+        url = f"https://127.0.0.1:{server.getsockname()[1]}/things"
+        reading = Remote(url, {}, RemoteReads(deadline=1))
+        with pytest.raises(TimeoutError, match=r"the last: no encrypted connection: 127\.0\.0\.1"):
+            reading.fetch(parts(1))
+        assert reading.counters["retries"] > 0
+        reading.close()
+        server.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_server_without_encryption_is_named_at_once(server) -> None:
+    reading = Remote(f"https://127.0.0.1:{server.server_port}/things", {}, RemoteReads())
+    with pytest.raises(OSError, match=r"things/shard\.tar cannot be read: no encrypted connection: 127\.0\.0\.1"):
+        reading.fetch(parts(1))
+    reading.close()
+
+
+def test_a_proxy_that_refuses_is_named_at_once(server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("no_proxy", "elsewhere.test")
+    reading = Remote("https://store.test/things", {}, RemoteReads())
+    with pytest.raises(OSError, match=r"store\.test/things/shard\.tar cannot be read: the proxy says status 407"):
+        reading.fetch(parts(1))
+    reading.close()
+
+
+def test_a_proxys_password_is_in_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", "jane:open-sesame@proxy:80x80")
+    monkeypatch.setenv("no_proxy", "elsewhere.test")
+    reading = Remote("https://store.test/things", {}, RemoteReads(deadline=1))
+    with pytest.raises(OSError, match=r"store\.test/things.*proxy") as raised:
+        reading.fetch(parts(1))
+    assert "sesame" not in str(raised.value)
+    reading.close()
+
+
+def test_no_connection_is_told_from_no_answer(server) -> None:
+    reading = remote(server, "stuck", try_seconds=0.5, deadline=0.7)
+    assert reading.fetch(parts(1)) == [DATA[:1500]]
+    with pytest.raises(TimeoutError, match=r"the last: no answer within 0\.5 s \(remote\.try_seconds\)"):
+        reading.fetch(parts(2)[1:])  # over the same connection
+    reading.close()
+    with socket.socket() as full, ExitStack() as waiting:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for _ in range(4):  # who comes after them is not let in
+            one = waiting.enter_context(socket.socket())
+            one.setblocking(False)
+            one.connect_ex(full.getsockname())
+        url = f"http://127.0.0.1:{full.getsockname()[1]}/things"
+        reading = Remote(url, {}, RemoteReads(try_seconds=1, deadline=1.2))
+        with pytest.raises(TimeoutError, match=r"the last: no connection within 1 s"):
+            reading.fetch(parts(1))
+        reading.close()
+
+
+@pytest.mark.parametrize("host", ["store..example", "a" * 70 + ".example"])
+def test_a_name_that_cannot_be_one_is_said_at_once(host: str) -> None:
+    reading = Remote(f"http://{host}/things", {}, RemoteReads())
+    with pytest.raises(OSError, match=r"things/shard\.tar cannot be read: host not found"):
+        reading.fetch(parts(1))
+    reading.close()
+
+
+def test_headers_of_one_request_are_not_sent_with_the_next(
+    server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storage.addresses.KEPT_FOR", 0.0)
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login jane password sesame\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    reading = remote(server, "things", hedge_percentile=0)
+    reading.fetch(parts(1))
+    (tmp_path / "netrc").unlink()
+    reading.fetch(parts(1))
+    assert [header is None for _, header in server.asked] == [False, True]
+    reading.close()
+
+
+def test_closing_while_others_read_loses_nobody(server) -> None:
+    reading = remote(server, "things", hedge_percentile=0)
+    ended: list[str] = []
+
+    def read() -> None:
+        for _ in range(30):
+            try:
+                assert reading.fetch(parts(20)) == [DATA[part.start : part.end] for part in parts(20)]
+            except CancelledError:
+                pass
+            except BaseException as error:
+                ended.append(repr(error))
+                raise
+        ended.append("whole")
+
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        reading.close()
+        time.sleep(0.01)
+    assert ended == ["whole"] * 4
+    reading.close()
+
+
+def test_cancelling_hangs_up_and_the_client_goes_on(server) -> None:
+    reading = remote(server, "stuck")
+
+    def read() -> None:
+        with pytest.raises(CancelledError):
+            reading.fetch(parts(2))
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    assert server.stuck.wait(20)
+    reading.cancel()
+    thread.join(20)
+    assert not thread.is_alive()
+    until = time.monotonic() + 10
+    while not server.ended and time.monotonic() < until:
+        time.sleep(0.01)
+    assert server.ended == [b""]
+    assert reading.fetch(parts(1)) == [DATA[:1500]]
+    reading.close()
+
+
+def test_what_was_read_is_not_kept(server) -> None:
+    reading = remote(server, "things", hedge_percentile=0)
+    whole = [Part("shard.tar", 0, len(DATA))] * 32
+    reading.fetch(whole[:1])
+    tracemalloc.start()
+    try:
+        assert reading.fetch(whole) == [DATA] * 32
+        assert tracemalloc.get_traced_memory()[0] < 4 * len(DATA)
+    finally:
+        tracemalloc.stop()
+        reading.close()
+
+
+@pytest.mark.parametrize("variable", ["SSL_CERT_FILE", "AWS_CA_BUNDLE"])
+def test_certificates_are_checked_against_those_of_the_environment(
+    server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    for name in ("SSL_CERT_FILE", "AWS_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+    authority = module("trustme", "trustme").CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(context)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    stranger = remote(server, "things", "https")
+    with pytest.raises(OSError, match=r"things/shard\.tar cannot be read: no valid certificate: localhost"):
+        stranger.fetch(parts(1))
+    stranger.close()
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    monkeypatch.setenv(variable, str(tmp_path / "ca.pem"))
+    friend = remote(server, "things", "https")
+    assert friend.fetch(parts(20)) == [DATA[part.start : part.end] for part in parts(20)]
+    friend.close()
+
+
+def test_what_fsspec_reads_itself_is_hedged_cancelled_and_explained_too(server) -> None:
+    def by_fsspec(folder: str, **settings) -> Remote:  # an option that our own client does not know
+        url = f"http://127.0.0.1:{server.server_port}/{folder}"
+        return Remote(url, {"headers": {"X-Asked-By": "fsspec"}}, RemoteReads(**settings))
+
+    reading = by_fsspec("late")
+    assert reading.fetch(parts(60)) == [DATA[part.start : part.end] for part in parts(60)]  # learns how long it takes
+    server.late.set()
+    began = time.monotonic()
+    assert reading.fetch(parts(10)) == [DATA[part.start : part.end] for part in parts(10)]
+    assert time.monotonic() - began < LATE
+    assert reading.counters["hedges_won"] == 1
+    reading.close()
+    reading = by_fsspec("stuck")
+    ended: list[BaseException] = []
+
+    def read() -> None:
+        try:
+            reading.fetch(parts(2))
+        except BaseException as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    assert server.stuck.wait(20)
+    reading.cancel()
+    thread.join(20)
+    assert isinstance(ended[0], CancelledError)
+    reading.close()
+    reading = by_fsspec("refusing", deadline=1)
+    with pytest.raises(TimeoutError, match=r"refusing/shard\.tar bytes 0-1499 .*the last: status 503"):
+        reading.fetch(parts(1))
+    reading.close()
+
+
+NAME_SERVER = """
+import socket, sys, threading, time
+from loaders.config import RemoteReads
+from storage.remote import Part, Remote
+
+code, deadline = int(sys.argv[1]), float(sys.argv[2])
+server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+server.bind(("127.0.0.1", 53))
+
+def answer():
+    while True:
+        query, client = server.recvfrom(512)
+        if code:  # else it stays silent
+            server.sendto(query[:2] + bytes([0x81, 0x80 | code]) + query[4:], client)
+
+threading.Thread(target=answer, daemon=True).start()
+reading = Remote("http://store.example.org/things", {}, RemoteReads(deadline=deadline))
+began = time.monotonic()
+try:
+    reading.fetch([Part("shard.tar", 0, 10)])
+except OSError as error:
+    print(type(error).__name__, error)
+told = time.monotonic()
+reading.close()
+print(told - began, time.monotonic() - told, reading.counters["retries"], time.time())
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "deadline", "said", "retries"),
+    [
+        (3, 30, r"OSError .*things/shard\.tar cannot be read: host not found: store\.example\.org", False),
+        (2, 3, r"TimeoutError .*\d+ tries\); the last: host not found: store\.example\.org", True),
+        (0, 3, r"TimeoutError .*\(1 tries\); the last: no connection within 3 s", False),
+    ],
+    ids=["no such name", "the name server fails", "the name server is silent"],
+)
+def test_a_wrong_name_is_said_at_once_and_a_failing_name_server_is_asked_again(
+    tmp_path: Path, code: int, deadline: float, said: str, retries: bool
+) -> None:
+    """A real name server, in a network of its own; answers of DNS' codes 2 (SERVFAIL) and 3 (NXDOMAIN), or none."""
+    leave_out(why_not())
+    (tmp_path / "resolv.conf").write_text("nameserver 127.0.0.1\n")
+    (tmp_path / "reading.py").write_text(NAME_SERVER)
+    boot = f"ip link set lo up && mount --bind {tmp_path}/resolv.conf /etc/resolv.conf"
+    words = f"{boot} && exec {sys.executable} {tmp_path}/reading.py {code} {deadline}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"] + ":/usr/sbin:/sbin"}
+    done = subprocess.run(
+        ["unshare", "--net", "--mount", "sh", "-c", words], capture_output=True, text=True, env=environment, timeout=100
+    )
+    over = time.time()
+    assert done.returncode == 0, done.stderr
+    told, figures = done.stdout.splitlines()
+    assert re.search(said, told), told
+    until_told, closing, count, last = map(float, figures.split())
+    assert until_told < deadline + 2
+    assert closing < 4  # though libcurl's thread may wait for the name server for ten seconds
+    assert over - last < 4  # nor does it hold up the process' end
+    assert (count > 0) == retries

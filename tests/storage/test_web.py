@@ -1,0 +1,147 @@
+"""The client of web servers: redirects, compressed answers, pauses asked for, certificates, clips, what is given up."""
+
+import gzip
+import io
+import ssl
+import threading
+from concurrent.futures import CancelledError
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
+
+import pytest
+from needs import module
+
+from storage.policy import WebError, pause_after
+from storage.web import Fetching, WebClient
+
+BOUNDS = Fetching().bounds("image")
+BODY = bytes(range(256)) * 4000  # about a megabyte
+
+
+class Answer(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        path = unquote(self.path)
+        if path == "/moved":
+            return self.say(302, b"", Location="/été 1.jpg")
+        if path == "/round":
+            return self.say(302, b"", Location="/round")
+        if path == "/busy":
+            return self.say(429, b"", **{"Retry-After": "7"})
+        if path == "/zipped":
+            return self.say(200, gzip.compress(BODY), **{"Content-Encoding": "gzip"})
+        if path == "/agent":
+            return self.say(200, self.headers["User-Agent"].encode())
+        if path == "/stuck":
+            self.server.stuck.wait(20)
+        return self.say(200, BODY if path in ("/été 1.jpg", "/stuck") else path.encode())
+
+    def say(self, status: int, body: bytes, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value.encode("utf-8").decode("latin-1"))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.fixture
+def server():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    server.stuck = threading.Event()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.stuck.set()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def client():
+    client = WebClient(Fetching(connections=4, per_host=2, attempts=1, timeout=20))
+    yield client
+    client.close()
+
+
+def address(server: ThreadingHTTPServer, path: str) -> str:
+    return f"http://127.0.0.1:{server.server_address[1]}{path}"
+
+
+def got(client: WebClient, url: str) -> bytes:
+    return client.fetch(url, io.BytesIO(), BOUNDS).result(timeout=60).read()
+
+
+@pytest.mark.parametrize(
+    "path", ["/été 1.jpg", "/%C3%A9t%C3%A9%201.jpg", "/moved", "/zipped", "/%C3%A9t%C3%A9%201.jpg#x"]
+)
+def test_what_a_browser_would_show_is_fetched(server, client, path: str) -> None:
+    assert got(client, address(server, path)) == BODY
+
+
+def test_many_addresses_share_few_connections(server, client) -> None:
+    futures = {
+        path: client.fetch(address(server, path), io.BytesIO(), BOUNDS) for path in (f"/{n}" for n in range(300))
+    }
+    assert all(future.result(timeout=60).read() == path.encode() for path, future in futures.items())
+
+
+def test_the_client_has_a_name(server, client) -> None:
+    assert b"singularity" in got(client, address(server, "/agent"))
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"), [("/round", "cannot be fetched: .*redirects"), ("/busy", "HTTP 429 Too Many Requests")]
+)
+def test_what_cannot_be_had_says_why(server, client, path: str, reason: str) -> None:
+    with pytest.raises(WebError, match=reason):
+        got(client, address(server, path))
+
+
+@pytest.mark.parametrize("url", ["http://", "http://[1/x.jpg", "http://a:b/x.jpg", "http:///x.jpg"])
+def test_what_is_no_address_says_so(client, url: str) -> None:
+    with pytest.raises(WebError, match=r"no valid address|host not found"):
+        got(client, url)
+
+
+def test_the_pause_that_a_server_asks_for_is_kept(server, client) -> None:
+    with pytest.raises(WebError) as caught:
+        got(client, address(server, "/busy"))
+    assert pause_after(caught.value, 1) == 7
+    assert 0.6 <= pause_after(WebError("timed out", passing=True), 2) <= 0.9
+
+
+def test_a_file_that_cannot_be_written_is_the_error(server, client) -> None:
+    with open("/dev/full", "wb+", buffering=0) as full, pytest.raises(OSError, match="No space left"):
+        client.fetch(address(server, "/moved"), full, BOUNDS).result(timeout=60)
+
+
+def test_ending_the_client_ends_what_is_under_way(server, client) -> None:
+    future = client.fetch(address(server, "/stuck"), io.BytesIO(), BOUNDS)
+    client.close()
+    assert not client.thread.is_alive()
+    with pytest.raises(CancelledError):
+        future.result(timeout=60)
+    with pytest.raises(RuntimeError, match="has ended"):
+        client.fetch(address(server, "/1"), io.BytesIO(), BOUNDS)
+
+
+def test_certificates_are_checked_and_those_that_python_trusts_are_trusted(
+    server, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority = module("trustme", "trustme").CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(context)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    url = f"https://localhost:{server.server_address[1]}/1"
+    stranger = WebClient(Fetching(attempts=1, timeout=20))
+    with pytest.raises(WebError, match="no valid certificate: localhost"):
+        got(stranger, url)
+    stranger.close()
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    friend = WebClient(Fetching(attempts=1, timeout=20))
+    assert got(friend, url) == b"/1"
+    friend.close()

@@ -1,0 +1,70 @@
+"""The DeepSpeed configuration: completed from the YAML, contradictions refused."""
+
+import json
+
+import pytest
+from small_run import ROOT
+
+from runtime.ranks import Ranks
+from train.config.settings import OptimizerConfig, RunConfig
+from train.deepspeed.engine import deepspeed_config, find_deepspeed_config
+
+JSONS = sorted((ROOT / "deepspeed_configs").glob("*.json"))
+
+
+@pytest.fixture
+def complete(tmp_path):
+    def build(content, **settings):
+        path = tmp_path / "zero.json"
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return deepspeed_config(RunConfig(deepspeed=str(path), **settings), Ranks(world_size=4))
+
+    return build
+
+
+def test_the_yaml_decides(complete):
+    config = complete({}, precision="bf16", optimizer=OptimizerConfig(max_grad_norm=2.0))
+    assert config["bf16"]["enabled"] is True
+    assert config["fp16"]["enabled"] is False
+    assert config["gradient_clipping"] == 2.0
+    assert config["train_batch_size"] == 128
+    assert config["train_micro_batch_size_per_gpu"] == 32
+    assert complete({}, optimizer=OptimizerConfig(max_grad_norm=-1))["gradient_clipping"] == 0
+
+
+def test_the_json_may_say_the_same_or_leave_it_open(complete):
+    same = {"bf16": {"enabled": True}, "gradient_clipping": "auto", "fp16": {"initial_scale_power": 10}}
+    config = complete(same, precision="bf16")
+    assert config["gradient_clipping"] == 0
+    assert config["fp16"] == {"initial_scale_power": 10, "enabled": False}
+
+
+@pytest.mark.parametrize(
+    ("content", "key"),
+    [
+        ({"train_batch_size": 5}, "batch_size"),
+        ({"gradient_clipping": 1.0}, "optimizer.max_grad_norm"),
+        ({"fp16": {"enabled": True}}, "precision"),
+        ({"optimizer": {"type": "AdamW"}}, "optimizer"),
+        ({"scheduler": {"type": "WarmupLR"}}, "scheduler"),
+    ],
+)
+def test_a_contradiction_is_refused(complete, content, key):
+    with pytest.raises(ValueError, match=rf"zero\.json sets .* which the YAML decides \({key}\): remove it there"):
+        complete(content)
+
+
+def test_mistakes_in_the_file_are_told(complete):
+    with pytest.raises(ValueError, match=r"zero\.json is no valid JSON"):
+        complete("{stage: 1}")
+    with pytest.raises(FileNotFoundError, match=r"deepspeed=nowhere\.json does not exist.*cpu\.json"):
+        deepspeed_config(RunConfig(deepspeed="nowhere.json"), Ranks())
+
+
+@pytest.mark.parametrize("path", JSONS, ids=lambda path: path.name)
+def test_every_shipped_configuration_fits(path, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # found below the repository from anywhere
+    name = f"deepspeed_configs/{path.name}"
+    assert find_deepspeed_config(name) == path
+    stage = deepspeed_config(RunConfig(deepspeed=name, nvme_path=str(tmp_path)), Ranks())["zero_optimization"]["stage"]
+    assert path.stem in (f"zero{stage}", f"zero{stage}_offload", f"zero{stage}_nvme", "cpu")

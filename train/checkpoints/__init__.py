@@ -1,0 +1,1 @@
+"""Checkpoints of a run: written by all ranks, copied, pruned, resumed from."""

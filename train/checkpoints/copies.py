@@ -1,0 +1,223 @@
+"""Copies of checkpoints on any storage that fsspec knows; a run whose disk is lost goes on from there."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from runtime.activity import progress
+from runtime.errors import AccessError, UserError
+from sharding.shards.schema import join_url
+from storage.failures import check_no_credentials, hide_secrets
+from storage.policy import BUCKETS, check_bucket
+from train.checkpoints.best import BEST, MARKER, best_version
+from train.checkpoints.writing import STATE, complete_checkpoints
+
+log = logging.getLogger(__name__)
+
+SETTINGS, METRICS = "config.yaml", "metrics.jsonl"
+
+
+class RemoteCheckpoints:
+    """The checkpoints of one run below a URL; each complete or absent there too: its state.json is written last."""
+
+    def __init__(self, url: str, storage: Mapping[str, str]) -> None:
+        """storage: fsspec's options. Raises ValueError for credentials in the URL, or a protocol unknown to fsspec."""
+        check_no_credentials(url, storage)
+        try:
+            self._files, self._root = fsspec.core.url_to_fs(url, **dict(storage))
+        except (ValueError, ImportError) as error:
+            raise UserError(f"checkpoint_url={url}: {error}") from None
+        self._url, self._storage = url, storage
+        self._copied = ""  # the checkpoint that this process has copied whole
+        self._failed: tuple[Path, Path, int] | None = None
+
+    def check(self) -> None:
+        """Raise UserError where the bucket does not exist."""
+        check_bucket(self._url, self._storage)
+
+    def steps(self) -> list[str]:
+        """Names of the complete ones, oldest first."""
+        return self._folders("step_", STATE)
+
+    def _folders(self, beginning: str, marker: str) -> list[str]:
+        """Names of the folders that begin so and hold `marker`, in order; without patterns, which URLs may contain."""
+        try:
+            paths = self._files.ls(self._root, detail=False)
+        except FileNotFoundError:
+            return []
+        names = sorted(path.rstrip("/").rpartition("/")[-1] for path in paths)
+        return [
+            n for n in names if n.startswith(beginning) and self._files.exists(join_url(self._root, f"{n}/{marker}"))
+        ]
+
+    def upload(self, path: Path, settings: Path, keep: int) -> bool:
+        """Copy a complete checkpoint with the best model that it names, the run's settings and its metrics so far.
+
+        The newest `keep` are kept. What this process has copied before is not copied again but for what may have
+        changed. A failure is logged, no more; returns whether all is there.
+        """
+        self._failed = None
+        try:
+            self._upload(path, settings, keep)
+        except Exception as error:  # each store has errors of its own
+            self._failed = (path, settings, keep)
+            log.error("%s is not copied to %s (%s): the next checkpoint tries again", path, self._url, reason(error))
+        return self._failed is None
+
+    def retry(self) -> None:
+        """Try again, at the end of a run, what failed at last."""
+        if self._failed is None or self.upload(*self._failed):
+            return
+        log.error("The run ends, and %s is not in %s: copy it there, and %s_*", self._failed[0], self._url, BEST)
+
+    def _upload(self, path: Path, settings: Path, keep: int) -> None:
+        target = join_url(self._root, path.name)
+        if self._copied != path.name and not self._holds(path):
+            self._copied = ""
+            self._remove_if_there(join_url(target, STATE))  # of a run that went on from an earlier one: not complete
+            self._put_files(path, target, but=STATE)
+        step = _best_step((path / STATE).read_bytes())
+        if step is not None:
+            self._upload_best(best_version(path.parent, step))
+        for file in (settings, settings.parent / METRICS):
+            if file.is_file():
+                self._put_whole(file, join_url(target, file.name))
+        self._put_whole(path / STATE, join_url(target, STATE))
+        self._copied = path.name
+        self._prune(path.name, keep)
+
+    def _holds(self, path: Path) -> bool:
+        """Whether an earlier process has copied this checkpoint whole."""
+        state = join_url(self._root, f"{path.name}/{STATE}")
+        return bool(self._files.exists(state)) and self._files.cat_file(state) == (path / STATE).read_bytes()
+
+    def _upload_best(self, version: Path) -> None:
+        """Copy a version of the best model, unless it is there; its marker is written last."""
+        target = join_url(self._root, version.name)
+        marker = join_url(target, MARKER)
+        if self._files.exists(marker):
+            if self._files.cat_file(marker) == (version / MARKER).read_bytes():
+                return
+            self._remove_if_there(marker)
+        self._put_files(version, target, but=MARKER)
+        self._put_whole(version / MARKER, marker)
+
+    def _put_files(self, folder: Path, target: str, but: str) -> None:
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            name = path.relative_to(folder).as_posix()
+            if name != but:
+                self._files.makedirs(join_url(target, name).rpartition("/")[0], exist_ok=True)
+                self._files.put_file(str(path), join_url(target, name), callback=_Reporting(f"uploading {name}"))
+
+    def _put_whole(self, path: Path, target: str) -> None:
+        """Copy a file so that it is whole or absent, as objects in a bucket are by themselves."""
+        self._files.makedirs(target.rpartition("/")[0], exist_ok=True)
+        if self._url.partition("://")[0] in BUCKETS:
+            self._files.put_file(str(path), target)
+            return
+        self._files.put_file(str(path), f"{target}.part")
+        self._files.mv(f"{target}.part", target)
+
+    def _remove_if_there(self, path: str) -> None:
+        if self._files.exists(path):
+            self._files.rm_file(path)
+
+    def _prune(self, newest: str, keep: int) -> None:
+        """Keep `newest` and those before it, `keep` in all, and the best models that they name."""
+        steps = self.steps()
+        kept = [name for name in steps if name <= newest][-keep:]
+        for name in set(steps) - set(kept):
+            self._files.rm_file(join_url(self._root, f"{name}/{STATE}"))  # first: it is no longer complete
+            self._remove_folder(name)
+        named = {_best_step(self._files.cat_file(join_url(self._root, f"{name}/{STATE}"))) for name in kept}
+        wanted = {best_version(Path(), step).name for step in named if step is not None}
+        for name in set(self._folders(f"{BEST}_", MARKER)) - wanted:
+            self._files.rm_file(join_url(self._root, f"{name}/{MARKER}"))
+            self._remove_folder(name)
+
+    def _remove_folder(self, name: str) -> None:
+        """Remove a folder with all below it; fsspec's own `rm` takes names for patterns."""
+        folder = join_url(self._root, name)
+        if isinstance(self._files, LocalFileSystem):
+            shutil.rmtree(folder)
+            return
+        for path in self._files.find(folder):
+            self._files.rm_file(path)
+
+    def fetch(self, folder: Path) -> None:
+        """Bring the newest checkpoint, its best model, the settings and the metrics to a run's folder without one.
+
+        Raises AccessError where the copies cannot be read.
+        """
+        if complete_checkpoints(folder / "checkpoints"):
+            return
+        try:
+            for name in self.steps()[-1:]:
+                self._fetch(name, folder)
+        except Exception as error:  # each store has errors of its own
+            raise AccessError(
+                f"checkpoint_url={self._url}: what lies there cannot be brought to {folder} ({reason(error)}): mend "
+                "the way there, or start a new run with another checkpoint_url, or without"
+            ) from error
+
+    def _fetch(self, name: str, folder: Path) -> None:
+        log.info("Fetching %s from %s", name, self._url)
+        final = folder / "checkpoints" / name
+        aside = self._fetch_folder(name, final)
+        if not (aside / SETTINGS).is_file():  # of before December 2026
+            self._files.get_file(join_url(self._root, SETTINGS), str(aside / SETTINGS))
+        step = _best_step((aside / STATE).read_bytes())
+        if step is not None and self._files.exists(join_url(self._root, f"{best_version(Path(), step).name}/{MARKER}")):
+            version = best_version(final.parent, step)
+            shutil.rmtree(version, ignore_errors=True)
+            os.replace(self._fetch_folder(version.name, version), version)
+        for file in (SETTINGS, METRICS):
+            if (aside / file).is_file():
+                os.replace(aside / file, folder / file)
+        os.replace(aside, final)
+
+    def _fetch_folder(self, name: str, final: Path) -> Path:
+        """Bring a folder to the place where it is to be renamed to `final`; returns that place."""
+        aside = final.with_name(f".{final.name}.part")
+        shutil.rmtree(aside, ignore_errors=True)
+        source = join_url(self._root, name)
+        for path in self._files.find(source):
+            target = aside / path[len(source) :].lstrip("/")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self._files.get_file(path, str(target), callback=_Reporting(f"fetching {path}"))
+        return aside
+
+
+def _best_step(state: bytes) -> int | None:
+    """The version of the best model that a checkpoint's state names."""
+    try:
+        return json.loads(state).get("best_step")
+    except (ValueError, AttributeError):  # damaged, which is told when it is loaded
+        return None
+
+
+class _Reporting(fsspec.Callback):
+    """Reports the progress of a copy."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self._what = what
+        progress(what)
+
+    def relative_update(self, inc: int = 1) -> None:
+        """`inc` bytes more are there."""
+        super().relative_update(inc)
+        progress(f"{self._what}, {self.value >> 20} MiB")
+
+
+def reason(error: Exception) -> str:
+    """An error in words that hold no secrets."""
+    return f"{type(error).__name__}: {hide_secrets(str(error))}"

@@ -1,0 +1,154 @@
+"""The training state on disk: a file a rank, read back by any number of ranks under any ZeRO stage."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from model.checkpoints.files import write_whole
+from runtime.activity import progress
+from runtime.errors import UserError
+from runtime.ranks import Ranks
+from train.deepspeed.frozen import frozen_fragments, set_frozen, written_fragments
+from train.deepspeed.state import MOMENTS, before_loading, fragments, loaded, set_optimizer_step
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+WEIGHT = "weight"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A fragment in one of the files: elements [start, start + length) of a parameter, flattened."""
+
+    start: int
+    length: int
+    file: Any  # an open safetensors file
+    key: str  # without the kind
+    trained: bool  # whether the file also holds its moments
+
+
+def write_part(folder: Path, engine: DeepSpeedEngine, ranks: Ranks, moments: bool = True) -> Path:
+    """Write this rank's fragments to a file of its own in `folder`; returns it. Nothing is gathered.
+
+    moments: also AdamW's; without them the files hold the weights only.
+    """
+    alone = engine.zero_optimization_stage() == 0  # every rank has everything: they share the work
+    tensors: dict[str, torch.Tensor] = {}
+    for number, part in enumerate(fragments(engine, moments)):
+        if not alone or number % ranks.world_size == ranks.rank:
+            progress(f"taking the fragment {part.name}")
+            key = f"{part.name}|{part.start}|"
+            for kind, tensor in {WEIGHT: part.weight, **part.moments}.items():
+                tensors[key + kind] = tensor.detach().float().cpu().clone()
+    for part in written_fragments(engine):
+        tensors[f"{part.name}|{part.start}|{WEIGHT}"] = part.weight.float().clone()
+    path = folder / f"rank_{ranks.rank:05}_of_{ranks.world_size:05}.safetensors"
+    progress(f"writing {path.name}")
+    write_whole(path, lambda aside: save_file(tensors, str(aside)))
+    return path
+
+
+def read_parts(folder: Path, engine: DeepSpeedEngine, step: int) -> None:
+    """Set the engine's weights and optimiser to what `write_part` wrote, on however many ranks; all ranks call.
+
+    step: of the optimiser. Raises ValueError when files are damaged or do not hold every parameter whole.
+    """
+    before_loading(engine)
+    with _open(folder) as pieces:
+        for part in fragments(engine):
+            progress(f"reading the fragment {part.name}")
+            for kind, tensor in {WEIGHT: part.weight, **part.moments}.items():
+                tensor.copy_(_assemble(pieces, part.name, kind, part.start, tensor.numel(), folder))
+        for part in frozen_fragments(engine):
+            value = _assemble(pieces, part.name, WEIGHT, part.start, part.weight.numel(), folder)
+            set_frozen(engine, part, value)
+    set_optimizer_step(engine, step)
+    loaded(engine)
+
+
+def check_parts(folder: Path) -> None:
+    """Raise ValueError unless every rank's file is there and as long as its header says."""
+    with _open(folder):
+        pass
+
+
+def set_weights(engine: DeepSpeedEngine, state: Mapping[str, torch.Tensor]) -> None:
+    """Set the engine's weights to whole ones, by name; all ranks call. The optimiser's moments stay as they are."""
+    before_loading(engine)
+    for part in fragments(engine, moments=False):
+        end = part.start + part.weight.numel()
+        part.weight.copy_(state[part.name].flatten()[part.start : end])
+    for part in frozen_fragments(engine):
+        set_frozen(engine, part, state[part.name].flatten()[part.start : part.start + part.weight.numel()].float())
+    loaded(engine)
+
+
+def whole_weights(folder: Path, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
+    """All weights of the files in `folder`, in single precision, of these shapes."""
+    weights: dict[str, torch.Tensor] = {}
+    with _open(folder) as pieces:
+        for name, shape in shapes.items():
+            progress(f"putting {name} together")
+            weights[name] = _assemble(pieces, name, WEIGHT, 0, math.prod(shape), folder).view(shape)
+    return weights
+
+
+@contextmanager
+def _open(folder: Path) -> Iterator[dict[str, list[Piece]]]:
+    """The pieces of every parameter in the files of `folder`, by name and in order."""
+    files = sorted(folder.glob("rank_*.safetensors"))
+    wanted = int(files[0].stem.split("_")[-1]) if files else 1
+    if len(files) != wanted:
+        raise UserError(
+            f"{folder} holds {len(files)} of {wanted} ranks' parts: copy its checkpoint again, whole, or remove it, "
+            "an earlier one is used"
+        )
+    with ExitStack() as stack:
+        pieces: dict[str, list[Piece]] = defaultdict(list)
+        for path in files:
+            try:
+                file = stack.enter_context(safe_open(str(path), framework="pt"))
+            except SafetensorError as error:
+                raise UserError(f"{path} is damaged ({error}): remove its checkpoint, an earlier one is used") from None
+            keys = set(file.keys())
+            for key in keys:
+                name, start, kind = key.split("|")
+                if kind == WEIGHT:
+                    length = file.get_slice(key).get_shape()[0]
+                    trained = f"{name}|{start}|{MOMENTS[0]}" in keys
+                    pieces[name].append(Piece(int(start), length, file, f"{name}|{start}|", trained))
+        for found in pieces.values():
+            found.sort(key=lambda piece: piece.start)
+        yield pieces
+
+
+def _assemble(
+    pieces: Mapping[str, list[Piece]], name: str, kind: str, start: int, length: int, folder: Path
+) -> torch.Tensor:
+    """Elements [start, start + length) of a parameter's weight or moment; only the bytes in question are read.
+
+    Moments of a parameter that was frozen when it was saved are zeros.
+    """
+    if kind != WEIGHT and name in pieces and not any(piece.trained for piece in pieces[name]):
+        return torch.zeros(length)
+    result, end, done = torch.empty(length), start + length, start
+    for piece in pieces.get(name, []):
+        first, last = max(done, piece.start), min(end, piece.start + piece.length)
+        if first == done and first < last:
+            part = piece.file.get_slice(piece.key + kind)
+            result[first - start : last - start] = part[first - piece.start : last - piece.start]
+            done = last
+    if done < end:
+        raise UserError(f"{folder} holds no whole {name} ({', '.join((WEIGHT, *MOMENTS))}): take another checkpoint")
+    return result

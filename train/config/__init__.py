@@ -1,0 +1,1 @@
+"""The settings of a run: what a YAML may hold, how it is read, which model it describes."""

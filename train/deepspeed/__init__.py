@@ -1,0 +1,1 @@
+"""DeepSpeed: the engine, and the workarounds for what it does not document."""

@@ -1,0 +1,186 @@
+"""Starts DeepSpeed: one source of truth for batch, precision, optimiser and clipping, which is the run's YAML."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from runtime.errors import MissingError, UserError
+from runtime.packaged import PACKAGED, find_file
+from runtime.ranks import Ranks
+from train.config.settings import RunConfig
+from train.deepspeed.frozen import keep_exact, whole_frozen
+from train.deepspeed.offload import mend_gradient_reads, with_nvme_path
+from train.deepspeed.state import set_optimizer_step
+from train.groups import ParameterGroup, parameter_groups
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# What the YAML decides: JSON key -> the YAML's key.
+_SET_BY_YAML = {
+    "train_batch_size": "batch_size",
+    "train_micro_batch_size_per_gpu": "batch_size",
+    "gradient_accumulation_steps": "accumulate",
+    "gradient_clipping": "optimizer.max_grad_norm",
+    "bf16.enabled": "precision",
+    "fp16.enabled": "precision",
+    "optimizer": "optimizer",
+    "scheduler": "scheduler",
+}
+
+
+def find_deepspeed_config(name: str) -> Path:
+    """The ZeRO JSON of `deepspeed: NAME`: a path, or the name of a packaged one. Raises MissingError."""
+    path = find_file(name)
+    if path is None:
+        known = ", ".join(sorted(path.name for path in (PACKAGED / "deepspeed_configs").glob("*.json")))
+        raise MissingError(
+            f"deepspeed={name} does not exist: give the path of a DeepSpeed JSON; deepspeed_configs/ has {known}"
+        )
+    return path
+
+
+def deepspeed_config(run: RunConfig, ranks: Ranks) -> dict[str, Any]:
+    """The JSON that `run.deepspeed` names, completed from the run's settings.
+
+    Raises FileNotFoundError, or ValueError when it is no JSON or says something that the settings say otherwise.
+    """
+    path = find_deepspeed_config(run.deepspeed)
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:  # also what is no UTF-8
+        raise UserError(f"{path} is no valid JSON ({error})") from None
+    config = with_nvme_path(config, path, run.nvme_path)
+    largest = max(run.batch_size.image, run.batch_size.video)
+    micro = max(1, largest // ranks.world_size // run.accumulate)  # DeepSpeed uses it for its own figures only
+    own: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": run.accumulate,
+        "train_batch_size": micro * run.accumulate * ranks.world_size,
+        "gradient_clipping": max(0.0, run.optimizer.max_grad_norm),
+    }
+    for key, yaml_key in _SET_BY_YAML.items():
+        given = _get(config, key)
+        expected = {**own, "bf16.enabled": run.precision == "bf16", "fp16.enabled": run.precision == "fp16"}.get(key)
+        if given not in (None, "auto", expected):
+            raise UserError(
+                f"{path} sets {key} to {json.dumps(given)}, which the YAML decides ({yaml_key}): remove it there"
+            )
+    if run.compile and _get(config, "zero_optimization.stage") == 3:
+        raise UserError(
+            f"compile=true does not go with ZeRO 3 ({path}), which fetches weights within a step: take ZeRO 0 to 2, "
+            "or compile=false"
+        )
+    for name in ("bf16", "fp16"):
+        config[name] = {**config.get(name, {}), "enabled": run.precision == name}
+    # Its own test of bf16 gradients would wait for the device at every step; train.guard skips bad steps without.
+    config["bf16"].setdefault("check_grad_overflow", _offloads(config))
+    for name in ("optimizer", "scheduler"):
+        config.pop(name, None)
+    config["zero_optimization"] = _without_waits(config, ranks)
+    config.setdefault("timers", {"throughput": {"enabled": False}})  # waits for the device twice a step
+    return {"steps_per_print": 10**9, "zero_force_ds_cpu_optimizer": False, **config, **own}
+
+
+def _without_waits(config: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """The ZeRO section, less what would make the host wait for the device in a step."""
+    zero = dict(config.get("zero_optimization", {}))
+    wide = _get(config, "data_types.grad_accum_dtype") not in (None, "auto")  # then DeepSpeed insists on its own norm
+    if zero.get("stage") in (1, 2) and not _offloads(config) and not wide:
+        # Two kernels a parameter, and it waits for the result; train.guard takes the norm of all of them at once.
+        zero.setdefault("compute_grad_norm", False)
+    if ranks.world_size == 1:  # nothing is reduced, but DeepSpeed would wait after the backward pass all the same
+        zero["overlap_comm"] = False
+    return zero
+
+
+def start_engine(
+    model: nn.Module, run: RunConfig, config: dict[str, Any], device: torch.device
+) -> tuple[DeepSpeedEngine, list[ParameterGroup]]:
+    """The DeepSpeed engine of a model, and its parameter groups in the order of the optimiser's.
+
+    config: of `deepspeed_config`. Raises ValueError when `different_lr` names an unknown module.
+    """
+    import deepspeed
+
+    if run.compile:
+        # Not `model.compile`, which would take in the hooks that DeepSpeed puts around the call.
+        model.forward = torch.compile(model.forward, fullgraph=True)
+    parameters = dict(model.named_parameters())
+    groups = trainable_groups(model, run)
+    # No learning rate yet, the schedule sets it at every step: some of DeepSpeed's optimisers begin with an empty step.
+    wanted = [
+        {"params": [parameters[name] for name in group.names], "lr": 0.0, "weight_decay": group.weight_decay}
+        for group in groups
+    ]
+    exact = whole_frozen(model) if run.precision != "fp32" else {}
+    _broadcast_scalars(parameters, device)
+    optimizer = _optimizer(wanted, run, config, device)
+    if isinstance(optimizer, torch.optim.AdamW):
+        config = {**config, "gradient_clipping": 0.0}  # train.guard clips: DeepSpeed waits for the device to do it
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    mend_gradient_reads(engine)
+    if exact:
+        keep_exact(engine, exact)
+    set_optimizer_step(engine, 0)
+    return engine, groups
+
+
+def trainable_groups(model: nn.Module, run: RunConfig) -> list[ParameterGroup]:
+    """The optimiser's groups of the parameters that are not frozen; none is empty.
+
+    Raises UserError when all are frozen, ValueError when `different_lr` names a module that the model has not.
+    """
+    parameters = dict(model.named_parameters())
+    groups = parameter_groups({name: p.ndim for name, p in parameters.items()}, run.optimizer)
+    own = [tuple(name for name in group.names if parameters[name].requires_grad) for group in groups]
+    trainable = [ParameterGroup(group.lr, group.weight_decay, names) for group, names in zip(groups, own) if names]
+    if not trainable:
+        raise UserError("every parameter of the model is frozen (requires_grad=False): leave some to be trained")
+    return trainable
+
+
+def _broadcast_scalars(parameters: dict[str, nn.Parameter], device: torch.device) -> None:
+    """Bring the first rank's parameters without dimensions to all ranks, as DeepSpeed does with all others.
+
+    Its own broadcast looks at the bytes of a tensor, which one without dimensions does not allow; the mark, that of
+    its weights that differ by rank, makes it leave them out.
+    """
+    for parameter in parameters.values():
+        if parameter.ndim == 0:
+            value = parameter.data.reshape(1).to(device)
+            torch.distributed.broadcast(value, src=0)
+            parameter.data.copy_(value[0])
+            parameter.ds_optim_param = True  # type: ignore[attr-defined]
+
+
+def _optimizer(
+    groups: list[dict[str, Any]], run: RunConfig, config: dict[str, Any], device: torch.device
+) -> torch.optim.Optimizer:
+    """AdamW: PyTorch's, fused; DeepSpeed's own where a GPU's optimiser state is kept on the CPU."""
+    betas = (run.optimizer.opt_betas[0], run.optimizer.opt_betas[1])
+    if device.type == "cuda" and _offloads(config):
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, lr=0.0, betas=betas, adamw_mode=True)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+
+
+def _offloads(config: dict[str, Any]) -> bool:
+    """Whether the optimiser's state is kept off the device."""
+    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return offload.get("device", "none") != "none"
+
+
+def _get(config: dict[str, Any], key: str) -> Any:
+    value: Any = config
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value

@@ -1,0 +1,179 @@
+"""Where a run's figures go: metrics.jsonl, the console, and Weights & Biases and TensorBoard when enabled."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import math
+import os
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import UserError, naming
+from train.config.files import flatten
+from train.config.settings import RunConfig
+from train.folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+PICTURES = 12  # of an evaluation that Weights & Biases gets
+
+
+def check_tracking(run: RunConfig) -> None:
+    """Raise ValueError when Weights & Biases or TensorBoard is asked for and not installed."""
+    for setting, enabled in {"wandb.enable": run.wandb.enable, "tensorboard": run.tensorboard}.items():
+        package = setting.partition(".")[0]
+        if enabled and importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"{setting} is true and {package} is not installed: pip install {package}, or {setting}=false"
+            )
+
+
+class Tracker:
+    """Writes a run's figures; only the first rank has one. After a resume the figures of lost steps are dropped."""
+
+    def __init__(
+        self, folder: RunFolder, run: RunConfig, total_steps: int, step: int, evaluated_epochs: int = 0
+    ) -> None:
+        self._total_steps, self._path = total_steps, folder.metrics
+        self._first_step, self._started = step, time.perf_counter()
+        weights = {f"loss_{name}": weight for name, weight in vars(run.loss_weight).items() if weight not in (0, 1)}
+        if weights and run.task != "qa":
+            told = ", ".join(f"{name} x {weight:g}" for name, weight in weights.items())
+            log.info("Losses are logged times their weights (loss_weight): %s; loss is their sum", told)
+        drop_after(self._path, step, evaluated_epochs)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._wandb = _start_wandb(folder, run) if run.wandb.enable else None
+        self._board = _start_tensorboard(folder, step) if run.tensorboard else None
+
+    def step(self, figures: dict[str, Any]) -> None:
+        """Record a training step's figures; `figures["step"]` is its number."""
+        self._write(figures)
+        log.info("%s | %s left", step_line(figures, self._total_steps), self._left(figures["step"]))
+
+    def evaluation(
+        self, step: int, epoch: int, metrics: dict[str, dict[str, float]], folder: Path | None = None
+    ) -> None:
+        """Record an evaluation's metrics, named SPLIT/METRIC; to Weights & Biases also its report and pictures."""
+        flat = {f"{split.rstrip('/')}/{name}": value for split, row in metrics.items() for name, value in row.items()}
+        label = {"evaluation": folder.name} if folder is not None else {}
+        self._write({"step": step, "epoch": epoch, **label, **flat})
+        if self._wandb is not None and folder is not None:
+            self._wandb.log(_report(folder), step=step)
+
+    def close(self) -> None:
+        """End the records."""
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+        if self._board is not None:
+            self._board.close()
+
+    def _write(self, figures: dict[str, Any]) -> None:
+        figures = {key: None if _is_nan(value) else value for key, value in figures.items()}
+        with naming(self._path):
+            self._file.write(json.dumps(figures) + "\n")
+            self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log({key: value for key, value in figures.items() if key != "step"}, step=figures["step"])
+        if self._board is not None:
+            for key, value in figures.items():
+                if key != "step" and isinstance(value, int | float):
+                    self._board.add_scalar(key, value, figures["step"])
+            self._board.flush()
+
+    def _left(self, step: int) -> str:
+        seconds = (time.perf_counter() - self._started) / (step - self._first_step) * (self._total_steps - step)
+        minutes, seconds = divmod(round(seconds), 60)
+        return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+def _report(folder: Path) -> dict[str, Any]:
+    """An evaluation's page and the first of its pictures, for Weights & Biases."""
+    import wandb
+
+    pictures = sorted(folder.glob("thumbnails/*.jpg"))[:PICTURES]
+    found: dict[str, Any] = {"pictures": [wandb.Image(str(path), caption=path.stem) for path in pictures]}
+    if (folder / "report.html").is_file():
+        found["report"] = wandb.Html((folder / "report.html").read_text(encoding="utf-8"), inject=False)
+    return {f"{folder.name}/{name}": value for name, value in found.items() if value}
+
+
+def _is_nan(value: Any) -> bool:
+    """Whether a figure is a number that JSON has no word for."""
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def step_line(figures: dict[str, Any], total_steps: int) -> str:
+    """One line for the console about a training step."""
+    losses = " ".join(f"{name[5:]} {value:.3f}" for name, value in figures.items() if name.startswith("loss_"))
+    norm = figures["grad_norm"]
+    parts = [
+        f"step {figures['step']}/{total_steps} epoch {figures['epoch']} {figures['media_type']}",
+        f"loss {figures['loss']:.3f} ({losses})",
+        f"lr {figures['lr']:.2e}",
+        *([f"temp {figures['temperature']:.4f}"] if figures["temperature"] is not None else []),
+        *([f"grad {norm:.2f}"] if norm is not None else []),
+        *([f"scale {figures['grad_scale']:.0f}"] if "grad_scale" in figures else []),
+        f"{figures['samples_per_second']:.0f}/s",
+        f"wait {100 * figures['data_wait']:.0f}%",
+        f"{figures['memory_gb']:.1f} GB",
+        *([f"MFU {100 * figures['mfu']:.1f}%"] if figures["mfu"] is not None else []),
+        *([f"skipped {figures['skipped']}"] if figures.get("skipped") else []),
+    ]
+    return " | ".join(parts)
+
+
+def drop_after(path: Path, step: int, evaluated_epochs: int = 0) -> None:
+    """Remove the lines of a metrics.jsonl that lie beyond `step`, and one that an interruption has cut short.
+
+    Of evaluations those of the first `evaluated_epochs` epochs are kept: the others are made again.
+    """
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            figures = json.loads(line)
+            again = "evaluation" in figures and evaluated_epoch(figures["evaluation"]) > evaluated_epochs
+            if figures["step"] <= step and not again:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue
+    aside = path.with_name(f".{path.name}.part")
+    with naming(path):
+        aside.write_text("".join(kept), encoding="utf-8")
+    os.replace(aside, path)
+
+
+def evaluated_epoch(label: str) -> float:
+    """The epoch after which an evaluation `epoch_XX` was made; infinite for that at the end."""
+    return int(label[6:]) if label.startswith("epoch_") else math.inf
+
+
+def _start_tensorboard(folder: RunFolder, step: int) -> Any:
+    """A writer of event files; what they hold beyond `step` is hidden, since those steps are trained again."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder.path / "tensorboard"), purge_step=step + 1)
+
+
+def _start_wandb(folder: RunFolder, run: RunConfig) -> Any:
+    import wandb
+
+    identity = folder.path / "wandb_id.txt"
+    if not identity.is_file():
+        identity.write_text(uuid.uuid4().hex[:12])
+    return wandb.init(
+        project=run.wandb.project,
+        entity=run.wandb.entity,
+        mode=run.wandb.mode,  # type: ignore[arg-type]
+        dir=str(folder.path),
+        name=folder.path.name,
+        id=identity.read_text().strip(),
+        resume="allow",
+        config=flatten(run),
+    )
