@@ -47,6 +47,7 @@ RENAMED = {
     "video_input.reader": "decode",
     "anno_root_pt": "data_root",
     "anno_root_downstream": "data_root",
+    "nvme_path": "nothing: NVMe offload is no longer supported, use deepspeed=deepspeed_configs/zero3_offload.json",
 }
 TEST_CORPUS = "test_corpus"
 REPLACED = frozenset({TEST_CORPUS, "corpus_weights", "storage"})  # `name: value` lines that stand for one choice
