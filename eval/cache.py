@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import distributed, nn
 
-from runtime.collectives import gather_objects, meet, share
+from runtime.collectives import gather_objects, share
 from runtime.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -177,5 +177,4 @@ def _read_part(folder: Path, number: int) -> Part:
 
 def _barrier(world_size: int) -> None:
     if world_size > 1:
-        meet()
         distributed.barrier()
