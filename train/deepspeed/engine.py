@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from model.vision import FrameEncoder
 from runtime.errors import MissingError, UserError
 from runtime.packaged import PACKAGED, find_file
 from runtime.ranks import Ranks
@@ -122,6 +123,10 @@ def start_engine(
     if run.compile:
         # Not `model.compile`, which would take in the hooks that DeepSpeed puts around the call.
         model.forward = torch.compile(model.forward, fullgraph=True)
+    if _get(config, "zero_optimization.stage") == 3:
+        for module in model.modules():
+            if isinstance(module, FrameEncoder):
+                module.weights_in_layers = True
     parameters = dict(model.named_parameters())
     groups = trainable_groups(model, run)
     # No learning rate yet, the schedule sets it at every step: some of DeepSpeed's optimisers begin with an empty step.
