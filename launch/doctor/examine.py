@@ -26,7 +26,6 @@ TRIAL_WARM_UP = 3  # steps of a trial that do not count
 ALIVE = "-o ServerAliveInterval=10 -o ServerAliveCountMax=3"
 
 
-
 def examine_nodes(nodes: Sequence[Node]) -> list[Finding]:
     """Versions, code, hardware, GPUs and clocks."""
     facts, failures = ask_all(nodes, lambda node: node.ask("facts"))

@@ -44,9 +44,6 @@ def test_a_lost_index_is_made_again(corpus: Path) -> None:
     assert not verify_corpus(str(corpus), decode=True)
 
 
-
-
-
 def img2dataset(folder: Path, pictures: list[Path], each: int = 12) -> None:
     """Tars as img2dataset writes them: KEY.jpg, KEY.txt, KEY.json; a table and figures of its own beside each."""
     folder.mkdir()

@@ -1,6 +1,5 @@
 """What a run's YAML may hold, and how mistakes in it are told."""
 
-
 import pytest
 from places import ROOT
 

@@ -28,7 +28,6 @@ from loaders.order.choices import Window
 SIZE = 32
 
 
-
 def clips(count: int = 8) -> list[Clip]:
     pixels = np.random.default_rng(0).integers(0, 255, (count, 40, 50, 3), np.uint8)
     jpegs = [simplejpeg.encode_jpeg(np.ascontiguousarray(frame), colorspace="RGB") for frame in pixels]
