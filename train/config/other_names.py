@@ -1,4 +1,4 @@
-"""Keys of the official YAMLs that have another name here; docs/migrating.md has the whole table."""
+"""Keys that are no settings: those of the official YAMLs (docs/migrating.md has the whole table), and removed ones."""
 
 from __future__ import annotations
 
@@ -29,4 +29,8 @@ RENAMED = {
     "video_input.reader": "decode",
     "anno_root_pt": "data_root",
     "anno_root_downstream": "data_root",
+}
+REMOVED = {"nvme_path": "NVMe offload is no longer supported, use deepspeed=deepspeed_configs/zero3_offload.json"}
+EXPLAINED = {key: f"unknown key {key!r}: here it is {name}" for key, name in RENAMED.items()} | {
+    key: f"unknown key {key!r}: {remedy}" for key, remedy in REMOVED.items()
 }
