@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from runtime.errors import UserError, naming
-from runtime.settings import EVALUATION, FIXED, FREE, change_on_resume
+from runtime.settings import EVALUATION, FIXED, FREE, change_on_resume, flatten
 from train.checkpoints.writing import checkpoint_step, complete_checkpoints, recover
-from train.config.files import flatten, load_settings, to_yaml
+from train.config.files import load_settings, to_yaml
 from train.config.settings import RunConfig
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import UserError, naming
-from train.config.files import flatten
+from runtime.settings import flatten
 from train.config.settings import RunConfig
 from train.folder import RunFolder
 
