@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import UserError, file_errors
+from runtime.settings import flatten
 from storage.files import write_text
-from train.config.files import flatten
 from train.config.settings import RunConfig
 from train.folder import RunFolder
 
