@@ -27,7 +27,7 @@ from sharding.index import index_shards
 from storage import node
 from storage.cache import DiskCache
 from storage.node import Node, node_of, share_of, this_node
-from storage.ranges import Span
+from storage.ranges import ByteRange
 
 SHARDS, EACH = 64, 4
 
@@ -343,7 +343,7 @@ def test_waiting_for_the_own_bound_is_not_the_stores_fault(http: Store, many: Pa
     url = http.fill(many, "many")
     remote = RemoteReads(connections=1, requests_per_second=16, deadline=1.5, hedge_percentile=0)
     reader = CorpusReader(url, remote=remote)
-    spans = reader.ranges([Span(shard, 0, 100) for shard in range(48)])
+    spans = reader.read_ranges([ByteRange(shard.name, 0, 100) for shard in reader.corpus.shards[:48]])
     assert [len(data) for data in spans] == [100] * 48  # the last one's turn comes after 3 seconds
     reader.close()
 
