@@ -15,9 +15,10 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from eval.config import name_splits
 from runtime.errors import MissingError, UserError
 from runtime.packaged import find_file, packaged_folder
-from train.config.settings import RunConfig, name_splits
+from train.config.settings import RunConfig
 
 # Keys of the official YAMLs that have another name here (docs/migrating.md has the whole table).
 RENAMED = {
