@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from runtime.activity import progress
+from runtime.units import data_size
 
 PIECE = 64 << 20  # bytes, a multiple of the page size
 
@@ -21,7 +22,7 @@ def flush(path: Path) -> None:
             with mmap.mmap(handle, size) as view:
                 for start in range(0, size, PIECE):
                     view.flush(start, min(PIECE, size - start))
-                    progress(f"flushing {path.name}, {start >> 20} of {size >> 20} MiB")
+                    progress(f"flushing {path.name}, {data_size(start)} of {data_size(size)}")
         os.fsync(handle)
     finally:
         os.close(handle)
