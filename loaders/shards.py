@@ -18,12 +18,13 @@ from loaders.descriptions import REFETCHES, SharedFiles, content_name
 from loaders.index import Record, ShardIndex
 from loaders.order.choices import BadSampleError
 from runtime.errors import MissingError, UserError
+from runtime.ranks import Ranks, current_ranks
 from sharding.shards.schema import Corpus, named_shards, parse_index, read_corpus, read_index
 from storage.blocks import CachedStore
 from storage.cache import DiskCache
 from storage.failures import check_no_credentials
 from storage.local import LocalStore
-from storage.node import Node, share_of, this_node, wait_for_turn
+from storage.node import share_of, wait_for_turn
 from storage.ranges import ByteRange, CoalescedStore, Store
 from storage.remote import RemoteStore, is_local
 from storage.single_flight import LastUsed
@@ -203,15 +204,15 @@ class CorpusReader:
 
 
 def open_corpus(
-    url: str, config: LoaderConfig, open_shards: int = OPEN_SHARDS, node: Node | None = None
+    url: str, config: LoaderConfig, open_shards: int = OPEN_SHARDS, ranks: Ranks | None = None
 ) -> CorpusReader:
     """A reader with the settings of a run; raises as CorpusReader, and ValueError for settings that cannot be meant.
 
-    node: whose process this is; else as the environment tells.
+    ranks: whose process this is; else as the environment tells.
     """
     check_storage(config)
     check_no_credentials(url, config.storage)
-    node = node or this_node()
+    ranks = ranks or current_ranks()
     cache = None
     keep: tuple[str, ...] = ("image", "video") if config.cache.clips else ("image",)
     if not is_local(url, config.storage):
@@ -219,8 +220,8 @@ def open_corpus(
             cache = DiskCache(config.cache.folder, int(config.cache.gb * 1e9))
         else:
             cache, keep = index_cache(config.cache.index_mb), ()
-        wait_for_turn(node, config.remote.starts_per_second)
-    return CorpusReader(url, config.storage, open_shards, share_of(config.remote, node), cache, keep)
+        wait_for_turn(ranks, config.remote.starts_per_second)
+    return CorpusReader(url, config.storage, open_shards, share_of(config.remote, ranks), cache, keep)
 
 
 def describe(url: str, config: LoaderConfig) -> Corpus:
