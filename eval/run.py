@@ -24,7 +24,7 @@ from loaders.text import Tokenizer
 from model.singularity import Singularity
 from model.vqa import SingularityQA
 from runtime.activity import begin, progress
-from runtime.errors import naming
+from runtime.errors import file_errors
 from runtime.ranks import Ranks
 from train.config.settings import RunConfig
 
@@ -67,7 +67,7 @@ def evaluate_splits(
         outputs += [output] if output else []
     progress("writing the results")
     if ranks.is_first:
-        with naming(folder):
+        with file_errors(folder):
             write_evaluation(folder, outputs, run, subject or subject_of(model), save_scores)
         log.info("Evaluation in %s\n%s", folder, console_table([read_evaluation(folder)]))
     return metrics

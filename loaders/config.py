@@ -62,11 +62,11 @@ class LoaderConfig:
     max_txt_l: PerMedia = fixed(factory=lambda: PerMedia(32, 32))
     max_q_len: int = fixed(25)  # tokens of a question
     max_a_len: PerMedia = fixed(factory=lambda: PerMedia(6, 5))  # and of an answer about an image or a video
-    unit: str = fixed("samples")  # samples (a caption drawn each time) | captions (each its own item) | questions
+    epoch_unit: str = fixed("samples")  # samples (a caption drawn each time) | captions (each its own item) | questions
     paragraph: bool = fixed(False)  # all captions of a sample are one text (DiDeMo, ActivityNet)
     corpus_weights: dict[str, float] = fixed(factory=dict)  # corpus name -> passes over it an epoch; else 1
     seed: int = fixed(42)
-    lanes: int = fixed(64)
+    stripes: int = fixed(64)
     window_shards: int = fixed(4)
     augment: bool = fixed(True)  # random resized crop and flip; off: plain resize
     flip: bool = fixed(True)  # off where left and right carry meaning
@@ -80,7 +80,7 @@ class LoaderConfig:
     storage: dict[str, str] = free(factory=dict)  # fsspec options of the corpora; no credentials
     remote: RemoteReads = free(factory=RemoteReads)
     cache: CacheConfig = free(factory=CacheConfig)
-    patience: float = free(300.0)  # seconds without a batch after which the loader tells what it waits for; 0: never
+    stall_timeout: float = free(300.0)  # seconds without a batch until the loader fails; 0: never
 
 
 def check_storage(config: LoaderConfig) -> None:
@@ -90,7 +90,7 @@ def check_storage(config: LoaderConfig) -> None:
         if getattr(remote, name) <= 0:
             raise UserError(f"remote.{name} is {getattr(remote, name)}, must be more than 0")
     at_least_0 = {f"remote.{name}": getattr(remote, name) for name in ("gap_kb", "requests_per_second")}
-    at_least_0 |= {"remote.starts_per_second": remote.starts_per_second, "patience": config.patience}
+    at_least_0 |= {"remote.starts_per_second": remote.starts_per_second, "stall_timeout": config.stall_timeout}
     for name, value in {**at_least_0, "cache.index_mb": cache.index_mb}.items():
         if value < 0:
             raise UserError(f"{name} is {value}, must be 0 or more")

@@ -275,18 +275,18 @@ def index_cache(megabytes: int) -> DiskCache | None:
         return None
 
 
-def check_cache(readers: Sequence[CorpusReader], config: LoaderConfig, lanes_here: int) -> None:
-    """Raise ValueError when the cache cannot hold what a node's lanes are at; with less it would be read anew."""
+def check_cache(readers: Sequence[CorpusReader], config: LoaderConfig, stripes_here: int) -> None:
+    """Raise ValueError when the cache cannot hold what a node's stripes are at; with less it would be read anew."""
     need = 0.0
     for reader in readers:
         shards = reader.corpus.shards
         if reader.keeps and shards:
             size = sum(shard.bytes + shard.index_bytes for shard in shards)
-            need += min(1.0, lanes_here * (config.window_shards + 1) / len(shards)) * size
+            need += min(1.0, stripes_here * (config.window_shards + 1) / len(shards)) * size
     if need > config.cache.gb * 1e9:
         raise UserError(
-            f"cache.gb={config.cache.gb:g} is too little: {lanes_here} lanes of this node are at {need / 1e9:.3g} GB "
-            f"at a time (window_shards={config.window_shards}); raise cache.gb to that, or lower lanes or window_shards"
+            f"cache.gb={config.cache.gb:g} is too little: {stripes_here} stripes of this node use {need / 1e9:.3g} GB "
+            f"at a time (window_shards={config.window_shards}); raise cache.gb, or lower stripes or window_shards"
         )
 
 

@@ -29,6 +29,7 @@ from pathlib import Path
 import psutil
 
 from runtime.errors import UserError
+from storage.files import atomic_file
 
 log = logging.getLogger("loaders")
 
@@ -121,14 +122,13 @@ class DiskCache:
 
     def put(self, name: str, data: bytes) -> None:
         """The bytes of an item that was reserved; where the disk is full it is dropped instead."""
-        aside = self.folder / "parts" / f"{me()} {threading.get_ident()}"
+        temporary = self.folder / "parts" / f"{me()} {threading.get_ident()}"
         try:
-            aside.write_bytes(data)
-            self._path(name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(aside, self._path(name))
+            self._path(name).parent.mkdir(exist_ok=True)
+            with atomic_file(self._path(name), temporary=temporary) as path:
+                path.write_bytes(data)
         except OSError as error:
             self._warn(error.strerror)
-            aside.unlink(missing_ok=True)
             self.drop([name])
             return
         with self._going_on_without(), self._changing() as database:

@@ -327,7 +327,7 @@ def test_the_bounds_are_those_of_all_corpora_of_a_process_together(
         http.fill(many, name)
     proxy = faulty(http, Faults(latency=0.06))
     config = LoaderConfig(
-        batch_size=PerMedia(16, 16), image_res=32, decode="cpu", threads=1, lanes=4,
+        batch_size=PerMedia(16, 16), image_res=32, decode="cpu", threads=1, stripes=4,
         remote=RemoteReads(connections=3, gap_kb=0, hedge_percentile=0),
     )  # fmt: skip
     loader = TrainLoader([http.url(name, proxy) for name in ("one", "two")], tokenizer, config)
@@ -351,7 +351,7 @@ def test_waiting_for_the_own_bound_is_not_the_stores_fault(http: Store, many: Pa
 def test_each_node_reads_its_own_part_only(http: Store, faulty: MakeFaulty, many: Path, tokenizer: Tokenizer) -> None:
     http.fill(many, "many")
     config = LoaderConfig(
-        batch_size=PerMedia(16, 16), image_res=32, decode="cpu", threads=1, lanes=4, window_shards=2,
+        batch_size=PerMedia(16, 16), image_res=32, decode="cpu", threads=1, stripes=4, window_shards=2,
         remote=RemoteReads(gap_kb=0, hedge_percentile=0, starts_per_second=0),
     )  # fmt: skip
     keys: list[str] = []

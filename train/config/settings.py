@@ -89,7 +89,6 @@ class RunConfig(LoaderConfig, EvalConfig):
     compile: bool = free(False)  # the step by torch.compile: minutes at the start, faster steps; not with ZeRO 3
     precision: str = fixed("bf16")  # bf16 | fp16 | fp32
     deepspeed: str = free("deepspeed_configs/zero1.json")  # a packaged one, or a path of your own
-    nvme_path: str | None = free(None)  # folder for the optimiser's state where that JSON puts it on nvme
 
     # The run.
     output_dir: str | None = free(None)
