@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import distributed, nn
 
-from runtime.collectives import gather_objects, meet, share
+from runtime.collectives import gather_objects, share
 from runtime.errors import UserError
 from storage.files import temporary_path
 
@@ -178,5 +178,4 @@ def _read_part(folder: Path, number: int) -> Part:
 
 def _barrier(world_size: int) -> None:
     if world_size > 1:
-        meet()
         distributed.barrier()
