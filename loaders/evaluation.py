@@ -15,7 +15,7 @@ from loaders.decode.decoder import Decoder, make_decoder, usable_threads
 from loaders.decode.pixels import Clip
 from loaders.index import Record, ShardIndex
 from loaders.order.choices import BadSampleError, Window, check_sample_type, choose_frames
-from loaders.prefetch import Ahead
+from loaders.prefetch import Prefetcher
 from loaders.shards import open_corpus
 from loaders.text import clean_text
 from runtime.activity import progress
@@ -97,7 +97,9 @@ class VisualSet:
         )
         mine = np.arange(rank, self.num_visuals, world_size)
         parts = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
-        ahead = Ahead((self._batch(decoder, part, num_frames) for part in parts), config.prefetch, "loader-evaluation")
+        ahead = Prefetcher(
+            (self._batch(decoder, part, num_frames) for part in parts), config.prefetch, "loader-evaluation"
+        )
         try:
             yield from (batch for batch in ahead if len(batch.keys))
         finally:

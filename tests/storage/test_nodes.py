@@ -28,7 +28,7 @@ from sharding.index import index_shards
 from storage import node
 from storage.cache import DiskCache
 from storage.node import share_of
-from storage.ranges import Span
+from storage.ranges import ByteRange
 
 SHARDS, EACH = 64, 4
 
@@ -328,7 +328,7 @@ def test_the_bounds_are_those_of_all_corpora_of_a_process_together(
         http.fill(many, name)
     proxy = faulty(http, Faults(latency=0.06))
     config = LoaderConfig(
-        batch_size=PerMedia(16, 16), image_res=32, decode="cpu", threads=1, lanes=4,
+        batch_size=PerMedia(16, 16), image_res=32, decode="cpu", threads=1, stripes=4,
         remote=RemoteReads(connections=3, gap_kb=0, hedge_percentile=0),
     )  # fmt: skip
     loader = TrainLoader([http.url(name, proxy) for name in ("one", "two")], tokenizer, config)
@@ -344,7 +344,7 @@ def test_waiting_for_the_own_bound_is_not_the_stores_fault(http: Store, many: Pa
     url = http.fill(many, "many")
     remote = RemoteReads(connections=1, requests_per_second=16, deadline=1.5, hedge_percentile=0)
     reader = CorpusReader(url, remote=remote)
-    spans = reader.ranges([Span(shard, 0, 100) for shard in range(48)])
+    spans = reader.read_ranges([ByteRange(shard.name, 0, 100) for shard in reader.corpus.shards[:48]])
     assert [len(data) for data in spans] == [100] * 48  # the last one's turn comes after 3 seconds
     reader.close()
 
@@ -352,7 +352,7 @@ def test_waiting_for_the_own_bound_is_not_the_stores_fault(http: Store, many: Pa
 def test_each_node_reads_its_own_part_only(http: Store, faulty: MakeFaulty, many: Path, tokenizer: Tokenizer) -> None:
     http.fill(many, "many")
     config = LoaderConfig(
-        batch_size=PerMedia(16, 16), image_res=32, decode="cpu", threads=1, lanes=4, window_shards=2,
+        batch_size=PerMedia(16, 16), image_res=32, decode="cpu", threads=1, stripes=4, window_shards=2,
         remote=RemoteReads(gap_kb=0, hedge_percentile=0, starts_per_second=0),
     )  # fmt: skip
     keys: list[str] = []

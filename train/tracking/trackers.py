@@ -6,15 +6,15 @@ import importlib.util
 import json
 import logging
 import math
-import os
 import time
 import uuid
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import UserError, naming
+from runtime.errors import UserError, file_errors
+from runtime.settings import flatten
 from runtime.units import duration
-from train.config.files import flatten
+from storage.files import write_text
 from train.config.settings import RunConfig
 from train.folder import RunFolder
 
@@ -75,7 +75,7 @@ class Tracker:
 
     def _write(self, figures: dict[str, Any]) -> None:
         figures = {key: None if _is_nan(value) else value for key, value in figures.items()}
-        with naming(self._path):
+        with file_errors(self._path):
             self._file.write(json.dumps(figures) + "\n")
             self._file.flush()
         if self._wandb is not None:
@@ -143,10 +143,7 @@ def drop_after(path: Path, step: int, evaluated_epochs: int = 0) -> None:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError, TypeError):
             continue
-    aside = path.with_name(f".{path.name}.part")
-    with naming(path):
-        aside.write_text("".join(kept), encoding="utf-8")
-    os.replace(aside, path)
+    write_text(path, "".join(kept))
 
 
 def evaluated_epoch(label: str) -> float:
