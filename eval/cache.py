@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import distributed, nn
+from torch import nn
 
-from runtime.collectives import gather_objects, share
+from runtime.collectives import barrier, gather_objects, share
 from runtime.errors import UserError
 from storage.files import temporary_path
 
@@ -125,7 +125,7 @@ def write_entry(
         _write_part(aside, rank, blocks)
         written = sum(gather_objects(len(_read_part(aside, rank).indices), world_size))
         parts = [_read_part(aside, number) for number in range(world_size)]
-        _barrier(world_size)  # whoever has opened the files keeps them, even when they are removed
+        barrier(world_size)  # whoever has opened the files keeps them, even when they are removed
         if rank == 0 and written == num_visuals and not folder.exists():
             (aside / META).write_text(json.dumps({"version": VERSION, "parts": world_size}), encoding="utf-8")
             aside.rename(folder)
@@ -174,8 +174,3 @@ def _read_part(folder: Path, number: int) -> Part:
         raise ValueError(f"{path.name} has {path.stat().st_size:,} bytes instead of {size * kind.itemsize:,}")
     tokens = torch.from_file(str(path), shared=False, size=size, dtype=kind).view(len(indices), *shape.tolist())
     return Part(indices, torch.from_numpy(embeddings) if embeddings.size else None, tokens)
-
-
-def _barrier(world_size: int) -> None:
-    if world_size > 1:
-        distributed.barrier()
