@@ -27,9 +27,9 @@ BATCH = 128
 CORPORA = (0.7, 0.3)  # shares of the shards that belong to two corpora
 
 
-def ours(shards: int, each: int, lanes: int, window: int) -> np.ndarray:
+def ours(shards: int, each: int, stripes: int, window: int) -> np.ndarray:
     """Numbers of the samples on the line of shards, in the order of an epoch."""
-    plan = EpochPlan((each,) * shards, seed=1, epoch=0, lanes=lanes, window_shards=window)
+    plan = EpochPlan((each,) * shards, seed=1, epoch=0, stripes=stripes, window_shards=window)
     places, units, _ = plan.at(np.arange(plan.units))
     return places * each + units
 
@@ -79,9 +79,9 @@ def main() -> None:
     for shards, each in ((1000, 1000), (16, 375)):
         orders = {
             "perfect": np.random.default_rng(0).permutation(shards * each),
-            "ours, 64 lanes, window 4": ours(shards, each, 64, 4),
-            "ours, 64 lanes, window 16": ours(shards, each, 64, 16),
-            "ours, 256 lanes, window 4": ours(shards, each, 256, 4),
+            "ours, 64 stripes, window 4": ours(shards, each, 64, 4),
+            "ours, 64 stripes, window 16": ours(shards, each, 64, 16),
+            "ours, 256 stripes, window 4": ours(shards, each, 256, 4),
         }
         for workers in (1, 8):
             for buffer in (1000, 5000):
