@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Callable, Iterator, Sequence
-from difflib import get_close_matches
 from itertools import groupby
 from typing import Any
 
@@ -13,6 +12,7 @@ import fsspec
 from fsspec.utils import glob_translate
 
 from runtime.errors import MissingError, UserError
+from runtime.settings import nearest
 from sharding.annotations.columns import Columns, RowError, RowMaker
 from sharding.annotations.config import Reading
 from sharding.annotations.files import Record, first_record, first_sign, is_json_lines, json_records, opened
@@ -105,7 +105,7 @@ def read_rows(files: Sequence[str], reading: Reading) -> Iterator[Row]:
         ValueError: a file has another form, or a record lacks its media or its text.
     """
     if reading.format not in READERS:
-        near = get_close_matches(reading.format, READERS, n=3) or list(READERS)
+        near = nearest(reading.format, READERS) or list(READERS)
         raise UserError(f"--format {reading.format}: there is no such format, nearest are {', '.join(near)}")
     try:
         codecs.lookup(reading.encoding)
