@@ -73,9 +73,9 @@ def declarations(kind: Any) -> dict[str, Declaration]:
     result: dict[str, Declaration] = {}
     for item in fields(kind):
         own = item.metadata.get(_KEY, Declaration())
-        section: Any = typing.get_type_hints(kind)[item.name]
+        section = typing.get_type_hints(kind)[item.name]
         if is_dataclass(section):
-            for key, inner in declarations(section).items():
+            for key, inner in declarations(typing.cast(Any, section)).items():
                 merged = replace(inner, resumed=own.resumed or inner.resumed, help=inner.help or own.help)
                 result[f"{item.name}.{key}"] = merged
         else:
