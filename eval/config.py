@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from eval.report.published import benchmarks
-from loaders.config import PerMedia
+from loaders.config import LoaderConfig, PerMedia
 from model.config import ENSEMBLES
 from runtime.errors import UserError
 from runtime.settings import check_declared, evaluation, fixed, free, nearest
@@ -51,3 +53,84 @@ class EvalConfig:
             )
         if any(frames < 1 for frames in self.eval_num_frames):
             raise UserError(f"eval_num_frames is {self.eval_num_frames}: each must be at least 1")
+
+
+def name_splits(urls: str | list[Any]) -> dict[str, Any]:
+    """Test corpora by the last part of their URL, `{"photos_test": "data/photos_test"}`; of tars what comes before { }.
+
+    Raises UserError where that is no name, or the name of two.
+    """
+    result: dict[str, Any] = {}
+    for url in [urls] if isinstance(urls, str) else urls:
+        name = str(url).rstrip("/").rpartition("/")[2].removesuffix(".tar").partition("{")[0].rstrip("-_.")
+        if not name or "$" in name or name in result:
+            why = "is the name of two" if name in result else "gives no name to the split"
+            raise UserError(f"test_corpus: {name or url} {why}: name each, 'test_corpus={{NAME: URL, OTHER: URL}}'")
+        result[name] = url
+    return result
+
+
+@dataclass
+class EvalRunConfig(LoaderConfig, EvalConfig):
+    """What an evaluation needs of a run's settings: the loader's, those of evaluation, and the test corpora."""
+
+    # Corpora are packed ones, by URL or by their name in available_corpus.
+    available_corpus: dict[str, Any] = free(dict, "name: URL of a packed corpus, or a list of names and URLs")
+    test_corpus: dict[str, str] = evaluation(
+        dict, "name of a split: packed corpus; or URLs alone, named by their last part", replaced=True,
+        convert=name_splits,
+    )  # fmt: skip
+    splits: list[str] = evaluation(list, "splits of test_corpus to evaluate; empty: all")
+    label: str | None = free(None, "name of the evaluation's folder; default: from frames and ensemble")
+
+    def __post_init__(self) -> None:
+        """Check the values; raises ValueError naming the key, the value and the rule."""
+        super().__post_init__()
+        for name in self.test_corpus:  # folders and files are named by it, and entries of metrics.json
+            if not name or name.startswith(".") or Path(name).name != name:
+                raise UserError(f"test_corpus has a split {name!r}: must be a name that a file can have, without /")
+            if f"{name}_emb" in self.test_corpus:
+                raise UserError(
+                    f"test_corpus has splits {name!r} and '{name}_emb', which is what the results of {name!r} by the "
+                    "dual encoder are called: give one of them another name"
+                )
+        unknown = [name for name in self.splits if name not in self.test_corpus]
+        if unknown:
+            raise UserError(
+                f"splits names {unknown[0]!r}, test_corpus has {', '.join(self.test_corpus) or 'none'}: name some of "
+                "these, or splits=[] for all"
+            )
+        if self.label is not None and (self.label in ("", "..") or Path(self.label).name != self.label):
+            raise UserError(f"label is {self.label!r}, must be the name of a folder within OUTPUT_DIR/evaluation")
+
+    def test_urls(self) -> dict[str, str]:
+        """Name -> URL of the splits that are to be evaluated."""
+        result = {}
+        for name in self.splits or self.test_corpus:
+            urls = resolve_corpora(self.test_corpus[name], self.available_corpus, f"test_corpus.{name}")
+            if len(urls) != 1:
+                raise UserError(f"test_corpus.{name} means {len(urls)} corpora: a split is one corpus")
+            result[name] = urls[0]
+        return result
+
+
+def resolve_corpora(what: Any, available: dict[str, Any], key: str) -> list[str]:
+    """URLs of the corpora that `what` means: a name in `available`, a URL, a folder, or a list of them.
+
+    available: name -> the same forms, so that names can stand for several corpora. Raises ValueError, with the name
+    that `key` holds, when it stands nowhere and looks like no URL or folder.
+    """
+    if isinstance(what, list):
+        return [url for item in what for url in resolve_corpora(item, available, key)]
+    if not isinstance(what, str):
+        raise UserError(f"{key} is {what!r}: must be a corpus' name or URL, or a list of them")
+    if what in available:
+        others = {name: value for name, value in available.items() if name != what}
+        return resolve_corpora(available[what], others, f"available_corpus.{what}")
+    if "/" in what or what.endswith(".tar") or Path(what).exists():
+        return [what]
+    near = nearest(what, available) or sorted(available)
+    raise UserError(
+        f"{key} names {what!r}, which is neither in available_corpus (nearest: {', '.join(near) or 'it is empty'}) "
+        "nor a URL nor a folder"
+    )

@@ -21,7 +21,6 @@ from model.checkpoints.files import (
     find_vocabulary,
     resolve_weights,
     write_folder,
-    write_whole,
 )
 from model.checkpoints.loading import load_weights
 from model.checkpoints.official import MODEL
@@ -30,6 +29,7 @@ from model.config import ModelConfig
 from model.vision import VISION_TYPES, relative_position_index
 from runtime.errors import UserError, command
 from sharding.shards.outside import check_outside_corpora
+from storage.files import atomic_file
 
 # Names that mean a file which is not written here, and what a run's folder looks for its own weights in.
 OTHER_SUFFIXES = (".safetensors", ".ckpt", ".json", ".onnx", ".pkl", ".h5", ".npz", ".zip", ".tar", ".gz")
@@ -98,12 +98,8 @@ def write_official(weights: Weights, path: str | Path) -> None:
         "global_step": 0,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda aside: _save(content, aside))
-
-
-def _save(content: dict[str, Any], path: Path) -> None:
-    # PyTorch tells what the system says, a full disk for example, of files only that it did not open itself.
-    with path.open("wb") as file:
+    # Opened here: of files that PyTorch opens itself it hides what the system says, a full disk for example.
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
         torch.save(content, file)
 
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
-from eval.config import EvalConfig
-from loaders.config import LoaderConfig
+from eval.config import EvalRunConfig, resolve_corpora
 from model.config import ModelSettings
 from runtime.errors import UserError
-from runtime.settings import evaluation, fixed, free, nearest, setting
+from runtime.settings import fixed, free, setting
 from train.config.other_names import EXPLAINED
 
 PRECISIONS = ("bf16", "fp16", "fp32")
@@ -57,23 +55,8 @@ class WandbConfig:
     mode: str = setting("online", "mode of Weights & Biases; offline needs no network", choices=WANDB_MODES)
 
 
-def name_splits(urls: str | list[Any]) -> dict[str, Any]:
-    """Test corpora by the last part of their URL, `{"photos_test": "data/photos_test"}`; of tars what comes before { }.
-
-    Raises UserError where that is no name, or the name of two.
-    """
-    result: dict[str, Any] = {}
-    for url in [urls] if isinstance(urls, str) else urls:
-        name = str(url).rstrip("/").rpartition("/")[2].removesuffix(".tar").partition("{")[0].rstrip("-_.")
-        if not name or "$" in name or name in result:
-            why = "is the name of two" if name in result else "gives no name to the split"
-            raise UserError(f"test_corpus: {name or url} {why}: name each, 'test_corpus={{NAME: URL, OTHER: URL}}'")
-        result[name] = url
-    return result
-
-
 @dataclass
-class RunConfig(ModelSettings, LoaderConfig, EvalConfig):
+class RunConfig(ModelSettings, EvalRunConfig):
     """A run: the settings of the model, the loader, the evaluation and the optimiser, and where files are.
 
     Fine-tuning and evaluation take the model's settings from the checkpoint; see train.config.architecture.
@@ -83,15 +66,8 @@ class RunConfig(ModelSettings, LoaderConfig, EvalConfig):
 
     tokenizer: str = free("bert-base-uncased", "vocabulary: a vocab.txt, a folder that holds one, or a hub name")
 
-    # Corpora are packed ones, by URL or by their name in available_corpus.
     data_root: str = free("data", "folder that other settings refer to as ${data_root}")
-    available_corpus: dict[str, Any] = free(dict, "name: URL of a packed corpus, or a list of names and URLs")
     train_corpus: Any = fixed(None, "packed corpora to train on: a name, a URL, or a list of them")
-    test_corpus: dict[str, str] = evaluation(
-        dict, "name of a split: packed corpus; or URLs alone, named by their last part", replaced=True,
-        convert=name_splits,
-    )  # fmt: skip
-    splits: list[str] = evaluation(list, "splits of test_corpus to evaluate; empty: all")
 
     optimizer: OptimizerConfig = fixed(OptimizerConfig)
     scheduler: SchedulerConfig = fixed(SchedulerConfig)
@@ -108,7 +84,6 @@ class RunConfig(ModelSettings, LoaderConfig, EvalConfig):
     )
     checkpoint: str | None = free(None, "weights to evaluate; the same forms")
     expected_tensors: list[str] = fixed(list, "tensors of those weights that need not fit, such as itm_head.*")
-    label: str | None = free(None, "name of the evaluation's folder; default: from frames and ensemble")
     stop_key: str | None = fixed(None, "split whose metric chooses the best checkpoint; null: the last one is used")
     log_every: int = free(10, "steps between log lines", least=1)
     save_every: int = free(1000, "steps between checkpoints; also written at signals and at the end", least=1)
@@ -138,22 +113,7 @@ class RunConfig(ModelSettings, LoaderConfig, EvalConfig):
             raise UserError(f"scheduler.min_lr_multi is {self.scheduler.min_lr_multi}: must be between 0 and 1")
 
     def _check_names(self) -> None:
-        for name in self.test_corpus:  # folders and files are named by it, and entries of metrics.json
-            if not name or name.startswith(".") or Path(name).name != name:
-                raise UserError(f"test_corpus has a split {name!r}: must be a name that a file can have, without /")
-            if f"{name}_emb" in self.test_corpus:
-                raise UserError(
-                    f"test_corpus has splits {name!r} and '{name}_emb', which is what the results of {name!r} by the "
-                    "dual encoder are called: give one of them another name"
-                )
         listed = ", ".join(self.test_corpus) or "none"
-        unknown = [name for name in self.splits if name not in self.test_corpus]
-        if unknown:
-            raise UserError(
-                f"splits names {unknown[0]!r}, test_corpus has {listed}: name some of these, or splits=[] for all"
-            )
-        if self.label is not None and (self.label in ("", "..") or Path(self.label).name != self.label):
-            raise UserError(f"label is {self.label!r}, must be the name of a folder within OUTPUT_DIR/evaluation")
         if self.stop_key is not None and self.stop_key not in self.test_corpus:
             raise UserError(
                 f"stop_key is {self.stop_key!r}, test_corpus has {listed}: name one of these, or stop_key=null"
@@ -164,35 +124,3 @@ class RunConfig(ModelSettings, LoaderConfig, EvalConfig):
         if not self.train_corpus:
             raise UserError("train_corpus is not set: give the name or the URL of a packed corpus, or a list of them")
         return resolve_corpora(self.train_corpus, self.available_corpus, "train_corpus")
-
-    def test_urls(self) -> dict[str, str]:
-        """Name -> URL of the splits that are to be evaluated."""
-        result = {}
-        for name in self.splits or self.test_corpus:
-            urls = resolve_corpora(self.test_corpus[name], self.available_corpus, f"test_corpus.{name}")
-            if len(urls) != 1:
-                raise UserError(f"test_corpus.{name} means {len(urls)} corpora: a split is one corpus")
-            result[name] = urls[0]
-        return result
-
-
-def resolve_corpora(what: Any, available: dict[str, Any], key: str) -> list[str]:
-    """URLs of the corpora that `what` means: a name in `available`, a URL, a folder, or a list of them.
-
-    available: name -> the same forms, so that names can stand for several corpora. Raises ValueError, with the name
-    that `key` holds, when it stands nowhere and looks like no URL or folder.
-    """
-    if isinstance(what, list):
-        return [url for item in what for url in resolve_corpora(item, available, key)]
-    if not isinstance(what, str):
-        raise UserError(f"{key} is {what!r}: must be a corpus' name or URL, or a list of them")
-    if what in available:
-        others = {name: value for name, value in available.items() if name != what}
-        return resolve_corpora(available[what], others, f"available_corpus.{what}")
-    if "/" in what or what.endswith(".tar") or Path(what).exists():
-        return [what]
-    near = nearest(what, available) or sorted(available)
-    raise UserError(
-        f"{key} names {what!r}, which is neither in available_corpus (nearest: {', '.join(near) or 'it is empty'}) "
-        "nor a URL nor a folder"
-    )
