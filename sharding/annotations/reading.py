@@ -6,7 +6,6 @@ import codecs
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from difflib import get_close_matches
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import fsspec
 from fsspec.utils import glob_translate
 
 from runtime.errors import MissingError, UserError
+from runtime.settings import nearest
 from sharding.annotations.columns import Columns, RowError, RowMaker
 from sharding.annotations.config import Reading
 from sharding.annotations.files import AnnotationFile, Record, check_exists
@@ -118,7 +118,7 @@ def check_reading(reading: Reading) -> None:
     """Raise UserError, with the nearest names, for a format or an encoding that does not exist."""
     known = [*READERS, *JOINING]
     if reading.format not in known:
-        near = get_close_matches(reading.format, known, n=3) or known
+        near = nearest(reading.format, known) or known
         raise UserError(f"--format {reading.format}: there is no such format, nearest are {', '.join(near)}")
     try:
         codecs.lookup(reading.encoding)
