@@ -12,7 +12,6 @@ from PIL import Image
 from eval.config import EvalConfig
 from eval.outputs import Subject, write_evaluation
 from eval.report.__main__ import main
-from eval.report.charts import Line, line_chart, smooth, ticks
 from eval.report.console import format_table
 from eval.report.evaluations import find_evaluations, read_evaluation
 from eval.report.gallery import choose_queries, strip
@@ -217,11 +216,3 @@ def test_table_lines_up():
     assert lines[2].split() == ["val", "50.00", "43.12"]
     assert lines[-1].split() == ["chance", "val", "0.10", "0.50"]
     assert len({len(line) for line in lines}) == 1
-
-
-def test_charts():
-    assert ticks(0, 9.7) == [0, 2.5, 5, 7.5, 10]
-    assert ticks(0, 0.003)[-1] >= 0.003
-    assert smooth([4.0, 4.0, 4.0], 0.9) == pytest.approx([4.0] * 3)
-    assert line_chart([Line("loss", [(1, float("nan"))])], "step") == ""
-    assert "<path" in line_chart([Line("a & b", [(0, 1.0), (5, 0.5)])], "step")
