@@ -54,7 +54,6 @@ def share(value: T | None, world_size: int) -> T:
 def barrier(world_size: int) -> None:
     """Return when all ranks have come here."""
     if world_size > 1:
-        meet()
         with waiting("barrier"):
             distributed.barrier()
 
