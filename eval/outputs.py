@@ -19,6 +19,7 @@ from eval.report.evaluations import FORMAT_VERSION
 from eval.report.grouping import items_digest
 from eval.report.page import write_report
 from runtime.activity import progress
+from runtime.units import data_size
 from storage.files import atomic_folder
 
 SEEN = ("image_res", "antialias", "paragraph", "max_txt_l", "max_q_len", "max_a_len", "precision")
@@ -99,7 +100,7 @@ def _wait_for(saved: Future[None], path: Path) -> None:
         wait([saved], timeout=1)
         if path.is_file() and path.stat().st_size > size:
             size = path.stat().st_size
-            progress(f"writing {path.name}, {size >> 20} MiB")
+            progress(f"writing {path.name}, {data_size(size)}")
     saved.result()
 
 

@@ -26,7 +26,7 @@ from loaders.quarantine import Quarantine
 from loaders.shards import check_cache, open_corpus
 from loaders.text import Tokenizer, clean_text
 from runtime.errors import UserError
-from storage.node import node_of
+from runtime.ranks import ranks_of
 
 log = logging.getLogger("loaders")
 
@@ -77,8 +77,8 @@ class TrainLoader:
         check_positive(config)
         self.config, self.tokenizer, self.rank, self.world_size = config, tokenizer, rank, world_size
         stripes = config.stripes // math.gcd(config.stripes, world_size)  # that this rank reads
-        node = node_of(rank, world_size, ranks_here)
-        readers = [open_corpus(url, config, stripes * (config.window_shards + 2), node) for url in corpora]
+        ranks = ranks_of(rank, world_size, ranks_here)
+        readers = [open_corpus(url, config, stripes * (config.window_shards + 2), ranks) for url in corpora]
         check_cache(readers, config, min(config.stripes, stripes * (ranks_here or world_size)))
         check_weights(config, [reader.corpus.name for reader in readers])
         kinds = sorted({reader.corpus.media_type for reader in readers})
@@ -88,7 +88,15 @@ class TrainLoader:
         self._counting = threading.Lock()
         self.lines = {
             kind: Mixture(
-                kind, [reader for reader in readers if reader.corpus.media_type == kind], config, self.pool, node.place
+                kind,
+                [reader for reader in readers if reader.corpus.media_type == kind],
+                config,
+                self.pool,
+                ranks.offset,
+                [reader for reader in readers if reader.corpus.media_type == kind],
+                config,
+                self.pool,
+                ranks.offset,
             )
             for kind in kinds
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from model.checkpoints.files import (
 from model.checkpoints.loading import load_weights
 from model.checkpoints.official import MODEL
 from model.checkpoints.official_names import to_official
-from model.config import ModelConfig, config_to_dict
+from model.config import ModelConfig
 from model.vision import VISION_TYPES, relative_position_index
 from runtime.errors import UserError, command
 from sharding.shards.outside import check_outside_corpora
@@ -53,7 +54,7 @@ def official_settings(config: ModelConfig) -> dict[str, Any]:
         "mlm_prob": config.mlm_prob,
         "loss_weight": {"itc": weights.itc, "itm": weights.itm, "mlm": weights.mlm},
         "itm_hard_neg": config.itm_hard_neg,
-        MODEL: config_to_dict(config),
+        MODEL: asdict(config),
     }
 
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
-from functools import cache, partial
+from functools import cache, partial, reduce
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +24,11 @@ from runtime.packaged import find_file, packaged_folder
 
 T = TypeVar("T")
 
+# What a resumed run may change: nothing of what is learned or which model is the best; evaluations; anything else.
 FIXED, EVALUATION, FREE = "fixed", "evaluation", "free"
+# What may differ from the checkpoint that a run starts from: in fine-tuning only; in fine-tuning, without effect in
+# evaluation; in both; what concerns a start from scratch only and has no effect with a checkpoint. Others must not.
+FINE_TUNING, TRAINING, ANY, START = "fine-tuning", "training", "any", "start"
 _KEY = "setting"
 _NOTHING = ("null", "None", "none", "~")
 _NESTED_BRACES = '; inside [ ] a text with { } needs quotes of its own: ["FOLDER/x-{000..009}.tar"]'
@@ -38,7 +42,10 @@ class Declaration:
 
     help: str = ""
     resumed: str | None = None  # FIXED, EVALUATION or FREE
-    checkpoint: str | None = None  # whether it may differ from the checkpoint a run starts from: model.config
+    checkpoint: str | None = None  # FINE_TUNING, TRAINING, ANY or START
+    choices: tuple[str, ...] = ()  # the values that it may have
+    least: float | None = None  # the lowest value that it may have
+    above: float | None = None  # what its value must exceed
     renamed_from: str = ""  # its name in earlier versions
     replaced: bool = False  # a mapping of which a later layer replaces the whole, instead of adding to it
     convert: Callable[[Any], Any] | None = None  # applied to a text or a list given instead of a mapping
@@ -55,27 +62,40 @@ def setting(default: Any, help: str = "", **declared: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
-# It decides what is learned or which model is the best: a resumed run must keep it.
 fixed = partial(setting, resumed=FIXED)
-# It changes evaluations only: a resumed run may change it.
 evaluation = partial(setting, resumed=EVALUATION)
-# A path, a speed or a record, which changes no result: a resumed run may change it.
 free = partial(setting, resumed=FREE)
 
 
 @cache
 def declarations(kind: Any) -> dict[str, Declaration]:
-    """Every dotted key of dataclass `kind` and its declaration; a section's `resumed` holds for all that is in it."""
+    """Every dotted key of dataclass `kind` and its declaration; a section's `resumed` holds for all in it."""
     result: dict[str, Declaration] = {}
     for item in fields(kind):
         own = item.metadata.get(_KEY, Declaration())
         section = typing.get_type_hints(kind)[item.name]
         if is_dataclass(section):
             for key, inner in declarations(section).items():
-                result[f"{item.name}.{key}"] = replace(inner, resumed=own.resumed or inner.resumed)
+                merged = replace(inner, resumed=own.resumed or inner.resumed, help=inner.help or own.help)
+                result[f"{item.name}.{key}"] = merged
         else:
             result[item.name] = own
     return result
+
+
+def check_declared(config: Any) -> None:
+    """Raise UserError for a value that is none of its setting's `choices`, or below `least`, or not above `above`."""
+    for key, declaration in declarations(type(config)).items():
+        value = reduce(getattr, key.split("."), config)
+        rule = ""
+        if declaration.choices and value not in declaration.choices:
+            rule = f"one of {', '.join(declaration.choices)}"
+        elif declaration.least is not None and value < declaration.least:
+            rule = f"at least {declaration.least:g}"
+        elif declaration.above is not None and value <= declaration.above:
+            rule = f"more than {declaration.above:g}"
+        if rule:
+            raise UserError(f"{key} is {value!r}: must be {rule}")
 
 
 def change_on_resume(kind: Any, key: str) -> str | None:
@@ -236,7 +256,7 @@ def _with_new_names(kind: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _merge(kind: Any, earlier: DictConfig, later: DictConfig, replaced: Collection[str] | None = None) -> DictConfig:
-    """`later` over `earlier`, key by key; mappings declared as `replaced`, or those in `replaced` of them, as a whole."""
+    """`later` over `earlier`, key by key; whole mappings if declared `replaced` (or, of these, in `replaced`)."""
     for key, declaration in declarations(kind).items():
         if declaration.replaced and key in later and (replaced is None or key in replaced):
             earlier.pop(key, None)

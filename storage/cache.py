@@ -17,6 +17,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import random
 import re
 import shutil
 import sqlite3
@@ -34,6 +35,7 @@ from storage.files import atomic_file
 log = logging.getLogger("loaders")
 
 FOLDER = "singularity-cache-1"  # inside the folder of the user: nothing else is ever removed
+POLL = 0.02  # seconds between looks whether another process has fetched an item
 NOTE_USE = 5.0  # seconds between notes of which items were used
 CHECKED = 1000  # items whose files and rows are compared when a cache is opened
 AFTER = chr(0x10FFFF)  # sorts after whatever a name may go on with
@@ -113,7 +115,17 @@ class DiskCache:
                     mine[name] = True
         return mine
 
-    def is_coming(self, name: str) -> bool:
+    def wait_for(self, name: str, seconds: float) -> bytes | None:
+        """An item that another process is fetching; None when it takes longer, or there is none any more."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            data = self.read(name)
+            if data is not None or not self._is_coming(name):
+                return data or self.read(name)
+            time.sleep(POLL * (0.5 + random.random()))
+        return None
+
+    def _is_coming(self, name: str) -> bool:
         """Whether a living process is fetching an item."""
         row = None
         with self._going_on_without(), self._changing() as database:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from runtime.errors import UserError, file_errors
-from runtime.settings import EVALUATION, FIXED, FREE, change_on_resume
+from runtime.settings import EVALUATION, FIXED, FREE, change_on_resume, flatten
 from storage.files import recover_folders, remove_temporary, write_text
 from train.checkpoints.writing import checkpoint_step, complete_checkpoints
-from train.config.files import flatten, load_settings, to_yaml
+from train.config.files import load_settings, to_yaml
 from train.config.settings import RunConfig
 
 log = logging.getLogger(__name__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from model.config import ModelConfig, config_from_dict, config_to_dict
+from model.config import ModelConfig, config_from_dict
 from runtime.errors import MissingError, UserError
 from storage.files import atomic_file, atomic_folder, write_text
 
@@ -41,7 +41,7 @@ def write_weights(weights: Weights, folder: str | Path) -> None:
     description = {
         "format": FORMAT,
         "version": VERSION,
-        "config": config_to_dict(weights.config),
+        "config": asdict(weights.config),
         "special_ids": weights.special_ids,
         "versions": {name: version(name) for name in ("torch", "timm", "transformers")},
     }

@@ -49,4 +49,4 @@ def test_an_upload_reports_its_bytes(tmp_path, reports):
     assert fsspec.filesystem("memory").size("/copies/step_00000001/part") == 12 << 20
     sizes = [each.rpartition(", ")[2] for each in reports if "uploading part, " in each]
     assert len(sizes) > 1
-    assert sizes[-1] == "12 MiB"
+    assert sizes[-1] == "12.6 MB"

@@ -14,6 +14,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from runtime.activity import progress
 from runtime.errors import AccessError, UserError
+from runtime.units import data_size
 from sharding.shards.schema import join_url
 from storage.failures import check_no_credentials, hide_secrets
 from storage.files import temporary_path
@@ -216,7 +217,7 @@ class _Reporting(fsspec.Callback):
     def relative_update(self, inc: int = 1) -> None:
         """`inc` bytes more are there."""
         super().relative_update(inc)
-        progress(f"{self._what}, {self.value >> 20} MiB")
+        progress(f"{self._what}, {data_size(self.value)}")
 
 
 def reason(error: Exception) -> str:
