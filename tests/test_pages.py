@@ -1,4 +1,4 @@
-"""The README and the pages of docs/: links lead somewhere, named files exist, commands name real recipes and settings."""
+"""README and docs/: links lead somewhere, named files exist, commands name real recipes and settings."""
 
 import re
 import shlex
