@@ -51,6 +51,13 @@ def share(value: T | None, world_size: int) -> T:
     return values[0]  # type: ignore[return-value]
 
 
+def barrier(world_size: int) -> None:
+    """Return when all ranks have come here."""
+    if world_size > 1:
+        with waiting("barrier"):
+            distributed.barrier()
+
+
 def _group_device(rows: torch.Tensor) -> torch.device:
     if distributed.get_backend() == "nccl":
         return torch.device("cuda", torch.cuda.current_device())

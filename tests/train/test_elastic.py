@@ -14,7 +14,7 @@ pytestmark = pytest.mark.timeout(900)
 # Questions: their loss is a sum over the batch, so it does not depend on how the batch is shared out. No dropout.
 TASK = """
 task: qa
-unit: questions
+epoch_unit: questions
 vision_encoder: {type: vit, patch_size: 16, width: 32, depth: 2, heads: 2, drop_path: 0.0}
 text_encoder: {width: 32, layers: 3, fusion_layer: 2, heads: 2, intermediate: 64, max_positions: 32, dropout: 0.0}
 image_res: 32

@@ -14,10 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from model.checkpoints.files import write_whole
 from runtime.activity import progress
 from runtime.errors import UserError
 from runtime.ranks import Ranks
+from storage.files import atomic_file
 from train.deepspeed.state import MOMENTS, WEIGHT, fragments, loading, owned_fragments, set_optimizer_step
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ def write_part(folder: Path, engine: DeepSpeedEngine, ranks: Ranks, moments: boo
             tensors[f"{part.name}|{part.start}|{kind}"] = part.saved(kind)
     path = folder / f"rank_{ranks.rank:05}_of_{ranks.world_size:05}.safetensors"
     progress(f"writing {path.name}")
-    write_whole(path, lambda aside: save_file(tensors, str(aside)))
+    with atomic_file(path) as temporary:
+        save_file(tensors, str(temporary))
     return path
 
 
