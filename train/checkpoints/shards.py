@@ -95,7 +95,7 @@ def _open(folder: Path) -> Iterator[dict[str, list[StoredFragment]]]:
     wanted = int(files[0].stem.split("_")[-1]) if files else 1
     if len(files) != wanted:
         raise UserError(
-            f"{folder} holds {len(files)} of {wanted} checkpoint shards: copy its checkpoint again, whole, or remove it, "
+            f"{folder} holds {len(files)} of {wanted} checkpoint shards: copy its checkpoint again or remove it, "
             "an earlier one is used"
         )
     with ExitStack() as stack:
