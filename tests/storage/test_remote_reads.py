@@ -56,14 +56,14 @@ def test_parts_come_whole_through_every_fault(store: Store, folder: str, faulty:
 def test_a_store_that_asks_for_patience_gets_it(store: Store, folder: str, faulty: MakeFaulty) -> None:
     proxy = faulty(store, Faults(throttle=1, retry_after=1))
     with pytest.raises(TimeoutError, match=r"things/shard\.tar bytes 0-1499 .*deadline=4 s .*the last: status 429"):
-        remote(store.url(folder, proxy), deadline=4).fetch(PARTS[:1])
+        remote(store.url(folder, proxy), deadline=4).read_ranges(PARTS[:1])
     times = [seen.at for seen in proxy.log]
     assert 2 <= len(times) <= 4
     assert all(later - earlier >= 1 for earlier, later in pairwise(times))
     proxy.faults = Faults(throttle=1, retry_after=60)
     began = time.monotonic()
     with pytest.raises(TimeoutError, match=r"429"):
-        remote(store.url(folder, proxy), deadline=30).fetch(PARTS[:1])
+        remote(store.url(folder, proxy), deadline=30).read_ranges(PARTS[:1])
     assert time.monotonic() - began < 25  # it cannot be in time: said without waiting
 
 
@@ -76,7 +76,7 @@ def test_what_stays_is_said_at_once_with_the_url(
     url = store.url(folder, proxy)
     began = time.monotonic()
     with pytest.raises(error) as raised:
-        remote(url).fetch(PARTS)
+        remote(url).read_ranges(PARTS)
     assert time.monotonic() - began < RemoteReads().deadline / 2
     assert f"{url}/shard.tar" in str(raised.value)
     assert "Signature" not in str(raised.value)
@@ -88,14 +88,14 @@ def test_a_store_that_stays_down_ends_within_the_deadline(store: Store, folder: 
     proxy = faulty(store, Faults(error=1))
     began = time.monotonic()
     with pytest.raises(TimeoutError, match=r"shard\.tar .* was not read within .*status 503"):
-        remote(store.url(folder, proxy), deadline=2).fetch(PARTS[:4])
+        remote(store.url(folder, proxy), deadline=2).read_ranges(PARTS[:4])
     assert time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize("store", ["http"], indirect=True)
 def test_a_server_that_is_not_there_is_named(store: Store, folder: str) -> None:
     with pytest.raises(TimeoutError, match=r"http://127\.0\.0\.1:9/things/shard\.tar"):
-        remote("http://127.0.0.1:9/things", deadline=1).fetch(PARTS[:1])
+        remote("http://127.0.0.1:9/things", deadline=1).read_ranges(PARTS[:1])
 
 
 def test_a_store_that_cannot_be_reached_is_told_of_while_it_is_tried(
@@ -103,7 +103,7 @@ def test_a_store_that_cannot_be_reached_is_told_of_while_it_is_tried(
 ) -> None:
     monkeypatch.setattr("storage.remote.SILENCE", 0.2)  # by chance the tries may end soon after half a second
     with pytest.raises(TimeoutError, match=r"the last: cannot connect to 127\.0\.0\.1:9$"):
-        remote("http://127.0.0.1:9/things", deadline=3).fetch(PARTS)
+        remote("http://127.0.0.1:9/things", deadline=3).read_ranges(PARTS)
     told = [record.getMessage() for record in caplog.records if record.name == "loaders"]
     assert 1 <= len(told) <= 15  # for all parts together
     assert re.fullmatch(
@@ -117,9 +117,9 @@ def test_a_store_that_cannot_be_reached_is_told_of_while_it_is_tried(
 def test_stragglers_are_asked_for_twice(store: Store, folder: str, faulty: MakeFaulty) -> None:
     proxy = faulty(store, Faults(latency=0.5))
     hedging = remote(store.url(folder, proxy))
-    assert hedging.fetch(PARTS) == WANTED  # learns how long it takes: longer than any but the stragglers will
+    assert hedging.read_ranges(PARTS) == WANTED  # learns how long it takes: longer than any but the stragglers will
     proxy.faults = Faults(slow=0.06, slow_seconds=8, seed=1)
-    assert hedging.fetch(PARTS) == WANTED
+    assert hedging.read_ranges(PARTS) == WANTED
     assert proxy.counts()["slow"] > 0
     assert hedging.counters["hedges_won"] > 0
     assert hedging.counters["hedges"] <= 0.1 * hedging.counters["requests"] + 17
@@ -275,7 +275,7 @@ def test_passwords_come_from_netrc(guarded, tmp_path: Path, monkeypatch: pytest.
     url = f"http://127.0.0.1:{guarded.server_port}/things"
     monkeypatch.setenv("NETRC", str(tmp_path / "nothing"))
     with pytest.raises(PermissionError, match=r"things/shard\.tar cannot be read: access is denied \(status 401\)"):
-        remote(url).fetch(PARTS[:1])
+        remote(url).read_ranges(PARTS[:1])
     (tmp_path / "netrc").write_text('machine 127.0.0.1 login jane password "open sesame"\n')
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     reading = remote(url)
@@ -291,7 +291,7 @@ def test_the_proxy_of_the_environment_is_gone_through(guarded, monkeypatch: pyte
     assert set(guarded.asked) == {"http://store.test/things/shard.tar"}
     reading.close()
     with pytest.raises(OSError, match=r"elsewhere\.test/things"):
-        remote("http://elsewhere.test/things", deadline=1).fetch(PARTS[:1])
+        remote("http://elsewhere.test/things", deadline=1).read_ranges(PARTS[:1])
     assert len(guarded.asked) == 5
 
 
