@@ -23,7 +23,7 @@ from fsspec.utils import infer_compression
 
 from runtime.errors import MissingError, UserError
 from sharding.annotations.formats.json_text import Located, Mended, Plain, Unparsable
-from storage.policy import BucketError, again, causes, naming, status_of
+from storage.policy import BucketError, causes, retry, status_of, storage_errors
 
 BLOCK = 2**20  # bytes of a remote file read at a time
 LONGEST_LINE = 2**20  # bytes of a line of JSON that is looked at to tell lines from an object
@@ -91,7 +91,7 @@ class Steady(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Fill `buffer` as far as there is something."""
-        data = again(self._read_at, self.file.tell(), len(buffer))
+        data = retry(self._read_at, self.file.tell(), len(buffer))
         buffer[: len(data)] = data
         return len(data)
 
@@ -108,7 +108,7 @@ def unpacked(file: str) -> Iterator[IO[bytes]]:
             yield handle
         return
     packed = infer_compression(file)
-    with again(fsspec.open(file, "rb").open) as remote, io.BufferedReader(Steady(remote), BLOCK) as handle:
+    with retry(fsspec.open(file, "rb").open) as remote, io.BufferedReader(Steady(remote), BLOCK) as handle:
         yield compr[packed](handle, mode="rb") if packed else handle
 
 
@@ -122,7 +122,7 @@ def opened(file: str) -> Iterator[IO[bytes]]:
         ValueError: it is in UTF-16, or cannot be decompressed.
     """
     try:
-        with naming(file, "read annotations from"), unpacked(file) as handle:
+        with storage_errors(file, "read annotations from"), unpacked(file) as handle:
             start = handle.read(4)
             if start[:2] in BOMS or b"\0\0" in (start[::2], start[1::2]):
                 raise UserError(f"annotation file {file} is in UTF-16: save it as UTF-8")
