@@ -162,7 +162,30 @@ class AnnotationFile:
                 raise UserError(f"annotation file {self.name} is in UTF-16: save it as UTF-8")
             handle.seek(len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0)
             yield handle
-from storage.policy import BucketError, causes, retry, status_of, storage_errors
+
+
+def file_names(files: Iterable[AnnotationFile]) -> str:
+    """The names of files, for messages."""
+    return ", ".join(file.name for file in files)
+
+
+def is_local(name: str) -> bool:
+    """Whether a file is one of this machine's file system."""
+    return "://" not in name or name.startswith("file://")
+
+
+def open_local(name: str) -> IO[bytes]:
+    """A local file, unbuffered."""
+    return open(name.removeprefix("file://"), "rb", buffering=0)
+
+
+def download(name: str, scratch: Path | None) -> IO[bytes]:
+    """A copy of a remote file that has no name, so that it goes when it is closed."""
+    copy = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115
+    with retry(fsspec.open(name, "rb").open) as remote:
+        shutil.copyfileobj(Resuming(remote), copy, BLOCK)
+    copy.flush()
+    return copy
 
 
 @contextmanager
@@ -175,7 +198,8 @@ def reading_errors(file: str) -> Iterator[None]:
         ValueError: it cannot be decompressed.
     """
     try:
-from storage.policy import BucketError, causes, retry, status_of, storage_errors
+        with storage_errors(file, "read annotations from"):
+            yield
     except DAMAGED as error:
         raise UserError(undone(file, error)) from None
     except BucketError:
