@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from sharding.shards.schema import Corpus, ShardInfo, corpus_at, description_url, is_whole, no_corpus, no_index
-from storage.cache import DiskCache, started
+from storage.cache import DiskCache, start_ticks
 from storage.ranges import ByteRange
 from storage.remote import RemoteStore
 from storage.single_flight import process_lock
@@ -189,5 +189,5 @@ def turned(things: Sequence[Thing], place: float) -> list[Thing]:
 
 def process_began() -> float:
     """When this process was started, as time.time() counts."""
-    ticks = int(started(os.getpid())) / os.sysconf("SC_CLK_TCK")
+    ticks = int(start_ticks(os.getpid())) / os.sysconf("SC_CLK_TCK")
     return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks)
