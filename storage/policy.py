@@ -73,7 +73,7 @@ class RetryPolicy:
     """How often transient errors are retried, with exponential backoff and jitter, or after Retry-After."""
 
     attempts: int = ATTEMPTS  # 0: no limit
-    first_backoff: float = 0.3  # seconds
+    first_backoff: float = 0.6  # seconds; half of it at least
     longest_retry_after: float = 30.0  # seconds: a longer Retry-After is cut short
 
     def pause(self, error: StoreError, attempts: int) -> float:

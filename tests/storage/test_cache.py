@@ -264,7 +264,7 @@ def test_a_disk_that_is_full_costs_the_cache_and_nothing_else(tmp_path: Path, si
     done = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path), str(size)], capture_output=True, text=True, check=True
     )
-    assert done.stderr.count("reading goes on without it") == 1
+    assert done.stderr.count("reading continues without it") == 1
     cache = DiskCache(str(tmp_path), 10**6)
     assert get(cache, "50") == content("50")
     assert cache.bytes_used() == sum(files(cache).values())

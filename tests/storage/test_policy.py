@@ -50,7 +50,7 @@ def test_no_signature_of_a_url_is_in_a_message() -> None:
 
 def test_backoff_grows_with_jitter_and_a_server_may_ask_for_more() -> None:
     policy, busy = RetryPolicy(attempts=4), StoreError("busy", transient=True, retry_after=7)
-    for attempt, longest in ((1, 0.3), (2, 0.6), (3, 1.2)):
+    for attempt, longest in ((1, 0.6), (2, 1.2), (3, 2.4)):
         assert longest / 2 <= policy.pause(StoreError("timed out", transient=True), attempt) <= longest
         assert 7 + longest / 2 <= policy.pause(busy, attempt) <= 7 + longest
     assert policy.pause(busy, 4) == math.inf

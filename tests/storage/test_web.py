@@ -109,7 +109,7 @@ def test_what_is_no_address_says_so(client, url: str) -> None:
 def test_the_pause_that_a_server_asks_for_is_kept(server, client) -> None:
     with pytest.raises(StoreError) as caught:
         got(client, address(server, "/busy"))
-    assert 7 <= RetryPolicy().pause(caught.value, 1) <= 7.3
+    assert 7 <= RetryPolicy().pause(caught.value, 1) <= 7.6
 
 
 def test_a_file_that_cannot_be_written_is_the_error(server, client) -> None:
