@@ -313,4 +313,4 @@ def test_a_list_that_cannot_be_opened_again_costs_the_cache_and_nothing_else(
     assert get(cache, "one") == content("one")
     assert get(cache, "two") == content("two")
     cache.close()
-    assert "reading goes on without it" in caplog.text
+    assert "reading continues without it" in caplog.text
