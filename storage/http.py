@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import pycurl
 
 from storage.addresses import Address
-from storage.curl import Sockets, error_of, new_handle
+from storage.curl import AsyncCurl, error_of, new_handle
 from storage.policy import StoreError, describe_error
 
 CONNECT_SECONDS = 10.0  # at most, of a try
@@ -56,24 +56,16 @@ class Transfer(Response):
 
 
 class HttpClient:
-    """Asks for byte ranges, as many at a time as it is told to; connections are kept. To be used in its loop alone.
-
-    libcurl's sockets are watched by an epoll of their own, and that one by the loop.
-    """
+    """Requests byte ranges over connections that are kept; to be used in its loop alone."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, connections: int, try_seconds: float) -> None:
-        """connections: kept for further requests. try_seconds: after which a request is given up."""
+        """connections: kept for further requests. try_seconds: limit of a request."""
         self.loop, self.try_seconds = loop, try_seconds
         self._bundle = os.environ.get("AWS_CA_BUNDLE")
-        self._multi = pycurl.CurlMulti()
-        self._multi.setopt(pycurl.M_TIMERFUNCTION, self._set_timer)
-        self._multi.setopt(pycurl.M_MAXCONNECTS, connections)
-        self._sockets = Sockets(self._multi)
-        self._due: float | None = None  # when libcurl wants to be called
-        self._timer: asyncio.TimerHandle | None = None  # not later than that
+        self._curl = AsyncCurl(loop)
+        self._curl.multi.setopt(pycurl.M_MAXCONNECTS, connections)
         self._idle: list[pycurl.Curl] = []
-        self._running: dict[pycurl.Curl, Transfer] = {}
-        loop.add_reader(self._sockets.epoll.fileno(), self._ready)
+        self._running: set[Transfer] = set()
 
     def get(self, address: Address, start: int = 0, end: int | None = None) -> Response:
         """Ask for bytes [start, end), all where there is no end; fewer come where the object ends before.
@@ -92,35 +84,30 @@ class HttpClient:
         curl.setopt(pycurl.RANGE, None if end is None else f"{start}-{end - 1}")
         curl.setopt(pycurl.MAXFILESIZE_LARGE, transfer.size or LARGEST_OBJECT)  # a server may send more
         curl.setopt(pycurl.WRITEFUNCTION, transfer.chunks.append)
-        self._running[curl], transfer.curl = transfer, curl
-        self._multi.add_handle(curl)
+        transfer.curl = curl
+        self._running.add(transfer)
+        self._curl.start(curl, lambda code, message: self._finish(transfer, code, message))
         return transfer
 
     def release(self, transfer: Transfer) -> None:
-        """End a transfer, if need be by closing its connection; the handle can be used again."""
+        """End a transfer; its handle can be used again."""
         curl, transfer.curl = transfer.curl, None
         assert curl is not None
-        del self._running[curl]
-        self._multi.remove_handle(curl)
+        self._running.discard(transfer)
+        self._curl.stop(curl)
         transfer.chunks.clear()  # which the handle would keep until its next use
         self._idle.append(curl)
 
     def close(self) -> None:
         """End all transfers and connections; may be called from other threads than the loop's."""
         asyncio.run_coroutine_threadsafe(self._end_all(), self.loop).result(CONNECT_SECONDS)
-        closing = threading.Thread(target=self._multi.close, daemon=True)
-        closing.start()  # by itself: it waits for threads of libcurl that look up names, however long that takes
-        closing.join(1.0)
-        self._sockets.epoll.close()
 
     async def _end_all(self) -> None:
-        self.loop.remove_reader(self._sockets.epoll.fileno())
-        for transfer in list(self._running.values()):
+        for transfer in list(self._running):
             transfer.cancel()
-        if self._timer is not None:
-            self._timer.cancel()
         for curl in self._idle:
             curl.close()
+        self._curl.close()
 
     def _new_handle(self) -> pycurl.Curl:
         curl = new_handle(min(CONNECT_SECONDS, self.try_seconds), self._bundle)
@@ -131,51 +118,20 @@ class HttpClient:
         curl.setopt(pycurl.NOPROXY, "")  # the address knows
         return curl
 
-    def _set_timer(self, milliseconds: int) -> None:
-        """Called by libcurl: when it wants to be called. A timer that comes too early is kept: most never count."""
-        if milliseconds < 0:
-            self._due = None
-            return
-        self._due = self.loop.time() + milliseconds / 1000
-        if self._timer is None or self._timer.when() > self._due:
-            if self._timer is not None:
-                self._timer.cancel()
-            self._timer = self.loop.call_at(self._due, self._time_out)
-
-    def _time_out(self) -> None:
-        self._timer = None
-        if self._due is None:
-            return
-        if self.loop.time() < self._due:
-            self._timer = self.loop.call_at(self._due, self._time_out)
-            return
-        self._due = None
-        self._multi.socket_action(pycurl.SOCKET_TIMEOUT, 0)
-        self._collect()
-
-    def _ready(self) -> None:
-        """Bytes have come, or can be sent."""
-        self._sockets.act(self._sockets.epoll.poll(0))
-        self._collect()
-
-    def _collect(self) -> None:
-        """Hand over what has ended."""
-        left = 1
-        while left:
-            left, good, bad = self._multi.info_read()
-            for curl, code, message in [*((curl, pycurl.E_OK, "") for curl in good), *bad]:
-                transfer = self._running[curl]
-                try:
-                    result = self._result(curl, transfer, code, message)
-                except Exception as error:  # none of the others may be lost with it
-                    result = describe_error(error)
-                self.release(transfer)
-                if isinstance(result, bytes):
-                    transfer.set_result(result)
-                elif code == pycurl.E_COULDNT_RESOLVE_HOST:
-                    self._look_up(transfer, result)
-                else:
-                    transfer.set_exception(result)
+    def _finish(self, transfer: Transfer, code: int, message: str) -> None:
+        """Hand over what a transfer brought."""
+        assert transfer.curl is not None
+        try:
+            result = self._result(transfer.curl, transfer, code, message)
+        except Exception as error:
+            result = describe_error(error)
+        self.release(transfer)
+        if isinstance(result, bytes):
+            transfer.set_result(result)
+        elif code == pycurl.E_COULDNT_RESOLVE_HOST:
+            self._look_up(transfer, result)
+        else:
+            transfer.set_exception(result)
 
     def _result(self, curl: pycurl.Curl, transfer: Transfer, code: int, message: str) -> bytes | Exception:
         status, limited = curl.getinfo(pycurl.RESPONSE_CODE), transfer.size is not None

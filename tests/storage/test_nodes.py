@@ -389,5 +389,5 @@ def test_the_ranks_of_a_process_are_found_in_its_environment(monkeypatch: pytest
 @pytest.mark.parametrize("name", ["requests_per_second", "starts_per_second", "connections"])
 def test_bounds_that_cannot_be_meant_are_named(name: str, shapes, tokenizer: Tokenizer) -> None:
     config = LoaderConfig(remote=RemoteReads(**{name: -1}))
-    with pytest.raises(ValueError, match=rf"remote\.{name} is -1, must be"):
+    with pytest.raises(ValueError, match=rf"remote\.{name} is -1: must be"):
         TrainLoader([shapes.url("images_train")], tokenizer, config)
