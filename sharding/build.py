@@ -39,7 +39,8 @@ from sharding.shards.output import (
     write_text,
 )
 from sharding.shards.plan import Settings, plan_shards
-from sharding.shards.schema import MEDIA_TYPES, Corpus, join_url
+from sharding.shards.schema import MEDIA_TYPES, Corpus
+from storage.urls import join_url
 from storage.web import LARGEST_MB, Fetching
 
 log = logging.getLogger("sharding")

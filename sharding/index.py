@@ -27,10 +27,11 @@ from sharding.shards.failures import FailureLog, TooManyFailures, summary
 from sharding.shards.foreign import Contents, read_contents
 from sharding.shards.output import local_form, open_output, write_text
 from sharding.shards.parquet import read_schema, read_table
-from sharding.shards.schema import INDEX_SCHEMA, UNREADABLE, Corpus, ShardInfo, join_url, named_shards, read_corpus
+from sharding.shards.schema import INDEX_SCHEMA, UNREADABLE, Corpus, ShardInfo, named_shards, read_corpus
 from sharding.shards.tar import open_stream
 from sharding.shards.writing import INDEXED, NOTE, counts, publish, sha256, write_index
-from storage.policy import again, naming
+from storage.policy import retry, storage_errors
+from storage.urls import join_url
 
 COMPRESSED_TARS = ("*.tar.*", "*.tgz", "*.tbz2", "*.txz")
 RULES = 2  # counts the changes of what becomes a sample, and of its row; an index of other rules is made again
@@ -149,9 +150,9 @@ def named_tars(url: str, names: Sequence[str], known: Corpus | None) -> list[tup
     """(name, bytes) of the tars of these names and of those in a corpus, in order; FileNotFoundError without one."""
     filesystem, root = fsspec.url_to_fs(url)
     places = [join_url(root, name) for name in names]
-    with naming(url, "read"):
+    with storage_errors(url, "read"):
         try:
-            sizes = again(filesystem.sizes, places)
+            sizes = retry(filesystem.sizes, places)
         except FileNotFoundError:
             sizes = []
     if not sizes:
@@ -195,8 +196,8 @@ def index_shard(task: IndexTask, advance: Advance) -> IndexedShard:
             return read_contents(file, task.fps, lambda size: advance(0, 0, size))
 
     try:
-        with naming(join_url(task.tars, task.name), "read"):
-            contents = again(read)
+        with storage_errors(join_url(task.tars, task.name), "read"):
+            contents = retry(read)
         move_unfit(contents)
         if not contents.rows and not contents.damages:
             reasons = ", ".join(sorted({failure["reason"] for failure in contents.failures})[:3])
@@ -369,7 +370,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--log-every", type=float, default=LOG_EVERY, metavar="SECONDS", help="see sharding.build")
     options = vars(parser.parse_args(arguments))
     options["workers"] = options["workers"] or os.cpu_count() or 1
-    with naming(options["url"], "read"):
+    with storage_errors(options["url"], "read"):
         corpus = index_shards(progress=True, **options)
     sys.stdout.write(f"{corpus.url}: {len(corpus.shards)} shards, {corpus.samples} samples\n")
     return 0

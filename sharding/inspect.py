@@ -26,7 +26,7 @@ from sharding.shards.failures import count_kinds, read_failures
 from sharding.shards.failures import summary as failure_lines
 from sharding.shards.output import local_form
 from sharding.shards.schema import INDEX_SCHEMA, Corpus, named_shards, read_corpus
-from storage.policy import naming
+from storage.policy import storage_errors
 
 SHEET_SAMPLES = 64
 GALLERY_SAMPLES = 96
@@ -243,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options = parser().parse_args(arguments)
     try:
-        with naming(options.url, "read"):
+        with storage_errors(options.url, "read"):
             inspect(options)
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

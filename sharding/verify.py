@@ -21,8 +21,9 @@ from sharding.shards.checks import Check, Fault, Report, check_shard
 from sharding.shards.output import BUILD, digest_of, local_form
 from sharding.shards.parquet import read_schema
 from sharding.shards.repair import repair
-from sharding.shards.schema import INDEX_SCHEMA, UNREADABLE, Corpus, join_url, named_shards, parse_corpus, with_shards
-from storage.policy import naming
+from sharding.shards.schema import INDEX_SCHEMA, UNREADABLE, Corpus, named_shards, parse_corpus, with_shards
+from storage.policy import storage_errors
+from storage.urls import join_url
 
 DESCRIPTION = "corpus.json"
 
@@ -175,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     done: list[str] = []
     how = (options.decode, options.workers or os.cpu_count() or 1, True, options.log_every)
-    with naming(options.url, "read"):
+    with storage_errors(options.url, "read"):
         if options.repair and named_shards(options.url)[1]:
             raise UserError(f"--repair is for a whole corpus: give its folder {named_shards(options.url)[0]}")
         findings = examine(options.url, *how)

@@ -17,8 +17,9 @@ import pyarrow.compute as pc
 from runtime.errors import UserError
 from runtime.progress import Progress
 from sharding.shards.parquet import read_table
-from sharding.shards.schema import UNREADABLE, Corpus, join_url
-from storage.policy import again
+from sharding.shards.schema import UNREADABLE, Corpus
+from storage.policy import retry
+from storage.urls import join_url
 
 THREADS = 16  # that read indices
 DIGITS = 3  # significant ones of a value that are kept: memory stays small, however many samples there are
@@ -160,7 +161,7 @@ def columns_of(corpus: Corpus, shard: int, columns: Sequence[str]) -> pa.Table:
     url = corpus.index_url(shard)
     try:
         filesystem, path = fsspec.url_to_fs(url)
-        return read_table(again(filesystem.cat_file, path), columns)
+        return read_table(retry(filesystem.cat_file, path), columns)
     except FileNotFoundError:
         reason = "is missing"
     except UNREADABLE as error:

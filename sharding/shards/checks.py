@@ -23,7 +23,7 @@ from sharding.shards.foreign import PICTURES, split_name
 from sharding.shards.schema import INDEX_SCHEMA, UNREADABLE, ShardInfo
 from sharding.shards.tar import Damage, Member, TarStream, open_stream
 from sharding.shards.writing import INDEXED, NOTE, counts, tar_header
-from storage.policy import again, reason_of
+from storage.policy import describe_error, retry
 
 LISTED = 1000  # faults of one shard that are listed; the rest is counted
 PLACES = ("key", "offsets", "sizes", "crc32s")  # columns of the index that the sample's JSON in the tar lacks
@@ -88,9 +88,9 @@ def check_shard(check: Check, advance: Advance) -> Report:
             return walk
 
     try:
-        walk = again(walk_through)
+        walk = retry(walk_through)
     except Exception as error:  # each store has errors of its own
-        reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {reason_of(error)}"
+        reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {describe_error(error)}"
         report.faults.append(Fault(tar_name, reason))
     else:
         sha256 = walk.stream.sha256.hexdigest()
@@ -121,9 +121,9 @@ def read_table(check: Check, name: str) -> tuple[pa.Table | None, str, int, list
     """(the index, or None where it cannot be used; its SHA-256; its bytes; its faults)."""
     try:
         filesystem, path = fsspec.url_to_fs(check.index)
-        data = again(filesystem.cat_file, path)
+        data = retry(filesystem.cat_file, path)
     except Exception as error:  # each store has errors of its own
-        reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {reason_of(error)}"
+        reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {describe_error(error)}"
         return None, "", 0, [Fault(name, reason)]
     digest = hashlib.sha256(data).hexdigest()
     if check.info and digest != check.info.index_sha256:
