@@ -20,8 +20,9 @@ import fsspec
 import pyarrow as pa
 
 from runtime.errors import AccessError, MissingError, UserError, command
+from runtime.flags import positive
 from runtime.progress import LOG_EVERY, Progress
-from sharding.annotations.arguments import folder_of_shards, positive
+from sharding.arguments import folder_of_shards
 from sharding.executors.process_pool import Advance, run_tasks
 from sharding.shards.failures import FailureLog, TooManyFailures, summary
 from sharding.shards.foreign import Contents, read_contents

@@ -16,9 +16,10 @@ from typing import Any
 import pyarrow.compute as pc
 
 from runtime.errors import UserError, command
+from runtime.flags import positive
 from runtime.progress import LOG_EVERY, Progress
 from runtime.units import data_size
-from sharding.annotations.arguments import folder_of_shards, positive
+from sharding.arguments import folder_of_shards
 from sharding.report.gallery import gallery
 from sharding.report.samples import SHARDS, contact_sheet, fetch_command, pick
 from sharding.report.statistics import Figures, columns_of, in_threads, measure, short, summary, text_histogram

@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass, field
 import fsspec
 
 from runtime.errors import MissingError, UserError, command
+from runtime.flags import positive
 from runtime.progress import LOG_EVERY, Progress
-from sharding.annotations.arguments import folder_of_shards, positive
+from sharding.arguments import folder_of_shards
 from sharding.executors.process_pool import run_tasks
 from sharding.index import is_foreign
 from sharding.shards.checks import Check, Fault, Report, check_shard

@@ -18,7 +18,7 @@ import fsspec
 
 from runtime.errors import UserError
 from sharding.annotations.config import Reading
-from sharding.shards.plan import Settings
+from sharding.shards.plan import ShardSettings
 from sharding.shards.schema import VERSION, join_url, plain_scheme
 from sharding.shards.writing import publish
 from storage.locks import HeldError, Lock
@@ -164,7 +164,7 @@ def part_folder(folder: Path, part: str) -> Iterator[Path]:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def plan_of(settings: Settings, reading: Reading, annotations_sha256: str = "") -> dict[str, Any]:
+def plan_of(settings: ShardSettings, reading: Reading, annotations_sha256: str = "") -> dict[str, Any]:
     """What decides the bytes of a corpus, besides its media; for `build.json`. The annotations may not be read yet."""
     annotations = {"annotations_sha256": annotations_sha256} if annotations_sha256 else {}
     return {"version": VERSION, **asdict(settings), **annotations, "reading": asdict(reading)}

@@ -13,7 +13,7 @@ from sharding.index import IndexTask, index_shard
 from sharding.shards.checks import Report
 from sharding.shards.failures import FILE, FailureLog
 from sharding.shards.output import BUILD, digest_of, open_output, write_text
-from sharding.shards.plan import Settings
+from sharding.shards.plan import ShardSettings
 from sharding.shards.schema import Corpus, ShardInfo, contents, join_url, parse_corpus
 
 
@@ -107,6 +107,6 @@ def settings_at(url: str) -> dict[str, Any] | None:
     try:
         with fsspec.open(join_url(url, BUILD), "rb") as file:
             found = json.loads(file.read())
-        return {name: found[name] for name in Settings.__dataclass_fields__}
+        return {name: found[name] for name in ShardSettings.__dataclass_fields__}
     except (OSError, ValueError, KeyError, TypeError):
         return None
