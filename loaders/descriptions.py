@@ -15,19 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import TypeVar
 
-from sharding.shards.schema import (
-    Corpus,
-    ShardInfo,
-    corpus_at,
-    description_url,
-    is_whole,
-    join_url,
-    no_corpus,
-    no_index,
-)
+from sharding.shards.schema import Corpus, ShardInfo, corpus_at, description_url, is_whole, no_corpus, no_index
 from storage.cache import DiskCache, started
 from storage.ranges import ByteRange
 from storage.remote import RemoteStore
+from storage.urls import join_url
 
 log = logging.getLogger("loaders")
 

@@ -26,12 +26,13 @@ from sharding.arguments import folder_of_shards
 from sharding.executors.process_pool import Advance, run_tasks
 from sharding.shards.failures import FailureLog, TooManyFailures, summary
 from sharding.shards.foreign import Contents, read_contents
-from sharding.shards.output import local_form, open_output, write_text
+from sharding.shards.output import open_output, write_text
 from sharding.shards.parquet import read_schema, read_table
-from sharding.shards.schema import INDEX_SCHEMA, UNREADABLE, Corpus, ShardInfo, join_url, named_shards, read_corpus
+from sharding.shards.schema import INDEX_SCHEMA, UNREADABLE, Corpus, ShardInfo, named_shards, read_corpus
 from sharding.shards.tar import open_stream
 from sharding.shards.writing import INDEXED, NOTE, counts, publish, sha256, write_index
 from storage.policy import again, naming
+from storage.urls import join_url, local_form
 
 COMPRESSED_TARS = ("*.tar.*", "*.tgz", "*.tbz2", "*.txz")
 RULES = 2  # counts the changes of what becomes a sample, and of its row; an index of other rules is made again

@@ -25,9 +25,9 @@ from sharding.report.samples import SHARDS, contact_sheet, fetch_command, pick
 from sharding.report.statistics import Figures, columns_of, in_threads, measure, short, summary, text_histogram
 from sharding.shards.failures import count_kinds, read_failures
 from sharding.shards.failures import summary as failure_lines
-from sharding.shards.output import local_form
 from sharding.shards.schema import INDEX_SCHEMA, Corpus, named_shards, read_corpus
 from storage.policy import naming
+from storage.urls import local_form
 
 SHEET_SAMPLES = 64
 GALLERY_SAMPLES = 96

@@ -32,7 +32,8 @@ from sharding.shards.output import (
     write_text,
 )
 from sharding.shards.plan import Task, plan_shards
-from sharding.shards.schema import Corpus, join_url
+from sharding.shards.schema import Corpus
+from storage.urls import join_url
 
 log = logging.getLogger("sharding")
 

@@ -14,8 +14,8 @@ from sharding.annotations.config import CorpusConfig, Reading, load_corpus, pars
 from sharding.annotations.reading import expanded
 from sharding.executors.executor import Executor
 from sharding.media.sources import check_root
-from sharding.shards.output import local_form
 from sharding.shards.plan import ShardSettings
+from storage.urls import local_form
 from storage.web import Fetching
 
 

@@ -19,11 +19,12 @@ from sharding.arguments import folder_of_shards
 from sharding.executors.process_pool import run_tasks
 from sharding.index import is_foreign
 from sharding.shards.checks import Check, Fault, Report, check_shard
-from sharding.shards.output import BUILD, digest_of, local_form
+from sharding.shards.output import BUILD, digest_of
 from sharding.shards.parquet import read_schema
 from sharding.shards.repair import repair
-from sharding.shards.schema import INDEX_SCHEMA, UNREADABLE, Corpus, join_url, named_shards, parse_corpus, with_shards
+from sharding.shards.schema import INDEX_SCHEMA, UNREADABLE, Corpus, named_shards, parse_corpus, with_shards
 from storage.policy import naming
+from storage.urls import join_url, local_form
 
 DESCRIPTION = "corpus.json"
 

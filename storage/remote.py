@@ -20,12 +20,12 @@ from fsspec.asyn import get_loop
 from fsspec.implementations.local import LocalFileSystem
 
 from loaders.config import RemoteReads
-from sharding.shards.schema import join_url
 from storage.addresses import Address, sign
 from storage.failures import GoneError, TransientError, explain, public_url
 from storage.http import Answer, HttpClient
 from storage.limits import gate_of_process
 from storage.ranges import ByteRange
+from storage.urls import join_url
 
 log = logging.getLogger("loaders")
 

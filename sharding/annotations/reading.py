@@ -31,8 +31,8 @@ from sharding.annotations.formats.tables import (
 )
 from sharding.annotations.formats.visual_genome import visual_genome_records
 from sharding.annotations.items import Row
-from sharding.shards.schema import plain_scheme
 from storage.policy import again, check_bucket, naming
+from storage.urls import plain_scheme
 
 MAGIC = set("*?[")  # what makes a pattern of a name
 

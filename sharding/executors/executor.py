@@ -18,8 +18,9 @@ from sharding.executors.ray_cluster import run_on_ray
 from sharding.shards.failures import FailureLog
 from sharding.shards.output import remove
 from sharding.shards.plan import Task
-from sharding.shards.schema import ShardInfo, join_url
+from sharding.shards.schema import ShardInfo
 from sharding.shards.writing import FinishedShard, finished_shard
+from storage.urls import join_url
 
 LOOKUPS = 16  # shards looked up at once in a store
 PART = re.compile(r"(\d+)/(\d+)")

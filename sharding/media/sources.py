@@ -23,8 +23,8 @@ import fsspec
 from runtime.errors import AccessError, MissingError, UserError
 from sharding.media import MediaError
 from sharding.media.archives import Archive, split_archive
-from sharding.shards.schema import join_url, plain_scheme
 from storage.policy import WebError, again, check_bucket, credentials_missing, naming, reason_of
+from storage.urls import join_url, plain_scheme
 from storage.web import Fetching, web_client
 
 WINDOW = {"image": 1024, "video": 64}  # media: how far finished ones may run ahead of one that is slow to come

@@ -17,8 +17,9 @@ import pyarrow.compute as pc
 from runtime.errors import UserError
 from runtime.progress import Progress
 from sharding.shards.parquet import read_table
-from sharding.shards.schema import UNREADABLE, Corpus, join_url
+from sharding.shards.schema import UNREADABLE, Corpus
 from storage.policy import again
+from storage.urls import join_url
 
 THREADS = 16  # that read indices
 DIGITS = 3  # significant ones of a value that are kept: memory stays small, however many samples there are

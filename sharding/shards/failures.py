@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 
 from runtime.errors import MissingError, UserError
 from sharding.shards.parquet import parquet_file, read_batches, read_table
-from sharding.shards.schema import join_url
 from sharding.shards.writing import publish, sha256
+from storage.urls import join_url
 
 FILE = "failures.parquet"
 SCHEMA = pa.schema(

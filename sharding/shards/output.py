@@ -19,21 +19,17 @@ import fsspec
 from runtime.errors import UserError
 from sharding.annotations.config import Reading
 from sharding.shards.plan import ShardSettings
-from sharding.shards.schema import VERSION, join_url, plain_scheme
+from sharding.shards.schema import VERSION
 from sharding.shards.writing import publish
 from storage.locks import HeldError, Lock
 from storage.policy import again, check_bucket, naming
+from storage.urls import join_url
 
 BUILD = "build.json"  # says what a build writes there
 PARTIAL = ".partial"  # folder inside a local output that holds unfinished files
 LOCK = "lock"  # file in it
 CLEARING = 5.0  # seconds that the last part of a build may take to clear up
 STAGED = "rows-*.sqlite"  # files in it that an interrupted build leaves to the next one
-
-
-def local_form(url: str) -> str:
-    """A local folder as a plain path, any other URL with its scheme in lower case."""
-    return plain_scheme(url).removeprefix("file://")
 
 
 @contextmanager

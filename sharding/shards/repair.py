@@ -14,7 +14,8 @@ from sharding.shards.checks import Report
 from sharding.shards.failures import FILE, FailureLog
 from sharding.shards.output import BUILD, digest_of, open_output, write_text
 from sharding.shards.plan import ShardSettings
-from sharding.shards.schema import Corpus, ShardInfo, contents, join_url, parse_corpus
+from sharding.shards.schema import Corpus, ShardInfo, contents, parse_corpus
+from storage.urls import join_url
 
 
 def repair(url: str, corpus: Corpus | None, reports: list[Report]) -> list[str]:

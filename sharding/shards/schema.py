@@ -16,6 +16,7 @@ from braceexpand import braceexpand
 from runtime.errors import MissingError, UserError
 from sharding.shards.parquet import read_table
 from storage.policy import again, check_bucket
+from storage.urls import join_url
 
 FORMAT = "singularity-shards"
 VERSION = 1
@@ -124,17 +125,6 @@ class Corpus:
         body = {"settings": self.settings, "files": self.files, "shards": shards}
         text = json.dumps({**head, **totals, **elsewhere, **body}, indent=1, sort_keys=False).removesuffix("\n}")
         return f'{text}{CHECKSUM}{hashlib.sha256(text.encode()).hexdigest()}"\n}}\n'
-
-
-def join_url(folder: str, name: str) -> str:
-    """`folder/name` for local paths and fsspec URLs alike."""
-    return folder.rstrip("/") + "/" + name
-
-
-def plain_scheme(url: str) -> str:
-    """A URL with its scheme in lower case, as stores are known by: HTTP:// means what http:// does."""
-    scheme, sign, rest = url.partition("://")
-    return scheme.lower() + sign + rest if sign else url
 
 
 def named_shards(url: str) -> tuple[str, list[str]]:

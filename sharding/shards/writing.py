@@ -19,8 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sharding.shards.parquet import read_schema
-from sharding.shards.schema import INDEX_SCHEMA, UNREADABLE, ShardInfo, join_url
+from sharding.shards.schema import INDEX_SCHEMA, UNREADABLE, ShardInfo
 from storage.policy import again, naming
+from storage.urls import join_url
 
 BLOCK = 512  # bytes of a tar header
 NOTE = b"build"  # key of an index's metadata: what a resumed build must know of a finished shard
