@@ -24,11 +24,11 @@ sys.path.insert(0, str(ROOT))
 
 import cv2  # noqa: E402
 
+from runtime.process_pool import Advance, run_tasks  # noqa: E402
 from sharding.annotations.config import Reading  # noqa: E402
 from sharding.annotations.reading import read_rows  # noqa: E402
 from sharding.annotations.staging import stage  # noqa: E402
 from sharding.executors.build_shard import build_shard  # noqa: E402
-from sharding.executors.process_pool import Advance, run_tasks  # noqa: E402
 from sharding.media import video  # noqa: E402
 from sharding.shards.plan import ShardSettings, Task, plan_shards  # noqa: E402
 from storage.web import Fetching  # noqa: E402

@@ -21,16 +21,17 @@ import pyarrow as pa
 
 from runtime.errors import AccessError, MissingError, UserError, command
 from runtime.flags import positive
+from runtime.process_pool import Advance, run_tasks
 from runtime.progress import LOG_EVERY, Progress
 from sharding.arguments import folder_of_shards
-from sharding.executors.process_pool import Advance, run_tasks
-from sharding.shards.failures import FailureLog, TooManyFailures, summary
+from sharding.media.tar import open_stream
+from sharding.reasons import summary
+from sharding.shards.failures import FailureLog, TooManyFailures
 from sharding.shards.foreign import Contents, read_contents
 from sharding.shards.output import open_output, write_text
-from sharding.shards.parquet import read_schema, read_table
 from sharding.shards.schema import INDEX_SCHEMA, UNREADABLE, Corpus, ShardInfo, named_shards, read_corpus
-from sharding.shards.tar import open_stream
 from sharding.shards.writing import INDEXED, NOTE, counts, publish, sha256, write_index
+from storage.parquet import read_schema, read_table
 from storage.policy import again, naming
 from storage.urls import join_url, local_form
 

@@ -20,11 +20,12 @@ from runtime.flags import positive
 from runtime.progress import LOG_EVERY, Progress
 from runtime.units import data_size
 from sharding.arguments import folder_of_shards
+from sharding.reasons import count_kinds
+from sharding.reasons import summary as failure_lines
 from sharding.report.gallery import gallery
 from sharding.report.samples import SHARDS, contact_sheet, fetch_command, pick
 from sharding.report.statistics import Figures, columns_of, in_threads, measure, short, summary, text_histogram
-from sharding.shards.failures import count_kinds, read_failures
-from sharding.shards.failures import summary as failure_lines
+from sharding.shards.failures import read_failures
 from sharding.shards.schema import INDEX_SCHEMA, Corpus, named_shards, read_corpus
 from storage.policy import naming
 from storage.urls import local_form

@@ -18,8 +18,9 @@ from sharding.annotations.reading import read_rows
 from sharding.annotations.staging import Staged, move_staged, open_staged, stage
 from sharding.estimate import Estimate, estimate_build
 from sharding.executors.executor import build_shards
+from sharding.reasons import summary
 from sharding.settings import BuildSettings
-from sharding.shards.failures import FailureLog, TooManyFailures, summary
+from sharding.shards.failures import FailureLog, TooManyFailures
 from sharding.shards.output import (
     BUILD,
     check_claim,

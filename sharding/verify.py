@@ -14,15 +14,15 @@ import fsspec
 
 from runtime.errors import MissingError, UserError, command
 from runtime.flags import positive
+from runtime.process_pool import run_tasks
 from runtime.progress import LOG_EVERY, Progress
 from sharding.arguments import folder_of_shards
-from sharding.executors.process_pool import run_tasks
 from sharding.index import is_foreign
 from sharding.shards.checks import Check, Fault, Report, check_shard
 from sharding.shards.output import BUILD, digest_of
-from sharding.shards.parquet import read_schema
 from sharding.shards.repair import repair
 from sharding.shards.schema import INDEX_SCHEMA, UNREADABLE, Corpus, named_shards, parse_corpus, with_shards
+from storage.parquet import read_schema
 from storage.policy import naming
 from storage.urls import join_url, local_form
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from runtime.process_pool import Advance
 from sharding.annotations.items import Item, split_part
-from sharding.executors.process_pool import Advance
 from sharding.media import Frames, MediaError, pack_image, pack_video
 from sharding.media.sources import Media, opened
 from sharding.shards.plan import ShardSettings, Task

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from runtime.errors import UserError
 from runtime.flags import flag
+from runtime.process_pool import Advance, run_tasks
 from runtime.progress import Progress
 from sharding.executors.build_shard import build_shard
-from sharding.executors.process_pool import Advance, run_tasks
 from sharding.executors.ray_cluster import run_on_ray
 from sharding.shards.failures import FailureLog
 from sharding.shards.output import remove

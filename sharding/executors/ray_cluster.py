@@ -17,8 +17,8 @@ import runtime
 import sharding
 import storage
 from runtime.errors import AccessError, MissingError, UserError, WorkerError
+from runtime.process_pool import Advance
 from sharding.executors.build_shard import build_shard
-from sharding.executors.process_pool import Advance
 from sharding.media.sources import check_root
 from sharding.shards.plan import Task
 from sharding.shards.writing import FinishedShard

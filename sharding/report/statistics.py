@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 
 from runtime.errors import UserError
 from runtime.progress import Progress
-from sharding.shards.parquet import read_table
 from sharding.shards.schema import UNREADABLE, Corpus
+from storage.parquet import read_table
 from storage.policy import again
 from storage.urls import join_url
 

@@ -14,15 +14,15 @@ from typing import Any
 import fsspec
 import pyarrow as pa
 
-from sharding.executors.process_pool import Advance
+from runtime.process_pool import Advance
 from sharding.media import MediaError
 from sharding.media.links import LinkError, Places
 from sharding.media.picture import decode_picture
-from sharding.shards import parquet
+from sharding.media.tar import Damage, Member, TarStream, open_stream
 from sharding.shards.foreign import PICTURES, split_name
 from sharding.shards.schema import INDEX_SCHEMA, UNREADABLE, ShardInfo
-from sharding.shards.tar import Damage, Member, TarStream, open_stream
 from sharding.shards.writing import INDEXED, NOTE, counts, tar_header
+from storage import parquet
 from storage.policy import again, reason_of
 
 LISTED = 1000  # faults of one shard that are listed; the rest is counted

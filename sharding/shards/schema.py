@@ -14,7 +14,7 @@ import pyarrow as pa
 from braceexpand import braceexpand
 
 from runtime.errors import MissingError, UserError
-from sharding.shards.parquet import read_table
+from storage.parquet import read_table
 from storage.policy import again, check_bucket
 from storage.urls import join_url
 

@@ -18,8 +18,8 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sharding.shards.parquet import read_schema
 from sharding.shards.schema import INDEX_SCHEMA, UNREADABLE, ShardInfo
+from storage.parquet import read_schema
 from storage.policy import again, naming
 from storage.urls import join_url
 
