@@ -24,7 +24,7 @@ from loaders.shards import CorpusReader, describe, open_corpus
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader
 from runtime.ranks import Ranks, current_ranks, ranks_of
-from sharding.index import index_shards
+from sharding.shards.indexing import index_shards
 from storage import node
 from storage.cache import DiskCache
 from storage.node import share_of
