@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import distributed, nn
+from torch import nn
 
-from runtime.collectives import gather_objects, meet, share
+from runtime.collectives import barrier, gather_objects, share
 from runtime.errors import UserError
 from runtime.ranks import Ranks
+from storage.files import temporary_path
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +115,7 @@ def write_entry(folder: Path, blocks: Iterable[Block], num_visuals: int, batch_s
     made = None
     if ranks.is_first:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        made = str(folder.with_name(f".{folder.name}.{uuid.uuid4().hex}"))
+        made = str(temporary_path(folder, uuid.uuid4().hex))
         os.mkdir(made)  # with usual permissions: others may use the entry
     aside = Path(share(made, ranks.world_size))
     if not aside.is_dir():
@@ -123,7 +124,7 @@ def write_entry(folder: Path, blocks: Iterable[Block], num_visuals: int, batch_s
         _write_part(aside, ranks.rank, blocks)
         written = sum(gather_objects(len(_read_part(aside, ranks.rank).indices), ranks.world_size))
         parts = [_read_part(aside, number) for number in range(ranks.world_size)]
-        _barrier(ranks.world_size)  # whoever has opened the files keeps them, even when they are removed
+        barrier(ranks.world_size)  # whoever has opened the files keeps them, even when they are removed
         if ranks.is_first and written == num_visuals and not folder.exists():
             (aside / META).write_text(json.dumps({"version": VERSION, "parts": ranks.world_size}), encoding="utf-8")
             aside.rename(folder)
@@ -172,9 +173,3 @@ def _read_part(folder: Path, number: int) -> Part:
         raise ValueError(f"{path.name} has {path.stat().st_size:,} bytes instead of {size * kind.itemsize:,}")
     tokens = torch.from_file(str(path), shared=False, size=size, dtype=kind).view(len(indices), *shape.tolist())
     return Part(indices, torch.from_numpy(embeddings) if embeddings.size else None, tokens)
-
-
-def _barrier(world_size: int) -> None:
-    if world_size > 1:
-        meet()
-        distributed.barrier()

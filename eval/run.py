@@ -25,7 +25,7 @@ from loaders.text import Tokenizer
 from model.building import Model
 from model.singularity import Singularity
 from runtime.activity import begin, progress
-from runtime.errors import UserError, naming
+from runtime.errors import UserError, file_errors
 from runtime.ranks import Ranks
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ def evaluate_splits(
         dataset.close()
     progress("writing the results")
     if ranks.is_first:
-        with naming(folder):
+        with file_errors(folder):
             write_evaluation(folder, outputs, run, subject or subject_of(model), save_scores)
         log.info("Evaluation in %s\n%s", folder, console_table([read_evaluation(folder)]))
     return metrics

@@ -15,6 +15,7 @@ from eval.report.page import write_report
 from eval.run import evaluate_splits, evaluation_label, split_inputs, subject_of
 from launch.command import log_to_file
 from runtime.activity import progress
+from runtime.collectives import barrier
 from runtime.ranks import Ranks
 from train.config.files import Settings
 from train.deepspeed.engine import DTYPES
@@ -70,6 +71,5 @@ def evaluate(settings: Settings, ranks: Ranks) -> None:
         shutil.copyfile(folder / "metrics.json", output / "metrics.json")
         write_report(list(folders.values()), output / "report.html")
         log.info("%s and report.html beside it are of this evaluation now", output / "metrics.json")
-    if ranks.world_size > 1:
-        torch.distributed.barrier()
+    barrier(ranks.world_size)
     watchdog.close()

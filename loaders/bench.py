@@ -273,7 +273,7 @@ def configuration(options: argparse.Namespace) -> LoaderConfig:
     return LoaderConfig(
         batch_size=PerMedia(**{kind: min(options.batch_size, count) for kind, count in sizes.items()}),
         image_res=options.size,
-        unit=unit,
+        epoch_unit=unit,
         video_input=VideoInput(num_frames=options.frames),
         threads=options.threads,
         decode=options.decode,

@@ -15,13 +15,13 @@ from loaders.decode.decoder import Decoder, make_decoder, usable_threads
 from loaders.decode.pixels import Clip
 from loaders.index import Record, ShardIndex
 from loaders.order.choices import BadSampleError, Window, check_sample_type, choose_frames
-from loaders.prefetch import Ahead
+from loaders.prefetch import Prefetcher
 from loaders.shards import open_corpus
 from loaders.text import clean_text
 from runtime.activity import progress
 from runtime.errors import UserError
+from runtime.ranks import current_ranks, processes_on_node
 from sharding.shards.schema import Corpus
-from storage.node import processes_here, this_node
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class VisualSet:
 
     def rows(self) -> Iterator[tuple[ShardIndex, int]]:
         """(index, row) of every visual, in order."""
-        self.reader.bring_indices(this_node().place)
+        self.reader.bring_indices(current_ranks().offset)
         shards = len(self.reader.corpus.shards)
         for shard in range(shards):
             progress(f"reading the index of shard {shard} of {shards}")
@@ -91,13 +91,15 @@ class VisualSet:
         metrics must not depend on which was faster.
         """
         config = self.config
-        threads = usable_threads(config.threads, processes_here(world_size))
+        threads = usable_threads(config.threads, processes_on_node(world_size))
         decoder = make_decoder(
             config.decode, config.image_res, threads, config.antialias, torch.device(device), deterministic=True
         )
         mine = np.arange(rank, self.num_visuals, world_size)
         parts = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
-        ahead = Ahead((self._batch(decoder, part, num_frames) for part in parts), config.prefetch, "loader-evaluation")
+        ahead = Prefetcher(
+            (self._batch(decoder, part, num_frames) for part in parts), config.prefetch, "loader-evaluation"
+        )
         try:
             yield from (batch for batch in ahead if len(batch.keys))
         finally:

@@ -19,14 +19,14 @@ Result = TypeVar("Result")
 
 
 class StalledError(RuntimeError):
-    """Nothing came for longer than `patience`; the log holds every thread's stack."""
+    """Nothing came for longer than `stall_timeout`; the log holds every thread's stack."""
 
 
-class Ahead(Iterator[Item], Generic[Item]):
+class Prefetcher(Iterator[Item], Generic[Item]):
     """The items of `source`, made by a thread at most `depth` ahead; its errors are raised where the items are taken.
 
     waited: seconds that the taker has waited for items so far.
-    patience: seconds without an item after which StalledError is raised; 0: never. pending: what is waited for then.
+    stall_timeout: seconds without an item until StalledError is raised; 0: never. pending: what is waited for then.
     """
 
     def __init__(
@@ -34,11 +34,11 @@ class Ahead(Iterator[Item], Generic[Item]):
         source: Generator[Item, None, None],
         depth: int,
         name: str,
-        patience: float = 0.0,
+        stall_timeout: float = 0.0,
         pending: Callable[[], Sequence[str]] = list,
     ) -> None:
         self.waited = 0.0
-        self._patience, self._pending = patience, pending
+        self._stall_timeout, self._pending = stall_timeout, pending
         self._began = self._empty_since = time.perf_counter()
         self._empty_seconds = 0.0
         self._source, self._depth = source, max(1, depth)
@@ -54,10 +54,10 @@ class Ahead(Iterator[Item], Generic[Item]):
         started = time.perf_counter()
         with self._changed:
             while not (self._items or self._ended or self._stopped):
-                left = self._patience - (time.perf_counter() - started)
-                if self._patience and left <= 0:
-                    raise stalled(self._thread.name, self._patience, self._pending())
-                self._changed.wait(left if self._patience else None)
+                left = self._stall_timeout - (time.perf_counter() - started)
+                if self._stall_timeout and left <= 0:
+                    raise stalled(self._thread.name, self._stall_timeout, self._pending())
+                self._changed.wait(left if self._stall_timeout else None)
             self.waited += time.perf_counter() - started
             if self._stopped:
                 raise StopIteration
@@ -148,4 +148,4 @@ def stalled(name: str, seconds: float, pending: Sequence[str]) -> StalledError:
     )
     log.critical("%s has given nothing for %.0f s; all threads:\n%s", name, seconds, "\n".join(stacks))
     what = "; ".join(pending) or "no read is under way: see the threads' stacks in the log"
-    return StalledError(f"{name} has given nothing for patience={seconds:g} s; waiting for: {what}")
+    return StalledError(f"{name} has given nothing for stall_timeout={seconds:g} s; waiting for: {what}")

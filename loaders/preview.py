@@ -88,7 +88,7 @@ def first_batch(options: argparse.Namespace, tokenizer: Tokenizer) -> Batch:
         image_res=options.size,
         video_input=VideoInput(num_frames=options.frames, sample_type=options.sample_type),
         max_txt_l=PerMedia(options.length, options.length),
-        unit=unit,
+        epoch_unit=unit,
         seed=options.seed,
         augment=not options.no_augment,
         prefetch=1,

@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from loaders.order.mixture import Draw
+from loaders.order.mixture import SampleSpec
 from runtime.errors import UserError
 
 log = logging.getLogger("loaders")
@@ -34,11 +34,11 @@ class Quarantine:
     def __len__(self) -> int:
         return len(self.reasons)
 
-    def known(self, draw: Draw) -> str | None:
+    def known(self, draw: SampleSpec) -> str | None:
         """Why these frames of a sample were unusable before; None when nothing is known against them."""
         return self._unusable.get(draw.pixels) if self._unusable else None
 
-    def add(self, draw: Draw, tar: str, reason: str, epoch: int, step: int) -> None:
+    def add(self, draw: SampleSpec, tar: str, reason: str, epoch: int, step: int) -> None:
         """Note an unusable sample; the first time it is logged and written down."""
         with self._lock:
             self._unusable[draw.pixels] = reason

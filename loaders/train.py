@@ -20,13 +20,13 @@ from loaders.config import LoaderConfig
 from loaders.decode.decoder import BATCHES_AT_ONCE, make_decoder, usable_threads
 from loaders.order.choices import BadSampleError
 from loaders.order.epoch import EpochPlan, check_world_size, media_schedule, rank_positions
-from loaders.order.mixture import Draw, Line
-from loaders.prefetch import Ahead, StalledError, overlapped
+from loaders.order.mixture import Mixture, SampleSpec
+from loaders.prefetch import Prefetcher, StalledError, overlapped
 from loaders.quarantine import Quarantine
 from loaders.shards import check_cache, open_corpus
 from loaders.text import Tokenizer, clean_text
 from runtime.errors import UserError
-from storage.node import node_of
+from runtime.ranks import ranks_of
 
 log = logging.getLogger("loaders")
 
@@ -42,7 +42,7 @@ class Step:
     number: int  # in the epoch
     plan: EpochPlan
     positions: np.ndarray
-    draws: list[Draw] = field(default_factory=list)
+    draws: list[SampleSpec] = field(default_factory=list)
     jpegs: list[list[bytes]] = field(default_factory=list)
     tries: list[int] = field(default_factory=list)  # unusable samples passed over for each position
 
@@ -76,10 +76,10 @@ class TrainLoader:
             raise UserError("train_corpus is empty: name at least one packed corpus")
         check_positive(config)
         self.config, self.tokenizer, self.rank, self.world_size = config, tokenizer, rank, world_size
-        lanes = config.lanes // math.gcd(config.lanes, world_size)  # that this rank reads
-        node = node_of(rank, world_size, ranks_here)
-        readers = [open_corpus(url, config, lanes * (config.window_shards + 2), node) for url in corpora]
-        check_cache(readers, config, min(config.lanes, lanes * (ranks_here or world_size)))
+        stripes = config.stripes // math.gcd(config.stripes, world_size)  # that this rank reads
+        ranks = ranks_of(rank, world_size, ranks_here)
+        readers = [open_corpus(url, config, stripes * (config.window_shards + 2), ranks) for url in corpora]
+        check_cache(readers, config, min(config.stripes, stripes * (ranks_here or world_size)))
         check_weights(config, [reader.corpus.name for reader in readers])
         kinds = sorted({reader.corpus.media_type for reader in readers})
         self.pool = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="read")
@@ -87,8 +87,12 @@ class TrainLoader:
         self._remote = any(not reader.local for reader in readers)
         self._counting = threading.Lock()
         self.lines = {
-            kind: Line(
-                kind, [reader for reader in readers if reader.corpus.media_type == kind], config, self.pool, node.place
+            kind: Mixture(
+                kind,
+                [reader for reader in readers if reader.corpus.media_type == kind],
+                config,
+                self.pool,
+                ranks.offset,
             )
             for kind in kinds
         }
@@ -101,7 +105,7 @@ class TrainLoader:
         )
         self.counters: dict[str, float] = defaultdict(float)
         self.quarantine = Quarantine(rank, config.max_bad_share, config.quarantine_file.replace("{rank}", str(rank)))
-        self._running: list[Ahead[Step] | Ahead[Batch]] = []
+        self._running: list[Prefetcher[Step] | Prefetcher[Batch]] = []
         self._stalled = False
         self._readiness: dict[str, float] = {}
         self.next_epoch, self.next_step = 0, 0
@@ -114,7 +118,7 @@ class TrainLoader:
             most = units // self.world_size * self.world_size
             names = ", ".join(reader.corpus.name for reader in self.lines[kind].readers)
             raise UserError(
-                f"batch_size.{kind}={size} is more than the {units} {self.config.unit} of {names}: "
+                f"batch_size.{kind}={size} is more than the {units} {self.config.epoch_unit} of {names}: "
                 + (f"set batch_size.{kind}={most} or less" if most else f"use at most {units} processes, or more data")
             )
         return units // size
@@ -144,9 +148,9 @@ class TrainLoader:
                 log.debug(
                     "epoch %d: %d %s batches of %d, %d of %d left out", epoch, steps, kind, size, units % size, units
                 )
-        fetched = Ahead(self.fetch_steps(epoch, start_step), self._steps_kept(), "loader-read")
-        batches = Ahead(
-            self._make_batches(fetched), self.config.prefetch, "loader-decode", self.config.patience, self.pending
+        fetched = Prefetcher(self.fetch_steps(epoch, start_step), self._steps_kept(), "loader-read")
+        batches = Prefetcher(
+            self._make_batches(fetched), self.config.prefetch, "loader-decode", self.config.stall_timeout, self.pending
         )
         self._running += [fetched, batches]
         before = self.counters["wait_seconds"]
@@ -163,7 +167,7 @@ class TrainLoader:
             if not self._stalled:
                 self._end([fetched, batches])
 
-    def _end(self, stages: list[Ahead[Step] | Ahead[Batch]]) -> None:
+    def _end(self, stages: list[Prefetcher[Step] | Prefetcher[Batch]]) -> None:
         """Stop stages and wait for their threads; what they read from stores is broken off."""
         self._note_readiness()
         for stage in stages:
@@ -238,7 +242,7 @@ class TrainLoader:
             largest = max(largest, frame * frames * self.batch_size[kind] / self.world_size)
         return int(self.config.remote.ahead_mb * 2**20 // largest)
 
-    def _make_batches(self, fetched: Ahead[Step]) -> Generator[Batch, None, None]:
+    def _make_batches(self, fetched: Prefetcher[Step]) -> Generator[Batch, None, None]:
         """The decoding stage: steps to batches, their texts to tokens."""
         waited, making = self.counters["decode_wait_seconds"], deque[Future[Batch]]()
         started, waited_before = time.perf_counter(), 0.0
@@ -263,7 +267,7 @@ class TrainLoader:
         return batch
 
     def _fetch(self, step: Step, rows: list[int]) -> None:
-        """Find and read the samples of some of a step's rows; unusable ones give way to the next of their lanes."""
+        """Find and read the samples of some of a step's rows; unusable ones give way to the next of their stripes."""
         line = self.lines[step.kind]
         while rows:
             places = [replacement(int(step.positions[row]), step.tries[row], step.plan) for row in rows]
@@ -291,7 +295,7 @@ class TrainLoader:
             bad = {rows[place]: reason for place, reason in bad_again.items()}
         return frames
 
-    def _pass_over(self, step: Step, row: int, draw: Draw, reason: str) -> None:
+    def _pass_over(self, step: Step, row: int, draw: SampleSpec, reason: str) -> None:
         """Note an unusable sample, and that its row wants another one."""
         tar = self.lines[step.kind].readers[draw.corpus].corpus.tar_url(draw.shard)
         self.quarantine.add(draw, tar, reason, step.plan.epoch, step.number)
@@ -304,7 +308,11 @@ class TrainLoader:
             )
 
     def _collate(self, step: Step, frames: torch.Tensor) -> Batch:
-        length = self.config.max_q_len if self.config.unit == "questions" else getattr(self.config.max_txt_l, step.kind)
+        length = (
+            self.config.max_q_len
+            if self.config.epoch_unit == "questions"
+            else getattr(self.config.max_txt_l, step.kind)
+        )
         input_ids, attention_mask = self.tokenizer.encode([clean_text(draw.text) for draw in step.draws], length)
         return Batch(
             media_type=step.kind,
@@ -315,7 +323,7 @@ class TrainLoader:
             attention_mask=attention_mask,
             idx=torch.tensor([draw.visual for draw in step.draws]),
             keys=tuple(draw.name for draw in step.draws),
-            answers=self._answers(step) if self.config.unit == "questions" else None,
+            answers=self._answers(step) if self.config.epoch_unit == "questions" else None,
         )
 
     def _answers(self, step: Step) -> Answers:
@@ -341,7 +349,7 @@ def check_positive(config: LoaderConfig) -> None:
     """Raise ValueError for settings that must be at least 1, and a seed below 0."""
     if config.seed < 0:
         raise UserError(f"seed is {config.seed}, must be 0 or more")
-    values = {name: getattr(config, name) for name in ("image_res", "lanes", "window_shards", "prefetch")}
+    values = {name: getattr(config, name) for name in ("image_res", "stripes", "window_shards", "prefetch")}
     for name, value in {**values, "video_input.num_frames": config.video_input.num_frames}.items():
         if value < 1:
             raise UserError(f"{name} is {value}, must be at least 1")
@@ -357,11 +365,11 @@ def check_weights(config: LoaderConfig, names: Sequence[str]) -> None:
 
 
 def replacement(position: int, tried: int, plan: EpochPlan) -> int:
-    """The position itself, then the following ones of its lane, around its end."""
+    """The position itself, then the following ones of its stripe, around its end."""
     if not tried:
         return position
-    lane = position % plan.lanes
-    first, end = plan.lane_bounds(lane)
-    if end - first <= tried:  # a lane too short to help: any other
+    stripe = position % plan.stripes
+    first, end = plan.stripe_bounds(stripe)
+    if end - first <= tried:  # a stripe too short to help: any other
         return (position + tried) % plan.units
-    return lane + plan.lanes * ((position // plan.lanes + tried) % (end - first))
+    return stripe + plan.stripes * ((position // plan.stripes + tried) % (end - first))

@@ -97,7 +97,7 @@ def frames_at_rate(rate: float, length: int, fps: float) -> np.ndarray:
 def random_windows(heights: np.ndarray, widths: np.ndarray, keys: np.ndarray, flip: bool) -> list[Window]:
     """A random resized crop (area 0.5-1, aspect 3/4-4/3) of each of B frames and, if wanted, a flip for half of them.
 
-    heights, widths: (B,) pixels; keys: (B,) of `draw_keys`. Where no crop fits in ten tries, it is the middle.
+    heights, widths: (B,) pixels; keys: (B,) of `sample_keys`. Where no crop fits in ten tries, it is the middle.
     """
     mirrored = (random_numbers(keys, FLIP, 1)[:, 0] < 0.5) & flip
     w = np.where(widths > heights, np.minimum(widths, np.rint(heights * CROP_ASPECT[1])), widths)
@@ -117,10 +117,12 @@ def random_windows(heights: np.ndarray, widths: np.ndarray, keys: np.ndarray, fl
     return list(map(Window, *boxes.T.tolist(), mirrored.tolist()))
 
 
-def draw_keys(seed: int, corpora: np.ndarray, shards: np.ndarray, units: np.ndarray, passes: np.ndarray) -> np.ndarray:
-    """(B,) uint64: what decides everything random about B samples, each in one pass over its corpus; arrays (B,)."""
+def sample_keys(
+    seed: int, corpora: np.ndarray, shards: np.ndarray, units: np.ndarray, traversals: np.ndarray
+) -> np.ndarray:
+    """(B,) uint64: what decides everything random about B samples, each in one traversal of its corpus; arrays (B,)."""
     key = scrambled(np.full(len(units), seed, np.uint64) + GOLDEN)
-    for part in (corpora, shards, units, passes):
+    for part in (corpora, shards, units, traversals):
         key = scrambled((key + GOLDEN) ^ np.asarray(part).astype(np.uint64))
     return key
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from runtime.errors import UserError
 
-CHUNKS_PER_LANE = 8  # a corpus of few shards is cut finer, so that it mixes well too
+CHUNKS_PER_STRIPE = 8  # a corpus of few shards is cut finer, so that it mixes well too
 SHARD_ORDER, WINDOW_ORDER, MEDIA_ORDER, PASS_ORDER = 1, 2, 3, 4  # what a generator is for; part of its key
 NOTHING = np.zeros(0, np.int64)
 
@@ -24,9 +24,9 @@ def generator(seed: int, *counters: int) -> np.random.Generator:
 class EpochPlan:
     """One epoch's order over the units of a line of shards.
 
-    Shards (of small corpora: pieces of shards) are permuted and form a line, which is cut into `lanes` equal pieces.
-    Within its lane a unit moves inside a window of `window_shards` shards' worth. Position p of the epoch is unit
-    p // lanes of lane p % lanes. Memory and time grow with the number of shards and the window, not with the units.
+    Shards (of small corpora: pieces of shards) are permuted and form a line, which is cut into `stripes` equal pieces.
+    Within its stripe a unit moves inside a window of `window_shards` shards' worth. Position p of the epoch is unit
+    p // stripes of stripe p % stripes. Memory and time grow with shards and window, not with units.
 
     A corpus of weight w is passed over w times an epoch: epoch e holds the units e*n to (e+1)*n of its endless
     sequence of whole passes, where n is w times its units, rounded. Each pass holds each of its units once.
@@ -38,7 +38,7 @@ class EpochPlan:
     counts: tuple[int, ...]
     seed: int
     epoch: int
-    lanes: int = 64
+    stripes: int = 64
     window_shards: int = 4
     corpora: tuple[int, ...] = ()
     weights: tuple[float, ...] = ()
@@ -57,11 +57,11 @@ class EpochPlan:
         object.__setattr__(self, "chunks", chunks.at(order))
         object.__setattr__(self, "units", int(chunks.sizes.sum()))
         object.__setattr__(self, "starts", np.cumsum(self.chunks.sizes) - self.chunks.sizes)
-        object.__setattr__(self, "_window", lru_cache(maxsize=2 * self.lanes)(self._permute_window))
+        object.__setattr__(self, "_window", lru_cache(maxsize=2 * self.stripes)(self._permute_window))
 
     def _chunks(self, counts: np.ndarray) -> Chunks:
         """The chunks of the epoch's part of each corpus' passes."""
-        pieces = max(1, -(-CHUNKS_PER_LANE * self.lanes // max(1, int(np.count_nonzero(counts)))))
+        pieces = max(1, -(-CHUNKS_PER_STRIPE * self.stripes // max(1, int(np.count_nonzero(counts)))))
         found, first_shard = [], 0
         for corpus, shards in enumerate(self.corpora or (len(counts),)):
             chunks = cut_chunks(counts[first_shard : first_shard + shards], pieces, first_shard)
@@ -86,32 +86,32 @@ class EpochPlan:
         positions = np.asarray(positions, np.int64)
         if positions.size and (positions.min() < 0 or positions.max() >= self.units):
             raise IndexError(f"positions must be in 0 .. {self.units - 1}")
-        lines = self._lines(positions % self.lanes, positions // self.lanes)
+        lines = self._lines(positions % self.stripes, positions // self.stripes)
         places = np.searchsorted(self.starts, lines, side="right") - 1
         units = self.chunks.firsts[places] + lines - self.starts[places]
         return self.chunks.shards[places], units, self.chunks.passes[places]
 
-    def lane_bounds(self, lane: int) -> tuple[int, int]:
-        """First place on the line of a lane, and the first one past it; lanes differ by one unit at most."""
-        short, longer = divmod(self.units, self.lanes)
-        first = lane * short + min(lane, longer)
-        return first, first + short + (lane < longer)
+    def stripe_bounds(self, stripe: int) -> tuple[int, int]:
+        """First place on the line of a stripe, and the first one past it; stripes differ by one unit at most."""
+        short, longer = divmod(self.units, self.stripes)
+        first = stripe * short + min(stripe, longer)
+        return first, first + short + (stripe < longer)
 
-    def _lines(self, lanes: np.ndarray, steps: np.ndarray) -> np.ndarray:
-        """Places on the line of unit number `steps` of each lane; all arrays (P,)."""
+    def _lines(self, stripes: np.ndarray, steps: np.ndarray) -> np.ndarray:
+        """Places on the line of unit number `steps` of each stripe; all arrays (P,)."""
         numbers, places = np.divmod(steps, self.window)
-        lines = np.empty(len(lanes), np.int64)
-        for row, (lane, number, place) in enumerate(
-            zip(lanes.tolist(), numbers.tolist(), places.tolist(), strict=True)
+        lines = np.empty(len(stripes), np.int64)
+        for row, (stripe, number, place) in enumerate(
+            zip(stripes.tolist(), numbers.tolist(), places.tolist(), strict=True)
         ):
-            first, end = self.lane_bounds(lane)
+            first, end = self.stripe_bounds(stripe)
             begin = first + number * self.window
-            order = self._window(lane, number, min(self.window, end - begin))  # type: ignore[attr-defined]
+            order = self._window(stripe, number, min(self.window, end - begin))  # type: ignore[attr-defined]
             lines[row] = begin + order[place]
         return lines
 
-    def _permute_window(self, lane: int, number: int, size: int) -> np.ndarray:
-        return generator(self.seed, self.epoch, WINDOW_ORDER, lane, number).permutation(size).astype(np.int32)
+    def _permute_window(self, stripe: int, number: int, size: int) -> np.ndarray:
+        return generator(self.seed, self.epoch, WINDOW_ORDER, stripe, number).permutation(size).astype(np.int32)
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from loaders.order.choices import (
     Window,
     check_sample_type,
     choose_frames,
-    draw_keys,
     random_frames,
     random_numbers,
     random_windows,
+    sample_keys,
 )
 from loaders.order.epoch import EpochPlan
 from loaders.shards import CorpusReader
@@ -33,7 +33,7 @@ IMAGE_FRAMES = np.zeros(1, np.int64)
 
 
 @dataclass(slots=True)  # not frozen: those take twice as long to make
-class Draw:
+class SampleSpec:
     """A unit of the line and what is shown of it this time: frames (T,), window, its text or its question's answers."""
 
     name: str  # corpus and key, as logs show it
@@ -62,7 +62,7 @@ class Draw:
         return Clip(jpegs, self.record.height, self.record.width, self.window)
 
 
-class Line:
+class Mixture:
     """All corpora of one media type, as one sequence of units.
 
     place: in [0, 1), where this process begins in a list of indices that others may need as well.
@@ -76,16 +76,16 @@ class Line:
         pool: ThreadPoolExecutor,
         place: float = 0.0,
     ) -> None:
-        if config.unit not in TRAINING_UNITS:
-            raise UserError(f"unit is {config.unit!r}, must be one of {', '.join(TRAINING_UNITS)}")
+        if config.epoch_unit not in TRAINING_UNITS:
+            raise UserError(f"epoch_unit is {config.epoch_unit!r}, must be one of {', '.join(TRAINING_UNITS)}")
         check_sample_type(config.video_input.sample_type)
         self.media_type, self.readers, self.config, self.pool, self.place = media_type, readers, config, pool, place
         self.shards = [
             (number, shard) for number, reader in enumerate(readers) for shard in range(len(reader.corpus.shards))
         ]
-        self.counts = tuple(count for reader in readers for count in reader.corpus.counts(config.unit))
+        self.counts = tuple(count for reader in readers for count in reader.corpus.counts(config.epoch_unit))
         self.weights = tuple(float(config.corpus_weights.get(reader.corpus.name, 1.0)) for reader in readers)
-        text_kind = "questions" if config.unit == "questions" else "captions"
+        text_kind = "questions" if config.epoch_unit == "questions" else "captions"
         for reader in readers:
             if not sum(reader.corpus.counts(text_kind)):
                 raise UserError(f"{reader.corpus.url} holds no {text_kind}: this task cannot train on it")
@@ -97,17 +97,17 @@ class Line:
         corpora = tuple(len(reader.corpus.shards) for reader in self.readers)
         config = self.config
         return EpochPlan(
-            self.counts, config.seed, epoch, config.lanes, config.window_shards, corpora, weights=self.weights
+            self.counts, config.seed, epoch, config.stripes, config.window_shards, corpora, weights=self.weights
         )
 
-    def draw(self, plan: EpochPlan, positions: np.ndarray) -> list[Draw]:
+    def draw(self, plan: EpochPlan, positions: np.ndarray) -> list[SampleSpec]:
         """The samples at positions (P,) of the epoch; what is random about one, only it and the pass decide."""
         places, units, passes = plan.at(positions)
         indices = self._indices(places)
         mine = [indices[place] for place in places.tolist()]
-        rows = [index.locate(self.config.unit, unit) for index, unit in zip(mine, units.tolist(), strict=True)]
+        rows = [index.locate(self.config.epoch_unit, unit) for index, unit in zip(mine, units.tolist(), strict=True)]
         corpora, shards = self._places[places].T
-        keys = draw_keys(self.config.seed, corpora, shards, units, passes)
+        keys = sample_keys(self.config.seed, corpora, shards, units, passes)
         records = [index.record(row) for index, (row, _) in zip(mine, rows, strict=True)]
         return [
             self._draw(int(corpus), int(shard), index, row, text, *parts)
@@ -157,9 +157,9 @@ class Line:
         frames: np.ndarray,
         window: Window,
         number: float,
-    ) -> Draw:
+    ) -> SampleSpec:
         """A draw with its texts; number: a random one in [0, 1) that chooses among captions."""
-        unit, fault, shown = self.config.unit, "", ""
+        unit, fault, shown = self.config.epoch_unit, "", ""
         answers: tuple[tuple[str, float], ...] = ()
         if unit == "questions":
             question = index.text("questions", row, text)
@@ -175,9 +175,9 @@ class Line:
         if not len(record.sizes) or min(record.height, record.width) < 1:
             fault = f"{len(record.sizes)} frames of {record.width}x{record.height} pixels in the index"
         name = f"{self.readers[corpus].corpus.name}/{record.key}"
-        return Draw(name, corpus, shard, row, record, frames, window, shown, answers, fault)
+        return SampleSpec(name, corpus, shard, row, record, frames, window, shown, answers, fault)
 
-    def read(self, draws: Sequence[Draw]) -> list[list[bytes] | BadSampleError]:
+    def read(self, draws: Sequence[SampleSpec]) -> list[list[bytes] | BadSampleError]:
         """The frames' JPEG bytes of each draw, or why there are none."""
         found: list[list[bytes] | BadSampleError]
         found = [BadSampleError(draw.fault) if draw.fault else [] for draw in draws]

@@ -23,7 +23,7 @@ def questions(corpora):
         build_corpus(annotations, str(shapes / "media"), "video", str(corpora / name), size=32, fps=4, workers=1)
     path = corpora / "qa.yaml"
     path.write_text(
-        f"task: qa\nunit: questions\ntrain_corpus: {corpora}/qa_train\n"
+        f"task: qa\nepoch_unit: questions\ntrain_corpus: {corpora}/qa_train\n"
         f"test_corpus: {{test: {corpora}/qa_test}}\nstop_key: test\nanswer_list: {shapes}/answer_list.json\n"
         "batch_size: {image: 8, video: 4}\nscheduler: {epochs: 2, warmup_epochs: 0.5}\noptimizer: {lr: 1.0e-3}\n"
         "video_input: {num_frames: 2, num_frames_test: 3}\nprecision: fp32\nk_test: 8\nlog_every: 1\n"

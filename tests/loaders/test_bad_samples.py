@@ -1,4 +1,4 @@
-"""Bad samples: left out with their reason, replaced whole by others of their lanes, and never too many."""
+"""Bad samples: left out with their reason, replaced whole by others of their stripes, and never too many."""
 
 import shutil
 import zlib
@@ -18,7 +18,7 @@ from sharding.shards.schema import INDEX_SCHEMA, read_corpus, read_index
 
 
 def config(**settings) -> LoaderConfig:
-    options = {"batch_size": PerMedia(12, 6), "image_res": 32, "decode": "cpu", "threads": 1, "lanes": 8}
+    options = {"batch_size": PerMedia(12, 6), "image_res": 32, "decode": "cpu", "threads": 1, "stripes": 8}
     options |= {"video_input": VideoInput(num_frames=2), "max_bad_share": 0.9}
     return LoaderConfig(**options | settings)
 

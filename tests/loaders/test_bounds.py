@@ -32,8 +32,8 @@ from loaders.config import CacheConfig, LoaderConfig, PerMedia
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader
 url, vocab, cache, seed = json.loads(sys.argv[1])
-config = LoaderConfig(batch_size=PerMedia({BATCH}, 8), image_res=32, decode="cpu", threads=1, lanes=2, window_shards=1,
-    seed=seed, cache=CacheConfig(**cache))
+config = LoaderConfig(batch_size=PerMedia({BATCH}, 8), image_res=32, decode="cpu", threads=1, stripes=2,
+    window_shards=1, seed=seed, cache=CacheConfig(**cache))
 loader = TrainLoader([url], Tokenizer.load(vocab), config)
 print("ready", flush=True)
 for _ in range(2):

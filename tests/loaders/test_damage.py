@@ -120,9 +120,9 @@ def test_all_bad_samples_are_written_down_and_all_others_arrive(
 
 
 def test_a_replacement_comes_from_the_same_lane(damaged, tokenizer: Tokenizer) -> None:
-    """So that a rank that owns a lane reads no other rank's shards."""
+    """So that a rank that owns a stripe reads no other rank's shards."""
     url, spoiled = damaged
-    config = LoaderConfig(batch_size=PerMedia(48), image_res=32, decode="cpu", threads=1, max_bad_share=0.02, lanes=8)
+    config = LoaderConfig(batch_size=PerMedia(48), image_res=32, decode="cpu", threads=1, max_bad_share=0.02, stripes=8)
     loader = TrainLoader([url], tokenizer, config)
     line = loader.lines["image"]
     plan = line.plan(0)

@@ -76,7 +76,7 @@ def test_the_first_batch_after_resuming_comes_as_fast_anywhere_in_a_million(mill
 def test_a_killed_run_goes_on_with_the_very_batches_it_would_have_had(shapes, tokenizer: Tokenizer) -> None:
     """The first half runs in a process that SIGKILL ends; all it leaves is the state it had printed."""
     corpora = [shapes.url("images_train"), shapes.url("clips_train")]
-    settings = "batch_size=PerMedia(12, 6), image_res=32, decode='cpu', threads=1, lanes=8"
+    settings = "batch_size=PerMedia(12, 6), image_res=32, decode='cpu', threads=1, stripes=8"
     settings += ", video_input=VideoInput(num_frames=2), corpus_weights={'clips_train': 1.5}"
     program = f"""
 import os, signal

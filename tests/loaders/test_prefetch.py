@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from loaders.prefetch import Ahead
+from loaders.prefetch import Prefetcher
 
 
 def test_items_come_in_order_and_not_too_far_ahead() -> None:
@@ -16,7 +16,7 @@ def test_items_come_in_order_and_not_too_far_ahead() -> None:
             made.append(number)
             yield number
 
-    ahead = Ahead(numbers(), 3, "numbers")
+    ahead = Prefetcher(numbers(), 3, "numbers")
     taken = []
     for number in ahead:
         taken.append(number)
@@ -30,7 +30,7 @@ def test_an_error_is_raised_after_the_items_before_it() -> None:
         yield 1
         raise ValueError("broken here")
 
-    ahead = Ahead(numbers(), 2, "numbers")
+    ahead = Prefetcher(numbers(), 2, "numbers")
     assert next(ahead) == 1
     with pytest.raises(ValueError, match="broken here"):
         next(ahead)
@@ -48,7 +48,7 @@ def test_closing_ends_the_thread_and_the_source() -> None:
             closed.set()
 
     before = threading.active_count()
-    ahead = Ahead(numbers(), 2, "numbers")
+    ahead = Prefetcher(numbers(), 2, "numbers")
     next(ahead)
     ahead.close()
     assert closed.is_set()
@@ -64,8 +64,8 @@ def test_stopping_the_first_of_two_stages_ends_the_second() -> None:
         release.wait()
         yield 2
 
-    first = Ahead(slow(), 1, "first")
-    second = Ahead((number for number in first), 1, "second")
+    first = Prefetcher(slow(), 1, "first")
+    second = Prefetcher((number for number in first), 1, "second")
     assert next(second) == 1
     first.stop()
     second.close()  # does not wait for the slow source
@@ -82,7 +82,7 @@ def test_time_spent_waiting_is_counted() -> None:
             time.sleep(0.2)
             yield number
 
-    ahead = Ahead(slow(), 1, "slow")
+    ahead = Prefetcher(slow(), 1, "slow")
     began = time.perf_counter()
     for number in range(3):
         asked.release()

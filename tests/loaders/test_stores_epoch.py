@@ -17,7 +17,7 @@ from loaders.train import TrainLoader
 
 
 def config(**settings) -> LoaderConfig:
-    options = {"batch_size": PerMedia(6, 4), "image_res": 32, "decode": "cpu", "threads": 1, "lanes": 8}
+    options = {"batch_size": PerMedia(6, 4), "image_res": 32, "decode": "cpu", "threads": 1, "stripes": 8}
     return LoaderConfig(**options | {"video_input": VideoInput(num_frames=2)} | settings)
 
 
@@ -115,9 +115,9 @@ def test_an_epoch_that_stands_still_says_what_it_waits_for(
     store.fill(shapes.url("images_train"), "images_train")
     proxy = faulty(store, Faults())
     url = store.url("images_train", proxy)
-    loader = TrainLoader([url], tokenizer, config(patience=2.5))
+    loader = TrainLoader([url], tokenizer, config(stall_timeout=2.5))
     proxy.faults = Faults(latency=60)
-    with pytest.raises(StalledError, match=rf"patience=2\.5 s; waiting for: {url}/.* s, try 1"):
+    with pytest.raises(StalledError, match=rf"stall_timeout=2\.5 s; waiting for: {url}/.* s, try 1"):
         next(iter(loader))
     assert "thread loader-read" in caplog.text
     assert "thread MainThread" in caplog.text
@@ -179,7 +179,7 @@ def test_a_cache_that_cannot_hold_what_is_read_is_refused_with_the_number(
     http: Store, shapes, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     url = http.fill(shapes.url("images_train"), "images_train")
-    with pytest.raises(ValueError, match=r"cache\.gb=1e-05 is too little: 8 lanes .* [\d.e-]+ GB at a time"):
+    with pytest.raises(ValueError, match=r"cache\.gb=1e-05 is too little: 8 stripes .* [\d.e-]+ GB at a time"):
         TrainLoader([url], tokenizer, config(cache=CacheConfig(str(tmp_path), 0.00001)))
     with pytest.raises(ValueError, match="set both, or neither"):
         TrainLoader([url], tokenizer, config(cache=CacheConfig(str(tmp_path))))

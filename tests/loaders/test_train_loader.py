@@ -18,7 +18,7 @@ from sharding.shards.schema import read_corpus, read_index
 
 
 def config(**settings) -> LoaderConfig:
-    options = {"batch_size": PerMedia(12, 6), "image_res": 32, "decode": "cpu", "threads": 1, "lanes": 8}
+    options = {"batch_size": PerMedia(12, 6), "image_res": 32, "decode": "cpu", "threads": 1, "stripes": 8}
     return LoaderConfig(**options | {"video_input": VideoInput(num_frames=2)} | settings)
 
 
@@ -95,11 +95,11 @@ def test_captions_are_the_samples_own_and_change_between_epochs(shapes, tokenize
 
 
 def test_each_caption_or_question_can_be_an_item_of_its_own(shapes, tokenizer: Tokenizer) -> None:
-    loader = TrainLoader([shapes.url("images_train")], tokenizer, config(unit="captions"))
+    loader = TrainLoader([shapes.url("images_train")], tokenizer, config(epoch_unit="captions"))
     assert sum(loader.lines["image"].counts) == 450
     pairs = [pair for batch in loader for pair in zip(batch.keys, map(tuple, batch.input_ids.tolist()), strict=True)]
     assert len(pairs) == 450 // 12 * 12
-    questions = TrainLoader([shapes.url("qa_train")], tokenizer, config(unit="questions"))
+    questions = TrainLoader([shapes.url("qa_train")], tokenizer, config(epoch_unit="questions"))
     batch = next(iter(questions))
     assert batch.answers is not None
     assert batch.answers.per_question.tolist() == [1] * 6
@@ -117,7 +117,7 @@ def test_questions_come_with_all_their_answers_and_the_annotators_shares(
     rows += [{"image": row["image"], "question": "is it red", "answer": "yes"} for row in pictures]
     (tmp_path / "qa.json").write_text(json.dumps(rows))
     build_corpus([str(tmp_path / "qa.json")], str(shapes.folder / "media"), "image", str(tmp_path / "qa"), size=48)
-    loader = TrainLoader([str(tmp_path / "qa")], tokenizer, config(unit="questions"))
+    loader = TrainLoader([str(tmp_path / "qa")], tokenizer, config(epoch_unit="questions"))
     (batch,) = list(loader)
     loader.close()
     assert batch.answers is not None
@@ -185,7 +185,7 @@ def test_answers_are_trained_as_they_are_ranked_with_their_punctuation(shapes, t
     (tmp_path / "qa.json").write_text(json.dumps([{**row, "answer": "left/right"} for row in rows]))
     media, target = str(shapes.folder / "media"), str(tmp_path / "qa")
     build_corpus([str(tmp_path / "qa.json")], media, "video", target, size=32, fps=4, workers=1)
-    (batch,) = TrainLoader([target], tokenizer, config(unit="questions"))
+    (batch,) = TrainLoader([target], tokenizer, config(epoch_unit="questions"))
     expected, _ = tokenizer.encode(["left/right [SEP]"], batch.answers.input_ids.shape[1])
     assert torch.equal(batch.answers.input_ids, expected.expand(6, -1))
     assert not torch.equal(expected, tokenizer.encode(["left right [SEP]"], expected.shape[1])[0])
@@ -241,11 +241,11 @@ def test_batches_in_use_are_not_written_over(shapes, tokenizer: Tokenizer) -> No
     ("settings", "message"),
     [
         ({"image_res": 0}, "image_res is 0, must be at least 1"),
-        ({"lanes": 0}, "lanes is 0, must be at least 1"),
+        ({"stripes": 0}, "stripes is 0, must be at least 1"),
         ({"video_input": VideoInput(num_frames=0)}, "video_input.num_frames is 0"),
         ({"video_input": VideoInput(sample_type="center")}, "sample_type is 'center', must be rand, middle or fps"),
         ({"decode": "gpu"}, "decode is 'gpu'"),
-        ({"unit": "words"}, "unit is 'words', must be one of samples, captions"),
+        ({"epoch_unit": "words"}, "epoch_unit is 'words', must be one of samples, captions"),
         ({"seed": -1}, "seed is -1"),
     ],
 )

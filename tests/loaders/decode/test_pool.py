@@ -144,7 +144,7 @@ def test_pictures_are_decoded_to_odd_addresses(side: tuple[int, int]) -> None:
 
 
 def test_a_process_that_is_halted_does_not_keep_the_decoder_from_closing() -> None:
-    """As a loader closes that has stood still for longer than its patience."""
+    """As a loader closes that has stood still for longer than its stall_timeout."""
     decoder = CpuDecoder(SIZE, 1)
     decoder.decode(clips())
     (process,) = decoding_processes()

@@ -13,16 +13,16 @@ from loaders.order.choices import (
     TEXT,
     Window,
     choose_frames,
-    draw_keys,
     random_frames,
     random_numbers,
     random_windows,
+    sample_keys,
 )
 
 
 def keys(count: int, **other: int) -> np.ndarray:
     part = {"corpora": 0, "shards": 3, "passes": 2} | other
-    return draw_keys(1, units=np.arange(count), **{name: np.full(count, value) for name, value in part.items()})
+    return sample_keys(1, units=np.arange(count), **{name: np.full(count, value) for name, value in part.items()})
 
 
 def windows(height: int, width: int, count: int, flip: bool = True) -> list[Window]:
@@ -97,7 +97,7 @@ def test_windows_are_those_of_the_official_crop_in_distribution() -> None:
 
 def test_what_is_random_is_a_function_of_seed_pass_and_unit() -> None:
     def number(seed: int, *parts: int) -> float:
-        return float(random_numbers(draw_keys(seed, *(np.array([part]) for part in parts)), TEXT, 1)[0, 0])
+        return float(random_numbers(sample_keys(seed, *(np.array([part]) for part in parts)), TEXT, 1)[0, 0])
 
     assert number(1, 0, 3, 5, 2) == number(1, 0, 3, 5, 2)
     assert len({number(*key) for key in np.ndindex(2, 3, 3, 4, 2)}) == 2 * 3 * 3 * 4 * 2

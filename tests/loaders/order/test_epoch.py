@@ -27,7 +27,7 @@ def mixtures(draw) -> tuple[list[list[int]], dict]:
     corpora = draw(st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=8), min_size=1, max_size=4))
     corpora = [counts if sum(counts) else [1, *counts] for counts in corpora]
     weights = tuple(draw(st.sampled_from([0.1, 0.5, 0.7, 1.0, 1.3, 2.0, 3.25])) for _ in corpora)
-    settings = {"seed": draw(st.integers(0, 99)), "lanes": draw(st.integers(1, 20)), "weights": weights}
+    settings = {"seed": draw(st.integers(0, 99)), "stripes": draw(st.integers(1, 20)), "weights": weights}
     settings |= {"counts": tuple(itertools.chain(*corpora)), "corpora": tuple(map(len, corpora))}
     return corpora, settings
 
@@ -63,7 +63,7 @@ def test_interruptions_and_other_world_sizes_in_mid_epoch_lose_and_repeat_nothin
     while step < steps:
         until = data.draw(st.integers(step + 1, steps))
         world_size = data.draw(st.sampled_from(fitting))
-        again = EpochPlan(plan.counts, plan.seed, plan.epoch, plan.lanes, plan.window_shards)  # a new process
+        again = EpochPlan(plan.counts, plan.seed, plan.epoch, plan.stripes, plan.window_shards)  # a new process
         for number in range(step, until):
             parts = [rank_positions(number, batch_size, rank, world_size) for rank in range(world_size)]
             served += zip(*(values.tolist() for values in again.at(np.concatenate(parts))[:2]), strict=True)
@@ -117,7 +117,7 @@ def test_corpora_are_spread_over_every_part_of_an_epoch() -> None:
 @given(PLANS)
 @settings(max_examples=50, deadline=None)
 def test_lanes_are_equal_pieces_and_own_their_positions(plan: EpochPlan) -> None:
-    bounds = [plan.lane_bounds(lane) for lane in range(plan.lanes)]
+    bounds = [plan.stripe_bounds(stripe) for stripe in range(plan.stripes)]
     assert bounds[0][0] == 0
     assert bounds[-1][1] == plan.units
     assert all(before[1] == after[0] for before, after in itertools.pairwise(bounds))
@@ -144,7 +144,7 @@ def test_a_large_corpus_costs_nothing_to_open_anywhere() -> None:
 
 
 def test_a_lane_reads_few_shards_at_a_time() -> None:
-    plan = EpochPlan(tuple([100] * 640), seed=0, epoch=0, lanes=64, window_shards=2)
+    plan = EpochPlan(tuple([100] * 640), seed=0, epoch=0, stripes=64, window_shards=2)
     shards, _, _ = plan.at(np.arange(0, 64 * 200, 64))  # the first 200 samples of lane 0
     assert len(np.unique(shards)) <= 3
 

@@ -1,4 +1,4 @@
-"""Under ZeRO-3 a run is evaluated without any rank holding the model, and the numbers are those of the whole model."""
+"""Under ZeRO 3 an evaluation during training gathers the weights: its metrics are those of the exported model."""
 
 import json
 
@@ -22,7 +22,8 @@ def test_evaluation_of_a_partitioned_model_equals_that_of_a_whole_one(corpora, t
     temporal = ["add_temporal_embed=true", "temporal_vision_encoder.enable=true", "video_input.num_frames=2"]
     odd = ["batch_size_test={image: 3, video: 3}", "pair_batch_size=5"]
     questions = [
-        "task=qa", "unit=questions", f"train_corpus={tmp_path}/qa_train", f"test_corpus.questions={tmp_path}/qa_test",
+        "task=qa", "epoch_unit=questions",
+        f"train_corpus={tmp_path}/qa_train", f"test_corpus.questions={tmp_path}/qa_test",
         "splits=[questions]", f"answer_list={shapes}/answer_list.json",
     ]  # fmt: skip
     tiny, tuned, asked = corpora / "tiny.yaml", tmp_path / "tuned", tmp_path / "asked"
