@@ -23,7 +23,7 @@ from sharding.arguments import folder_of_shards
 from sharding.reasons import count_kinds
 from sharding.reasons import summary as failure_lines
 from sharding.report.gallery import gallery
-from sharding.report.samples import SHARDS, contact_sheet, fetch_command, pick
+from sharding.report.samples import SHARDS, fetch_command, pick, sample_sheet
 from sharding.report.statistics import Figures, columns_of, in_threads, measure, short, summary, text_histogram
 from sharding.shards.failures import read_failures
 from sharding.shards.schema import INDEX_SCHEMA, Corpus, named_shards, read_corpus
@@ -189,7 +189,7 @@ def inspect(options: argparse.Namespace) -> None:
             say["statistics"] = figures.to_json()
             lines += [figures_text(figures, corpus)] if options.stats else []
         if options.sheet:
-            sheet = contact_sheet(corpus, options.count or SHEET_SAMPLES, options.shards)
+            sheet = sample_sheet(corpus, options.count or SHEET_SAMPLES, options.shards)
             options.sheet.parent.mkdir(parents=True, exist_ok=True)
             sheet.save(options.sheet)
             lines.append(f"contact sheet: {options.sheet}")
