@@ -10,7 +10,6 @@ from torch.nn import functional
 
 from model.config import ModelConfig
 from model.encoders import Encoders
-from model.gathering import gather_with_gradient
 from model.losses import (
     chosen_positions,
     contrastive_loss,
@@ -24,6 +23,7 @@ from model.losses import (
     word_loss,
 )
 from model.text import ScoreHead, VisualKeys, WordHead
+from runtime.collectives import gather_with_gradient
 
 TEMPERATURE_RANGE = (0.001, 0.5)
 

@@ -13,7 +13,7 @@ from runtime.flags import positive
 from runtime.progress import LOG_EVERY
 from sharding.arguments import folder_of_shards
 from sharding.shards.indexing import index_shards
-from storage.policy import naming
+from storage.policy import storage_errors
 
 
 @command("interrupted: run the same command again to go on")
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--max-failures", type=float, default=0.05, metavar="SHARE", help="of the samples (default: %(default)s)")
     add("--log-every", type=float, default=LOG_EVERY, metavar="SECONDS", help="see sharding.build")
     options = vars(parser.parse_args(arguments))
-    with naming(options["url"], "read"):
+    with storage_errors(options["url"], "read"):
         corpus = index_shards(progress=True, **options)
     sys.stdout.write(f"{corpus.url}: {len(corpus.shards)} shards, {corpus.samples} samples\n")
     return 0

@@ -23,7 +23,7 @@ from sharding.report.statistics import Statistics, measure, summary
 from sharding.report.text import failures_text, sample_facts, sample_text, statistics_text, summary_text
 from sharding.shards.failures import read_failures
 from sharding.shards.schema import Corpus, named_shards, read_corpus
-from storage.policy import naming
+from storage.policy import storage_errors
 from storage.urls import local_form
 
 SHEET_SAMPLES = 64
@@ -133,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options = parser().parse_args(arguments)
     try:
-        with naming(options.url, "read"):
+        with storage_errors(options.url, "read"):
             inspect(options)
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

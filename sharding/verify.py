@@ -18,7 +18,7 @@ from sharding.shards.checks import Fault
 from sharding.shards.repair import repair
 from sharding.shards.schema import named_shards
 from sharding.shards.verification import examine
-from storage.policy import naming
+from storage.policy import storage_errors
 
 
 @command()
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     done: list[str] = []
     how = (options.decode, options.workers or os.cpu_count() or 1, True, options.log_every)
-    with naming(options.url, "read"):
+    with storage_errors(options.url, "read"):
         if options.repair and named_shards(options.url)[1]:
             raise UserError(f"--repair is for a whole corpus: give its folder {named_shards(options.url)[0]}")
         findings = examine(options.url, *how)

@@ -6,12 +6,11 @@ import contextlib
 import select
 import ssl
 from collections.abc import Iterable
-from http import HTTPStatus
 from urllib.parse import urlsplit
 
 import pycurl
 
-from storage.policy import AGAIN, WebError
+from storage.policy import TRANSIENT_STATUSES, StoreError, status_error
 
 AGENT = "Mozilla/5.0 (compatible; singularity-at-scale)"  # some hosts refuse clients without a name
 BUFFER = 2**18  # bytes handed over at a time
@@ -24,8 +23,6 @@ BROKEN_OFF = {
     pycurl.E_FTP_WEIRD_SERVER_REPLY,  # of any server
     92,  # CURLE_HTTP2_STREAM, which pycurl does not name
 }
-
-
 TOO_LARGE = 100  # CURLE_TOO_LARGE, which pycurl does not name: a header of more than 100 KB
 INTERESTS = {
     pycurl.POLL_IN: select.EPOLLIN,
@@ -94,23 +91,20 @@ def host_of(url: str) -> str:
         return url
 
 
-def error_of(curl: pycurl.Curl, code: int, message: str, url: str) -> FileNotFoundError | WebError | None:
+def error_of(curl: pycurl.Curl, code: int, message: str, url: str) -> StoreError | None:
     """What went wrong, when libcurl ended a transfer with `code`; None: nothing."""
     status = curl.getinfo(pycurl.RESPONSE_CODE)
     if status >= 400:
-        if status == HTTPStatus.NOT_FOUND:
-            return FileNotFoundError(url)
-        phrase = HTTPStatus(status).phrase if status in set(HTTPStatus) else ""
-        return WebError(f"HTTP {status} {phrase}".strip(), status=status, after=curl.getinfo(pycurl.RETRY_AFTER))
+        return status_error(status, float(curl.getinfo(pycurl.RETRY_AFTER)))
     if code == pycurl.E_OK:
         return None
     proxy_status = curl.getinfo(pycurl.HTTP_CONNECTCODE)
     if status == 0 and proxy_status >= 400:
-        return WebError(f"the proxy says status {proxy_status}", passing=proxy_status in AGAIN)
+        return StoreError(f"proxy: {status_error(proxy_status)}", transient=proxy_status in TRANSIENT_STATUSES)
     if code == TOO_LARGE or "Too large response headers" in message:
-        return WebError("its headers have no end")
+        return StoreError("its headers have no end")
     if code in BROKEN_OFF or (code == pycurl.E_UNSUPPORTED_PROTOCOL and "HTTP/0.9" in message):
-        return WebError("connection broke off", passing=True)
+        return StoreError("connection broke off", transient=True)
     host = host_of(url)
     name = host.rpartition(":")[0]
     reasons = {
@@ -122,5 +116,5 @@ def error_of(curl: pycurl.Curl, code: int, message: str, url: str) -> FileNotFou
         pycurl.E_SSL_CONNECT_ERROR: (f"no encrypted connection: {name}", "wrong version number" not in message),
         pycurl.E_URL_MALFORMAT: ("no valid address", False),
     }
-    reason, passing = reasons.get(code, (f"cannot be fetched: {message}", False))
-    return WebError(reason, passing=passing)
+    reason, transient = reasons.get(code, (f"cannot be fetched: {message}", False))
+    return StoreError(reason, transient=transient)

@@ -13,19 +13,16 @@ import pycurl
 
 from storage.addresses import Address
 from storage.curl import Sockets, error_of, new_handle
-from storage.failures import GoneError, TransientError, explain, failure_of_status
+from storage.policy import StoreError, describe_error
 
 CONNECT_SECONDS = 10.0  # at most, of a try
 LARGEST_OBJECT = 2**30  # bytes, where a whole object is asked for: a description, an index
 
 
-class Answer(asyncio.Future[bytes], ABC):
-    """The bytes of a request; cancelling it, or giving it others, ends the request.
+class Response(asyncio.Future[bytes], ABC):
+    """The bytes of a request, or a StoreError; cancelling or replacing it ends the request."""
 
-    Raises TransientError, GoneError, or PermissionError where the address' rights may have grown old.
-    """
-
-    given = False  # whether the bytes have come from elsewhere
+    replaced = False  # whether the bytes come from another request
 
     @abstractmethod
     def stop(self) -> None:
@@ -36,15 +33,15 @@ class Answer(asyncio.Future[bytes], ABC):
         self.stop()
         return super().cancel(msg)
 
-    def give(self, data: bytes) -> None:
-        """End the request: the bytes have come from elsewhere."""
+    def replace(self, data: bytes) -> None:
+        """End the request: another one brought the bytes."""
         self.stop()
-        self.given = True
+        self.replaced = True
         self.set_result(data)
 
 
-class Transfer(Answer):
-    """A request that libcurl is at."""
+class Transfer(Response):
+    """A request that libcurl handles."""
 
     def __init__(self, client: HttpClient, address: Address, size: int | None) -> None:
         super().__init__(loop=client.loop)
@@ -55,7 +52,7 @@ class Transfer(Answer):
     def stop(self) -> None:
         """Hang up."""
         if self.curl is not None:
-            self.client.take_back(self)
+            self.client.release(self)
 
 
 class HttpClient:
@@ -78,10 +75,10 @@ class HttpClient:
         self._running: dict[pycurl.Curl, Transfer] = {}
         loop.add_reader(self._sockets.epoll.fileno(), self._ready)
 
-    def get(self, address: Address, start: int = 0, end: int | None = None) -> Answer:
+    def get(self, address: Address, start: int = 0, end: int | None = None) -> Response:
         """Ask for bytes [start, end), all where there is no end; fewer come where the object ends before.
 
-        Raises GoneError where the address is none.
+        Raises StoreError where the address is none.
         """
         curl = self._idle.pop() if self._idle else self._new_handle()
         transfer = Transfer(self, address, None if end is None else end - start)
@@ -91,7 +88,7 @@ class HttpClient:
             curl.setopt(pycurl.HTTPHEADER, address.headers)
         except (ValueError, pycurl.error):  # characters that cannot stand there
             self._idle.append(curl)
-            raise GoneError("no valid address") from None
+            raise StoreError("no valid address") from None
         curl.setopt(pycurl.RANGE, None if end is None else f"{start}-{end - 1}")
         curl.setopt(pycurl.MAXFILESIZE_LARGE, transfer.size or LARGEST_OBJECT)  # a server may send more
         curl.setopt(pycurl.WRITEFUNCTION, transfer.chunks.append)
@@ -99,7 +96,7 @@ class HttpClient:
         self._multi.add_handle(curl)
         return transfer
 
-    def take_back(self, transfer: Transfer) -> None:
+    def release(self, transfer: Transfer) -> None:
         """End a transfer, if need be by closing its connection; the handle can be used again."""
         curl, transfer.curl = transfer.curl, None
         assert curl is not None
@@ -171,8 +168,8 @@ class HttpClient:
                 try:
                     result = self._result(curl, transfer, code, message)
                 except Exception as error:  # none of the others may be lost with it
-                    result = explain(error)
-                self.take_back(transfer)
+                    result = describe_error(error)
+                self.release(transfer)
                 if isinstance(result, bytes):
                     transfer.set_result(result)
                 elif code == pycurl.E_COULDNT_RESOLVE_HOST:
@@ -185,20 +182,17 @@ class HttpClient:
         if code == pycurl.E_OK and (status == 206 or (status == 200 and not limited)):
             data = transfer.chunks[0] if len(transfer.chunks) == 1 else b"".join(transfer.chunks)
             if limited and len(data) != transfer.size and curl.getinfo(pycurl.CONTENT_LENGTH_DOWNLOAD) < 0:
-                return TransientError("connection broke off")  # before the answer had said how long it is
+                return StoreError("connection broke off", transient=True)  # before the answer had said how long it is
             return data
         if status == 416:
             return b""  # the object ends before: the reader's checksums say what is missing
-        if status >= 400:
-            return failure_of_status(status, float(curl.getinfo(pycurl.RETRY_AFTER)))
         if limited and status == 200 and code in (pycurl.E_OK, pycurl.E_FILESIZE_EXCEEDED):
-            return GoneError(f"the server does not answer byte ranges (status {status})")
-        if code == pycurl.E_OPERATION_TIMEDOUT:
+            return StoreError(f"the server does not answer byte ranges (status {status})")
+        if status < 400 and code == pycurl.E_OPERATION_TIMEDOUT:
             if not curl.getinfo(pycurl.REQUEST_SIZE):  # nothing was sent
-                return TransientError(f"no connection within {curl.getinfo(pycurl.TOTAL_TIME):.0f} s")
-            return TransientError(f"no answer within {self.try_seconds:g} s (remote.try_seconds)")
-        error = error_of(curl, code, message, transfer.address.url)
-        return explain(error) if error is not None else GoneError(f"status {status}")
+                return StoreError(f"no connection within {curl.getinfo(pycurl.TOTAL_TIME):.0f} s", transient=True)
+            return StoreError(f"no answer within {self.try_seconds:g} s (remote.try_seconds)", transient=True)
+        return error_of(curl, code, message, transfer.address.url) or StoreError(f"status {status}")
 
     def _look_up(self, transfer: Transfer, error: Exception) -> None:
         """Whether a host's name is wrong, or the name server had no answer: libcurl does not tell them apart."""
@@ -209,14 +203,14 @@ class HttpClient:
                 socket.getaddrinfo(urlsplit(transfer.address.url).hostname, None)
             except (OSError, UnicodeError) as problem:
                 if not isinstance(problem, OSError) or problem.errno != socket.EAI_AGAIN:
-                    found = GoneError(str(error))
-            self.loop.call_soon_threadsafe(say, found)
+                    found = StoreError(str(error))
+            self.loop.call_soon_threadsafe(finish, found)
 
-        def say(found: Exception) -> None:
+        def finish(found: Exception) -> None:
             if not transfer.done():
                 transfer.set_exception(found)
 
         try:
             threading.Thread(target=look_up, daemon=True).start()  # a name server may take long, and holds up nobody
         except RuntimeError:  # there are too many threads
-            say(error)
+            finish(error)

@@ -6,6 +6,7 @@ import atexit
 import functools
 import heapq
 import itertools
+import math
 import os
 import re
 import select
@@ -22,7 +23,7 @@ from yarl import URL
 from runtime.errors import UserError
 from runtime.flags import flag, positive
 from storage.curl import Sockets, error_of, host_of, new_handle
-from storage.policy import ATTEMPTS, WebError, is_transient, pause_after
+from storage.policy import ATTEMPTS, RetryPolicy, StoreError, describe_error
 
 LONGEST_WAIT = 1.0  # seconds that the thread sleeps while something is under way
 SLOWEST = 1000  # bytes a second of a body, over `timeout` seconds
@@ -101,9 +102,9 @@ class Transfer:
             self.fault = error
             return 0  # which ends the transfer
 
-    def too_large(self) -> WebError:
+    def too_large(self) -> StoreError:
         """The error for a body that has more bytes than it may have."""
-        return WebError(f"larger than {self.bounds.bytes / 1e6:,.0f} MB: raise --max-mb")
+        return StoreError(f"larger than {self.bounds.bytes / 1e6:,.0f} MB: raise --max-mb")
 
     def error(self, curl: pycurl.Curl, code: int, message: str) -> Exception | None:
         """What went wrong, when libcurl ended with `code`."""
@@ -113,7 +114,7 @@ class Transfer:
             if code == pycurl.E_FILESIZE_EXCEEDED:  # by the length that the server says
                 return self.too_large()
             if code == pycurl.E_OPERATION_TIMEDOUT and curl.getinfo(pycurl.TOTAL_TIME) >= self.bounds.seconds:
-                return WebError(f"not complete after {self.bounds.seconds:g} seconds: raise --timeout")
+                return StoreError(f"not complete after {self.bounds.seconds:g} seconds: raise --timeout")
         return error_of(curl, code, message, self.url)
 
     def restart(self) -> None:
@@ -141,8 +142,8 @@ class WebClient:
         self.idle: list[pycurl.Curl] = []
         self.numbers = itertools.count()
         self.asleep = self.closing = False
-        self.ear, self.bell = os.pipe()
-        self.sockets.epoll.register(self.ear, select.EPOLLIN)
+        self.wake_read, self.wake_write = os.pipe()
+        self.sockets.epoll.register(self.wake_read, select.EPOLLIN)
         self.thread = threading.Thread(target=self.run, name="web", daemon=True)
         self.thread.start()
         atexit.register(self.close)
@@ -150,7 +151,7 @@ class WebClient:
     def fetch(self, url: str, file: BinaryIO, bounds: Bounds) -> Future[BinaryIO]:
         """Begin to fetch an address into an open, empty file; the future gives that file, at its start.
 
-        The future raises FileNotFoundError, WebError, or what writing to the file raised. Cancelling it ends the
+        The future raises StoreError, or what writing to the file raised. Cancelling it ends the
         attempts.
         """
         if not self.thread.is_alive():
@@ -164,7 +165,7 @@ class WebClient:
         """Let the thread look at what is new."""
         if self.asleep:
             self.asleep = False
-            os.write(self.bell, b"!")
+            os.write(self.wake_write, b"!")
 
     def close(self) -> None:
         """End the thread with whatever is under way."""
@@ -174,8 +175,8 @@ class WebClient:
         self.wake()
         self.thread.join(timeout=5)
         if not self.thread.is_alive():
-            os.close(self.ear)
-            os.close(self.bell)
+            os.close(self.wake_read)
+            os.close(self.wake_write)
             self.sockets.epoll.close()
         atexit.unregister(self.close)
 
@@ -242,11 +243,12 @@ class WebClient:
         error = transfer.error(curl, code, message)
         curl.setopt(pycurl.WRITEFUNCTION, len)  # an idle handle must not keep the body in memory
         self.idle.append(curl)
-        passing = error is not None and error is not transfer.fault and is_transient(error)
-        if passing and transfer.attempt < self.fetching.attempts:
-            due = time.monotonic() + pause_after(error, transfer.attempt)
+        pause = math.inf
+        if error is not None and error is not transfer.fault:
+            pause = RetryPolicy(self.fetching.attempts).pause(describe_error(error), transfer.attempt)
+        if pause < math.inf:
             transfer.restart()
-            heapq.heappush(self.later, (due, next(self.numbers), transfer))
+            heapq.heappush(self.later, (time.monotonic() + pause, next(self.numbers), transfer))
             return
         transfer.file.seek(0)
         if transfer.future.set_running_or_notify_cancel():
@@ -268,8 +270,8 @@ class WebClient:
             return
         found = dict(self.sockets.epoll.poll(seconds))
         self.asleep = False
-        if found.pop(self.ear, 0):
-            os.read(self.ear, 4096)
+        if found.pop(self.wake_read, 0):
+            os.read(self.wake_read, 4096)
         self.sockets.act(found.items())
 
 

@@ -14,7 +14,7 @@ from sharding.media import Frames, MediaError, pack_image, pack_video
 from sharding.media.sources import Media, opened
 from sharding.shards.plan import ShardSettings, Task
 from sharding.shards.writing import FinishedShard, ShardWriter
-from storage.policy import naming
+from storage.policy import storage_errors
 
 Outcome = Frames | MediaError
 
@@ -24,7 +24,7 @@ def build_shard(task: Task, advance: Advance) -> FinishedShard:
     scratch = Path(task.scratch)
     failures: list[dict[str, Any]] = []
     rows = 0
-    with naming(task.scratch, "write to"), ShardWriter(task.output, task.name, scratch) as writer:
+    with storage_errors(task.scratch, "write to"), ShardWriter(task.output, task.name, scratch) as writer:
         for number, (item, frames) in enumerate(in_order(packed(task, scratch), task.items)):
             if isinstance(frames, MediaError):
                 failures.append({"source": item.source, "rows": item.rows, "reason": str(frames)})

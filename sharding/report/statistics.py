@@ -18,7 +18,7 @@ from runtime.errors import UserError
 from runtime.progress import Progress
 from sharding.shards.schema import UNREADABLE, Corpus
 from storage.parquet import read_table
-from storage.policy import again
+from storage.policy import retry
 from storage.urls import join_url
 
 THREADS = 16  # that read indices
@@ -161,7 +161,7 @@ def columns_of(corpus: Corpus, shard: int, columns: Sequence[str]) -> pa.Table:
     url = corpus.index_url(shard)
     try:
         filesystem, path = fsspec.url_to_fs(url)
-        return read_table(again(filesystem.cat_file, path), columns)
+        return read_table(retry(filesystem.cat_file, path), columns)
     except FileNotFoundError:
         reason = "is missing"
     except UNREADABLE as error:

@@ -22,7 +22,7 @@ from sharding.shards.foreign import PICTURES, split_name
 from sharding.shards.schema import INDEX_SCHEMA, UNREADABLE, ShardInfo, media_type_of, read_file
 from sharding.shards.writing import counts, read_note, shard_info, tar_header
 from storage.parquet import read_table
-from storage.policy import again, reason_of
+from storage.policy import describe_error, retry
 
 LISTED = 1000  # faults of one shard that are listed; the rest is counted
 PLACES = ("key", "offsets", "sizes", "crc32s")  # columns of the index that the sample's JSON in the tar lacks
@@ -87,7 +87,7 @@ def check_shard(check: Check, advance: Advance) -> Report:
             return walk
 
     try:
-        walk = again(walk_through)
+        walk = retry(walk_through)
     except Exception as error:  # each store has errors of its own
         report.faults.append(Fault(tar_name, unread(error)))
     else:
@@ -117,7 +117,7 @@ def unnamed(tar_name: str) -> Fault:
 def read_checked_table(check: Check, name: str) -> tuple[pa.Table | None, bytes, list[Fault]]:
     """(the index, or None where it cannot be used; its bytes; its faults)."""
     try:
-        data = again(read_file, check.index)
+        data = retry(read_file, check.index)
     except Exception as error:  # each store has errors of its own
         return None, b"", [Fault(name, unread(error))]
     digest = hashlib.sha256(data).hexdigest()
@@ -135,7 +135,7 @@ def read_checked_table(check: Check, name: str) -> tuple[pa.Table | None, bytes,
 
 def unread(error: Exception) -> str:
     """What is wrong with a file that cannot be read."""
-    return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {reason_of(error)}"
+    return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {describe_error(error)}"
 
 
 def index_faults(info: ShardInfo | None, name: str, rows: list[dict[str, Any]]) -> Iterator[Fault]:

@@ -36,7 +36,7 @@ from sharding.shards.schema import (
 )
 from sharding.shards.writing import INDEXED, counts, publish, read_note, shard_info, write_index
 from storage.parquet import read_table
-from storage.policy import again, naming
+from storage.policy import retry, storage_errors
 from storage.urls import join_url, local_form
 
 COMPRESSED_TARS = ("*.tar.*", "*.tgz", "*.tbz2", "*.txz")
@@ -151,9 +151,9 @@ def named_tars(url: str, names: Sequence[str], known: Corpus | None) -> list[tup
     """(name, bytes) of the tars of these names and of those in a corpus, in order; FileNotFoundError without one."""
     filesystem, root = fsspec.url_to_fs(url)
     places = [join_url(root, name) for name in names]
-    with naming(url, "read"):
+    with storage_errors(url, "read"):
         try:
-            sizes = again(filesystem.sizes, places)
+            sizes = retry(filesystem.sizes, places)
         except FileNotFoundError:
             sizes = []
     if not sizes:
@@ -196,8 +196,8 @@ def index_shard(task: IndexTask, advance: Advance) -> IndexedShard:
             return read_contents(file, task.fps, lambda size: advance(0, 0, size))
 
     try:
-        with naming(join_url(task.tars, task.name), "read"):
-            contents = again(read)
+        with storage_errors(join_url(task.tars, task.name), "read"):
+            contents = retry(read)
         move_unfit(contents)
         if not contents.rows and not contents.damages:
             reasons = ", ".join(sorted({failure["reason"] for failure in contents.failures})[:3])

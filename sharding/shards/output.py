@@ -22,7 +22,7 @@ from sharding.shards.plan import ShardSettings
 from sharding.shards.schema import VERSION
 from sharding.shards.writing import publish
 from storage.locks import HeldError, Lock
-from storage.policy import again, check_bucket, naming
+from storage.policy import check_bucket, retry, storage_errors
 from storage.urls import join_url
 
 BUILD = "build.json"  # says what a build writes there
@@ -182,10 +182,10 @@ def check_claim(output: str, plan: dict[str, Any]) -> bool:
 
 def read_claim(url: str) -> dict[str, Any] | None:
     """What `build.json` says; None where there is none."""
-    with naming(url, "read"):
+    with storage_errors(url, "read"):
         filesystem, path = fsspec.url_to_fs(url)
         try:
-            return json.loads(again(filesystem.cat_file, path))
+            return json.loads(retry(filesystem.cat_file, path))
         except FileNotFoundError:
             check_bucket(url)  # now, and not when all annotations are read
             return None
@@ -201,8 +201,8 @@ def digest_of(files: Sequence[str]) -> str:
     """SHA-256 over the contents of files, in order."""
     digest = hashlib.sha256()
     for file in files:
-        with naming(file, "read"):
-            digest = again(with_contents, digest, file)
+        with storage_errors(file, "read"):
+            digest = retry(with_contents, digest, file)
     return digest.hexdigest()
 
 
@@ -224,7 +224,7 @@ def write_text(url: str, text: str, scratch: Path) -> None:
 
 def remove(url: str) -> None:
     """Delete a file if it is there."""
-    with naming(url, "delete"):
+    with storage_errors(url, "delete"):
         filesystem, path = fsspec.url_to_fs(url)
-        if again(filesystem.exists, path):
-            again(filesystem.rm_file, path)
+        if retry(filesystem.exists, path):
+            retry(filesystem.rm_file, path)

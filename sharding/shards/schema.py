@@ -15,7 +15,7 @@ from braceexpand import braceexpand
 
 from runtime.errors import MissingError, UserError
 from storage.parquet import read_schema, read_table
-from storage.policy import again, check_bucket
+from storage.policy import check_bucket, retry
 from storage.urls import join_url
 
 FORMAT = "singularity-shards"
@@ -172,7 +172,7 @@ def read_corpus(url: str, storage_options: dict[str, Any] | None = None) -> Corp
         ValueError: the file is not a corpus description or of another version, or does not list a tar that `url` names.
     """
     try:
-        data = again(read_file, description_url(url), storage_options)
+        data = retry(read_file, description_url(url), storage_options)
     except FileNotFoundError:
         raise no_corpus(url, storage_options) from None
     return corpus_at(url, data.decode("utf-8", "replace"))
@@ -261,7 +261,7 @@ def read_index(corpus: Corpus, shard: int, storage_options: dict[str, Any] | Non
         ValueError: it has another number of rows than `corpus.json` says, or other columns.
     """
     try:
-        data = again(read_file, corpus.index_url(shard), storage_options)
+        data = retry(read_file, corpus.index_url(shard), storage_options)
     except FileNotFoundError:
         raise no_index(corpus, shard) from None
     return parse_index(corpus, shard, data)

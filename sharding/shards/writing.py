@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from sharding.shards.schema import INDEX_SCHEMA, UNREADABLE, ShardInfo
 from storage.parquet import read_schema
-from storage.policy import again, naming
+from storage.policy import retry, storage_errors
 from storage.urls import join_url
 
 BLOCK = 512  # bytes of a tar header
@@ -168,8 +168,8 @@ def publish(path: Path, target: str) -> None:
     if "file" in (filesystem.protocol if isinstance(filesystem.protocol, tuple) else (filesystem.protocol,)):
         os.replace(path, place)
     else:
-        with naming(target, "write"):
-            again(filesystem.put_file, str(path), place)
+        with storage_errors(target, "write"):
+            retry(filesystem.put_file, str(path), place)
         path.unlink()
 
 
@@ -182,11 +182,11 @@ def sha256(path: Path) -> str:
 def finished_shard(output: str, name: str) -> FinishedShard | None:
     """A shard that an earlier build completed; None when it is not there, whole, with its index."""
     url = join_url(output, name)
-    with naming(url, "read"):
+    with storage_errors(url, "read"):
         filesystem, tar = fsspec.url_to_fs(url)
         try:
-            data = again(filesystem.cat_file, tar.removesuffix(".tar") + ".parquet")
-            size = again(filesystem.size, tar)
+            data = retry(filesystem.cat_file, tar.removesuffix(".tar") + ".parquet")
+            size = retry(filesystem.size, tar)
         except FileNotFoundError:
             return None
     try:

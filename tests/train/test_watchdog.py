@@ -43,7 +43,7 @@ def test_a_rank_without_progress_is_named_whatever_the_others_do(doing):
 
 
 def test_ranks_that_wait_in_different_exchanges_are_told():
-    found = verdict([beat(0, 5, SAVE, 11, collective="barrier"), beat(1, 5, EVALUATE, 12, collective="share")], 10)
+    found = verdict([beat(0, 5, SAVE, 11, collective="barrier"), beat(1, 5, EVALUATE, 12, collective="broadcast")], 10)
     assert "all have been in an exchange for 10 s" in found
     assert found.endswith("rank 0 in barrier, rank 1 in share")
 
