@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from eval.search.server import SearchServer
-from eval.search.visual_search import VisualSearch, contact_sheet, hits_table
+from eval.search.visual_search import VisualSearch, hits_table, search_sheet
 from loaders.decode.decoder import usual_device
 from runtime.errors import AccessError, UserError, command
 from sharding.shards.outside import check_outside_corpora
@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check_outside_corpora(options.output, "--output")
     with _encoded(options) as search:
         hits = search.find(options.query, options.top, options.candidates)
-        Path(options.output).write_bytes(contact_sheet(search, options.query, hits))
+        search_sheet(search, options.query, hits).save(options.output, "JPEG", quality=88)
     sys.stdout.write(f"{hits_table(hits)}\n\ncontact sheet: {options.output}\n")
     return 0
 

@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
 
+from eval.report.gallery import strip
 from eval.report.page import templates
 from runtime.errors import AccessError
 
@@ -107,7 +108,9 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             if visual >= search.dataset.num_visuals:
                 raise OSError(f"there is no visual {visual}")
-            content, _ = search.picture(visual)
+            if not (frames := search.frames(visual)):
+                raise AccessError(f"{search.dataset.sources[visual]} cannot be read")
+            content = strip(frames)
         except OSError as error:
             self._send(HTTPStatus.NOT_FOUND, "text/plain; charset=utf-8", f"{error}\n".encode())
             return
