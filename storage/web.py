@@ -18,12 +18,8 @@ import pycurl
 from yarl import URL
 
 from runtime.errors import UserError
-<<<<<<< HEAD
-from storage.curl import AsyncCurl, error_of, host_of, new_handle
-=======
 from runtime.flags import flag, positive
-from storage.curl import Sockets, error_of, host_of, new_handle
->>>>>>> h-D
+from storage.curl import AsyncCurl, error_of, host_of, new_handle
 from storage.policy import ATTEMPTS, RetryPolicy, StoreError, describe_error
 
 SLOWEST = 1000  # bytes a second of a body, over `timeout` seconds
