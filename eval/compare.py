@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from eval.outcomes import Outcomes, bootstrap, read_outcomes, with_means
+from eval.metrics import with_means
+from eval.outcomes import Outcomes, VisualSums, bootstrap, read_outcomes, sum_by_visual
 from eval.report.evaluations import Evaluation, find_evaluations
 from eval.report.grouping import item_key, read_predictions, recorded_digest
 from runtime.errors import UserError, command
@@ -173,7 +174,6 @@ def _taken(part: Outcomes, rows: Sequence[int]) -> Outcomes:
 
 
 def _differences(pairs: Sequence[tuple[Outcomes, Outcomes]], resamples: int) -> dict[str, Difference]:
-    ours = [one for one, _ in pairs]
     change = [
         {name: other.points[name] - values for name, values in one.points.items() if name in other.points}
         for one, other in pairs
@@ -181,8 +181,8 @@ def _differences(pairs: Sequence[tuple[Outcomes, Outcomes]], resamples: int) -> 
     first, second, mean = (
         _means(parts) for parts in ([one.points for one, _ in pairs], [other.points for _, other in pairs], change)
     )
-    drawn = with_means(bootstrap(ours, change, resamples))
-    exchanged = with_means(_exchanged(ours, change, resamples))
+    sums = sum_by_visual([one for one, _ in pairs], change)
+    drawn, exchanged = with_means(bootstrap(sums, resamples)), with_means(_exchanged(sums, resamples))
     return {
         name: Difference(
             first=round(float(first[name]), 2),
@@ -201,27 +201,15 @@ def _means(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return with_means({name: np.asarray(100 * np.nanmean(values)) for part in parts for name, values in part.items()})
 
 
-def _exchanged(
-    outcomes: Sequence[Outcomes], change: Sequence[Mapping[str, np.ndarray]], resamples: int
-) -> dict[str, np.ndarray]:
+def _exchanged(sums: VisualSums, resamples: int) -> dict[str, np.ndarray]:
     """Mean differences in percent, (resamples,) by metric, when each visual's change keeps or turns its sign."""
-    numbers: dict[str, int] = {}
-    sums: dict[str, np.ndarray] = {}
-    counts: dict[str, int] = {}
-    owners = [np.array([numbers.setdefault(v, len(numbers)) for v in part.visuals]) for part in outcomes]
-    for own, part in zip(owners, change, strict=True):
-        for name, values in part.items():
-            present = ~np.isnan(values)
-            sums[name] = np.bincount(own[present], values[present], len(numbers))
-            counts[name] = max(1, int(present.sum()))
-    totals = np.stack(list(sums.values()), 1)
-    generator, parts = np.random.default_rng(1), []
-    step = max(1, CHUNK // len(numbers))
+    generator, drawn = np.random.default_rng(1), []
+    step = max(1, CHUNK // len(sums.sums))
     for start in range(0, resamples, step):
-        signs = generator.integers(0, 2, (min(step, resamples - start), len(numbers)), dtype=np.int8)
-        parts.append((2.0 * signs - 1) @ totals)
-    result = np.concatenate(parts)
-    return {name: 100 * result[:, i] / counts[name] for i, name in enumerate(sums)}
+        signs = generator.integers(0, 2, (min(step, resamples - start), len(sums.sums)), dtype=np.int8)
+        drawn.append((2.0 * signs - 1) @ sums.sums)
+    result = 100 * np.concatenate(drawn) / np.maximum(1, sums.counts.sum(0))
+    return {name: result[:, i] for i, name in enumerate(sums.names)}
 
 
 def _gain(first: Outcomes, second: Outcomes) -> np.ndarray:

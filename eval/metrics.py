@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
+from typing import Any
 
 import numpy as np
 
@@ -121,7 +122,17 @@ def _chance(truth: Truth, gallery: int) -> list[float]:
 def _named(texts: list[float], visuals: list[float]) -> dict[str, float]:
     values: dict[str, float] = {}
     for prefix, recalls in (("txt", texts), ("img", visuals)):
-        values |= {f"{prefix}_r{k}": recall for k, recall in zip(RECALL_AT, recalls)}
-        values[f"{prefix}_r_mean"] = sum(recalls) / len(recalls)
-    values["r_mean"] = (values["txt_r_mean"] + values["img_r_mean"]) / 2
+        values = with_means(values | {f"{prefix}_r{k}": recall for k, recall in zip(RECALL_AT, recalls)})
     return {name: round(value, 2) for name, value in values.items()}
+
+
+def with_means(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Recalls completed by their means under the official names; other metrics as they are."""
+    result = dict(values)
+    for prefix in ("txt", "img"):
+        recalls = [values[name] for name in (f"{prefix}_r{k}" for k in RECALL_AT) if name in values]
+        if recalls:
+            result[f"{prefix}_r_mean"] = sum(recalls) / len(recalls)
+    if "txt_r_mean" in result and "img_r_mean" in result:
+        result["r_mean"] = (result["txt_r_mean"] + result["img_r_mean"]) / 2
+    return result

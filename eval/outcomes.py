@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from eval.metrics import NOT_RANKED, RECALL_AT
+from eval.metrics import NOT_RANKED, RECALL_AT, with_means
 from runtime.activity import progress
 from runtime.errors import MissingError, UserError
 from sharding.shards.parquet import read_table
@@ -124,7 +124,7 @@ def intervals(outcomes: Sequence[Outcomes], resamples: int = 1000) -> dict[str, 
     found: dict[str, dict[str, tuple[float, float]]] = {}
     for name in dict.fromkeys(part.metrics for part in outcomes):
         own = [part for part in outcomes if part.metrics == name]
-        drawn = with_means(bootstrap(own, [part.points for part in own], resamples))
+        drawn = with_means(bootstrap(sum_by_visual(own, [part.points for part in own]), resamples))
         found[name] = {
             metric: (round(float(low), 2), round(float(high), 2))
             for metric, (low, high) in ((m, np.percentile(v, [2.5, 97.5])) for m, v in drawn.items())
@@ -132,46 +132,46 @@ def intervals(outcomes: Sequence[Outcomes], resamples: int = 1000) -> dict[str, 
     return found
 
 
-def bootstrap(
-    outcomes: Sequence[Outcomes], points: Sequence[Mapping[str, np.ndarray]], resamples: int
-) -> dict[str, np.ndarray]:
-    """Means in percent, (resamples,) by metric, of points that are drawn visual by visual with replacement.
+@dataclass(frozen=True)
+class VisualSums:
+    """Points summed by visual: sums (V, K) and counts (V, K) of V visuals and K metrics, named in `names`."""
 
-    points: for each of `outcomes` what its queries contribute to each metric, (Q,), NaN where nothing. The same
-    visuals are drawn for all metrics, and the same ones each time.
+    names: list[str]
+    sums: np.ndarray
+    counts: np.ndarray
+
+
+def sum_by_visual(outcomes: Sequence[Outcomes], points: Sequence[Mapping[str, np.ndarray]]) -> VisualSums:
+    """Sum what queries contribute to each metric, visual by visual.
+
+    points: for each of `outcomes` what its queries contribute to each metric, (Q,), NaN where nothing.
     """
     numbers: dict[str, int] = {}
     owners = [
         np.array([numbers.setdefault(visual, len(numbers)) for visual in part.visuals], dtype=np.int64)
         for part in outcomes
     ]
-    sums, counts, names = [], [], []
+    names, sums, counts = [], [], []
     for own, part in zip(owners, points, strict=True):
         for metric, values in part.items():
             present = ~np.isnan(values)
             names.append(metric)
             sums.append(np.bincount(own[present], values[present], len(numbers)))
-            counts.append(np.bincount(own[present], minlength=len(numbers)))
-    if not numbers:
-        return {name: np.zeros(resamples) for name in names}
+            counts.append(np.bincount(own[present], minlength=len(numbers)).astype(np.float64))
+    return VisualSums(names, np.stack(sums, 1), np.stack(counts, 1))
+
+
+def bootstrap(sums: VisualSums, resamples: int) -> dict[str, np.ndarray]:
+    """Means in percent, (resamples,) by metric, of visuals drawn with replacement.
+
+    The same visuals are drawn for all metrics, and the same ones each time.
+    """
     generator = np.random.default_rng(0)
-    result = np.empty((resamples, len(names)))
-    top, bottom = np.stack(sums, 1), np.stack(counts, 1).astype(np.float64)
-    for number in range(resamples):
+    result = np.zeros((resamples, len(sums.names)))
+    visuals = len(sums.sums)
+    for number in range(resamples if visuals else 0):
         progress(f"confidence intervals, resample {number} of {resamples}")
-        weights = np.bincount(generator.integers(len(numbers), size=len(numbers)), minlength=len(numbers))
-        total = weights @ bottom
-        result[number] = 100 * (weights @ top) / np.where(total == 0, 1, total)
-    return {name: result[:, i] for i, name in enumerate(names)}
-
-
-def with_means(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Recalls completed by their means under the official names; other metrics as they are."""
-    result = dict(values)
-    for prefix in PREFIXES.values():
-        recalls = [values[name] for name in (f"{prefix}_r{k}" for k in RECALL_AT) if name in values]
-        if recalls:
-            result[f"{prefix}_r_mean"] = np.mean(recalls, axis=0)
-    if "txt_r_mean" in result and "img_r_mean" in result:
-        result["r_mean"] = (result["txt_r_mean"] + result["img_r_mean"]) / 2
-    return result
+        weights = np.bincount(generator.integers(visuals, size=visuals), minlength=visuals)
+        total = weights @ sums.counts
+        result[number] = 100 * (weights @ sums.sums) / np.where(total == 0, 1, total)
+    return {name: result[:, i] for i, name in enumerate(sums.names)}
