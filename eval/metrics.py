@@ -1,4 +1,4 @@
-"""Retrieval metrics of score matrices: recall in both directions, ties, and the level of chance."""
+"""Retrieval metrics of score matrices: recall in both directions, ties, and chance level."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def true_ranks(scores: np.ndarray, truth: Truth) -> TrueRanks:
     """Rank of the best true item of each query that has one.
 
     scores (Q, G): a row a query, a column an item of the gallery; -inf marks what was never scored and cannot be
-    found. truth: the true columns of each row; rows without any are no queries and left out.
+    found. truth: the true columns of each row; rows without any are left out.
 
     Raises:
         ValueError: scores and truth have different numbers of rows, or scores hold NaN.
@@ -99,7 +99,7 @@ def retrieval_metrics(
 
 
 def chance_metrics(texts_of_visual: Truth, visuals_of_text: Truth) -> dict[str, float]:
-    """What ranking at random is expected to reach, under the names of `retrieval_metrics`."""
+    """The expected metrics of a random ranking, under the names of `retrieval_metrics`."""
     num_visuals, num_texts = len(texts_of_visual), len(visuals_of_text)
     return _named(_chance(texts_of_visual, num_texts), _chance(visuals_of_text, num_visuals))
 

@@ -1,4 +1,4 @@
-"""How each single query went: the table that metrics' uncertainty and comparisons of two runs are made from."""
+"""The outcome of each query, from which confidence intervals and comparisons of two runs are computed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SCHEMA = pa.schema(
         ("metrics", pa.string()),  # the entry of metrics.json that the query counts for
         ("kind", pa.string()),  # text_to_visual | visual_to_text | accuracy
         ("query", pa.string()),  # the text, the visual's name or the question's id
-        ("visual", pa.string()),  # queries about the same visual are no independent evidence
+        ("visual", pa.string()),  # queries about the same visual are not independent
         ("question_type", pa.string()),  # where it has one
         ("answer_type", pa.string()),
         ("rank", pa.int64()),  # of the best true item, from 1; null where it was not ranked
@@ -38,8 +38,8 @@ class Outcomes:
 
     values (Q,): ranks from 1, infinity where the true item was not ranked; or accuracies from 0 to 1 where `kind` is
     "accuracy". queries, visuals: Q texts each; types: Q texts, empty where unknown, for each of TYPES that there is.
-    test_set: a digest of the evaluated items, empty where unknown. keys: Q texts that tell queries apart, where their
-    names are not enough.
+    test_set: a digest of the evaluated items, empty where unknown. keys: Q texts that identify queries, where their
+    names are not unique.
     """
 
     metrics: str
@@ -53,9 +53,9 @@ class Outcomes:
 
     @cached_property
     def points(self) -> dict[str, np.ndarray]:
-        """What each query contributes to each metric, (Q,) float64 by the metric's name; their means are the metric.
+        """Each query's value of each metric, (Q,) float64 by the metric's name; the mean is the metric.
 
-        Queries that a metric does not look at hold NaN.
+        NaN where a metric does not cover a query.
         """
         if self.kind != "accuracy":
             prefix = PREFIXES[self.kind]
@@ -96,13 +96,13 @@ def write_outcomes(path: Path, outcomes: Sequence[Outcomes]) -> None:
 
 
 def read_outcomes(path: Path) -> list[Outcomes]:
-    """What `write_outcomes` wrote. Raises FileNotFoundError, or ValueError when it is no such table."""
+    """What `write_outcomes` wrote. Raises FileNotFoundError, or ValueError for another table."""
     if not path.is_file():
         raise MissingError(f"{path} does not exist: evaluate again with launch/evaluate.py")
     try:
         table = read_table(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no table of outcomes ({error}): evaluate again") from None
+        raise UserError(f"{path} is not a table of outcomes ({error}): evaluate again") from None
     if not table.schema.equals(SCHEMA):
         raise UserError(f"{path} has other columns than a table of outcomes: evaluate again")
     found = []
@@ -119,7 +119,7 @@ def read_outcomes(path: Path) -> list[Outcomes]:
 def intervals(outcomes: Sequence[Outcomes], resamples: int = 1000) -> dict[str, dict[str, tuple[float, float]]]:
     """95 % intervals in percent of every metric, {"SPLIT/": {"img_r1": (low, high), ...}}.
 
-    Bootstrap over visuals: what is asked about the same visual is drawn together.
+    Bootstrap over visuals: all queries about a visual are drawn together.
     """
     found: dict[str, dict[str, tuple[float, float]]] = {}
     for name in dict.fromkeys(part.metrics for part in outcomes):

@@ -1,4 +1,4 @@
-"""Numbers of the paper (Lei, Berg and Bansal, ACL 2023), to stand beside ours in reports."""
+"""The paper's numbers (Lei, Berg and Bansal, ACL 2023), for comparison in reports."""
 
 from __future__ import annotations
 
