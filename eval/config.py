@@ -49,7 +49,7 @@ class EvalConfig:
         if self.benchmark is not None and self.benchmark not in benchmarks():
             near = nearest(self.benchmark, benchmarks()) or benchmarks()
             raise UserError(
-                f"benchmark is {self.benchmark!r}, of which nothing is published: {', '.join(near)}, or null"
+                f"benchmark is {self.benchmark!r}, which has no published numbers: set {', '.join(near)}, or null"
             )
         if any(frames < 1 for frames in self.eval_num_frames):
             raise UserError(f"eval_num_frames is {self.eval_num_frames}: each must be at least 1")

@@ -1,4 +1,4 @@
-"""Chooses queries worth looking at, with what was found for them, and draws their pictures."""
+"""Chooses example queries with their results for the report, and draws their pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finds packed images or clips by a text: dual encoder, then matching; results as a table or a contact sheet."""
+"""Finds packed images or clips by text: dual encoder, then VTM; results as a table or a contact sheet."""
 
 from __future__ import annotations
 
@@ -44,17 +44,17 @@ class Found:
 
     @property
     def order(self) -> str:
-        """What hits are ordered by: match scores, or similarity where nothing was matched."""
+        """The score that hits are ordered by: match score, or similarity where nothing was re-ranked."""
         return "similarity" if self.match is None else "match score"
 
     @property
     def deciding(self) -> float:
-        """The score that hits are ordered by."""
+        """The value of that score."""
         return self.similarity if self.match is None else self.match
 
 
 class VisualSearch:
-    """A corpus' visuals, encoded once and kept on disk, and a model that finds them by a text."""
+    """A corpus' visuals, encoded once and kept on disk, and a model that finds them by text."""
 
     def __init__(
         self,
@@ -65,11 +65,11 @@ class VisualSearch:
         tokenizer: str | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Encode what is not in `cache` yet. Raises FileNotFoundError or ValueError naming what is wrong."""
+        """Encode what is not in `cache` yet; raises FileNotFoundError or ValueError for a bad checkpoint or corpus."""
         weights = resolve_weights(checkpoint)
         brings_own = weights.is_dir() and (weights / "vocab.txt").is_file()
         if not brings_own and tokenizer is None:
-            raise UserError(f"{weights} brings no vocabulary: give the one it was trained with, --tokenizer vocab.txt")
+            raise UserError(f"{weights} has no vocabulary: give the one it was trained with, --tokenizer vocab.txt")
         self.tokenizer = Tokenizer.load(str(weights) if tokenizer is None else tokenizer)
         model = load_model(weights)
         if not isinstance(model, Singularity):
@@ -88,11 +88,11 @@ class VisualSearch:
     def find(self, query: str, count: int = 12, candidates: int = 32) -> list[Found]:
         """The `count` best visuals for a text: the most similar `candidates` ordered by the match score.
 
-        candidates: 0 leaves the order to the dual encoder. Raises ValueError for a query without words.
+        candidates: 0 keeps the order of the dual encoder. Raises ValueError for a query without words.
         """
         text = clean_text(query)
         if not text:
-            raise UserError(f"the query {query!r} has no words: describe what is to be seen")
+            raise UserError(f"the query {query!r} has no words: describe what to find")
         with self._busy, torch.inference_mode():
             length = self.model.config.text_encoder.max_positions
             texts = encode_texts(self.model, *self.tokenizer.encode([text], length))

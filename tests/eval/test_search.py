@@ -195,8 +195,8 @@ def test_an_address_in_use_is_told_before_anything_is_encoded(shapes, weights, t
         for where, message in (
             (["--port", str(port)], f"port {port} of 127.0.0.1 is in use by another program: give another with --port"),
             (["--port", "99999"], "--port 99999: a port is a number from 1 to 65535"),
-            (["--host", "192.0.2.1", "--port", "0"], "--host 192.0.2.1 is no address of this machine"),
-            (["--host", "no such host"], "--host no such host is no address of this machine"),
+            (["--host", "192.0.2.1", "--port", "0"], "--host 192.0.2.1 is not an address of this machine"),
+            (["--host", "no such host"], "--host no such host is not an address of this machine"),
         ):
             assert main([weights, shapes.url("images_test"), "--serve", "--cache", str(tmp_path), *where]) == 2
             error = capsys.readouterr().err
