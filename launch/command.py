@@ -18,7 +18,7 @@ from typing import NoReturn
 from runtime.errors import USER_ERROR, UserError, user_message
 from runtime.ranks import Ranks, ranks_from_environment
 from train.config.files import Settings, load_settings
-from train.interrupted import LostRankError, Stopped
+from train.job.interrupted import LostRankError, TrainingInterrupted
 
 log = logging.getLogger("launch")
 
@@ -85,9 +85,9 @@ def run(script: str, description: str, body: Callable[[Settings, Ranks], None], 
         count = f"{ranks.world_size} processes" if ranks.world_size > 1 else "1 process"
         log.info("launch/%s %s, %s: loading PyTorch and DeepSpeed", Path(script).name, options.config, count)
         body(settings, ranks)
-    except Stopped as stopped:
-        log.info("%s", stopped)
-        end(128 + stopped.signal)
+    except TrainingInterrupted as interruption:
+        log.info("%s", interruption)
+        end(128 + interruption.signal)
     except KeyboardInterrupt:
         if ranks.is_first:
             sys.stderr.write("interrupted\n")

@@ -13,7 +13,7 @@ from torch.distributed import distributed_c10d
 from runtime.ranks import Ranks
 from train import devices
 from train.config.settings import RunConfig
-from train.devices import choose_kernels, collective_timeout, describe, device_for, driver_version, start_processes
+from train.job.devices import choose_kernels, collective_timeout, describe, device_for, driver_version, start_processes
 
 OPEN_DRIVER = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (dvs-builder)\n"
 OLD_DRIVER = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\n"

@@ -23,9 +23,9 @@ def test_a_report_names_task_position_and_exchange():
     before = present_activity()
     assert before.text == "evaluating images: visual 8 of 50 encoded"
     with waiting("gather_rows"):
-        assert present_activity().exchange == "gather_rows"
+        assert present_activity().collective == "gather_rows"
         assert present_activity().text == before.text
-    assert present_activity().exchange == ""
+    assert present_activity().collective == ""
     assert present_activity().since > before.since
 
 

@@ -14,7 +14,7 @@ from torch.distributed import distributed_c10d
 from runtime.errors import UserError
 from runtime.network import choose_interface
 from runtime.ranks import Ranks, ranks_from_environment
-from runtime.rendezvous import forget_port, meeting_port
+from runtime.rendezvous import master_port, remove_port_file
 
 DEVICES = Path("/dev")
 DRIVER = Path("/proc/driver/nvidia/version")
@@ -217,7 +217,7 @@ def start_processes(device: torch.device, stall_seconds: float = 0.0) -> None:
         # not exist: the first access probes every operation with the compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     ranks = ranks_from_environment()
-    meeting_port(ranks, timeout.total_seconds())
+    master_port(ranks, timeout.total_seconds())
     deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, timeout=timeout)
     if ranks.is_first:
-        forget_port()
+        remove_port_file()
