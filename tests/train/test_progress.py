@@ -13,7 +13,7 @@ from train.checkpoints.copies import RemoteCheckpoints
 def reports(monkeypatch):
     """Everything that is reported."""
     told = []
-    monkeypatch.setattr(activity, "_set", lambda report: told.append(report.text))
+    monkeypatch.setattr(activity, "_report", lambda **changes: told.append(changes["position"]))
     return told
 
 
