@@ -22,7 +22,7 @@ from train.deepspeed.engine import DTYPES
 from train.job.devices import choose_kernels, describe, device_for, start_processes
 from train.job.hang import EVALUATE
 from train.job.watchdog import Watchdog
-from train.prepare import prepare_evaluation, read_answer_list, share_cores
+from train.prepare import prepare_evaluation, share_cores
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +39,7 @@ def evaluate(settings: Settings, ranks: Ranks) -> None:
     share_cores(ranks)
     logs = Path(settings.config.output_dir or ".") / "evaluation"
     watchdog = Watchdog(ranks, settings.config.stall_seconds, logs, REMEDY)
-    answers = read_answer_list(settings.config)
-    model, tokenizer = prepare_evaluation(settings)
+    task, model, tokenizer = prepare_evaluation(settings)
     run = settings.config
     assert run.output_dir is not None
     output = Path(run.output_dir)
@@ -62,7 +61,7 @@ def evaluate(settings: Settings, ranks: Ranks) -> None:
     watchdog.enter(EVALUATE, 0)
     with watchdog.naming_lost_ranks():
         for frames, folder in folders.items():
-            evaluate_splits(model, tokenizer, run, ranks, device, run.test_urls(), folder, subject, answers, frames)
+            evaluate_splits(task, model, tokenizer, run, ranks, device, run.test_urls(), folder, subject, frames)
     if ranks.is_first:
         shutil.copyfile(folder / "metrics.json", output / "metrics.json")
         write_report(list(folders.values()), output / "report.html")

@@ -36,8 +36,8 @@ from train.checkpoints.writing import (
     update_state,
 )
 from train.config.settings import RunConfig
+from train.deepspeed.compat import gathered_weights
 from train.deepspeed.engine import start_engine
-from train.deepspeed.in_step import layer_by_layer
 from train.guard import StepGuard
 from train.job.devices import slow_precision
 from train.job.hang import END, EVALUATE, LOADER, SAVE, STEP
@@ -285,7 +285,7 @@ class Trainer:
 
     def _evaluate(self, evaluate: Evaluate, splits: list[str], label: str) -> Metrics:
         self.watchdog.enter(EVALUATE, self.state.step)
-        with layer_by_layer(self.engine):
+        with gathered_weights(self.engine):
             metrics = evaluate(self.model, splits, label)
         if self.tracker is not None:
             folder = self.folder.path / "evaluation" / label
