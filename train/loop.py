@@ -219,7 +219,7 @@ class Trainer:
             self._clock.restart()
             return
         means = (values / self.ranks.world_size).tolist()
-        figures: dict[str, Any] = {
+        metrics: dict[str, Any] = {
             "step": self.state.step,
             "epoch": batch.epoch,
             "media_type": batch.media_type,
@@ -229,12 +229,12 @@ class Trainer:
             "temperature": _temperature(self.model),
             "grad_norm": _number(self.guard.norm),
             **({"grad_scale": self.guard.loss_scale.value} if self.run.precision == "fp16" else {}),
-            **self._clock.figures(self.device, self.ranks.world_size),
+            **self._clock.metrics(self.device, self.ranks.world_size),
             **{f"loader/{name}": round(value, 4) for name, value in sorted(self.loader.figures().items())},
             **({"skipped": self.guard.skipped} if self.guard.skipped else {}),
         }
         self._clock.restart()
-        self.tracker.step(figures)
+        self.tracker.step(metrics)
 
     def _maybe_save_and_stop(self) -> None:
         minutes = (time.monotonic() - self._saved_at) / 60
