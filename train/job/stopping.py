@@ -125,7 +125,7 @@ class StopVote:
         self._work: distributed.Work | None = None
 
     def decided(self, save: bool = False) -> Decision:
-        """What all ranks do now: one that must stop, or wants to `save`, decides for all. All ranks call once a step."""
+        """What all ranks do now: one that must stop or wants to `save` decides for all. All ranks call once a step."""
         if self._alone:
             return Decision(self._request.signal, save)
         result = self.close()
