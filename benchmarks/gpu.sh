@@ -37,7 +37,7 @@ if [ -n "${SMALL:-}" ]; then
   gallery=16 many=32 match=(--k_test 4 --repeats 1 --frames 2) run=(--batch 16 --steps 8 --k_test 4)
   host=(--steps 3) profile=("${train[@]}") compile=(--size least --warm-up 1 --steps 1)
 else
-  fault=$(env -u DS_ACCELERATOR "$python" -c 'import torch; from train.devices import gpu_fault
+  fault=$(env -u DS_ACCELERATOR "$python" -c 'import torch; from train.job.devices import gpu_fault
 print(gpu_fault()); raise SystemExit(not torch.cuda.is_available())') || {
     echo "${fault:-PyTorch finds no GPU here}. SMALL=1 tries the same parts on a CPU." >&2
     exit 2

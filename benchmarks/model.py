@@ -31,7 +31,7 @@ from model.flops import layer_flops, step_flops
 from model.losses import contrastive_loss, contrastive_targets, matching_loss, word_loss
 from model.singularity import Draws, Singularity
 from model.text import additive_mask
-from train.devices import choose_kernels
+from train.job.devices import choose_kernels
 from train.tracking.metrics import peak_flops
 
 SIZES = {

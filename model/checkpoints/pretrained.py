@@ -19,7 +19,7 @@ from model.singularity import Singularity
 from model.torchvision_cpu import create_model, get_pretrained_cfg, is_model
 from model.vision import VISION_TYPES, named_options
 from model.vqa import SingularityQA
-from runtime.activity import trusted
+from runtime.activity import keep_alive
 from runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def find_folder(name: str, key: str) -> Path:
     from huggingface_hub import snapshot_download  # slow to import, needed for hub names only
 
     try:
-        with trusted(f"fetching {name}"):  # gigabytes over a slow line are no hang
+        with keep_alive(f"fetching {name}"):  # gigabytes over a slow line are no hang
             return Path(snapshot_download(name, allow_patterns=_FILES))
     except Exception as error:  # of many kinds: no network, no such name, no permission
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
