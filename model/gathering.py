@@ -1,4 +1,4 @@
-"""Brings what other ranks computed to this one, with gradients: negatives from the whole batch instead of a part."""
+"""All-gather with gradients: negatives from the whole batch instead of from one rank's part."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import distributed
 
 
 class _Gather(torch.autograd.Function):
-    """All ranks' rows, one rank after another; backward sums what all ranks want of this rank's rows."""
+    """All ranks' rows in order of rank; the backward pass sums the gradients of all ranks for this rank's rows."""
 
     @staticmethod
     def forward(context: Any, rows: torch.Tensor) -> torch.Tensor:
@@ -25,7 +25,7 @@ class _Gather(torch.autograd.Function):
 
 
 def gather_with_gradient(rows: torch.Tensor) -> torch.Tensor:
-    """(B, ...) of each of W ranks to (W·B, ...) on all, in order of rank; as it is where there is one process only.
+    """(B, ...) of each of W ranks to (W·B, ...) on all, in order of rank; unchanged with one process.
 
     All ranks call with the same shape. The mean over the ranks of the parameters' gradients, as data-parallel training
     takes it, is then the gradient of the mean over the ranks of their losses.

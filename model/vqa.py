@@ -12,7 +12,7 @@ from model.config import ModelConfig, TextConfig
 from model.encoders import Encoders
 from model.losses import IGNORED
 from model.scoring import combine
-from model.text import PADDED, FusionLayer, VisualKeys, WordHead, bert_config, initialize_bert, run_layer
+from model.text import PADDED, FusionLayer, MLMHead, VisualKeys, bert_config, initialize_bert, run_layer
 from model.torchvision_cpu import BertEmbeddings
 
 _HIDDEN = -1e9  # added to cross-attention scores of padded question tokens; -1e4 in half precision
@@ -34,7 +34,7 @@ class AnswerDecoder(nn.Module):
         self.recompute = False
         self.embeddings = BertEmbeddings(bert)
         self.layer = nn.ModuleList(FusionLayer(bert, config.width) for _ in range(num_layers))
-        self.word_head = WordHead(config)
+        self.word_head = MLMHead(config)
         initialize_bert(self, config.initializer_range)
 
     def project(self, question_states: torch.Tensor) -> VisualKeys:

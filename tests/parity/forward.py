@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from model.checkpoints.official_names import to_official
-from model.losses import contrastive_loss, contrastive_targets, matching_loss, negative_weights, same_visual, word_loss
-from model.singularity import TEMPERATURE_RANGE, Draws, Singularity
+from model.losses import contrastive_loss, contrastive_targets, matching_loss, mlm_loss, negative_weights, same_visual
+from model.singularity import TEMPERATURE_RANGE, RandomChoices, Singularity
 from tests.parity.comparison import Case, Comparison
 
 
@@ -76,13 +76,13 @@ def _fused(
     if model.word_head is not None:
         masked = model.text_encoder.fuse(model.text_encoder.encode(inputs["mlm_input_ids"], mask), mask, keys)
         values["mlm_logits"] = model.word_head(masked, model.text_encoder.embeddings.word_embeddings.weight)
-        values["loss_mlm"] = word_loss(values["mlm_logits"], inputs["mlm_labels"])
+        values["loss_mlm"] = mlm_loss(values["mlm_logits"], inputs["mlm_labels"])
     return values
 
 
-def given_draws(inputs: dict[str, torch.Tensor], prefix: str = "") -> Draws:
+def recorded_choices(inputs: dict[str, torch.Tensor], prefix: str = "") -> RandomChoices:
     """The recorded random choices."""
-    return Draws(
+    return RandomChoices(
         inputs.get(prefix + "itm_image_neg_idx"),
         inputs.get(prefix + "itm_text_neg_idx"),
         inputs.get(prefix + "mlm_input_ids"),
@@ -130,7 +130,9 @@ def compare_forward(folder: Path) -> Comparison:
     inputs, expected = case.inputs, case.expected
     batch, recorder = len(inputs["idx"]), Recorder()
     _watch_layers(model, recorder, batch)
-    losses = model(inputs["image"], inputs["input_ids"], inputs["attention_mask"], inputs["idx"], given_draws(inputs))
+    losses = model(
+        inputs["image"], inputs["input_ids"], inputs["attention_mask"], inputs["idx"], recorded_choices(inputs)
+    )
     recorder.stop()
     total = torch.stack(list(losses.values())).sum()
     total.backward()

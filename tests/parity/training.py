@@ -14,7 +14,7 @@ from model.checkpoints.official import read_official_file
 from model.checkpoints.official_names import from_official, official_parts, to_official
 from model.singularity import Singularity
 from tests.parity.comparison import Case, Comparison
-from tests.parity.forward import given_draws
+from tests.parity.forward import recorded_choices
 
 LOSS_TOLERANCE = 1e-3
 PREFIX = "text_encoder.bert."
@@ -110,7 +110,7 @@ def _run(case: Case, result: Comparison, checkpoint: Path, first: int, last: int
         rates = np.array([group["lr"] for group in optimizer.param_groups])
         result.close(f"{label}rates of step {step}", rates, expected["lr_used"][step], rtol=1e-6, atol=0)
         pixels, ids, mask, idx = (case.inputs[name][step] for name in ("image", "input_ids", "attention_mask", "idx"))
-        losses = model(pixels, ids, mask, idx, given_draws(case.inputs, f"step{step}_"))
+        losses = model(pixels, ids, mask, idx, recorded_choices(case.inputs, f"step{step}_"))
         optimizer.zero_grad()
         torch.stack(list(losses.values())).sum().backward()
         for theirs, ours in (("ita", "itc"), ("itm", "itm"), ("mlm", "mlm")):
