@@ -13,7 +13,7 @@ import torch
 from model.building import build_model
 from model.checkpoints.files import read_tensors
 from model.checkpoints.official_names import vision_parts
-from model.checkpoints.positions import resize_absolute, resize_relative
+from model.checkpoints.positions import resize_relative
 from model.config import ModelConfig
 from model.singularity import Singularity
 from model.torchvision_cpu import create_model, get_pretrained_cfg, is_model
@@ -133,7 +133,7 @@ def _vision_weights(name: str, key: str, model: Singularity | SingularityQA) -> 
         if ours.endswith("relative_position_bias_table"):
             found[ours] = resize_relative(found[ours], patches)
         elif ours == "pos_embed":
-            found[ours] = resize_absolute(found[ours], patches)
+            found[ours] = model.vision_encoder.resize_positions(found[ours], patches)
     return {_VISION + ours: tensor for ours, tensor in found.items()}
 
 
