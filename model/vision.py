@@ -149,6 +149,7 @@ class FrameEncoder(nn.Module):
     """Encodes frames one by one: tokens for the fusion layers, and a pooled vector."""
 
     transformer: Any
+    weights_in_layers: bool = False  # whether weights exist only while their layer computes, as under ZeRO 3
     _bias_index: torch.Tensor
 
     def __init__(self, config: ModelConfig) -> None:
@@ -204,11 +205,10 @@ class FrameEncoder(nn.Module):
     def _position_biases(self) -> tuple[torch.Tensor, ...]:
         """The position bias (1, H, L, L) of every layer, by one gather, with one sorted sum in the backward pass.
 
-        Empty where each layer must gather its own: with gradient checkpointing, and under ZeRO 3, where a layer's
-        weights exist within that layer only.
+        Empty where each layer must gather its own: with gradient checkpointing and under ZeRO 3.
         """
         tables: list[torch.Tensor] = [attention.relative_position_bias_table for attention in self._biased]
-        if not tables or self.transformer.grad_checkpointing or hasattr(tables[0], "ds_id"):
+        if not tables or self.transformer.grad_checkpointing or self.weights_in_layers:
             return ()
         length, row = self._bias_index.shape
         rows = functional.embedding(self._bias_index.flatten(), torch.cat(tables, 1))  # (L·R, layers·H)
