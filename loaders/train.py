@@ -93,10 +93,6 @@ class TrainLoader:
                 config,
                 self.pool,
                 ranks.offset,
-                [reader for reader in readers if reader.corpus.media_type == kind],
-                config,
-                self.pool,
-                ranks.offset,
             )
             for kind in kinds
         }
