@@ -37,7 +37,7 @@ start it with
   many nodes           sbatch {folder}/slurm/*.sbatch ..., deepspeed --hostfile, ...: docs/launching.md
 
 settings are those of the YAML, as dotted keys: optimizer.lr=1e-5 batch_size.image=64 "splits=[val,test]"
-docs/training.md lists them all."""
+docs/settings.md lists them all."""
 
 
 class _Parser(argparse.ArgumentParser):

@@ -21,7 +21,7 @@ from loaders.batch import Batch
 from model.building import Model
 from model.checkpoints.loading import load_weights
 from model.vqa import SingularityQA
-from runtime.collectives import share
+from runtime.collectives import broadcast
 from train.checkpoints.best import best_version, restore_best
 from train.checkpoints.shards import set_weights
 from train.checkpoints.writing import (
@@ -161,7 +161,7 @@ class Trainer:
 
     def _resume(self) -> TrainingState:
         found = complete_checkpoints(self.folder.checkpoints) if self.ranks.is_first else []
-        name = share(str(found[-1]) if found else "", self.ranks.world_size)
+        name = broadcast(str(found[-1]) if found else "", self.ranks.world_size)
         # Of the modules themselves: a package that was copied without its metadata has no other version.
         names = ("torch", "deepspeed", "timm", "transformers")
         packages = {name: str(import_module(name).__version__) for name in names}
@@ -172,7 +172,7 @@ class Trainer:
             state = load_checkpoint(path, self.engine)
             assert state.step == checkpoint_step(path)
         best = self._restore_best(state) if self.ranks.is_first else None
-        best = share(best, self.ranks.world_size)
+        best = broadcast(best, self.ranks.world_size)
         if name:
             self._copy(path)  # which a killed process may not have done
         score = None if best is None else state.best

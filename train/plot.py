@@ -25,7 +25,8 @@ SUMMARIES = ("/r_mean", "/overall")  # the metrics of evaluations that are drawn
 NOT_DRAWN = ("step", "epoch", "media_type", "skipped")
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{{ title }}</title><style>body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:75rem;
-padding:0 1rem;color-scheme:light dark}svg{width:100%;height:auto}
+padding:0 1rem}svg{width:100%;height:auto}
+:root{color-scheme:light dark}@media(prefers-color-scheme:dark){:root{--line:#2c2f36;--muted:#9a9ea9}}
 td,th{padding:.2rem 1rem .2rem 0;text-align:left;font-variant-numeric:tabular-nums}</style>
 <h1>{{ title }}</h1><table><tr><th>run<th>steps{% for name in columns %}<th>{{ name }}{% endfor %}</tr>
 {% for run in runs %}<tr><td>{{ run.name }}<td>{{ run.steps }}{% for name in columns %}<td>{{ run.last(name) }}

@@ -44,9 +44,11 @@ def test_a_rank_without_progress_is_named_whatever_the_others_do(phase):
 
 
 def test_ranks_that_wait_in_different_exchanges_are_told():
-    found = find_hang([beat(0, 5, SAVE, 11, collective="barrier"), beat(1, 5, EVALUATE, 12, collective="share")], 10)
+    found = find_hang(
+        [beat(0, 5, SAVE, 11, collective="barrier"), beat(1, 5, EVALUATE, 12, collective="broadcast")], 10
+    )
     assert "all have been in a collective for 10 s" in found
-    assert found.endswith("rank 0 in barrier, rank 1 in share")
+    assert found.endswith("rank 0 in barrier, rank 1 in broadcast")
 
 
 def test_of_many_without_progress_a_few_are_told():
