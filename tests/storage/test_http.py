@@ -365,7 +365,7 @@ def test_what_fsspec_reads_itself_is_hedged_cancelled_and_explained_too(server) 
 
 NAME_SERVER = """
 import socket, sys, threading, time
-from loaders.config import RemoteReads
+from storage.limits import RemoteReads
 from storage.ranges import ByteRange
 from storage.remote import RemoteStore
 

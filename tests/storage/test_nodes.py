@@ -37,7 +37,8 @@ RANK = f"""
 import json, sys
 sys.path.insert(0, {str(ROOT)!r})
 import numpy as np
-from loaders.config import CacheConfig, LoaderConfig, RemoteReads
+from loaders.config import CacheConfig, LoaderConfig
+from storage.limits import RemoteReads
 from loaders.shards import open_corpus
 url, cache, remote, frames = json.loads(sys.argv[1])
 config = LoaderConfig(cache=CacheConfig(**cache), remote=RemoteReads(**remote))
