@@ -57,3 +57,8 @@ def check_no_credentials(url: str, options: Mapping[str, Any]) -> None:
     for name, value in options.items():
         if SECRET_OPTIONS.search(name) and value not in HARMLESS_TOKENS:
             raise UserError(f"storage.{name} holds credentials: {where}")
+
+
+def local_form(url: str) -> str:
+    """A local folder as a plain path, any other URL with its scheme in lower case."""
+    return plain_scheme(url).removeprefix("file://")

@@ -18,6 +18,7 @@ import pycurl
 from yarl import URL
 
 from runtime.errors import UserError
+from runtime.flags import flag, positive
 from storage.curl import AsyncCurl, error_of, host_of, new_handle
 from storage.policy import ATTEMPTS, RetryPolicy, StoreError, describe_error
 
@@ -40,11 +41,20 @@ class Bounds:
 class Fetching:
     """How media are fetched over a network; it changes no byte of the result."""
 
-    connections: int = 16  # at once, of each worker process
-    per_host: int = 8  # of these to one host
-    attempts: int = ATTEMPTS
-    timeout: float = USUAL_TIMEOUT  # seconds without a byte, or with fewer than SLOWEST a second
-    max_mb: int = 0  # of one body, decompressed; 0: as LARGEST_MB says
+    connections: int = flag(16, "of each process at once (default: %(default)s)")
+    per_host: int = flag(8, "of these to one web server (default: %(default)s)")
+    attempts: int = flag(ATTEMPTS, "at a request that fails with a transient error (default: %(default)s)")
+    timeout: float = flag(
+        USUAL_TIMEOUT,  # seconds without a byte, or with fewer than SLOWEST a second
+        "without a byte, or nearly, until a connection is given up (default: %(default)s)",
+        metavar="SECONDS",
+    )
+    max_mb: int = flag(  # of one body, decompressed; 0: as LARGEST_MB says
+        0,
+        "larger bodies are failures (default: {image} for images, {video} for videos)".format(**LARGEST_MB),
+        type=positive,
+        metavar="MB",
+    )
 
     def bounds(self, media_type: str) -> Bounds:
         """What one medium may take: a server's answer may have no end, or come at a byte a second."""

@@ -25,7 +25,7 @@ import pyarrow as pa
 from runtime.errors import UserError
 from sharding.media import MediaError
 from sharding.media.links import LinkError, follow
-from sharding.shards.tar import Damage, TarStream, compression_of
+from sharding.media.tar import Damage, TarStream, compression_of
 from storage.files import atomic_file
 from storage.single_flight import process_lock
 

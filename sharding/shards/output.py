@@ -18,23 +18,18 @@ import fsspec
 
 from runtime.errors import UserError
 from sharding.annotations.config import Reading
-from sharding.shards.plan import Settings
+from sharding.shards.plan import ShardSettings
 from sharding.shards.schema import VERSION
 from sharding.shards.writing import publish
 from storage.locks import HeldError, Lock
 from storage.policy import check_bucket, retry, storage_errors
-from storage.urls import join_url, plain_scheme
+from storage.urls import join_url
 
 BUILD = "build.json"  # says what a build writes there
 PARTIAL = ".partial"  # folder inside a local output that holds unfinished files
 LOCK = "lock"  # file in it
 CLEARING = 5.0  # seconds that the last part of a build may take to clear up
 STAGED = "rows-*.sqlite"  # files in it that an interrupted build leaves to the next one
-
-
-def local_form(url: str) -> str:
-    """A local folder as a plain path, any other URL with its scheme in lower case."""
-    return plain_scheme(url).removeprefix("file://")
 
 
 @contextmanager
@@ -167,7 +162,7 @@ def part_folder(folder: Path, part: str) -> Iterator[Path]:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def plan_of(settings: Settings, reading: Reading, annotations_sha256: str = "") -> dict[str, Any]:
+def plan_of(settings: ShardSettings, reading: Reading, annotations_sha256: str = "") -> dict[str, Any]:
     """What decides the bytes of a corpus, besides its media; for `build.json`. The annotations may not be read yet."""
     annotations = {"annotations_sha256": annotations_sha256} if annotations_sha256 else {}
     return {"version": VERSION, **asdict(settings), **annotations, "reading": asdict(reading)}

@@ -14,7 +14,7 @@ import pyarrow as pa
 from braceexpand import braceexpand
 
 from runtime.errors import MissingError, UserError
-from sharding.shards.parquet import read_table
+from storage.parquet import read_schema, read_table
 from storage.policy import check_bucket, retry
 from storage.urls import join_url
 
@@ -172,7 +172,7 @@ def read_corpus(url: str, storage_options: dict[str, Any] | None = None) -> Corp
         ValueError: the file is not a corpus description or of another version, or does not list a tar that `url` names.
     """
     try:
-        data = retry(contents, description_url(url), storage_options)
+        data = retry(read_file, description_url(url), storage_options)
     except FileNotFoundError:
         raise no_corpus(url, storage_options) from None
     return corpus_at(url, data.decode("utf-8", "replace"))
@@ -261,13 +261,37 @@ def read_index(corpus: Corpus, shard: int, storage_options: dict[str, Any] | Non
         ValueError: it has another number of rows than `corpus.json` says, or other columns.
     """
     try:
-        data = retry(contents, corpus.index_url(shard), storage_options)
+        data = retry(read_file, corpus.index_url(shard), storage_options)
     except FileNotFoundError:
         raise no_index(corpus, shard) from None
     return parse_index(corpus, shard, data)
 
 
-def contents(url: str, storage_options: dict[str, Any] | None = None) -> bytes:
+def files_at(url: str) -> dict[str, int | None]:
+    """Names of the files in a folder and their bytes, where the store's listing tells them; empty without a folder."""
+    filesystem, root = fsspec.url_to_fs(url)
+    try:
+        entries = filesystem.ls(root, detail=True)  # glob would give meaning to characters of the folder's name
+    except FileNotFoundError:
+        return {}
+    return {each["name"].rsplit("/", 1)[-1]: each.get("size") for each in entries if each["type"] != "directory"}
+
+
+def is_index(url: str) -> bool | None:
+    """Whether a Parquet file is a shard's index; None where it is missing or damaged."""
+    try:
+        with fsspec.open(url, "rb") as file:
+            return bool(read_schema(file).equals(INDEX_SCHEMA))
+    except UNREADABLE:
+        return None
+
+
+def media_type_of(index: pa.Table) -> str:
+    """What a shard holds, by its index: image or video, empty for an empty one."""
+    return ("image" if index.column("fps").null_count else "video") if index.num_rows else ""
+
+
+def read_file(url: str, storage_options: dict[str, Any] | None = None) -> bytes:
     """A file's bytes."""
     with fsspec.open(url, "rb", **(storage_options or {})) as file:
         return file.read()

@@ -76,7 +76,7 @@ def test_a_preview_shows_a_batch(shapes, tmp_path, capsys) -> None:
     output = tmp_path / "sheet.png"
     assert preview.main([shapes.url("clips_train"), *arguments, "--output", str(output)]) == 0
     with Image.open(output) as sheet:
-        assert sheet.width == 3 * (2 * 64 + 8) + 8
+        assert sheet.width == 3 * (2 * 64 + 2 + 8) + 8
         assert len(sheet.convert("RGB").getcolors(10**6)) > 50
     assert "6 samples" in capsys.readouterr().out
 
