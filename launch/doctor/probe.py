@@ -252,8 +252,8 @@ def code_hash() -> str:
 
 
 def _open(url: str, storage: dict[str, str]) -> Any:
-    from loaders.config import RemoteReads
     from loaders.shards import CorpusReader
+    from storage.limits import RemoteReads
 
     return CorpusReader(url, storage, remote=RemoteReads(deadline=STORE_SECONDS, try_seconds=STORE_SECONDS / 2))
 
