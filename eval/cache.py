@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from runtime.collectives import barrier, gather_objects, share
+from runtime.collectives import barrier, broadcast, gather_objects
 from runtime.errors import UserError
 from runtime.ranks import Ranks
 from storage.files import temporary_path
@@ -101,7 +101,7 @@ def read_entry(folder: Path, batch_size: int, ranks: Ranks) -> CachedBlocks | No
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             log.warning("%s is damaged (%s): it is written again", folder, error)
             shutil.rmtree(folder)
-    if not share(bool(parts), ranks.world_size):
+    if not broadcast(bool(parts), ranks.world_size):
         return None
     return CachedBlocks(parts or _read_ranks(folder), batch_size, ranks)
 
@@ -117,7 +117,7 @@ def write_entry(folder: Path, blocks: Iterable[Block], num_visuals: int, batch_s
         folder.parent.mkdir(parents=True, exist_ok=True)
         made = str(temporary_path(folder, uuid.uuid4().hex))
         os.mkdir(made)  # with usual permissions: others may use the entry
-    temporary = Path(share(made, ranks.world_size))
+    temporary = Path(broadcast(made, ranks.world_size))
     if not temporary.is_dir():
         raise UserError(f"feature_cache={folder.parent}: not all processes see the same folder: give a shared one")
     try:

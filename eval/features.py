@@ -20,7 +20,7 @@ from loaders.evaluation import VisualSet
 from model.encoders import Encoders
 from model.singularity import Singularity
 from runtime.activity import progress
-from runtime.collectives import gather_objects, gather_rows, share
+from runtime.collectives import broadcast, gather_objects, gather_rows
 from runtime.ranks import ALONE, Ranks
 
 log = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ def visual_blocks(
         return fresh
     loader, mode = dataset.config, config.eval_frame_ensemble
     name = entry_name(
-        model=share(model_digest(model) if ranks.is_first else None, ranks.world_size),
+        model=broadcast(model_digest(model) if ranks.is_first else None, ranks.world_size),
         corpus=dataset.digest,
         num_frames=1 if dataset.media_type == "image" else num_frames,
         frames="concat" if mode == "concat" else "each",

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from eval.metrics import NOT_RANKED, RECALL_AT, with_means
 from runtime.activity import progress
 from runtime.errors import MissingError, UserError
-from sharding.shards.parquet import read_table
+from storage.parquet import read_table
 
 TYPES = ("question_type", "answer_type")
 PREFIXES = {"text_to_visual": "img", "visual_to_text": "txt"}

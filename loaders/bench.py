@@ -26,7 +26,7 @@ from loaders.text import Tokenizer
 from loaders.train import TrainLoader
 from loaders.vocab import corpus_texts, learn_from_texts
 from runtime.errors import UserError, command
-from sharding.annotations.arguments import positive
+from runtime.flags import positive
 
 TEXTS_TO_LEARN_FROM = 5000
 GUILTY = 0.3  # share of the time that decoding waits for reading, from which reading is to blame

@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import logging
 import os
-import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from sharding.shards.schema import (
-    Corpus,
-    ShardInfo,
-    corpus_at,
-    description_url,
-    is_whole,
-    join_url,
-    no_corpus,
-    no_index,
-)
-from storage.cache import DiskCache, started
+from sharding.shards.schema import Corpus, ShardInfo, corpus_at, description_url, is_whole, no_corpus, no_index
+from storage.cache import DiskCache, start_ticks
 from storage.ranges import ByteRange
 from storage.remote import RemoteStore
+from storage.single_flight import process_lock
+from storage.urls import join_url
 
 log = logging.getLogger("loaders")
 
 Thing = TypeVar("Thing")
 
-POLL = 0.03  # seconds between looks whether another process has fetched a file
 FRESH = 600.0  # seconds for which a description may be handed from process to process
 REFETCHES = 3  # of bytes that came damaged: a bad line may spoil them more than once
 FETCHERS = 8  # threads that bring indices to the cache
@@ -106,45 +95,19 @@ class SharedFiles:
         data = look()
         if data is not None or self.cache is None:
             return fetch() if data is None else data
-        with self._alone(name, file) as waited:
-            data = look()
-            if data is None:
-                return fetch()
-            self.counters["files_shared"] += waited
-            return data
-
-    @contextlib.contextmanager
-    def _alone(self, name: str, file: str) -> Iterator[bool]:
-        """Hold an item's lock, or have waited for it long enough; yields whether there was any waiting."""
-        assert self.cache is not None
-        lock = self._open_lock(name)
-        if lock is None:
-            yield False
-            return
-        before, began, waited = self._cancelled, time.monotonic(), False
-        self._waiting[threading.get_ident()] = file, began
+        cancelled, thread = self._cancelled, threading.get_ident()
+        path = self.cache.folder / "locks" / name[:3]  # one of 4096 files: two items may have the same
+        self._waiting[thread] = file, time.monotonic()
         try:
-            while not try_lock(lock) and time.monotonic() - began < self.folder.settings.try_seconds:
-                if self._cancelled != before:
-                    raise CancelledError
-                waited = True
-                time.sleep(POLL * (0.5 + random.random()))
-            del self._waiting[threading.get_ident()]
-            yield waited
+            with process_lock(path, self.folder.settings.try_seconds, lambda: self._cancelled != cancelled) as waited:
+                del self._waiting[thread]
+                data = look()
+                if data is None:
+                    return fetch()
+                self.counters["files_shared"] += waited
+                return data
         finally:
-            self._waiting.pop(threading.get_ident(), None)
-            os.close(lock)  # and with it the lock
-
-    def _open_lock(self, name: str) -> int | None:
-        """One of 4096 files: two items may have the same, and then one waits for the other. None on a full disk."""
-        assert self.cache is not None
-        folder = self.cache.folder / "locks"
-        try:
-            folder.mkdir(exist_ok=True)
-            return os.open(folder / name[:3], os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            log.warning("%s cannot be used, each process fetches for itself (%s)", folder, error.strerror)
-            return None
+            self._waiting.pop(thread, None)
 
     def _kept_description(self, name: str, since: float) -> bytes | None:
         kept = self.cache.read(name) if self.cache is not None else None
@@ -224,17 +187,7 @@ def turned(things: Sequence[Thing], place: float) -> list[Thing]:
     return [*things[first:], *things[:first]]
 
 
-def try_lock(descriptor: int) -> bool:
-    """Lock a file, unless another process or thread has it locked; where the file system has no locks, do without."""
-    with contextlib.suppress(OSError):
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-    return True
-
-
 def process_began() -> float:
     """When this process was started, as time.time() counts."""
-    ticks = int(started(os.getpid())) / os.sysconf("SC_CLK_TCK")
+    ticks = int(start_ticks(os.getpid())) / os.sysconf("SC_CLK_TCK")
     return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks)

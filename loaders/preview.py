@@ -15,7 +15,7 @@ from loaders.shards import describe
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader
 from runtime.errors import command
-from sharding.annotations.arguments import positive
+from runtime.flags import positive
 from sharding.report.contact_sheet import Cell, contact_sheet
 from sharding.shards.outside import check_outside_corpora
 

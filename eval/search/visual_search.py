@@ -19,7 +19,8 @@ from eval.ranking import top_items
 from loaders.config import LoaderConfig, VideoInput
 from loaders.evaluation import VisualSet
 from loaders.text import Tokenizer, clean_text
-from model.checkpoints.loading import load_model, resolve_weights
+from model.checkpoints.files import resolve_weights
+from model.checkpoints.loading import load_model
 from model.scoring import match_pairs
 from model.singularity import Singularity
 from runtime.errors import UserError

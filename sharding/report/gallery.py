@@ -15,14 +15,14 @@ from PIL import Image
 from runtime.charts import histogram_svg
 from sharding.report.contact_sheet import jpeg, read_picture, side_by_side
 from sharding.report.samples import Picked, fetch_command
-from sharding.report.statistics import Distribution, Figures, bin_names, short, summary
+from sharding.report.statistics import Distribution, Statistics, bin_names, short, summary
 from sharding.shards.schema import Corpus
 
 FRAME_HEIGHT = 180  # pixels of a clip's frames on the page
 PLAIN = 8.0  # standard deviation of a frame's values, of 256, up to which there is nothing to see
 
 
-def gallery(corpus: Corpus, figures: Figures, picked: Sequence[Picked], failures: Counter[str]) -> str:
+def gallery(corpus: Corpus, statistics: Statistics, picked: Sequence[Picked], failures: Counter[str]) -> str:
     """The page; `failures` by kind of reason."""
     environment = Environment(
         loader=PackageLoader("sharding.report"),
@@ -34,9 +34,9 @@ def gallery(corpus: Corpus, figures: Figures, picked: Sequence[Picked], failures
     return environment.get_template("gallery.html.j2").render(
         corpus=corpus,
         facts=summary(corpus),
-        figures=figures,
-        charts=[chart(each) for each in figures.distributions if each.low < each.high],
-        constants={each.name: short(each.low) for each in figures.distributions if each.low == each.high},
+        statistics=statistics,
+        charts=[chart(each) for each in statistics.distributions if each.low < each.high],
+        constants={each.name: short(each.low) for each in statistics.distributions if each.low == each.high},
         failures=failures,
         cards=[card(corpus, sample) for sample in picked],
     )

@@ -1,4 +1,4 @@
-"""Samples from all over a corpus with their frames, read in part: for the contact sheet and the gallery."""
+"""Samples of a corpus, read in part: one by its key, or many from all over with their frames."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from typing import Any
 
 import fsspec
 import numpy as np
+import pyarrow.compute as pc
 from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
+from runtime.errors import UserError
+from runtime.progress import Progress
 from sharding.report.contact_sheet import Cell, contact_sheet, read_picture
 from sharding.report.statistics import columns_of, in_threads, spread
 from sharding.shards.schema import INDEX_SCHEMA, Corpus
@@ -94,6 +97,37 @@ def first_text(row: dict[str, Any]) -> str:
     texts = [*row["captions"], *(question["question"] for question in row["questions"])]
     texts += [" / ".join(choice["options"]) for choice in row["choices"]]
     return " ".join(texts[0].split()) if texts else ""
+
+
+def locate(corpus: Corpus, number: int) -> tuple[int, dict[str, Any]]:
+    """(shard, index row) of the corpus' sample `number`. Raises ValueError when there is no such sample."""
+    rest = number
+    for shard, info in enumerate(corpus.shards):
+        if 0 <= rest < info.samples:
+            return shard, columns_of(corpus, shard, INDEX_SCHEMA.names).slice(rest, 1).to_pylist()[0]
+        rest -= info.samples
+    raise UserError(f"--sample {number}: {corpus.url} has samples 0 to {corpus.samples - 1}")
+
+
+def find(corpus: Corpus, name: str, shown: bool = False) -> tuple[int, dict[str, Any]]:
+    """(shard, index row) of a sample by its number, else its key, else its source, the first that has it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name.isdecimal() and str(int(name)) == name and (int(name) < corpus.samples or len(name) < 9):
+        return locate(corpus, int(name))
+    shards = list(range(len(corpus.shards)))
+    if name[:6].isdecimal():  # our keys begin with the number of their shard
+        shards.sort(key=lambda shard: not corpus.shards[shard].name.endswith(f"-{name[:6]}.tar"))
+    with Progress(len(shards), "searching", shown, "shard", "searched") as progress:
+        for shard, table in zip(shards, in_threads(lambda n: columns_of(corpus, n, ("key", "source")), shards)):
+            same = pc.or_(pc.equal(table["key"], name), pc.equal(table["source"], name))
+            place = pc.index(same, True).as_py()
+            progress.advance(1, 0, 0)
+            if place >= 0:
+                return shard, columns_of(corpus, shard, INDEX_SCHEMA.names).slice(place, 1).to_pylist()[0]
+    raise UserError(f"--sample {name}: no sample of {corpus.url} has this key or source, and it is no sample's number")
 
 
 def fetch_command(url: str, offset: int, size: int, target: str, signed: bool = False) -> str:

@@ -11,10 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from loaders.config import LoaderConfig, PerMedia, RemoteReads, VideoInput
+from loaders.config import LoaderConfig, PerMedia, VideoInput
 from loaders.text import Tokenizer, clean_text
 from loaders.train import TrainLoader
 from sharding.shards.schema import INDEX_SCHEMA, read_corpus, read_index
+from storage.limits import RemoteReads
 
 
 def config(**settings) -> LoaderConfig:
