@@ -122,7 +122,7 @@ def test_the_page_has_types_published_numbers_and_examples(folder, visitor, tmp_
         "as published",
         "VQA soft accuracy",
         "the most frequent answer of this test set, for every question",
-        "; ×: times that",
+        "; ×: multiple of it",
     ):
         assert part in text
     assert "choosing at random" in text
