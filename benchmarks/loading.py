@@ -32,7 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from loading_peers import PEERS, serve
 
 from loaders.config import LoaderConfig, PerMedia
-from loaders.decode.pixels import Clip, odd_room
+from loaders.decode.pixels import odd_room
+from loaders.samples import Clip
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader
 from loaders.vocab import learn_vocabulary
@@ -69,8 +70,8 @@ def bare(options: argparse.Namespace, into_batches: bool) -> Iterator[int]:
     """Sizes of batches that are decoded and cropped from memory, with nothing around it."""
     loader = open_loader(options)
     clips: list[Clip] = []
-    for step in islice(loader.fetch_steps(0, 0), 2000 // BATCH[options.kind]):
-        clips += [draw.clip(jpegs) for draw, jpegs in zip(step.draws, step.jpegs, strict=True)]
+    for _, samples in islice(loader.read_steps(0, 0), 2000 // BATCH[options.kind]):
+        clips += [sample.clip() for sample in samples]
     loader.close()
     batch = BATCH[options.kind]
     memory = np.zeros((8 if into_batches else 1, batch, 224, 224, 3), np.uint8)  # as many as our loader has at once

@@ -141,7 +141,7 @@ def rate(url: str, address: str, vocab: Path, options: argparse.Namespace) -> tu
         if options.cache:
             break
     seconds, cpu = time.perf_counter() - began, cpu_seconds() - cpu
-    figures = loader.figures()
+    figures = loader.counters()
     loader.close()
     shutil.rmtree(folder)
     return samples / seconds, samples / cpu, figures

@@ -155,12 +155,12 @@ def measure(corpora: Sequence[str], config: LoaderConfig) -> tuple[Medium, float
         tokenizer = Tokenizer.load(folder)
     loader = TrainLoader(corpora, tokenizer, config)
     try:
-        opened = loader.figures()
+        opened = loader.counters()
         began = time.perf_counter()
         samples = sum(len(batch.keys) for batch in loader)
         seconds = time.perf_counter() - began
-        figures = loader.figures()
-        shards = [shard for line in loader.lines.values() for reader in line.readers for shard in reader.corpus.shards]
+        figures = loader.counters()
+        shards = [shard for reader in loader.readers for shard in reader.corpus.shards]
     finally:
         loader.close()
     taken = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from runtime.errors import UserError
@@ -64,7 +66,7 @@ class LoaderConfig:
     max_a_len: PerMedia = fixed(factory=lambda: PerMedia(6, 5))  # and of an answer about an image or a video
     epoch_unit: str = fixed("samples")  # samples (a caption drawn each time) | captions (each its own item) | questions
     paragraph: bool = fixed(False)  # all captions of a sample are one text (DiDeMo, ActivityNet)
-    corpus_weights: dict[str, float] = fixed(factory=dict)  # corpus name -> passes over it an epoch; else 1
+    corpus_weights: dict[str, float] = fixed(factory=dict)  # corpus name -> traversals of it an epoch; else 1
     seed: int = fixed(42)
     stripes: int = fixed(64)
     window_shards: int = fixed(4)
@@ -81,6 +83,25 @@ class LoaderConfig:
     remote: RemoteReads = free(factory=RemoteReads)
     cache: CacheConfig = free(factory=CacheConfig)
     stall_timeout: float = free(300.0)  # seconds without a batch until the loader fails; 0: never
+
+
+def check_training(config: LoaderConfig) -> None:
+    """Raise ValueError for settings that must be at least 1, and a seed below 0."""
+    if config.seed < 0:
+        raise UserError(f"seed is {config.seed}, must be 0 or more")
+    values = {name: getattr(config, name) for name in ("image_res", "stripes", "window_shards", "prefetch")}
+    for name, value in {**values, "video_input.num_frames": config.video_input.num_frames}.items():
+        if value < 1:
+            raise UserError(f"{name} is {value}, must be at least 1")
+
+
+def check_weights(config: LoaderConfig, names: Sequence[str]) -> None:
+    """Raise ValueError for a weight that is not above 0, or of none of the corpora with these names."""
+    for name, weight in config.corpus_weights.items():
+        if name not in names:
+            raise UserError(f"corpus_weights names {name!r}, the corpora are {', '.join(sorted(set(names)))}")
+        if not 0 < weight < math.inf:
+            raise UserError(f"corpus_weights.{name} is {weight}, must be above 0: traversals of the corpus an epoch")
 
 
 def check_storage(config: LoaderConfig) -> None:

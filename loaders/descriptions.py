@@ -30,7 +30,7 @@ from storage.remote import Part, Remote
 
 log = logging.getLogger("loaders")
 
-Thing = TypeVar("Thing")
+Item = TypeVar("Item")
 
 POLL = 0.03  # seconds between looks whether another process has fetched a file
 FRESH = 600.0  # seconds for which a description may be handed from process to process
@@ -79,14 +79,14 @@ class SharedFiles:
         except FileNotFoundError:
             raise no_index(corpus, shard) from None
 
-    def bring_indices(self, corpus: Corpus, place: float) -> None:
-        """Fetch all indices to the cache, several at a time; the first is the one at `place` in [0, 1) of them."""
+    def bring_indices(self, corpus: Corpus, start: float) -> None:
+        """Fetch all indices to the cache, several at a time; the first is the one at `start` in [0, 1) of them."""
         if self.cache is None or sum(shard.index_bytes for shard in corpus.shards) > self.cache.budget / 2:
             return
         absent = [n for n in range(len(corpus.shards)) if not self.cache.has(index_name(corpus, n))]
         if absent:
             with ThreadPoolExecutor(min(FETCHERS, len(absent)), thread_name_prefix="indices") as pool:
-                list(pool.map(lambda shard: self.index(corpus, shard), turned(absent, place)))
+                list(pool.map(lambda shard: self.index(corpus, shard), rotated(absent, start)))
 
     def pending(self) -> list[str]:
         """What is waited for that another process fetches."""
@@ -217,10 +217,10 @@ def content_name(url: str, size: int, checksum: str) -> str:
     return hashlib.sha256(f"{url}\n{size}\n{checksum}".encode()).hexdigest()[:40]
 
 
-def turned(things: Sequence[Thing], place: float) -> list[Thing]:
-    """The things from the one at `place` in [0, 1) on, and then the others."""
-    first = int(place * len(things))
-    return [*things[first:], *things[:first]]
+def rotated(items: Sequence[Item], start: float) -> list[Item]:
+    """The items from the one at `start` in [0, 1) on, and then the others."""
+    first = int(start * len(items))
+    return [*items[first:], *items[:first]]
 
 
 def try_lock(descriptor: int) -> bool:

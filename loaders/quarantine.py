@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from loaders.order.mixture import SampleSpec
+from loaders.samples import SampleSpec
 from runtime.errors import UserError
 
 log = logging.getLogger("loaders")
@@ -34,19 +34,20 @@ class Quarantine:
     def __len__(self) -> int:
         return len(self.reasons)
 
-    def known(self, draw: SampleSpec) -> str | None:
-        """Why these frames of a sample were unusable before; None when nothing is known against them."""
-        return self._unusable.get(draw.pixels) if self._unusable else None
+    def marked(self, spec: SampleSpec) -> SampleSpec:
+        """The same sample, with the reason where its frames are known to be unusable."""
+        reason = self._unusable.get(spec.pixels) if self._unusable else None
+        return spec if reason is None else spec._replace(reason=reason)
 
-    def add(self, draw: SampleSpec, tar: str, reason: str, epoch: int, step: int) -> None:
+    def add(self, spec: SampleSpec, tar: str, reason: str, epoch: int, step: int) -> None:
         """Note an unusable sample; the first time it is logged and written down."""
         with self._lock:
-            self._unusable[draw.pixels] = reason
-            if draw.name in self.reasons:
+            self._unusable[spec.pixels] = reason
+            if spec.name in self.reasons:
                 return
-            self.reasons[draw.name] = reason
-            log.warning("rank %d: %s of %s is left out: %s", self.rank, draw.name, tar, reason)
-            where = {"sample": draw.name, "tar": tar, "row": draw.row, "frames": draw.frames.tolist()}
+            self.reasons[spec.name] = reason
+            log.warning("rank %d: %s of %s is left out: %s", self.rank, spec.name, tar, reason)
+            where = {"sample": spec.name, "tar": tar, "row": spec.record.row, "frames": spec.frames.tolist()}
             self._write({**where, "reason": reason, "epoch": epoch, "step": step, "rank": self.rank})
 
     def _write(self, line: dict[str, Any]) -> None:

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import fsspec
-import numpy as np
 
 from loaders.config import LoaderConfig, RemoteReads, check_storage
 from loaders.descriptions import REFETCHES, SharedFiles
-from loaders.index import Record, ShardIndex
-from loaders.order.choices import BadSampleError
+from loaders.index import ShardIndex
+from loaders.samples import RawSample, SampleSpec
 from runtime.errors import MissingError, UserError
 from sharding.shards.schema import Corpus, join_url, named_shards, parse_index, read_corpus, read_index
 from storage.blocks import Blocks
@@ -94,49 +93,44 @@ class CorpusReader:
         """Whether the index of a shard is in memory."""
         return shard in self._indices
 
-    def read(self, wanted: Sequence[tuple[int, Record, np.ndarray]]) -> list[list[bytes] | BadSampleError]:
-        """JPEG bytes of the chosen frames of several samples, given as (shard, record, frames).
+    def read(self, specs: Sequence[SampleSpec]) -> list[RawSample]:
+        """JPEG bytes of the frames of several samples, or why there are none.
 
-        Each frame is read once, all those of remote shards at the same time, and checked against its CRC-32. What is
-        different is fetched again from a store, up to REFETCHES times; what is missing or still different is a
-        BadSampleError in the sample's place.
+        Each frame is read once, all those of remote shards at the same time, and checked against its CRC-32. Damaged
+        ones are fetched again from a store, up to REFETCHES times; a sample with one that stays damaged is a bad one.
 
         Raises:
             FileNotFoundError: a tar is missing. OSError: it cannot be read.
         """
-        plans = [self._spans(shard, record, chosen) for shard, record, chosen in wanted]
-        spans = [span for plan in plans if not isinstance(plan, BadSampleError) for span in plan.values()]
-        data = iter(self.ranges(spans))
-        read = [{} if isinstance(plan, BadSampleError) else dict(zip(plan, data)) for plan in plans]
-        for _ in range(0 if self.local else REFETCHES):
-            damaged = [
-                (number, frame)
-                for number, frames in enumerate(read)
-                for frame in frames
-                if is_damaged(frames[frame], wanted[number][1], frame)
-            ]
-            if not damaged:
-                break
-            spans = [plans[number][frame] for number, frame in damaged]  # type: ignore[index]
-            for (number, frame), data_again in zip(damaged, self._fetch_again(spans), strict=True):
-                read[number][frame] = data_again
-        found: list[list[bytes] | BadSampleError] = []
-        for (_, record, chosen), plan, frames in zip(wanted, plans, read, strict=True):
-            bad = next((frame for frame in frames if is_damaged(frames[frame], record, frame)), None)
-            if isinstance(plan, BadSampleError):
-                found.append(plan)
-            else:
-                found.append([frames[f] for f in chosen.tolist()] if bad is None else mismatch(frames, record, bad))
-        return found
+        reasons = [spec.reason or self._misplaced(spec) for spec in specs]
+        wanted = [
+            (row, frame)
+            for row, spec in enumerate(specs)
+            if not reasons[row]
+            for frame in dict.fromkeys(spec.frames.tolist())
+        ]
+        found = dict(zip(wanted, self.ranges([span(specs[row], frame) for row, frame in wanted]), strict=True))
+        damaged = wanted
+        for tries_left in reversed(range(1 if self.local else REFETCHES + 1)):
+            damaged = [(row, frame) for row, frame in damaged if is_damaged(found[row, frame], specs[row], frame)]
+            if damaged and tries_left:
+                data = self._fetch_again([span(specs[row], frame) for row, frame in damaged])
+                found.update(zip(damaged, data, strict=True))
+        for row, frame in reversed(damaged):
+            reasons[row] = mismatch(found[row, frame], specs[row], frame)
+        return [
+            RawSample(spec, [] if reasons[row] else [found[row, frame] for frame in spec.frames.tolist()], reasons[row])
+            for row, spec in enumerate(specs)
+        ]
 
-    def _spans(self, shard: int, record: Record, chosen: np.ndarray) -> dict[int, Span] | BadSampleError:
-        """Where each distinct frame is, or why the index cannot be right."""
-        spans = {frame: Span(shard, int(record.offsets[frame]), int(record.sizes[frame])) for frame in chosen.tolist()}
-        end = self.corpus.shards[shard].bytes
-        for frame, (_, offset, size) in spans.items():
+    def _misplaced(self, spec: SampleSpec) -> str:
+        """Why the index cannot be right about where a sample's frames are."""
+        end = self.corpus.shards[spec.record.shard].bytes
+        for frame in spec.frames.tolist():
+            _, offset, size = span(spec, frame)
             if size <= 0 or offset < 0 or offset + size > end:
-                return BadSampleError(f"frame {frame}: the index says {size} bytes at {offset} of a tar of {end}")
-        return spans
+                return f"frame {frame}: the index says {size} bytes at {offset} of a tar of {end}"
+        return ""
 
     def ranges(self, spans: Sequence[Span]) -> list[bytes]:
         """The bytes at (shard, offset, size)."""
@@ -177,13 +171,13 @@ class CorpusReader:
 
     def _load_index(self, shard: int) -> ShardIndex:
         if self._shared is None:
-            return ShardIndex(read_index(self.corpus, shard, self.options))
-        return ShardIndex(parse_index(self.corpus, shard, self._shared.index(self.corpus, shard)))
+            return ShardIndex(read_index(self.corpus, shard, self.options), shard)
+        return ShardIndex(parse_index(self.corpus, shard, self._shared.index(self.corpus, shard)), shard)
 
-    def bring_indices(self, place: float) -> None:
-        """Have all indices of a remote corpus brought to the node's cache, from the one at `place` in [0, 1) on."""
+    def bring_indices(self, start: float) -> None:
+        """Have all indices of a remote corpus brought to the node's cache, from the one at `start` in [0, 1) on."""
         if self._shared is not None:
-            self._shared.bring_indices(self.corpus, place)
+            self._shared.bring_indices(self.corpus, start)
 
     def _open_tar(self, shard: int) -> OpenFile:
         try:
@@ -290,17 +284,22 @@ def check_cache(readers: Sequence[CorpusReader], config: LoaderConfig, stripes_h
         )
 
 
-def is_damaged(data: bytes, record: Record, frame: int) -> bool:
+def span(spec: SampleSpec, frame: int) -> Span:
+    """Where a frame of a sample is."""
+    record = spec.record
+    return Span(record.shard, int(record.offsets[frame]), int(record.sizes[frame]))
+
+
+def is_damaged(data: bytes, spec: SampleSpec, frame: int) -> bool:
     """Whether a frame's bytes are not those that were packed."""
-    return zlib.crc32(data) != int(record.crc32s[frame])
+    return zlib.crc32(data) != int(spec.record.crc32s[frame])
 
 
-def mismatch(frames: dict[int, bytes], record: Record, frame: int) -> BadSampleError:
+def mismatch(data: bytes, spec: SampleSpec, frame: int) -> str:
     """What the log says of a frame whose bytes are not those that were packed."""
-    size, wanted = len(frames[frame]), int(record.sizes[frame])
-    return BadSampleError(
-        f"frame {frame}: CRC-32 does not match the index" + (f" ({size} of {wanted} bytes)" if size != wanted else "")
-    )
+    size = int(spec.record.sizes[frame])
+    cut = f" ({len(data)} of {size} bytes)" if len(data) != size else ""
+    return f"frame {frame}: CRC-32 does not match the index{cut}"
 
 
 class OpenFile:

@@ -26,7 +26,7 @@ class Node:
     world_size: int = 1
 
     @property
-    def place(self) -> float:
+    def start(self) -> float:
         """Where in a list of things that all processes need this one begins, in [0, 1): others begin elsewhere."""
         return self.rank / self.world_size
 

@@ -8,14 +8,11 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
-from loaders.decode.pixels import Clip
-
-if TYPE_CHECKING:
-    from loaders.decode.decoder import Decoder
+from loaders.decode.decoder import Decoder
+from loaders.samples import Clip
 
 log = logging.getLogger("loaders")
 

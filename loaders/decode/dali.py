@@ -16,8 +16,8 @@ from nvidia.dali.backend import ReleaseUnusedMemory  # type: ignore[attr-defined
 
 from loaders.decode.dali_graph import CopyStream, GraphSettings, build_pipeline, feed
 from loaders.decode.decoder import BATCHES_AT_ONCE
-from loaders.decode.pixels import Clip, Scratch, decode_clip, header_fault
-from loaders.order.choices import BadSampleError, Window
+from loaders.decode.pixels import Scratch, decode_clip, header_fault
+from loaders.samples import BadSampleError, Clip, Window
 from sharding.media.picture import is_upright_jpeg
 
 log = logging.getLogger("loaders")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn, types
 
-from loaders.decode.pixels import Clip
+from loaders.samples import Clip
 
 # Iterations in flight in one pipeline. Several batches at once are several pipelines': a run that fails harms no other.
 QUEUE = 1

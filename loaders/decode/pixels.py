@@ -9,7 +9,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from loaders.order.choices import BadSampleError, Window
+from loaders.samples import BadSampleError, Clip, Window
 from sharding.media import MediaError
 from sharding.media.jpeg import SIDEWAYS, START_OF_IMAGE, has_end, is_plain_jpeg
 from sharding.media.picture import decode_picture, picture_size
@@ -22,15 +22,6 @@ cv2.setNumThreads(0)  # pictures are decoded side by side; threads within one on
 # pixels; at 1 instead of 2 it would be 0.9 to 1.6 (docs/streaming.md). Without antialiasing the picture would change.
 SPARE = 2
 EVEN_SUBSAMPLINGS = {"444", "420", "Gray"}  # libjpeg reduces colours of the others unlike their brightness
-
-
-class Clip(NamedTuple):
-    """What is to be decoded: T frames' bytes, their size in the index, and the part to show."""
-
-    jpegs: list[bytes]
-    height: int
-    width: int
-    window: Window
 
 
 class Frame(NamedTuple):

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import weakref
 from collections import deque
+from collections.abc import Sequence
 from itertools import count
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -22,8 +23,10 @@ from pathlib import Path
 from queue import SimpleQueue
 
 import numpy as np
+import torch
 
-from loaders.decode.worker import Work
+from loaders.decode.worker import Work, packed
+from loaders.samples import Clip
 
 PLACES = 2  # of each process: when it has done its part of a batch, that of the next one is there
 SECONDS_TO_END = 5.0  # for a process that has closed its sockets
@@ -203,3 +206,40 @@ class Workers:
             for place in places:
                 place.connection.close()
             self._free.put(places)
+
+
+class CpuDecoder:
+    """libjpeg-turbo and OpenCV's bicubic in as many processes.
+
+    pin: frames come in pinned memory, for a copy to a GPU that does not block.
+
+    Raises:
+        OSError: a process cannot be started.
+    """
+
+    name = "cpu"
+
+    def __init__(self, size: int, processes: int, antialias: bool = False, pin: bool = False) -> None:
+        self.size, self.pin = size, pin
+        self._workers = Workers(processes, antialias)
+        self._memories = MemoryPool()
+
+    def decode(self, clips: Sequence[Clip]) -> tuple[torch.Tensor, dict[int, str]]:
+        """See Decoder.
+
+        Raises:
+            RuntimeError: a decoding process has ended, with its signal.
+        """
+        shape = (len(clips), len(clips[0].jpegs), self.size, self.size, 3)
+        memory, out = self._memories.array(shape, sum(len(data) for clip in clips for data in clip.jpegs))
+        data, numbers = packed(clips, out.size)
+        memory.map[out.size : out.size + len(data)] = data
+        bad = self._workers.decode(memory, shape, numbers)
+        frames = torch.from_numpy(out)
+        # `pin_memory` has copied when it returns, so that the shared memory can serve the next batch.
+        return frames.pin_memory() if self.pin else frames, bad
+
+    def close(self) -> None:
+        """See Decoder."""
+        self._workers.close()
+        self._memories.close()

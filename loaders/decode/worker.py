@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from loaders.decode.pixels import Clip, Scratch, decode_clip
-from loaders.order.choices import BadSampleError, Window
+from loaders.decode.pixels import Scratch, decode_clip
+from loaders.samples import BadSampleError, Clip, Window
 
 
 class Work(NamedTuple):

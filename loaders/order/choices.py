@@ -2,31 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from loaders.config import VideoInput
+from loaders.index import Record
+from loaders.samples import Window
 from runtime.errors import UserError
 
 CROP_AREA = (0.5, 1.0)
 CROP_ASPECT = (3 / 4, 4 / 3)
 CROP_TRIES = 10
 FLIP, TEXT, CROP, FRAMES = 0, 1, 2, 64  # which of a sample's random numbers are for what
+ONE_FRAME = np.zeros(1, np.int64)
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-class BadSampleError(Exception):
-    """A sample whose bytes cannot be used; the message is the reason that the log shows."""
+class RandomChoices(NamedTuple):
+    """What is shown of B samples this time: frames (T,) and a window of each; numbers (B,) in [0, 1) pick captions."""
+
+    frames: Sequence[np.ndarray]
+    windows: Sequence[Window]
+    captions: np.ndarray
 
 
-class Window(NamedTuple):
-    """The part of a frame that is shown, in pixels, and whether it is mirrored."""
+def random_choices(
+    records: Sequence[Record], keys: np.ndarray, video: VideoInput | None, augment: bool, flip: bool
+) -> RandomChoices:
+    """The choices for B samples with these keys (B,) of `sample_keys`; video is None for images, of one frame each."""
+    heights, widths = (np.array([getattr(record, side) for record in records]) for side in ("height", "width"))
+    windows = (
+        random_windows(heights, widths, keys, flip)
+        if augment
+        else [Window(0, 0, record.height, record.width) for record in records]
+    )
+    frames = [ONE_FRAME] * len(records) if video is None else clip_frames(records, keys, video)
+    return RandomChoices(frames, windows, random_numbers(keys, TEXT, 1)[:, 0])
 
-    top: int
-    left: int
-    height: int
-    width: int
-    flip: bool = False
+
+def clip_frames(records: Sequence[Record], keys: np.ndarray, video: VideoInput) -> list[np.ndarray]:
+    """Which frames of each clip are shown, (T,) each."""
+    lengths = np.array([max(1, len(record.sizes)) for record in records])
+    if video.sample_type == "rand":
+        return list(random_frames(video.num_frames, lengths, random_numbers(keys, FRAMES, video.num_frames)))
+    return [
+        choose_frames(video.sample_type, video.num_frames, length, record.fps)
+        for length, record in zip(lengths.tolist(), records, strict=True)
+    ]
 
 
 def choose_frames(

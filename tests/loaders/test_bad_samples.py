@@ -68,7 +68,7 @@ def test_bad_samples_are_quarantined_and_replaced_with_their_text(shapes, tokeni
     batches = [batch for _ in range(3) for batch in loader]
     assert len(batches) == 36
     assert set(loader.quarantine.reasons) == set(bad)
-    assert loader.counters["quarantined"] == 3
+    assert loader.counters()["quarantined"] == 3
     assert all("CRC-32" in reason for reason in loader.quarantine.reasons.values())
     assert not {key for batch in batches for key in batch.keys} & set(bad)
     check_texts(batches, tokenizer, own)

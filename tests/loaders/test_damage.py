@@ -104,7 +104,7 @@ def test_all_bad_samples_are_written_down_and_all_others_arrive(
     loader.close()
     written = [json.loads(line) for line in Path(str(notes).format(rank=0)).read_text().splitlines()]
     assert {line["sample"] for line in written} == set(spoiled) == set(loader.quarantine.reasons)
-    assert len(written) == len(spoiled) == loader.counters["quarantined"]
+    assert len(written) == len(spoiled) == loader.counters()["quarantined"]
     assert all(line["reason"] and line["tar"].endswith(".tar") and line["epoch"] == 0 for line in written)
 
     sound = TrainLoader([str(large)], tokenizer, LoaderConfig(**settings))
@@ -119,14 +119,14 @@ def test_all_bad_samples_are_written_down_and_all_others_arrive(
     sound.close()
 
 
-def test_a_replacement_comes_from_the_same_lane(damaged, tokenizer: Tokenizer) -> None:
+def test_a_replacement_comes_from_the_same_stripe(damaged, tokenizer: Tokenizer) -> None:
     """So that a rank that owns a stripe reads no other rank's shards."""
     url, spoiled = damaged
     config = LoaderConfig(batch_size=PerMedia(48), image_res=32, decode="cpu", threads=1, max_bad_share=0.02, stripes=8)
     loader = TrainLoader([url], tokenizer, config)
-    line = loader.lines["image"]
-    plan = line.plan(0)
-    names = [draw.name for draw in line.draw(plan, torch.arange(plan.units).numpy())]
+    mixture = loader.mixtures["image"]
+    plan = mixture.plan(0)
+    names = [spec.name for spec in mixture.specs(plan, torch.arange(plan.units).numpy())]
     checked = 0
     for batch in loader:
         for row, key in enumerate(batch.keys):

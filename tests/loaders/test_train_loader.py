@@ -96,7 +96,7 @@ def test_captions_are_the_samples_own_and_change_between_epochs(shapes, tokenize
 
 def test_each_caption_or_question_can_be_an_item_of_its_own(shapes, tokenizer: Tokenizer) -> None:
     loader = TrainLoader([shapes.url("images_train")], tokenizer, config(epoch_unit="captions"))
-    assert sum(loader.lines["image"].counts) == 450
+    assert sum(loader.mixtures["image"].counts) == 450
     pairs = [pair for batch in loader for pair in zip(batch.keys, map(tuple, batch.input_ids.tolist()), strict=True)]
     assert len(pairs) == 450 // 12 * 12
     questions = TrainLoader([shapes.url("qa_train")], tokenizer, config(epoch_unit="questions"))

@@ -11,7 +11,7 @@ from test_decoder import SIZE, clips
 from loaders.config import LoaderConfig, PerMedia
 from loaders.decode.auto import TURN, TURNS, AutoDecoder
 from loaders.decode.dali import DaliDecoder
-from loaders.decode.decoder import CpuDecoder
+from loaders.decode.pool import CpuDecoder
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader
 

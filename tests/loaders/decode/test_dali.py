@@ -15,11 +15,11 @@ from test_decoder import SIZE, clips, picture
 from loaders.config import LoaderConfig, PerMedia
 from loaders.decode import dali, dali_graph
 from loaders.decode.auto import AutoDecoder
+from loaders.decode.choice import make_decoder
 from loaders.decode.dali import SOUND, DaliDecoder, DaliWorker, is_device_failure, reason
 from loaders.decode.dali_graph import GraphSettings, build_pipeline, feed
-from loaders.decode.decoder import CpuDecoder, make_decoder
-from loaders.decode.pixels import Clip
-from loaders.order.choices import Window
+from loaders.decode.pool import CpuDecoder
+from loaders.samples import Clip, Window
 from loaders.train import TrainLoader
 
 IMAGE_FAILS = (

@@ -19,11 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from places import ROOT
 
-from loaders.decode.decoder import CpuDecoder
-from loaders.decode.pixels import Clip, Scratch
-from loaders.decode.pool import NOT_FOR_THEM, MemoryPool
+from loaders.decode.pixels import Scratch
+from loaders.decode.pool import NOT_FOR_THEM, CpuDecoder, MemoryPool
 from loaders.decode.worker import packed, unpacked
-from loaders.order.choices import Window
+from loaders.samples import Clip, Window
 
 SIZE = 32
 
@@ -176,7 +175,7 @@ def test_they_end_with_the_process_that_started_them(tmp_path: Path) -> None:
     program = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
-sys.path.insert(0, {str(ROOT / "tests" / "loaders" / "decode")!r})
+sys.path[:0] = [{str(ROOT / "tests")!r}, {str(ROOT / "tests" / "loaders" / "decode")!r}]
 from test_pool import CpuDecoder, SIZE, clips
 decoder = CpuDecoder(SIZE, 2)
 decoder.decode(clips())

@@ -13,9 +13,9 @@ from pictures import photo, saved
 from PIL import Image
 
 from loaders.decode.dali import DaliDecoder
-from loaders.decode.decoder import CpuDecoder, Decoder
-from loaders.decode.pixels import Clip
-from loaders.order.choices import Window
+from loaders.decode.decoder import Decoder
+from loaders.decode.pool import CpuDecoder
+from loaders.samples import Clip, Window
 from sharding.index import index_shards
 from sharding.media import MediaError
 from sharding.media.picture import decode_picture
