@@ -281,7 +281,7 @@ def test_who_needs_all_indices_begins_with_others_than_its_neighbours(
         proxy.log.clear()
         config = LoaderConfig(cache=CacheConfig(str(tmp_path / str(rank)), 1.0))
         reader = open_corpus(http.url("many", proxy), config)
-        reader.bring_indices(node_of(rank, 8, 2).place)
+        reader.bring_indices(node_of(rank, 8, 2).start)
         first = [int(re.findall(r"-(\d+)\.parquet", seen.path)[0]) for seen in proxy.log[1:9]]
         begins.append(first)
         reader.close()

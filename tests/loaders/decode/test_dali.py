@@ -278,7 +278,7 @@ def test_auto_says_why_dali_is_not_used(monkeypatch, caplog) -> None:
 def test_dali_and_pytorch_of_other_cuda_majors_are_refused(monkeypatch, caplog) -> None:
     names = ["numpy", "nvidia_dali_cuda120"]
     monkeypatch.setattr(
-        "loaders.decode.decoder.distributions", lambda: [SimpleNamespace(metadata={"Name": name}) for name in names]
+        "loaders.decode.choice.distributions", lambda: [SimpleNamespace(metadata={"Name": name}) for name in names]
     )
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     said = "NVIDIA DALI is installed for CUDA 12 and PyTorch for CUDA 13: install DALI with `pip install .[cuda13]`"
