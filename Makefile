@@ -35,8 +35,7 @@ export PATH := $(BIN):$(PATH)
 
 # Programs that tests start and pip does not have. `make test` leaves out the tests whose programs are missing, and names them.
 # PROGRAM, or PROGRAM:PACKAGE where the package's name is another one; or a FILE:PACKAGE.
-PACKAGES := chromium pdsh ssh:openssh-client sshd:openssh-server ip:iproute2 nft:nftables munged:munge sbatch:slurm-wlm mpirun:openmpi-bin \
-  /usr/include/libaio.h:libaio-dev
+PACKAGES := chromium pdsh ssh:openssh-client sshd:openssh-server ip:iproute2 nft:nftables munged:munge sbatch:slurm-wlm mpirun:openmpi-bin
 AS_ROOT := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
 
 # Most tests wait for processes and servers of their own: three files at a time keep two cores busy. tests/conftest.py

@@ -8,7 +8,7 @@ One query at a time, as the official code does it: for each clip its k_test text
 through the fusion layers as one batch, texts padded to the full length, keys and values projected for every pair.
 Ours: `eval.tasks.retrieval.score`. Both start from the same encoded clips and texts. Clips are random pictures, texts
 random words of the length that captions have; the model has random weights. Times on a CPU are the process' own
-seconds on one core, which a busy machine does not change much (OMP_NUM_THREADS=1); on a GPU they are those of the clock.
+seconds on one core, which a busy machine does not change much (OMP_NUM_THREADS=1); on a GPU they are wall time.
 """
 
 from __future__ import annotations

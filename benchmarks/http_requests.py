@@ -26,7 +26,8 @@ from loading_remote import nginx
 from yarl import URL
 
 from loaders.config import RemoteReads
-from storage.remote import Part, Remote
+from storage.ranges import ByteRange
+from storage.remote import RemoteStore
 
 NAME, BYTES, BATCH = "shard.tar", 2**27, 32
 Ranges = list[tuple[int, int]]
@@ -83,11 +84,11 @@ def by_fsspec(url: str, ranges: Ranges, at_once: int) -> int:
     return sum(map(len, filesystem.cat_ranges([f"{url}/{NAME}"] * len(ranges), starts, ends, batch_size=at_once)))
 
 
-def ours(remote: Remote, ranges: Ranges) -> int:
+def ours(remote: RemoteStore, ranges: Ranges) -> int:
     """The same with the loader's client, as the loader asks it: for batches, from eight threads."""
 
     def read(first: int) -> int:
-        return sum(map(len, remote.fetch([Part(NAME, *span) for span in ranges[first : first + BATCH]])))
+        return sum(map(len, remote.read_ranges([ByteRange(NAME, *span) for span in ranges[first : first + BATCH]])))
 
     with ThreadPoolExecutor(8) as pool:
         return sum(pool.map(read, range(0, len(ranges), BATCH)))
@@ -111,7 +112,7 @@ def main() -> None:
     with nginx(root) as host:
         os.sched_setaffinity(0, {second})
         url = f"http://{host}"
-        remote = Remote(url, {}, RemoteReads(connections=options.at_once, requests_per_second=0))
+        remote = RemoteStore(url, {}, RemoteReads(connections=options.at_once, requests_per_second=0))
         sides = {
             "libcurl, bare": lambda: bare(url, ranges, options.at_once),
             "ours": lambda: ours(remote, ranges),

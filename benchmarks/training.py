@@ -143,7 +143,7 @@ class Ways:
             decode=options.decode, corpus_weights={CorpusReader(options.corpus, {}).corpus.name: options.passes},
         )  # fmt: skip
         self.loader = TrainLoader(
-            [options.corpus], tokenizer, config, ranks.rank, ranks.world_size, ranks.ranks_here, device
+            [options.corpus], tokenizer, config, ranks.rank, ranks.world_size, ranks.local_world_size, device
         )
         self.batches = endless(self.loader)
         self.waited, self.flops, self.taken, self.warmed_up = 0.0, 0, 0, 0.0

@@ -20,6 +20,7 @@ from torch import distributed, nn
 
 from runtime.collectives import gather_objects, meet, share
 from runtime.errors import UserError
+from storage.files import temporary_path
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ def write_entry(
     made = None
     if rank == 0:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        made = str(folder.with_name(f".{folder.name}.{uuid.uuid4().hex}"))
+        made = str(temporary_path(folder, uuid.uuid4().hex))
         os.mkdir(made)  # with usual permissions: others may use the entry
     aside = Path(share(made, world_size))
     if not aside.is_dir():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
 
 from eval.report.published import benchmarks
-from loaders.config import PerMedia
+from loaders.config import LoaderConfig, PerMedia
 from model.config import ENSEMBLES
 from runtime.errors import UserError
-from runtime.settings import evaluation, fixed, free
+from runtime.settings import check_declared, evaluation, fixed, free, nearest
 
 TASKS = ("retrieval", "qa", "choice")
 ACCURACIES = ("exact", "vqa")
@@ -19,36 +20,117 @@ ACCURACIES = ("exact", "vqa")
 class EvalConfig:
     """What is evaluated, how scores are computed, and what the report shows."""
 
-    task: str = fixed("retrieval")  # what is fine-tuned for and evaluated: retrieval | qa | choice
-    k_test: int = evaluation(128)  # candidates re-ranked of each query or question; retrieval: 0 for dual encoder only
-    eval_frame_ensemble: str = evaluation("concat")  # concat (early fusion) | mean | max | lse (of per-frame scores)
-    eval_x_only: bool = evaluation(False)  # the cross-encoder scores every pair
-    eval_offload: bool = free(False)  # keep visual tokens in host memory, not on the device
-    feature_cache: str | None = free(None)  # folder that keeps encoded visuals, on disk, for later evaluations
-    batch_size_test: PerMedia = free(factory=lambda: PerMedia(64, 16))  # visuals encoded at once, a rank
-    pair_batch_size: int = free(256)  # (text, visual) pairs the cross-encoder scores at once, a rank
-    ensemble_skips_temporal: bool = evaluation(False)  # official: per-frame scores pass by the temporal modules
-    eval_num_frames: list[int] = evaluation(factory=list)  # several evaluations, each with so many test frames
-    answer_list: str | None = evaluation(None)  # qa: path or URL of a JSON list of the answers that may be given
-    accuracy: str = evaluation("exact")  # qa: exact (match) | vqa (soft accuracy of the official tool)
-    benchmark: str | None = free(None)  # whose published numbers the report shows, by its name in eval/published.json
-    save_scores: bool = free(False)  # scores.npz after each epoch too; at the end of a run it is written anyway
-    gallery: int = free(8)  # best, worst and random queries shown in the report, each
-    gallery_frames: int = free(4)  # frames of a clip's strip in the report
+    task: str = fixed("retrieval", "what is fine-tuned for and evaluated", choices=TASKS)
+    k_test: int = evaluation(
+        128, "re-ranked candidates of a query or question; retrieval: 0 for the dual encoder only", least=0
+    )
+    eval_frame_ensemble: str = evaluation(
+        "concat", "of several frames: concat is early fusion, the others combine the frames' scores", choices=ENSEMBLES
+    )
+    eval_x_only: bool = evaluation(False, "the cross-encoder scores every pair")
+    eval_offload: bool = free(False, "keep visual tokens in host memory instead of the device's")
+    feature_cache: str | None = free(None, "folder in which encoded visuals are kept for later evaluations")
+    batch_size_test: PerMedia = free(lambda: PerMedia(64, 16), "visuals encoded at once, for each rank")
+    pair_batch_size: int = free(256, "(text, visual) pairs of a rank that the cross-encoder scores at once", least=1)
+    ensemble_skips_temporal: bool = evaluation(
+        False, "as the official code: frames scored one by one do without the temporal modules"
+    )
+    eval_num_frames: list[int] = evaluation(list, "several evaluations, each with this many frames of a clip")
+    answer_list: str | None = evaluation(None, "qa: path or URL of a JSON list of the candidate answers")
+    accuracy: str = evaluation("exact", "qa: exact match, or soft accuracy as the official tool", choices=ACCURACIES)
+    benchmark: str | None = free(None, "whose published numbers the report shows: a name of eval/published.json")
+    save_scores: bool = free(False, "write scores.npz after each epoch too, not only at the end")
+    gallery: int = free(8, "best, worst and random queries shown in the report, each")
+    gallery_frames: int = free(4, "frames shown of a clip in the report")
 
     def __post_init__(self) -> None:
         """Check the values; raises ValueError naming the key."""
-        for name, choices in (("task", TASKS), ("eval_frame_ensemble", ENSEMBLES), ("accuracy", ACCURACIES)):
-            if getattr(self, name) not in choices:
-                raise UserError(f"{name} is {getattr(self, name)!r}, must be one of {', '.join(choices)}")
+        check_declared(self)
         if self.benchmark is not None and self.benchmark not in benchmarks():
-            near = get_close_matches(self.benchmark, benchmarks()) or benchmarks()
+            near = nearest(self.benchmark, benchmarks()) or benchmarks()
             raise UserError(
                 f"benchmark is {self.benchmark!r}, of which nothing is published: {', '.join(near)}, or null"
             )
         if any(frames < 1 for frames in self.eval_num_frames):
             raise UserError(f"eval_num_frames is {self.eval_num_frames}: each must be at least 1")
-        if self.k_test < 0:
-            raise UserError(f"k_test is {self.k_test}, must be 0 (dual encoder only) or more")
-        if self.pair_batch_size < 1:
-            raise UserError(f"pair_batch_size is {self.pair_batch_size}, must be at least 1")
+
+
+def name_splits(urls: str | list[Any]) -> dict[str, Any]:
+    """Test corpora by the last part of their URL, `{"photos_test": "data/photos_test"}`; of tars what comes before { }.
+
+    Raises UserError where that is no name, or the name of two.
+    """
+    result: dict[str, Any] = {}
+    for url in [urls] if isinstance(urls, str) else urls:
+        name = str(url).rstrip("/").rpartition("/")[2].removesuffix(".tar").partition("{")[0].rstrip("-_.")
+        if not name or "$" in name or name in result:
+            why = "is the name of two" if name in result else "gives no name to the split"
+            raise UserError(f"test_corpus: {name or url} {why}: name each, 'test_corpus={{NAME: URL, OTHER: URL}}'")
+        result[name] = url
+    return result
+
+
+@dataclass
+class EvalRunConfig(LoaderConfig, EvalConfig):
+    """What an evaluation needs of a run's settings: the loader's, those of evaluation, and the test corpora."""
+
+    # Corpora are packed ones, by URL or by their name in available_corpus.
+    available_corpus: dict[str, Any] = free(dict, "name: URL of a packed corpus, or a list of names and URLs")
+    test_corpus: dict[str, str] = evaluation(
+        dict, "name of a split: packed corpus; or URLs alone, named by their last part", replaced=True,
+        convert=name_splits,
+    )  # fmt: skip
+    splits: list[str] = evaluation(list, "splits of test_corpus to evaluate; empty: all")
+    label: str | None = free(None, "name of the evaluation's folder; default: from frames and ensemble")
+
+    def __post_init__(self) -> None:
+        """Check the values; raises ValueError naming the key, the value and the rule."""
+        super().__post_init__()
+        for name in self.test_corpus:  # folders and files are named by it, and entries of metrics.json
+            if not name or name.startswith(".") or Path(name).name != name:
+                raise UserError(f"test_corpus has a split {name!r}: must be a name that a file can have, without /")
+            if f"{name}_emb" in self.test_corpus:
+                raise UserError(
+                    f"test_corpus has splits {name!r} and '{name}_emb', which is what the results of {name!r} by the "
+                    "dual encoder are called: give one of them another name"
+                )
+        unknown = [name for name in self.splits if name not in self.test_corpus]
+        if unknown:
+            raise UserError(
+                f"splits names {unknown[0]!r}, test_corpus has {', '.join(self.test_corpus) or 'none'}: name some of "
+                "these, or splits=[] for all"
+            )
+        if self.label is not None and (self.label in ("", "..") or Path(self.label).name != self.label):
+            raise UserError(f"label is {self.label!r}, must be the name of a folder within OUTPUT_DIR/evaluation")
+
+    def test_urls(self) -> dict[str, str]:
+        """Name -> URL of the splits that are to be evaluated."""
+        result = {}
+        for name in self.splits or self.test_corpus:
+            urls = resolve_corpora(self.test_corpus[name], self.available_corpus, f"test_corpus.{name}")
+            if len(urls) != 1:
+                raise UserError(f"test_corpus.{name} means {len(urls)} corpora: a split is one corpus")
+            result[name] = urls[0]
+        return result
+
+
+def resolve_corpora(what: Any, available: dict[str, Any], key: str) -> list[str]:
+    """URLs of the corpora that `what` means: a name in `available`, a URL, a folder, or a list of them.
+
+    available: name -> the same forms, so that names can stand for several corpora. Raises ValueError, with the name
+    that `key` holds, when it stands nowhere and looks like no URL or folder.
+    """
+    if isinstance(what, list):
+        return [url for item in what for url in resolve_corpora(item, available, key)]
+    if not isinstance(what, str):
+        raise UserError(f"{key} is {what!r}: must be a corpus' name or URL, or a list of them")
+    if what in available:
+        others = {name: value for name, value in available.items() if name != what}
+        return resolve_corpora(available[what], others, f"available_corpus.{what}")
+    if "/" in what or what.endswith(".tar") or Path(what).exists():
+        return [what]
+    near = nearest(what, available) or sorted(available)
+    raise UserError(
+        f"{key} names {what!r}, which is neither in available_corpus (nearest: {', '.join(near) or 'it is empty'}) "
+        "nor a URL nor a folder"
+    )

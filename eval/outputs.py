@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import zipfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -20,6 +19,8 @@ from eval.report.evaluations import FORMAT_VERSION
 from eval.report.grouping import items_digest
 from eval.report.page import write_report
 from runtime.activity import progress
+from runtime.units import data_size
+from storage.files import atomic_folder
 
 SEEN = ("image_res", "antialias", "paragraph", "max_txt_l", "max_q_len", "max_a_len", "precision")
 
@@ -81,17 +82,13 @@ def write_evaluation(
     - report.html
     """
     folder = Path(folder)
-    aside = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    (aside / "thumbnails").mkdir(parents=True)
     matrices = {f"{split.name}/{key}": each for split in splits for key, each in split.matrices.items()}
-    with ThreadPoolExecutor(1) as beside:
-        saved = beside.submit(_write_scores, aside / "scores.npz", matrices) if matrices and save_scores else None
-        _write_results(aside, splits, config, subject)
+    with atomic_folder(folder) as temporary, ThreadPoolExecutor(1) as beside:
+        (temporary / "thumbnails").mkdir()
+        saved = beside.submit(_write_scores, temporary / "scores.npz", matrices) if matrices and save_scores else None
+        _write_results(temporary, splits, config, subject)
         if saved is not None:
-            _wait_for(saved, aside / "scores.npz")
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+            _wait_for(saved, temporary / "scores.npz")
     write_report([folder], folder / "report.html")
     return folder
 
@@ -103,7 +100,7 @@ def _wait_for(saved: Future[None], path: Path) -> None:
         wait([saved], timeout=1)
         if path.is_file() and path.stat().st_size > size:
             size = path.stat().st_size
-            progress(f"writing {path.name}, {size >> 20} MiB")
+            progress(f"writing {path.name}, {data_size(size)}")
     saved.result()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from eval.config import EvalRunConfig
 from eval.earlier import SplitInput
 from eval.outputs import SplitOutput, Subject, write_evaluation
 from eval.report.evaluations import read_evaluation
@@ -24,9 +25,8 @@ from loaders.text import Tokenizer
 from model.singularity import Singularity
 from model.vqa import SingularityQA
 from runtime.activity import begin, progress
-from runtime.errors import naming
+from runtime.errors import file_errors
 from runtime.ranks import Ranks
-from train.config.settings import RunConfig
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ FINAL = "final"  # label of the evaluation that ends a training
 def evaluate_splits(
     model: Singularity | SingularityQA,
     tokenizer: Tokenizer,
-    run: RunConfig,
+    run: EvalRunConfig,
     ranks: Ranks,
     device: torch.device,
     splits: Iterable[str],
@@ -67,7 +67,7 @@ def evaluate_splits(
         outputs += [output] if output else []
     progress("writing the results")
     if ranks.is_first:
-        with naming(folder):
+        with file_errors(folder):
             write_evaluation(folder, outputs, run, subject or subject_of(model), save_scores)
         log.info("Evaluation in %s\n%s", folder, console_table([read_evaluation(folder)]))
     return metrics
@@ -76,7 +76,7 @@ def evaluate_splits(
 def _evaluate_split(
     model: Singularity | SingularityQA,
     tokenizer: Tokenizer,
-    run: RunConfig,
+    run: EvalRunConfig,
     ranks: Ranks,
     device: torch.device,
     split: str,
@@ -115,7 +115,7 @@ def _with_corpus(output: SplitOutput | None, url: str, dataset: VisualSet) -> Sp
     return replace(output, details=output.details | {"corpus": {"url": url, "sha256": dataset.digest}})
 
 
-def split_inputs(run: RunConfig, num_frames: int | None = None) -> dict[str, SplitInput]:
+def split_inputs(run: EvalRunConfig, num_frames: int | None = None) -> dict[str, SplitInput]:
     """What the splits to evaluate are, by their names."""
     found = {}
     for name, url in run.test_urls().items():
@@ -139,7 +139,7 @@ def subject_of(model: Singularity | SingularityQA, checkpoint: str = "", weights
     )
 
 
-def evaluation_label(run: RunConfig, num_frames: int | None = None) -> str:
+def evaluation_label(run: EvalRunConfig, num_frames: int | None = None) -> str:
     """The name of an evaluation's folder: as set, or made of frames and ensemble.
 
     num_frames: where several evaluations differ by it; it then belongs to any name.

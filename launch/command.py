@@ -107,7 +107,7 @@ def fail(error: Exception, ranks: Ranks, folder: Path | None) -> NoReturn:
     message = str(error) if isinstance(error, LostRankError) else user_message(error)
     rank = "" if ranks.is_first else f"rank {ranks.rank}: "
     if not ranks.is_first or "by peer" in str(error):  # another rank may be the cause, or tell the same
-        leave_to_others(OTHERS_WAIT if ranks.local_rank == 0 or ranks.on_one_host else 2 * OTHERS_WAIT)
+        leave_to_others(OTHERS_WAIT if ranks.local_rank == 0 or ranks.num_nodes == 1 else 2 * OTHERS_WAIT)
     if not ranks.is_first and folder is not None and folder.is_dir():
         log_to_file(folder, ranks)
     if message is not None:

@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 
-from launch.doctor.findings import duration
 from loaders.config import LoaderConfig, PerMedia
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader
 from loaders.vocab import corpus_texts, learn_from_texts
 from runtime.errors import UserError, command
+from runtime.units import data_size, duration
 
 TEXTS_TO_LEARN_FROM = 5000
 NODES = (1, 2, 4, 8, 16, 32, 64)
@@ -191,8 +191,8 @@ def table(plans: Sequence[Plan], cluster: Cluster) -> str:
     """Plans for people."""
     first = plans[0]
     lines = [
-        f"{first.samples:,} samples: {first.stored_bytes / 1e12:.3g} TB stored; an epoch takes "
-        f"{first.egress_bytes / 1e9:,.4g} GB in {first.requests:,.4g} requests.",
+        f"{first.samples:,} samples: {data_size(first.stored_bytes)} stored; an epoch takes "
+        f"{data_size(first.egress_bytes)} in {first.requests:,.4g} requests.",
         "",
         f"{'nodes':>5} {'GPUs':>5} {'epoch':>9} {f'{cluster.epochs} epochs':>10}  {'binds':<17}{'next':<27}"
         f"{'GB/s':>6} {'req/s':>7} {'$ GPUs':>9} {'$ store':>8}",

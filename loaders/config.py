@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from runtime.errors import UserError
-from runtime.settings import evaluation, fixed, free
+from runtime.settings import FINE_TUNING, check_declared, evaluation, fixed, free, setting
 
 
 @dataclass
@@ -20,79 +20,78 @@ class PerMedia:
 
 @dataclass
 class VideoInput:
-    """How the frames of a clip are chosen."""
+    """How the frames of a clip are sampled."""
 
-    num_frames: int = fixed(1)
-    sample_type: str = fixed("rand")  # rand | middle | fpsX (X frames a second)
-    num_frames_test: int = evaluation(4)
-    sample_type_test: str = evaluation("middle")
+    num_frames: int = fixed(1, "frames of a clip in training", checkpoint=FINE_TUNING, least=1)
+    sample_type: str = fixed("rand", "frames in training: rand (one of each segment), middle, or fpsX (X a second)")
+    num_frames_test: int = evaluation(4, "frames of a clip in evaluation", least=1)
+    sample_type_test: str = evaluation("middle", "frames in evaluation; the same forms as sample_type")
 
 
 @dataclass
 class RemoteReads:
-    """How objects of S3, GCS and web servers are read. Nothing of it changes what a batch holds."""
+    """How objects of S3, GCS and web servers are read. No setting here changes what a batch holds."""
 
-    connections: int = 128  # requests of a node at the same time; each of its processes has an equal share
-    requests_per_second: float = 3000.0  # of a node, shared in the same way; 0: any number
-    starts_per_second: float = 20.0  # nodes of a job that begin to read, so that many do not come at once; 0: all
-    gap_kb: int = 64  # frames so near to each other in a shard come in one request
-    ahead_mb: int = 256  # read ahead of decoding at most
-    ahead_steps: int = 8  # the same, in steps
-    deadline: float = 120.0  # seconds for one part, all tries together
-    try_seconds: float = 30.0  # seconds for one try
-    hedge_percentile: float = 0.95  # a request slower than this share of the others is sent twice; 0: never
+    connections: int = setting(128, "concurrent requests of a node, shared equally by its processes", least=1)
+    requests_per_second: float = setting(3000.0, "of a node, shared in the same way; 0: no limit", least=0)
+    starts_per_second: float = setting(20.0, "nodes of a job that begin to read each second; 0: all at once", least=0)
+    gap_kb: int = setting(64, "frames of a shard at most this far apart come in one request", least=0)
+    ahead_mb: int = setting(256, "megabytes read ahead of decoding, at most", least=1)
+    ahead_steps: int = setting(8, "steps read ahead of decoding, at most", least=1)
+    deadline: float = setting(120.0, "seconds for one byte range, all tries together", above=0)
+    try_seconds: float = setting(30.0, "seconds for one try", above=0)
+    hedge_percentile: float = setting(0.95, "a request slower than this share of others is sent again; 0: never")
 
 
 @dataclass
 class CacheConfig:
     """Where a node keeps what it has read from remote shards; all its processes share it."""
 
-    folder: str = ""  # on a local disk; empty: indices only, in the temporary folder (TMPDIR)
-    gb: float = 0.0  # how large it may grow
-    index_mb: int = 512  # how large that of the indices may grow where there is no folder; 0: none
-    clips: bool = False  # keep whole clips, although few of their frames are shown at a time
+    folder: str = setting("", "on a local disk; empty: shard indices only, in the temporary folder (TMPDIR)")
+    gb: float = setting(0.0, "maximum size of the cache in gigabytes")
+    index_mb: int = setting(512, "megabytes of shard indices cached without a folder, at most; 0: none", least=0)
+    clips: bool = setting(False, "cache whole clips, although few of their frames are used at a time")
 
 
 @dataclass
 class LoaderConfig:
     """Everything that decides what a batch holds, and how it is made."""
 
-    # Over all ranks together, so that a run is the same on any number of GPUs.
-    batch_size: PerMedia = fixed(factory=lambda: PerMedia(128, 96))
-    image_res: int = fixed(224)
-    video_input: VideoInput = field(default_factory=VideoInput)
-    max_txt_l: PerMedia = fixed(factory=lambda: PerMedia(32, 32))
-    max_q_len: int = fixed(25)  # tokens of a question
-    max_a_len: PerMedia = fixed(factory=lambda: PerMedia(6, 5))  # and of an answer about an image or a video
-    epoch_unit: str = fixed("samples")  # samples (a caption drawn each time) | captions (each its own item) | questions
-    paragraph: bool = fixed(False)  # all captions of a sample are one text (DiDeMo, ActivityNet)
-    corpus_weights: dict[str, float] = fixed(factory=dict)  # corpus name -> traversals of it an epoch; else 1
-    seed: int = fixed(42)
-    stripes: int = fixed(64)
-    window_shards: int = fixed(4)
-    augment: bool = fixed(True)  # random resized crop and flip; off: plain resize
-    flip: bool = fixed(True)  # off where left and right carry meaning
-    antialias: bool = fixed(False)  # the official transform resizes without
-    decode: str = free("auto")  # auto | dali | cpu
-    deterministic: bool = free(False)  # the same bits on the same machine and GPU, at a price
-    threads: int = free(0)  # decoding threads, of decode=cpu processes; 0: chosen from the cores this rank may use
-    prefetch: int = free(3)  # batches made ahead of the step
-    max_bad_share: float = free(0.01)  # of the samples read; above it the run fails
-    quarantine_file: str = free("")  # bad samples are appended to it as JSON lines; {rank} is filled in
-    storage: dict[str, str] = free(factory=dict)  # fsspec options of the corpora; no credentials
-    remote: RemoteReads = free(factory=RemoteReads)
-    cache: CacheConfig = free(factory=CacheConfig)
-    stall_timeout: float = free(300.0)  # seconds without a batch until the loader fails; 0: never
-
-
-def check_training(config: LoaderConfig) -> None:
-    """Raise ValueError for settings that must be at least 1, and a seed below 0."""
-    if config.seed < 0:
-        raise UserError(f"seed is {config.seed}, must be 0 or more")
-    values = {name: getattr(config, name) for name in ("image_res", "stripes", "window_shards", "prefetch")}
-    for name, value in {**values, "video_input.num_frames": config.video_input.num_frames}.items():
-        if value < 1:
-            raise UserError(f"{name} is {value}, must be at least 1")
+    batch_size: PerMedia = fixed(lambda: PerMedia(128, 96), "pairs of an optimiser step, over all ranks together")
+    image_res: int = fixed(224, "height and width of a frame in pixels", least=1)
+    video_input: VideoInput = setting(VideoInput)
+    max_txt_l: PerMedia = fixed(lambda: PerMedia(32, 32), "tokens of a caption, at most")
+    max_q_len: int = fixed(25, "tokens of a question, at most")
+    max_a_len: PerMedia = fixed(lambda: PerMedia(6, 5), "tokens of an answer about an image or a video, at most")
+    epoch_unit: str = fixed(
+        "samples",
+        "an item of an epoch: samples (one of its captions is drawn), captions (each an item of its own) or questions",
+        renamed_from="unit",
+    )
+    paragraph: bool = fixed(False, "join all captions of a sample to one text (DiDeMo, ActivityNet)")
+    corpus_weights: dict[str, float] = fixed(
+        dict, "name of a corpus: its traversals in an epoch; default 1", replaced=True
+    )
+    seed: int = fixed(42, "of the order of the samples, all random choices and the initial weights", least=0)
+    stripes: int = fixed(
+        64, "parts of an epoch that are read in parallel; a multiple of the ranks", least=1, renamed_from="lanes"
+    )
+    window_shards: int = fixed(4, "shards of a stripe whose samples are shuffled together", least=1)
+    augment: bool = fixed(True, "random resized crop and flip; false: resize only")
+    flip: bool = fixed(True, "horizontal flips; set false where left and right carry meaning")
+    antialias: bool = fixed(False, "antialiasing when resizing; the official transform has none")
+    decode: str = free("auto", "decoder; auto: the faster one", choices=("auto", "dali", "cpu"))
+    deterministic: bool = free(False, "bit-identical results on the same machine and GPU; slower")
+    threads: int = free(0, "decoding threads, with decode=cpu processes; 0: from the cores that this rank may use")
+    prefetch: int = free(3, "batches made ahead of the step", least=1)
+    max_bad_share: float = free(0.01, "the run fails when more than this share of the samples read is bad")
+    quarantine_file: str = free("", "bad samples are appended to it as JSON lines; {rank} is filled in")
+    storage: dict[str, str] = free(dict, "fsspec options for the corpora; no credentials", replaced=True)
+    remote: RemoteReads = free(RemoteReads)
+    cache: CacheConfig = free(CacheConfig)
+    stall_timeout: float = free(
+        300.0, "seconds without a batch until the loader fails; 0: never", least=0, renamed_from="patience"
+    )
 
 
 def check_weights(config: LoaderConfig, names: Sequence[str]) -> None:
@@ -105,16 +104,9 @@ def check_weights(config: LoaderConfig, names: Sequence[str]) -> None:
 
 
 def check_storage(config: LoaderConfig) -> None:
-    """Raise ValueError for settings of stores and the cache that cannot be meant."""
+    """Raise UserError for settings of stores and the cache that have no meaning."""
+    check_declared(config)
     remote, cache = config.remote, config.cache
-    for name in ("connections", "ahead_mb", "ahead_steps", "deadline", "try_seconds"):
-        if getattr(remote, name) <= 0:
-            raise UserError(f"remote.{name} is {getattr(remote, name)}, must be more than 0")
-    at_least_0 = {f"remote.{name}": getattr(remote, name) for name in ("gap_kb", "requests_per_second")}
-    at_least_0 |= {"remote.starts_per_second": remote.starts_per_second, "stall_timeout": config.stall_timeout}
-    for name, value in {**at_least_0, "cache.index_mb": cache.index_mb}.items():
-        if value < 0:
-            raise UserError(f"{name} is {value}, must be 0 or more")
     if not 0 <= remote.hedge_percentile < 1:
         raise UserError(f"remote.hedge_percentile is {remote.hedge_percentile}, must be at least 0 and below 1")
     if bool(cache.folder) != (cache.gb > 0):

@@ -26,7 +26,8 @@ from sharding.shards.schema import (
     no_index,
 )
 from storage.cache import DiskCache, started
-from storage.remote import Part, Remote
+from storage.ranges import ByteRange
+from storage.remote import RemoteStore
 
 log = logging.getLogger("loaders")
 
@@ -48,7 +49,7 @@ class SharedFiles:
     counters: files_shared (got by waiting for another process or thread), refetched (came damaged).
     """
 
-    def __init__(self, folder: Remote, cache: DiskCache | None) -> None:
+    def __init__(self, folder: RemoteStore, cache: DiskCache | None) -> None:
         self.folder, self.cache = folder, cache
         self.counters: Counter[str] = Counter()
         self._cancelled = 0
@@ -159,7 +160,7 @@ class SharedFiles:
 
     def _fetch_description(self, name: str) -> bytes:
         began = time.time()
-        data = self._fetch_sound(Part("corpus.json"), lambda data: is_whole(text_of(data)))
+        data = self._fetch_sound(ByteRange("corpus.json"), lambda data: is_whole(text_of(data)))
         if self.cache is not None:
             stamped = f"{began!r}\n".encode() + data
             self.cache.drop([name])
@@ -179,7 +180,7 @@ class SharedFiles:
         reserved = self.cache is not None and self.cache.reserve({name: info.index_bytes})[name]
         try:
             data = self._fetch_sound(
-                Part(info.index_name, 0, info.index_bytes),
+                ByteRange(info.index_name, 0, info.index_bytes),
                 lambda data: hashlib.sha256(data).hexdigest() == info.index_sha256,
             )
         except BaseException:
@@ -190,14 +191,14 @@ class SharedFiles:
             self.cache.put(name, data)
         return data
 
-    def _fetch_sound(self, part: Part, is_sound: Callable[[bytes], bool]) -> bytes:
+    def _fetch_sound(self, part: ByteRange, is_sound: Callable[[bytes], bool]) -> bytes:
         """A file, fetched again when it comes damaged; after REFETCHES as it is."""
-        (data,) = self.folder.fetch([part])
+        (data,) = self.folder.read_ranges([part])
         for _ in range(REFETCHES):
             if is_sound(data):
                 break
             self.counters["refetched"] += 1
-            (data,) = self.folder.fetch([part])
+            (data,) = self.folder.read_ranges([part])
         return data
 
 

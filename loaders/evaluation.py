@@ -21,8 +21,8 @@ from loaders.shards import open_corpus
 from loaders.text import clean_text
 from runtime.activity import progress
 from runtime.errors import UserError
+from runtime.ranks import current_ranks, processes_on_node
 from sharding.shards.schema import Corpus
-from storage.node import processes_here, this_node
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class VisualSet:
 
     def rows(self) -> Iterator[tuple[ShardIndex, int]]:
         """(index, row) of every visual, in order."""
-        self.reader.bring_indices(this_node().start)
+        self.reader.bring_indices(current_ranks().offset)
         shards = len(self.reader.corpus.shards)
         for shard in range(shards):
             progress(f"reading the index of shard {shard} of {shards}")
@@ -92,7 +92,7 @@ class VisualSet:
         metrics must not depend on which was faster.
         """
         config = self.config
-        threads = usable_threads(config.threads, processes_here(world_size))
+        threads = usable_threads(config.threads, processes_on_node(world_size))
         decoder = make_decoder(
             config.decode, config.image_res, threads, config.antialias, torch.device(device), deterministic=True
         )

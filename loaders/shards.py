@@ -5,36 +5,33 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-import threading
 import zlib
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
-
-import fsspec
+from typing import Any
 
 from loaders.config import LoaderConfig, RemoteReads, check_storage
-from loaders.descriptions import REFETCHES, SharedFiles
-from loaders.index import ShardIndex
+from loaders.descriptions import REFETCHES, SharedFiles, content_name
+from loaders.index import Record, ShardIndex
 from loaders.samples import RawSample, SampleSpec
 from runtime.errors import MissingError, UserError
-from sharding.shards.schema import Corpus, join_url, named_shards, parse_index, read_corpus, read_index
-from storage.blocks import Blocks
+from runtime.ranks import Ranks, current_ranks
+from sharding.shards.schema import Corpus, named_shards, parse_index, read_corpus, read_index
+from storage.blocks import CachedStore
 from storage.cache import DiskCache
 from storage.failures import check_no_credentials
-from storage.node import Node, share_of, this_node, wait_for_turn
-from storage.ranges import Span, coalesce, cut
-from storage.remote import Part, Remote, is_local
+from storage.local import LocalStore
+from storage.node import share_of, wait_for_turn
+from storage.ranges import ByteRange, CoalescedStore, Store
+from storage.remote import RemoteStore, is_local
+from storage.single_flight import LastUsed
 
 log = logging.getLogger("loaders")
 
 OPEN_SHARDS = 128
 OPEN_TARS = 128  # at most: a process may have some 1,000 files open, and there are several corpora
 LARGEST_REQUEST = 2**22  # bytes; neighbours are not joined beyond
-
-Value = TypeVar("Value")
 
 
 class CorpusReader:
@@ -69,21 +66,22 @@ class CorpusReader:
         tars = self.corpus.tars or self.corpus.url
         self._tar_folder = self._folder if tars == self.corpus.url else self._connect(tars)
         self.local = self._tar_folder is None
-        self._blocks: Blocks | None = None
-        if self._tar_folder is not None and cache is not None and self.corpus.media_type in keep:
-            self._blocks = Blocks(cache, self._tar_folder, self.corpus)
-        self._root = fsspec.url_to_fs(tars, **self.options)[1]
+        self._uncached: Store = LocalStore(tars, min(open_shards, OPEN_TARS))
+        self._cached: CachedStore | None = None
+        if self._tar_folder is not None:
+            self._uncached = CoalescedStore(self._tar_folder, self.remote.gap_kb * 1024, LARGEST_REQUEST)
+            if cache is not None and self.corpus.media_type in keep:
+                self._cached = CachedStore(self._tar_folder, self._uncached, cache, cached_objects(self.corpus))
         self._indices = LastUsed(self._load_index, open_shards)
-        self._tars = LastUsed(self._open_tar, min(open_shards, OPEN_TARS))
         self._refetched = 0
 
-    def _connect(self, url: str) -> Remote | None:
-        return None if is_local(url, self.options) else Remote(url, self.options, self.remote)
+    def _connect(self, url: str) -> RemoteStore | None:
+        return None if is_local(url, self.options) else RemoteStore(url, self.options, self.remote)
 
     @property
     def keeps(self) -> bool:
         """Whether the shards' bytes are kept in the cache."""
-        return self._blocks is not None
+        return self._cached is not None
 
     def index(self, shard: int) -> ShardIndex:
         """The index of a shard, kept among the last used."""
@@ -109,12 +107,13 @@ class CorpusReader:
             if not reasons[row]
             for frame in dict.fromkeys(spec.frames.tolist())
         ]
-        found = dict(zip(wanted, self.ranges([span(specs[row], frame) for row, frame in wanted]), strict=True))
+        ranges = [self._range(specs[row].record, frame) for row, frame in wanted]
+        found = dict(zip(wanted, self.read_ranges(ranges), strict=True))
         damaged = wanted
         for tries_left in reversed(range(1 if self.local else REFETCHES + 1)):
             damaged = [(row, frame) for row, frame in damaged if is_damaged(found[row, frame], specs[row], frame)]
             if damaged and tries_left:
-                data = self._fetch_again([span(specs[row], frame) for row, frame in damaged])
+                data = self._fetch_again([self._range(specs[row].record, frame) for row, frame in damaged])
                 found.update(zip(damaged, data, strict=True))
         for row, frame in reversed(damaged):
             reasons[row] = mismatch(found[row, frame], specs[row], frame)
@@ -123,51 +122,32 @@ class CorpusReader:
             for row, spec in enumerate(specs)
         ]
 
+    def _range(self, record: Record, frame: int) -> ByteRange:
+        first = int(record.offsets[frame])
+        return ByteRange(self.corpus.shards[record.shard].name, first, first + int(record.sizes[frame]))
+
     def _misplaced(self, spec: SampleSpec) -> str:
         """Why the index cannot be right about where a sample's frames are."""
-        end = self.corpus.shards[spec.record.shard].bytes
+        record, end = spec.record, self.corpus.shards[spec.record.shard].bytes
         for frame in spec.frames.tolist():
-            _, offset, size = span(spec, frame)
+            offset, size = int(record.offsets[frame]), int(record.sizes[frame])
             if size <= 0 or offset < 0 or offset + size > end:
                 return f"frame {frame}: the index says {size} bytes at {offset} of a tar of {end}"
         return ""
 
-    def ranges(self, spans: Sequence[Span]) -> list[bytes]:
-        """The bytes at (shard, offset, size)."""
-        if self.local:
-            return self._from_disk(spans)
+    def read_ranges(self, ranges: Sequence[ByteRange]) -> list[bytes]:
+        """The bytes of ranges of the shards' tars."""
         try:
-            if self._blocks is None:
-                return self._fetch(spans)
-            found = self._blocks.read(spans)
-            missing = [number for number, data in enumerate(found) if data is None]
-            for number, data in zip(missing, self._fetch([spans[number] for number in missing]), strict=True):
-                found[number] = data
-            return [data for data in found if data is not None]
+            return (self._cached or self._uncached).read_ranges(ranges)
         except FileNotFoundError as error:
-            raise self._missing(str(error)) from None
+            raise MissingError(f"{error}, though {self.corpus.url}/corpus.json lists it") from None
 
-    def _from_disk(self, spans: Sequence[Span]) -> list[bytes]:
-        """The spans' bytes from local tars; the disk is told of all of them first, so that it works at many at once."""
-        files = [self._tars.get(shard) for shard, _, _ in spans]
-        for file, (_, offset, size) in zip(files, spans, strict=True):
-            os.posix_fadvise(file.descriptor, offset, size, os.POSIX_FADV_WILLNEED)
-        return [os.pread(file.descriptor, size, offset) for file, (_, offset, size) in zip(files, spans, strict=True)]
-
-    def _fetch(self, spans: Sequence[Span]) -> list[bytes]:
-        """The spans' bytes from the store, in as few requests as their distances allow."""
-        assert self._tar_folder is not None
-        requests, holder = coalesce(spans, self.remote.gap_kb * 1024, LARGEST_REQUEST)
-        names = [self.corpus.shards[request.object].name for request in requests]
-        parts = [Part(name, request.start, request.end) for name, request in zip(names, requests, strict=True)]
-        return cut(spans, requests, holder, self._tar_folder.fetch(parts))
-
-    def _fetch_again(self, spans: Sequence[Span]) -> list[bytes]:
+    def _fetch_again(self, ranges: Sequence[ByteRange]) -> list[bytes]:
         """Bytes that came damaged, fetched again, and not from the cache."""
-        self._refetched += len(spans)
-        if self._blocks is not None:
-            self._blocks.forget(spans)
-        return self._fetch(spans)
+        self._refetched += len(ranges)
+        if self._cached is not None:
+            self._cached.forget(ranges)
+        return self._uncached.read_ranges(ranges)
 
     def _load_index(self, shard: int) -> ShardIndex:
         if self._shared is None:
@@ -179,15 +159,6 @@ class CorpusReader:
         if self._shared is not None:
             self._shared.bring_indices(self.corpus, start)
 
-    def _open_tar(self, shard: int) -> OpenFile:
-        try:
-            return OpenFile(join_url(self._root, self.corpus.shards[shard].name))
-        except FileNotFoundError:
-            raise self._missing(f"{self.corpus.tar_url(shard)} is missing") from None
-
-    def _missing(self, what: str) -> MissingError:
-        return MissingError(f"{what}, though {self.corpus.url}/corpus.json lists it")
-
     def counters(self) -> Counter[str]:
         """What reading from a store and the cache took so far."""
         total = Counter({"refetched": self._refetched})
@@ -195,8 +166,8 @@ class CorpusReader:
             total.update(folder.counters)
         if self._shared is not None:
             total.update(self._shared.counters)
-        if self._blocks is not None:
-            total.update(self._blocks.counters)
+        if self._cached is not None:
+            total.update(self._cached.counters)
         if self.cache is not None:
             total.update(self.cache.counters)
         return total
@@ -222,20 +193,21 @@ class CorpusReader:
                 folder.close()
         if self.cache is not None:
             self.cache.close()
-        self._tars.clear()
+        if isinstance(self._uncached, LocalStore):
+            self._uncached.close()
         self._indices.clear()
 
 
 def open_corpus(
-    url: str, config: LoaderConfig, open_shards: int = OPEN_SHARDS, node: Node | None = None
+    url: str, config: LoaderConfig, open_shards: int = OPEN_SHARDS, ranks: Ranks | None = None
 ) -> CorpusReader:
     """A reader with the settings of a run; raises as CorpusReader, and ValueError for settings that cannot be meant.
 
-    node: whose process this is; else as the environment tells.
+    ranks: whose process this is; else as the environment tells.
     """
     check_storage(config)
     check_no_credentials(url, config.storage)
-    node = node or this_node()
+    ranks = ranks or current_ranks()
     cache = None
     keep: tuple[str, ...] = ("image", "video") if config.cache.clips else ("image",)
     if not is_local(url, config.storage):
@@ -243,8 +215,8 @@ def open_corpus(
             cache = DiskCache(config.cache.folder, int(config.cache.gb * 1e9))
         else:
             cache, keep = index_cache(config.cache.index_mb), ()
-        wait_for_turn(node, config.remote.starts_per_second)
-    return CorpusReader(url, config.storage, open_shards, share_of(config.remote, node), cache, keep)
+        wait_for_turn(ranks, config.remote.starts_per_second)
+    return CorpusReader(url, config.storage, open_shards, share_of(config.remote, ranks), cache, keep)
 
 
 def describe(url: str, config: LoaderConfig) -> Corpus:
@@ -284,10 +256,12 @@ def check_cache(readers: Sequence[CorpusReader], config: LoaderConfig, stripes_h
         )
 
 
-def span(spec: SampleSpec, frame: int) -> Span:
-    """Where a frame of a sample is."""
-    record = spec.record
-    return Span(record.shard, int(record.offsets[frame]), int(record.sizes[frame]))
+def cached_objects(corpus: Corpus) -> dict[str, tuple[int, str]]:
+    """Sizes and names in the cache of a corpus' tars, by name."""
+    return {
+        shard.name: (shard.bytes, content_name(corpus.tar_url(number), shard.bytes, shard.sha256))
+        for number, shard in enumerate(corpus.shards)
+    }
 
 
 def is_damaged(data: bytes, spec: SampleSpec, frame: int) -> bool:
@@ -300,61 +274,3 @@ def mismatch(data: bytes, spec: SampleSpec, frame: int) -> str:
     size = int(spec.record.sizes[frame])
     cut = f" ({len(data)} of {size} bytes)" if len(data) != size else ""
     return f"frame {frame}: CRC-32 does not match the index{cut}"
-
-
-class OpenFile:
-    """A file that closes when nobody uses it any more."""
-
-    def __init__(self, path: str) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        """Close it."""
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
-
-
-class LastUsed(Generic[Value]):
-    """The values of `make` for the last used `capacity` keys; threads that want the same one wait for one making."""
-
-    def __init__(self, make: Callable[[int], Value], capacity: int) -> None:
-        self._make, self._capacity = make, capacity
-        self._values: OrderedDict[int, Value] = OrderedDict()
-        self._making: dict[int, Future[Value]] = {}
-        self._lock = threading.Lock()
-
-    def get(self, key: int) -> Value:
-        """The value of a key; an error of `make` is raised, and it is tried again the next time."""
-        with self._lock:
-            if key in self._values:
-                self._values.move_to_end(key)
-                return self._values[key]
-            future = self._making.get(key)
-            mine = future is None
-            if future is None:
-                future = self._making[key] = Future()
-        return self._fill(key, future) if mine else future.result()
-
-    def _fill(self, key: int, future: Future[Value]) -> Value:
-        try:
-            value = self._make(key)
-        except BaseException as error:
-            with self._lock:
-                del self._making[key]
-            future.set_exception(error)
-            raise
-        with self._lock:
-            del self._making[key]
-            self._values[key] = value
-            while len(self._values) > self._capacity:
-                self._values.popitem(last=False)
-        future.set_result(value)
-        return value
-
-    def __contains__(self, key: int) -> bool:
-        return key in self._values
-
-    def clear(self) -> None:
-        """Forget all values."""
-        with self._lock:
-            self._values.clear()

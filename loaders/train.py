@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from loaders.batch import Batch, collate
-from loaders.config import LoaderConfig, check_training, check_weights
+from loaders.config import LoaderConfig, check_weights
 from loaders.decode.choice import make_decoder, usable_threads
 from loaders.decode.decoder import BATCHES_AT_ONCE, decode_samples
 from loaders.order.epoch import EpochPlan, check_world_size, media_schedule, rank_positions
@@ -31,7 +31,8 @@ from loaders.samples import DecodedSamples, RawSample
 from loaders.shards import check_cache, open_corpus
 from loaders.text import Tokenizer
 from runtime.errors import UserError
-from storage.node import node_of
+from runtime.ranks import ranks_of
+from runtime.settings import check_declared
 
 log = logging.getLogger("loaders")
 
@@ -73,11 +74,11 @@ class TrainLoader:
     ) -> None:
         if not corpora:
             raise UserError("train_corpus is empty: name at least one packed corpus")
-        check_training(config)
+        check_declared(config)
         self.config, self.tokenizer, self.rank, self.world_size = config, tokenizer, rank, world_size
         stripes = config.stripes // math.gcd(config.stripes, world_size)  # that this rank reads
-        node = node_of(rank, world_size, ranks_here)
-        self.readers = [open_corpus(url, config, stripes * (config.window_shards + 2), node) for url in corpora]
+        ranks = ranks_of(rank, world_size, ranks_here)
+        self.readers = [open_corpus(url, config, stripes * (config.window_shards + 2), ranks) for url in corpora]
         check_cache(self.readers, config, min(config.stripes, stripes * (ranks_here or world_size)))
         check_weights(config, [reader.corpus.name for reader in self.readers])
         self._read_pool = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="read")
@@ -86,7 +87,7 @@ class TrainLoader:
         for media_type in sorted({reader.corpus.media_type for reader in self.readers}):
             readers = [reader for reader in self.readers if reader.corpus.media_type == media_type]
             texts = tokenizer is not None
-            self.mixtures[media_type] = Mixture(media_type, readers, config, self._read_pool, texts, node.start)
+            self.mixtures[media_type] = Mixture(media_type, readers, config, self._read_pool, texts, ranks.offset)
         self.batch_size = {media_type: getattr(config.batch_size, media_type) for media_type in self.mixtures}
         self.media_steps = {media_type: self._count_steps(media_type) for media_type in self.mixtures}
         self._steps_at_once, self._steps_kept = self._steps_ahead()

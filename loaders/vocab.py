@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from loaders.index import ShardIndex
 from loaders.shards import open_corpus
 from loaders.text import SPECIAL, clean_text
 from runtime.errors import UserError, command
+from storage.files import write_text
 
 ALPHABET = 1000  # characters that words may consist of, at most
 SMALLEST = len(SPECIAL) + 2
@@ -69,9 +69,7 @@ def learn_from_texts(texts: Iterable[str], size: int, output: str | Path, source
     entries = learn_entries(counts, size)
     target = Path(output)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    partial.write_text("".join(f"{entry}\n" for entry in entries), encoding="utf-8")
-    os.replace(partial, target)
+    write_text(target, "".join(f"{entry}\n" for entry in entries))
     return len(entries)
 
 

@@ -1,137 +1,133 @@
-"""The sizes and switches that define a Singularity model; stored with every checkpoint."""
+"""The settings that define a Singularity model; stored with every checkpoint."""
 
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
-from difflib import get_close_matches
+from dataclasses import dataclass, fields
 from typing import Any
 
 from runtime.errors import UserError
+from runtime.settings import ANY, FINE_TUNING, START, TRAINING, fixed, flatten, nearest
 
 ENSEMBLES = ("concat", "mean", "max", "lse")  # of frames: fused early, or their scores combined
+_INITIALIZER_RANGE = "standard deviation of random initial matrices; narrower models learn sooner with 1 / sqrt(width)"
 
 
 @dataclass
 class VisionConfig:
     """The vision transformer. Defaults: BEiT-B/16 as published."""
 
-    type: str = "beit"  # beit | vit | deit, or the name of another vision transformer of timm's
-    pretrained: str | None = None  # hub name or local folder of initial weights
-    patch_size: int = 16
-    width: int = 768
-    depth: int = 12
-    heads: int = 12
-    mlp_ratio: float = 4.0
-    layer_scale: float = 0.1  # BEiT only
-    drop_path: float = 0.1  # of the last block; grows linearly from 0
-    layer_norm_eps: float = 1e-12
-    initializer_range: float = 0.02  # of the blocks' matrices; see TextConfig
+    type: str = fixed("beit", "beit, vit, deit, or the name of another vision transformer of timm's")
+    pretrained: str | None = fixed(None, "initial weights: a hub name or a local folder", checkpoint=START)
+    patch_size: int = fixed(16, "height and width of a patch in pixels")
+    width: int = fixed(768, "width of the tokens")
+    depth: int = fixed(12, "layers")
+    heads: int = fixed(12, "attention heads of a layer")
+    mlp_ratio: float = fixed(4.0, "width of the MLP's hidden layer over that of the tokens")
+    layer_scale: float = fixed(0.1, "initial value of the layer scale, BEiT only; 0: none")
+    drop_path: float = fixed(0.1, "stochastic depth of the last block; grows linearly from 0", checkpoint=TRAINING)
+    layer_norm_eps: float = fixed(1e-12, "epsilon of the layer norms")
+    initializer_range: float = fixed(0.02, _INITIALIZER_RANGE, checkpoint=TRAINING)
 
 
 @dataclass
 class TextConfig:
-    """BERT, cut in two: layers below `fusion_layer` see text only, those above also see the visual."""
+    """BERT, split in two: layers below `fusion_layer` see text only, those above also see the visual."""
 
-    pretrained: str | None = None  # hub name or local folder of initial weights
-    vocab_size: int = 30522
-    width: int = 768
-    layers: int = 12
-    fusion_layer: int = 9
-    heads: int = 12
-    intermediate: int = 3072
-    max_positions: int = 512
-    dropout: float = 0.1
-    layer_norm_eps: float = 1e-12
-    # Standard deviation of the matrices' random initial weights; BERT's is made for a width of 768. Narrower models
-    # from scratch want 1 / sqrt(width): else a layer hardly changes what passes it by, and they learn late.
-    initializer_range: float = 0.02
+    pretrained: str | None = fixed(None, "initial weights: a hub name or a local folder", checkpoint=START)
+    vocab_size: int = fixed(30522, "size of the vocabulary; by default the tokenizer's")
+    width: int = fixed(768, "width of the states")
+    layers: int = fixed(12, "layers, of both kinds")
+    fusion_layer: int = fixed(9, "index of the first layer with cross-attention to the visual")
+    heads: int = fixed(12, "attention heads of a layer")
+    intermediate: int = fixed(3072, "width of the feed-forward part's hidden layer")
+    max_positions: int = fixed(512, "position embeddings: the longest text in tokens")
+    dropout: float = fixed(0.1, "dropout of states and attention", checkpoint=TRAINING)
+    layer_norm_eps: float = fixed(1e-12, "epsilon of the layer norms")
+    initializer_range: float = fixed(0.02, _INITIALIZER_RANGE, checkpoint=TRAINING)
 
 
 @dataclass
 class TemporalConfig:
     """Optional self-attention over the frames at each spatial position."""
 
-    enable: bool = False
-    num_layers: int = 2
-    update_pooler_embed: bool = False
+    enable: bool = fixed(False, "add the temporal encoder", checkpoint=FINE_TUNING)
+    num_layers: int = fixed(2, "layers of the temporal encoder", checkpoint=FINE_TUNING)
+    update_pooler_embed: bool = fixed(
+        False, "pooled vectors are the temporal encoder's first tokens", checkpoint=FINE_TUNING
+    )
 
 
 @dataclass
 class AnswerDecoderConfig:
     """Question answering only: a causal language model over the states of question and visual."""
 
-    enable: bool = False
-    num_layers: int = 3
+    enable: bool = fixed(False, "set by task=qa")
+    num_layers: int = fixed(3, "layers of the answer decoder; by default as many as fusion layers")
 
 
 @dataclass
 class LossWeights:
-    """Weights of the objectives; 0 switches one off."""
+    """Weights of the objectives; 0 disables one."""
 
-    itc: float = 1.0
-    itm: float = 1.0
-    mlm: float = 1.0
+    itc: float = fixed(1.0, "weight of VTC, the contrastive loss; 0: none", checkpoint=TRAINING)
+    itm: float = fixed(1.0, "weight of VTM, the matching loss; 0: none", checkpoint=TRAINING)
+    mlm: float = fixed(1.0, "weight of MLM, the masked language modelling loss; 0: none", checkpoint=TRAINING)
 
 
 @dataclass
-class ModelConfig:
-    """A whole model. `num_frames` is the length of the learned temporal embedding."""
+class ModelSettings:
+    """The settings of a model that a run's YAML holds."""
 
-    vision_encoder: VisionConfig = field(default_factory=VisionConfig)
-    text_encoder: TextConfig = field(default_factory=TextConfig)
-    temporal_vision_encoder: TemporalConfig = field(default_factory=TemporalConfig)
-    answer_decoder: AnswerDecoderConfig = field(default_factory=AnswerDecoderConfig)
-    add_temporal_embed: bool = False
-    image_res: int = 224
-    num_frames: int = 1
-    embed_dim: int = 256
-    temp: float = 0.07
-    itm_hard_neg: bool = True
-    gather_negatives: bool = False  # of all processes; the published models took those of their own only
-    mlm_prob: float = 0.5
-    loss_weight: LossWeights = field(default_factory=LossWeights)
+    vision_encoder: VisionConfig = fixed(VisionConfig)
+    text_encoder: TextConfig = fixed(TextConfig)
+    temporal_vision_encoder: TemporalConfig = fixed(TemporalConfig)
+    answer_decoder: AnswerDecoderConfig = fixed(AnswerDecoderConfig)
+    add_temporal_embed: bool = fixed(False, "add learned temporal embeddings to the tokens", checkpoint=FINE_TUNING)
+    image_res: int = fixed(224, "height and width of a frame in pixels", checkpoint=ANY, least=1)
+    embed_dim: int = fixed(256, "width of the dual encoder's embeddings", least=1)
+    temp: float = fixed(0.07, "initial temperature of the contrastive loss", checkpoint=START)
+    itm_hard_neg: bool = fixed(True, "sample VTM's negatives by similarity; false: uniformly", checkpoint=TRAINING)
+    gather_negatives: bool = fixed(
+        False,
+        "negatives from all ranks, for the memory and the transfer of their tokens; the published models have none",
+        checkpoint=TRAINING,
+    )
+    mlm_prob: float = fixed(0.5, "share of the tokens that MLM masks", checkpoint=TRAINING)
+    loss_weight: LossWeights = fixed(LossWeights)
 
 
-def config_to_dict(config: ModelConfig) -> dict[str, Any]:
-    """Nested plain values, for JSON."""
-    return asdict(config)
+@dataclass
+class ModelConfig(ModelSettings):
+    """A whole model."""
+
+    num_frames: int = fixed(1, "length of the temporal embeddings: a run's video_input.num_frames")
+
+    @classmethod
+    def of(cls, settings: ModelSettings, num_frames: int) -> ModelConfig:
+        """The model that the settings of a run describe, a copy."""
+        values = {item.name: deepcopy(getattr(settings, item.name)) for item in fields(ModelSettings)}
+        return cls(**values, num_frames=num_frames)
 
 
 def config_from_dict(data: dict[str, Any]) -> ModelConfig:
-    """The inverse of `config_to_dict`; absent keys take their defaults. Raises ValueError for unknown keys."""
-    config = ModelConfig()
-    for key, value in dotted(data).items():
-        _set(config, key, value)
-    return config
+    """The inverse of `dataclasses.asdict`; absent keys take their defaults. Raises UserError for unknown keys."""
+    return with_changes(ModelConfig(), flatten(data))
 
 
 def with_changes(config: ModelConfig, changes: dict[str, Any]) -> ModelConfig:
     """A copy with dotted keys changed, for example {"num_frames": 4, "temporal_vision_encoder.enable": True}.
 
-    Raises ValueError, naming the nearest keys, when a key does not exist.
+    Raises UserError, naming the nearest keys, when a key does not exist.
     """
-    result = deepcopy(config)
+    result, known = deepcopy(config), flatten(config)
     for key, value in changes.items():
-        _set(result, key, value)
+        if key not in known:
+            near = nearest(key, known) or sorted(known)
+            raise UserError(f"the model has no setting {key!r}: nearest are {', '.join(near)}")
+        owner: Any = result
+        *sections, name = key.split(".")
+        for section in sections:
+            owner = getattr(owner, section)
+        setattr(owner, name, value)
     return result
-
-
-def dotted(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"text_encoder": {"width": 768}} as {"text_encoder.width": 768}."""
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        flat.update(dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return flat
-
-
-def _set(config: ModelConfig, key: str, value: Any) -> None:
-    known = dotted(asdict(config))
-    if key not in known:
-        near = get_close_matches(key, known, n=3) or sorted(known)
-        raise UserError(f"the model has no setting {key!r}: nearest are {', '.join(near)}")
-    *folders, name = key.split(".")
-    owner: Any = config
-    for folder in folders:
-        owner = getattr(owner, folder)
-    setattr(owner, name, value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,15 @@ from model.checkpoints.files import (
     find_vocabulary,
     resolve_weights,
     write_folder,
-    write_whole,
 )
 from model.checkpoints.loading import load_weights
 from model.checkpoints.official import MODEL
 from model.checkpoints.official_names import to_official
-from model.config import ModelConfig, config_to_dict
+from model.config import ModelConfig
 from model.vision import VISION_TYPES, relative_position_index
 from runtime.errors import UserError, command
 from sharding.shards.outside import check_outside_corpora
+from storage.files import atomic_file
 
 # Names that mean a file which is not written here, and what a run's folder looks for its own weights in.
 OTHER_SUFFIXES = (".safetensors", ".ckpt", ".json", ".onnx", ".pkl", ".h5", ".npz", ".zip", ".tar", ".gz")
@@ -53,7 +54,7 @@ def official_settings(config: ModelConfig) -> dict[str, Any]:
         "mlm_prob": config.mlm_prob,
         "loss_weight": {"itc": weights.itc, "itm": weights.itm, "mlm": weights.mlm},
         "itm_hard_neg": config.itm_hard_neg,
-        MODEL: config_to_dict(config),
+        MODEL: asdict(config),
     }
 
 
@@ -97,12 +98,8 @@ def write_official(weights: Weights, path: str | Path) -> None:
         "global_step": 0,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda aside: _save(content, aside))
-
-
-def _save(content: dict[str, Any], path: Path) -> None:
-    # PyTorch tells what the system says, a full disk for example, of files only that it did not open itself.
-    with path.open("wb") as file:
+    # Opened here: of files that PyTorch opens itself it hides what the system says, a full disk for example.
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
         torch.save(content, file)
 
 

@@ -69,14 +69,29 @@ def _raised_in(error: BaseException) -> str:
 
 
 @contextmanager
-def naming(path: object) -> Iterator[None]:
-    """Let the operating system's errors inside name `path` where they name nothing, as a full disk while writing."""
+def file_errors(path: object, written_as: object = None) -> Iterator[None]:
+    """Let the operating system's errors inside name `path` where they name nothing, as a full disk while writing.
+
+    So do errors that a library has wrapped, and those that name `written_as`, where `path` is being written, or a file
+    in it.
+    """
     try:
         yield
-    except OSError as error:
-        if error.filename is None and error.errno is not None:
-            error.filename = str(path)
-        raise
+    except Exception as error:
+        number = None if isinstance(error, UserError) else _number_behind(error)
+        filename = getattr(error, "filename", None)
+        temporary = written_as is not None and str(filename).startswith(str(written_as))
+        if number is None or not (filename is None or temporary):
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from None
+
+
+def _number_behind(error: BaseException | None) -> int | None:
+    """As `os_error_number`, also where PyTorch's writer raised a RuntimeError while it handled the system's error."""
+    number = os_error_number(error) if error is not None else None
+    if number is None and isinstance(error, RuntimeError):
+        return _number_behind(error.__context__)
+    return number
 
 
 def os_error_number(error: BaseException) -> int | None:

@@ -12,6 +12,8 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from runtime.units import data_size
+
 LOG_EVERY = 30.0  # seconds
 
 log = logging.getLogger("sharding")
@@ -70,7 +72,7 @@ class Progress:
         """Count more items that went well, more that failed, more bytes."""
         self.good, self.bad, self.bytes = self.good + good, self.bad + bad, self.bytes + size
         failed = f", {self.bad:,} failed" if self.bad else ""
-        self.bar.set_postfix_str(f"{self.bytes / 1e6:,.1f} MB{failed}", refresh=False)
+        self.bar.set_postfix_str(f"{data_size(self.bytes)}{failed}", refresh=False)
         self.bar.update(good + bad)
         if self.log_every and time.monotonic() - self.logged >= self.log_every:
             self.write_line()

@@ -1,4 +1,4 @@
-"""Which process of the job this is, as `deepspeed`, `torchrun`, `srun` or a plain `python` has started it."""
+"""Ranks of this process and sizes of the job, from the variables of `deepspeed`, `torchrun`, `srun` or MPI."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from runtime.errors import UserError
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process' number among all and on its machine, and how many there are of each."""
+    """This process among all of the job and among those of its node; each node has as many, in a row."""
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
-    ranks_here: int = 1
+    local_world_size: int = 1
 
     @property
     def is_first(self) -> bool:
@@ -25,9 +25,19 @@ class Ranks:
         return self.rank == 0
 
     @property
-    def on_one_host(self) -> bool:
-        """Whether the whole job runs on this machine."""
-        return self.ranks_here == self.world_size
+    def node_rank(self) -> int:
+        """Number of this node."""
+        return self.rank // self.local_world_size
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes of the job."""
+        return -(-self.world_size // self.local_world_size)
+
+    @property
+    def offset(self) -> float:
+        """Where in a list that all processes go through this one begins, in [0, 1): others begin elsewhere."""
+        return self.rank / self.world_size
 
 
 # What the other launchers call RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE. The first one that is there counts:
@@ -43,9 +53,9 @@ OWN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
 def ranks_from_environment() -> Ranks:
-    """Read the launcher's variables; other programs look for RANK and its like, which are set where they are missing.
+    """Read the launcher's variables, and set RANK and its like where they are missing: other libraries read them.
 
-    A plain `python` is a job of one. Raises ValueError when several processes do not know where they meet.
+    A plain `python` is a job of one. Raises UserError where several processes have no MASTER_ADDR.
     """
     environment = os.environ
     if "RANK" not in environment or "WORLD_SIZE" not in environment:
@@ -57,18 +67,36 @@ def ranks_from_environment() -> Ranks:
                 "MASTER_ADDR is not set: export the address of the first host to all processes, and MASTER_PORT"
             )
         environment.setdefault("MASTER_PORT", "29500")
-    world_size = int(environment["WORLD_SIZE"])
-    here = environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or "0"
+    return current_ranks()
+
+
+def current_ranks() -> Ranks:
+    """The ranks that RANK and its like give; without them this is a job of one. Changes nothing."""
+    environment = os.environ
+    world_size = int(environment.get("WORLD_SIZE") or 1)
+    local_world_size = int(environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or 0)
     return Ranks(
-        rank=int(environment["RANK"]),
+        rank=int(environment.get("RANK") or 0),
         world_size=world_size,
-        local_rank=int(environment.get("LOCAL_RANK", "0")),
-        ranks_here=int(here) or world_size,
+        local_rank=int(environment.get("LOCAL_RANK") or 0),
+        local_world_size=local_world_size or world_size,
     )
 
 
+def ranks_of(rank: int, world_size: int, local_world_size: int | None = None) -> Ranks:
+    """The ranks of a process by its rank alone; without `local_world_size` the job has one node."""
+    here = local_world_size or world_size
+    return Ranks(rank, world_size, rank % here, here)
+
+
+def processes_on_node(world_size: int) -> int:
+    """How many of a job's `world_size` processes are on this node: all of them where no launcher says otherwise."""
+    ranks = current_ranks()
+    return ranks.local_world_size if ranks.world_size == world_size else world_size
+
+
 def _of_launcher(environment: Mapping[str, str]) -> tuple[str, str, str, str] | None:
-    """Rank, world size, local rank and processes here, as MPI or Slurm tell them."""
+    """Rank, world size, local rank and local world size in the variables of MPI or Slurm."""
     for names in OF_LAUNCHERS.values():
         if all(name in environment for name in names):
             rank, size, local_rank, here = (environment[name] for name in names)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from runtime.errors import UserError, command
 from sharding.shards.schema import read_corpus, read_index
+from storage.files import write_text
 
 
 def count_answers(url: str) -> Counter[str]:
@@ -58,12 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     answers = answer_list(options.corpora, options.size, options.least)
     target = Path(options.output)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    try:
-        partial.write_text(json.dumps(answers, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)  # of a disk that is full, or where the target is a folder
+    write_text(target, json.dumps(answers, ensure_ascii=False, indent=0) + "\n")
     sys.stdout.write(f"{options.output}: {len(answers)} answers\n")
     return 0
 

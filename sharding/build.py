@@ -15,6 +15,7 @@ from pathlib import Path
 
 from runtime.errors import UserError, command
 from runtime.progress import LOG_EVERY, Progress, counted
+from runtime.units import data_size
 from sharding.annotations.arguments import add_annotation_arguments, positive, read_options
 from sharding.annotations.config import Reading
 from sharding.annotations.reading import expanded, read_rows
@@ -189,7 +190,7 @@ def report(staged: Staged, packed_rows: int, corpus: Corpus, failures: FailureLo
     if failures.count:
         log.info("each one with its reason: python -m sharding.inspect %s --failures", corpus.url)
     shards, frames, size = len(corpus.shards), sum(corpus.counts("frames")), sum(corpus.counts("bytes"))
-    log.info("%s: %d shards, %d samples, %d frames, %.1f MB", corpus.url, shards, corpus.samples, frames, size / 1e6)
+    log.info("%s: %d shards, %d samples, %d frames, %s", corpus.url, shards, corpus.samples, frames, data_size(size))
 
 
 def parser() -> argparse.ArgumentParser:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from runtime.units import data_size, duration
 from sharding.annotations.staging import Staged
 from sharding.executors.build_shard import build_shard
 from sharding.shards.failures import TooManyFailures, kind_of, summary
@@ -57,10 +58,10 @@ class Estimate:
         if failed:
             yield f"{failed} of {self.sampled} failed:"
             yield from summary(Counter(self.failures))
-        yield f"size: {self.bytes / 1e6:,.1f} MB, give or take {self.margin / 1e6:,.1f} MB; {self.frames:,.0f} frames"
+        yield f"size: {data_size(self.bytes)}, give or take {data_size(self.margin)}; {self.frames:,.0f} frames"
         yield f"time: {duration(self.seconds / self.workers)} on {self.workers} cores, {duration(self.seconds)} on one"
         if self.free is not None and self.free < self.bytes + self.margin:
-            yield f"the disk of the output has {self.free / 1e6:,.1f} MB free: that may be too little"
+            yield f"the disk of the output has {data_size(self.free)} free: that may be too little"
 
 
 def estimate_build(staged: Staged, tasks: list[Task], workers: int) -> Estimate:
@@ -102,10 +103,3 @@ def free_bytes(output: str) -> int | None:
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them."""
-    if seconds < 90:
-        return f"{seconds:.1f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

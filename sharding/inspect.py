@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from runtime.errors import UserError, command
 from runtime.progress import LOG_EVERY, Progress
+from runtime.units import data_size
 from sharding.annotations.arguments import folder_of_shards, positive
 from sharding.report.gallery import gallery
 from sharding.report.samples import SHARDS, contact_sheet, fetch_command, pick
@@ -40,7 +41,7 @@ def summary_text(corpus: Corpus) -> str:
     )
     lines = [
         f"{corpus.url}: {corpus.media_type} corpus {corpus.name}, {facts['shards']:,} shards, "
-        f"{facts['bytes'] / 1e6:,.1f} MB",
+        f"{data_size(facts['bytes'])}",
         counts or "no samples",
     ]
     if corpus.settings:

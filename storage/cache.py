@@ -17,6 +17,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import random
 import re
 import shutil
 import sqlite3
@@ -29,10 +30,12 @@ from pathlib import Path
 import psutil
 
 from runtime.errors import UserError
+from storage.files import atomic_file
 
 log = logging.getLogger("loaders")
 
 FOLDER = "singularity-cache-1"  # inside the folder of the user: nothing else is ever removed
+POLL = 0.02  # seconds between looks whether another process has fetched an item
 NOTE_USE = 5.0  # seconds between notes of which items were used
 CHECKED = 1000  # items whose files and rows are compared when a cache is opened
 AFTER = chr(0x10FFFF)  # sorts after whatever a name may go on with
@@ -112,7 +115,17 @@ class DiskCache:
                     mine[name] = True
         return mine
 
-    def is_coming(self, name: str) -> bool:
+    def wait_for(self, name: str, seconds: float) -> bytes | None:
+        """An item that another process is fetching; None when it takes longer, or there is none any more."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            data = self.read(name)
+            if data is not None or not self._is_coming(name):
+                return data or self.read(name)
+            time.sleep(POLL * (0.5 + random.random()))
+        return None
+
+    def _is_coming(self, name: str) -> bool:
         """Whether a living process is fetching an item."""
         row = None
         with self._going_on_without(), self._changing() as database:
@@ -121,14 +134,13 @@ class DiskCache:
 
     def put(self, name: str, data: bytes) -> None:
         """The bytes of an item that was reserved; where the disk is full it is dropped instead."""
-        aside = self.folder / "parts" / f"{me()} {threading.get_ident()}"
+        temporary = self.folder / "parts" / f"{me()} {threading.get_ident()}"
         try:
-            aside.write_bytes(data)
-            self._path(name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(aside, self._path(name))
+            self._path(name).parent.mkdir(exist_ok=True)
+            with atomic_file(self._path(name), temporary=temporary) as path:
+                path.write_bytes(data)
         except OSError as error:
             self._warn(error.strerror)
-            aside.unlink(missing_ok=True)
             self.drop([name])
             return
         with self._going_on_without(), self._changing() as database:

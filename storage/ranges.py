@@ -1,59 +1,74 @@
-"""Which byte ranges to ask a store for, so that the parts that are wanted come in few requests."""
+"""Byte ranges, the one way in which every store is read, and which ranges are joined into one request."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 
-class Span(NamedTuple):
-    """Bytes that are wanted: `size` of them from `offset` on in the object with that number."""
+class ByteRange(NamedTuple):
+    """Bytes [start, end) of an object; all of it where there is no end."""
 
-    object: int
-    offset: int
-    size: int
+    name: str  # below the URL of the store
+    start: int = 0
+    end: int | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of bytes of a range that has an end."""
+        assert self.end is not None
+        return self.end - self.start
+
+    def __str__(self) -> str:
+        return self.name if self.end is None else f"{self.name} bytes {self.start}-{self.end - 1}"
 
 
-@dataclass(frozen=True)
-class Request:
-    """Bytes [start, end) of an object, in one request."""
+class Store(Protocol):
+    """Objects below a URL: a local folder, a remote store, or a layer around another store."""
 
-    object: int
-    start: int
-    end: int
+    def read_ranges(self, ranges: Sequence[ByteRange]) -> list[bytes]:
+        """The bytes of each range, read at the same time; fewer where an object ends before.
+
+        Raises:
+            FileNotFoundError, PermissionError, OSError: one of them cannot be read. TimeoutError: not in time.
+        """
 
 
-def coalesce(spans: Sequence[Span], gap: int, limit: int) -> tuple[list[Request], list[int]]:
-    """Requests that cover all spans, and for each span the number of the one that holds it.
+class CoalescedStore:
+    """Another store, asked for ranges that lie near to each other in one request."""
 
-    Spans of one object that overlap, touch, or lie at most `gap` bytes apart share a request, as long as it stays
-    within `limit` bytes; a span is never cut, so that a larger one is a request by itself.
+    def __init__(self, store: Store, gap: int, limit: int) -> None:
+        """gap, limit: see `coalesce`."""
+        self.store, self.gap, self.limit = store, gap, limit
+
+    def read_ranges(self, ranges: Sequence[ByteRange]) -> list[bytes]:
+        """The bytes of each range; see `Store`."""
+        requests, numbers = coalesce(ranges, self.gap, self.limit)
+        data = self.store.read_ranges(requests)
+        found = []
+        for each, number in zip(ranges, numbers, strict=True):
+            first = each.start - requests[number].start
+            found.append(data[number][first : first + each.size])
+        return found
+
+
+def coalesce(ranges: Sequence[ByteRange], gap: int, limit: int) -> tuple[list[ByteRange], list[int]]:
+    """Requests that cover all ranges, and for each range the number of the request that holds it.
+
+    Ranges of one object that overlap, touch, or lie at most `gap` bytes apart share a request, as long as it stays
+    within `limit` bytes; a range is never cut, so that a larger one is a request by itself.
     """
-    order = sorted(range(len(spans)), key=lambda number: spans[number])
-    requests: list[Request] = []
-    holder = [0] * len(spans)
-    for number in order:
-        span = spans[number]
-        end = span.offset + span.size
-        last = requests[-1] if requests else None
-        if last is not None and last.object == span.object and span.offset <= last.end + gap:
-            together = max(last.end, end)
-            if together == last.end or together - last.start <= limit:
-                requests[-1] = Request(last.object, last.start, together)
-                holder[number] = len(requests) - 1
+    requests: list[ByteRange] = []
+    numbers = [0] * len(ranges)
+    for index in sorted(range(len(ranges)), key=lambda index: ranges[index]):
+        name, start, size = ranges[index].name, ranges[index].start, ranges[index].size
+        if requests and requests[-1].name == name and start <= requests[-1].start + requests[-1].size + gap:
+            first, last = requests[-1].start, requests[-1].start + requests[-1].size
+            end = max(last, start + size)
+            if end == last or end - first <= limit:
+                requests[-1] = ByteRange(name, first, end)
+                numbers[index] = len(requests) - 1
                 continue
-        requests.append(Request(span.object, span.offset, end))
-        holder[number] = len(requests) - 1
-    return requests, holder
-
-
-def cut(
-    spans: Sequence[Span], requests: Sequence[Request], holder: Sequence[int], data: Sequence[bytes]
-) -> list[bytes]:
-    """Each span's bytes, from those that the requests brought; fewer where an object ended early."""
-    found = []
-    for span, number in zip(spans, holder, strict=True):
-        first = span.offset - requests[number].start
-        found.append(data[number][first : first + span.size])
-    return found
+        requests.append(ranges[index])
+        numbers[index] = len(requests) - 1
+    return requests, numbers

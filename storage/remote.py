@@ -25,6 +25,7 @@ from storage.addresses import Address, sign
 from storage.failures import GoneError, TransientError, explain, public_url
 from storage.http import Answer, HttpClient
 from storage.limits import gate_of_process
+from storage.ranges import ByteRange
 
 log = logging.getLogger("loaders")
 
@@ -40,29 +41,17 @@ INHERITED: list[tuple[Any, ...]] = []
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
-class Part:
-    """Bytes [start, end) of an object of the folder; all of it where there is no end."""
-
-    name: str
-    start: int = 0
-    end: int | None = None
-
-    def __str__(self) -> str:
-        return "" if self.end is None else f" bytes {self.start}-{self.end - 1}"
-
-
 @dataclass
 class Waiting:
     """A part that is being read: since when, how often it was tried, and what went wrong last."""
 
-    part: Part
+    part: ByteRange
     since: float = field(default_factory=time.monotonic)
     tries: int = 0
     last: str = ""
 
 
-class Remote:
+class RemoteStore:
     """Reads parts of the objects under a URL; safe to use from several threads, and in a child after a fork.
 
     S3, GCS and HTTP are read by one HTTP client, with addresses that fsspec's file systems sign: their own reading
@@ -83,14 +72,14 @@ class Remote:
         self._calls: set[Future[Any]] = set()
         self._waiting: dict[int, Waiting] = {}
 
-    def fetch(self, parts: Sequence[Part]) -> list[bytes]:
+    def read_ranges(self, ranges: Sequence[ByteRange]) -> list[bytes]:
         """The parts' bytes, read at the same time; fewer where an object ends before.
 
         Raises:
             FileNotFoundError, PermissionError, OSError: at once, when no repetition would help.
             TimeoutError: one of them was not read within the deadline. CancelledError: `cancel` was called.
         """
-        return self._run(self._all(parts)) if parts else []
+        return self._run(self._all(ranges)) if ranges else []
 
     def cancel(self) -> None:
         """End all reads under way; their callers get CancelledError."""
@@ -103,7 +92,7 @@ class Remote:
         """What is being waited for: URL, bytes, seconds, tries."""
         now = time.monotonic()
         return [
-            f"{join_url(self.url, item.part.name)}{item.part}: {now - item.since:.1f} s, try {item.tries}"
+            f"{join_url(self.url, str(item.part))}: {now - item.since:.1f} s, try {item.tries}"
             + (f", last: {item.last}" if item.last else "")
             for item in sorted(self._waiting.values(), key=lambda item: item.since)
         ]
@@ -147,14 +136,14 @@ class Remote:
         self._latencies = defaultdict[int, Latencies](lambda: Latencies(self.settings.hedge_percentile))
         self._process = os.getpid()
 
-    async def _all(self, parts: Sequence[Part]) -> list[bytes]:
+    async def _all(self, parts: Sequence[ByteRange]) -> list[bytes]:
         tasks = [asyncio.ensure_future(self._patiently(part)) for part in parts]
         try:
             return await asyncio.gather(*tasks)
         finally:
             end(tasks)
 
-    async def _patiently(self, part: Part) -> bytes:
+    async def _patiently(self, part: ByteRange) -> bytes:
         """A part, tried again as long as that may help and the deadline allows."""
         waiting = Waiting(part)
         self._waiting[id(waiting)] = waiting
@@ -206,18 +195,18 @@ class Remote:
         if now - max(waiting.since, self._told) > SILENCE:
             self._told = now
             log.warning(
-                "%s%s: %d tries in %.0f s, the last: %s; tried again until remote.deadline=%g s",
-                join_url(self.url, waiting.part.name), waiting.part, waiting.tries, now - waiting.since,
+                "%s: %d tries in %.0f s, the last: %s; tried again until remote.deadline=%g s",
+                join_url(self.url, str(waiting.part)), waiting.tries, now - waiting.since,
                 waiting.last, self.settings.deadline,
             )  # fmt: skip
 
     def _too_late(self, waiting: Waiting, reason: str) -> TimeoutError:
         return TimeoutError(
-            f"{join_url(self.url, waiting.part.name)}{waiting.part} was not read within "
+            f"{join_url(self.url, str(waiting.part))} was not read within "
             f"remote.deadline={self.settings.deadline:g} s ({waiting.tries} tries); the last: {reason}"
         )
 
-    async def _try(self, part: Part) -> bytes:
+    async def _try(self, part: ByteRange) -> bytes:
         """One try. Raises TransientError or GoneError."""
         try:
             return await self._hedged(part, await self._address(part.name))
@@ -228,7 +217,7 @@ class Remote:
         except PermissionError as error:
             raise explain(error) from None
 
-    async def _hedged(self, part: Part, address: Address | None) -> bytes:
+    async def _hedged(self, part: ByteRange, address: Address | None) -> bytes:
         """A part, asked for a second time when the answer takes longer than almost all others did."""
         latencies, began = self._latencies[size_class(part)], time.monotonic()
         first = self._ask(part, address)
@@ -252,7 +241,9 @@ class Remote:
         self.counters["bytes_fetched"] += len(data)
         return data
 
-    def _hedge(self, part: Part, address: Address | None, first: Answer, second: list[asyncio.Task[bytes]]) -> None:
+    def _hedge(
+        self, part: ByteRange, address: Address | None, first: Answer, second: list[asyncio.Task[bytes]]
+    ) -> None:
         """Ask for the second time, unless the store is slow as a whole; what comes is the first one's answer."""
         few = self.counters["hedges"] < HEDGED_FREE + HEDGED_SHARE * self.counters["requests"]
         if first.done() or not (few and self._gate.is_free()):
@@ -261,7 +252,7 @@ class Remote:
         second.append(asyncio.ensure_future(self._ask_once_more(part, address)))
         second[0].add_done_callback(lambda task: self._give(first, task))
 
-    async def _ask_once_more(self, part: Part, address: Address | None) -> bytes:
+    async def _ask_once_more(self, part: ByteRange, address: Address | None) -> bytes:
         async with self._gate:
             began = time.monotonic()
             data = await self._ask(part, address)
@@ -273,7 +264,7 @@ class Remote:
             self.counters["hedges_won"] += 1
             first.give(task.result())
 
-    def _ask(self, part: Part, address: Address | None) -> Answer:
+    def _ask(self, part: ByteRange, address: Address | None) -> Answer:
         """One request. It raises TransientError or GoneError, or PermissionError: see `_try`."""
         self.counters["requests"] += 1
         if address is None:
@@ -286,7 +277,7 @@ class Remote:
             client = self._client = HttpClient(loop, self.settings.connections, self._try_seconds)
         return client.get(address, part.start, part.end)
 
-    async def _ask_filesystem(self, part: Part) -> bytes:
+    async def _ask_filesystem(self, part: ByteRange) -> bytes:
         path = join_url(self._root, part.name)
         limits = {} if part.end is None else {"start": part.start, "end": part.end}
         if self._filesystem.async_impl:
@@ -375,9 +366,9 @@ def is_local(url: str, options: dict[str, Any]) -> bool:
     return isinstance(fsspec.url_to_fs(url, **options)[0], LocalFileSystem)
 
 
-def size_class(part: Part) -> int:
+def size_class(part: ByteRange) -> int:
     """Requests of one class take about as long: their sizes differ by less than 8."""
-    return -1 if part.end is None else (part.end - part.start).bit_length() // 3
+    return -1 if part.end is None else part.size.bit_length() // 3
 
 
 def wait_as_told(state: tenacity.RetryCallState) -> float:

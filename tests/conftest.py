@@ -26,7 +26,6 @@ settings.load_profile("any machine")
 LONGEST = {"launch", "train"}
 
 
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The folders whose files take longest first: run last, one of them would keep the other processes waiting."""
     items.sort(key=lambda item: item.path.parent.name not in LONGEST)

@@ -132,7 +132,8 @@ def _gpu_number(ranks: Ranks) -> int:
         return 0
     hint = "" if visible is None else f", CUDA_VISIBLE_DEVICES={visible}"
     raise UserError(
-        f"{ranks.ranks_here} processes on this host, but {count} visible GPUs (LOCAL_RANK={ranks.local_rank}{hint}): "
+        f"{ranks.local_world_size} processes on this host, but {count} visible GPUs "
+        f"(LOCAL_RANK={ranks.local_rank}{hint}): "
         "start one process a GPU, or let the launcher show each process one GPU"
     )
 

@@ -6,16 +6,16 @@ import fcntl
 import json
 import logging
 import os
-import shutil
 import socket
 import time
 from pathlib import Path
 from typing import IO, Any
 
-from runtime.errors import UserError, naming
-from runtime.settings import EVALUATION, FIXED, FREE, change_on_resume
-from train.checkpoints.writing import checkpoint_step, complete_checkpoints, recover
-from train.config.files import flatten, load_settings, to_yaml
+from runtime.errors import UserError, file_errors
+from runtime.settings import EVALUATION, FIXED, FREE, change_on_resume, flatten
+from storage.files import recover_folders, remove_temporary, write_text
+from train.checkpoints.writing import checkpoint_step, complete_checkpoints
+from train.config.files import load_settings, to_yaml
 from train.config.settings import RunConfig
 
 log = logging.getLogger(__name__)
@@ -69,20 +69,15 @@ class RunFolder:
             raise UserError(f"output_dir={self.path} is in use by something that is no run: choose another output_dir")
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock_or_raise()
-        recover(self.checkpoints)
+        recover_folders(self.checkpoints)
         if existing:
             self._check_same(config)
 
     def begin(self, config: RunConfig) -> None:
         """Write the resolved configuration and remove what an interrupted process has left half-written."""
-        for leftover in self.checkpoints.glob(".*.part"):
-            leftover.unlink() if leftover.is_symlink() else shutil.rmtree(leftover, ignore_errors=True)
-        aside = self.settings.with_name(".config.yaml.part")
-        with naming(self.settings), aside.open("w") as file:
-            file.write(to_yaml(config))
-            file.flush()
-            os.fsync(file.fileno())  # a power cut must not leave an empty one
-        os.replace(aside, self.settings)
+        remove_temporary(self.checkpoints)
+        remove_temporary(self.path)
+        write_text(self.settings, to_yaml(config), sync=True)  # a power cut must not leave an empty one
 
     def note_stopping(self) -> None:
         """Tell a successor that waits for the folder that this run is about to leave it."""
@@ -91,7 +86,7 @@ class RunFolder:
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Mark the run as finished."""
-        with naming(self.finished):
+        with file_errors(self.finished):
             self.finished.write_text(json.dumps(summary) + "\n")
 
     def release(self) -> None:
@@ -171,7 +166,7 @@ def _changes(path: Path, config: RunConfig) -> dict[str, list[str]]:
 
 
 def _write_note(handle: IO[str], state: str) -> None:
-    with naming(handle.name):
+    with file_errors(handle.name):
         handle.seek(0)
         handle.truncate()
         json.dump({"pid": os.getpid(), "host": socket.gethostname(), "state": state}, handle)

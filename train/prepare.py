@@ -85,7 +85,7 @@ def prepare_training(settings: Settings, ranks: Ranks, evaluates: bool, device: 
     settings_of_loader = replace(run, quarantine_file=bad_samples)
     progress("opening the corpora")
     loader = TrainLoader(
-        run.train_urls(), tokenizer, settings_of_loader, ranks.rank, ranks.world_size, ranks.ranks_here, device
+        run.train_urls(), tokenizer, settings_of_loader, ranks.rank, ranks.world_size, ranks.local_world_size, device
     )
     _check_parts(loader, run, ranks)
     folder = RunFolder(run.output_dir)
@@ -167,7 +167,7 @@ def check_test_corpora(run: RunConfig) -> None:
 def share_cores(ranks: Ranks) -> None:
     """Give each process on a machine its share of the cores, unless OMP_NUM_THREADS says otherwise."""
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.ranks_here))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size))
 
 
 def _model(settings: Settings) -> tuple[Model, Tokenizer]:

@@ -93,10 +93,8 @@ class Stepper:
         self.engine, self.groups, self.model, self.schedule, self.guard = engine, groups, model, schedule, guard
         self._device, self._dtype = device, DTYPES[precision]
         self._seed, self._rank, self._accumulate = seed, rank, accumulate
-        # The model's forward clamps what it computes with; this is the copy that AdamW changes. On NVMe it is not kept.
-        swaps = getattr(engine.optimizer, "swap_optimizer", False)
-        kept = [] if swaps else [part.weight for part in fragments(engine, moments=False) if part.name == "temp"]
-        self._temperatures = kept
+        # The model's forward clamps what it computes with; this is the copy that AdamW changes.
+        self._temperatures = [part.weight for part in fragments(engine, moments=False) if part.name == "temp"]
 
     def __call__(self, batch: Batch, step: int) -> Losses:
         """Step number `step` on this rank's part of a global batch; returns its losses (), still on the device."""

@@ -19,12 +19,12 @@ from typing import Any
 from launch.doctor import findings
 from launch.doctor.findings import BAD, OK, WARNING, Finding
 from launch.doctor.nodes import ROOT, Node, NodeError, ask_all, find_nodes, start
+from runtime.units import duration
 from train.config.files import load_settings
 from train.config.settings import RunConfig
 
 TRIAL_WARM_UP = 3  # steps of a trial that do not count
 ALIVE = "-o ServerAliveInterval=10 -o ServerAliveCountMax=3"
-
 
 
 def examine_nodes(nodes: Sequence[Node]) -> list[Finding]:
@@ -205,7 +205,7 @@ def estimate(nodes: Sequence[Node], options: argparse.Namespace, run: RunConfig,
     advice = "`python -m loaders.bench URL` there says whether reading or decoding is the limit"
     found += findings.lagging("loading", "samples/s", rates, advice, WARNING)
     total = sum(rates.values())
-    text = f"{total:,.4g} samples/s, an epoch of {samples:,} in {findings.duration(samples / total)} at best"
+    text = f"{total:,.4g} samples/s, an epoch of {samples:,} in {duration(samples / total)} at best"
     found.append(Finding("epoch", "loading", OK, text))
     if options.trial_steps and run.output_dir:
         found += trial(nodes, options, run, samples, total)
@@ -232,7 +232,7 @@ def trial(
         told = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
         return [Finding("trial", "all", BAD, told, f"see the whole output of: {' '.join(words)}")]
     speed = median(speeds)
-    text = f"{speed:,.4g} samples/s, an epoch of {samples:,} in {findings.duration(samples / speed)}"
+    text = f"{speed:,.4g} samples/s, an epoch of {samples:,} in {duration(samples / speed)}"
     limit = "loading is the limit: `python -m loaders.bench` says why" if loading < 1.2 * speed else ""
     return [Finding("epoch", f"training, {len(speeds)} steps", WARNING if limit else OK, text, limit)]
 

@@ -192,14 +192,6 @@ def missing(url: str, names: Sequence[str]) -> list[Finding]:
     return [Finding("shards", url, BAD, f"{len(names)} files are missing: {', '.join(names[:3])}", advice)]
 
 
-def duration(seconds: float) -> str:
-    """Time for people: 3 s, 4.2 min, 1.5 h, 2.3 days."""
-    for limit, size, unit in ((120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
-        if seconds < limit:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds / 86400:.3g} days"
-
-
 def table(findings: Sequence[Finding]) -> str:
     """The findings as a table, and each piece of advice once."""
     head = ("check", "where", "", "found")

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shutil
-import stat
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,8 +12,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from model.config import ModelConfig, config_from_dict, config_to_dict
-from runtime.errors import MissingError, UserError, os_error_number
+from model.config import ModelConfig, config_from_dict
+from runtime.errors import MissingError, UserError
+from storage.files import atomic_file, atomic_folder, write_text
 
 FORMAT = "singularity-model"
 VERSION = 1
@@ -35,38 +32,6 @@ class Weights:
     special_ids: dict[str, int] = field(default_factory=dict)
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file beside `path`, then give it that name: no reader ever sees half of it.
-
-    Its permissions are those of any new file, also where `write` makes a private one. Raises OSError naming `path` when
-    the disk is full or refuses to be written to, also where `write` hides that behind an error of its own.
-    """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        aside.touch()
-        mode = stat.S_IMODE(aside.stat().st_mode)
-        write(aside)
-        if stat.S_IMODE(aside.stat().st_mode) != mode:
-            aside.chmod(mode)
-        os.replace(aside, path)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if number := _system_error(error):
-            raise OSError(number, os.strerror(number), str(path)) from None
-        raise
-    finally:
-        with contextlib.suppress(OSError):  # of a read-only disk
-            aside.unlink(missing_ok=True)
-
-
-def _system_error(error: BaseException | None) -> int:
-    """The operating system's error number behind an error of safetensors or PyTorch; 0 when there is none."""
-    while error is not None:
-        if number := os_error_number(error):
-            return number
-        error = error.__context__
-    return 0
-
-
 def write_weights(weights: Weights, folder: str | Path) -> None:
     """Write `model.safetensors`, then `model.json`, whose presence says that both are complete."""
     folder = Path(folder)
@@ -76,31 +41,23 @@ def write_weights(weights: Weights, folder: str | Path) -> None:
     description = {
         "format": FORMAT,
         "version": VERSION,
-        "config": config_to_dict(weights.config),
+        "config": asdict(weights.config),
         "special_ids": weights.special_ids,
         "versions": {name: version(name) for name in ("torch", "timm", "transformers")},
     }
-    write_whole(folder / TENSORS, lambda path: save_file(state, str(path), metadata={"format": "pt"}))
+    with atomic_file(folder / TENSORS) as path:
+        save_file(state, str(path), metadata={"format": "pt"})
     beside = [path for path in (folder / TENSORS, folder / VOCABULARY) if path.is_file()]
-    text = json.dumps(description | {"bytes": {path.name: path.stat().st_size for path in beside}}, indent=1) + "\n"
-    write_whole(folder / DESCRIPTION, lambda path: path.write_text(text))
+    sizes = {path.name: path.stat().st_size for path in beside}
+    write_text(folder / DESCRIPTION, json.dumps(description | {"bytes": sizes}, indent=1) + "\n")
 
 
 def write_folder(weights: Weights, vocabulary: Path | None, folder: Path) -> None:
     """Make a folder of weights and their vocabulary, whole or not at all; it takes the place of an earlier one."""
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    try:
-        aside.mkdir(parents=True)
+    with atomic_folder(folder) as temporary:
         if vocabulary is not None:
-            shutil.copyfile(vocabulary, aside / VOCABULARY)
-        write_weights(weights, aside)
-        if folder.is_dir():
-            shutil.rmtree(folder)
-        aside.rename(folder)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(folder)) from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+            shutil.copyfile(vocabulary, temporary / VOCABULARY)
+        write_weights(weights, temporary)
 
 
 def find_vocabulary(weights: Path, words: int) -> Path | None:

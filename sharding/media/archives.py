@@ -28,6 +28,7 @@ from runtime.errors import UserError
 from sharding.media import MediaError
 from sharding.media.links import LinkError, follow
 from sharding.shards.tar import Damage, TarStream, compression_of
+from storage.files import atomic_file
 
 ARCHIVE = re.compile(r"(?<=[^/])\.(zip|tar|tar\.(gz|bz2|xz|zst|lz4)|tgz|tbz2|txz)(?=/|$)", re.IGNORECASE)
 LOCAL_HEADER = 30  # bytes before name and extra field in front of a zip's member
@@ -236,10 +237,12 @@ def make_listing(url: str, target: Path) -> None:
         table = pa.Table.from_batches(batches, SCHEMA).sort_by("name").combine_chunks()
         damage_text = f"byte {damages[0].offset} ({damages[0].reason})" if damages else ""
         table = table.replace_schema_metadata({"error": error, "damage": damage_text})
-        aside = target.with_suffix(".part")
-        with aside.open("wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        with (
+            atomic_file(target) as temporary,
+            temporary.open("wb") as file,
+            pa.ipc.new_stream(file, table.schema) as writer,
+        ):
             writer.write_table(table)
-        os.replace(aside, target)
     finally:
         os.close(lock)
 

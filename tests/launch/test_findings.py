@@ -10,7 +10,6 @@ from launch.doctor.findings import (
     clocks,
     compare,
     decoding,
-    duration,
     gpus,
     hardware,
     lagging,
@@ -128,13 +127,3 @@ def test_the_table_tells_each_advice_once_and_wraps_what_is_long():
     assert "2 things to mend before a job is started." in text
     assert max(map(len, text.splitlines())) <= 120
     assert "Nothing stands in a job's way." in table([Finding("reach", "all", OK, "2 hosts answer")])
-
-
-def test_durations_for_people():
-    assert [duration(seconds) for seconds in (3, 252, 5400, 90000, 260000)] == [
-        "3 s",
-        "4.2 min",
-        "90 min",
-        "25 h",
-        "3.01 days",
-    ]

@@ -12,7 +12,7 @@ import pytest
 import webdataset
 
 from loaders.samples import whole_sample
-from loaders.shards import CorpusReader, LastUsed
+from loaders.shards import CorpusReader
 
 
 @pytest.fixture
@@ -54,8 +54,8 @@ def test_frames_come_in_the_order_asked_for_each_read_once(shapes, monkeypatch: 
     reader = CorpusReader(shapes.url("clips_train"))
     record = reader.index(0).record(2)
     asked = []
-    ranges = reader.ranges
-    monkeypatch.setattr(reader, "ranges", lambda spans: asked.extend(spans) or ranges(spans))
+    ranges = reader.read_ranges
+    monkeypatch.setattr(reader, "read_ranges", lambda wanted: asked.extend(wanted) or ranges(wanted))
     (sample,) = reader.read([whole_sample(record, np.array([3, 1, 1, 3]))])
     assert [zlib.crc32(data) for data in sample.jpegs] == record.crc32s[[3, 1, 1, 3]].tolist()
     assert len(asked) == 2

@@ -240,8 +240,8 @@ def test_batches_in_use_are_not_written_over(shapes, tokenizer: Tokenizer) -> No
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"image_res": 0}, "image_res is 0, must be at least 1"),
-        ({"stripes": 0}, "stripes is 0, must be at least 1"),
+        ({"image_res": 0}, "image_res is 0: must be at least 1"),
+        ({"stripes": 0}, "stripes is 0: must be at least 1"),
         ({"video_input": VideoInput(num_frames=0)}, "video_input.num_frames is 0"),
         ({"video_input": VideoInput(sample_type="center")}, "sample_type is 'center', must be rand, middle or fps"),
         ({"decode": "gpu"}, "decode is 'gpu'"),

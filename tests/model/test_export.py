@@ -10,7 +10,6 @@ from small_models import small_config, small_model
 
 from loaders.text import SPECIAL
 from model.building import build_model
-from model.checkpoints.files import write_whole
 from model.checkpoints.loading import load_weights, save_model
 from model.config import AnswerDecoderConfig, LossWeights
 from model.export import main as export
@@ -150,20 +149,6 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, weights):
     assert result.returncode == len(lines) == 2, result.stderr
     assert lines == [f"error: File too large: {output!r}" for output in outputs]
     assert not os.listdir(tmp_path / "new")
-
-
-def test_a_writer_that_fails_leaves_the_file_as_it_was(tmp_path):
-    path = tmp_path / "x"
-    path.write_text("old")
-
-    def write(aside):
-        aside.write_text("half")
-        raise RuntimeError("a bug")
-
-    with pytest.raises(RuntimeError, match="a bug"):
-        write_whole(path, write)
-    assert [each.name for each in tmp_path.iterdir()] == ["x"]
-    assert path.read_text() == "old"
 
 
 def test_models_of_every_kind_come_back(tmp_path):

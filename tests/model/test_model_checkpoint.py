@@ -1,6 +1,7 @@
 """Saving and loading our own form: round trip, changes of size, and one clear error for everything else."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from small_models import CLS, MASK, PAD, small_batch, small_config, small_model
 
 from model.checkpoints.files import Weights
 from model.checkpoints.loading import fit_weights, load_model, load_weights, resolve_weights, save_model
-from model.config import TemporalConfig, config_from_dict, config_to_dict, with_changes
+from model.config import TemporalConfig, config_from_dict, with_changes
 from model.singularity import Singularity
 
 
@@ -49,7 +50,7 @@ def test_special_tokens_are_found_in_the_vocabulary_beside_the_weights(saved):
 
 def test_the_configuration_survives_json():
     config = small_config(num_frames=4, temporal_vision_encoder=TemporalConfig(True, 1, True))
-    assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
+    assert config_from_dict(json.loads(json.dumps(asdict(config)))) == config
 
 
 def test_a_longer_clip_with_a_temporal_encoder_starts_where_the_single_frame_model_stood(saved, model):

@@ -113,7 +113,7 @@ def test_a_terminal_shows_a_bar_with_rate_bytes_failures_and_time_left(photos: P
     assert "packing out: 100%" in text
     assert "200/200" in text
     assert "item/s" in text or "s/item" in text
-    assert "MB, 22 failed" in text
+    assert "kB, 22 failed" in text
     assert '{"stage"' not in text
 
 

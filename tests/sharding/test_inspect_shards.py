@@ -30,8 +30,6 @@ MEASURED = """import sys; from sharding.inspect import main; code = main(sys.arg
 sys.stderr.write(open("/proc/self/status").read()); sys.exit(code)"""  # so that the peak of memory is known
 
 
-
-
 @pytest.fixture
 def corpus(shapes, tmp_path: Path) -> Path:
     return Path(shutil.copytree(shapes.url("clips_train"), tmp_path / "clips"))

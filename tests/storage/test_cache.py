@@ -112,9 +112,10 @@ def test_threads_share_a_cache(tmp_path: Path) -> None:
     assert cache.bytes_used() == sum(files(cache).values())
 
 
+PATHS = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
 WORKER = """
 import random, sys
-sys.path[:0] = [{root!r}, {here!r}]
+sys.path[:0] = {paths!r}
 from test_cache import content, get
 from storage.cache import DiskCache
 cache, rng = DiskCache(sys.argv[1], 60_000), random.Random(int(sys.argv[2]))
@@ -127,7 +128,7 @@ cache.close()
 
 
 def start(folder: Path, seed: int, rounds: int) -> subprocess.Popen:
-    program = WORKER.format(root=str(ROOT), here=str(Path(__file__).parent))
+    program = WORKER.format(paths=PATHS)
     process = subprocess.Popen(
         [sys.executable, "-c", program, str(folder), str(seed), str(rounds)], stdout=subprocess.PIPE, text=True
     )
@@ -241,7 +242,7 @@ def test_processes_killed_at_any_moment_leave_a_whole_cache_to_the_others(tmp_pa
 
 FULL = """
 import resource, signal, sys
-sys.path[:0] = [{root!r}, {here!r}]
+sys.path[:0] = {paths!r}
 from test_cache import content, get
 from storage.cache import DiskCache
 cache = DiskCache(sys.argv[1], 10**6)
@@ -257,7 +258,7 @@ cache.close()
 @pytest.mark.parametrize("size", [0, 4096, 20_000])
 def test_a_disk_that_is_full_costs_the_cache_and_nothing_else(tmp_path: Path, size: int) -> None:
     """Neither the items nor their list can be written."""
-    program = FULL.format(root=str(ROOT), here=str(Path(__file__).parent))
+    program = FULL.format(paths=PATHS)
     done = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path), str(size)], capture_output=True, text=True, check=True
     )

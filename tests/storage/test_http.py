@@ -22,7 +22,8 @@ from hosts import ROOT, why_not
 from needs import leave_out, module
 
 from loaders.config import RemoteReads
-from storage.remote import Part, Remote
+from storage.ranges import ByteRange
+from storage.remote import RemoteStore
 
 LATE = 8.0  # seconds
 DATA = np.random.default_rng(1).bytes(2**20)
@@ -92,19 +93,19 @@ def server() -> Iterator[ThreadingHTTPServer]:
     server.server_close()
 
 
-def remote(server: ThreadingHTTPServer, folder: str, scheme: str = "http", **settings) -> Remote:
+def remote(server: ThreadingHTTPServer, folder: str, scheme: str = "http", **settings) -> RemoteStore:
     host = "localhost" if scheme == "https" else "127.0.0.1"
-    return Remote(f"{scheme}://{host}:{server.server_port}/{folder}", {}, RemoteReads(**settings))
+    return RemoteStore(f"{scheme}://{host}:{server.server_port}/{folder}", {}, RemoteReads(**settings))
 
 
-def parts(count: int, size: int = 1500) -> list[Part]:
-    return [Part("shard.tar", first, first + size) for first in range(0, count * 2000, 2000)]
+def parts(count: int, size: int = 1500) -> list[ByteRange]:
+    return [ByteRange("shard.tar", first, first + size) for first in range(0, count * 2000, 2000)]
 
 
 def test_many_ranges_share_few_connections(server) -> None:
     reading = remote(server, "things", connections=4, hedge_percentile=0)
     for _ in range(3):
-        assert reading.fetch(parts(100)) == [DATA[part.start : part.end] for part in parts(100)]
+        assert reading.read_ranges(parts(100)) == [DATA[part.start : part.end] for part in parts(100)]
     reading.close()
     assert server.connections <= 4
     assert len(server.asked) == 300
@@ -113,7 +114,7 @@ def test_many_ranges_share_few_connections(server) -> None:
 def test_ranges_are_read_above_descriptor_1023(server) -> None:
     with many_descriptors():
         reading = remote(server, "things", connections=4)
-        assert reading.fetch(parts(100)) == [DATA[part.start : part.end] for part in parts(100)]
+        assert reading.read_ranges(parts(100)) == [DATA[part.start : part.end] for part in parts(100)]
         reading.close()
 
 
@@ -121,13 +122,13 @@ def test_a_whole_object_without_measure_is_refused(server, monkeypatch: pytest.M
     monkeypatch.setattr("storage.http.LARGEST_OBJECT", len(DATA) - 1)
     reading = remote(server, "things")
     with pytest.raises(OSError, match="Maximum file size exceeded"):
-        reading.fetch([Part("corpus.json")])
+        reading.read_ranges([ByteRange("corpus.json")])
     reading.close()
 
 
 def test_a_redirect_is_followed(server) -> None:
     reading = remote(server, "moved")
-    assert reading.fetch(parts(3)) == [DATA[part.start : part.end] for part in parts(3)]
+    assert reading.read_ranges(parts(3)) == [DATA[part.start : part.end] for part in parts(3)]
     assert {path for path, _ in server.asked} == {"/moved/shard.tar", "/things/shard.tar"}
     reading.close()
 
@@ -135,7 +136,7 @@ def test_a_redirect_is_followed(server) -> None:
 def test_a_server_without_ranges_is_named_before_all_has_come(server) -> None:
     reading = remote(server, "whole")
     with pytest.raises(OSError, match=r"whole/shard\.tar cannot be read: the server does not answer byte ranges"):
-        reading.fetch(parts(1))
+        reading.read_ranges(parts(1))
     reading.close()
     time.sleep(0.2)
     assert server.sent == 0  # of 64 MB, its buffers alone
@@ -144,7 +145,7 @@ def test_a_server_without_ranges_is_named_before_all_has_come(server) -> None:
 def test_an_excuse_longer_than_what_was_asked_for_is_still_an_excuse(server) -> None:
     reading = remote(server, "refusing", deadline=1)
     with pytest.raises(TimeoutError, match=r"the last: status 503"):
-        reading.fetch(parts(1))
+        reading.read_ranges(parts(1))
     reading.close()
 
 
@@ -152,7 +153,7 @@ def test_an_excuse_longer_than_what_was_asked_for_is_still_an_excuse(server) -> 
 def test_answers_that_break_off_or_mean_nothing_are_asked_for_again(server, folder: str) -> None:
     reading = remote(server, folder, deadline=1)
     with pytest.raises(TimeoutError, match=r"\(\d+ tries\); the last: connection broke off"):
-        reading.fetch(parts(1))
+        reading.read_ranges(parts(1))
     assert reading.counters["retries"] > 0
     reading.close()
 
@@ -169,45 +170,45 @@ def test_a_server_that_hangs_up_while_the_encryption_is_agreed_on_is_asked_again
 
         threading.Thread(target=hang_up, daemon=True).start()
         url = f"https://127.0.0.1:{server.getsockname()[1]}/things"
-        reading = Remote(url, {}, RemoteReads(deadline=1))
+        reading = RemoteStore(url, {}, RemoteReads(deadline=1))
         with pytest.raises(TimeoutError, match=r"the last: no encrypted connection: 127\.0\.0\.1"):
-            reading.fetch(parts(1))
+            reading.read_ranges(parts(1))
         assert reading.counters["retries"] > 0
         reading.close()
         server.shutdown(socket.SHUT_RDWR)
 
 
 def test_a_server_without_encryption_is_named_at_once(server) -> None:
-    reading = Remote(f"https://127.0.0.1:{server.server_port}/things", {}, RemoteReads())
+    reading = RemoteStore(f"https://127.0.0.1:{server.server_port}/things", {}, RemoteReads())
     with pytest.raises(OSError, match=r"things/shard\.tar cannot be read: no encrypted connection: 127\.0\.0\.1"):
-        reading.fetch(parts(1))
+        reading.read_ranges(parts(1))
     reading.close()
 
 
 def test_a_proxy_that_refuses_is_named_at_once(server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("no_proxy", "elsewhere.test")
-    reading = Remote("https://store.test/things", {}, RemoteReads())
+    reading = RemoteStore("https://store.test/things", {}, RemoteReads())
     with pytest.raises(OSError, match=r"store\.test/things/shard\.tar cannot be read: the proxy says status 407"):
-        reading.fetch(parts(1))
+        reading.read_ranges(parts(1))
     reading.close()
 
 
 def test_a_proxys_password_is_in_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("https_proxy", "jane:open-sesame@proxy:80x80")
     monkeypatch.setenv("no_proxy", "elsewhere.test")
-    reading = Remote("https://store.test/things", {}, RemoteReads(deadline=1))
+    reading = RemoteStore("https://store.test/things", {}, RemoteReads(deadline=1))
     with pytest.raises(OSError, match=r"store\.test/things.*proxy") as raised:
-        reading.fetch(parts(1))
+        reading.read_ranges(parts(1))
     assert "sesame" not in str(raised.value)
     reading.close()
 
 
 def test_no_connection_is_told_from_no_answer(server) -> None:
     reading = remote(server, "stuck", try_seconds=0.5, deadline=0.7)
-    assert reading.fetch(parts(1)) == [DATA[:1500]]
+    assert reading.read_ranges(parts(1)) == [DATA[:1500]]
     with pytest.raises(TimeoutError, match=r"the last: no answer within 0\.5 s \(remote\.try_seconds\)"):
-        reading.fetch(parts(2)[1:])  # over the same connection
+        reading.read_ranges(parts(2)[1:])  # over the same connection
     reading.close()
     with socket.socket() as full, ExitStack() as waiting:
         full.bind(("127.0.0.1", 0))
@@ -217,17 +218,17 @@ def test_no_connection_is_told_from_no_answer(server) -> None:
             one.setblocking(False)
             one.connect_ex(full.getsockname())
         url = f"http://127.0.0.1:{full.getsockname()[1]}/things"
-        reading = Remote(url, {}, RemoteReads(try_seconds=1, deadline=1.2))
+        reading = RemoteStore(url, {}, RemoteReads(try_seconds=1, deadline=1.2))
         with pytest.raises(TimeoutError, match=r"the last: no connection within 1 s"):
-            reading.fetch(parts(1))
+            reading.read_ranges(parts(1))
         reading.close()
 
 
 @pytest.mark.parametrize("host", ["store..example", "a" * 70 + ".example"])
 def test_a_name_that_cannot_be_one_is_said_at_once(host: str) -> None:
-    reading = Remote(f"http://{host}/things", {}, RemoteReads())
+    reading = RemoteStore(f"http://{host}/things", {}, RemoteReads())
     with pytest.raises(OSError, match=r"things/shard\.tar cannot be read: host not found"):
-        reading.fetch(parts(1))
+        reading.read_ranges(parts(1))
     reading.close()
 
 
@@ -238,9 +239,9 @@ def test_headers_of_one_request_are_not_sent_with_the_next(
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login jane password sesame\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     reading = remote(server, "things", hedge_percentile=0)
-    reading.fetch(parts(1))
+    reading.read_ranges(parts(1))
     (tmp_path / "netrc").unlink()
-    reading.fetch(parts(1))
+    reading.read_ranges(parts(1))
     assert [header is None for _, header in server.asked] == [False, True]
     reading.close()
 
@@ -252,7 +253,7 @@ def test_closing_while_others_read_loses_nobody(server) -> None:
     def read() -> None:
         for _ in range(30):
             try:
-                assert reading.fetch(parts(20)) == [DATA[part.start : part.end] for part in parts(20)]
+                assert reading.read_ranges(parts(20)) == [DATA[part.start : part.end] for part in parts(20)]
             except CancelledError:
                 pass
             except BaseException as error:
@@ -275,7 +276,7 @@ def test_cancelling_hangs_up_and_the_client_goes_on(server) -> None:
 
     def read() -> None:
         with pytest.raises(CancelledError):
-            reading.fetch(parts(2))
+            reading.read_ranges(parts(2))
 
     thread = threading.Thread(target=read)
     thread.start()
@@ -287,17 +288,17 @@ def test_cancelling_hangs_up_and_the_client_goes_on(server) -> None:
     while not server.ended and time.monotonic() < until:
         time.sleep(0.01)
     assert server.ended == [b""]
-    assert reading.fetch(parts(1)) == [DATA[:1500]]
+    assert reading.read_ranges(parts(1)) == [DATA[:1500]]
     reading.close()
 
 
 def test_what_was_read_is_not_kept(server) -> None:
     reading = remote(server, "things", hedge_percentile=0)
-    whole = [Part("shard.tar", 0, len(DATA))] * 32
-    reading.fetch(whole[:1])
+    whole = [ByteRange("shard.tar", 0, len(DATA))] * 32
+    reading.read_ranges(whole[:1])
     tracemalloc.start()
     try:
-        assert reading.fetch(whole) == [DATA] * 32
+        assert reading.read_ranges(whole) == [DATA] * 32
         assert tracemalloc.get_traced_memory()[0] < 4 * len(DATA)
     finally:
         tracemalloc.stop()
@@ -316,25 +317,27 @@ def test_certificates_are_checked_against_those_of_the_environment(
     server.socket = context.wrap_socket(server.socket, server_side=True)
     stranger = remote(server, "things", "https")
     with pytest.raises(OSError, match=r"things/shard\.tar cannot be read: no valid certificate: localhost"):
-        stranger.fetch(parts(1))
+        stranger.read_ranges(parts(1))
     stranger.close()
     authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
     monkeypatch.setenv(variable, str(tmp_path / "ca.pem"))
     friend = remote(server, "things", "https")
-    assert friend.fetch(parts(20)) == [DATA[part.start : part.end] for part in parts(20)]
+    assert friend.read_ranges(parts(20)) == [DATA[part.start : part.end] for part in parts(20)]
     friend.close()
 
 
 def test_what_fsspec_reads_itself_is_hedged_cancelled_and_explained_too(server) -> None:
-    def by_fsspec(folder: str, **settings) -> Remote:  # an option that our own client does not know
+    def by_fsspec(folder: str, **settings) -> RemoteStore:  # an option that our own client does not know
         url = f"http://127.0.0.1:{server.server_port}/{folder}"
-        return Remote(url, {"headers": {"X-Asked-By": "fsspec"}}, RemoteReads(**settings))
+        return RemoteStore(url, {"headers": {"X-Asked-By": "fsspec"}}, RemoteReads(**settings))
 
     reading = by_fsspec("late")
-    assert reading.fetch(parts(60)) == [DATA[part.start : part.end] for part in parts(60)]  # learns how long it takes
+    assert reading.read_ranges(parts(60)) == [
+        DATA[part.start : part.end] for part in parts(60)
+    ]  # learns how long it takes
     server.late.set()
     began = time.monotonic()
-    assert reading.fetch(parts(10)) == [DATA[part.start : part.end] for part in parts(10)]
+    assert reading.read_ranges(parts(10)) == [DATA[part.start : part.end] for part in parts(10)]
     assert time.monotonic() - began < LATE
     assert reading.counters["hedges_won"] == 1
     reading.close()
@@ -343,7 +346,7 @@ def test_what_fsspec_reads_itself_is_hedged_cancelled_and_explained_too(server) 
 
     def read() -> None:
         try:
-            reading.fetch(parts(2))
+            reading.read_ranges(parts(2))
         except BaseException as error:
             ended.append(error)
 
@@ -356,14 +359,15 @@ def test_what_fsspec_reads_itself_is_hedged_cancelled_and_explained_too(server) 
     reading.close()
     reading = by_fsspec("refusing", deadline=1)
     with pytest.raises(TimeoutError, match=r"refusing/shard\.tar bytes 0-1499 .*the last: status 503"):
-        reading.fetch(parts(1))
+        reading.read_ranges(parts(1))
     reading.close()
 
 
 NAME_SERVER = """
 import socket, sys, threading, time
 from loaders.config import RemoteReads
-from storage.remote import Part, Remote
+from storage.ranges import ByteRange
+from storage.remote import RemoteStore
 
 code, deadline = int(sys.argv[1]), float(sys.argv[2])
 server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -376,10 +380,10 @@ def answer():
             server.sendto(query[:2] + bytes([0x81, 0x80 | code]) + query[4:], client)
 
 threading.Thread(target=answer, daemon=True).start()
-reading = Remote("http://store.example.org/things", {}, RemoteReads(deadline=deadline))
+reading = RemoteStore("http://store.example.org/things", {}, RemoteReads(deadline=deadline))
 began = time.monotonic()
 try:
-    reading.fetch([Part("shard.tar", 0, 10)])
+    reading.read_ranges([ByteRange("shard.tar", 0, 10)])
 except OSError as error:
     print(type(error).__name__, error)
 told = time.monotonic()

@@ -23,11 +23,12 @@ from loaders.config import CacheConfig, LoaderConfig, PerMedia, RemoteReads
 from loaders.shards import CorpusReader, describe, open_corpus
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader
+from runtime.ranks import Ranks, current_ranks, ranks_of
 from sharding.index import index_shards
 from storage import node
 from storage.cache import DiskCache
-from storage.node import Node, node_of, share_of, this_node
-from storage.ranges import Span
+from storage.node import share_of
+from storage.ranges import ByteRange
 
 SHARDS, EACH = 64, 4
 
@@ -234,12 +235,12 @@ def test_a_description_that_comes_damaged_is_fetched_again_and_one_that_stays_so
             CorpusReader(where)
 
 
-def begin(url: str, place: Node, folder: str, config: LoaderConfig, go) -> None:
+def begin(url: str, ranks: Ranks, folder: str, config: LoaderConfig, go) -> None:
     """A node's first process: opens the corpus when all do."""
     node.WAITED.clear()
     go.wait()
-    reader = open_corpus(url, replace(config, cache=CacheConfig(folder, 1.0)), node=place)
-    reader.index(place.number)
+    reader = open_corpus(url, replace(config, cache=CacheConfig(folder, 1.0)), ranks=ranks)
+    reader.index(ranks.node_rank)
     reader.close()
 
 
@@ -254,7 +255,7 @@ def test_64_nodes_that_start_at_once_begin_to_read_one_after_another(
     nodes = [
         context.Process(
             target=begin,
-            args=(http.url("many", proxy), node_of(8 * n, 64 * 8, 8), str(tmp_path / f"{n}"), config, go),
+            args=(http.url("many", proxy), ranks_of(8 * n, 64 * 8, 8), str(tmp_path / f"{n}"), config, go),
         )
         for n in range(64)
     ]
@@ -281,7 +282,7 @@ def test_who_needs_all_indices_begins_with_others_than_its_neighbours(
         proxy.log.clear()
         config = LoaderConfig(cache=CacheConfig(str(tmp_path / str(rank)), 1.0))
         reader = open_corpus(http.url("many", proxy), config)
-        reader.bring_indices(node_of(rank, 8, 2).start)
+        reader.bring_indices(ranks_of(rank, 8, 2).offset)
         first = [int(re.findall(r"-(\d+)\.parquet", seen.path)[0]) for seen in proxy.log[1:9]]
         begins.append(first)
         reader.close()
@@ -344,7 +345,7 @@ def test_waiting_for_the_own_bound_is_not_the_stores_fault(http: Store, many: Pa
     url = http.fill(many, "many")
     remote = RemoteReads(connections=1, requests_per_second=16, deadline=1.5, hedge_percentile=0)
     reader = CorpusReader(url, remote=remote)
-    spans = reader.ranges([Span(shard, 0, 100) for shard in range(48)])
+    spans = reader.read_ranges([ByteRange(shard.name, 0, 100) for shard in reader.corpus.shards[:48]])
     assert [len(data) for data in spans] == [100] * 48  # the last one's turn comes after 3 seconds
     reader.close()
 
@@ -374,14 +375,15 @@ def test_each_node_reads_its_own_part_only(http: Store, faulty: MakeFaulty, many
         assert one.isdisjoint(two)
 
 
-def test_the_node_of_a_process_is_found_in_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ranks_of_a_process_are_found_in_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    assert this_node() == Node()
+    assert current_ranks() == Ranks()
     for name, value in {"RANK": "13", "WORLD_SIZE": "32", "LOCAL_WORLD_SIZE": "8"}.items():
         monkeypatch.setenv(name, value)
-    assert this_node() == Node(number=1, nodes=4, processes=8, rank=13, world_size=32)
-    share = share_of(RemoteReads(connections=128, requests_per_second=3000), this_node())
+    assert current_ranks() == Ranks(rank=13, world_size=32, local_world_size=8)
+    assert (current_ranks().node_rank, current_ranks().num_nodes) == (1, 4)
+    share = share_of(RemoteReads(connections=128, requests_per_second=3000), current_ranks())
     assert (share.connections, share.requests_per_second) == (16, 375)
 
 

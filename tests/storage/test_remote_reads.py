@@ -19,10 +19,11 @@ from object_stores import STORES, MakeFaulty, Store
 
 from loaders.config import RemoteReads
 from storage.failures import TransientError, explain, failure_of_status, retry_after
-from storage.remote import Part, Remote
+from storage.ranges import ByteRange
+from storage.remote import RemoteStore
 
 DATA = np.random.default_rng(1).bytes(400_000)
-PARTS = [Part("shard.tar", first, first + 1500) for first in range(0, 300_000, 5000)]
+PARTS = [ByteRange("shard.tar", first, first + 1500) for first in range(0, 300_000, 5000)]
 WANTED = [DATA[part.start : part.end] for part in PARTS]
 
 
@@ -34,15 +35,15 @@ def folder(store: Store, tmp_path: Path) -> str:
     return "things"
 
 
-def remote(url: str, **settings) -> Remote:
-    return Remote(url, {}, RemoteReads(**settings))
+def remote(url: str, **settings) -> RemoteStore:
+    return RemoteStore(url, {}, RemoteReads(**settings))
 
 
 @pytest.mark.parametrize("store", STORES, indirect=True)
 def test_parts_come_whole_through_every_fault(store: Store, folder: str, faulty: MakeFaulty) -> None:
     proxy = faulty(store, Faults.everywhere(0.4, seed=3, slow_seconds=0.3, corrupt_only="none"))
     reading = remote(store.url(folder, proxy), hedge_percentile=0)
-    assert reading.fetch(PARTS) == WANTED
+    assert reading.read_ranges(PARTS) == WANTED
     counts = proxy.counts()
     assert min(counts[kind] for kind in ("error", "throttle", "cut", "slow")) > 0
     assert reading.counters["retries"] == counts["error"] + counts["throttle"] + counts["cut"]
@@ -129,9 +130,9 @@ def test_stragglers_are_asked_for_twice(store: Store, folder: str, faulty: MakeF
 def test_without_hedging_the_straggler_is_waited_for(store: Store, folder: str, faulty: MakeFaulty) -> None:
     proxy = faulty(store, Faults())
     reading = remote(store.url(folder, proxy), hedge_percentile=0)
-    reading.fetch(PARTS)
+    reading.read_ranges(PARTS)
     proxy.faults = Faults(slow=1, slow_seconds=0.5)
-    reading.fetch(PARTS)
+    reading.read_ranges(PARTS)
     assert reading.counters["hedges"] == 0
     assert len(proxy.log) == 2 * len(PARTS)
     reading.close()
@@ -141,7 +142,7 @@ def test_without_hedging_the_straggler_is_waited_for(store: Store, folder: str, 
 def test_a_try_that_takes_too_long_is_given_up(store: Store, folder: str, faulty: MakeFaulty) -> None:
     proxy = faulty(store, Faults(slow=0.5, slow_seconds=20, seed=2))
     reading = remote(store.url(folder, proxy), try_seconds=0.5, hedge_percentile=0)
-    assert reading.fetch(PARTS[:10]) == WANTED[:10]
+    assert reading.read_ranges(PARTS[:10]) == WANTED[:10]
     assert reading.counters["retries"] > 0
     reading.close()
 
@@ -151,20 +152,20 @@ def test_few_connections_are_open_at_a_time(store: Store, folder: str, faulty: M
     proxy = faulty(store, Faults(latency=0.05))
     reading = remote(store.url(folder, proxy), connections=4, hedge_percentile=0)
     began = time.monotonic()
-    reading.fetch(PARTS[:20])
+    reading.read_ranges(PARTS[:20])
     assert time.monotonic() - began >= 0.05 * 20 / 4
     reading.close()
 
 
-def read_in_child(reading: Remote, queue) -> None:
-    queue.put(reading.fetch(PARTS[:3]) == WANTED[:3])
+def read_in_child(reading: RemoteStore, queue) -> None:
+    queue.put(reading.read_ranges(PARTS[:3]) == WANTED[:3])
     reading.close()
 
 
 @pytest.mark.parametrize("store", STORES, indirect=True)
 def test_a_forked_child_makes_clients_of_its_own(store: Store, folder: str) -> None:
     reading = remote(store.url(folder))
-    assert reading.fetch(PARTS[:3]) == WANTED[:3]
+    assert reading.read_ranges(PARTS[:3]) == WANTED[:3]
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     child = context.Process(target=read_in_child, args=(reading, queue))
@@ -172,7 +173,7 @@ def test_a_forked_child_makes_clients_of_its_own(store: Store, folder: str) -> N
     assert queue.get(timeout=60)
     child.join(30)
     assert child.exitcode == 0
-    assert reading.fetch(PARTS[:3]) == WANTED[:3]
+    assert reading.read_ranges(PARTS[:3]) == WANTED[:3]
     reading.close()
 
 
@@ -206,13 +207,13 @@ def test_a_read_that_has_only_just_begun_is_ended_too(
     reading.close()
 
 
-def end_while_waiting(reading: Remote) -> tuple[list[str], float]:
+def end_while_waiting(reading: RemoteStore) -> tuple[list[str], float]:
     """Begin a read, end it as soon as it is waited for; what was told of it, and the seconds that ending took."""
     ended: list[BaseException] = []
 
     def read() -> None:
         try:
-            reading.fetch(PARTS[:1])
+            reading.read_ranges(PARTS[:1])
         except BaseException as error:
             ended.append(error)
 
@@ -231,9 +232,11 @@ def end_while_waiting(reading: Remote) -> tuple[list[str], float]:
 def test_an_object_that_ends_early_gives_what_there_is(store: Store, folder: str) -> None:
     reading = remote(store.url(folder))
     end = len(DATA)
-    found = reading.fetch([Part("shard.tar", end - 10, end + 10), Part("shard.tar", end + 50, end + 60)])
+    found = reading.read_ranges(
+        [ByteRange("shard.tar", end - 10, end + 10), ByteRange("shard.tar", end + 50, end + 60)]
+    )
     assert found == [DATA[-10:], b""]
-    assert reading.fetch([Part("shard.tar")]) == [DATA]
+    assert reading.read_ranges([ByteRange("shard.tar")]) == [DATA]
     reading.close()
 
 
@@ -276,7 +279,7 @@ def test_passwords_come_from_netrc(guarded, tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "netrc").write_text('machine 127.0.0.1 login jane password "open sesame"\n')
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     reading = remote(url)
-    assert reading.fetch(PARTS[:5]) == WANTED[:5]
+    assert reading.read_ranges(PARTS[:5]) == WANTED[:5]
     reading.close()
 
 
@@ -284,7 +287,7 @@ def test_the_proxy_of_the_environment_is_gone_through(guarded, monkeypatch: pyte
     monkeypatch.setenv("http_proxy", f"http://jane:open%20sesame@127.0.0.1:{guarded.server_port}")
     monkeypatch.setenv("no_proxy", "elsewhere.test")
     reading = remote("http://store.test/things")
-    assert reading.fetch(PARTS[:5]) == WANTED[:5]
+    assert reading.read_ranges(PARTS[:5]) == WANTED[:5]
     assert set(guarded.asked) == {"http://store.test/things/shard.tar"}
     reading.close()
     with pytest.raises(OSError, match=r"elsewhere\.test/things"):

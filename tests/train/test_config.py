@@ -1,11 +1,12 @@
 """What a run's YAML may hold, and how mistakes in it are told."""
 
-
 import pytest
 from places import ROOT
 
 from runtime.errors import UserError
-from train.config.files import all_keys, flatten, load_settings, to_yaml
+from runtime.settings import declarations, flatten
+from train.config.files import load_settings, to_yaml
+from train.config.settings import RunConfig
 
 RECIPES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "corpora")  # of packing
 
@@ -44,7 +45,7 @@ def test_the_resolved_configuration_reads_back(load, tmp_path):
     (tmp_path / "resolved.yaml").write_text(to_yaml(config))
     again = load_settings(tmp_path / "resolved.yaml")
     assert again.config == config
-    assert {key for key in flatten(config) if not key.startswith(("test_corpus.",))} <= set(all_keys())
+    assert {key for key in flatten(config) if not key.startswith(("test_corpus.",))} <= set(declarations(RunConfig))
 
 
 WRONG = {
@@ -60,7 +61,7 @@ WRONG = {
     "image_res: null": "image_res is null, must be a whole number",
     "splits: val": r"splits is 'val' \(str\), must be a list, each item a text",
     "precision: int8": "precision is 'int8': must be one of bf16, fp16, fp32",
-    "eval_frame_ensemble: median": "eval_frame_ensemble is 'median', must be one of concat",
+    "eval_frame_ensemble: median": "eval_frame_ensemble is 'median': must be one of concat",
     "label: ''": "label is '', must be the name of a folder within OUTPUT_DIR/evaluation",
     "label: ..": "label is '..', must be the name of a folder",
     "label: first/second": "label is 'first/second', must be the name of a folder",

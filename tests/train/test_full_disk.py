@@ -81,7 +81,7 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line_and_leaves_the_earlier_
 
 
 def test_the_first_checkpoint_and_the_best_model_and_a_state_alike(saving, tmp_path, monkeypatch):
-    monkeypatch.setattr(writing, "_flush", lambda paths: None)
+    monkeypatch.setattr(writing, "flush", lambda *paths: None)
     path = saving.save(1)
     saving.fail("_write_state", FULL)
     with pytest.raises(UserError, match=r"step_00000001 cannot be written"):

@@ -4,7 +4,8 @@ import re
 
 from places import ROOT
 
-from train.config.files import RENAMED, all_keys
+from runtime.settings import declarations
+from train.config.other_names import RENAMED
 from train.config.settings import RunConfig
 
 PAGE = (ROOT / "docs/migrating.md").read_text()
@@ -16,7 +17,7 @@ def keys(cell):
 
 
 def test_what_is_named_as_ours_exists():
-    known = set(all_keys(RunConfig)) | {"available_corpus", "train_corpus", "test_corpus"}
+    known = set(declarations(RunConfig)) | {"available_corpus", "train_corpus", "test_corpus"}
     for official, ours, _ in ROWS:
         named = keys(official) if ours.strip() == "the same" else keys(ours)
         assert ours.strip() == "none" or named, official

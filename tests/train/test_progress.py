@@ -5,7 +5,7 @@ import pytest
 
 from runtime import activity
 from runtime.activity import begin, present_activity, progress, waiting
-from train.checkpoints import flush
+from storage import files
 from train.checkpoints.copies import RemoteCheckpoints
 
 
@@ -30,11 +30,11 @@ def test_a_report_names_task_position_and_exchange():
 
 
 def test_a_large_file_is_flushed_piece_by_piece(monkeypatch, tmp_path, reports):
-    monkeypatch.setattr(flush, "PIECE", 1 << 20)
+    monkeypatch.setattr(files, "PIECE", 1 << 20)
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"\1" * (5 << 19))
-    flush.flush(path)
-    flush.flush(tmp_path)
+    files.flush(path)
+    files.flush(tmp_path)
     assert [each.split(", ")[-1] for each in reports if ", " in each] == ["0 of 2 MiB", "1 of 2 MiB", "2 of 2 MiB"]
     assert path.read_bytes() == b"\1" * (5 << 19)
 
@@ -49,4 +49,4 @@ def test_an_upload_reports_its_bytes(tmp_path, reports):
     assert fsspec.filesystem("memory").size("/copies/step_00000001/part") == 12 << 20
     sizes = [each.rpartition(", ")[2] for each in reports if "uploading part, " in each]
     assert len(sizes) > 1
-    assert sizes[-1] == "12 MiB"
+    assert sizes[-1] == "12.6 MB"

@@ -34,7 +34,7 @@ def test_lines_beyond_the_checkpoint_are_dropped(tmp_path, caplog):
             tracker.step({"step": step, **FIGURES})
     tracker.close()
     assert "step 1/10 epoch 0 image | loss 3.000 (itc 1.000 itm 2.000) | lr 1.00e-04" in caplog.messages[0]
-    assert caplog.messages[-1].endswith("0:00:00 left")
+    assert caplog.messages[-1].endswith("| 0 s left")
     tracker = Tracker(folder, RunConfig(), total_steps=10, step=3)
     tracker.step({"step": 4, **FIGURES})
     tracker.close()

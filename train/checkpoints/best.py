@@ -11,12 +11,12 @@ import json
 import logging
 import os
 import re
-import shutil
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
 from model.checkpoints.files import weights_fault
+from storage.files import remove_folder, temporary_path
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,8 @@ def write_marker(version: Path, step: int, score: float | None, split: str | Non
 
 def point_to(folder: Path, step: int) -> None:
     """Make `best` the version of a step, in one go; readers do without where a file system has no links."""
-    link, aside = folder / BEST, folder / f".{BEST}.link.part"
+    link = folder / BEST
+    aside = temporary_path(link, "link")
     try:
         aside.unlink(missing_ok=True)
         aside.symlink_to(best_version(folder, step).name)
@@ -59,13 +60,9 @@ def point_to(folder: Path, step: int) -> None:
 
 
 def keep_only(folder: Path, steps: Iterable[int]) -> None:
-    """Remove the versions of all other steps, each under another name, so that none is seen with parts missing."""
+    """Remove the versions of all other steps."""
     for step in set(best_steps(folder)) - set(steps):
-        path = best_version(folder, step)
-        doomed = path.with_name(f".{path.name}.part")
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.replace(path, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        remove_folder(best_version(folder, step))
 
 
 def restore_best(folder: Path, score: float | None, step: int | None, named: Iterable[int]) -> int | None:

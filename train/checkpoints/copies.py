@@ -14,8 +14,10 @@ from fsspec.implementations.local import LocalFileSystem
 
 from runtime.activity import progress
 from runtime.errors import AccessError, UserError
+from runtime.units import data_size
 from sharding.shards.schema import join_url
 from storage.failures import check_no_credentials, hide_secrets
+from storage.files import temporary_path
 from storage.policy import BUCKETS, check_bucket
 from train.checkpoints.best import BEST, MARKER, best_version
 from train.checkpoints.writing import STATE, complete_checkpoints
@@ -186,7 +188,7 @@ class RemoteCheckpoints:
 
     def _fetch_folder(self, name: str, final: Path) -> Path:
         """Bring a folder to the place where it is to be renamed to `final`; returns that place."""
-        aside = final.with_name(f".{final.name}.part")
+        aside = temporary_path(final)
         shutil.rmtree(aside, ignore_errors=True)
         source = join_url(self._root, name)
         for path in self._files.find(source):
@@ -215,7 +217,7 @@ class _Reporting(fsspec.Callback):
     def relative_update(self, inc: int = 1) -> None:
         """`inc` bytes more are there."""
         super().relative_update(inc)
-        progress(f"{self._what}, {self.value >> 20} MiB")
+        progress(f"{self._what}, {data_size(self.value)}")
 
 
 def reason(error: Exception) -> str:

@@ -14,10 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from model.checkpoints.files import write_whole
 from runtime.activity import progress
 from runtime.errors import UserError
 from runtime.ranks import Ranks
+from storage.files import atomic_file
 from train.deepspeed.frozen import frozen_fragments, set_frozen, written_fragments
 from train.deepspeed.state import MOMENTS, before_loading, fragments, loaded, set_optimizer_step
 
@@ -55,7 +55,8 @@ def write_part(folder: Path, engine: DeepSpeedEngine, ranks: Ranks, moments: boo
         tensors[f"{part.name}|{part.start}|{WEIGHT}"] = part.weight.float().clone()
     path = folder / f"rank_{ranks.rank:05}_of_{ranks.world_size:05}.safetensors"
     progress(f"writing {path.name}")
-    write_whole(path, lambda aside: save_file(tensors, str(aside)))
+    with atomic_file(path) as temporary:
+        save_file(tensors, str(temporary))
     return path
 
 

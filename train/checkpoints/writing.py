@@ -24,8 +24,8 @@ from runtime.activity import progress
 from runtime.collectives import gather_objects
 from runtime.errors import FULL, UserError, os_error_number
 from runtime.ranks import Ranks
+from storage.files import flush, remove_folder, replace_folder, temporary_path, write_text
 from train.checkpoints.best import BEFORE_VERSIONS, WEIGHTS, best_version, keep_only, point_to, write_marker
-from train.checkpoints.flush import flush
 from train.checkpoints.shards import check_parts, read_parts, whole_weights, write_part
 from train.deepspeed.loss_scale import LossScale
 
@@ -106,20 +106,20 @@ def save_checkpoint(
     earlier checkpoints and at most a half-written folder that nobody takes for one.
     """
     final = folder / f"step_{state.step:08d}"
-    aside = folder / f".{final.name}.part"
+    aside = temporary_path(final)
 
     def write_rest() -> None:
         _write_whole_weights(aside, engine, model_config, tokenizer)
         _write_state(aside, replace(state, world_size=ranks.world_size, **_optimizer_state(engine)))
-        _flush([*(aside / WEIGHTS).iterdir(), aside / WEIGHTS, aside / PARTS, aside])
-        _replace(aside, final)
+        flush(*(aside / WEIGHTS).iterdir(), aside / WEIGHTS, aside / PARTS, aside)
+        replace_folder(aside, final)
         for old in complete_checkpoints(folder)[:-keep]:
-            _remove(old)
+            remove_folder(old)
         keep_only(folder, named_best_steps(folder))
 
     write = _Writing(final, aside, ranks)
     write.on_first(lambda: _make_anew(aside))
-    write.on_all(lambda: _flush([write_part(aside / PARTS, engine, ranks)]))
+    write.on_all(lambda: flush(write_part(aside / PARTS, engine, ranks)))
     write.on_first(write_rest)
     return final
 
@@ -153,13 +153,13 @@ def save_weights(
 
     mark: what `write_marker` says of it.
     """
-    aside = folder.with_name(f".{folder.name}.part")
+    aside = temporary_path(folder)
 
     def write_rest() -> None:
         _write_whole_weights(aside, engine, model_config, tokenizer)
         shutil.rmtree(aside / PARTS)
-        _flush([*(aside / WEIGHTS).iterdir(), aside / WEIGHTS, write_marker(aside, *mark), aside])
-        _replace(aside, folder)
+        flush(*(aside / WEIGHTS).iterdir(), aside / WEIGHTS, write_marker(aside, *mark), aside)
+        replace_folder(aside, folder)
 
     write = _Writing(folder, aside, ranks)
     write.on_first(lambda: _make_anew(aside))
@@ -170,7 +170,7 @@ def save_weights(
 def update_state(path: Path, state: TrainingState, ranks: Ranks) -> None:
     """Write into the state of a complete checkpoint what an evaluation of its weights has found; all ranks call."""
     found = {name: getattr(state, name) for name in ("best", "best_step", "evaluated_epochs")}
-    writing = _Writing(path, path / f".{STATE}.part", ranks)
+    writing = _Writing(path, temporary_path(path / STATE), ranks)
     writing.on_first(lambda: _write_state(path, replace(read_state(path), **found)))
 
 
@@ -185,16 +185,6 @@ def named_best_steps(folder: Path) -> set[int]:
         if state.best is not None:
             named.add(BEFORE_VERSIONS if state.best_step is None else state.best_step)
     return named
-
-
-def recover(folder: Path) -> None:
-    """Give back its name to a checkpoint whose replacement was interrupted."""
-    for old in folder.glob(".*.old"):
-        final = old.with_name(old.name[1:].removesuffix(".old"))
-        if final.exists():
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(old, final)
 
 
 class _Writing:
@@ -224,9 +214,7 @@ class _Writing:
         failed = next((rank for rank, each in enumerate(faults) if each is not None), None)
         if failed is None:
             return
-        if self._ranks.is_first and self._aside.is_file():
-            self._aside.unlink()
-        elif self._ranks.is_first:
+        if self._ranks.is_first:
             shutil.rmtree(self._aside, ignore_errors=True)
         raise UserError(self._told(failed, *faults[failed]))  # type: ignore[misc]
 
@@ -245,24 +233,10 @@ def _make_anew(aside: Path) -> None:
     (aside / PARTS).mkdir(parents=True)
 
 
-def _replace(aside: Path, final: Path) -> None:
-    """Give a complete folder its name. One that bears it already is moved away first, from where `recover` has it."""
-    old = final.with_name(f".{final.name}.old")
-    if final.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(final, old)
-    os.replace(aside, final)
-    _flush([final.parent])
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def _write_state(folder: Path, state: TrainingState) -> None:
     """Write `folder/state.json`, whole or not at all."""
-    aside = folder / f".{STATE}.part"
-    aside.write_text(json.dumps({"version": VERSION, **dataclasses.asdict(state)}, indent=1) + "\n")
-    _flush([aside])
-    os.replace(aside, folder / STATE)
-    _flush([folder])
+    text = json.dumps({"version": VERSION, **dataclasses.asdict(state)}, indent=1) + "\n"
+    write_text(folder / STATE, text, sync=True)
 
 
 def _write_whole_weights(
@@ -320,15 +294,3 @@ def _optimizer_state(engine: DeepSpeedEngine) -> dict[str, Any]:
 
 def _shape(parameter: torch.nn.Parameter) -> Any:
     return getattr(parameter, "ds_shape", parameter.shape)  # under ZeRO-3 a parameter holds only its own part
-
-
-def _flush(paths: list[Path]) -> None:
-    for path in paths:
-        flush(path)
-
-
-def _remove(path: Path) -> None:
-    """Remove a checkpoint: first its name, so that it is never seen with parts missing."""
-    doomed = path.with_name(f".{path.name}.part")
-    os.replace(path, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)

@@ -42,7 +42,3 @@ def _forget_gradients(optimizer: Any) -> None:
     for group in groups:
         if group.grad is not None:
             group.grad.zero_()
-    swapper = getattr(optimizer, "optimizer_swapper", None)
-    for info in swapper.swap_params_info.values() if swapper is not None else []:
-        info.swapped_gradients.clear()
-        info.release_unswapped_gradients()

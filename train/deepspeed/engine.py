@@ -14,7 +14,6 @@ from runtime.packaged import PACKAGED, find_file
 from runtime.ranks import Ranks
 from train.config.settings import RunConfig
 from train.deepspeed.frozen import keep_exact, whole_frozen
-from train.deepspeed.offload import mend_gradient_reads, with_nvme_path
 from train.deepspeed.state import set_optimizer_step
 from train.groups import ParameterGroup, parameter_groups
 
@@ -57,7 +56,7 @@ def deepspeed_config(run: RunConfig, ranks: Ranks) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except ValueError as error:  # also what is no UTF-8
         raise UserError(f"{path} is no valid JSON ({error})") from None
-    config = with_nvme_path(config, path, run.nvme_path)
+    _check_offload(config, path)
     largest = max(run.batch_size.image, run.batch_size.video)
     micro = max(1, largest // ranks.world_size // run.accumulate)  # DeepSpeed uses it for its own figures only
     own: dict[str, Any] = {
@@ -87,6 +86,16 @@ def deepspeed_config(run: RunConfig, ranks: Ranks) -> dict[str, Any]:
     config["zero_optimization"] = _without_waits(config, ranks)
     config.setdefault("timers", {"throughput": {"enabled": False}})  # waits for the device twice a step
     return {"steps_per_print": 10**9, "zero_force_ds_cpu_optimizer": False, **config, **own}
+
+
+def _check_offload(config: dict[str, Any], path: Path) -> None:
+    """Raise UserError where a ZeRO JSON offloads to NVMe."""
+    for section in ("offload_optimizer", "offload_param"):
+        if _get(config, f"zero_optimization.{section}.device") == "nvme":
+            raise UserError(
+                f"{path} sets {section}.device to nvme: NVMe offload is no longer supported, use cpu there, as "
+                "deepspeed_configs/zero3_offload.json does"
+            )
 
 
 def _without_waits(config: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
@@ -126,7 +135,6 @@ def start_engine(
     if isinstance(optimizer, torch.optim.AdamW):
         config = {**config, "gradient_clipping": 0.0}  # train.guard clips: DeepSpeed waits for the device to do it
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    mend_gradient_reads(engine)
     if exact:
         keep_exact(engine, exact)
     set_optimizer_step(engine, 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +31,7 @@ def fragments(engine: DeepSpeedEngine, moments: bool = True) -> Iterator[Fragmen
     """This rank's fragments; over all ranks they cover every trained parameter once, or all of it on each rank
     (ZeRO 0). See train.deepspeed.frozen for the others.
 
-    moments: also AdamW's, which begin as zeros where no step has been taken yet. Nothing is gathered. Of what ZeRO
-    keeps on NVMe a fragment is valid, and written back, until the next one is asked for.
+    moments: also AdamW's, which begin as zeros where no step has been taken yet. Nothing is gathered.
     """
     optimizer: Any = engine.optimizer
     trained = trained_parameters(engine)
@@ -62,9 +60,8 @@ def loaded(engine: DeepSpeedEngine) -> None:
     optimizer: Any = engine.optimizer
     stage = engine.zero_optimization_stage()
     if stage == 3:
-        for group, low in enumerate(optimizer.fp16_partitioned_groups_flat):
-            with _in_memory(optimizer, group) as high:
-                low.data.copy_(high.data)
+        for low, high in zip(optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat):
+            low.data.copy_(high.data)
         optimizer.checkpoint_event_epilogue()
     elif stage in (1, 2):
         optimizer.update_lp_params()
@@ -115,32 +112,21 @@ def _of_stages_1_2(optimizer: Any, trained: dict[str, Any], moments: bool) -> It
 def _of_stage_3(optimizer: Any, trained: dict[str, Any], moments: bool) -> Iterator[Fragment]:
     names = {id(parameter): name for name, parameter in trained.items()}
     for group, parameters in enumerate(optimizer.fp16_groups):
-        with _in_memory(optimizer, group) as flat:
-            state = _state(optimizer.optimizer, flat) if moments else {}
-            for parameter in parameters:
-                _, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
-                start, length = own_part(optimizer, parameter, length)
-                if length > 0:
-                    part = slice(offset, offset + length)
-                    own = {key: value[part] for key, value in state.items()}
-                    yield Fragment(names[id(parameter)], start, flat.data[part], own)
+        flat = optimizer.fp32_partitioned_groups_flat[group]
+        state = _state(optimizer.optimizer, flat) if moments else {}
+        for parameter in parameters:
+            _, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            start, length = own_part(optimizer, parameter, length)
+            if length > 0:
+                part = slice(offset, offset + length)
+                own = {key: value[part] for key, value in state.items()}
+                yield Fragment(names[id(parameter)], start, flat.data[part], own)
 
 
 def own_part(optimizer: Any, parameter: Any, length: int) -> tuple[int, int]:
     """Where this rank's part of a parameter starts under ZeRO 3, and its elements; each part is padded to `length`."""
     start = length * optimizer._get_param_partition_rank(parameter)
     return start, min(length, parameter.ds_numel - start)
-
-
-@contextmanager
-def _in_memory(optimizer: Any, group: int) -> Iterator[torch.Tensor]:
-    """A group's flat single-precision weights under ZeRO 3 (n,), brought from NVMe and back where they lie there."""
-    swapped = optimizer._swappable_optimizer_subgroup(group)
-    if swapped:
-        optimizer._optimizer_states_and_gradient_swap_in(group)
-    yield optimizer.fp32_partitioned_groups_flat[group]
-    if swapped:
-        optimizer._optimizer_states_and_gradient_swap_out(group)
 
 
 def _unpartitioned(optimizer: Any, trained: dict[str, Any], moments: bool) -> Iterator[Fragment]:

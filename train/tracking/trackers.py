@@ -6,14 +6,15 @@ import importlib.util
 import json
 import logging
 import math
-import os
 import time
 import uuid
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import UserError, naming
-from train.config.files import flatten
+from runtime.errors import UserError, file_errors
+from runtime.settings import flatten
+from runtime.units import duration
+from storage.files import write_text
 from train.config.settings import RunConfig
 from train.folder import RunFolder
 
@@ -52,7 +53,7 @@ class Tracker:
     def step(self, figures: dict[str, Any]) -> None:
         """Record a training step's figures; `figures["step"]` is its number."""
         self._write(figures)
-        log.info("%s | %s left", step_line(figures, self._total_steps), self._left(figures["step"]))
+        log.info("%s | %s left", step_line(figures, self._total_steps), self._time_left(figures["step"]))
 
     def evaluation(
         self, step: int, epoch: int, metrics: dict[str, dict[str, float]], folder: Path | None = None
@@ -74,7 +75,7 @@ class Tracker:
 
     def _write(self, figures: dict[str, Any]) -> None:
         figures = {key: None if _is_nan(value) else value for key, value in figures.items()}
-        with naming(self._path):
+        with file_errors(self._path):
             self._file.write(json.dumps(figures) + "\n")
             self._file.flush()
         if self._wandb is not None:
@@ -85,10 +86,9 @@ class Tracker:
                     self._board.add_scalar(key, value, figures["step"])
             self._board.flush()
 
-    def _left(self, step: int) -> str:
-        seconds = (time.perf_counter() - self._started) / (step - self._first_step) * (self._total_steps - step)
-        minutes, seconds = divmod(round(seconds), 60)
-        return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+    def _time_left(self, step: int) -> str:
+        seconds_per_step = (time.perf_counter() - self._started) / (step - self._first_step)
+        return duration(seconds_per_step * (self._total_steps - step))
 
 
 def _report(folder: Path) -> dict[str, Any]:
@@ -143,10 +143,7 @@ def drop_after(path: Path, step: int, evaluated_epochs: int = 0) -> None:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError, TypeError):
             continue
-    aside = path.with_name(f".{path.name}.part")
-    with naming(path):
-        aside.write_text("".join(kept), encoding="utf-8")
-    os.replace(aside, path)
+    write_text(path, "".join(kept))
 
 
 def evaluated_epoch(label: str) -> float:

@@ -14,11 +14,12 @@ from model.checkpoints.files import Weights, resolve_weights, write_weights
 from model.checkpoints.loading import load_weights
 from model.config import ModelConfig
 from runtime.ranks import Ranks
+from storage.files import recover_folders
 from train import loop
 from train.checkpoints import writing
 from train.checkpoints.best import best_steps, best_version
 from train.checkpoints.copies import RemoteCheckpoints
-from train.checkpoints.writing import STATE, complete_checkpoints, read_state, recover
+from train.checkpoints.writing import STATE, complete_checkpoints, read_state
 from train.config.settings import RunConfig
 from train.folder import RunFolder
 from train.loop import Trainer
@@ -118,7 +119,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(writing, "write_part", write_part)
     monkeypatch.setattr(writing, "_write_whole_weights", whole)
     monkeypatch.setattr(writing, "_optimizer_state", lambda engine: {})
-    monkeypatch.setattr(writing, "_flush", lambda paths: None)
+    monkeypatch.setattr(writing, "flush", lambda *paths: None)
     monkeypatch.setattr(loop, "load_checkpoint", load_checkpoint)
 
 
@@ -242,5 +243,5 @@ def test_a_reader_that_loses_a_race_with_the_run_reads_the_newer_one(tmp_path, m
 def test_an_interrupted_replacement_of_a_checkpoint_is_undone(tmp_path):
     for name in ("step_00000002", ".step_00000002.old", ".step_00000004.old"):
         (tmp_path / name).mkdir()
-    recover(tmp_path)
+    recover_folders(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002", "step_00000004"]

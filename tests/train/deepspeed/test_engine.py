@@ -6,6 +6,7 @@ import pytest
 from small_run import ROOT
 
 from runtime.ranks import Ranks
+from train.config.files import load_settings
 from train.config.settings import OptimizerConfig, RunConfig
 from train.deepspeed.engine import deepspeed_config, find_deepspeed_config
 
@@ -54,6 +55,14 @@ def test_a_contradiction_is_refused(complete, content, key):
         complete(content)
 
 
+@pytest.mark.parametrize("section", ["offload_optimizer", "offload_param"])
+def test_nvme_offload_is_refused_with_what_to_use_instead(complete, section):
+    with pytest.raises(ValueError, match=rf"zero\.json sets {section}\.device to nvme.*zero3_offload\.json"):
+        complete({"zero_optimization": {"stage": 3, section: {"device": "nvme"}}})
+    with pytest.raises(ValueError, match=r"nvme_path.*NVMe offload is no longer supported.*zero3_offload\.json"):
+        load_settings(ROOT / "configs/base.yaml", ["nvme_path=/disk"])
+
+
 def test_mistakes_in_the_file_are_told(complete):
     with pytest.raises(ValueError, match=r"zero\.json is no valid JSON"):
         complete("{stage: 1}")
@@ -66,5 +75,5 @@ def test_every_shipped_configuration_fits(path, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # found below the repository from anywhere
     name = f"deepspeed_configs/{path.name}"
     assert find_deepspeed_config(name) == path
-    stage = deepspeed_config(RunConfig(deepspeed=name, nvme_path=str(tmp_path)), Ranks())["zero_optimization"]["stage"]
-    assert path.stem in (f"zero{stage}", f"zero{stage}_offload", f"zero{stage}_nvme", "cpu")
+    stage = deepspeed_config(RunConfig(deepspeed=name), Ranks())["zero_optimization"]["stage"]
+    assert path.stem in (f"zero{stage}", f"zero{stage}_offload", "cpu")
