@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from loading_peers import PEERS, serve
 
 from loaders.config import LoaderConfig, PerMedia
-from loaders.decode.pixels import odd_room
+from loaders.decode.pixels import odd_buffer
 from loaders.samples import Clip
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader
@@ -78,12 +78,12 @@ def bare(options: argparse.Namespace, into_batches: bool) -> Iterator[int]:
 
     def work(thread: int, begin: int, slot: int) -> None:
         largest = max(clip.height * clip.width for clip in clips)
-        room, own = odd_room(largest * 3), np.empty((224, 224, 3), np.uint8)
+        buffer, own = odd_buffer(largest * 3), np.empty((224, 224, 3), np.uint8)
         for number in range(thread, batch, options.threads):
             clip = clips[(begin + number) % len(clips)]
             top, left, height, width, flip = clip.window
             out = memory[slot, number] if into_batches else own
-            pixels = simplejpeg.decode_jpeg(clip.jpegs[0], "RGB", fastdct=False, fastupsample=False, buffer=room)
+            pixels = simplejpeg.decode_jpeg(clip.jpegs[0], "RGB", fastdct=False, fastupsample=False, buffer=buffer)
             crop = pixels[top : top + height, left : left + width]
             cv2.resize(crop, (224, 224), dst=out, interpolation=cv2.INTER_CUBIC)
             if flip:

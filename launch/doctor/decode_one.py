@@ -15,8 +15,8 @@ import simplejpeg
 import torch
 
 from loaders.decode.choice import make_decoder
+from loaders.decode.cpu import CpuDecoder
 from loaders.decode.decoder import Decoder
-from loaders.decode.pool import CpuDecoder
 from loaders.samples import Clip, Window
 
 SHOWN = 224

@@ -9,8 +9,8 @@ from importlib.metadata import distributions
 import torch
 
 from loaders.decode.auto import AutoDecoder
+from loaders.decode.cpu import CpuDecoder
 from loaders.decode.decoder import Decoder
-from loaders.decode.pool import CpuDecoder
 from runtime.errors import UserError
 
 log = logging.getLogger("loaders")

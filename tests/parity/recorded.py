@@ -25,7 +25,7 @@ from eval.tasks.answers import (
     without_punctuation,
 )
 from loaders.batch import normalize
-from loaders.decode.pool import CpuDecoder
+from loaders.decode.cpu import CpuDecoder
 from loaders.order.choices import choose_frames, frames_at_rate
 from loaders.samples import Clip, Window
 from loaders.text import Tokenizer, clean_text

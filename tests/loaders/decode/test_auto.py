@@ -10,8 +10,8 @@ import torch
 from test_decoder import SIZE, clips
 
 from loaders.decode.auto import TURN, TURNS, AutoDecoder
+from loaders.decode.cpu import CpuDecoder
 from loaders.decode.dali import DaliDecoder
-from loaders.decode.pool import CpuDecoder
 from loaders.index import Record
 from loaders.samples import DecodedSamples, whole_sample
 

@@ -16,9 +16,9 @@ from loaders.config import LoaderConfig, PerMedia
 from loaders.decode import dali, dali_graph
 from loaders.decode.auto import AutoDecoder
 from loaders.decode.choice import make_decoder
+from loaders.decode.cpu import CpuDecoder
 from loaders.decode.dali import SOUND, DaliDecoder, DaliWorker, is_device_failure, reason
 from loaders.decode.dali_graph import GraphSettings, build_pipeline, feed
-from loaders.decode.pool import CpuDecoder
 from loaders.samples import Clip, Window
 from loaders.train import TrainLoader
 

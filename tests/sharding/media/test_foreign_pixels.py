@@ -12,9 +12,9 @@ import pytest
 from pictures import photo, saved
 from PIL import Image
 
+from loaders.decode.cpu import CpuDecoder
 from loaders.decode.dali import DaliDecoder
 from loaders.decode.decoder import Decoder
-from loaders.decode.pool import CpuDecoder
 from loaders.samples import Clip, Window
 from sharding.index import index_shards
 from sharding.media import MediaError
