@@ -17,7 +17,6 @@ from typing import TypeVar
 
 from sharding.shards.schema import (
     Corpus,
-    ShardInfo,
     corpus_at,
     description_url,
     is_whole,
@@ -35,16 +34,18 @@ Item = TypeVar("Item")
 
 POLL = 0.03  # seconds between looks whether another process has fetched a file
 FRESH = 600.0  # seconds for which a description may be handed from process to process
-REFETCHES = 3  # of bytes that came damaged: a bad line may spoil them more than once
-FETCHERS = 8  # threads that bring indices to the cache
+REFETCHES = 3  # of bytes that came damaged: a bad line may damage them more than once
+FETCHERS = 8  # threads that fetch indices to the cache
 
-READ: dict[str, float] = {}  # when this process has last read a description, by its name in the cache
+LAST_READ: dict[str, float] = {}  # when this process has last read a description, by its name in the cache
+
+IsSound = Callable[[bytes], bool]
 
 
 class SharedFiles:
     """`corpus.json` and the index files of one remote folder; without a cache each process fetches its own.
 
-    A process that wants a file holds its lock while it looks and fetches, so that the others of the node find it in the
+    A process that wants a file locks it while it looks and fetches, so that the others of the node find it in the
     cache; a lock ends with its process. Nobody waits longer than `remote.try_seconds` for another one.
     counters: files_shared (got by waiting for another process or thread), refetched (came damaged).
     """
@@ -56,27 +57,27 @@ class SharedFiles:
         self._waiting: dict[int, tuple[str, float]] = {}
 
     def corpus(self, url: str) -> Corpus:
-        """The description, as it was when this process read it last or began, or later.
+        """The description, not older than this process' last reading of it, or its start.
 
         Raises FileNotFoundError or ValueError when there is no corpus.
         """
         name = content_name(description_url(url), 0, "")
-        since = READ.get(name) or process_began()
-        look, fetch = lambda: self._kept_description(name, since), lambda: self._fetch_description(name)
+        since = LAST_READ.get(name) or process_began()
         try:
-            data = self._once(name, "corpus.json", look, fetch)
+            data = self._read(ByteRange("corpus.json"), name, lambda data: is_whole(text_of(data)), since)
         except FileNotFoundError:
             raise no_corpus(url, self.folder.options) from None
-        READ[name] = time.time()
+        LAST_READ[name] = time.time()
         return corpus_at(url, text_of(data))
 
     def index(self, corpus: Corpus, shard: int) -> bytes:
         """A shard's index file. Its reader says what is wrong with it when it stays damaged."""
         info = corpus.shards[shard]
-        name = index_name(corpus, shard)
-        look, fetch = lambda: self._kept_index(name, info.index_sha256), lambda: self._fetch_index(name, info)
+        wanted = ByteRange(info.index_name, 0, info.index_bytes)
         try:
-            return self._once(name, info.index_name, look, fetch)
+            return self._read(
+                wanted, index_name(corpus, shard), lambda data: hashlib.sha256(data).hexdigest() == info.index_sha256
+            )
         except FileNotFoundError:
             raise no_index(corpus, shard) from None
 
@@ -101,22 +102,55 @@ class SharedFiles:
         """End the waiting for other processes; who waits gets CancelledError."""
         self._cancelled += 1
 
-    def _once(self, name: str, file: str, look: Callable[[], bytes | None], fetch: Callable[[], bytes]) -> bytes:
-        """What `look` finds, now or after another process has fetched it, or else `fetch`."""
-        data = look()
-        if data is not None or self.cache is None:
-            return fetch() if data is None else data
-        with self._alone(name, file) as waited:
-            data = look()
+    def _read(self, wanted: ByteRange, name: str, is_sound: IsSound, since: float | None = None) -> bytes:
+        """A file: from the cache, if need be after another process has fetched it, or else from the store.
+
+        since: its copy in the cache has a time stamp, and must have been fetched after that time.
+        """
+        data = self._cached(name, is_sound, since)
+        if data is not None:
+            return data
+        with self._locked(name, wanted.name) as waited:
+            data = self._cached(name, is_sound, since)
             if data is None:
-                return fetch()
+                return self._fetch(wanted, name, is_sound, stamped=since is not None)
             self.counters["files_shared"] += waited
             return data
 
+    def _cached(self, name: str, is_sound: IsSound, since: float | None) -> bytes | None:
+        data = self.cache.read(name) if self.cache is not None else None
+        if data is not None and since is not None:
+            stamp, _, data = data.partition(b"\n")
+            if not is_fresh(stamp, since):
+                return None
+        return data if data is not None and is_sound(data) else None
+
+    def _fetch(self, wanted: ByteRange, name: str, is_sound: IsSound, stamped: bool) -> bytes:
+        """A file from the store, kept in the cache if there is room."""
+        if self.cache is None:
+            return self._fetch_sound(wanted, is_sound)
+        if self.cache.has(name):  # damaged, or too old
+            self.cache.drop([name])
+        kept = f"{time.time()!r}\n".encode() if stamped else b""
+        data = self._fetch_sound(wanted, is_sound)
+        kept += data
+        if self.cache.reserve({name: len(kept)})[name]:
+            self.cache.put(name, kept)
+        return data
+
+    def _fetch_sound(self, wanted: ByteRange, is_sound: IsSound) -> bytes:
+        """A file, fetched again when it comes damaged; after REFETCHES as it is."""
+        (data,) = self.folder.read_ranges([wanted])
+        for _ in range(REFETCHES):
+            if is_sound(data):
+                break
+            self.counters["refetched"] += 1
+            (data,) = self.folder.read_ranges([wanted])
+        return data
+
     @contextlib.contextmanager
-    def _alone(self, name: str, file: str) -> Iterator[bool]:
-        """Hold an item's lock, or have waited for it long enough; yields whether there was any waiting."""
-        assert self.cache is not None
+    def _locked(self, name: str, file: str) -> Iterator[bool]:
+        """Hold a file's lock, or have waited for it long enough; yields whether there was any waiting."""
         lock = self._open_lock(name)
         if lock is None:
             yield False
@@ -136,8 +170,9 @@ class SharedFiles:
             os.close(lock)  # and with it the lock
 
     def _open_lock(self, name: str) -> int | None:
-        """One of 4096 files: two items may have the same, and then one waits for the other. None on a full disk."""
-        assert self.cache is not None
+        """One of 4096 lock files, which files of different names may share. None without a cache, or on a full disk."""
+        if self.cache is None:
+            return None
         folder = self.cache.folder / "locks"
         try:
             folder.mkdir(exist_ok=True)
@@ -146,60 +181,14 @@ class SharedFiles:
             log.warning("%s cannot be used, each process fetches for itself (%s)", folder, error.strerror)
             return None
 
-    def _kept_description(self, name: str, since: float) -> bytes | None:
-        kept = self.cache.read(name) if self.cache is not None else None
-        if kept is None:
-            return None
-        stamp, _, data = kept.partition(b"\n")
-        now = time.time()
-        try:
-            fresh = max(since, now - FRESH) <= float(stamp) <= now
-        except ValueError:
-            return None
-        return data if fresh and is_whole(text_of(data)) else None
 
-    def _fetch_description(self, name: str) -> bytes:
-        began = time.time()
-        data = self._fetch_sound(ByteRange("corpus.json"), lambda data: is_whole(text_of(data)))
-        if self.cache is not None:
-            stamped = f"{began!r}\n".encode() + data
-            self.cache.drop([name])
-            if self.cache.reserve({name: len(stamped)})[name]:
-                self.cache.put(name, stamped)
-        return data
-
-    def _kept_index(self, name: str, checksum: str) -> bytes | None:
-        data = self.cache.read(name) if self.cache is not None else None
-        if data is not None and hashlib.sha256(data).hexdigest() != checksum:
-            assert self.cache is not None
-            self.cache.drop([name])
-            return None
-        return data
-
-    def _fetch_index(self, name: str, info: ShardInfo) -> bytes:
-        reserved = self.cache is not None and self.cache.reserve({name: info.index_bytes})[name]
-        try:
-            data = self._fetch_sound(
-                ByteRange(info.index_name, 0, info.index_bytes),
-                lambda data: hashlib.sha256(data).hexdigest() == info.index_sha256,
-            )
-        except BaseException:
-            if reserved and self.cache is not None:
-                self.cache.drop([name])
-            raise
-        if reserved and self.cache is not None:
-            self.cache.put(name, data)
-        return data
-
-    def _fetch_sound(self, part: ByteRange, is_sound: Callable[[bytes], bool]) -> bytes:
-        """A file, fetched again when it comes damaged; after REFETCHES as it is."""
-        (data,) = self.folder.read_ranges([part])
-        for _ in range(REFETCHES):
-            if is_sound(data):
-                break
-            self.counters["refetched"] += 1
-            (data,) = self.folder.read_ranges([part])
-        return data
+def is_fresh(stamp: bytes, since: float) -> bool:
+    """Whether a file with this time stamp was fetched after `since` and less than FRESH seconds ago."""
+    now = time.time()
+    try:
+        return max(since, now - FRESH) <= float(stamp) <= now
+    except ValueError:
+        return False
 
 
 def text_of(data: bytes) -> str:

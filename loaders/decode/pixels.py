@@ -141,7 +141,7 @@ def header_fault(data: bytes, clip: Clip) -> str | None:
 
 
 def show(pixels: np.ndarray, window: Window, out: np.ndarray, antialias: bool, buffer: np.ndarray) -> None:
-    """Write a picture's window into `out` (S, S, 3): resized bicubically, flipped if it says so. buffer: S*S*3 bytes."""
+    """Write a window into `out` (S, S, 3): resized bicubically, flipped if it says so. buffer: S*S*3 bytes."""
     top, left, height, width, flip = window
     size = out.shape[0]
     crop = pixels[top : top + height, left : left + width]
