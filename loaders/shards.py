@@ -1,4 +1,4 @@
-"""Bytes of single frames from local tars or fsspec URLs, and the shards' indices, a bounded number at a time."""
+"""Reads a packed corpus: the indices of its shards, and the bytes of single frames, from disks or stores."""
 
 from __future__ import annotations
 
@@ -55,28 +55,32 @@ class CorpusReader:
         check_no_credentials(url, self.options)
         self.remote = remote or RemoteReads()
         self.cache = cache
-        self._folder = self._connect(named_shards(url)[0])
-        self._shared = None if self._folder is None else SharedFiles(self._folder, cache)
+        self._indices = LastUsed(self._load_index, open_shards)
+        self._stores: list[RemoteStore] = []  # that are open
+        folder = self._connect(named_shards(url)[0])
+        self._shared = None if folder is None else SharedFiles(folder, cache)
         try:
             self.corpus: Corpus = read_corpus(url, self.options) if self._shared is None else self._shared.corpus(url)
         except BaseException:
-            if self._folder is not None:
-                self._folder.close()
+            for store in self._stores:
+                store.close()
             raise
         tars = self.corpus.tars or self.corpus.url
-        self._tar_folder = self._folder if tars == self.corpus.url else self._connect(tars)
-        self.local = self._tar_folder is None
+        remote_tars = folder if tars == self.corpus.url else self._connect(tars)
+        self.local = remote_tars is None
         self._uncached: Store = LocalStore(tars, min(open_shards, OPEN_TARS))
         self._cached: CachedStore | None = None
-        if self._tar_folder is not None:
-            self._uncached = CoalescedStore(self._tar_folder, self.remote.gap_kb * 1024, LARGEST_REQUEST)
+        if remote_tars is not None:
+            self._uncached = CoalescedStore(remote_tars, self.remote.gap_kb * 1024, LARGEST_REQUEST)
             if cache is not None and self.corpus.media_type in keep:
-                self._cached = CachedStore(self._tar_folder, self._uncached, cache, cached_objects(self.corpus))
-        self._indices = LastUsed(self._load_index, open_shards)
+                self._cached = CachedStore(remote_tars, self._uncached, cache, cached_objects(self.corpus))
         self._refetched = 0
 
     def _connect(self, url: str) -> RemoteStore | None:
-        return None if is_local(url, self.options) else RemoteStore(url, self.options, self.remote)
+        if is_local(url, self.options):
+            return None
+        self._stores.append(RemoteStore(url, self.options, self.remote))
+        return self._stores[-1]
 
     @property
     def keeps(self) -> bool:
@@ -162,35 +166,27 @@ class CorpusReader:
     def counters(self) -> Counter[str]:
         """What reading from a store and the cache took so far."""
         total = Counter({"refetched": self._refetched})
-        for folder in {id(f): f for f in (self._folder, self._tar_folder) if f is not None}.values():
-            total.update(folder.counters)
-        if self._shared is not None:
-            total.update(self._shared.counters)
-        if self._cached is not None:
-            total.update(self._cached.counters)
-        if self.cache is not None:
-            total.update(self.cache.counters)
+        for part in (*self._stores, self._shared, self._cached, self.cache):
+            if part is not None:
+                total.update(part.counters)
         return total
 
     def pending(self) -> list[str]:
         """What of a store is being waited for."""
-        folders = {id(folder): folder for folder in (self._folder, self._tar_folder) if folder is not None}
         shared = self._shared.pending() if self._shared is not None else []
-        return [line for folder in folders.values() for line in folder.pending()] + shared
+        return [line for store in self._stores for line in store.pending()] + shared
 
     def cancel(self) -> None:
         """End reads from a store that are under way: their callers get CancelledError."""
-        for folder in (self._folder, self._tar_folder):
-            if folder is not None:
-                folder.cancel()
+        for store in self._stores:
+            store.cancel()
         if self._shared is not None:
             self._shared.cancel()
 
     def close(self) -> None:
         """Close files and connections, and forget the indices; reading opens them again."""
-        for folder in (self._folder, self._tar_folder):
-            if folder is not None:
-                folder.close()
+        for store in self._stores:
+            store.close()
         if self.cache is not None:
             self.cache.close()
         if isinstance(self._uncached, LocalStore):
@@ -201,7 +197,7 @@ class CorpusReader:
 def open_corpus(
     url: str, config: LoaderConfig, open_shards: int = OPEN_SHARDS, ranks: Ranks | None = None
 ) -> CorpusReader:
-    """A reader with the settings of a run; raises as CorpusReader, and ValueError for settings that cannot be meant.
+    """A reader with the settings of a run; raises as CorpusReader, and UserError for settings without a meaning.
 
     ranks: whose process this is; else as the environment tells.
     """
@@ -227,7 +223,7 @@ def describe(url: str, config: LoaderConfig) -> Corpus:
 
 
 def index_cache(megabytes: int) -> DiskCache | None:
-    """A cache in the temporary folder, of this user alone; None where there can be none, or it is not wanted."""
+    """A cache in the temporary folder, of this user alone; None where it is turned off or cannot be made."""
     folder = Path(tempfile.gettempdir()) / f"singularity-{os.getuid()}"
     if not megabytes:
         return None
@@ -242,7 +238,7 @@ def index_cache(megabytes: int) -> DiskCache | None:
 
 
 def check_cache(readers: Sequence[CorpusReader], config: LoaderConfig, stripes_here: int) -> None:
-    """Raise ValueError when the cache cannot hold what a node's stripes are at; with less it would be read anew."""
+    """Raise UserError when the cache cannot hold what the stripes of a node read at a time, and so would be useless."""
     need = 0.0
     for reader in readers:
         shards = reader.corpus.shards
