@@ -1,10 +1,10 @@
-"""How long a node's processes take to open a disk cache that holds many items.
+"""Measures how long the processes of a node take to open a disk cache with many items.
 
     python benchmarks/cache_opening.py [--items 1000 10000 100000] [--processes 8] [--folder FOLDER]
 
-The items are empty files. All processes open the cache at once, as those of a node do at the start of a run; printed
-is when the last one has it, the median over the rounds. The first opening, which may bring an older cache's list up to
-date, is printed by itself. FOLDER is on the disk to be measured; what is made there is removed.
+The items are empty files. All processes open the cache at the same time, as at the start of a run; printed is the time
+until the last one is done, median over the rounds. The first opening, which may upgrade the list of an older cache, is
+printed separately. FOLDER is on the disk to measure; the files made there are removed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BUDGET = 10**12
 
 
 def fill(folder: Path, items: int) -> None:
-    """Make a cache of so many items, as running processes leave it."""
+    """Make a cache of that many items, as running processes leave it."""
     cache = DiskCache(str(folder), BUDGET)
     names = [sha256(str(number).encode()).hexdigest() for number in range(items)]
     with cache._changing() as database:
@@ -40,7 +40,7 @@ def fill(folder: Path, items: int) -> None:
 
 
 def seconds_to_open(folder: str) -> float:
-    """What one process takes."""
+    """Seconds that one process takes."""
     began = time.perf_counter()
     cache = DiskCache(folder, BUDGET)
     taken = time.perf_counter() - began
@@ -49,7 +49,7 @@ def seconds_to_open(folder: str) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print a line a size."""
+    """Print one line for each number of items."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--items", type=int, nargs="+", default=[1000, 10_000, 100_000])
     parser.add_argument("--processes", type=int, default=8)

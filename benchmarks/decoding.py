@@ -1,11 +1,11 @@
-"""Ways to decode, side by side on a packed corpus: DALI, and libjpeg-turbo with OpenCV in processes on the CPU.
+"""Compares decoders on a packed corpus: DALI, and libjpeg-turbo with OpenCV in processes on the CPU.
 
     python benchmarks/decoding.py data/photos --size 224 --batch 128
     python benchmarks/decoding.py data/photos --hw-load 0 0.65 1 --fancy on off      settings of DALI's decoder on a GPU
 
-Without a GPU DALI's graph runs on the CPU. Printed, as JSON: images/s of each, in rounds that alternate, and by how
-many grey levels of 255 their pictures differ. Several batches are decoded at once, as the loader does. Exit code
-1 where the mean difference is more than two grey levels with fancy upsampling, which the CPU uses too.
+Without a GPU DALI's graph runs on the CPU. Prints JSON: images/s of each decoder, in alternating rounds, and the
+difference of their pixels in grey levels of 255. Several batches are decoded at once, as in the loader. Exit code 1
+if the mean difference exceeds two grey levels with fancy upsampling, which the CPU also uses.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LARGEST_MEAN = 2.0  # grey levels: the kernels differ, DALI's is Catmull-Rom's; 
 
 
 def read_clips(url: str, count: int) -> list[Clip]:
-    """The first frame of up to `count` samples, each with a random part of it to show."""
+    """The first frame of up to `count` samples, each with a random crop."""
     visuals, random = VisualSet(url, LoaderConfig()), np.random.default_rng(0)
     clips = []
     for visual in range(min(count, visuals.num_visuals)):
@@ -56,7 +56,7 @@ def read_clips(url: str, count: int) -> list[Clip]:
 
 
 def rate(decoder: Decoder, batches: list[list[Clip]], seconds: float) -> float:
-    """Images a second over about that many seconds, as many batches at a time as the loader makes."""
+    """Images/s over about that many seconds, with as many concurrent batches as in the loader."""
     began, done = time.perf_counter(), 0
     with ThreadPoolExecutor(BATCHES_AT_ONCE) as pool:
         while not done or time.perf_counter() - began < seconds:
@@ -67,7 +67,7 @@ def rate(decoder: Decoder, batches: list[list[Clip]], seconds: float) -> float:
 
 
 def deviation(dali: Decoder, cpu: Decoder, batches: list[list[Clip]]) -> dict[str, float]:
-    """Grey levels by which the pictures differ."""
+    """Differences of the pixels in grey levels."""
     largest, total, count = 0, 0.0, 0
     for batch in batches:
         one, other = (decoder.decode(batch)[0].cpu().int() for decoder in (dali, cpu))
@@ -78,7 +78,7 @@ def deviation(dali: Decoder, cpu: Decoder, batches: list[list[Clip]]) -> dict[st
 
 
 def dali_decoder(size: int, threads: int, batch: list[Clip], load: float | None = None, fancy: bool = True) -> Decoder:
-    """A DALI decoder, its pipelines built for batches like `batch`.
+    """A DALI decoder with pipelines built for batches like `batch`.
 
     load: share of the GPU's JPEG engines, None: the loader's; fancy: whether chroma is upsampled smoothly.
     """
@@ -101,7 +101,7 @@ def dali_decoder(size: int, threads: int, batch: list[Clip], load: float | None 
 
 
 def cpu_decoder(size: int, threads: int) -> Decoder:
-    """The CPU's processes, as a run has them."""
+    """The CPU decoder, as in a run."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return make_decoder("cpu", size, threads, antialias=False, device=device)
 
@@ -109,7 +109,7 @@ def cpu_decoder(size: int, threads: int) -> Decoder:
 def make_decoders(
     options: argparse.Namespace, threads: int, largest: list[Clip]
 ) -> tuple[dict[str, Decoder], dict[str, str]]:
-    """Name -> decoder: each setting of DALI's, and the CPU's processes; and why a GPU does not do a setting."""
+    """Name -> decoder (each DALI setting, and the CPU), and why the GPU cannot run a setting."""
     result, failed = {}, {}
     for load, fancy in itertools.product(options.hw_load or [None], options.fancy):
         name = "dali" + ("" if load is None else f" load {load:g}") + ("" if fancy == "on" else " plain upsampling")
@@ -123,7 +123,7 @@ def make_decoders(
 def measure(
     decoders: dict[str, Decoder], batches: list[list[Clip]], options: argparse.Namespace
 ) -> dict[str, list[float]]:
-    """Images/s of each decoder in each round; every other round goes through them backwards."""
+    """Images/s of each decoder in each round; every other round runs in reverse order."""
     rates: dict[str, list[float]] = {name: [] for name in decoders}
     for number in range(options.rounds):
         for name in list(decoders)[:: -1 if number % 2 else 1]:

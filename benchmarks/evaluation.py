@@ -1,14 +1,14 @@
-"""Re-ranking for retrieval: ours against one query at a time, at equal scores; and its growth with the gallery.
+"""Compares re-ranking with one query at a time, at equal scores; and measures its growth with the gallery.
 
-    python benchmarks/evaluation.py                          1,000 clips x 1,000 texts, both sides, alternating
+    python benchmarks/evaluation.py                          1,000 clips x 1,000 texts, both variants, alternating
     python benchmarks/evaluation.py --grow 1000 2000 5000 10000    ours alone, time and memory
     python benchmarks/evaluation.py --device cuda --size base --dtype bf16      on a GPU
 
-One query at a time, as the official code does it: for each clip its k_test texts and for each text its k_test clips go
+One query at a time, as in the official code: for each clip its k_test texts and for each text its k_test clips go
 through the fusion layers as one batch, texts padded to the full length, keys and values projected for every pair.
-Ours: `eval.tasks.retrieval.score`. Both start from the same encoded clips and texts. Clips are random pictures, texts
-random words of the length that captions have; the model has random weights. Times on a CPU are the process' own
-seconds on one core, which a busy machine does not change much (OMP_NUM_THREADS=1); on a GPU they are wall time.
+Ours: `eval.tasks.retrieval.score`. Both start from the same encoded clips and texts. Clips are random pixels, texts
+random tokens of a caption's length, weights are random. Times on a CPU are CPU seconds on one core, which a busy
+machine hardly changes (OMP_NUM_THREADS=1); on a GPU they are wall time.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from train.devices import choose_kernels
 
 
 def seconds_now(device: str) -> float:
-    """The process' own time, or the clock's once a GPU has done what it was given."""
+    """CPU time of the process; on a GPU wall time after synchronising."""
     if device == "cpu":
         return time.process_time()
     torch.cuda.synchronize()
@@ -57,7 +57,7 @@ def make_model(options: argparse.Namespace) -> Singularity:
 
 
 def clips(model: Singularity, count: int, frames: int, batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Random clips, the same ones each time, batch by batch, and their numbers."""
+    """Random clips, the same each time, batch by batch, and their numbers."""
     size, device = model.config.image_res, model.temp.device
     for start in range(0, count, batch):
         generator = torch.Generator(device).manual_seed(start)
@@ -77,7 +77,7 @@ def texts(model: Singularity, count: int, length: int, words: float) -> tuple[to
 
 
 def match_one_query(model: Singularity, states: torch.Tensor, mask: torch.Tensor, tokens: torch.Tensor) -> np.ndarray:
-    """Match logits (P,) of P pairs, row by row, the straightforward way."""
+    """VTM logits (P,) of P pairs, row by row, without sharing."""
     fused = model.text_encoder.fuse(states, mask, model.visual_keys(tokens))
     return model.itm_head(fused[:, 0])[:, 1].cpu().numpy()
 
@@ -85,7 +85,7 @@ def match_one_query(model: Singularity, states: torch.Tensor, mask: torch.Tensor
 def one_query_at_a_time(
     model: Singularity, visuals: VisualFeatures, states: torch.Tensor, mask: torch.Tensor, found: TextFeatures, k: int
 ) -> Scores:
-    """The same scores, each query's candidates as a batch of their own; states (M, Lt, D) and mask of the texts."""
+    """The same scores with one batch for each query; states (M, Lt, D) and mask of the texts."""
     tokens = torch.cat([block.tokens[:, 0] for block in visuals.blocks]).to(states.device)
     similarity = (visuals.embeddings @ found.embeddings.T).float().cpu().numpy()
     visual_to_text = np.full(similarity.shape, NOT_RERANKED, dtype=np.float32)
@@ -113,7 +113,7 @@ def encoded(
 
 
 def matched_pairs(scores: Scores) -> int:
-    """How many pairs went through the fusion layers."""
+    """Number of pairs that went through the fusion layers."""
     assert scores.visual_to_text is not None
     assert scores.text_to_visual is not None
     return int(((scores.visual_to_text > NOT_RERANKED) | (scores.text_to_visual.T > NOT_RERANKED)).sum())
@@ -127,7 +127,7 @@ def peak_memory(device: str) -> float:
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
-    """Both sides, alternating."""
+    """Both variants, alternating."""
     model, config = (
         make_model(options),
         EvalConfig(k_test=options.k_test, pair_batch_size=options.pairs),
@@ -164,7 +164,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def grow(options: argparse.Namespace, size: int) -> dict[str, Any]:
-    """Ours for one gallery size, features on disk where a folder for them is given."""
+    """Ours for one gallery size; features are on disk if a folder is given."""
     model, config = (
         make_model(options),
         EvalConfig(k_test=options.k_test, pair_batch_size=options.pairs),
@@ -192,8 +192,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--size", choices=SIZES, default="tiny")
-    result.add_argument("--gallery", type=int, default=1000, help="clips, and as many texts")
-    result.add_argument("--grow", type=int, nargs="+", metavar="GALLERY", help="ours alone, ascending sizes")
+    result.add_argument("--gallery", type=int, default=1000, help="number of clips, and of texts")
+    result.add_argument("--grow", type=int, nargs="+", metavar="GALLERY", help="only ours, at ascending sizes")
     result.add_argument("--k_test", type=int, default=128)
     result.add_argument("--frames", type=int, default=4)
     result.add_argument("--length", type=int, default=32, help="tokens that texts are padded to")

@@ -1,16 +1,16 @@
-"""Whether a GPU computes and decodes what the CPU does; each check prints one line of JSON.
+"""Checks that a GPU computes and decodes as the CPU does; each check prints one line of JSON.
 
-    python benchmarks/gpu_check.py versions                      what is installed, the card, its driver
+    python benchmarks/gpu_check.py versions                      packages, GPU, driver
     python benchmarks/gpu_check.py losses --size base            losses and gradients of a fixed batch: CPU fp32 against
                                                                  fp32 and bf16 on the GPU, TF32 off
-    python benchmarks/gpu_check.py pictures data/photos          DALI's pictures against the CPU's; and whether a batch
-                                                                 still holds its own after later ones were decoded
-    python benchmarks/gpu_check.py damaged data/photos           what becomes of damaged images; may end the GPU's use
-                                                                 by this process, so it has one of its own
+    python benchmarks/gpu_check.py pictures data/photos          DALI's pixels against the CPU's; and whether a batch
+                                                                 is unchanged after later ones were decoded
+    python benchmarks/gpu_check.py damaged data/photos           results for damaged images; may leave the GPU unusable
+                                                                 for this process, so run it separately
 
-Without a GPU each runs on the CPU: `losses` compares bf16 with fp32, DALI's graph is that of the CPU. A damaged image
-is `named` as bad, `shown` all the same (the loader finds it by its CRC before), or `harmed`: another picture changed.
-Exit code 1 where something differs by more than its tolerance, a picture is another one, or one is harmed.
+Without a GPU each check runs on the CPU: `losses` compares bf16 with fp32, DALI runs its CPU graph. A damaged image
+is `named` as bad, `shown` (the loader finds it by its CRC-32 before), or `harmed`: another image changed. Exit code 1
+if something exceeds its tolerance, an image differs, or one is harmed.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Tolerance(NamedTuple):
-    """How far losses and the gradient's norm may lie from the CPU's (relative), and 1 - cosine of the gradients."""
+    """Allowed relative deviation of losses and gradient norm from the CPU's, and of 1 - cosine of the gradients."""
 
     loss: float
     norm: float
@@ -59,7 +59,7 @@ TOLERANCES = {"fp32": Tolerance(1e-4, 1e-3, 1e-4), "bf16": Tolerance(0.02, 0.02,
 
 
 def package_version(name: str) -> str | None:
-    """A package's version; None where it is not installed."""
+    """Version of a package; None if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -70,7 +70,7 @@ def package_version(name: str) -> str | None:
 
 
 def versions(options: argparse.Namespace) -> dict[str, Any]:
-    """What a figure depends on: card, driver, CPU, packages."""
+    """What results depend on: GPU, driver, CPU, packages."""
     found: dict[str, Any] = {"python": platform.python_version(), "cores": len(os.sched_getaffinity(0))}
     found |= {name: number for name in PACKAGES if (number := package_version(name))}
     found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
@@ -84,14 +84,14 @@ def versions(options: argparse.Namespace) -> dict[str, Any]:
 
 
 class Outcome(NamedTuple):
-    """A step's losses and gradients, on the CPU."""
+    """Losses and gradients of a step, on the CPU."""
 
     losses: dict[str, float]
     gradients: torch.Tensor  # of all parameters, one after another, float64
 
 
 def outcome(options: argparse.Namespace, device: str, dtype: torch.dtype) -> Outcome:
-    """One forward and backward pass, without dropout, with given negatives and masked words."""
+    """One forward and backward pass without dropout, with given negatives and masked tokens."""
     torch.manual_seed(0)
     model = Singularity(SIZES[options.size]).eval().to(device, dtype)
     batch = make_batch(SIZES[options.size], options.batch, 1, 32, 13)
@@ -104,7 +104,7 @@ def outcome(options: argparse.Namespace, device: str, dtype: torch.dtype) -> Out
 
 
 def compare(found: Outcome, reference: Outcome, tolerance: Tolerance) -> dict[str, Any]:
-    """How far an outcome lies from the reference, and whether that is within the tolerance."""
+    """Deviation of an outcome from the reference, and whether it is within the tolerance."""
     off = torch.tensor([abs(found.losses[name] / value - 1) for name, value in reference.losses.items()])
     loss = float(off.max())  # NaN where one of them is
     norm, expected = float(found.gradients.norm()), float(reference.gradients.norm())
@@ -121,7 +121,7 @@ def compare(found: Outcome, reference: Outcome, tolerance: Tolerance) -> dict[st
 
 
 def losses(options: argparse.Namespace) -> dict[str, Any]:
-    """Losses and gradients of one batch, on the CPU in fp32 and on the device in each precision."""
+    """Losses and gradients of one batch on the CPU in fp32 and on the device in each precision."""
     choose_kernels(deterministic=False)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -138,12 +138,12 @@ def losses(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def changed(frames: torch.Tensor, others: torch.Tensor) -> int:
-    """How many pictures (B, T, S, S, 3) are other ones; a GPU may decode one in its hardware now, by a kernel then."""
+    """Number of differing images (B, T, S, S, 3); a GPU may use its JPEG engine once and a kernel the next time."""
     return int(((frames.int() - others.int()).abs().float().flatten(1).mean(1) > LARGEST_MEAN).sum())
 
 
 def race(decoder: Decoder, first: list[Clip], others: list[Clip], busy: Callable[[], None]) -> int:
-    """How many pictures of a batch change while others are decoded after it and the device is `busy`."""
+    """Number of images of a batch that change while later ones are decoded and the device is `busy`."""
     quiet = decoder.decode(first)[0].cpu().clone()
     busy()
     shown = decoder.decode(first)[0]
@@ -155,7 +155,7 @@ def race(decoder: Decoder, first: list[Clip], others: list[Clip], busy: Callable
 
 
 def pictures(options: argparse.Namespace) -> dict[str, Any]:
-    """DALI's pictures against the CPU's, and with a busy device."""
+    """DALI's pixels against the CPU's, also with a busy device."""
     clips = read_clips(options.corpus, options.images)
     batches = [clips[first : first + options.batch] for first in range(0, len(clips), options.batch)]
     if len(batches) < 2 or len(batches[-1]) < options.batch:
@@ -181,7 +181,7 @@ def pictures(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def headless(data: bytes) -> bytes:
-    """A JPEG's header with next to nothing of its picture."""
+    """Header of a JPEG with almost none of its data."""
     return data[: data.index(b"\xff\xda") + 16]
 
 
@@ -196,7 +196,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 
 
 def survival(decoder: Decoder, batch: list[Clip], damage: Callable[[bytes], bytes]) -> str:
-    """What becomes of a batch with an image so damaged: `named`, `shown` or `harmed`."""
+    """Result of a batch with one damaged image: `named`, `shown` or `harmed`."""
     good, middle = decoder.decode(batch)[0].clone(), len(batch) // 2
     others = [number for number in range(len(batch)) if number != middle]
     damaged = batch[middle]._replace(jpegs=[damage(data) for data in batch[middle].jpegs])
@@ -208,7 +208,7 @@ def survival(decoder: Decoder, batch: list[Clip], damage: Callable[[bytes], byte
 
 
 def damaged(options: argparse.Namespace) -> dict[str, Any]:
-    """What DALI makes of each kind of damage."""
+    """DALI's result for each kind of damage."""
     batch = read_clips(options.corpus, options.batch)
     decoder = dali_decoder(options.pixels, usable_threads(0, 1), batch)
     found = {name: survival(decoder, batch, damage) for name, damage in DAMAGES.items()}
@@ -217,7 +217,7 @@ def damaged(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def faults(found: Any) -> bool:
-    """Whether an entry says that it is not within its tolerance."""
+    """Whether a result exceeds its tolerance."""
     if isinstance(found, dict):
         return found.get("ok") is False or any(map(faults, found.values()))
     return found == "harmed"

@@ -1,16 +1,16 @@
-"""Where the time of a training step goes on a GPU, and what in it waits for the device.
+"""Profiles a training step on a GPU: kernel time by kind, and synchronisations with the device.
 
     python benchmarks/gpu_profile.py --corpus data/photos --tokenizer vocab.txt --size base --batch 128 --precision bf16
 
-Takes the options of benchmarks/training.py, and steps as its way `path` does. Printed, each as a line of JSON as soon
+Takes the options of benchmarks/training.py and runs its variant `path`. Prints one line of JSON for each result as soon
 as it is known:
     step_ms   a step without the profiler, which slows the host down; compare `gpu_ms` with it
-    waits     places where the step's thread waited for the device in one step: what
-              `torch.cuda.set_sync_debug_mode("warn")` names, and calls of synchronize()
-    trace     milliseconds and share of the time in which the GPU computed, number of its gaps, kernels a step, the
-              share of each kind of kernel and the longest ones, calls of the driver that wait: of some profiled steps
-    cudnn     milliseconds a step with cuDNN's attention allowed and forbidden, in blocks that alternate
-Without a GPU: the operators that take the longest; the rest says so. The trace itself is written to `--trace`.
+    waits     places where the thread of the step waited for the device in one step, found by
+              `torch.cuda.set_sync_debug_mode("warn")` and calls of synchronize()
+    trace     milliseconds and share of time in which the GPU computed, number of gaps, kernels a step, share of each
+              kind of kernel, the longest kernels, blocking driver calls: over some profiled steps
+    cudnn     milliseconds a step with cuDNN attention allowed and forbidden, in alternating blocks
+Without a GPU it prints only the slowest operators. The trace itself is written to `--trace`.
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ Event = dict[str, Any]
 
 
 def kind_of(kernel: str) -> str:
-    """What a kernel does, by its name."""
+    """Kind of a kernel, by its name."""
     name = kernel.lower()
     return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "other")
 
 
 def covered(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The spans (begin, end) joined where they touch or overlap, in order."""
+    """The spans (begin, end), merged where they touch or overlap, in order."""
     joined: list[tuple[float, float]] = []
     for begin, end in sorted(spans):
         if joined and begin <= joined[-1][1]:
@@ -78,7 +78,7 @@ def covered(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def summary(events: list[Event], steps: int) -> dict[str, Any]:
-    """What a trace of that many steps tells of the GPU; times in the trace are microseconds."""
+    """Summary of a trace of that many steps; times in the trace are microseconds."""
     kernels = [event for event in events if event.get("cat") in ON_GPU]
     if not kernels:
         return {"gpu": "none in the trace", "longest": longest([e for e in events if e.get("cat") == "cpu_op"])}
@@ -103,7 +103,7 @@ def summary(events: list[Event], steps: int) -> dict[str, Any]:
 
 
 def longest(events: list[Event]) -> list[str]:
-    """The names that take the most time, with their share of all and how often they ran."""
+    """The names with the most time, their share and their number of calls."""
     times: Counter[str] = Counter()
     for event in events:
         times[event["name"]] += event["dur"]
@@ -122,18 +122,18 @@ def traced(ways: training.Ways, steps: int, path: Path) -> list[Event]:
 
 
 def place() -> str:
-    """Who called what is being replaced: the innermost lines outside torch, as file:line."""
+    """Caller of a replaced function: the innermost lines outside torch, as file:line."""
     frames = [frame for frame in traceback.extract_stack() if "/torch/" not in frame.filename][:-2]
     return " < ".join(f"{shortened(frame.filename)}:{frame.lineno}" for frame in frames[:-4:-1])
 
 
 def shortened(path: str) -> str:
-    """A path from the repository or the package's folder on."""
+    """A path relative to the repository or the package folder."""
     return path.split("site-packages/")[-1].removeprefix(f"{ROOT}/")
 
 
 class Waits:
-    """Counts, by place, what makes one thread wait for the device; other threads, such as DALI's, may wait."""
+    """Counts, by place, the synchronisations of one thread; other threads, such as DALI's, may wait."""
 
     def __init__(self) -> None:
         self.found: Counter[str] = Counter()
@@ -141,7 +141,7 @@ class Waits:
         self._noted = False  # within a call that is noted, of which the mode may tell as well
 
     def noting(self, plain: Any) -> Any:
-        """The function `plain`, whose calls are noted."""
+        """The function `plain`, with its calls recorded."""
 
         def synchronize(*arguments: Any, **keywords: Any) -> Any:
             if self._noted or threading.get_ident() != self._thread:
@@ -156,7 +156,7 @@ class Waits:
         return synchronize
 
     def warned(self, message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
-        """Takes a warning in place of `warnings.showwarning`; it runs in the thread that warns."""
+        """Replaces `warnings.showwarning`; runs in the thread that warns."""
         tells = "called a synchronizing CUDA operation" in str(message)
         if tells and not self._noted and threading.get_ident() == self._thread:
             self.found[f"{shortened(filename)}:{lineno}"] += 1
@@ -164,7 +164,7 @@ class Waits:
 
 @contextmanager
 def noted_waits() -> Iterator[Counter[str]]:
-    """Counts, by place, what makes this thread wait for the device inside."""
+    """Counts, by place, the synchronisations of this thread inside the context."""
     noted = Waits()
     targets = ((torch.cuda, "synchronize"), (torch.cuda.Stream, "synchronize"), (torch.cuda.Event, "synchronize"))
     with ExitStack() as stack:
@@ -189,7 +189,7 @@ def waits(ways: training.Ways) -> dict[str, int] | str:
 
 
 def cudnn_attention(ways: training.Ways, options: argparse.Namespace) -> dict[str, float | str] | str:
-    """Milliseconds a step with cuDNN's attention and without."""
+    """Milliseconds a step with and without cuDNN attention."""
     if ways.device.type != "cuda":
         return "not measured: no GPU"
     before = torch.backends.cuda.cudnn_sdp_enabled()
@@ -214,7 +214,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def tell(name: str, found: Any) -> None:
-    """Print a figure at once: what comes after it may be ended by a time limit."""
+    """Print a result at once, because a time limit may end the process."""
     print(json.dumps({name: found}), flush=True)
 
 

@@ -1,9 +1,9 @@
-"""Puts together what the parts of benchmarks/gpu.sh have left in its folder: summary.txt, results.tgz, lines of JSON.
+"""Collects the results of benchmarks/gpu.sh from its folder: summary.txt, results.tgz, lines of JSON.
 
     python benchmarks/gpu_results.py FOLDER
 
-FOLDER/parts.tsv has a line for each part: name, status, seconds, title, command. Printed, and kept in results.jsonl: a
-line of JSON for each, short enough that all of them fit into the end of a log. Exit code 1 unless all parts are ok.
+FOLDER/parts.tsv has one line for each part: name, status, seconds, title, command. Prints one line of JSON for each,
+short enough for the end of a log, and writes them to results.jsonl. Exit code 1 unless all parts are ok.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class Part(NamedTuple):
 
 
 def text_of(path: Path) -> str:
-    """A file's text; empty where there is none."""
+    """Content of a file; empty if it does not exist."""
     return path.read_text(errors="replace") if path.exists() else ""
 
 
 def figures(output: str) -> Any:
-    """What a part printed as JSON: an object, or several; where there is none, its lines."""
+    """JSON that a part printed: an object or several; otherwise its lines."""
     found = []
     for line in output.splitlines():
         if line.startswith("{"):
@@ -48,7 +48,7 @@ def figures(output: str) -> Any:
 
 
 def result(folder: Path, part: Part) -> dict[str, Any]:
-    """A part's line of JSON, of a failure with the last line of its log."""
+    """A part's line of JSON, with the last line of its log after a failure."""
     entry: dict[str, Any] = {"part": part.name, "status": part.status, "seconds": int(part.seconds or 0)}
     found = figures(text_of(folder / f"{part.name}.txt"))
     if found:
@@ -61,7 +61,7 @@ def result(folder: Path, part: Part) -> dict[str, Any]:
 
 
 def fitted(results: list[dict[str, Any]], longest: int = LONGEST) -> list[str]:
-    """The results as lines; where they are too many characters, the longest figures stay in the archive."""
+    """The results as lines; if they are too long, the longest ones stay in the archive."""
     lines = [json.dumps(entry) for entry in results]
     while sum(map(len, lines)) > longest:
         number = max(range(len(lines)), key=lambda place: len(lines[place]))
@@ -73,7 +73,7 @@ def fitted(results: list[dict[str, Any]], longest: int = LONGEST) -> list[str]:
 
 
 def summary(folder: Path, parts: list[Part]) -> str:
-    """The parts for a person: title, command, status, whole output."""
+    """The parts for people: title, command, status, whole output."""
     return "\n".join(
         f"{part.title}\n$ {part.command}\n{part.status}, {part.seconds} s\n{text_of(folder / f'{part.name}.txt')}"
         for part in parts
@@ -81,7 +81,7 @@ def summary(folder: Path, parts: list[Part]) -> str:
 
 
 def wanted(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
-    """Whether a file goes into the archive."""
+    """Whether a file belongs in the archive."""
     if LEFT_OUT & set(Path(entry.name).parts) or entry.size > LARGEST_MB * 2**20:
         return None
     return entry

@@ -1,12 +1,12 @@
-"""A small run as users start it: pre-training, stopped by SIGTERM, resumed, evaluated; beside one never stopped.
+"""Runs a small training as users do: stopped by SIGTERM, resumed, evaluated; against an uninterrupted run.
 
     python benchmarks/gpu_run.py data/photos --tokenizer vocab.txt --output runs/gpu_run --precision bf16
 
-Printed, as one line of JSON: how the stop ended, at which step the run went on, the losses at its end and those of the
-run that was not stopped, recall on the corpus, seconds of each part. The commands' own output is in OUTPUT/*.log. Exit
-code 1 where a command fails, a step is missing or twice, or the two runs' last losses differ by more than a tenth.
-`deterministic_equal` answers a question and fails nothing: do two short runs with deterministic=true and precision=bf16
-log the same figures to the last bit? In place of false there may be what ended one of them.
+Prints one line of JSON: how the stop ended, the step it resumed at, the final losses of both runs, recall on the
+corpus, seconds of each part. The output of the commands is in OUTPUT/*.log. Exit code 1 if a command fails, a step is
+missing or repeated, or the final losses differ by more than 10 %. `deterministic_equal` is informative only: whether
+two short runs with deterministic=true and precision=bf16 log the same metrics bit for bit; instead of false it may
+contain the error that ended one of them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ OF_TWINS = ("deterministic=true", "decode=cpu", "precision=bf16", "text_encoder.
 
 
 def computed(record: dict[str, Any]) -> dict[str, Any]:
-    """What of a logged step does not depend on time: the losses, the gradient's norm."""
+    """Metrics of a logged step that do not depend on time: losses and gradient norm."""
     return {name: value for name, value in record.items() if name.startswith("loss") or name in ("step", "grad_norm")}
 
 
@@ -50,7 +50,7 @@ class Commands:
         ]  # fmt: skip
 
     def start(self, script: str, name: str, *more: str) -> subprocess.Popen[bytes]:
-        """Start an entry point on the run folder `name`, its output into `name`.log."""
+        """Start an entry point on the run folder `name` with its output in `name`.log."""
         command = [
             sys.executable, f"launch/{script}.py", "configs/demo/pretrain.yaml", *self.settings,
             f"output_dir={self.output / name}", *more,
@@ -59,18 +59,18 @@ class Commands:
             return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
 
     def last_words(self, name: str) -> str:
-        """The last line that the commands on a run folder have printed."""
+        """The last line printed by the commands on a run folder."""
         return ((self.output / f"{name}.log").read_text().strip() or "no output").splitlines()[-1]
 
     def logged(self, name: str) -> list[dict[str, Any]]:
-        """The steps that a run has logged so far."""
+        """The steps logged so far."""
         path = self.output / name / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         records = [json.loads(line) for line in lines if line.endswith("}")]
         return [record for record in records if "loss" in record]
 
     def twins_are_equal(self, twins: list[subprocess.Popen[bytes]]) -> bool | str:
-        """Whether two runs have logged the same figures; where one has failed, its last words."""
+        """Whether two runs logged the same metrics; if one failed, its last line."""
         for name, process in zip(TWINS, twins, strict=True):
             if process.wait():
                 return f"{name}: exit code {process.returncode}: {self.last_words(name)}"
@@ -78,7 +78,7 @@ class Commands:
         return bool(first) and first == second
 
     def stop_at(self, name: str, step: int) -> int:
-        """Start a run and send it SIGTERM after that step; its exit code."""
+        """Start a run, send SIGTERM after that step and return its exit code."""
         process = self.start("pretrain", name)
         while process.poll() is None:
             if any(record["step"] >= step for record in self.logged(name)):
@@ -89,7 +89,7 @@ class Commands:
 
 
 def course(commands: Commands) -> dict[str, Any]:
-    """Run everything; what came of it."""
+    """Run everything; returns the results."""
     seconds: dict[str, float] = {}
     result: dict[str, Any] = {}
 
@@ -121,7 +121,7 @@ def course(commands: Commands) -> dict[str, Any]:
 
 
 def verdict(found: dict[str, Any], steps: int) -> dict[str, Any]:
-    """The result with its list of steps checked, and whether all is as it must be."""
+    """The result with its list of steps checked, and whether all is correct."""
     difference = abs(found["last_loss"] / found["whole_loss"] - 1)
     complete = found.pop("steps") == list(range(1, steps + 1))
     fine = complete and difference <= LARGEST_DIFFERENCE

@@ -1,11 +1,10 @@
-"""What a training step costs the host, which launches kernels and runs DeepSpeed's Python, whatever the device does.
+"""Measures the host time of a training step: launching kernels and DeepSpeed's Python code, whatever the device does.
 
     python benchmarks/host_time.py                      the published model's 439 parameters, with tiny widths, on a CPU
 
-On a GPU a step takes the longer of this and of what the kernels take: at batches of 128 samples they are close.
-Two engines take steps in turn: ours (`start_engine` and `StepGuard`), and the same with DeepSpeed's own norm of the
-gradient and its throughput timer (`compute_grad_norm`, `timers.throughput`). Milliseconds of each part:
-medians, and the ratio of the sums, of the process' own seconds.
+On a GPU a step takes the longer of this and the kernel time; at batches of 128 samples they are close. Two engines take
+steps in turn: ours (`start_engine` and `StepGuard`), and the same with DeepSpeed's own gradient norm and throughput
+timer (`compute_grad_norm`, `timers.throughput`). Prints the median CPU milliseconds of each part, and ratios.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ PARTS = ("forward", "backward", "step")
 
 
 class Engine:
-    """A model in DeepSpeed's engine, and the time of its steps by parts."""
+    """A model in a DeepSpeed engine, and the time of its steps by parts."""
 
     def __init__(self, options: argparse.Namespace, changes: dict[str, dict]) -> None:
         ranks = ranks_from_environment()
@@ -62,7 +61,7 @@ class Engine:
         self.number = 0
 
     def take_step(self) -> None:
-        """One step on two pairs, so that the arithmetic is as little as can be."""
+        """One step on two pairs, to keep the arithmetic minimal."""
         self.number += 1
         frames = torch.randn(2, 1, 3, 32, 32).to(self.device, next(self.engine.module.parameters()).dtype)
         ids = torch.randint(5, 60, (2, 8)).to(self.device)

@@ -1,9 +1,9 @@
-"""What a ranged request costs in CPU time: our client beside libcurl in a bare loop, aiohttp, and fsspec's own reading.
+"""Measures the CPU time of a ranged request: our client, libcurl in a bare loop, aiohttp, and fsspec.
 
     python benchmarks/http_requests.py [--size 34000] [--count 4000] [--at-once 32] [--rounds 5]
 
-One run, taking turns, medians. The server (Debian's nginx) is on the first core, everybody else on the second; a range
-is as long as the requests for single frames of clips are. Ours retries, hedges, counts and keeps deadlines meanwhile.
+All take turns in one run; medians. The server (Debian's nginx) runs on the first core, the clients on the second; a
+range has the size of a single frame of a clip. Ours includes retries, hedging, counters and deadlines.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Ranges = list[tuple[int, int]]
 
 
 def bare(url: str, ranges: Ranges, at_once: int) -> int:
-    """Bytes that libcurl brings when nothing is around it."""
+    """Bytes read by libcurl in a bare loop."""
     multi, todo, idle, total = pycurl.CurlMulti(), iter(ranges), [], 0
     running: dict[pycurl.Curl, list[bytes]] = {}
     for _ in range(at_once):
@@ -78,14 +78,14 @@ def by_aiohttp(url: str, ranges: Ranges, at_once: int) -> int:
 
 
 def by_fsspec(url: str, ranges: Ranges, at_once: int) -> int:
-    """The same with fsspec's reading of ranges."""
+    """The same with fsspec's ranged reads."""
     starts, ends = zip(*ranges, strict=True)
     filesystem = fsspec.filesystem("http")
     return sum(map(len, filesystem.cat_ranges([f"{url}/{NAME}"] * len(ranges), starts, ends, batch_size=at_once)))
 
 
 def ours(remote: RemoteStore, ranges: Ranges) -> int:
-    """The same with the loader's client, as the loader asks it: for batches, from eight threads."""
+    """The same with the loader's client, used as in the loader: for batches, from eight threads."""
 
     def read(first: int) -> int:
         return sum(map(len, remote.read_ranges([ByteRange(NAME, *span) for span in ranges[first : first + BATCH]])))
@@ -131,7 +131,7 @@ def main() -> None:
     folder.cleanup()
     for name, times in found.items():
         ratio = statistics.median(other / own for other, own in zip(times, found["ours"], strict=True))
-        print(f"{name:14} {statistics.median(times):6.0f} us of CPU a request, {ratio:.2f} of ours")
+        print(f"{name:14} {statistics.median(times):6.0f} us of CPU time a request, {ratio:.2f} theirs / ours")
 
 
 if __name__ == "__main__":

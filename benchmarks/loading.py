@@ -1,13 +1,13 @@
-"""Loading speed on this machine: our loader, the bare decoding loop, and the peers, in one run, taking turns.
+r"""Compares loaders on this machine: ours, a bare decoding loop, and other loaders, in alternating rounds.
 
-    python benchmarks/loading.py --photos train.json images --clips videos_train.json media --work /tmp/loading \\
+    python benchmarks/loading.py --photos train.json images --clips videos_train.json media --work /tmp/loading \
         --peers /tmp/peers --make-peers
 
 Images: random resized crops of 224 pixels, flips, captions, batches of 128. Clips: one random frame, batches of 32.
-Everybody has two decoding threads or two worker processes. `bare` decodes with libjpeg-turbo and OpenCV from memory and
-throws the pixels away; `bare-batches` writes them into batches, as a loader must. Contenders run one at a time, a few
-seconds a round, and are idle otherwise; medians over rounds. Two rates: samples a second, and samples a second of CPU
-time over all processes, which other work on the machine disturbs less.
+Each has two decoding threads or two worker processes. `bare` decodes with libjpeg-turbo and OpenCV from memory and
+drops the pixels; `bare-batches` writes them into batches, as a loader must. Loaders run one at a time, a few seconds a
+round; medians over rounds. Two rates: samples/s, and samples per second of CPU time over all processes, which other
+work on the machine disturbs less.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def ours(options: argparse.Namespace) -> Iterator[int]:
 
 
 def bare(options: argparse.Namespace, into_batches: bool) -> Iterator[int]:
-    """Sizes of batches that are decoded and cropped from memory, with nothing around it."""
+    """Sizes of batches that are decoded and cropped from memory in a bare loop."""
     loader = open_loader(options)
     clips: list[Clip] = []
     for _, samples in islice(loader.read_steps(0, 0), 2000 // BATCH[options.kind]):
@@ -117,7 +117,7 @@ def prepare(options: argparse.Namespace) -> None:
 
 
 class Contender:
-    """A process that runs one of the loaders when told to."""
+    """A process that runs one of the loaders on request."""
 
     def __init__(self, name: str, options: argparse.Namespace, kind: str) -> None:
         source, folder = (options.photos if kind == "image" else options.clips), Path(__file__).parent
@@ -139,7 +139,7 @@ class Contender:
         self._answer("ready")
 
     def _answer(self, wanted: str) -> str:
-        """The next line that begins so; others are a library's."""
+        """The next line with this start; others are from libraries."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith(wanted):
@@ -147,7 +147,7 @@ class Contender:
         raise SystemExit(f"error: {self.name} ended: see {self.log.name}")
 
     def run(self, seconds: float) -> None:
-        """Note the rates of that many seconds."""
+        """Record the rates of that many seconds."""
         assert self.process.stdin is not None
         self.process.stdin.write(f"{seconds}\n")
         self.process.stdin.flush()
@@ -165,7 +165,7 @@ class Contender:
 
 
 def compare(options: argparse.Namespace, kind: str) -> None:
-    """Run the contenders of a medium in turn and print medians, and ratios of the rounds to ours."""
+    """Run the loaders of a medium in turn; print medians and ratios ours / theirs."""
     names = [name for name in CONTENDERS[kind] if not options.only or name in options.only]
     contenders = [Contender(name, options, kind) for name in names]
     try:
@@ -180,7 +180,7 @@ def compare(options: argparse.Namespace, kind: str) -> None:
     print(
         f"\n{kind}: medians of {options.rounds} rounds of {options.seconds:g} s, {options.threads} threads or workers"
     )
-    print(f"{'':<14}{'samples/s':>10}{'ours is':>9}{'/core-second':>14}{'ours is':>9}")
+    print(f"{'':<14}{'samples/s':>10}{'ours/it':>9}{'/CPU second':>14}{'ours/it':>9}")
     for contender in contenders:
         cells = []
         for unit in ("rate", "core"):
@@ -190,18 +190,18 @@ def compare(options: argparse.Namespace, kind: str) -> None:
 
 
 def main() -> None:
-    """The comparison, or one of our own contenders when it starts itself."""
+    """The comparison, or one of our own loaders when it starts itself."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--photos", nargs=2, metavar=("JSON", "FOLDER"), help="annotations and their media")
-    add("--clips", nargs=2, metavar=("JSON", "FOLDER"), help="the same of videos")
+    add("--clips", nargs=2, metavar=("JSON", "FOLDER"), help="the same for videos")
     add("--work", required=True, help="folder for packed data, kept for the next run")
     add("--peers", default="peers", help="virtual environment of the other loaders (default: %(default)s)")
-    add("--make-peers", action="store_true", help="make it, with the versions that were compared")
+    add("--make-peers", action="store_true", help="create it, with the compared versions")
     add("--rounds", type=int, default=5)
     add("--seconds", type=float, default=4.0)
     add("--threads", type=int, default=2, help="decoding threads, or worker processes (default: %(default)s)")
-    add("--only", nargs="*", help="these contenders; ours must be one")
+    add("--only", nargs="*", help="only these loaders; ours must be one")
     add("--run", help=argparse.SUPPRESS)
     add("--kind", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -1,7 +1,7 @@
-"""The loaders that benchmarks/loading.py compares with, each a process of its own that is told when to run.
+"""The other loaders of benchmarks/loading.py, each in a process of its own that runs on request.
 
-Runs in an environment of its own (PEERS below); imports nothing of this project. Every one gives what ours gives:
-random resized crops of 224 pixels, flips, bytes, captions as they are; the official ones normalise, as they do.
+Runs in a separate environment (PEERS below) and imports nothing of this project. Each returns what ours returns: random
+resized crops of 224 pixels, flips, uint8, captions unchanged; the official ones normalise, as in the official code.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FEWEST = 6  # batches that are timed, however slow they come
 
 
 def serve(batches: Iterator[int]) -> None:
-    """Take batches for so many seconds whenever a line on standard input says so; answer with a line of JSON.
+    """Take batches for that many seconds for each line on standard input; answer with a line of JSON.
 
     batches: sizes, endless.
     """
@@ -53,7 +53,7 @@ def serve(batches: Iterator[int]) -> None:
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process and the workers it has now."""
+    """CPU time of this process and its current workers."""
     own = psutil.Process()
     return sum(sum(process.cpu_times()[:2]) for process in [own, *own.children(recursive=True)])
 
@@ -66,7 +66,7 @@ def endless(make: Callable[[], Any], size: Callable[[Any], int]) -> Iterator[int
 
 
 def crop_pillow() -> Callable[[Any], Any]:
-    """The fastest way that torchvision has: Pillow's crop and resize, bytes to the end."""
+    """torchvision's fastest way: crop and resize by Pillow, uint8 throughout."""
     from torchvision import transforms
 
     return transforms.Compose(
@@ -79,7 +79,7 @@ def crop_pillow() -> Callable[[Any], Any]:
 
 
 def crop_official() -> Callable[[Any], Any]:
-    """What the official code does to frames (T, 3, H, W) of bytes: crop, flip, floats, normalise."""
+    """The official transform of frames (T, 3, H, W) in uint8: crop, flip, float, normalise."""
     from torchvision import transforms
 
     return transforms.Compose(
@@ -104,7 +104,7 @@ def open_image(data: bytes) -> Any:
 
 
 def torch_loader(dataset: Any, options: argparse.Namespace, **more: Any) -> Any:
-    """A DataLoader as its users set it up: worker processes that live on, batches ahead."""
+    """A DataLoader with persistent workers and prefetching."""
     from torch.utils.data import DataLoader
 
     settings = {"batch_size": options.batch, "num_workers": options.workers, "prefetch_factor": 4}
@@ -112,7 +112,7 @@ def torch_loader(dataset: Any, options: argparse.Namespace, **more: Any) -> Any:
 
 
 class Files:
-    """A map-style data set of media files, shown by a function of the path and a random number."""
+    """A map-style data set of media files, loaded by a function of the path and a random number."""
 
     def __init__(self, paths: list[str], show: Callable[[str], Any]) -> None:
         self.paths, self.show = paths, show
@@ -125,7 +125,7 @@ class Files:
 
 
 def official_images(options: argparse.Namespace) -> Iterator[int]:
-    """The official image path: Pillow, then crop, flip and normalise on tensors; files, shuffled whole."""
+    """The official image path: Pillow, then crop, flip and normalise on tensors; files, fully shuffled."""
     import torch
 
     transform = crop_official()
@@ -181,7 +181,7 @@ def mosaic_images(options: argparse.Namespace) -> Iterator[int]:
 
 
 def as_stored(record: dict[str, Any]) -> dict[str, Any]:
-    """What LitData's shards hold of a photo."""
+    """Content of a photo in LitData's shards."""
     return {"jpg": Path(record["path"]).read_bytes(), "captions": json.dumps(record["caption"])}
 
 
@@ -212,7 +212,7 @@ def litdata_images(options: argparse.Namespace) -> Iterator[int]:
 
 
 def energon_images(options: argparse.Namespace) -> Iterator[int]:
-    """Megatron-Energon over our tars, prepared by its own tool; cooked and cropped in its workers."""
+    """Megatron-Energon over our tars, prepared by its own tool; decoded and cropped in its workers."""
     from megatron.energon import (
         Cooker,
         DefaultTaskEncoder,
@@ -281,7 +281,7 @@ def decord_videos(options: argparse.Namespace) -> Iterator[int]:
 
 
 def pyav_videos(options: argparse.Namespace) -> Iterator[int]:
-    """The same with PyAV: decode up to the frame that is wanted."""
+    """The same with PyAV: decode up to the wanted frame."""
     import av
     import torch
 
@@ -307,14 +307,14 @@ def records(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def media(options: argparse.Namespace) -> list[str]:
-    """The files that are read: photos, or clips at 2 fps, each as often as it is in an epoch of ours."""
+    """The files to read: photos, or clips at 2 fps, each as often as in one of our epochs."""
     if not options.repeat:
         return [record["path"] for record in records(options)]
     return options.repeat * [to_two_fps(record["path"], Path(options.work) / "mp4") for record in records(options)]
 
 
 def to_two_fps(path: str, folder: Path) -> str:
-    """The clip as the official preparation leaves it: H.264, 2 fps, shorter side 224, no sound."""
+    """The clip after the official preparation: H.264, 2 fps, shorter side 224, no sound."""
     import av
     from av.video.reformatter import VideoReformatter
 
@@ -340,7 +340,7 @@ def to_two_fps(path: str, folder: Path) -> str:
 
 
 def torchvision_operators() -> Any:
-    """Declare the two operators that torchvision's Python part expects, where torch is a CPU build."""
+    """Declare the two operators that torchvision expects, for a CPU build of torch."""
     import torch
 
     library = torch.library.Library("torchvision", "FRAGMENT")
@@ -362,7 +362,7 @@ CONTENDERS = {
 
 
 def main() -> None:
-    """Prepare a contender's data where they are not there yet, then wait for orders."""
+    """Prepare the data of a loader if needed, then wait for requests."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", choices=CONTENDERS)
     parser.add_argument("--annotations", required=True, help="JSON list of {image, caption}")

@@ -1,14 +1,13 @@
-"""Loading from S3 against loading from the local disk: one run, taking turns, medians and ratios.
+"""Compares loading from S3 with loading from the local disk, in alternating rounds; medians and ratios.
 
     python benchmarks/loading_remote.py --corpus data/photos [--latency 0.02] [--rounds 5] [--cache] [--nginx]
 
-The S3 server (moto, of the tests' environment, see tests/object_stores.py) and the proxy that adds the latency run on
-the first core, our loader on the second, for the local rounds too: the server's work is nobody's gain or loss. Every
-round opens the corpus anew and takes batches for some seconds after the first one; the local round and the remote ones
-of a round follow each other. Two rates: by the clock, and by the CPU time of our processes, which other work on
-the machine disturbs less. `--cache`: an empty cache and one epoch a round, so that all bytes come from the store.
+The S3 server (moto, from the tests' environment, see tests/object_stores.py) and the proxy that adds the latency run on
+the first core, our loader on the second, also in local rounds. Every round opens the corpus again and takes batches for
+some seconds after the first one. Two rates: by wall time, and by CPU time of our processes, which other work on the
+machine disturbs less. `--cache`: an empty cache and one epoch a round, so that all bytes come from the store.
 `--nginx`: a web server (Debian's nginx) behind a forwarder that delays bytes, instead of moto behind a proxy that reads
-HTTP, so that the server is not what binds.
+HTTP, so that the server is not the bottleneck.
 """
 
 from __future__ import annotations
@@ -84,7 +83,7 @@ http {{
 
 @contextmanager
 def nginx(root: Path) -> Iterator[str]:
-    """Debian's nginx over a folder; yields its address."""
+    """Serve a folder by Debian's nginx; yields its address."""
     port, folder = free_port(), tempfile.mkdtemp(prefix="nginx-")
     user = "user root;" if os.getuid() == 0 else ""
     settings = Path(folder, "conf")
@@ -100,7 +99,7 @@ def nginx(root: Path) -> Iterator[str]:
 
 @contextmanager
 def moto(corpus: str) -> Iterator[str]:
-    """An S3 server that holds the corpus; yields its address."""
+    """Serve the corpus from an S3 server; yields its address."""
     port = free_port()
     with server("moto_server", "-H", "127.0.0.1", "-p", str(port), port=port) as address:
         os.environ.update(environment_of("s3", address))
@@ -110,7 +109,7 @@ def moto(corpus: str) -> Iterator[str]:
 
 
 def proxy_at(core: int, upstream: str, latency: float, program: str) -> tuple[subprocess.Popen[str], str]:
-    """The proxy in a process of its own on one core; its address."""
+    """Start the proxy in its own process on one core; its address."""
     port = free_port()
     words = [sys.executable, "-c", program, upstream, str(latency), str(port)]
     process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -121,7 +120,7 @@ def proxy_at(core: int, upstream: str, latency: float, program: str) -> tuple[su
 
 
 def rate(url: str, address: str, vocab: Path, options: argparse.Namespace) -> tuple[float, float, dict[str, float]]:
-    """Samples a second and a CPU second of one opening of the corpus, and the loader's figures."""
+    """Samples per second and per CPU second after opening the corpus once, and the loader's counters."""
     os.environ.update(environment_of("s3", address))
     forget_clients()
     folder = tempfile.mkdtemp(prefix="cache-")
@@ -150,13 +149,13 @@ def rate(url: str, address: str, vocab: Path, options: argparse.Namespace) -> tu
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", required=True, help="a packed corpus on the local disk")
-    parser.add_argument("--latency", type=float, default=0.02, help="seconds added to every answer")
+    parser.add_argument("--latency", type=float, default=0.02, help="seconds added to every response")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=5, help="of every measurement")
-    parser.add_argument("--passes", type=float, default=1.0, help="over the corpus, an epoch: more for a small one")
+    parser.add_argument("--seconds", type=float, default=5, help="duration of a measurement")
+    parser.add_argument("--passes", type=float, default=1.0, help="traversals of the corpus in an epoch")
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--nginx", action="store_true", help="a fast web server in the place of moto")
-    parser.add_argument("--cache", action="store_true", help="whole blocks through a cache that begins empty")
+    parser.add_argument("--nginx", action="store_true", help="a fast web server instead of moto")
+    parser.add_argument("--cache", action="store_true", help="whole blocks, through an empty cache")
     options = parser.parse_args()
     first, second = sorted(os.sched_getaffinity(0))[:2]
     os.sched_setaffinity(0, {first})  # what is started now stays there
@@ -192,8 +191,8 @@ def main() -> None:
         by_clock, by_cpu = ([r[k] / f[k] for r, f in zip(rounds, found["local"])] for k in (0, 1))
         last = {key: round(value, 2) for key, value in rounds[-1][2].items() if value}
         print(
-            f"{name:9} {clock:8,.0f}/s {of_cpu:8,.0f}/CPU s; of local {statistics.median(by_clock):.2f} by the clock, "
-            f"{statistics.median(by_cpu):.2f} by CPU"
+            f"{name:9} {clock:8,.0f}/s {of_cpu:8,.0f}/CPU s; remote / local: {statistics.median(by_clock):.2f} wall, "
+            f"{statistics.median(by_cpu):.2f} CPU time"
         )
         print("   ", last)
 

@@ -1,11 +1,11 @@
-"""Time and memory of a training step: this model, and the same weights used the straightforward way.
+"""Measures time and memory of a training step: this model, and a straightforward implementation with the same weights.
 
     python benchmarks/model.py --size base --batch 8                      on a CPU
     python benchmarks/model.py --size base --batch 128 --dtype bf16 --device cuda --compile
 
-Straightforward: eager attention, one fusion pass over 3B pairs with the visuals repeated and another one for the
-masked words, word logits at every position; what the official code does. Ours: `Singularity.forward`.
-Both get the same batch, the same weights and the same random choices; their losses are printed side by side.
+Straightforward, as in the official code: eager attention, one fusion pass over 3B pairs with repeated visuals and
+another for MLM, MLM logits at every position. Ours: `Singularity.forward`. Both use the same batch, weights and random
+choices; their losses are printed side by side.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def make_batch(config: ModelConfig, pairs: int, frames: int, length: int, words:
 
 
 def ours(model: Singularity, batch: dict[str, torch.Tensor], given_words: bool = False) -> dict[str, torch.Tensor]:
-    """This model's step; it masks words itself, as in training, unless they are to be the given ones."""
+    """A step of this model; masks tokens itself, as in training, unless masked ones are given."""
     words = (batch["masked_ids"], batch["labels"]) if given_words else (None, None)
     draws = Draws(batch["negatives"], batch["negatives"], *words)
     inputs = [batch[name] for name in ("frames", "input_ids", "attention_mask", "idx")]
@@ -74,7 +74,7 @@ def ours(model: Singularity, batch: dict[str, torch.Tensor], given_words: bool =
 
 
 def eager_cross_attention(core: Any, states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Attention of texts (P, Lt, D) to one visual each (P, S, D), probabilities written out."""
+    """Attention of texts (P, Lt, D) to one visual each (P, S, D), with explicit probabilities."""
     keys, values = core.project(tokens)
     query = core.query(states).unflatten(-1, (core.heads, -1)).transpose(1, 2)
     scores = query @ keys.transpose(2, 3) / query.shape[-1] ** 0.5
@@ -96,7 +96,7 @@ def straightforward_fusion(
 
 
 def straightforward(model: Singularity, batch: dict[str, torch.Tensor], _: bool = True) -> dict[str, torch.Tensor]:
-    """The same losses, computed as the official code does, for the given words."""
+    """The same losses, computed as in the official code, for the given masked tokens."""
     ids, mask, negatives = batch["input_ids"], batch["attention_mask"], batch["negatives"]
     tokens, pooled = model.encode_visual(batch["frames"])
     states, pooled_text = model.encode_text(ids, mask)
@@ -118,7 +118,7 @@ def straightforward(model: Singularity, batch: dict[str, torch.Tensor], _: bool 
 
 
 def eager_attention(model: Singularity) -> Singularity:
-    """The model with attention probabilities written out instead of fused kernels."""
+    """The model with explicit attention probabilities instead of fused kernels."""
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False
@@ -131,7 +131,7 @@ Step = Callable[[], dict[str, torch.Tensor]]
 
 
 def one_step(step: Step, model: Singularity, backward: bool, cuda: bool) -> float:
-    """Seconds of one step; on a CPU with one thread the process's own, which other programs disturb less."""
+    """Seconds of one step; on a CPU with one thread CPU time, which other programs disturb less."""
     clock = time.process_time if not cuda and torch.get_num_threads() == 1 else time.perf_counter
     model.zero_grad(set_to_none=True)
     if cuda:
@@ -165,7 +165,7 @@ def peak_memory(step: Step, model: Singularity, cuda: bool) -> Memory:
 
 
 def prepare(options: argparse.Namespace, straight: bool) -> tuple[Step, Step, Singularity, int]:
-    """A training step of one side, the same with the given words, its model, and the length of its texts."""
+    """A training step of one variant, the same with given masked tokens, its model, and its text length."""
     cuda = options.device == "cuda"
     config = SIZES[options.size]
     torch.manual_seed(0)
@@ -200,7 +200,7 @@ def prepare(options: argparse.Namespace, straight: bool) -> tuple[Step, Step, Si
 def report(
     options: argparse.Namespace, way: str, seconds: dict[bool, list[float]], flops: dict[str, int], memory: Memory
 ) -> dict[str, Any]:
-    """Medians of one side, and its rate by its own count of operations."""
+    """Medians of one variant, and its rate by its own operation count."""
     forward, both = (statistics.median(seconds[backward]) for backward in (False, True))
     rate = 3 * flops["total"] / both
     result = {
@@ -217,7 +217,7 @@ def report(
 
 
 def straightforward_flops(config: ModelConfig, pairs: int, frames: int, length: int) -> dict[str, int]:
-    """Forward operations of the straightforward way: every pair's keys, values and tokens, words at every position."""
+    """Forward operations of the straightforward variant: keys of every pair, MLM logits at every position."""
     result = dict(step_flops(config, pairs, frames, length))
     vision, text = config.vision_encoder, config.text_encoder
     source = ((config.image_res // vision.patch_size) ** 2 + 1) * frames
@@ -230,13 +230,13 @@ def straightforward_flops(config: ModelConfig, pairs: int, frames: int, length: 
 
 
 def memory_apart(way: str) -> Memory:
-    """`peak_memory` of one side in a process of its own, on a CPU."""
+    """`peak_memory` of one variant in a separate process, on a CPU."""
     words = [sys.executable, __file__, *sys.argv[1:], "--only", way, "--repeats", "0"]
     return json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)["peak_gb"]
 
 
 def compare(options: argparse.Namespace, ways: list[str]) -> None:
-    """Run the sides in turn, and print a line for each and the ratios of their medians."""
+    """Run the variants in turn; print a line for each and the ratios of their medians."""
     cuda, config = options.device == "cuda", SIZES[options.size]
     sides = {way: prepare(options, way == "straightforward") for way in ways}
     memory = {}

@@ -1,14 +1,13 @@
-"""How fast packing is a core: beside img2dataset and ffmpeg doing the same work, and beside the bare libraries.
+"""Measures packing speed on one core: against img2dataset, ffmpeg and the bare libraries.
 
-    python benchmarks/packing.py                                     photos and clips, what is needed gets installed
+    python benchmarks/packing.py                                     photos and clips; installs what is needed
     python benchmarks/packing.py --photos FOLDER --clips FOLDER --rounds 5 --img2dataset /path/to/env/bin/img2dataset
-    python benchmarks/packing.py --before CHECKOUT                   this code beside that of another checkout
+    python benchmarks/packing.py --before CHECKOUT                   against the code of another checkout
 
-Photos come from a web server on this machine, for both sides the same ones, shorter side 224, JPEG quality 90. Clips:
-2 frames a second, shorter side 224, JPEG. All sides run on one process in turn, several rounds; what counts is the
-processor time of a process and its children, without that of a run on very few media (start-up), as a median.
-The floor of photos is libjpeg-turbo's decoding, OpenCV's shrinking by area and libjpeg-turbo's encoding in a bare loop,
-and the same with the filters that packing takes; that of clips PyAV's decoding of every frame.
+Photos come from a local web server, the same for all, shorter side 224, JPEG quality 90. Clips: 2 fps, shorter side
+224, JPEG. All run in one process in turn, several rounds; the measure is the median CPU time of a process and its
+children without start-up (a run on very few media). The bare loop for photos decodes with libjpeg-turbo, downscales
+with OpenCV by area and encodes with libjpeg-turbo, and again with our filters; for clips PyAV decodes every frame.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ for path in open(sys.argv[1]).read().split("\\n"):
 
 
 def quiet(folder: str, port: multiprocessing.Queue) -> None:
-    """Serve a folder, in a process of its own."""
+    """Serve a folder in a separate process."""
 
     class Answer(SimpleHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -82,7 +81,7 @@ def quiet(folder: str, port: multiprocessing.Queue) -> None:
 
 
 def cpu_seconds(command: list[str]) -> float:
-    """Processor time of a command and the processes that it waits for."""
+    """CPU time of a command and its child processes."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NO_ALBUMENTATIONS_UPDATE": "1"}
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, stdin=subprocess.DEVNULL)
@@ -95,7 +94,7 @@ def cpu_seconds(command: list[str]) -> float:
 
 
 def photo_sides(url: str, img2dataset: str) -> dict[str, Side]:
-    """What is measured on photos: each gives its commands for some photos."""
+    """The variants for photos: each gives its commands for some photos."""
 
     def ours(media: list[Path], folder: Path) -> list[list[str]]:
         records = [{"image": path.name, "caption": "a photo"} for path in media]
@@ -131,7 +130,7 @@ def photo_sides(url: str, img2dataset: str) -> dict[str, Side]:
 
 
 def clip_sides(ffmpeg: str) -> dict[str, Side]:
-    """What is measured on clips."""
+    """The variants for clips."""
 
     def ours(media: list[Path], folder: Path) -> list[list[str]]:
         (folder / "a.json").write_text(json.dumps([{"video": path.name, "caption": "a clip"} for path in media]))
@@ -160,7 +159,7 @@ def clip_sides(ffmpeg: str) -> dict[str, Side]:
 
 
 def beside(side: Side, checkout: Path) -> dict[str, Side]:
-    """One of our own sides, and the same with the code of another checkout."""
+    """One of our variants, and the same with the code of another checkout."""
 
     def with_code(place: Path) -> Side:
         def commands(media: list[Path], folder: Path) -> list[list[str]]:
@@ -184,7 +183,7 @@ def floor(program: str) -> Side:
 
 
 def compare(sides: dict[str, Side], media: list[Path], few: list[Path], rounds: int, unit: str) -> dict[str, float]:
-    """Print and return the media a second of processor time of each side: medians over rounds in turn."""
+    """Print and return media per CPU second of each variant: medians over alternating rounds."""
     rates: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds):
         for name in sides if number % 2 == 0 else reversed(sides):
@@ -197,14 +196,12 @@ def compare(sides: dict[str, Side], media: list[Path], few: list[Path], rounds: 
     first = next(iter(found))
     for name, rate in found.items():
         spread = f"{min(rates[name]):.1f} to {max(rates[name]):.1f}"
-        print(
-            f"{name:28} {rate:8.1f} {unit}/s a core ({spread}); {first} / this = {found[first] / rate:.2f}", flush=True
-        )
+        print(f"{name:28} {rate:8.1f} {unit}/CPU s ({spread}); {first} / this = {found[first] / rate:.2f}", flush=True)
     return found
 
 
 def prepare_photos(source: Path | None, count: int, scale: float, folder: Path) -> list[Path]:
-    """`count` JPEG files, those of `source` or Shapes over and over, `scale` times as large."""
+    """`count` JPEG files, repeated from `source` or Shapes, enlarged by `scale`."""
     if source is None:
         from sharding.shapes import write_shapes
 
@@ -228,7 +225,7 @@ def prepare_photos(source: Path | None, count: int, scale: float, folder: Path) 
 
 
 def own_environment(package: str, program: str) -> str:
-    """A program in a virtual environment of its own, made on first use beside the cache of pip."""
+    """A program in its own virtual environment, made on first use beside pip's cache."""
     place = Path.home() / ".cache" / "singularity-benchmarks" / package
     if not (place / "bin" / program).exists():
         print(f"installing {package} into {place}", flush=True)
@@ -238,7 +235,7 @@ def own_environment(package: str, program: str) -> str:
 
 
 def find_ffmpeg() -> str:
-    """The system's ffmpeg, else the one that the package imageio-ffmpeg carries."""
+    """The system's ffmpeg, else that of the package imageio-ffmpeg."""
     if found := shutil.which("ffmpeg"):
         return found
     import imageio_ffmpeg
@@ -247,18 +244,18 @@ def find_ffmpeg() -> str:
 
 
 def first_folder(*names: str) -> Path | None:
-    """The first folder of the shared data that is there."""
+    """The first existing folder of the shared data."""
     return next((SHARED / name for name in names if (SHARED / name).is_dir()), None)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, default=first_folder("photos/images", "flickr8k/images"))
-    parser.add_argument("--scale", type=float, default=1.0, help="enlarge the photos first, as large ones are rare")
+    parser.add_argument("--scale", type=float, default=1.0, help="enlarge the photos first by this factor")
     parser.add_argument("--count", type=int, default=4000, help="photos")
     parser.add_argument("--clips", type=Path, default=first_folder("videos/media", "clips/videos"))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--img2dataset", default="", help="its program (default: installed when needed)")
+    parser.add_argument("--img2dataset", default="", help="path of its program (default: installed when needed)")
     parser.add_argument("--only", choices=("photos", "clips"))
     parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="compare with its code, not with other tools")
     options = parser.parse_args()

@@ -1,12 +1,12 @@
-"""Annotation rows in flat memory: reading them, and packing 10,000 Shapes pictures with few and with many rows.
+"""Measures memory for annotation rows: reading them, and packing 10,000 Shapes images with few and many rows.
 
-    python benchmarks/packing_rows.py                       rows: 10,000, 100,000, 1,000,000; packing: 10,000 pictures
+    python benchmarks/packing_rows.py                       rows: 10,000, 100,000, 1,000,000; packing: 10,000 images
     python benchmarks/packing_rows.py --rows 20000000 --no-packing
 
-Reading: a file of N rows, two about each image, first by our reader into the staged plan, then by a plain script's
-`json.load` (or its equal) and a dictionary that merges the rows, alternating. Packing: `python -m sharding.build` on
-the same pictures, with one row each and with a hundred. Memory is the largest resident set of the process that the
-figure is about, seconds are those of its processor; the floor is a process that has only imported what packing needs.
+Reading: a file of N rows, two for each image, by our reader with sorting on disk, and by a plain script with
+`json.load` (or its equivalent) and a dictionary that merges the rows, alternating. Packing: `python -m sharding.build`
+on the same images with one row and with a hundred rows each. Memory is the peak resident set of the process, seconds
+are CPU time; the floor is a process that has only imported what packing needs.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CAPTION = "a photo with the number {} of a dog that runs along the beach in the 
 
 
 def records(count: int) -> Iterator[dict[str, str]]:
-    """Rows as annotation files have them, two about each image, far from each other."""
+    """Rows as in annotation files, two for each image, far apart."""
     for number in range(count):
         yield {
             "image": f"{number * 7919 % (count // 2) % 1000:04d}/{number % (count // 2)}.jpg",
@@ -67,7 +67,7 @@ def write_rows(folder: Path, count: int, form: str) -> Path:
 
 
 def ours(path: Path) -> int:
-    """Media in a file, by our reader and the staged plan."""
+    """Media in a file, by our reader with sorting on disk."""
     with tempfile.TemporaryDirectory() as folder:
         return stage(read_rows([str(path)], Reading()), Path(folder) / "rows.sqlite", Path(folder)).items
 
@@ -91,7 +91,7 @@ SIDES = {"ours": ours, "plain": plain, "floor": lambda path: 0}
 
 
 def child(side: str, path: Path) -> None:
-    """Run one side and print what it took."""
+    """Run one variant and print its time and memory."""
     start = time.process_time()
     items = SIDES[side](path)
     used = {"items": items, "seconds": time.process_time() - start}
@@ -100,14 +100,14 @@ def child(side: str, path: Path) -> None:
 
 
 def in_child(side: str, path: Path) -> dict[str, float]:
-    """What a side takes in a process of its own."""
+    """Time and memory of a variant in a separate process."""
     command = [sys.executable, __file__, "--child", side, str(path)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def measure_reading(folder: Path, counts: list[int], forms: list[str], repeats: int) -> None:
-    """Print the table of memory and rows a second."""
-    print("| rows | form | ours MB | plain MB | ours rows/s | plain rows/s |\n|---|---|---|---|---|---|")
+    """Print the table of memory and rows/s."""
+    print("| rows | format | ours, MB | plain, MB | ours, rows/s | plain, rows/s |\n|---|---|---|---|---|---|")
     for form in forms:
         for count in counts:
             path = write_rows(folder, count, form)
@@ -127,12 +127,12 @@ def measure_reading(folder: Path, counts: list[int], forms: list[str], repeats: 
 
 
 def measure_packing(folder: Path, pictures: int, workers: int) -> None:
-    """Print the parent's memory while it packs, with one row about each picture and with a hundred."""
+    """Print the parent's memory while packing, with one row and with a hundred rows for each image."""
     shapes = folder / "shapes"
     command = [sys.executable, "-m", "sharding.shapes", "--output", str(shapes), "--images", str(pictures)]
     subprocess.run([*command, "--clips", "1", "--test-items", "8", "--size", "64"], check=True, capture_output=True)
     records = json.loads((shapes / "images_train.json").read_text())
-    print("| pictures | rows | parent MB | seconds |\n|---|---|---|---|")
+    print("| images | rows | parent, MB | seconds |\n|---|---|---|---|")
     for times in (1, 100):
         path = folder / f"{times}.json"
         with path.open("w") as file:
@@ -156,12 +156,12 @@ def measure_packing(folder: Path, pictures: int, workers: int) -> None:
 
 
 def texts(record: dict[str, Any]) -> str:
-    """A record's captions as one text."""
+    """The captions of a record as one text."""
     return record["caption"] if isinstance(record["caption"], str) else " ".join(record["caption"])
 
 
 def peak_mb(pid: int) -> float:
-    """The largest resident set that a running process has had; 0 when it has ended."""
+    """Peak resident set of a running process; 0 after its end."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:

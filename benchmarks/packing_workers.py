@@ -1,9 +1,9 @@
-"""Processes, threads, or the decoder's own threads: how packing uses several cores best.
+"""Compares ways to use several cores in packing: processes, threads, or the decoder's own threads.
 
     python benchmarks/packing_workers.py --photos FOLDER --clips FOLDER --workers 2 --rounds 5
 
-The same shards are built by as many processes, by as many threads of one process, and, of clips, one after the other by
-a decoder with as many threads of its own. All take turns; medians of seconds by the clock and of the processor.
+The same shards are built by that many processes, by that many threads of one process, and, for clips, one at a time by
+a decoder with that many threads. All take turns; medians of wall and CPU seconds.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ Way = Callable[[list[Task], int], float]  # shards, how many at once -> seconds 
 
 
 def nothing(good: int, bad: int, size: int) -> None:
-    """Progress that nobody looks at."""
+    """Progress that is not shown."""
 
 
 def build(task: Task, advance: Advance) -> float:
-    """Build a shard; the seconds of the processor that this process has spent meanwhile."""
+    """Build a shard; CPU seconds of this process meanwhile."""
     begun = time.process_time()
     build_shard(task, advance)
     return time.process_time() - begun
 
 
 def processes(tasks: list[Task], workers: int) -> float:
-    """What `sharding.build` does."""
+    """As in `sharding.build`."""
     return sum(seconds for _, seconds in run_tasks(build, tasks, workers, nothing))
 
 
 def threads(tasks: list[Task], workers: int) -> float:
-    """Shards side by side in one process."""
+    """Shards in parallel in one process."""
     begun = time.process_time()
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(lambda task: build_shard(task, nothing), tasks))
@@ -75,7 +75,7 @@ def decoder(tasks: list[Task], workers: int) -> float:
 
 
 def timed(way: Way, source: Path, media_type: str, workers: int) -> tuple[float, float]:
-    """Seconds by the clock, and of the processor, of packing a folder."""
+    """Wall and CPU seconds of packing a folder."""
     with tempfile.TemporaryDirectory(prefix="benchmark-") as place:
         folder = Path(place)
         found = sorted(path for path in source.rglob("*") if path.is_file())
@@ -109,7 +109,7 @@ def main() -> None:
         print(f"{source}, {options.workers} at once")
         for name, values in found.items():
             clock, used = (median(column) for column in zip(*values, strict=True))
-            print(f"  {name:10} {clock:7.2f} s by the clock, {used:7.2f} s of the processor", flush=True)
+            print(f"  {name:10} {clock:7.2f} s wall time, {used:7.2f} s CPU time", flush=True)
 
 
 if __name__ == "__main__":

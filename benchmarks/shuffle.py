@@ -1,12 +1,12 @@
-"""How well an epoch is mixed: our plan, webdataset's buffer, and a perfect shuffle, over the same shards.
+"""Compares shuffle quality: our epoch order, webdataset's buffer, and a perfect shuffle, over the same shards.
 
     python benchmarks/shuffle.py
 
-neighbours: distance in the line of shards between one sample and the next, as a share of what a perfect shuffle has;
-same shard: of how many samples the next one is of the same shard; spread: deviation of the places in the epoch of one
-shard's samples, as a share of a perfect shuffle's, mean over shards; shards a batch: distinct ones among 128;
-corpora: largest difference between the share of a corpus in the first k batches and in all, for k of 20 and more.
-webdataset: its own `shuffle`, shards permuted, dealt out to workers whose batches take turns, as a DataLoader has it.
+neighbours: distance in the shard sequence between consecutive samples, relative to a perfect shuffle; same shard: how
+often consecutive samples share a shard; spread: deviation of the epoch positions of one shard's samples, relative to a
+perfect shuffle, mean over shards; shards a batch: distinct ones among 128; corpora: largest difference between the
+share of a corpus in the first k batches and in all, for k from 20 on. webdataset: its own `shuffle`, shuffled shards
+assigned to workers whose batches alternate, as in a DataLoader.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ CORPORA = (0.7, 0.3)  # shares of the shards that belong to two corpora
 
 
 def ours(shards: int, each: int, stripes: int, window: int) -> np.ndarray:
-    """Numbers of the samples on the line of shards, in the order of an epoch."""
+    """Sample numbers in the shard sequence, in epoch order."""
     plan = EpochPlan((each,) * shards, seed=1, epoch=0, stripes=stripes, window_shards=window)
     places, units, _ = plan.locate(np.arange(plan.units))
     return places * each + units
 
 
 def webdataset_order(shards: int, each: int, buffer: int, workers: int) -> np.ndarray:
-    """The same of webdataset."""
+    """The same for webdataset."""
     order = np.random.default_rng(1).permutation(shards)
 
     def worker(number: int) -> Iterator[int]:

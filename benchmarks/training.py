@@ -1,19 +1,19 @@
-"""What the loader and DeepSpeed cost a training step: shards to optimiser step, against the model alone.
+"""Measures what the loader and DeepSpeed add to a training step: shards to optimiser step, against the model alone.
 
     python benchmarks/training.py --size tiny --corpus data/images           on a CPU
     torchrun --nproc_per_node N benchmarks/training.py --size base --corpus data/photos --batch 128 --precision bf16
     python benchmarks/training.py --size base --corpus data/clips --frames 4 ...      with the temporal encoder
     python benchmarks/training.py --size base --corpus data/photos --decode dali --passes 20 --ways path ...
 
-Three ways to take the same steps, in blocks that alternate, one process (or one a rank):
-    path    batches of the loader, DeepSpeed's engine: what launch/pretrain.py does
-    engine  the same engine on the batches of the last block of `path`, which lie on the device
+Three variants of the same steps, in alternating blocks, in one process (or one for each rank):
+    path    batches of the loader, DeepSpeed engine: as launch/pretrain.py
+    engine  the same engine on the batches of the last block of `path`, kept on the device
     plain   a PyTorch loop without DeepSpeed on those: forward, backward, clipping, AdamW (one process)
-Printed: median samples/s of each, the share of `path` spent waiting for data, memory, MFU (on a GPU), and the medians
-of the blocks' ratios, on a CPU also in the process' own seconds, which other programs disturb less.
+Prints median samples/s of each, the share of `path` spent waiting for data, memory, MFU (on a GPU), and the medians of
+the blocks' ratios, on a CPU also by CPU time, which other programs disturb less.
 
-An epoch starts with an empty queue of batches. Of a small corpus many epochs would start within a block and overstate
-the waiting for data; `--passes` joins so many passes over it to one epoch.
+An epoch starts with an empty queue. With a small corpus many epochs would start within a block and overstate the time
+waiting for data; `--passes` joins that many traversals of it into one epoch.
 """
 
 from __future__ import annotations
@@ -73,13 +73,13 @@ WAYS = ("path", "engine", "plain")
 
 
 def endless(loader: TrainLoader) -> Iterator[Batch]:
-    """Batches of the loader, epoch after epoch; their texts are padded."""
+    """Batches of the loader, epoch after epoch, with padded texts."""
     for epoch in itertools.count():
         yield from loader.epoch(epoch)
 
 
 def of_each_length(batch: Batch) -> list[Batch]:
-    """A padded batch cut to every length (of tokens) that `without_padding` leaves."""
+    """A padded batch truncated to every length (in tokens) that `without_padding` leaves."""
     lengths = range(TEXT_LENGTHS, batch.input_ids.shape[1] + TEXT_LENGTHS, TEXT_LENGTHS)
     return [
         replace(batch, input_ids=batch.input_ids[:, :length], attention_mask=batch.attention_mask[:, :length])
@@ -88,7 +88,7 @@ def of_each_length(batch: Batch) -> list[Batch]:
 
 
 def model_size(options: argparse.Namespace, tokenizer: Tokenizer) -> ModelConfig:
-    """The model of `--size`, temporal where clips have several frames; base keeps BERT's number of words."""
+    """The model of `--size`, temporal if clips have several frames; base keeps BERT's vocabulary size."""
     size = SIZES[options.size]
     words = size.text_encoder.vocab_size if options.size == "base" else tokenizer.vocab_size
     size.text_encoder.vocab_size = max(words, tokenizer.vocab_size)
@@ -99,7 +99,7 @@ def model_size(options: argparse.Namespace, tokenizer: Tokenizer) -> ModelConfig
 
 
 def plain_step(model: Singularity, optimizer: torch.optim.Optimizer, batch: Batch, run: RunConfig) -> None:
-    """A step as one writes it without DeepSpeed."""
+    """A step without DeepSpeed."""
     dtype = DTYPES[run.precision]
     with torch.autocast(batch.frames.device.type, dtype, enabled=dtype != torch.float32):
         frames = normalize(batch.frames, model.mean, model.std)
@@ -111,14 +111,14 @@ def plain_step(model: Singularity, optimizer: torch.optim.Optimizer, batch: Batc
 
 
 class Seconds(NamedTuple):
-    """What a block took: by the clock, and the process' own."""
+    """Duration of a block: wall and CPU time."""
 
     clock: float
     cpu: float
 
 
 def timed(steps: Sequence[Callable[[], None]], device: torch.device) -> Seconds:
-    """How long these steps take."""
+    """Duration of these steps."""
     began, cpu = time.perf_counter(), time.process_time()
     for step in steps:
         step()
@@ -128,7 +128,7 @@ def timed(steps: Sequence[Callable[[], None]], device: torch.device) -> Seconds:
 
 
 class Ways:
-    """The three ways to take a step."""
+    """The three variants of a step."""
 
     def __init__(self, options: argparse.Namespace, ranks: Ranks, device: torch.device) -> None:
         self.run = RunConfig(
@@ -160,7 +160,7 @@ class Ways:
             self.optimizer = adamw(self.alone, self.run)
 
     def block(self, way: str, count: int) -> Seconds:
-        """`count` steps of a way."""
+        """`count` steps of a variant."""
         if way == "path":
             self.kept = []
             return timed([self.path] * count, self.device)
@@ -168,7 +168,7 @@ class Ways:
         return timed([partial(step, batch.to(self.device)) for batch in self.kept], self.device)
 
     def every_length(self) -> Seconds:
-        """A step of the engine at each length of texts: torch.compile compiles at some, so that none does later."""
+        """A step of the engine at each text length, so that torch.compile does not compile later."""
         batch = next(self.batches)
         return timed([partial(self.engine, each.to(self.device)) for each in of_each_length(batch)], self.device)
 
@@ -184,11 +184,11 @@ class Ways:
         self.stepper(batch, self.taken)
 
     def engine(self, batch: Batch) -> None:
-        """A batch that lies there, through the engine."""
+        """A batch kept on the device, through the engine."""
         self.stepper(batch, 1)
 
     def plain(self, batch: Batch) -> None:
-        """A batch that lies there, without DeepSpeed."""
+        """A batch kept on the device, without DeepSpeed."""
         plain_step(self.alone, self.optimizer, batch, self.run)  # type: ignore[arg-type]
 
 
@@ -201,7 +201,7 @@ def adamw(model: torch.nn.Module, run: RunConfig) -> torch.optim.Optimizer:
 
 
 def figures(options: argparse.Namespace, ways: Ways, taken: dict[str, list[Seconds]], ranks: Ranks) -> dict[str, Any]:
-    """What was measured; rates in samples/s of all ranks."""
+    """The results; rates in samples/s over all ranks."""
     pairs = options.batch * ranks.world_size * options.steps
     total = sum(block.clock for block in taken["path"])
     peak, rate = peak_flops(ways.device), ways.flops / total
@@ -227,18 +227,18 @@ def figures(options: argparse.Namespace, ways: Ways, taken: dict[str, list[Secon
 
 
 def report(options: argparse.Namespace, found: dict[str, Any], on_gpu: bool) -> None:
-    """Print the figures for a person."""
+    """Print the results for people."""
     for name, rate in found["samples_per_second"].items():
         print(f"{name:7} {rate:8.1f} samples/s (median of {options.blocks} blocks of {options.steps} steps)")
     print(f"waiting for data: {found['data_wait_percent']:.2f} % of the path's time")
     print(f"memory: {found['memory_gb']:.2f} GB {'at most' if on_gpu else 'now'}")
     mfu = f", MFU {found['mfu']:.3f}" if found["mfu"] else ""
-    print(f"arithmetic: {found['tflops']:.3f} TFLOP/s{mfu}")
+    print(f"compute: {found['tflops']:.3f} TFLOP/s{mfu}")
     for name, other in (("path", "engine"), ("engine", "plain")):
         ratio = found.get(f"{name}_against_{other}")
         if ratio:
             cpu_time = "" if on_gpu else f", {ratio['cpu_time']:.3f} by CPU time"
-            print(f"{name} against {other}: {ratio['clock']:.3f}{cpu_time}")
+            print(f"{name} / {other} (higher is better): {ratio['clock']:.3f}{cpu_time}")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -251,22 +251,22 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--precision", choices=DTYPES, default="fp32")
     result.add_argument("--deepspeed", default="deepspeed_configs/zero1.json")
     result.add_argument(
-        "--compile", action="store_true", help="path and engine by torch.compile; first a step at each text length"
+        "--compile", action="store_true", help="path and engine with torch.compile; first a step at each text length"
     )
     result.add_argument("--decode", choices=BACKENDS, default="auto", help="(default: %(default)s)")
     result.add_argument("--threads", type=int, default=1, help="decoding threads, 0: the cores (default: %(default)s)")
-    result.add_argument("--passes", type=float, default=1, help="over the corpus an epoch (default: %(default)s)")
-    result.add_argument("--warm-up", type=int, default=2, help="steps before (default: %(default)s)")
-    result.add_argument("--steps", type=int, default=8, help="of a block (default: %(default)s)")
-    result.add_argument("--blocks", type=int, default=7, help="of each way (default: %(default)s)")
-    result.add_argument("--frames", type=int, default=1, help="of a clip (default: %(default)s)")
-    result.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="with path alone, memory is a run's")
-    result.add_argument("--json", action="store_true", help="print the figures as JSON")
+    result.add_argument("--passes", type=float, default=1, help="traversals in an epoch (default: %(default)s)")
+    result.add_argument("--warm-up", type=int, default=2, help="steps that are not counted (default: %(default)s)")
+    result.add_argument("--steps", type=int, default=8, help="steps of a block (default: %(default)s)")
+    result.add_argument("--blocks", type=int, default=7, help="blocks of each variant (default: %(default)s)")
+    result.add_argument("--frames", type=int, default=1, help="frames of a clip (default: %(default)s)")
+    result.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="variants to measure")
+    result.add_argument("--json", action="store_true", help="print the results as JSON")
     return result
 
 
 def start(options: argparse.Namespace) -> tuple[Ways, Ranks]:
-    """Join the other ranks and make ready what `options.ways` need; `path` is always one of them."""
+    """Join the other ranks and prepare `options.ways`; `path` is always one of them."""
     ranks = ranks_from_environment()
     device = device_for(ranks)
     choose_kernels(deterministic=False)
@@ -277,14 +277,14 @@ def start(options: argparse.Namespace) -> tuple[Ways, Ranks]:
 
 
 def end(ways: Ways) -> NoReturn:
-    """End the process without waiting for what the communication library leaves running."""
+    """Exit without waiting for threads of the communication library."""
     ways.loader.close()
     sys.stdout.flush()
     os._exit(0)
 
 
 def measure(options: argparse.Namespace, ways: Ways) -> dict[str, list[Seconds]]:
-    """Seconds of each block of each way; the first steps of each are not counted."""
+    """Seconds of each block of each variant; the first steps of each are not counted."""
     ways.warmed_up = ways.every_length().clock if options.compile else 0.0
     ways.warmed_up += sum(ways.block(way, options.warm_up).clock for way in options.ways)
     taken: dict[str, list[Seconds]] = {way: [] for way in options.ways}

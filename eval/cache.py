@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import distributed, nn
+from torch import nn
 
-from runtime.collectives import gather_objects, meet, share
+from runtime.collectives import barrier, gather_objects, share
 from runtime.errors import UserError
+from runtime.ranks import Ranks
 from storage.files import temporary_path
 
 log = logging.getLogger(__name__)
@@ -53,10 +54,10 @@ class Part:
 class CachedBlocks:
     """Blocks of this rank's visuals, those = rank mod world size, read from disk each time they are gone through."""
 
-    def __init__(self, parts: list[Part], batch_size: int, rank: int, world_size: int) -> None:
+    def __init__(self, parts: list[Part], batch_size: int, ranks: Ranks) -> None:
         self._parts = parts
         self._places = {int(v): (p, row) for p, part in enumerate(parts) for row, v in enumerate(part.indices)}
-        mine = sorted(visual for visual in self._places if visual % world_size == rank)
+        mine = sorted(visual for visual in self._places if visual % ranks.world_size == ranks.rank)
         self._batches = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
 
     def __len__(self) -> int:
@@ -88,53 +89,51 @@ def entry_name(**what: Any) -> str:
     return hashlib.sha256(json.dumps({"version": VERSION, **what}, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def read_entry(folder: Path, batch_size: int, rank: int, world_size: int) -> CachedBlocks | None:
+def read_entry(folder: Path, batch_size: int, ranks: Ranks) -> CachedBlocks | None:
     """The blocks of a complete entry; nothing where there is none. The first rank decides for all.
 
     An entry that a power cut has damaged is removed.
     """
     parts: list[Part] = []
-    if rank == 0 and (folder / META).is_file():
+    if ranks.is_first and (folder / META).is_file():
         try:
             parts = _read_parts(folder)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             log.warning("%s is damaged (%s): it is made again", folder, error)
             shutil.rmtree(folder)
-    if not share(bool(parts), world_size):
+    if not share(bool(parts), ranks.world_size):
         return None
-    return CachedBlocks(parts or _read_parts(folder), batch_size, rank, world_size)
+    return CachedBlocks(parts or _read_parts(folder), batch_size, ranks)
 
 
-def write_entry(
-    folder: Path, blocks: Iterable[Block], num_visuals: int, batch_size: int, rank: int, world_size: int
-) -> CachedBlocks:
+def write_entry(folder: Path, blocks: Iterable[Block], num_visuals: int, batch_size: int, ranks: Ranks) -> CachedBlocks:
     """Write all ranks' blocks as they come, and read them back; to be called by all ranks, on one file system.
 
     The entry appears complete or not at all. It lasts for this evaluation only, and says so in the log, where some of
     the `num_visuals` visuals could not be read: they are tried again the next time.
     """
     made = None
-    if rank == 0:
+    if ranks.is_first:
         folder.parent.mkdir(parents=True, exist_ok=True)
         made = str(temporary_path(folder, uuid.uuid4().hex))
         os.mkdir(made)  # with usual permissions: others may use the entry
-    aside = Path(share(made, world_size))
+    aside = Path(share(made, ranks.world_size))
     if not aside.is_dir():
         raise UserError(f"feature_cache={folder.parent}: not all processes see the same folder, give a shared one")
     try:
-        _write_part(aside, rank, blocks)
-        written = sum(gather_objects(len(_read_part(aside, rank).indices), world_size))
-        parts = [_read_part(aside, number) for number in range(world_size)]
-        _barrier(world_size)  # whoever has opened the files keeps them, even when they are removed
-        if rank == 0 and written == num_visuals and not folder.exists():
-            (aside / META).write_text(json.dumps({"version": VERSION, "parts": world_size}), encoding="utf-8")
+        _write_part(aside, ranks.rank, blocks)
+        written = sum(gather_objects(len(_read_part(aside, ranks.rank).indices), ranks.world_size))
+        parts = [_read_part(aside, number) for number in range(ranks.world_size)]
+        barrier(ranks.world_size)  # whoever has opened the files keeps them, even when they are removed
+        if ranks.is_first and written == num_visuals and not folder.exists():
+            (aside / META).write_text(json.dumps({"version": VERSION, "parts": ranks.world_size}), encoding="utf-8")
             aside.rename(folder)
-        elif rank == 0 and written < num_visuals:
+        elif ranks.is_first and written < num_visuals:
             log.warning("%d visuals could not be read: the others are not kept in %s", num_visuals - written, folder)
     finally:
-        if rank == 0:
+        if ranks.is_first:
             shutil.rmtree(aside, ignore_errors=True)
-    return CachedBlocks(parts, batch_size, rank, world_size)
+    return CachedBlocks(parts, batch_size, ranks)
 
 
 def _write_part(folder: Path, number: int, blocks: Iterable[Block]) -> None:
@@ -174,9 +173,3 @@ def _read_part(folder: Path, number: int) -> Part:
         raise ValueError(f"{path.name} has {path.stat().st_size:,} bytes instead of {size * kind.itemsize:,}")
     tokens = torch.from_file(str(path), shared=False, size=size, dtype=kind).view(len(indices), *shape.tolist())
     return Part(indices, torch.from_numpy(embeddings) if embeddings.size else None, tokens)
-
-
-def _barrier(world_size: int) -> None:
-    if world_size > 1:
-        meet()
-        distributed.barrier()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -15,72 +16,20 @@ from tqdm import tqdm
 from eval.cache import Block, CachedBlocks, entry_name, model_digest, read_entry, write_entry
 from eval.config import EvalConfig
 from loaders.batch import normalize
-from loaders.config import LoaderConfig
+from loaders.evaluation import VisualSet
 from model.encoders import Encoders
 from model.singularity import Singularity
 from runtime.activity import progress
 from runtime.collectives import gather_objects, gather_rows, share
+from runtime.ranks import ALONE, Ranks
 
 log = logging.getLogger(__name__)
 
 TEXT_BATCH = 256
 
 
-class VisualBatch(Protocol):
-    """B decoded visuals: frames (B, T, H, W, 3) uint8 and indices (B,) int64."""
-
-    @property
-    def frames(self) -> torch.Tensor:
-        """(B, T, H, W, 3) uint8."""
-        ...
-
-    @property
-    def indices(self) -> torch.Tensor:
-        """(B,) int64."""
-        ...
-
-
-class VisualData(Protocol):
-    """What encoding needs of a test set; those of `loaders.evaluation` are such."""
-
-    name: str
-    media_type: str
-    num_visuals: int
-    missing: dict[int, str]
-    config: LoaderConfig
-
-    @property
-    def sources(self) -> list[str]:
-        """The visuals' names."""
-        ...
-
-    @property
-    def digest(self) -> str:
-        """A name for the visuals' contents."""
-        ...
-
-    def batches(
-        self,
-        num_frames: int,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        device: torch.device | str = "cpu",
-    ) -> Iterator[VisualBatch]:
-        """Each visual that can be decoded once over all ranks."""
-        ...
-
-
-class TextEncoding(Protocol):
-    """The tokenizer's part: texts to ids and mask, each (M, max_length) int64."""
-
-    def encode(self, texts: list[str], max_length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and mask of the texts."""
-        ...
-
-
 class Blocks(Protocol):
-    """Encoded visuals that can be gone through as often as one likes."""
+    """Encoded visuals that can be iterated over repeatedly."""
 
     def __len__(self) -> int: ...
 
@@ -112,30 +61,46 @@ class TextFeatures:
     embeddings: torch.Tensor
 
 
+@contextmanager
+def evaluating(model: Encoders, config: EvalConfig) -> Iterator[None]:
+    """Put the model into evaluation mode without gradients; afterwards it is as before.
+
+    Raises ValueError for an ensemble that does not fit the model.
+    """
+    model.check_ensemble(config.eval_frame_ensemble, config.ensemble_skips_temporal)
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(training)
+
+
 def pixel_batches(
     model: Encoders,
-    dataset: VisualData,
+    dataset: VisualSet,
     config: EvalConfig,
     num_frames: int,
-    rank: int,
-    world_size: int,
+    ranks: Ranks,
     device: torch.device | str,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Normalised frames (B, T, 3, H, W) on `device`, and indices (B,), of this rank's visuals."""
     batch_size = getattr(config.batch_size_test, dataset.media_type)
-    total = -(-dataset.num_visuals // world_size)
-    with tqdm(total=total, desc=f"encoding {dataset.name}", leave=False, disable=None if rank == 0 else True) as bar:
+    total = -(-dataset.num_visuals // ranks.world_size)
+    hidden = None if ranks.is_first else True  # None: shown on a terminal only
+    with tqdm(total=total, desc=f"encoding {dataset.name}", leave=False, disable=hidden) as bar:
         progress(f"visual 0 of {total} encoded")
-        for batch in dataset.batches(num_frames, batch_size, rank=rank, world_size=world_size, device=device):
+        for batch in dataset.batches(num_frames, batch_size, ranks.rank, ranks.world_size, device):
             yield normalize(batch.frames.to(device, non_blocking=True), model.mean, model.std), batch.indices
             bar.update(len(batch.indices))
             progress(f"visual {bar.n} of {total} encoded")
 
 
-def missing_visuals(dataset: VisualData, present: np.ndarray, world_size: int) -> dict[int, str]:
+def missing_visuals(dataset: VisualSet, present: np.ndarray, ranks: Ranks) -> dict[int, str]:
     """Number and reason of all ranks' visuals that are not in `present` (N,) bool, on all ranks."""
     reasons: dict[int, str] = {}
-    for part in gather_objects(dict(dataset.missing), world_size):
+    for part in gather_objects(dict(dataset.missing), ranks.world_size):
         reasons |= part
     return {int(i): reasons.get(int(i), "not delivered by the loader") for i in np.flatnonzero(~present)}
 
@@ -152,20 +117,19 @@ def encode_blocks(
 
 def visual_blocks(
     model: Encoders,
-    dataset: VisualData,
+    dataset: VisualSet,
     config: EvalConfig,
     num_frames: int,
-    rank: int,
-    world_size: int,
+    ranks: Ranks,
     device: torch.device | str,
 ) -> Iterable[Block]:
-    """This rank's visuals, encoded: one by one as they are asked for, or on disk where there is a `feature_cache`."""
-    fresh = encode_blocks(model, pixel_batches(model, dataset, config, num_frames, rank, world_size, device), config)
+    """This rank's visuals, encoded: block by block on demand, or on disk where there is a `feature_cache`."""
+    fresh = encode_blocks(model, pixel_batches(model, dataset, config, num_frames, ranks, device), config)
     if config.feature_cache is None:
         return fresh
     loader, mode = dataset.config, config.eval_frame_ensemble
     name = entry_name(
-        model=share(model_digest(model) if rank == 0 else None, world_size),
+        model=share(model_digest(model) if ranks.is_first else None, ranks.world_size),
         corpus=dataset.digest,
         num_frames=1 if dataset.media_type == "image" else num_frames,
         frames="concat" if mode == "concat" else "each",
@@ -176,15 +140,15 @@ def visual_blocks(
     )
     folder = Path(config.feature_cache) / name
     batch_size = getattr(config.batch_size_test, dataset.media_type)
-    found = read_entry(folder, batch_size, rank, world_size)
+    found = read_entry(folder, batch_size, ranks)
     if found is not None:
         log.info("Visuals of %s come from %s", dataset.name, folder)
         return found
-    return write_entry(folder, fresh, dataset.num_visuals, batch_size, rank, world_size)
+    return write_entry(folder, fresh, dataset.num_visuals, batch_size, ranks)
 
 
 def collect_visuals(
-    model: Singularity, blocks: Iterable[Block], num_visuals: int, config: EvalConfig, world_size: int = 1
+    model: Singularity, blocks: Iterable[Block], num_visuals: int, config: EvalConfig, ranks: Ranks = ALONE
 ) -> VisualFeatures:
     """Keep this rank's visuals, on the device or in host memory unless they lie on disk; gather all embeddings."""
     device = model.temp.device
@@ -195,23 +159,23 @@ def collect_visuals(
     width = model.config.embed_dim
     own = torch.cat([*own_indices, torch.empty(0, dtype=torch.int64)]).to(device)
     rows = torch.cat([*own_embeddings, torch.empty(0, width, device=device)])
-    indices = gather_rows(own, world_size)
+    indices = gather_rows(own, ranks.world_size)
     embeddings = torch.zeros(num_visuals, width, device=device)
-    embeddings[indices] = gather_rows(rows, world_size)
+    embeddings[indices] = gather_rows(rows, ranks.world_size)
     present = np.zeros(num_visuals, dtype=bool)
     present[indices.cpu().numpy()] = True
     return VisualFeatures(blocks, embeddings, present)
 
 
 def encode_texts(
-    model: Singularity, input_ids: torch.Tensor, attention_mask: torch.Tensor, rank: int = 0, world_size: int = 1
+    model: Singularity, input_ids: torch.Tensor, attention_mask: torch.Tensor, ranks: Ranks = ALONE
 ) -> TextFeatures:
     """Encode texts (M, Lt), each on one rank, and gather them on all."""
     device = model.temp.device
     lengths = attention_mask.sum(1)
     longest = max(1, int(lengths.max())) if len(lengths) else 1
     ids, mask = input_ids[:, :longest].to(device), attention_mask[:, :longest].to(device)
-    first, last = (len(ids) * part // world_size for part in (rank, rank + 1))
+    first, last = (len(ids) * number // ranks.world_size for number in (ranks.rank, ranks.rank + 1))
     attended, embeddings = [], []
     for rows in _slices(first, last, TEXT_BATCH) if last > first else [slice(0, 1)]:
         progress(f"encoding texts, {rows.start - first} of {last - first} done")
@@ -220,9 +184,9 @@ def encode_texts(
         attended.append(model.text_encoder.attend_texts(states, mask[rows])[own])
         embeddings.append(model.project_text(pooled).float()[own])
     return TextFeatures(
-        gather_rows(torch.cat(attended), world_size),
+        gather_rows(torch.cat(attended), ranks.world_size),
         mask,
-        gather_rows(torch.cat(embeddings), world_size),
+        gather_rows(torch.cat(embeddings), ranks.world_size),
     )
 
 

@@ -1,4 +1,4 @@
-"""Scores pairs of texts and visuals over all ranks, each rank those of its own visuals, whose tokens never travel."""
+"""Computes match logits over all ranks: each rank scores its own visuals, whose tokens are never sent."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from eval.features import TextFeatures, VisualFeatures
 from model.scoring import match_pairs
 from model.singularity import Singularity
 from runtime.collectives import gather_rows
+from runtime.ranks import ALONE, Ranks
 
 
 def match_marked(
@@ -20,19 +21,18 @@ def match_marked(
     pairs: np.ndarray,
     config: EvalConfig,
     outside: float,
-    rank: int = 0,
-    world_size: int = 1,
+    ranks: Ranks = ALONE,
 ) -> np.ndarray:
     """Match logits (N, M) float32 of the pairs marked in `pairs` (N, M) bool, `outside` elsewhere; on all ranks.
 
     Marked pairs of a visual that could not be read hold `outside` too.
     """
-    bar = tqdm(visuals.blocks, desc="matching", leave=False, disable=None if rank == 0 else True)
+    bar = tqdm(visuals.blocks, desc="matching", leave=False, disable=None if ranks.is_first else True)
     blocks = ((block.indices, block.tokens) for block in bar)
     own = match_pairs(
         model, blocks, texts.attended, texts.mask, pairs, config.eval_frame_ensemble, config.pair_batch_size
     )
-    visual, text, logit = (gather_rows(torch.from_numpy(part), world_size).numpy() for part in own)
+    visual, text, logit = (gather_rows(torch.from_numpy(part), ranks.world_size).numpy() for part in own)
     scores = np.full(pairs.shape, outside, dtype=np.float32)
     scores[visual, text] = logit
     return scores

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,18 +15,17 @@ from eval.earlier import SplitInput
 from eval.outputs import SplitOutput, Subject, write_evaluation
 from eval.report.evaluations import read_evaluation
 from eval.report.tables import console_table
-from eval.tasks.choice import evaluate_choice
-from eval.tasks.qa import evaluate_answers
-from eval.tasks.question_output import choice_output, qa_output
-from eval.tasks.retrieval import evaluate_retrieval
-from eval.tasks.retrieval_output import retrieval_output
-from loaders.evaluation import ChoiceSet, QASet, RetrievalSet, VisualSet, corpus_digest
+from eval.tasks.multiple_choice import MultipleChoiceTask
+from eval.tasks.qa import QATask, read_answer_list
+from eval.tasks.retrieval import RetrievalTask
+from eval.tasks.task import Task
+from loaders.evaluation import corpus_digest
 from loaders.shards import describe
 from loaders.text import Tokenizer
+from model.building import Model
 from model.singularity import Singularity
-from model.vqa import SingularityQA
 from runtime.activity import begin, progress
-from runtime.errors import file_errors
+from runtime.errors import UserError, file_errors
 from runtime.ranks import Ranks
 
 log = logging.getLogger(__name__)
@@ -33,9 +33,30 @@ log = logging.getLogger(__name__)
 Metrics = dict[str, dict[str, float]]
 FINAL = "final"  # label of the evaluation that ends a training
 
+# By the names of `eval.config.TASKS`.
+TASKS: dict[str, Callable[[EvalRunConfig], Task[Any, Any]]] = {
+    "retrieval": lambda _: RetrievalTask(),
+    "qa": lambda config: QATask(read_answer_list(config)),
+    "choice": lambda _: MultipleChoiceTask(),
+}
+
+
+def make_task(run: EvalRunConfig) -> Task[Any, Any]:
+    """The task that `run.task` names.
+
+    Raises UserError unless its own settings are right and every split to evaluate is a packed corpus for it.
+    """
+    task = TASKS[run.task](run)
+    for name, url in run.test_urls().items():
+        progress(f"checking {url}")
+        if not sum(describe(url, run).counts(task.texts)):
+            raise UserError(f"test_corpus.{name}: {url} holds no {task.texts}, which task={run.task} needs")
+    return task
+
 
 def evaluate_splits(
-    model: Singularity | SingularityQA,
+    task: Task[Any, Any],
+    model: Model,
     tokenizer: Tokenizer,
     run: EvalRunConfig,
     ranks: Ranks,
@@ -43,14 +64,12 @@ def evaluate_splits(
     splits: Iterable[str],
     folder: Path,
     subject: Subject | None = None,
-    answers: Sequence[str] = (),
     num_frames: int | None = None,
     save_scores: bool = True,
 ) -> Metrics:
     """Evaluate `splits` of `run.test_corpus` on all ranks; the first one writes `folder` and logs the table.
 
-    subject: what reports say of the model. answers: that may be given, for questions. num_frames: of a clip, by
-    default `video_input.num_frames_test`.
+    subject: what reports say of the model. num_frames: of a clip, by default `video_input.num_frames_test`.
     save_scores: whether scores.npz is written, gigabytes for a large test set.
     Returns the metrics, {"SPLIT/": {...}, "SPLIT_emb/": {...}} or {"SPLIT": {...}}, on all ranks.
     """
@@ -60,11 +79,16 @@ def evaluate_splits(
         if split not in splits:
             continue
         begin(f"evaluating {split}")
-        one, output = _evaluate_split(
-            model, tokenizer, run, ranks, device, split, url, answers, num_frames or run.video_input.num_frames_test
-        )
-        metrics |= one
-        outputs += [output] if output else []
+        dataset = task.open(url, run)
+        dataset.name = split
+        frames = _frames(dataset.media_type, run, num_frames)
+        result = task.evaluate(model, dataset, tokenizer, run, frames, ranks, device)
+        metrics |= result.metrics
+        if ranks.is_first:
+            output = task.output(result, dataset, run)
+            corpus = {"url": url, "sha256": dataset.digest}
+            outputs.append(replace(output, details=output.details | {"corpus": corpus}))
+        dataset.close()
     progress("writing the results")
     if ranks.is_first:
         with file_errors(folder):
@@ -73,64 +97,22 @@ def evaluate_splits(
     return metrics
 
 
-def _evaluate_split(
-    model: Singularity | SingularityQA,
-    tokenizer: Tokenizer,
-    run: EvalRunConfig,
-    ranks: Ranks,
-    device: torch.device,
-    split: str,
-    url: str,
-    answers: Sequence[str],
-    num_frames: int,
-) -> tuple[Metrics, SplitOutput | None]:
-    """A split's metrics, and on the first rank what is to be written of it."""
-    where = (ranks.rank, ranks.world_size, device)
-    if isinstance(model, SingularityQA):
-        questions = QASet(url, run)
-        questions.name = split
-        answered = evaluate_answers(model, questions, tokenizer, answers, run, _frames(questions, num_frames), *where)
-        written = qa_output(answered, questions, answers, run) if ranks.is_first else None
-        questions.close()
-        return answered.metrics, _with_corpus(written, url, questions)
-    if run.task == "choice":
-        choices = ChoiceSet(url, run)
-        choices.name = split
-        chosen = evaluate_choice(model, choices, tokenizer, run, _frames(choices, num_frames), *where)
-        written = choice_output(chosen, choices, run) if ranks.is_first else None
-        choices.close()
-        return chosen.metrics, _with_corpus(written, url, choices)
-    dataset = RetrievalSet(url, run, paragraph=run.paragraph)
-    dataset.name = split
-    found = evaluate_retrieval(model, dataset, tokenizer, run, _frames(dataset, num_frames), *where)
-    written = retrieval_output(found, dataset, run) if ranks.is_first else None
-    dataset.close()
-    return found.metrics, _with_corpus(written, url, dataset)
-
-
-def _with_corpus(output: SplitOutput | None, url: str, dataset: VisualSet) -> SplitOutput | None:
-    """What is to be written, with the packed corpus that it comes from."""
-    if output is None:
-        return None
-    return replace(output, details=output.details | {"corpus": {"url": url, "sha256": dataset.digest}})
-
-
 def split_inputs(run: EvalRunConfig, num_frames: int | None = None) -> dict[str, SplitInput]:
     """What the splits to evaluate are, by their names."""
     found = {}
     for name, url in run.test_urls().items():
         corpus = describe(url, run)
-        frames = 1 if corpus.media_type == "image" else num_frames or run.video_input.num_frames_test
+        frames = _frames(corpus.media_type, run, num_frames)
         found[name] = SplitInput(url, corpus_digest(corpus), corpus.samples, frames)
     return found
 
 
-def _frames(dataset: RetrievalSet | QASet | ChoiceSet, num_frames: int) -> int:
-    return 1 if dataset.media_type == "image" else num_frames
+def _frames(media_type: str, run: EvalRunConfig, num_frames: int | None) -> int:
+    return 1 if media_type == "image" else num_frames or run.video_input.num_frames_test
 
 
-def subject_of(model: Singularity | SingularityQA, checkpoint: str = "", weights: str = "") -> Subject:
-    """What reports say of a model. A word head is what only pre-training leaves."""
+def subject_of(model: Model, checkpoint: str = "", weights: str = "") -> Subject:
+    """What reports say of a model. Only pre-training leaves an MLM head: with one, the model was not fine-tuned."""
     return Subject(
         checkpoint=checkpoint,
         weights=weights,

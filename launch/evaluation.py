@@ -15,12 +15,13 @@ from eval.report.page import write_report
 from eval.run import evaluate_splits, evaluation_label, split_inputs, subject_of
 from launch.command import log_to_file
 from runtime.activity import progress
+from runtime.collectives import barrier
 from runtime.ranks import Ranks
 from train.config.files import Settings
 from train.deepspeed.engine import DTYPES
 from train.devices import choose_kernels, describe, device_for, start_processes
 from train.interrupted import LostRankError
-from train.prepare import prepare_evaluation, read_answer_list, share_cores
+from train.prepare import prepare_evaluation, share_cores
 from train.watchdog import EVALUATE, Watchdog
 
 log = logging.getLogger(__name__)
@@ -38,8 +39,7 @@ def evaluate(settings: Settings, ranks: Ranks) -> None:
     share_cores(ranks)
     logs = Path(settings.config.output_dir or ".") / "evaluation"
     watchdog = Watchdog(ranks, settings.config.stall_seconds, logs, REMEDY)
-    answers = read_answer_list(settings.config)
-    model, tokenizer = prepare_evaluation(settings)
+    task, model, tokenizer = prepare_evaluation(settings)
     run = settings.config
     assert run.output_dir is not None
     output = Path(run.output_dir)
@@ -61,7 +61,7 @@ def evaluate(settings: Settings, ranks: Ranks) -> None:
     watchdog.doing(EVALUATE, 0)
     try:
         for frames, folder in folders.items():
-            evaluate_splits(model, tokenizer, run, ranks, device, run.test_urls(), folder, subject, answers, frames)
+            evaluate_splits(task, model, tokenizer, run, ranks, device, run.test_urls(), folder, subject, frames)
     except RuntimeError as error:  # a collective, as a rule: was another rank the cause?
         gone = watchdog.after_failure()
         if gone:
@@ -71,6 +71,5 @@ def evaluate(settings: Settings, ranks: Ranks) -> None:
         shutil.copyfile(folder / "metrics.json", output / "metrics.json")
         write_report(list(folders.values()), output / "report.html")
         log.info("%s and report.html beside it are of this evaluation now", output / "metrics.json")
-    if ranks.world_size > 1:
-        torch.distributed.barrier()
+    barrier(ranks.world_size)
     watchdog.close()

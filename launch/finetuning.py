@@ -39,7 +39,8 @@ def _evaluate(prepared: Prepared, device: torch.device, model: Model, splits: li
     folder = prepared.folder.path / "evaluation" / label
     # Features of weights that change are of no use later: kept on disk they would only fill it, epoch after epoch.
     run, ranks = replace(prepared.run, feature_cache=None), prepared.ranks
+    assert prepared.task is not None, "prepared without an evaluation"
+    save_scores = run.save_scores or label == FINAL
     return evaluate_splits(
-        model, prepared.tokenizer, run, ranks, device, splits, folder,
-        answers=prepared.answers, save_scores=run.save_scores or label == FINAL,
-    )  # fmt: skip
+        prepared.task, model, prepared.tokenizer, run, ranks, device, splits, folder, save_scores=save_scores
+    )

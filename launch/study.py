@@ -15,6 +15,7 @@ import numpy as np
 if not __package__:  # started by its path, not by `python -m`
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from runtime.charts import grouped_bars, png
 from sharding.shapes.captions import motion_words
 from sharding.shapes.scenes import MOTIONS
 
@@ -89,25 +90,11 @@ def table(found: dict[str, list[Share]]) -> str:
 
 def draw(found: dict[str, list[Share]], path: Path) -> None:
     """Bars of every share with its noise, and chance as a line."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    names = [share.name for share in next(iter(found.values()))]
-    canvas, panel = pyplot.subplots(figsize=(9, 0.7 * len(names) + 1.5), layout="constrained")
-    places = np.arange(len(names))[::-1]
-    for number, (run, shares) in enumerate(found.items()):
-        values, noise = [share.value for share in shares], [share.noise for share in shares]
-        panel.barh(places + 0.2 - 0.4 * number, values, height=0.38, xerr=noise, label=RUNS[run])
-    for place, share in zip(places, next(iter(found.values()))):
-        panel.plot([share.chance] * 2, [place - 0.42, place + 0.42], color="black", linewidth=1.5)
-    panel.set_yticks(places, names)
-    panel.set_xlim(0, 100)
-    panel.set_xlabel("percent of the test clips; black: chance; whiskers: two standard errors")
-    canvas.legend(loc="outside upper center", ncols=2)
-    canvas.savefig(path, dpi=110)
-    pyplot.close(canvas)
+    first = next(iter(found.values()))
+    bars = {RUNS[run]: [(share.value, share.noise) for share in shares] for run, shares in found.items()}
+    label = "percent of the test clips; black: chance; whiskers: two standard errors"
+    figure = grouped_bars([share.name for share in first], bars, [share.chance for share in first], label)
+    path.write_bytes(png(figure))
 
 
 def main() -> int:

@@ -10,6 +10,7 @@ import torch
 
 from launch.command import log_to_file
 from runtime.activity import progress
+from runtime.collectives import barrier
 from runtime.ranks import Ranks
 from train.config.files import Settings
 from train.devices import check_precision, choose_kernels, describe, device_for, start_processes
@@ -47,7 +48,7 @@ def train(
         trainer.train(evaluate(prepared, device) if evaluate else None)
     except Stopped:
         trainer.close()
-        torch.distributed.barrier()  # for the first rank's upload: launchers end what is left when a process has ended
+        barrier(ranks.world_size)  # for the first rank's upload: launchers end what is left when a process has ended
         watchdog.close()
         raise
     except RuntimeError as error:  # a collective, as a rule: was another rank the cause?
@@ -56,6 +57,6 @@ def train(
             raise LostRankError(f"{gone}; the job ends, {NEXT_STEP}") from error
         raise
     trainer.close()
-    torch.distributed.barrier()
+    barrier(ranks.world_size)
     watchdog.close()
     prepared.folder.release()

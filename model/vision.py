@@ -150,6 +150,7 @@ class FrameEncoder(nn.Module):
     """Frames, each by itself, to the tokens that the fusion layers see and one pooled vector."""
 
     transformer: Any
+    weights_in_layers: bool = False  # whether a layer's weights are there while it computes only, as under ZeRO 3
     _bias_index: torch.Tensor
 
     def __init__(self, config: ModelConfig) -> None:
@@ -203,11 +204,10 @@ class FrameEncoder(nn.Module):
     def _position_biases(self) -> tuple[torch.Tensor, ...]:
         """The position bias (1, H, L, L) of every layer: one gather, and one sorted sum in the backward pass, for all.
 
-        None where each layer has to gather its own: when activations are computed again, and under ZeRO 3, whose
-        weights are there within their layer only.
+        None where each layer has to gather its own: when activations are computed again, and under ZeRO 3.
         """
         tables: list[torch.Tensor] = [attention.relative_position_bias_table for attention in self._biased]
-        if not tables or self.transformer.grad_checkpointing or hasattr(tables[0], "ds_id"):
+        if not tables or self.transformer.grad_checkpointing or self.weights_in_layers:
             return ()
         length, row = self._bias_index.shape
         rows = functional.embedding(self._bias_index.flatten(), torch.cat(tables, 1))  # (L·R, layers·H)

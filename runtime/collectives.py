@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -12,15 +11,6 @@ from runtime.activity import waiting
 
 T = TypeVar("T")
 
-# Called on every rank before ranks exchange anything: what they must have finished together.
-before_exchange: list[Callable[[], None]] = []
-
-
-def meet() -> None:
-    """Call what has been asked to be called before an exchange."""
-    for call in before_exchange:
-        call()
-
 
 def gather_rows(rows: torch.Tensor, world_size: int) -> torch.Tensor:
     """The rows (n, ...) of all ranks, rank after rank, on every rank; ranks may have different n.
@@ -29,7 +19,6 @@ def gather_rows(rows: torch.Tensor, world_size: int) -> torch.Tensor:
     """
     if world_size == 1:
         return rows
-    meet()
     device = _group_device(rows)
     counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size)]
     with waiting("gather_rows"):
@@ -47,7 +36,6 @@ def gather_objects(value: T, world_size: int) -> list[T]:
     """Every rank's small value, in rank order, on every rank."""
     if world_size == 1:
         return [value]
-    meet()
     values: list[T | None] = [None] * world_size
     with waiting("gather_objects"):
         distributed.all_gather_object(values, value)
@@ -58,10 +46,16 @@ def share(value: T | None, world_size: int) -> T:
     """Rank 0's small value on every rank."""
     values = [value]
     if world_size > 1:
-        meet()
         with waiting("share"):
             distributed.broadcast_object_list(values, src=0)
     return values[0]  # type: ignore[return-value]
+
+
+def barrier(world_size: int) -> None:
+    """Return when all ranks have come here."""
+    if world_size > 1:
+        with waiting("barrier"):
+            distributed.barrier()
 
 
 def _group_device(rows: torch.Tensor) -> torch.device:

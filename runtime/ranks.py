@@ -40,6 +40,8 @@ class Ranks:
         return self.rank / self.world_size
 
 
+ALONE = Ranks()  # a job of one process
+
 # What the other launchers call RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE. The first one that is there counts:
 # `mpirun` within a Slurm job starts its processes below a step of `srun`.
 OF_LAUNCHERS = {

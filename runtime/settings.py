@@ -75,7 +75,7 @@ def declarations(kind: Any) -> dict[str, Declaration]:
         own = item.metadata.get(_KEY, Declaration())
         section = typing.get_type_hints(kind)[item.name]
         if is_dataclass(section):
-            for key, inner in declarations(section).items():
+            for key, inner in declarations(typing.cast(Any, section)).items():
                 merged = replace(inner, resumed=own.resumed or inner.resumed, help=inner.help or own.help)
                 result[f"{item.name}.{key}"] = merged
         else:
@@ -85,7 +85,7 @@ def declarations(kind: Any) -> dict[str, Declaration]:
 
 def check_declared(config: Any) -> None:
     """Raise UserError for a value that is none of its setting's `choices`, or below `least`, or not above `above`."""
-    for key, declaration in declarations(type(config)).items():
+    for key, declaration in declarations(typing.cast(Any, type(config))).items():
         value = reduce(getattr, key.split("."), config)
         rule = ""
         if declaration.choices and value not in declaration.choices:
@@ -118,7 +118,8 @@ def nearest(name: str, known: Iterable[str]) -> list[str]:
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     """A dataclass or a nested mapping, {"optimizer": {"lr": 1}}, by dotted keys: {"optimizer.lr": 1}."""
     flat: dict[str, Any] = {}
-    for name, item in (asdict(value) if is_dataclass(value) else value).items():
+    nested: Mapping[str, Any] = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+    for name, item in nested.items():
         flat |= flatten(item, f"{prefix}{name}.") if isinstance(item, dict) and item else {f"{prefix}{name}": item}
     return flat
 

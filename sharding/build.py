@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import logging
 import os
 import re
@@ -12,6 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 from runtime.errors import UserError, command
 from runtime.progress import LOG_EVERY, Progress, counted
@@ -19,7 +21,7 @@ from runtime.units import data_size
 from sharding.annotations.arguments import add_annotation_arguments, positive, read_options
 from sharding.annotations.config import Reading
 from sharding.annotations.reading import expanded, read_rows
-from sharding.annotations.staging import Staged, open_staged, stage
+from sharding.annotations.staging import Staged, move_staged, open_staged, stage
 from sharding.estimate import Estimate, estimate_build
 from sharding.executors.executor import ENGINES, Engine, pack
 from sharding.media.sources import check_root
@@ -29,6 +31,7 @@ from sharding.shards.output import (
     check_claim,
     claim,
     digest_of,
+    has_staged_rows,
     local_form,
     open_output,
     plan_of,
@@ -88,11 +91,9 @@ def build_corpus(
     check_root(media_root)
     annotations, reading = expanded(annotations), reading or Reading()
     with open_output(output, part=engine.part) as scratch:
-        plan = plan_of(settings, reading, annotations)
-        check_claim(output, plan)
-        place = staging_place(output, scratch, plan)
-        staged = stage_annotations(annotations, reading, place, scratch, progress, log_every)
-        claim(output, plan | settings.shares(staged.items), scratch)
+        check_claim(output, plan_of(settings, reading))
+        staged, digest = staged_rows(annotations, settings, reading, output, scratch, progress, log_every)
+        claim(output, plan_of(settings, reading, digest) | settings.shares(staged.items), scratch)
         tasks = plan_shards(staged, settings, media_root, output, scratch, fetching)
         failures = FailureLog(scratch)
         shown = Progress(staged.items, f"packing {settings.name}", progress, log_every=log_every)
@@ -118,22 +119,43 @@ def usual_name(output: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "_", output.rstrip("/").rsplit("/", 1)[-1])[:60] or "corpus"
 
 
-def stage_annotations(
-    annotations: Sequence[str], reading: Reading, place: Path, scratch: Path, progress: bool, log_every: float
-) -> Staged:
-    """The rows of annotation files on disk, read unless an interrupted build left them there.
+def staged_rows(
+    annotations: Sequence[str],
+    settings: Settings,
+    reading: Reading,
+    output: str,
+    scratch: Path,
+    progress: bool,
+    log_every: float,
+) -> tuple[Staged, str]:
+    """(rows on disk, SHA-256 of their annotation files); the files are read once, in an interrupted build hashed only.
 
     Raises:
-        FileNotFoundError, ValueError: a file cannot be read; or there is nothing to pack in them.
+        FileNotFoundError, ValueError: a file cannot be read, there is nothing to pack, or the rows are of other files
+            than those that the corpus at `output` was built of.
     """
-    if place.exists():
-        log.info("annotations: read by an earlier run")
-        return open_staged(place)
+    if has_staged_rows(output):
+        digest = digest_of(annotations)
+        plan = plan_of(settings, reading, digest)
+        check_claim(output, plan)
+        if (place := staging_place(output, scratch, plan)).exists():
+            log.info("annotations: read by an earlier run")
+            return open_staged(place), digest
+    sha256 = hashlib.sha256()
+    staged = stage_annotations(annotations, reading, scratch, sha256, progress, log_every)
+    plan = plan_of(settings, reading, sha256.hexdigest())
+    check_claim(output, plan)
+    return move_staged(staged, staging_place(output, scratch, plan)), sha256.hexdigest()
+
+
+def stage_annotations(
+    annotations: Sequence[str], reading: Reading, scratch: Path, digest: Any, progress: bool, log_every: float
+) -> Staged:
+    """The rows of annotation files in a file in `scratch`; raises as `staged_rows`. `digest` takes in the files."""
     start = time.monotonic()
-    rows = read_rows(annotations, reading)
-    staged = stage(counted(rows, log_every) if progress else rows, place, scratch, reading.limit)
+    rows = read_rows(annotations, reading, scratch, digest)
+    staged = stage(counted(rows, log_every) if progress else rows, scratch / "rows.sqlite", scratch, reading.limit)
     if not staged.items:
-        place.unlink()
         raise UserError(nothing_to_pack(annotations, staged))
     seconds = time.monotonic() - start
     log.info("annotations: %d rows about %d media, read in %.1f seconds", staged.rows, staged.items, seconds)
@@ -157,8 +179,7 @@ def estimate_corpus(
     check_root(media_root)
     with tempfile.TemporaryDirectory(prefix="singularity-estimate-") as folder:
         scratch = Path(folder)
-        place = scratch / "rows.sqlite"
-        staged = stage_annotations(expanded(annotations), reading, place, scratch, True, log_every)
+        staged = stage_annotations(expanded(annotations), reading, scratch, None, True, log_every)
         tasks = plan_shards(staged, settings, media_root, local_form(output), scratch, fetching)
         return estimate_build(staged, tasks, workers or os.cpu_count() or 1)
 

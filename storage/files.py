@@ -14,6 +14,7 @@ from pathlib import Path
 
 from runtime.activity import progress
 from runtime.errors import file_errors
+from runtime.units import data_size
 
 PIECE = 64 << 20  # bytes flushed between two reports of progress, a multiple of the page size
 
@@ -126,4 +127,4 @@ def _flush_pieces(handle: int, name: str, size: int) -> None:
     with mmap.mmap(handle, size) as view:
         for start in range(0, size, PIECE):
             view.flush(start, min(PIECE, size - start))
-            progress(f"flushing {name}, {start >> 20} of {size >> 20} MiB")
+            progress(f"flushing {name}, {data_size(start)} of {data_size(size)}")

@@ -1,22 +1,41 @@
-"""The README and the pages of docs/: every link leads somewhere, and every file they name exists."""
+"""README and docs/: links lead somewhere, named files exist, commands name real recipes and settings."""
 
 import re
+import shlex
+from pathlib import Path
 
 import pytest
 from places import ROOT
 
+from train.config.files import load_settings
+
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = "runtime|storage|sharding|loaders|model|train|eval|launch|tests|benchmarks|configs|deepspeed_configs"
+NAMED_FILE = re.compile(rf"(?<![\w/.])(?:{FOLDERS})/[\w/]+\.(?:py|yaml|json|sh|sbatch|md)\b")
+PLACEHOLDER = re.compile(r"NAME|DATASET|/X\.")
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
-def anchors(page) -> set[str]:
+def anchors(page: Path) -> set[str]:
     """The anchors of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page) -> None:
+def runs(page: Path) -> list[list[str]]:
+    """[CONFIG, key=value ...] of the page's commands that name a recipe."""
+    blocks = "".join(re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)).replace("\\\n", " ")
+    found = []
+    for words in (shlex.split(line, comments=True) for line in blocks.splitlines()):
+        recipes = [word for word in words if re.fullmatch(r"configs/(?!corpora).*\.yaml", word)]
+        if recipes:
+            found.append(recipes + [word for word in words if re.match(r"[a-z]\w*(\.\w+)*=", word)])
+    return found
+
+
+@each_page
+def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
         if not target.startswith("http"):
             path, _, anchor = target.partition("#")
@@ -25,8 +44,14 @@ def test_links_lead_somewhere(page) -> None:
             assert not anchor or anchor in anchors(file), target
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_files_named_exist(page) -> None:
-    named = re.findall(rf"(?<![\w/.])(?:{FOLDERS})/[\w/]+\.(?:py|yaml|json|sh|sbatch|md)\b", page.read_text())
-    placeholder = re.compile(r"NAME|DATASET|/X\.")
-    assert [name for name in named if not (placeholder.search(name) or (ROOT / name).is_file())] == []
+@each_page
+def test_files_named_exist(page: Path) -> None:
+    named = [name for name in NAMED_FILE.findall(page.read_text()) if not PLACEHOLDER.search(name)]
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+@each_page
+def test_commands_name_real_recipes_and_settings(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for config, *overrides in runs(page):
+        load_settings(config, overrides)

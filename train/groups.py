@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 
 from runtime.errors import UserError
+from runtime.settings import nearest
 from train.config.settings import OptimizerConfig
 
 
@@ -31,7 +31,7 @@ def parameter_groups(dimensions: Mapping[str, int], config: OptimizerConfig) -> 
     for module in modules:
         if not any(_below(name, module) for name in dimensions):
             known = {name.rsplit(".", depth)[0] for name in dimensions for depth in range(1, 6)} | set(dimensions)
-            near = get_close_matches(module, known, n=3) or sorted({name.split(".")[0] for name in dimensions})
+            near = nearest(module, sorted(known)) or sorted({name.split(".")[0] for name in dimensions})
             raise UserError(
                 f"optimizer.different_lr.module_names names {module!r}, which holds no parameter of this model: "
                 f"nearest are {', '.join(near)}"

@@ -13,8 +13,8 @@ from torch import distributed
 from runtime.collectives import gather_objects
 from runtime.errors import UserError
 from runtime.ranks import Ranks
-from train.deepspeed.loss_scale import LossScale
-from train.deepspeed.state import averaged_gradients
+from train.deepspeed.compat import LossScale, averaged_gradients, present_gradient_norm
+from train.deepspeed.state import base_optimizer
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -71,7 +71,7 @@ class StepGuard:
         self._bad: torch.Tensor | None = None
         self._measured: torch.Tensor | None = None
         self._row = 0
-        base: Any = engine.basic_optimizer
+        base = base_optimizer(engine)
         if isinstance(base, torch.optim.AdamW):
             base.register_step_pre_hook(self._before_update)
 
@@ -89,7 +89,7 @@ class StepGuard:
         if self._measured is not None:
             norm = self._measured
         elif self._partitioned:
-            norm = torch.as_tensor(self._engine.optimizer._global_grad_norm)
+            norm = present_gradient_norm(self._engine)
         else:
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         self.norm = norm
@@ -102,7 +102,7 @@ class StepGuard:
 
     def note(self, step: int, keys: tuple[str, ...], losses: Mapping[str, torch.Tensor]) -> None:
         """Remember step number `step` = 1, 2, ... until the next `inspect`."""
-        skipped: torch.Tensor | bool = bool(getattr(self._engine.optimizer, "overflow", False))
+        skipped: torch.Tensor | bool = not self._engine.was_step_applied()
         if skipped or self._bad is None:  # DeepSpeed's own test and norm
             self.norm = None if skipped else self._engine.get_global_grad_norm()
         else:

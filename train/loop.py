@@ -36,8 +36,8 @@ from train.checkpoints.writing import (
     update_state,
 )
 from train.config.settings import RunConfig
+from train.deepspeed.compat import gathered_weights
 from train.deepspeed.engine import start_engine
-from train.deepspeed.in_step import layer_by_layer
 from train.devices import slow_precision
 from train.guard import StepGuard
 from train.interrupted import Stopped
@@ -284,7 +284,7 @@ class Trainer:
 
     def _evaluate(self, evaluate: Evaluate, splits: list[str], label: str) -> Metrics:
         self.watchdog.doing(EVALUATE, self.state.step)
-        with layer_by_layer(self.engine):
+        with gathered_weights(self.engine):
             metrics = evaluate(self.model, splits, label)
         if self.tracker is not None:
             folder = self.folder.path / "evaluation" / label

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import base64
-import io
 import json
 import sys
 from collections.abc import Sequence
@@ -16,10 +14,10 @@ from jinja2 import Environment, select_autoescape
 
 from eval.report.grouping import ambiguous_splits
 from eval.report.losses import MEDIA, loss_weights, weighted_name
+from runtime.charts import Curve, Panel, panels_figure, png, svg
 from runtime.errors import MissingError, UserError, command
 from sharding.shards.outside import check_outside_corpora
 
-SMOOTH_FROM = 40  # points of a curve; with fewer it is drawn as it is
 FIRST = ("loss", "loss_itc", "loss_itm", "loss_mlm", "loss_qa", "grad_norm", "temperature", "lr")
 LAST = ("samples_per_second", "data_wait", "memory_gb", "mfu")
 SAME = ("lr", "temperature", "memory_gb")  # whatever the medium of a step
@@ -27,14 +25,14 @@ SUMMARIES = ("/r_mean", "/overall")  # of evaluations' many figures those drawn 
 NO_CURVE = ("step", "epoch", "media_type", "skipped")
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{{ title }}</title><style>body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:75rem;
-padding:0 1rem}img{max-width:100%}
+padding:0 1rem;color-scheme:light dark}svg{width:100%;height:auto}
 td,th{padding:.2rem 1rem .2rem 0;text-align:left;font-variant-numeric:tabular-nums}</style>
 <h1>{{ title }}</h1><table><tr><th>run<th>steps{% for name in columns %}<th>{{ name }}{% endfor %}</tr>
 {% for run in runs %}<tr><td>{{ run.name }}<td>{{ run.steps }}{% for name in columns %}<td>{{ run.last(name) }}
-{% endfor %}</tr>{% endfor %}</table><img alt="curves of {{ title }}" src="data:image/png;base64,{{ picture }}"></html>
+{% endfor %}</tr>{% endfor %}</table>{{ curves|safe }}</html>
 """
 
-Curve = tuple[list[int], list[float]]  # steps and values
+Points = tuple[list[int], list[float]]  # steps and values
 
 
 @dataclass
@@ -42,8 +40,8 @@ class Run:
     """A run's curves: for each figure its steps and values, and the same of each medium; the losses' weights."""
 
     name: str
-    curves: dict[str, Curve] = field(default_factory=dict)
-    media: dict[str, dict[str, Curve]] = field(default_factory=dict)  # figure -> "images" or "clips" -> its curve
+    curves: dict[str, Points] = field(default_factory=dict)
+    media: dict[str, dict[str, Points]] = field(default_factory=dict)  # figure -> "images" or "clips" -> its curve
     weights: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -56,7 +54,7 @@ class Run:
         named = {f" {medium}" if medium else "": values[-1] for medium, (_, values) in self.parts(figure).items()}
         return ", ".join(f"{value:.4g}{medium}" for medium, value in named.items())
 
-    def parts(self, figure: str) -> dict[str, Curve]:
+    def parts(self, figure: str) -> dict[str, Points]:
         """The curves to be drawn of a figure: one a medium where there are two, else one without a name."""
         media = self.media.get(figure, {})
         if len(media) > 1 and figure not in SAME:
@@ -99,56 +97,20 @@ def figures_of(runs: Sequence[Run]) -> list[str]:
     return [f for f in FIRST if f in found] + metrics + [f for f in LAST if f in found]
 
 
-def smooth(values: Sequence[float]) -> list[float]:
-    """A running mean over a fortieth of the values; its ends have fewer."""
-    half = max(1, len(values) // SMOOTH_FROM)
-    sums = [0.0]
-    for value in values:
-        sums.append(sums[-1] + value)
-    edges = ((max(0, i - half), min(len(values), i + half + 1)) for i in range(len(values)))
-    return [(sums[last] - sums[first]) / (last - first) for first, last in edges]
-
-
-def draw(runs: Sequence[Run], figures: Sequence[str]) -> bytes:
-    """A PNG with a panel a figure, a colour a run and a line style a medium; evaluations are marked points."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    columns = min(3, len(figures))
-    rows = -(-len(figures) // columns)
-    canvas, panels = pyplot.subplots(
-        rows, columns, figsize=(5 * columns, 3 * rows), squeeze=False, layout="constrained"
-    )
-    for panel, figure in zip(panels.flat, figures):
-        for number, run in enumerate(runs):
-            colour, single = f"C{number % 10}", "/" in figure
-            for medium, (steps, values) in run.parts(figure).items():
-                if len(values) >= SMOOTH_FROM and not single:
-                    panel.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-                    values = smooth(values)
-                marker = "o" if single or len(values) == 1 else None
-                style = "--" if medium == MEDIA["video"] else "-"
-                panel.plot(steps, values, color=colour, linestyle=style, label=_legend(run, medium), marker=marker)
-        panel.set_title(title(figure, runs), fontsize=10)
-        panel.set_xlabel("step", fontsize=8)
-        panel.set_xlim(left=0)
-        panel.grid(alpha=0.3)
-    for panel in list(panels.flat)[len(figures) :]:
-        panel.axis("off")
-    named = [panel.get_legend_handles_labels() for panel in panels.flat]
-    handles, labels = max(named, key=lambda both: len(both[1]))
-    if len(labels) > 1:
-        canvas.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)))
-    output = io.BytesIO()
-    canvas.savefig(output, format="png", dpi=110)
-    pyplot.close(canvas)
-    return output.getvalue()
-
-
-def _legend(run: Run, medium: str) -> str:
-    return f"{run.name}, {medium}" if medium else run.name
+def panel(figure: str, runs: Sequence[Run]) -> Panel:
+    """A figure's panel: a colour a run and a line style a medium; evaluations are marked points."""
+    curves = [
+        Curve(
+            f"{run.name}, {medium}" if medium else run.name,
+            list(zip(*curve)),
+            color=number,
+            dashed=medium == MEDIA["video"],
+            markers="/" in figure,
+        )
+        for number, run in enumerate(runs)
+        for medium, curve in run.parts(figure).items()
+    ]
+    return Panel(curves, title(figure, runs))
 
 
 def title(figure: str, runs: Sequence[Run]) -> str:
@@ -181,15 +143,15 @@ def write_plot(folders: Sequence[Path], output: Path, figures: Sequence[str] = (
     if unknown:
         raise UserError(f"no run has logged {unknown[0]!r}: there are {', '.join(known)}")
     chosen = list(figures) or [figure for figure in known if "/" not in figure or figure.endswith(SUMMARIES)]
-    picture = draw(runs, chosen)
+    curves = panels_figure([panel(figure, runs) for figure in chosen])
     output.parent.mkdir(parents=True, exist_ok=True)
     if output.suffix == ".png":
-        output.write_bytes(picture)
+        output.write_bytes(png(curves))
         return chosen
     page = Environment(autoescape=select_autoescape(default=True)).from_string(PAGE)
     title = ", ".join(run.name for run in runs)
     columns = [figure for figure in chosen if "/" in figure or figure == "loss"]
-    text = page.render(title=title, runs=runs, columns=columns, picture=base64.b64encode(picture).decode())
+    text = page.render(title=title, runs=runs, columns=columns, curves=svg(curves, f"curves of {title}"))
     output.write_text(text, encoding="utf-8")
     return chosen
 

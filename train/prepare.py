@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import torch
 
+from eval.run import make_task
+from eval.tasks.task import Task
 from loaders.shards import describe
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader
@@ -35,8 +35,6 @@ from train.tracking.trackers import check_tracking
 
 log = logging.getLogger(__name__)
 
-TEXTS_OF_TASK = {"retrieval": "captions", "qa": "questions", "choice": "choices"}  # in a packed corpus
-
 
 @dataclass
 class Prepared:
@@ -49,7 +47,7 @@ class Prepared:
     tokenizer: Tokenizer
     loader: TrainLoader
     model: Model
-    answers: list[str]  # that may be given, in evaluations of questions
+    task: Task[Any, Any] | None  # to evaluate; none where the run evaluates nothing
     remote: RemoteCheckpoints | None  # where checkpoints are copied to
 
 
@@ -65,12 +63,11 @@ def prepare_training(settings: Settings, ranks: Ranks, evaluates: bool, device: 
     check_outside_corpora(run.output_dir, "output_dir")
     zero = deepspeed_config(run, ranks)
     check_tracking(run)
-    answers: list[str] = []
+    task = None
     if evaluates:
         if run.stop_key is not None and run.splits and run.stop_key not in run.splits:
             raise UserError(f"stop_key={run.stop_key} is not among splits={run.splits}: add it, or splits=[] for all")
-        check_test_corpora(run)
-        answers = read_answer_list(run)
+        task = make_task(run)
     log.info("Checking the corpora: %s", ", ".join(run.train_urls()))
     for url in run.train_urls():
         progress(f"checking {url}")
@@ -99,7 +96,7 @@ def prepare_training(settings: Settings, ranks: Ranks, evaluates: bool, device: 
         for path in complete_checkpoints(folder.checkpoints)[-1:]:
             check_checkpoint(path)
             _check_vocabulary(tokenizer, str(path / WEIGHTS), run)
-    return Prepared(run, ranks, folder, zero, tokenizer, loader, model, answers, remote)
+    return Prepared(run, ranks, folder, zero, tokenizer, loader, model, task, remote)
 
 
 def _check_parts(loader: TrainLoader, run: RunConfig, ranks: Ranks) -> None:
@@ -113,8 +110,8 @@ def _check_parts(loader: TrainLoader, run: RunConfig, ranks: Ranks) -> None:
             )
 
 
-def prepare_evaluation(settings: Settings) -> tuple[Model, Tokenizer]:
-    """The model and tokenizer that `checkpoint` names; the settings take on its architecture.
+def prepare_evaluation(settings: Settings) -> tuple[Task[Any, Any], Model, Tokenizer]:
+    """The task, and the model and tokenizer that `checkpoint` names; the settings take on its architecture.
 
     Raises FileNotFoundError or ValueError with the thing, the reason and the remedy.
     """
@@ -129,39 +126,9 @@ def prepare_evaluation(settings: Settings) -> tuple[Model, Tokenizer]:
     if not run.test_corpus:
         raise UserError("test_corpus is empty: name the packed corpora to evaluate, test_corpus.NAME=URL")
     log.info("Checking the corpora: %s", ", ".join(run.test_urls().values()))
-    check_test_corpora(run)
+    task = make_task(run)
     log.info("Loading the model from %s", run.checkpoint)
-    return _from_checkpoint(settings, run.checkpoint, training=False)
-
-
-def read_answer_list(run: RunConfig) -> list[str]:
-    """The answers that may be given; none where the task needs none.
-
-    Raises FileNotFoundError, or ValueError when the setting is missing or the file no list of texts.
-    """
-    if run.task != "qa":
-        return []
-    if run.answer_list is None:
-        raise UserError("answer_list is not set: give a JSON list of the answers that may be given, answer_list=FILE")
-    try:
-        with fsspec.open(run.answer_list, "rt", encoding="utf-8", **dict(run.storage)) as file:
-            answers = json.load(file)
-    except FileNotFoundError:
-        raise MissingError(f"answer_list={run.answer_list} does not exist: give a JSON list of answers") from None
-    except ValueError as error:
-        raise UserError(f"answer_list={run.answer_list} is no JSON ({error}): give a JSON list of answers") from None
-    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
-        raise UserError(f"answer_list={run.answer_list} must be a JSON list of texts, one an answer")
-    return answers
-
-
-def check_test_corpora(run: RunConfig) -> None:
-    """Raise FileNotFoundError or ValueError unless every split to evaluate is a packed corpus of our version."""
-    for name, url in run.test_urls().items():
-        progress(f"checking {url}")
-        kind = TEXTS_OF_TASK[run.task]
-        if not sum(describe(url, run).counts(kind)):
-            raise UserError(f"test_corpus.{name}: {url} holds no {kind}, which task={run.task} needs")
+    return task, *_from_checkpoint(settings, run.checkpoint, training=False)
 
 
 def share_cores(ranks: Ranks) -> None:

@@ -13,9 +13,9 @@ from loaders.batch import Answers, Batch, normalize
 from model.building import Model
 from model.singularity import TEMPERATURE_RANGE
 from runtime.errors import UserError
-from train.deepspeed.after_step import clear_step
+from train.deepspeed.compat import finish_step
 from train.deepspeed.engine import DTYPES
-from train.deepspeed.state import fragments
+from train.deepspeed.state import WEIGHT, fragments
 from train.groups import ParameterGroup
 from train.guard import StepGuard
 from train.schedule import Schedule
@@ -94,7 +94,7 @@ class Stepper:
         self._device, self._dtype = device, DTYPES[precision]
         self._seed, self._rank, self._accumulate = seed, rank, accumulate
         # The model's forward clamps what it computes with; this is the copy that AdamW changes.
-        self._temperatures = [part.weight for part in fragments(engine, moments=False) if part.name == "temp"]
+        self._temperatures = [part for part in fragments(engine) if part.name == "temp"]
 
     def __call__(self, batch: Batch, step: int) -> Losses:
         """Step number `step` on this rank's part of a global batch; returns its losses (), still on the device."""
@@ -105,7 +105,7 @@ class Stepper:
         each = [self._part(part.to(self._device)) for part in split(batch, self._accumulate)]
         losses = {name: torch.stack([part[name] for part in each]).mean() for name in each[0]}
         self.guard.note(step + 1, batch.keys, losses)
-        clear_step(self.engine)
+        finish_step(self.engine)
         return losses
 
     def _part(self, batch: Batch) -> Losses:
@@ -121,5 +121,5 @@ class Stepper:
         self.engine.backward(self.guard.loss_scale.apply(total))
         self.guard.step()
         for temperature in self._temperatures:
-            temperature.clamp_(*TEMPERATURE_RANGE)
+            temperature.write(WEIGHT, temperature.read(WEIGHT).clamp(*TEMPERATURE_RANGE))
         return {name: loss.detach() for name, loss in losses.items()}

@@ -5,14 +5,14 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageEnhance
 
-from eval.features import VisualData
 from eval.metrics import NOT_RANKED, Truth, true_ranks
 from eval.ranking import row_blocks, top_items
+from loaders.evaluation import VisualSet
 from runtime.activity import progress
 from runtime.errors import AccessError
 from sharding.media import MediaError
@@ -21,14 +21,6 @@ from sharding.media.picture import decode_picture
 CELL = 128  # pixels of a frame's side in a strip
 SHOWN = 5  # results of a query
 KINDS = ("best", "worst", "random")
-
-
-class PicturedData(VisualData, Protocol):
-    """A test set that can show its visuals."""
-
-    def thumbnail(self, visual: int, num_frames: int = 4) -> list[bytes]:
-        """JPEG bytes of `num_frames` frames of a visual; empty when they cannot be read."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -81,7 +73,7 @@ def choose_queries(
 
 
 def draw_visuals(
-    visuals: Iterable[int], dataset: PicturedData, split: str, missing: set[int], frames: int
+    visuals: Iterable[int], dataset: VisualSet, split: str, missing: set[int], frames: int
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Name, picture and number of frames of each visual by its number as text; and the pictures, JPEG, by their name.
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from eval.metrics import RECALL_AT
-from eval.report.charts import COLORS, Line, line_chart
 from eval.report.console import format_table
 from eval.report.evaluations import Evaluation
 from eval.report.grouping import Member, TestSet, group_test_sets
 from eval.report.losses import by_medium, loss_weights, weighted_name
 from eval.report.published import Published, published
+from runtime.charts import COLORS, Curve, Panel, panel_svg
 
 COLUMNS = [*(f"img_r{k}" for k in RECALL_AT), *(f"txt_r{k}" for k in RECALL_AT), "r_mean"]
 LOSSES = {
@@ -62,7 +62,7 @@ def _rows(test_set: TestSet) -> list[dict[str, Any]]:
         {
             "member": member,
             "number": member.number,
-            "color": member.number % COLORS,
+            "color": member.number % len(COLORS),
             "title": f"{member.evaluation.title}: {member.split}" if several_names else member.evaluation.title,
             "key": key,
             "ranking": ranking,
@@ -155,11 +155,14 @@ def frame_curves(test_sets: Sequence[TestSet]) -> list[dict[str, Any]]:
             words += [evaluation.details["settings"]["eval_frame_ensemble"]]
             words += [row["ranking"]] if task == "retrieval" else []
             lines.setdefault(", ".join(words), {})[row["details"]["num_frames"]] = row["values"][BY_FRAMES[task]]
-        drawn = [Line(name, sorted(points.items())) for name, points in lines.items() if len(points) > 1]
+        several = {name: sorted(points.items()) for name, points in lines.items() if len(points) > 1}
+        drawn = [
+            Curve(name, points, color=number, markers=True) for number, (name, points) in enumerate(several.items())
+        ]
         if drawn:
             what = "mean of R@1, 5, 10, text to clip" if task == "retrieval" else "accuracy"
-            chart = line_chart(drawn, "test frames", from_zero=False)
-            curves.append({"title": test_set.title, "what": what, "chart": chart, "names": [x.name for x in drawn]})
+            chart = panel_svg(Panel(drawn, x_label="test frames"))
+            curves.append({"title": test_set.title, "what": what, "chart": chart, "names": list(several)})
     return curves
 
 
@@ -170,18 +173,15 @@ def loss_curves(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
         weights = loss_weights(run)
         media = by_medium(_training_log(run / "metrics.jsonl"))
         for medium, steps in media.items():
-            lines = [
-                Line(
-                    weighted_name(key, weights, name),
-                    [(step["step"], step[key]) for step in steps if isinstance(step.get(key), int | float)],
-                )
-                for key, name in LOSSES.items()
-            ]
-            lines = [line for line in lines if line.points]
+            lines: list[Curve] = []
+            for key, name in LOSSES.items():
+                points = [(step["step"], step[key]) for step in steps if isinstance(step.get(key), int | float)]
+                if points:
+                    lines.append(Curve(weighted_name(key, weights, name), points, color=len(lines)))
             if lines:
                 last = {line.name: line.points[-1][1] for line in lines}
                 title = f"{name_of_run}, {medium}" if len(media) > 1 else name_of_run
-                curves.append({"run": title, "chart": line_chart(lines, "step"), "last": last})
+                curves.append({"run": title, "chart": panel_svg(Panel(lines, from_zero=True)), "last": last})
     return curves
 
 

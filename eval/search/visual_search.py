@@ -25,6 +25,7 @@ from model.checkpoints.loading import load_model, resolve_weights
 from model.scoring import match_pairs
 from model.singularity import Singularity
 from runtime.errors import AccessError, UserError
+from runtime.ranks import ALONE
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ class VisualSearch:
         self.dataset = VisualSet(corpus, LoaderConfig(image_res=model.config.image_res, video_input=video))
         self.config = EvalConfig(feature_cache=str(cache))
         with torch.inference_mode():
-            blocks = visual_blocks(self.model, self.dataset, self.config, num_frames, 0, 1, device)
+            blocks = visual_blocks(self.model, self.dataset, self.config, num_frames, ALONE, device)
             assert isinstance(blocks, CachedBlocks)
             self.visuals = collect_visuals(self.model, blocks, self.dataset.num_visuals, self.config)
         self._blocks = blocks

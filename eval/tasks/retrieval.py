@@ -1,40 +1,40 @@
-"""Retrieval: ranks visuals for each text and texts for each visual, by the dual encoder and re-ranked by matching."""
+"""Retrieval: ranks visuals for each text and texts for each visual, by the dual encoder and re-ranked by VTM."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from eval.config import EvalConfig
+from eval.config import EvalConfig, EvalRunConfig
 from eval.features import (
-    TextEncoding,
     TextFeatures,
-    VisualData,
     VisualFeatures,
     collect_visuals,
     encode_texts,
+    evaluating,
     missing_visuals,
     visual_blocks,
 )
 from eval.matching import match_marked
-from eval.metrics import chance_metrics, retrieval_metrics
-from eval.ranking import top_k_mask
+from eval.metrics import chance_metrics, retrieval_metrics, true_ranks
+from eval.outcomes import Outcomes, outcomes_of_ranks
+from eval.outputs import SplitOutput
+from eval.ranking import ordered, row_blocks, top_k_mask
+from eval.report.gallery import Query, choose_queries, draw_visuals
+from eval.tasks.task import TaskResult, common_details
+from loaders.evaluation import RetrievalSet
+from loaders.text import Tokenizer
 from model.singularity import Singularity
 from runtime.collectives import share
+from runtime.ranks import ALONE, Ranks
 
 NOT_RERANKED = -100.0  # score of what is not among a query's candidates
-
-
-class RetrievalData(VisualData, Protocol):
-    """What evaluation needs of a test set; `loaders.evaluation.RetrievalSet` is one."""
-
-    texts: list[str]
-    visuals_of_text: list[list[int]]
-    texts_of_visual: list[list[int]]
+LISTED = 10  # items listed for each query in predictions.json
 
 
 @dataclass(frozen=True)
@@ -50,94 +50,108 @@ class Scores:
     text_to_visual: np.ndarray | None = None
 
 
-@dataclass(frozen=True)
-class RetrievalResult:
-    """One test set's evaluation. Metrics and counts stand on all ranks, `scores` on rank 0 only.
+@dataclass(frozen=True, kw_only=True)
+class RetrievalResult(TaskResult):
+    """Metrics "NAME/" re-ranked and "NAME_emb/" dual encoder, official names, percent.
 
-    metrics: "NAME/" re-ranked and "NAME_emb/" dual encoder, official names, percent. depends_on_ties: of each, the
-    metrics that another order of equal scores would change. missing: visuals that could not be read and why.
+    depends_on_ties: of each entry, the metrics that another order of equal scores would change. scores: on rank 0.
     """
 
-    name: str
-    num_frames: int
-    num_visuals: int
-    num_texts: int
-    metrics: dict[str, dict[str, float]]
     depends_on_ties: dict[str, list[str]]
-    chance: dict[str, float]
-    missing: dict[int, str] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
     scores: Scores | None = None
 
 
-def evaluate_retrieval(
-    model: Singularity,
-    dataset: RetrievalData,
-    tokenizer: TextEncoding,
-    config: EvalConfig,
-    num_frames: int,
-    rank: int = 0,
-    world_size: int = 1,
-    device: torch.device | str = "cpu",
-    max_length: int | None = None,
-) -> RetrievalResult:
-    """Evaluate `model`, which lies on `device`, on a test set with `num_frames` frames a clip.
+class RetrievalTask:
+    """Text-to-visual and visual-to-text retrieval."""
 
-    max_length: tokens of a text; by default what `dataset.config.max_txt_l` says for its media. To be called by all
-    ranks; the result does not depend on their number, nor on the batch sizes, beyond rounding. Raises ValueError for
-    settings that do not fit the model.
-    """
-    model.check_ensemble(config.eval_frame_ensemble, config.ensemble_skips_temporal)
-    max_length = max_length or int(getattr(dataset.config.max_txt_l, dataset.media_type))
-    start = time.perf_counter()
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            blocks = visual_blocks(model, dataset, config, num_frames, rank, world_size, device)
-            visuals = collect_visuals(model, blocks, dataset.num_visuals, config, world_size)
-            texts = encode_texts(model, *tokenizer.encode(dataset.texts, max_length), rank, world_size)
+    texts = "captions"
+
+    def open(self, url: str, config: EvalRunConfig) -> RetrievalSet:
+        """The corpus' visuals and their distinct captions."""
+        return RetrievalSet(url, config, paragraph=config.paragraph)
+
+    def evaluate(
+        self,
+        model: Singularity,
+        dataset: RetrievalSet,
+        tokenizer: Tokenizer,
+        config: EvalConfig,
+        num_frames: int,
+        ranks: Ranks = ALONE,
+        device: torch.device | str = "cpu",
+    ) -> RetrievalResult:
+        """Score all pairs by the dual encoder, and each query's `k_test` best by VTM."""
+        start = time.perf_counter()
+        length = int(getattr(dataset.config.max_txt_l, dataset.media_type))
+        with evaluating(model, config):
+            blocks = visual_blocks(model, dataset, config, num_frames, ranks, device)
+            visuals = collect_visuals(model, blocks, dataset.num_visuals, config, ranks)
+            texts = encode_texts(model, *tokenizer.encode(dataset.texts, length), ranks)
             encoded = time.perf_counter()
-            scores = score(model, visuals, texts, config, rank, world_size)
-    finally:
-        model.train(training)
-    result = RetrievalResult(
-        name=dataset.name,
-        num_frames=num_frames,
-        num_visuals=dataset.num_visuals,
-        num_texts=len(dataset.texts),
-        metrics={},
-        depends_on_ties={},
-        chance=chance_metrics(dataset.texts_of_visual, dataset.visuals_of_text),
-        missing=missing_visuals(dataset, visuals.present, world_size),
-        seconds={"encode": encoded - start, "match": time.perf_counter() - encoded},
-        scores=scores,
-    )
-    return _with_metrics(result, dataset, world_size)
+            scores = score(model, visuals, texts, config, ranks)
+        missing = missing_visuals(dataset, visuals.present, ranks)
+        seconds = {"encode": encoded - start, "match": time.perf_counter() - encoded}
+        computed = _metrics(dataset, scores) if scores is not None else None
+        metrics, ties = share(computed, ranks.world_size)
+        return RetrievalResult(
+            name=dataset.name,
+            num_frames=num_frames,
+            metrics=metrics,
+            missing=missing,
+            seconds=seconds,
+            depends_on_ties=ties,
+            scores=scores,
+        )
+
+    def output(self, result: RetrievalResult, dataset: RetrievalSet, config: EvalConfig) -> SplitOutput:
+        """Metrics, rankings, score matrices and examples; raises ValueError where the result has no scores."""
+        if result.scores is None:
+            raise ValueError(f"the result of {result.name} has no scores: only rank 0 holds them, write from there")
+        matrices = score_matrices(result.name, result.scores)
+        visual_to_text, text_to_visual = next(iter(matrices.values()))
+        gallery, shown = _gallery(visual_to_text, text_to_visual, dataset, config)
+        visuals, pictures = draw_visuals(
+            sorted(shown), dataset, result.name, set(result.missing), config.gallery_frames
+        )
+        named = {
+            "i2t_x": result.scores.visual_to_text,
+            "t2i_x": result.scores.text_to_visual,
+            "i2t_emb": result.scores.similarity,
+        }
+        return SplitOutput(
+            name=result.name,
+            metrics=result.metrics,
+            details={
+                "task": "retrieval",
+                **common_details(result, dataset),
+                "num_texts": len(dataset.texts),
+                "chance": chance_metrics(dataset.texts_of_visual, dataset.visuals_of_text),
+                "depends_on_ties": result.depends_on_ties,
+            },
+            outcomes=[part for key, pair in matrices.items() for part in _outcomes(key, *pair, dataset)],
+            predictions=_predictions(visual_to_text, text_to_visual, dataset),
+            gallery={**gallery, "visuals": visuals},
+            pictures=pictures,
+            matrices={key: matrix for key, matrix in named.items() if matrix is not None},
+        )
 
 
 def score(
-    model: Singularity,
-    visuals: VisualFeatures,
-    texts: TextFeatures,
-    config: EvalConfig,
-    rank: int = 0,
-    world_size: int = 1,
+    model: Singularity, visuals: VisualFeatures, texts: TextFeatures, config: EvalConfig, ranks: Ranks = ALONE
 ) -> Scores | None:
     """Score matrices from features: dual encoder, then each query's `k_test` best by the match logit.
 
-    A pair that both its text and its visual ask for is computed once. Returns None on all ranks but 0.
+    A pair that both its text and its visual select is computed once. Returns None on all ranks but 0.
     """
     similarity = (visuals.embeddings @ texts.embeddings.T).cpu().numpy()
     similarity[~visuals.present] = -np.inf
     if config.k_test == 0 and not config.eval_x_only:
-        return Scores(similarity) if rank == 0 else None
-    everything = max(similarity.shape)
-    k = everything if config.eval_x_only else config.k_test
+        return Scores(similarity) if ranks.is_first else None
+    k = max(similarity.shape) if config.eval_x_only else config.k_test
     of_visual = top_k_mask(similarity, k)
     of_text = top_k_mask(similarity.T, k)
-    matched = match_marked(model, visuals, texts, of_visual | of_text.T, config, NOT_RERANKED, rank, world_size)
-    if rank:
+    matched = match_marked(model, visuals, texts, of_visual | of_text.T, config, NOT_RERANKED, ranks)
+    if not ranks.is_first:
         return None
     visual_to_text = np.where(of_visual, matched, np.float32(NOT_RERANKED))
     text_to_visual = np.where(of_text, matched.T, np.float32(NOT_RERANKED))
@@ -154,15 +168,73 @@ def score_matrices(name: str, scores: Scores) -> dict[str, tuple[np.ndarray, np.
     return matrices
 
 
-def _with_metrics(result: RetrievalResult, dataset: RetrievalData, world_size: int) -> RetrievalResult:
-    """The result with metrics, computed on rank 0 and shared."""
-    computed = None
-    if result.scores is not None:
-        metrics = {
-            key: retrieval_metrics(*pair, dataset.texts_of_visual, dataset.visuals_of_text)
-            for key, pair in score_matrices(result.name, result.scores).items()
-        }
-        ties = {key: value.depends_on_ties for key, value in metrics.items()}
-        computed = ({key: value.values for key, value in metrics.items()}, ties)
-    metrics_by_name, depends_on_ties = share(computed, world_size)
-    return replace(result, metrics=metrics_by_name, depends_on_ties=depends_on_ties)
+def _metrics(dataset: RetrievalSet, scores: Scores) -> tuple[dict[str, dict[str, float]], dict[str, list[str]]]:
+    """The metrics by entry of metrics.json, and of each entry those that depend on ties."""
+    metrics = {
+        key: retrieval_metrics(*pair, dataset.texts_of_visual, dataset.visuals_of_text)
+        for key, pair in score_matrices(dataset.name, scores).items()
+    }
+    ties = {key: value.depends_on_ties for key, value in metrics.items()}
+    return {key: value.values for key, value in metrics.items()}, ties
+
+
+def _outcomes(
+    key: str, visual_to_text: np.ndarray, text_to_visual: np.ndarray, dataset: RetrievalSet
+) -> list[Outcomes]:
+    sources, found = dataset.sources, []
+    texts = [m for m, visuals in enumerate(dataset.visuals_of_text) if visuals]
+    visuals = [n for n, own in enumerate(dataset.texts_of_visual) if own]
+    ranks = true_ranks(text_to_visual, dataset.visuals_of_text).by_index
+    names, owners = [dataset.texts[m] for m in texts], [sources[dataset.visuals_of_text[m][0]] for m in texts]
+    found.append(outcomes_of_ranks(key, "text_to_visual", names, owners, ranks))
+    ranks = true_ranks(visual_to_text, dataset.texts_of_visual).by_index
+    names = [sources[n] for n in visuals]
+    found.append(outcomes_of_ranks(key, "visual_to_text", names, names, ranks))
+    return found
+
+
+def _predictions(
+    visual_to_text: np.ndarray, text_to_visual: np.ndarray, dataset: RetrievalSet
+) -> dict[str, list[dict[str, Any]]]:
+    """For each text its first visuals, for each visual its first texts."""
+    sources, texts = dataset.sources, dataset.texts
+    return {
+        "text_to_visual": [
+            {"text": texts[m], "correct": [sources[n] for n in dataset.visuals_of_text[m]], "found": found}
+            for m, found in enumerate(_first(text_to_visual, sources))
+        ],
+        "visual_to_text": [
+            {"visual": sources[n], "correct": [texts[m] for m in dataset.texts_of_visual[n]], "found": found}
+            for n, found in enumerate(_first(visual_to_text, texts))
+        ],
+    }
+
+
+def _first(scores: np.ndarray, names: Sequence[str]) -> list[list[dict[str, Any]]]:
+    found = []
+    for block in row_blocks(*scores.shape):
+        for row, marked in zip(scores[block], top_k_mask(scores[block], LISTED)):
+            items = [int(i) for i in ordered(row, np.flatnonzero(marked)) if row[i] > NOT_RERANKED]
+            found.append([{"item": names[i], "score": round(float(row[i]), 4)} for i in items])
+    return found
+
+
+def _gallery(
+    visual_to_text: np.ndarray, text_to_visual: np.ndarray, dataset: RetrievalSet, config: EvalConfig
+) -> tuple[dict[str, Any], set[int]]:
+    """The chosen queries of both directions with the texts they need, and the visuals to be shown."""
+    by_text = choose_queries(text_to_visual, dataset.visuals_of_text, config.gallery, NOT_RERANKED)
+    by_visual = choose_queries(visual_to_text, dataset.texts_of_visual, config.gallery, NOT_RERANKED)
+    text_queries = [query for queries in by_text.values() for query in queries]
+    visual_queries = [query for queries in by_visual.values() for query in queries]
+    texts = _items(visual_queries) | {query.query for query in text_queries}
+    gallery = {
+        "text_to_visual": {kind: [query.to_json() for query in queries] for kind, queries in by_text.items()},
+        "visual_to_text": {kind: [query.to_json() for query in queries] for kind, queries in by_visual.items()},
+        "texts": {str(m): dataset.texts[m] for m in sorted(texts)},
+    }
+    return gallery, _items(text_queries) | {query.query for query in visual_queries}
+
+
+def _items(queries: Sequence[Query]) -> set[int]:
+    return {item for query in queries for item in [query.correct_item, *(hit.item for hit in query.top)]}

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
-from typing import Any
+from typing import Any, cast
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf import OmegaConf
 
 from runtime.errors import MissingError, UserError
 from runtime.packaged import find_file, packaged_folder
+from runtime.settings import build, nearest, read_yaml
 from sharding.annotations.columns import Columns
 
 
@@ -54,36 +51,11 @@ def load_corpus(path: str) -> CorpusConfig:
         raise MissingError(
             f"--corpus {path} does not exist; {packaged_folder('configs/corpora')} holds those that come along"
         )
+    given = OmegaConf.to_container(read_yaml(found), resolve=False)
     try:
-        given = OmegaConf.load(found)
-        if not isinstance(given, DictConfig):
-            raise UserError(f"{path} is no configuration: it must hold `key: value` lines")
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(CorpusConfig), given))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}:" if mark else ""
-        raise UserError(f"{path} is no valid YAML:{where} {getattr(error, 'problem', error)}") from None
-    except ConfigKeyError as error:
-        raise UserError(f"{path}: {unknown(error.full_key or str(error.key))}") from None
-    except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {error.full_key}: {str(error).splitlines()[0]}") from None
-    assert isinstance(config, CorpusConfig)
-    return config
-
-
-def unknown(key: str) -> str:
-    """What to say about a key that does not exist."""
-    known = list(all_keys(CorpusConfig))
-    near = get_close_matches(key, known, n=3) or get_close_matches(key.rpartition(".")[2], known, n=3)
-    return f"unknown key {key!r}: " + ("nearest are " if near else "there are ") + ", ".join(near or known)
-
-
-def all_keys(kind: Any, prefix: str = "") -> Iterator[str]:
-    """Every dotted key that a corpus' YAML may hold."""
-    for each in fields(kind):
-        yield prefix + each.name
-        if each.name == "columns":
-            yield from all_keys(Columns, f"{prefix}columns.")
+        return build(CorpusConfig, cast(dict[str, Any], given))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def parse_pairs(flag: str, pairs: list[str]) -> dict[str, str]:
@@ -99,7 +71,7 @@ def with_columns(columns: Columns, pairs: dict[str, str]) -> Columns:
     known = [each.name for each in fields(columns)]
     for name in pairs:
         if name not in known:
-            near = get_close_matches(name, known, n=3) or known
+            near = nearest(name, known) or known
             raise UserError(f"--columns {name}=...: there is no {name!r}, nearest are {', '.join(near)}")
     values: dict[str, Any] = {each.name: getattr(columns, each.name) for each in fields(columns)}
     for name, value in pairs.items():

@@ -5,18 +5,21 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Callable, Iterator, Sequence
-from difflib import get_close_matches
-from itertools import groupby
+from contextlib import ExitStack
+from itertools import chain, groupby
+from pathlib import Path
 from typing import Any
 
 import fsspec
 from fsspec.utils import glob_translate
 
 from runtime.errors import MissingError, UserError
+from runtime.settings import nearest
 from sharding.annotations.columns import Columns, RowError, RowMaker
 from sharding.annotations.config import Reading
-from sharding.annotations.files import Record, first_record, first_sign, is_json_lines, json_records, opened
+from sharding.annotations.files import AnnotationFile, Record, check_exists
 from sharding.annotations.formats.captions import coco_records, flickr_records, sbu_records, something_records
+from sharding.annotations.formats.json_files import first_record, first_sign, is_json_lines, json_records
 from sharding.annotations.formats.msrvtt import msrvtt_records
 from sharding.annotations.formats.questions import activitynet_qa_records, vqa_records
 from sharding.annotations.formats.tables import (
@@ -33,18 +36,18 @@ from storage.policy import again, check_bucket, naming
 
 MAGIC = set("*?[")  # what makes a pattern of a name
 
-FileReader = Callable[[str, Reading], Iterator[Record]]
-Reader = Callable[[Sequence[str], Reading], Iterator[Record]]
+FileReader = Callable[[AnnotationFile, Reading], Iterator[Record]]
+JoinReader = Callable[[Sequence[AnnotationFile], Reading], Iterator[Record]]
 
 
-def json_or_lines(file: str, reading: Reading) -> Iterator[Record]:
+def json_or_lines(file: AnnotationFile, reading: Reading) -> Iterator[Record]:
     """Records of a JSON file, or of JSON lines that are called .json, as datasets' to_json does."""
     if not reading.records and is_json_lines(file):
         return jsonl_records(file, reading)
     return json_records(file, reading.records)
 
 
-def lines_or_json(file: str, reading: Reading) -> Iterator[Record]:
+def lines_or_json(file: AnnotationFile, reading: Reading) -> Iterator[Record]:
     """Records of JSON lines, or of a JSON list under a name for lines."""
     return json_records(file) if first_sign(file) == b"[" else jsonl_records(file, reading)
 
@@ -60,36 +63,30 @@ ENDINGS: dict[str, FileReader] = {
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
 
-def each_file(reader: FileReader) -> Reader:
-    """A reader of several files from one of a single file."""
-    return lambda files, reading: (record for file in files for record in reader(file, reading))
-
-
-def by_ending(file: str, reading: Reading) -> Iterator[Record]:
+def by_ending(file: AnnotationFile, reading: Reading) -> Iterator[Record]:
     """Records of a file whose form its name tells; raises ValueError when it does not."""
-    name = file.lower()
+    name = file.name.lower()
     for packed in PACKED:
         name = name.removesuffix(packed)
     ending = name.rpartition(".")[2]
     if ending not in ENDINGS:
+        formats = ", ".join((*READERS, *JOINING))
         raise UserError(
-            f"annotation file {file}: its name does not tell its form; set --format to one of {', '.join(READERS)}"
+            f"annotation file {file.name}: its name does not tell its form; set --format to one of {formats}"
         )
     return ENDINGS[ending](file, reading)
 
 
-READERS: dict[str, Reader] = {
-    "auto": each_file(by_ending),
-    "json": each_file(ENDINGS["json"]),
-    "jsonl": each_file(lines_or_json),
-    "csv": each_file(csv_records),
-    "tsv": each_file(tsv_records),
-    "parquet": each_file(parquet_records),
-    "img2dataset": each_file(img2dataset_records),
+READERS: dict[str, FileReader] = {
+    "auto": by_ending,
+    **{name: reader for name, reader in ENDINGS.items() if name != "ndjson"},
+    "img2dataset": img2dataset_records,
     "coco": coco_records,
     "flickr": flickr_records,
-    "sbu": sbu_records,
     "something": something_records,
+}
+JOINING: dict[str, JoinReader] = {  # formats whose records are spread over several files
+    "sbu": sbu_records,
     "msrvtt": msrvtt_records,
     "visual_genome": visual_genome_records,
     "vqa": vqa_records,
@@ -97,27 +94,46 @@ READERS: dict[str, Reader] = {
 }
 
 
-def read_rows(files: Sequence[str], reading: Reading) -> Iterator[Row]:
+def read_rows(names: Sequence[str], reading: Reading, scratch: Path | None = None, digest: Any = None) -> Iterator[Row]:
     """The rows of annotation files, in order. Files in Singularity's own JSON are known by their first record.
+
+    scratch: a folder for copies of remote files. digest: a hash object; in the end it has taken in all files, in order.
 
     Raises:
         FileNotFoundError: a file does not exist.
         ValueError: a file has another form, or a record lacks its media or its text.
     """
-    if reading.format not in READERS:
-        near = get_close_matches(reading.format, READERS, n=3) or list(READERS)
+    check_reading(reading)
+    joined = reading.format in JOINING
+    for group in [names] if joined else [[name] for name in names]:
+        with ExitStack() as stack:
+            hashed = None if joined else digest  # files that are read side by side are hashed afterwards
+            files = [stack.enter_context(AnnotationFile(name, scratch, hashed)) for name in group]
+            yield from rows_of(files, reading)
+            for file in files if digest else ():
+                file.finish(digest)
+
+
+def check_reading(reading: Reading) -> None:
+    """Raise UserError, with the nearest names, for a format or an encoding that does not exist."""
+    known = [*READERS, *JOINING]
+    if reading.format not in known:
+        near = nearest(reading.format, known) or known
         raise UserError(f"--format {reading.format}: there is no such format, nearest are {', '.join(near)}")
     try:
         codecs.lookup(reading.encoding)
     except LookupError:
         raise UserError(f"--encoding {reading.encoding}: there is no such encoding") from None
+
+
+def rows_of(files: Sequence[AnnotationFile], reading: Reading) -> Iterator[Row]:
+    """The rows of open files."""
     maker = RowMaker(reading.columns, reading.keep)
     # Parts of clips that the corpus itself sets, such as the first 30 seconds, hold for its official JSON as well.
     own = RowMaker(Columns(start=reading.columns.start, end=reading.columns.end), reading.keep)
     for official, group in groupby(files, key=lambda file: is_official(file, maker)):
-        reader = READERS["json" if official else reading.format]
-        settings = Reading() if official else reading
-        for record in reader(list(group), settings):
+        records = records_of(list(group), Reading(format="json") if official else reading)
+        for record in records:
             try:
                 yield (own if official else maker).row(record)
             except RowError as error:
@@ -128,9 +144,16 @@ def read_rows(files: Sequence[str], reading: Reading) -> Iterator[Row]:
                 raise UserError(f"{record.place}: it is nested too deeply to be read") from None
 
 
-def is_official(file: str, maker: RowMaker) -> bool:
+def records_of(files: Sequence[AnnotationFile], reading: Reading) -> Iterator[Record]:
+    """The records of open files, by the reader of their format."""
+    if reading.format in JOINING:
+        return JOINING[reading.format](files, reading)
+    return chain.from_iterable(READERS[reading.format](file, reading) for file in files)
+
+
+def is_official(file: AnnotationFile, maker: RowMaker) -> bool:
     """Whether a file is a JSON list in Singularity's own form, and not what the columns describe."""
-    if ".json" not in file.lower() or ".jsonl" in file.lower():
+    if ".json" not in file.name.lower() or ".jsonl" in file.name.lower():
         return False
     first = first_record(file)
     if first is None or not any(isinstance(first.fields.get(key), str) for key in ("image", "video")):
@@ -147,8 +170,8 @@ def expanded(patterns: Sequence[str]) -> list[str]:
     files = []
     for pattern in map(plain_scheme, patterns):
         if not MAGIC & set(pattern):
-            with opened(pattern):
-                files.append(pattern)
+            check_exists(pattern)
+            files.append(pattern)
             continue
         filesystem, path = fsspec.url_to_fs(pattern)
         with naming(pattern, "read annotations from"):

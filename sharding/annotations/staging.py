@@ -8,7 +8,7 @@ import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
@@ -108,6 +108,12 @@ def stage(rows: Iterable[Row], path: Path, scratch: Path, limit: int = 0) -> Sta
     os.replace(unfinished, path)
     read_items.cache_clear()  # of another file that had this path
     return open_staged(path)
+
+
+def move_staged(staged: Staged, path: Path) -> Staged:
+    """Put the file of staged rows at another path on its disk."""
+    os.replace(staged.path, path)
+    return replace(staged, path=str(path))
 
 
 def open_staged(path: Path) -> Staged:

@@ -13,6 +13,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from PIL import Image
 
+from runtime.charts import histogram_svg
 from sharding.report.samples import Picked, fetch_command, picture
 from sharding.report.statistics import Distribution, Figures, bin_names, short, summary
 from sharding.shards.schema import Corpus
@@ -45,26 +46,16 @@ def gallery(corpus: Corpus, figures: Figures, picked: Sequence[Picked], failures
 def chart(distribution: Distribution) -> dict[str, Any]:
     """A histogram as the page draws it."""
     bins = distribution.bins()
-    most = max(count for _, _, count in bins)
-    names = bin_names(bins)
-    bars = [
-        {
-            "name": name,
-            "count": count,
-            "height": 0 if not count else max(1.5, 100 * count / most),
-            "beyond": math.isinf(high - low),
-        }
-        for name, (low, high, count) in zip(names, bins)
-    ]
+    counts = dict(zip(bin_names(bins), (count for _, _, count in bins)))
+    open_bins = [name for name, (low, high, _) in zip(counts, bins) if math.isinf(high - low)]
     five, ninety_five = distribution.percentile(0.05), distribution.percentile(0.95)
     return {
         "name": distribution.name,
         "median": short(distribution.percentile(0.5)),
         "mean": f"{distribution.mean:,.3g}" if distribution.mean < 1000 else short(distribution.mean),
         "outer": f"{short(five)} to {short(ninety_five)}" if five != ninety_five else "",
-        "bars": bars,
-        "first": short(distribution.low),
-        "last": short(distribution.high),
+        "ends": f"{short(distribution.low)} to {short(distribution.high)}",
+        "svg": histogram_svg(distribution.name, counts, open_bins),
     }
 
 

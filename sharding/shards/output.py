@@ -131,6 +131,11 @@ def leave_partial(folder: Path, keep_rows: bool) -> None:
         (folder / LOCK).unlink()
 
 
+def has_staged_rows(output: str) -> bool:
+    """Whether an interrupted build may have left its rows in a local output."""
+    return "://" not in output and any((Path(output) / PARTIAL).glob(STAGED))
+
+
 def staging_place(output: str, scratch: Path, plan: dict[str, Any]) -> Path:
     """Where the rows of a plan are staged: inside a local output, for an interrupted build to find them again."""
     digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
@@ -159,14 +164,10 @@ def part_folder(folder: Path, part: str) -> Iterator[Path]:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def plan_of(settings: Settings, reading: Reading, annotations: Sequence[str]) -> dict[str, Any]:
-    """What decides the bytes of a corpus, besides its media; for `build.json`."""
-    return {
-        "version": VERSION,
-        **asdict(settings),
-        "annotations_sha256": digest_of(annotations),
-        "reading": asdict(reading),
-    }
+def plan_of(settings: Settings, reading: Reading, annotations_sha256: str = "") -> dict[str, Any]:
+    """What decides the bytes of a corpus, besides its media; for `build.json`. The annotations may not be read yet."""
+    annotations = {"annotations_sha256": annotations_sha256} if annotations_sha256 else {}
+    return {"version": VERSION, **asdict(settings), **annotations, "reading": asdict(reading)}
 
 
 def check_claim(output: str, plan: dict[str, Any]) -> bool:

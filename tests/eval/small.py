@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from loaders.config import LoaderConfig
+from loaders.config import LoaderConfig, PerMedia
 from model.config import ModelConfig, TextConfig, VisionConfig
 from model.singularity import Singularity
 
@@ -53,7 +53,7 @@ class Drawn:
     media_type: str = "video"
     digest: str = "drawn"
     missing: dict[int, str] = field(default_factory=dict)
-    config: LoaderConfig = field(default_factory=LoaderConfig)
+    config: LoaderConfig = field(default_factory=lambda: LoaderConfig(max_txt_l=PerMedia(12, 12)))
 
     def __post_init__(self):
         generator = torch.Generator().manual_seed(3)

@@ -16,14 +16,14 @@ from eval.outputs import write_evaluation
 from eval.report.evaluations import find_evaluations
 from eval.report.page import write_report
 from eval.report.tables import console_table
-from eval.tasks.retrieval import evaluate_retrieval
-from eval.tasks.retrieval_output import retrieval_output
+from eval.tasks.retrieval import RetrievalTask
 from loaders.config import LoaderConfig, PerMedia
 from loaders.evaluation import RetrievalSet
 from model.config import ModelConfig, TemporalConfig, TextConfig, VisionConfig
 from model.singularity import Singularity
 from sharding.shards.schema import read_corpus, read_index
 
+TASK = RetrievalTask()
 LOADER = LoaderConfig(image_res=32, max_txt_l=PerMedia(24, 24))
 CONFIG = EvalConfig(k_test=8, gallery=3, batch_size_test=PerMedia(8, 8))
 
@@ -50,8 +50,8 @@ def test_one_and_four_frames_of_packed_clips_up_to_the_report(shapes, model, tok
     names = ("images_test", "clips_test_appearance", "clips_test_motion")
     for frames in (1, 4):
         datasets = [RetrievalSet(shapes.url(name), LOADER) for name in names]
-        results = [evaluate_retrieval(model, dataset, tokenizer, CONFIG, frames) for dataset in datasets]
-        outputs = [retrieval_output(result, dataset, CONFIG) for result, dataset in zip(results, datasets)]
+        results = [TASK.evaluate(model, dataset, tokenizer, CONFIG, frames) for dataset in datasets]
+        outputs = [TASK.output(result, dataset, CONFIG) for result, dataset in zip(results, datasets)]
         write_evaluation(tmp_path / "run" / "evaluation" / f"{frames}_frames", outputs, CONFIG)
         for dataset in datasets:
             dataset.close()
@@ -82,11 +82,11 @@ def test_a_damaged_sample_is_listed_and_the_others_keep_their_scores(shapes, mod
     shutil.copytree(shapes.url("images_test"), url)
     damage(url, 5)
     whole, damaged = RetrievalSet(shapes.url("images_test"), LOADER), RetrievalSet(url, LOADER)
-    first, second = (evaluate_retrieval(model, dataset, tokenizer, CONFIG, 1) for dataset in (whole, damaged))
+    first, second = (TASK.evaluate(model, dataset, tokenizer, CONFIG, 1) for dataset in (whole, damaged))
     assert list(second.missing) == [5]
     others = np.arange(whole.num_visuals) != 5
     np.testing.assert_allclose(first.scores.similarity[others], second.scores.similarity[others], atol=1e-5)
-    folder = write_evaluation(tmp_path / "label", [retrieval_output(second, damaged, CONFIG)], CONFIG)
+    folder = write_evaluation(tmp_path / "label", [TASK.output(second, damaged, CONFIG)], CONFIG)
     missing = json.loads((folder / "evaluation.json").read_text())["splits"]["images_test"]["missing"]
     assert list(missing) == [damaged.sources[5]]
     assert damaged.sources[5] in (folder / "report.html").read_text()
@@ -96,10 +96,8 @@ def test_the_report_needs_no_corpus_later(shapes, model, tokenizer, tmp_path):
     url = str(tmp_path / "images_test")
     shutil.copytree(shapes.url("images_test"), url)
     dataset = RetrievalSet(url, LOADER)
-    result = evaluate_retrieval(model, dataset, tokenizer, CONFIG, 1)
-    folder = write_evaluation(
-        tmp_path / "run" / "evaluation" / "label", [retrieval_output(result, dataset, CONFIG)], CONFIG
-    )
+    result = TASK.evaluate(model, dataset, tokenizer, CONFIG, 1)
+    folder = write_evaluation(tmp_path / "run" / "evaluation" / "label", [TASK.output(result, dataset, CONFIG)], CONFIG)
     dataset.close()
     shutil.rmtree(url)
     with tarfile.open(tmp_path / "moved.tar", "w") as tar:

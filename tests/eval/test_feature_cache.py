@@ -9,7 +9,8 @@ import torch
 
 from eval.cache import Block, read_entry, write_entry
 from eval.config import EvalConfig
-from eval.tasks.retrieval import evaluate_retrieval
+from eval.tasks.retrieval import RetrievalTask
+from runtime.ranks import ALONE, Ranks
 from tests.eval.small import Drawn, Words, small_model
 
 
@@ -27,14 +28,14 @@ def blocks(count=7, dtype=torch.float32, embeddings=True):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_was_written_is_read_by_any_number_of_processes(tmp_path, dtype):
     written = blocks(dtype=dtype)
-    write_entry(tmp_path / "entry", iter(written), 7, 2, 0, 1)
+    write_entry(tmp_path / "entry", iter(written), 7, 2, ALONE)
     whole = torch.cat([block.tokens for block in written])
     for world_size in (1, 2, 3, 9):
         seen = []
         for rank in range(world_size):
             # One process asks about each rank's share; whether there is an entry is rank 0's to say.
-            found = read_entry(tmp_path / "entry", 2, 0, 1)
-            found = type(found)(found._parts, 2, rank, world_size)
+            found = read_entry(tmp_path / "entry", 2, ALONE)
+            found = type(found)(found._parts, 2, Ranks(rank, world_size))
             for block in found:
                 assert len(block.indices) <= 2
                 assert (block.indices % world_size == rank).all()
@@ -45,7 +46,7 @@ def test_what_was_written_is_read_by_any_number_of_processes(tmp_path, dtype):
 
 
 def test_models_without_embeddings_have_none(tmp_path):
-    found = write_entry(tmp_path / "entry", blocks(embeddings=False), 7, 4, 0, 1)
+    found = write_entry(tmp_path / "entry", blocks(embeddings=False), 7, 4, ALONE)
     assert all(block.embeddings is None for block in found)
 
 
@@ -55,9 +56,9 @@ def test_an_entry_is_complete_or_absent(tmp_path):
         raise RuntimeError("the job was killed")
 
     with pytest.raises(RuntimeError, match="killed"):
-        write_entry(tmp_path / "entry", failing(), 7, 2, 0, 1)
+        write_entry(tmp_path / "entry", failing(), 7, 2, ALONE)
     assert list(tmp_path.iterdir()) == []
-    assert read_entry(tmp_path / "entry", 2, 0, 1) is None
+    assert read_entry(tmp_path / "entry", 2, ALONE) is None
 
 
 @pytest.mark.parametrize(
@@ -65,26 +66,26 @@ def test_an_entry_is_complete_or_absent(tmp_path):
 )
 @pytest.mark.parametrize("name", ["meta.json", "0000.npz"])
 def test_an_entry_that_a_power_cut_has_damaged_is_made_again(tmp_path, caplog, name, damage):
-    write_entry(tmp_path / "entry", blocks(), 7, 2, 0, 1)
+    write_entry(tmp_path / "entry", blocks(), 7, 2, ALONE)
     path = tmp_path / "entry" / name
     path.write_bytes(damage(path.read_bytes()))
-    assert read_entry(tmp_path / "entry", 2, 0, 1) is None
+    assert read_entry(tmp_path / "entry", 2, ALONE) is None
     assert "entry is damaged" in caplog.text
-    write_entry(tmp_path / "entry", blocks(), 7, 2, 0, 1)
-    assert read_entry(tmp_path / "entry", 2, 0, 1) is not None
+    write_entry(tmp_path / "entry", blocks(), 7, 2, ALONE)
+    assert read_entry(tmp_path / "entry", 2, ALONE) is not None
     (tmp_path / "entry/0000.tokens").write_bytes(b"")
-    assert read_entry(tmp_path / "entry", 2, 0, 1) is None
+    assert read_entry(tmp_path / "entry", 2, ALONE) is None
 
 
 def test_visuals_that_could_not_be_read_are_tried_again(tmp_path, caplog):
-    found = write_entry(tmp_path / "entry", blocks()[:2], 7, 2, 0, 1)
+    found = write_entry(tmp_path / "entry", blocks()[:2], 7, 2, ALONE)
     assert [block.indices.tolist() for block in found] == [[0, 1], [2, 3]]  # good for this evaluation
     assert list(tmp_path.iterdir()) == []
     assert "3 visuals could not be read" in caplog.text
 
 
 def evaluate(config, model=None, dataset=None):
-    return evaluate_retrieval(model or small_model(), dataset or Drawn(), Words(), config, 2, max_length=12)
+    return RetrievalTask().evaluate(model or small_model(), dataset or Drawn(), Words(), config, 2)
 
 
 def test_an_evaluation_from_disk_equals_the_first_one_and_decodes_nothing(tmp_path):
@@ -110,7 +111,7 @@ def test_anything_that_changes_the_features_makes_another_entry(tmp_path):
     other.digest = "another corpus"
     evaluate(config, dataset=other)
     evaluate(replace(config, eval_frame_ensemble="mean"))
-    evaluate_retrieval(small_model(), Drawn(), Words(), config, 1, max_length=12)
+    RetrievalTask().evaluate(small_model(), Drawn(), Words(), config, 1)
     assert len(list(tmp_path.iterdir())) == 5
     evaluate(replace(config, eval_frame_ensemble="lse"))  # the same frames, each by itself
     assert len(list(tmp_path.iterdir())) == 5

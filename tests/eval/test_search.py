@@ -13,14 +13,14 @@ import urllib.request
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from eval.config import EvalConfig
 from eval.search import __main__ as search_module
 from eval.search.__main__ import main
 from eval.search.server import SearchServer
 from eval.search.visual_search import VisualSearch, contact_sheet, short_names
-from eval.tasks.retrieval import evaluate_retrieval
+from eval.tasks.retrieval import RetrievalTask
 from loaders.config import LoaderConfig, PerMedia
 from loaders.evaluation import RetrievalSet
 from model.checkpoints.loading import save_model
@@ -64,7 +64,7 @@ def search(shapes, weights, tmp_path_factory):
 
 def test_hits_are_those_of_the_evaluation(shapes, search, tokenizer):
     dataset = RetrievalSet(shapes.url("clips_test_motion"), LoaderConfig(image_res=32, max_txt_l=PerMedia(40, 40)))
-    result = evaluate_retrieval(search.model, dataset, tokenizer, EvalConfig(k_test=10), 3)
+    result = RetrievalTask().evaluate(search.model, dataset, tokenizer, EvalConfig(k_test=10), 3)
     for number in (0, 7, 20):
         hits = search.find(dataset.texts[number].upper() + "!", count=6, candidates=10)
         row = result.scores.text_to_visual[number]
@@ -92,9 +92,9 @@ def test_the_contact_sheet_shows_every_hit(search):
 
 def test_the_sheet_shows_the_score_that_orders_it(search, monkeypatch):
     shown = []
-    text = search_module.ImageDraw.ImageDraw.text
+    text = ImageDraw.ImageDraw.text
     monkeypatch.setattr(
-        search_module.ImageDraw.ImageDraw,
+        ImageDraw.ImageDraw,
         "text",
         lambda pen, at, what, **how: shown.append(what) or text(pen, at, what, **how),
     )

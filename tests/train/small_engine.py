@@ -10,7 +10,7 @@ from model.config import ModelConfig, TextConfig, VisionConfig
 from model.singularity import Singularity
 from runtime.ranks import Ranks
 from train.config.settings import OptimizerConfig, RunConfig
-from train.deepspeed.after_step import clear_step
+from train.deepspeed.compat import finish_step
 from train.deepspeed.engine import deepspeed_config, start_engine
 from train.deepspeed.state import fragments
 from train.guard import StepGuard
@@ -68,13 +68,11 @@ def step(engine, guard, number, poisoned=False, factor=1.0, num_frames=1):
     engine.backward(guard.loss_scale.apply(factor * torch.stack(list(losses.values())).sum()))
     guard.step()
     guard.note(number, tuple(f"corpus/{number}_{row}" for row in range(4)), losses)
-    clear_step(engine)
+    finish_step(engine)
 
 
 def numbers(engine):
     """Weights and moments, single precision."""
     return {
-        (part.name, kind): tensor.clone()
-        for part in fragments(engine)
-        for kind, tensor in {"weight": part.weight, **part.moments}.items()
+        (part.name, kind): part.read(kind).clone() for part in fragments(engine) if part.trained for kind in part.kinds
     }

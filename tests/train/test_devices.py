@@ -224,7 +224,7 @@ def test_runs_start_their_processes_with_the_watchdogs_limit(monkeypatch, course
     others = ("share_cores", "log_to_file", "StopRequest", "Watchdog", "replace", "subject_of", "split_inputs")
     for name in (*others, "prepare_training", "prepare_evaluation", "model_digest", "check_replaceable"):
         if hasattr(module, name):
-            answer = (None, None) if name == "prepare_evaluation" else MagicMock(run=run)
+            answer = (None, None, None) if name == "prepare_evaluation" else MagicMock(run=run)
             monkeypatch.setattr(module, name, lambda *_, answer=answer, **__: answer)
     monkeypatch.setattr(module, "device_for", lambda ranks: torch.device("cpu"))
     monkeypatch.setattr(module, "start_processes", start)

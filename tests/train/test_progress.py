@@ -35,7 +35,12 @@ def test_a_large_file_is_flushed_piece_by_piece(monkeypatch, tmp_path, reports):
     path.write_bytes(b"\1" * (5 << 19))
     files.flush(path)
     files.flush(tmp_path)
-    assert [each.split(", ")[-1] for each in reports if ", " in each] == ["0 of 2 MiB", "1 of 2 MiB", "2 of 2 MiB"]
+    sizes = [each.split(", ")[-1] for each in reports if ", " in each]
+    assert sizes == [
+        "0 bytes of 2.6 MB",
+        "1.0 MB of 2.6 MB",
+        "2.1 MB of 2.6 MB",
+    ]
     assert path.read_bytes() == b"\1" * (5 << 19)
 
 

@@ -18,7 +18,7 @@ from loaders.batch import Answers, Batch
 from model.config import AnswerDecoderConfig, ModelConfig, TemporalConfig, TextConfig, VisionConfig
 from model.singularity import Singularity
 from model.vqa import SingularityQA
-from train.deepspeed.loss_scale import LossScale
+from train.deepspeed.compat import LossScale
 from train.guard import StepGuard, gradient_norm
 from train.schedule import Schedule
 from train.step import Stepper, without_padding
@@ -43,6 +43,9 @@ class MetaEngine:
         losses = self.model(*inputs)
         self.spent.append(self.kernels.launched)
         return losses
+
+    def was_step_applied(self):
+        return True
 
     def backward(self, loss):
         before = self.kernels.launched
@@ -82,7 +85,7 @@ class MetaGuard:
 
     def __init__(self, engine):
         self.loss_scale = LossScale.__new__(LossScale)
-        self.loss_scale._scaler, self.loss_scale._ours = None, False
+        self.loss_scale._scaler, self.loss_scale._scale_loss = None, False
 
     def step(self):
         pass

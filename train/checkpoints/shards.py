@@ -18,13 +18,10 @@ from runtime.activity import progress
 from runtime.errors import UserError
 from runtime.ranks import Ranks
 from storage.files import atomic_file
-from train.deepspeed.frozen import frozen_fragments, set_frozen, written_fragments
-from train.deepspeed.state import MOMENTS, before_loading, fragments, loaded, set_optimizer_step
+from train.deepspeed.state import MOMENTS, WEIGHT, fragments, loading, owned_fragments, set_optimizer_step
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
-
-WEIGHT = "weight"
 
 
 @dataclass(frozen=True)
@@ -43,16 +40,11 @@ def write_part(folder: Path, engine: DeepSpeedEngine, ranks: Ranks, moments: boo
 
     moments: also AdamW's; without them the files hold the weights only.
     """
-    alone = engine.zero_optimization_stage() == 0  # every rank has everything: they share the work
     tensors: dict[str, torch.Tensor] = {}
-    for number, part in enumerate(fragments(engine, moments)):
-        if not alone or number % ranks.world_size == ranks.rank:
-            progress(f"taking the fragment {part.name}")
-            key = f"{part.name}|{part.start}|"
-            for kind, tensor in {WEIGHT: part.weight, **part.moments}.items():
-                tensors[key + kind] = tensor.detach().float().cpu().clone()
-    for part in written_fragments(engine):
-        tensors[f"{part.name}|{part.start}|{WEIGHT}"] = part.weight.float().clone()
+    for part in owned_fragments(engine):
+        progress(f"copying the fragment {part.name}")
+        for kind in part.kinds if moments else (WEIGHT,):
+            tensors[f"{part.name}|{part.start}|{kind}"] = part.saved(kind)
     path = folder / f"rank_{ranks.rank:05}_of_{ranks.world_size:05}.safetensors"
     progress(f"writing {path.name}")
     with atomic_file(path) as temporary:
@@ -65,17 +57,12 @@ def read_parts(folder: Path, engine: DeepSpeedEngine, step: int) -> None:
 
     step: of the optimiser. Raises ValueError when files are damaged or do not hold every parameter whole.
     """
-    before_loading(engine)
-    with _open(folder) as pieces:
+    with _open(folder) as pieces, loading(engine):
         for part in fragments(engine):
             progress(f"reading the fragment {part.name}")
-            for kind, tensor in {WEIGHT: part.weight, **part.moments}.items():
-                tensor.copy_(_assemble(pieces, part.name, kind, part.start, tensor.numel(), folder))
-        for part in frozen_fragments(engine):
-            value = _assemble(pieces, part.name, WEIGHT, part.start, part.weight.numel(), folder)
-            set_frozen(engine, part, value)
+            for kind in part.kinds:
+                part.write(kind, _assemble(pieces, part.name, kind, part.start, part.length, folder))
     set_optimizer_step(engine, step)
-    loaded(engine)
 
 
 def check_parts(folder: Path) -> None:
@@ -86,13 +73,9 @@ def check_parts(folder: Path) -> None:
 
 def set_weights(engine: DeepSpeedEngine, state: Mapping[str, torch.Tensor]) -> None:
     """Set the engine's weights to whole ones, by name; all ranks call. The optimiser's moments stay as they are."""
-    before_loading(engine)
-    for part in fragments(engine, moments=False):
-        end = part.start + part.weight.numel()
-        part.weight.copy_(state[part.name].flatten()[part.start : end])
-    for part in frozen_fragments(engine):
-        set_frozen(engine, part, state[part.name].flatten()[part.start : part.start + part.weight.numel()].float())
-    loaded(engine)
+    with loading(engine):
+        for part in fragments(engine):
+            part.write(WEIGHT, state[part.name].flatten()[part.start : part.start + part.length].float())
 
 
 def whole_weights(folder: Path, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:

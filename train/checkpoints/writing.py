@@ -27,7 +27,8 @@ from runtime.ranks import Ranks
 from storage.files import flush, remove_folder, replace_folder, temporary_path, write_text
 from train.checkpoints.best import BEFORE_VERSIONS, WEIGHTS, best_version, keep_only, point_to, write_marker
 from train.checkpoints.shards import check_parts, read_parts, whole_weights, write_part
-from train.deepspeed.loss_scale import LossScale
+from train.deepspeed.compat import LossScale
+from train.deepspeed.state import optimizer_step, whole_shape
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -243,7 +244,7 @@ def _write_whole_weights(
     folder: Path, engine: DeepSpeedEngine, model_config: ModelConfig, tokenizer: Tokenizer
 ) -> None:
     """Put the ranks' parts of the weights together on this host, on its CPU, and write `folder/weights`."""
-    shapes = {name: _shape(parameter) for name, parameter in engine.module.named_parameters()}
+    shapes = {name: whole_shape(parameter) for name, parameter in engine.module.named_parameters()}
     state = whole_weights(folder / PARTS, shapes)
     state |= {name: buffer.detach().cpu() for name, buffer in persistent_buffers(engine).items()}
     progress("writing the whole weights")
@@ -264,7 +265,6 @@ def load_checkpoint(path: Path, engine: DeepSpeedEngine) -> TrainingState:
     """
     state = read_state(path)
     read_parts(path / PARTS, engine, state.optimizer_step)
-    engine.global_steps, engine.skipped_steps = state.step, state.step - state.optimizer_step
     LossScale(engine).load(state.loss_scale)
     if names := persistent_buffers(engine).keys():
         with safe_open(str(path / WEIGHTS / TENSORS), framework="pt") as file:
@@ -287,10 +287,4 @@ def set_buffers(engine: DeepSpeedEngine, state: Mapping[str, torch.Tensor]) -> N
 
 def _optimizer_state(engine: DeepSpeedEngine) -> dict[str, Any]:
     """What of the optimiser is not a matter of single parameters."""
-    steps = {float(state["step"]) for state in engine.basic_optimizer.state.values() if "step" in state}
-    assert len(steps) <= 1, steps
-    return {"optimizer_step": int(max(steps, default=0)), "loss_scale": LossScale(engine).state()}
-
-
-def _shape(parameter: torch.nn.Parameter) -> Any:
-    return getattr(parameter, "ds_shape", parameter.shape)  # under ZeRO-3 a parameter holds only its own part
+    return {"optimizer_step": optimizer_step(engine), "loss_scale": LossScale(engine).state()}

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from model.vision import FrameEncoder
 from runtime.errors import MissingError, UserError
 from runtime.packaged import PACKAGED, find_file
 from runtime.ranks import Ranks
 from train.config.settings import RunConfig
-from train.deepspeed.frozen import keep_exact, whole_frozen
-from train.deepspeed.state import set_optimizer_step
+from train.deepspeed.compat import broadcast_scalars
+from train.deepspeed.state import frozen_weights, keep_exact, set_optimizer_step
 from train.groups import ParameterGroup, parameter_groups
 
 if TYPE_CHECKING:
@@ -122,6 +123,10 @@ def start_engine(
     if run.compile:
         # Not `model.compile`, which would take in the hooks that DeepSpeed puts around the call.
         model.forward = torch.compile(model.forward, fullgraph=True)
+    if _get(config, "zero_optimization.stage") == 3:
+        for module in model.modules():
+            if isinstance(module, FrameEncoder):
+                module.weights_in_layers = True
     parameters = dict(model.named_parameters())
     groups = trainable_groups(model, run)
     # No learning rate yet, the schedule sets it at every step: some of DeepSpeed's optimisers begin with an empty step.
@@ -129,8 +134,8 @@ def start_engine(
         {"params": [parameters[name] for name in group.names], "lr": 0.0, "weight_decay": group.weight_decay}
         for group in groups
     ]
-    exact = whole_frozen(model) if run.precision != "fp32" else {}
-    _broadcast_scalars(parameters, device)
+    exact = frozen_weights(model) if run.precision != "fp32" else {}
+    broadcast_scalars(parameters, device)
     optimizer = _optimizer(wanted, run, config, device)
     if isinstance(optimizer, torch.optim.AdamW):
         config = {**config, "gradient_clipping": 0.0}  # train.guard clips: DeepSpeed waits for the device to do it
@@ -153,20 +158,6 @@ def trainable_groups(model: nn.Module, run: RunConfig) -> list[ParameterGroup]:
     if not trainable:
         raise UserError("every parameter of the model is frozen (requires_grad=False): leave some to be trained")
     return trainable
-
-
-def _broadcast_scalars(parameters: dict[str, nn.Parameter], device: torch.device) -> None:
-    """Bring the first rank's parameters without dimensions to all ranks, as DeepSpeed does with all others.
-
-    Its own broadcast looks at the bytes of a tensor, which one without dimensions does not allow; the mark, that of
-    its weights that differ by rank, makes it leave them out.
-    """
-    for parameter in parameters.values():
-        if parameter.ndim == 0:
-            value = parameter.data.reshape(1).to(device)
-            torch.distributed.broadcast(value, src=0)
-            parameter.data.copy_(value[0])
-            parameter.ds_optim_param = True  # type: ignore[attr-defined]
 
 
 def _optimizer(

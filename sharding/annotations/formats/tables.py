@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from runtime.errors import UserError
 from sharding.annotations.columns import used_names
 from sharding.annotations.config import Reading
-from sharding.annotations.files import Record, opened
+from sharding.annotations.files import AnnotationFile, Record
 from sharding.annotations.formats.delimited import delimited_rows, guessed_delimiter
 from sharding.shards.parquet import ParquetError, parquet_file, read_batches
 
@@ -23,19 +23,19 @@ DECODER = json.JSONDecoder(parse_constant=lambda _: None)  # NaN and infinity sa
 UNCONVERTED = (ValueError, TypeError, KeyError, OverflowError, pa.ArrowException)  # of Arrow's values to Python's
 
 
-def csv_records(file: str, reading: Reading) -> Iterator[Record]:
+def csv_records(file: AnnotationFile, reading: Reading) -> Iterator[Record]:
     """Rows of a CSV, its quoted fields free to hold delimiters and line breaks."""
-    with opened(file) as handle:
+    with file.opened() as handle:
         delimiter = reading.delimiter or guessed_delimiter(handle.read(65536), reading.encoding)
     return table_records(file, reading, delimiter, csv.QUOTE_MINIMAL)
 
 
-def tsv_records(file: str, reading: Reading) -> Iterator[Record]:
+def tsv_records(file: AnnotationFile, reading: Reading) -> Iterator[Record]:
     """Rows of a TSV, in which quotes are characters as others."""
     return table_records(file, reading, reading.delimiter or "\t", csv.QUOTE_NONE)
 
 
-def table_records(file: str, reading: Reading, delimiter: str, quoting: int) -> Iterator[Record]:
+def table_records(file: AnnotationFile, reading: Reading, delimiter: str, quoting: int) -> Iterator[Record]:
     """Rows of a table as text; the first line names the columns unless `reading.header` does.
 
     Raises:
@@ -44,16 +44,16 @@ def table_records(file: str, reading: Reading, delimiter: str, quoting: int) -> 
     if len(delimiter) != 1:
         raise UserError(f"--delimiter {delimiter!r}: must be one character")
     number = 0
-    with opened(file) as handle:
+    with file.opened() as handle:
         try:
             rows = delimited_rows(handle, reading.encoding, delimiter, quoting)
             header, fault = (reading.header, "") if reading.header else next(rows, ([], ""))
             names = tuple(name.strip() for name in header)
             if fault:
-                raise UserError(f"annotation file {file}, its first line: {fault}")
+                raise UserError(f"annotation file {file.name}, its first line: {fault}")
             if not names:
-                raise UserError(f"annotation file {file} is empty")
-            check_names(file, names, used_names(reading.columns, reading.keep))
+                raise UserError(f"annotation file {file.name} is empty")
+            check_names(file.name, names, used_names(reading.columns, reading.keep))
             for values, fault in rows:
                 number += 1
                 if not fault and len(values) != len(names):
@@ -61,29 +61,29 @@ def table_records(file: str, reading: Reading, delimiter: str, quoting: int) -> 
                         f"has {len(values)} fields where {len(names)} columns are expected ({', '.join(names)}): mend "
                         "the row, or set --delimiter or --header"
                     )
-                yield Record(file, number, dict(zip(names, values, strict=False)), fault=fault)
+                yield Record(file.name, number, dict(zip(names, values, strict=False)), fault=fault)
         except UnicodeDecodeError as error:
             raise UserError(
-                f"annotation file {file} is not in {reading.encoding} (byte {error.object[error.start]:#04x} near row "
-                f"{number + 1}): name its --encoding, such as latin-1 or cp1252"
+                f"annotation file {file.name} is not in {reading.encoding} (byte {error.object[error.start]:#04x} near "
+                f"row {number + 1}): name its --encoding, such as latin-1 or cp1252"
             ) from None
 
 
-def parquet_records(file: str, reading: Reading, more: Sequence[str] = ()) -> Iterator[Record]:
+def parquet_records(file: AnnotationFile, reading: Reading, more: Sequence[str] = ()) -> Iterator[Record]:
     """Rows of a Parquet file, of which only columns that `reading` may use are read, and those called `more`.
 
     Raises:
         ValueError: it is no Parquet file, damaged, or two of these columns have one name.
     """
     used = used_names(reading.columns, reading.keep).union(more)
-    with opened(file) as handle:
+    with file.opened() as handle:
         try:
             with parquet_file(cast(BinaryIO, handle)) as table:
                 names = tuple(table.schema_arrow.names)
-                check_names(file, names, used)
-                yield from parquet_rows(file, names, read_batches(table, [name for name in names if name in used]))
+                check_names(file.name, names, used)
+                yield from parquet_rows(file.name, names, read_batches(table, [name for name in names if name in used]))
         except ParquetError as error:
-            raise UserError(f"annotation file {file} is no Parquet file, or damaged ({error})") from None
+            raise UserError(f"annotation file {file.name} is no Parquet file, or damaged ({error})") from None
 
 
 def parquet_rows(file: str, names: tuple[str, ...], batches: Iterable[pa.RecordBatch]) -> Iterator[Record]:
@@ -138,22 +138,22 @@ def check_names(file: str, names: Sequence[str], used: Iterable[str]) -> None:
             )
 
 
-def img2dataset_records(file: str, reading: Reading) -> Iterator[Record]:
+def img2dataset_records(file: AnnotationFile, reading: Reading) -> Iterator[Record]:
     """Rows of the Parquet file that img2dataset and video2dataset write beside each tar, with its name as `shard`.
 
     Rows whose media were not fetched are left out, by their status.
     """
-    shard = file.rsplit("/", 1)[-1].partition(".")[0]
+    shard = file.name.rsplit("/", 1)[-1].partition(".")[0]
     for record in parquet_records(file, reading, more=["status"]):
         status = record.value("status")
         reason = "" if status == "success" else f"status is {status}"
         yield replace(record, fields={**record.fields, "shard": shard}, filtered=reason)
 
 
-def jsonl_records(file: str, reading: Reading) -> Iterator[Record]:
+def jsonl_records(file: AnnotationFile, reading: Reading) -> Iterator[Record]:
     """Lines of a file of JSON objects."""
     number = 0
-    with opened(file) as handle:
+    with file.opened() as handle:
         for row, line in enumerate(handle, 1):
             if not line.strip():
                 continue
@@ -164,24 +164,24 @@ def jsonl_records(file: str, reading: Reading) -> Iterator[Record]:
                     fields = json.loads(json.dumps(fields, ensure_ascii=False).encode("utf-8", "replace"))
             except UnicodeDecodeError as error:
                 fault = f"line {row} is not in UTF-8 (byte {error.object[error.start]:#04x}): save the file so"
-                yield Record(file, number, {}, fault=fault)
+                yield Record(file.name, number, {}, fault=fault)
                 continue
             except (ValueError, RecursionError) as error:
                 place, reason = f"line {row}", str(error)
                 if isinstance(error, json.JSONDecodeError):
                     column = min(error.pos, len(error.doc.rstrip())) + 1
                     place, reason = f"line {row}, column {column}", error.msg
-                yield Record(file, number, {}, fault=f"{place} is not JSON ({reason})")
+                yield Record(file.name, number, {}, fault=f"{place} is not JSON ({reason})")
                 continue
             if not isinstance(fields, dict):
-                yield Record(file, number, {}, fault=f"must be an object, not {str(fields)[:60]!r}")
+                yield Record(file.name, number, {}, fault=f"must be an object, not {str(fields)[:60]!r}")
             else:
-                yield Record(file, number, fields)
+                yield Record(file.name, number, fields)
 
 
-def text_lines(file: str, reading: Reading) -> Iterator[str]:
+def text_lines(file: AnnotationFile, reading: Reading) -> Iterator[str]:
     """Lines of a text file without their line breaks."""
-    with opened(file) as handle, io.TextIOWrapper(handle, encoding=reading.encoding, newline="\n") as text:
+    with file.opened() as handle, io.TextIOWrapper(handle, encoding=reading.encoding, newline="\n") as text:
         number = 0
         try:
             for line in text:
@@ -189,6 +189,6 @@ def text_lines(file: str, reading: Reading) -> Iterator[str]:
                 yield line.rstrip("\r\n")
         except UnicodeDecodeError:
             raise UserError(
-                f"annotation file {file} is not in {reading.encoding} (near line {number + 1}): name its --encoding, "
-                "such as latin-1 or cp1252"
+                f"annotation file {file.name} is not in {reading.encoding} (near line {number + 1}): name its "
+                "--encoding, such as latin-1 or cp1252"
             ) from None

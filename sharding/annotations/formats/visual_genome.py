@@ -6,12 +6,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sharding.annotations.config import Reading
-from sharding.annotations.files import Record, json_keys, json_records
+from sharding.annotations.files import AnnotationFile, Record
+from sharding.annotations.formats.json_files import json_keys, json_records
 from sharding.annotations.formats.lookup import Lookup
 from sharding.annotations.items import identifier
 
 
-def visual_genome_records(files: Sequence[str], reading: Reading) -> Iterator[Record]:
+def visual_genome_records(files: Sequence[AnnotationFile], reading: Reading) -> Iterator[Record]:
     """Each region or question, with image_id and the path of its image.
 
     files: region_descriptions.json or question_answers.json; with image_data.json among them the path has the folder
@@ -26,13 +27,15 @@ def visual_genome_records(files: Sequence[str], reading: Reading) -> Iterator[Re
             for part in parts if isinstance(parts, list) else [parts]:
                 number += 1
                 if not isinstance(part, dict):
-                    yield Record(file, number, {}, fault=f"must be an object, not {str(part)[:60]!r}")
+                    yield Record(file.name, number, {}, fault=f"must be an object, not {str(part)[:60]!r}")
                     continue
                 identity = part.get("image_id", part.get("image", image.fields.get("id")))
-                yield Record(file, number, {**part, "image_id": identity, "path": path_of(identity, images, about)})
+                yield Record(
+                    file.name, number, {**part, "image_id": identity, "path": path_of(identity, images, about)}
+                )
 
 
-def path_of(identity: Any, images: Lookup, about: list[str]) -> str:
+def path_of(identity: Any, images: Lookup, about: list[AnnotationFile]) -> str:
     """An image's path below the folder that holds VG_100K and VG_100K_2; "" where image_data.json lacks it."""
     if not about:
         return f"{identifier(identity)}.jpg"

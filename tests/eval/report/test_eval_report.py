@@ -12,14 +12,14 @@ from PIL import Image
 from eval.config import EvalConfig
 from eval.outputs import Subject, write_evaluation
 from eval.report.__main__ import main
-from eval.report.charts import Line, line_chart, smooth, ticks
 from eval.report.console import format_table
 from eval.report.evaluations import find_evaluations, read_evaluation
 from eval.report.gallery import choose_queries, strip
 from eval.report.page import write_report
-from eval.tasks.retrieval import evaluate_retrieval
-from eval.tasks.retrieval_output import retrieval_output
+from eval.tasks.retrieval import RetrievalTask
 from tests.eval.small import Drawn, Words, small_model
+
+TASK = RetrievalTask()
 
 
 class Pictured(Drawn):
@@ -39,9 +39,9 @@ def jpeg(pixels):
 def evaluation_in(folder, config=None, **changes):
     config = config or EvalConfig(k_test=6, gallery=3)
     dataset = Pictured(**changes)
-    result = evaluate_retrieval(small_model(), dataset, Words(), config, 2, max_length=12)
+    result = TASK.evaluate(small_model(), dataset, Words(), config, 2)
     subject = Subject(checkpoint="weights/step_00000007")
-    write_evaluation(folder, [retrieval_output(result, dataset, config)], config, subject)
+    write_evaluation(folder, [TASK.output(result, dataset, config)], config, subject)
     return dataset, result
 
 
@@ -84,8 +84,8 @@ def test_the_folder_holds_metrics_scores_and_predictions(tmp_path):
 
 def test_scores_are_left_out_where_nobody_asks_for_them(tmp_path):
     config = EvalConfig(k_test=6, gallery=3)
-    result = evaluate_retrieval(small_model(), Pictured(), Words(), config, 2, max_length=12)
-    folder = write_evaluation(tmp_path / "x", [retrieval_output(result, Pictured(), config)], config, save_scores=False)
+    result = TASK.evaluate(small_model(), Pictured(), Words(), config, 2)
+    folder = write_evaluation(tmp_path / "x", [TASK.output(result, Pictured(), config)], config, save_scores=False)
     assert {path.name for path in folder.iterdir()} == {
         "metrics.json", "evaluation.json", "outcomes.parquet", "predictions.json", "gallery.json", "thumbnails",
         "report.html",
@@ -104,9 +104,9 @@ def test_evaluating_again_replaces_the_folder(tmp_path):
 
 def test_results_of_other_ranks_are_refused(tmp_path):
     config = EvalConfig(k_test=2)
-    result = evaluate_retrieval(small_model(), Pictured(), Words(), config, 2, max_length=12)
+    result = TASK.evaluate(small_model(), Pictured(), Words(), config, 2)
     with pytest.raises(ValueError, match="rank 0"):
-        retrieval_output(replace(result, scores=None), Pictured(), config)
+        TASK.output(replace(result, scores=None), Pictured(), config)
 
 
 def test_the_page_is_self_contained_and_shows_every_part(run, tmp_path):
@@ -125,9 +125,9 @@ def test_captions_cannot_become_markup(tmp_path):
     folder = tmp_path / "evaluation" / "label"
     dataset = Pictured()
     config = EvalConfig(k_test=0, gallery=50)
-    result = evaluate_retrieval(small_model(), dataset, Words(), config, 2, max_length=12)
+    result = TASK.evaluate(small_model(), dataset, Words(), config, 2)
     dataset.texts = ["<script>alert(1)</script>"] * len(dataset.texts)
-    write_evaluation(folder, [retrieval_output(result, dataset, config)], config)
+    write_evaluation(folder, [TASK.output(result, dataset, config)], config)
     page = (folder / "report.html").read_text()
     assert "<script>alert" not in page
     assert "&lt;script&gt;alert(1)" in page
@@ -216,11 +216,3 @@ def test_table_lines_up():
     assert lines[2].split() == ["val", "50.00", "43.12"]
     assert lines[-1].split() == ["chance", "val", "0.10", "0.50"]
     assert len({len(line) for line in lines}) == 1
-
-
-def test_charts():
-    assert ticks(0, 9.7) == [0, 2.5, 5, 7.5, 10]
-    assert ticks(0, 0.003)[-1] >= 0.003
-    assert smooth([4.0, 4.0, 4.0], 0.9) == pytest.approx([4.0] * 3)
-    assert line_chart([Line("loss", [(1, float("nan"))])], "step") == ""
-    assert "<path" in line_chart([Line("a & b", [(0, 1.0), (5, 0.5)])], "step")

@@ -14,8 +14,8 @@ from eval.cache import Block
 from eval.config import EvalConfig
 from eval.features import collect_visuals, encode_blocks, encode_texts
 from eval.tasks.answers import Annotated, accuracies, accuracy_by_type
-from eval.tasks.choice import evaluate_choice, score_options
-from eval.tasks.qa import annotated_by, evaluate_answers, rank_for_block
+from eval.tasks.multiple_choice import MultipleChoiceTask, score_options
+from eval.tasks.qa import QATask, annotated_by, rank_for_block
 from loaders.config import LoaderConfig, PerMedia
 from loaders.evaluation import ChoiceSet, QASet, Question
 from loaders.text import Tokenizer, clean_text
@@ -48,7 +48,7 @@ def test_answers_do_not_depend_on_batches(shapes, tokenizer, ensemble):
     for batch_size in (3, 50):
         dataset = QASet(shapes.url("qa_test"), LOADER)
         changed = replace(config, batch_size_test=PerMedia(batch_size, batch_size))
-        results.append(evaluate_answers(model, dataset, tokenizer, answers, changed, 2))
+        results.append(QATask(answers).evaluate(model, dataset, tokenizer, changed, 2))
     first, second = results
     assert first.metrics == second.metrics
     assert first.predictions == second.predictions
@@ -64,8 +64,8 @@ def test_choices_do_not_depend_on_batches_and_equal_single_pairs(shapes, tokeniz
     model = model_for(Singularity, tokenizer)
     config = EvalConfig(batch_size_test=PerMedia(5, 5), pair_batch_size=16)
     dataset = ChoiceSet(shapes.url("mc_test"), LOADER)
-    first = evaluate_choice(model, dataset, tokenizer, config, 2)
-    second = evaluate_choice(model, dataset, tokenizer, EvalConfig(), 2)
+    first = MultipleChoiceTask().evaluate(model, dataset, tokenizer, config, 2)
+    second = MultipleChoiceTask().evaluate(model, dataset, tokenizer, EvalConfig(), 2)
     assert first.chosen == second.chosen
     assert first.metrics == second.metrics
     assert len(first.chosen) == len(dataset.choices)
@@ -84,7 +84,7 @@ def test_questions_about_unreadable_clips_count_as_wrong(shapes, tokenizer):
 
     dataset = OneUnreadable(shapes.url("qa_test"), LOADER)
     model = model_for(SingularityQA, tokenizer)
-    result = evaluate_answers(model, dataset, tokenizer, ["red", "blue", "2"], EvalConfig(k_test=2), 1)
+    result = QATask(["red", "blue", "2"]).evaluate(model, dataset, tokenizer, EvalConfig(k_test=2), 1)
     unanswered = [number for number, item in enumerate(dataset.questions) if item.visual == 0]
     assert unanswered == [number for number, given in enumerate(result.predictions) if given is None]
     assert unanswered
@@ -95,9 +95,9 @@ def test_questions_about_unreadable_clips_count_as_wrong(shapes, tokenizer):
 def test_bad_settings_are_refused(shapes, tokenizer):
     dataset, model = QASet(shapes.url("qa_test"), LOADER), model_for(SingularityQA, tokenizer)
     with pytest.raises(ValueError, match="answer list is empty"):
-        evaluate_answers(model, dataset, tokenizer, [], EvalConfig(), 1)
+        QATask([]).evaluate(model, dataset, tokenizer, EvalConfig(), 1)
     with pytest.raises(ValueError, match="k_test is 0"):
-        evaluate_answers(model, dataset, tokenizer, ["red"], EvalConfig(k_test=0), 1)
+        QATask(["red"]).evaluate(model, dataset, tokenizer, EvalConfig(k_test=0), 1)
 
 
 def test_weights_that_are_not_finite_are_an_error_not_a_result(shapes, tokenizer):
@@ -106,9 +106,9 @@ def test_weights_that_are_not_finite_are_an_error_not_a_result(shapes, tokenizer
     for model in (answering, matching):
         next(model.vision_encoder.parameters()).data.fill_(float("nan"))
     with pytest.raises(ValueError, match="scores hold NaN"):
-        evaluate_answers(answering, questions, tokenizer, ["red", "blue"], EvalConfig(), 1)
+        QATask(["red", "blue"]).evaluate(answering, questions, tokenizer, EvalConfig(), 1)
     with pytest.raises(ValueError, match="scores hold NaN"):
-        evaluate_choice(matching, choices, tokenizer, EvalConfig(), 1)
+        MultipleChoiceTask().evaluate(matching, choices, tokenizer, EvalConfig(), 1)
 
 
 def test_visuals_from_disk_show_progress_as_well(shapes, tokenizer, tmp_path, monkeypatch):
@@ -120,15 +120,9 @@ def test_visuals_from_disk_show_progress_as_well(shapes, tokenizer, tmp_path, mo
     shown = []
     for _ in range(2):
         monkeypatch.setattr(sys, "stderr", Terminal())
-        evaluate_answers(
-            model_for(SingularityQA, tokenizer),
-            QASet(shapes.url("qa_test"), LOADER),
-            tokenizer,
-            ["red", "2"],
-            config,
-            1,
-        )
-        evaluate_choice(
+        questions = QASet(shapes.url("qa_test"), LOADER)
+        QATask(["red", "2"]).evaluate(model_for(SingularityQA, tokenizer), questions, tokenizer, config, 1)
+        MultipleChoiceTask().evaluate(
             model_for(Singularity, tokenizer), ChoiceSet(shapes.url("mc_test"), LOADER), tokenizer, config, 1
         )
         shown.append(sys.stderr.getvalue())

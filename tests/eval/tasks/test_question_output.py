@@ -12,9 +12,8 @@ from eval.outputs import Subject, write_evaluation
 from eval.report.evaluations import read_evaluation
 from eval.report.page import write_report
 from eval.report.tables import console_table
-from eval.tasks.choice import evaluate_choice
-from eval.tasks.qa import evaluate_answers
-from eval.tasks.question_output import choice_output, qa_output
+from eval.tasks.multiple_choice import MultipleChoiceTask
+from eval.tasks.qa import QATask
 from loaders.config import LoaderConfig, PerMedia
 from loaders.evaluation import ChoiceSet, QASet
 from model.singularity import Singularity
@@ -65,14 +64,14 @@ def folder(damaged, tokenizer, tmp_path_factory):
     loader.video_input.sample_type_test = "fps4"  # begins with the first frame
     questions = typed(QASet(str(damaged / "qa_test"), loader))
     questions.name = "test_std"
-    answered = evaluate_answers(varied(SingularityQA, tokenizer), questions, tokenizer, ANSWERS, config, 8)
-    output = qa_output(answered, questions, ANSWERS, config)
+    answered = QATask(ANSWERS).evaluate(varied(SingularityQA, tokenizer), questions, tokenizer, config, 8)
+    output = QATask(ANSWERS).output(answered, questions, config)
     write_evaluation(run / "evaluation" / "qa", [output], config, Subject(checkpoint="weights"))
     config = EvalConfig(task="choice", gallery=4, benchmark="msrvtt_mc")
     choices = ChoiceSet(str(damaged / "mc_test"), loader)
     choices.name = "test"
-    chosen = evaluate_choice(varied(Singularity, tokenizer), choices, tokenizer, config, 8)
-    write_evaluation(run / "evaluation" / "mc", [choice_output(chosen, choices, config)], config)
+    chosen = MultipleChoiceTask().evaluate(varied(Singularity, tokenizer), choices, tokenizer, config, 8)
+    write_evaluation(run / "evaluation" / "mc", [MultipleChoiceTask().output(chosen, choices, config)], config)
     return run
 
 
@@ -112,7 +111,7 @@ def test_a_broken_sample_moves_no_other_answer(folder, shapes, tokenizer):
     loader.video_input.sample_type_test = "fps4"
     config = EvalConfig(task="qa", k_test=4, accuracy="vqa")
     whole = typed(QASet(shapes.url("qa_test"), loader))
-    result = evaluate_answers(varied(SingularityQA, tokenizer), whole, tokenizer, ANSWERS, config, 8)
+    result = QATask(ANSWERS).evaluate(varied(SingularityQA, tokenizer), whole, tokenizer, config, 8)
     items = json.loads((folder / "evaluation/qa/predictions.json").read_text())["test_std"]
     others = [(item["answer"], result.predictions[i]) for i, item in enumerate(items) if item["answer"] is not None]
     assert len(others) < len(items)

@@ -8,17 +8,18 @@ import pytest
 import torch
 
 from eval.config import EvalConfig
-from eval.tasks.retrieval import evaluate_retrieval
+from eval.tasks.retrieval import RetrievalTask
 from loaders.batch import normalize
 from loaders.config import PerMedia
 from model.config import TemporalConfig
+from runtime.ranks import ALONE, Ranks
 from tests.eval.small import Drawn, Words, small_model
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 
 
-def evaluate(model, dataset, config, rank=0, world_size=1):
-    return evaluate_retrieval(model, dataset, Words(), config, 2, rank, world_size, max_length=12)
+def evaluate(model, dataset, config, ranks=ALONE):
+    return RetrievalTask().evaluate(model, dataset, Words(), config, 2, ranks)
 
 
 @torch.inference_mode()
@@ -127,7 +128,7 @@ def test_the_model_is_left_as_it_was():
 def _one_rank(rank, world_size, meeting, config, dataset, results):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=world_size)
-    result = evaluate(small_model(), dataset, config, rank, world_size)
+    result = evaluate(small_model(), dataset, config, Ranks(rank, world_size))
     results.put((rank, result))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -135,7 +136,7 @@ def _one_rank(rank, world_size, meeting, config, dataset, results):
 
 def in_processes(world_size, meeting, config, dataset):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.eval.test_retrieval"])
+    context.set_forkserver_preload(["tests.eval.tasks.test_retrieval"])
     results = context.Queue()
     processes = [
         context.Process(target=_one_rank, args=(rank, world_size, meeting, config, dataset, results))

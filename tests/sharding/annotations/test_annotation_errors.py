@@ -195,7 +195,7 @@ def test_columns_are_templates_paths_and_alternatives(tmp_path: Path) -> None:
     [
         ("colums: {media: x}", "unknown key 'colums': nearest are columns"),
         ("columns: {captoin: x}", "unknown key 'columns.captoin': nearest are columns.caption"),
-        ("limit: many", "limit: "),
+        ("limit: many", r"limit is 'many' \(str\), must be a whole number"),
         ("- a", "is no configuration"),
         ("a: [", "is no valid YAML: line"),
     ],

@@ -1,4 +1,4 @@
-"""Under ZeRO-3 a run is evaluated without any rank holding the model, and the numbers are those of the whole model."""
+"""Under ZeRO 3 an evaluation during training gathers the weights: its metrics are those of the exported model."""
 
 import json
 

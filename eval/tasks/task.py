@@ -1,0 +1,74 @@
+"""What an evaluation task is to `eval.run`: it opens a test set, evaluates a model on it, and says what is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from eval.config import EvalConfig, EvalRunConfig
+from eval.outputs import SplitOutput
+from loaders.evaluation import VisualSet
+from loaders.text import Tokenizer
+from runtime.ranks import ALONE, Ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskResult:
+    """One test set's evaluation; all but the largest arrays are the same on all ranks.
+
+    metrics: entries of metrics.json. missing: visuals that could not be read and why. seconds: by stage.
+    """
+
+    name: str
+    num_frames: int
+    metrics: dict[str, dict[str, float]]
+    missing: dict[int, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+TestSet = TypeVar("TestSet", bound=VisualSet)
+Result = TypeVar("Result", bound=TaskResult)
+
+
+class Task(Protocol[TestSet, Result]):
+    """One evaluation task. A new one is a class of this form and an entry in `eval.run.TASKS`."""
+
+    texts: str  # what a packed corpus must hold: captions | questions | choices
+
+    def open(self, url: str, config: EvalRunConfig) -> TestSet:
+        """Open a packed corpus as the task's test set."""
+        ...
+
+    def evaluate(
+        self,
+        model: Any,
+        dataset: TestSet,
+        tokenizer: Tokenizer,
+        config: EvalConfig,
+        num_frames: int,
+        ranks: Ranks = ALONE,
+        device: torch.device | str = "cpu",
+    ) -> Result:
+        """Evaluate `model`, which lies on `device`, with `num_frames` frames a clip; called by all ranks.
+
+        The result does not depend on the number of ranks, nor on the batch sizes, beyond rounding. Raises UserError
+        for settings that do not fit the model.
+        """
+        ...
+
+    def output(self, result: Result, dataset: TestSet, config: EvalConfig) -> SplitOutput:
+        """What is written of a result; called by rank 0."""
+        ...
+
+
+def common_details(result: TaskResult, dataset: VisualSet) -> dict[str, Any]:
+    """What evaluation.json says of a test set, whatever the task."""
+    return {
+        "media_type": dataset.media_type,
+        "num_visuals": dataset.num_visuals,
+        "num_frames": result.num_frames,
+        "missing": {dataset.sources[i]: reason for i, reason in result.missing.items()},
+        "seconds": {stage: round(value, 2) for stage, value in result.seconds.items()},
+    }
