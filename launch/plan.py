@@ -5,20 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import islice
-from pathlib import Path
 
 from loaders.config import LoaderConfig, PerMedia
-from loaders.text import Tokenizer
 from loaders.train import TrainLoader
-from loaders.vocab import corpus_texts, learn_from_texts
 from runtime.errors import UserError, command
 from runtime.units import data_size, duration
 
-TEXTS_TO_LEARN_FROM = 5000
 NODES = (1, 2, 4, 8, 16, 32, 64)
 MONTH = 30 * 86400.0
 STEP_PARTS = ("GPU", "all-reduce")
@@ -149,11 +143,7 @@ def measure(corpora: Sequence[str], config: LoaderConfig) -> tuple[Medium, float
     """
     import time
 
-    with tempfile.TemporaryDirectory(prefix="singularity-plan-") as folder:
-        texts = (text for url in corpora for text in corpus_texts(url, config))
-        learn_from_texts(islice(texts, TEXTS_TO_LEARN_FROM), 2000, Path(folder) / "vocab.txt")
-        tokenizer = Tokenizer.load(folder)
-    loader = TrainLoader(corpora, tokenizer, config)
+    loader = TrainLoader(corpora, None, config)  # frames only: texts are read with the indices
     try:
         opened = loader.counters()
         began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""One shard's index in memory: where each frame's bytes are, and the texts, without objects per sample."""
+"""The index of a shard in memory: where the bytes of each frame are, and the texts, as flat arrays."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Record(NamedTuple):
 
 
 class ShardIndex:
-    """The rows of a shard's index; frame columns are flat arrays with a pointer a row."""
+    """The rows of a shard's index; frame columns are flat arrays with an offset for each row."""
 
     def __init__(self, table: pa.Table, shard: int) -> None:
         table = table.combine_chunks()

@@ -214,7 +214,7 @@ class TrainLoader:
         for batch in overlapped(self._make_batch, read, self._batch_pool, BATCHES_AT_ONCE):
             self._counters["decode_wait_seconds"] = waited_before + read.waited
             self._counters["decode_seconds"] += time.perf_counter() - started - (read.waited - waited)
-            self.quarantine.judge(self._counters["samples"])
+            self.quarantine.check_share(self._counters["samples"])
             yield batch
             started, waited = time.perf_counter(), read.waited
 
