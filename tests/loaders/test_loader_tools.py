@@ -9,27 +9,12 @@ from PIL import Image
 from loaders import bench, preview, vocab
 from loaders.bench import Results, Setup, advice
 from loaders.config import LoaderConfig, PerMedia
-from loaders.text import SPECIAL, Tokenizer
 from loaders.train import TrainLoader
 from runtime.errors import UserError
 from sharding.build import build_corpus
 
 RESULTS = Results(1000, 10.0, 100.0, 1.0, 0.4, 0.3, 0.2, 0.9, 0.0, 110.0, 0.9, 200.0, 0)
 SETUP = Setup(threads=2, cores=2, backend="cpu", remote=False, stored_size=224, shown_size=224)
-
-
-def test_a_vocabulary_is_learned_from_captions_and_questions(shapes, tmp_path, capsys) -> None:
-    output = tmp_path / "new" / "vocab.txt"
-    assert (
-        vocab.main([shapes.url("images_train"), shapes.url("qa_train"), "--size", "400", "--output", str(output)]) == 0
-    )
-    words = output.read_text().splitlines()
-    assert capsys.readouterr().out == f"{output}: {len(words)} entries\n"
-    assert tuple(words[:5]) == SPECIAL
-    assert len(set(words)) == len(words) <= 400
-    ids, mask = Tokenizer.load(str(output)).encode(["a large red star"], 8)
-    assert mask.sum() == 5
-    assert not (ids == 1).any()
 
 
 @pytest.mark.parametrize(
@@ -81,22 +66,17 @@ def test_advice_names_the_bottleneck() -> None:
     assert "local disk" in advice(slow, replace(SETUP, remote=True))[0]
 
 
-def test_a_preview_shows_a_batch(shapes, tmp_path, capsys) -> None:
-    arguments = ["--tokenizer", str(shapes.vocab), "--count", "6", "--columns", "3", "--size", "64", "--frames", "2"]
+@pytest.mark.parametrize(
+    ("name", "count", "shown"), [("clips_train", 6, 6), ("images_test", 500, 24), ("qa_test", 500, 24)]
+)
+def test_a_preview_shows_a_batch(shapes, tmp_path, capsys, name: str, count: int, shown: int) -> None:
     output = tmp_path / "sheet.png"
-    assert preview.main([shapes.url("clips_train"), *arguments, "--output", str(output)]) == 0
+    arguments = ["--tokenizer", str(shapes.vocab), "--output", str(output), "--count", str(count), "--columns", "3"]
+    assert preview.main([shapes.url(name), *arguments, "--size", "64", "--frames", "2"]) == 0
     with Image.open(output) as sheet:
-        assert sheet.width == 3 * (2 * 64 + 8) + 8
+        assert sheet.width == 3 * ((1 if name == "images_test" else 2) * 64 + 8) + 8
         assert len(sheet.convert("RGB").getcolors(10**6)) > 50
-    assert "6 samples" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(("name", "count"), [("images_test", 24), ("qa_test", 24), ("clips_test_motion", 24)])
-def test_a_preview_of_a_small_corpus_shows_all_there_is(shapes, tmp_path, capsys, name: str, count: int) -> None:
-    output = tmp_path / "sheet.png"
-    arguments = ["--tokenizer", str(shapes.vocab), "--count", "500", "--size", "32", "--output", str(output)]
-    assert preview.main([shapes.url(name), *arguments]) == 0
-    assert capsys.readouterr().out == f"{output}: {count} samples\n"
+    assert capsys.readouterr().out == f"{output}: {shown} samples\n"
 
 
 @pytest.fixture
@@ -109,8 +89,10 @@ def one_picture(tmp_path):
 
 
 def test_the_tools_take_a_corpus_of_one_picture(one_picture, tmp_path, capsys) -> None:
-    assert vocab.main([one_picture, "--output", str(tmp_path / "vocab.txt")]) == 0
-    arguments = ["--tokenizer", str(tmp_path / "vocab.txt"), "--output", str(tmp_path / "sheet.png")]
+    output = tmp_path / "new" / "vocab.txt"
+    assert vocab.main([one_picture, "--size", "400", "--output", str(output)]) == 0
+    assert capsys.readouterr().out == f"{output}: {len(output.read_text().splitlines())} entries\n"
+    arguments = ["--tokenizer", str(output), "--output", str(tmp_path / "sheet.png")]
     assert preview.main([one_picture, *arguments]) == 0
     assert "sheet.png: 1 samples" in capsys.readouterr().out
     assert bench.main([one_picture, "--seconds", "0.2", "--size", "32", "--json"]) == 0

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from test_decoder import SIZE, clips, picture
@@ -343,14 +342,3 @@ def test_determinism_leaves_out_what_depends_on_time_or_place(monkeypatch, decod
         assert isinstance(decoder, CpuDecoder if deterministic else AutoDecoder)
     else:
         assert made == [0.0 if deterministic else 0.65]
-
-
-def test_numbers_are_fed_as_arrays(monkeypatch) -> None:
-    fed = {}
-    pipeline = SimpleNamespace(feed_input=lambda name, data: fed.update({name: data}))
-    batch = clips(3, 2)
-    feed(pipeline, batch)
-    assert len(fed["jpegs"]) == 6
-    assert np.array_equal(fed["anchors"], [(clip.window.top, clip.window.left) for clip in batch for _ in range(2)])
-    assert np.array_equal(fed["shapes"], [(clip.window.height, clip.window.width) for clip in batch for _ in range(2)])
-    assert np.array_equal(fed["flips"], [clip.window.flip for clip in batch for _ in range(2)])
