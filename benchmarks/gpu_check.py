@@ -36,7 +36,7 @@ from loaders.decode.choice import usable_threads
 from loaders.decode.decoder import Decoder
 from loaders.samples import Clip
 from model.singularity import Singularity
-from train.devices import choose_kernels, driver_version
+from train.job.devices import choose_kernels, driver_version
 
 PACKAGES = (
     "torch", "triton", "deepspeed", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "timm", "transformers", "numpy",

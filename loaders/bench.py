@@ -22,7 +22,7 @@ from loaders.shards import describe
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader
 from runtime.errors import UserError, command
-from sharding.annotations.arguments import positive
+from runtime.flags import positive
 
 READ_BOUND_SHARE = 0.3  # share of the time that decoding waits for reading, from which reading is the bottleneck
 NEGLIGIBLE_WAIT = 0.02  # share of the time that the loop waits for batches, below which loading costs nothing

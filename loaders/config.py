@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from runtime.errors import UserError
 from runtime.settings import FINE_TUNING, check_declared, evaluation, fixed, free, setting
+from storage.limits import RemoteReads
 
 
 @dataclass
@@ -26,21 +27,6 @@ class VideoInput:
     sample_type: str = fixed("rand", "frames in training: rand (one of each segment), middle, or fpsX (X a second)")
     num_frames_test: int = evaluation(4, "frames of a clip in evaluation", least=1)
     sample_type_test: str = evaluation("middle", "frames in evaluation; the same forms as sample_type")
-
-
-@dataclass
-class RemoteReads:
-    """How objects of S3, GCS and web servers are read. No setting here changes what a batch holds."""
-
-    connections: int = setting(128, "concurrent requests of a node, shared equally by its processes", least=1)
-    requests_per_second: float = setting(3000.0, "of a node, shared in the same way; 0: no limit", least=0)
-    starts_per_second: float = setting(20.0, "nodes of a job that begin to read each second; 0: all at once", least=0)
-    gap_kb: int = setting(64, "frames of a shard at most this far apart come in one request", least=0)
-    ahead_mb: int = setting(256, "megabytes read ahead of decoding, at most", least=1)
-    ahead_steps: int = setting(8, "steps read ahead of decoding, at most", least=1)
-    deadline: float = setting(120.0, "seconds for one byte range, all tries together", above=0)
-    try_seconds: float = setting(30.0, "seconds for one try", above=0)
-    hedge_percentile: float = setting(0.95, "a request slower than this share of others is sent again; 0: never")
 
 
 @dataclass

@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import logging
 import os
-import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from sharding.shards.schema import (
-    Corpus,
-    corpus_at,
-    description_url,
-    is_whole,
-    join_url,
-    no_corpus,
-    no_index,
-)
-from storage.cache import DiskCache, started
+from sharding.shards.schema import Corpus, corpus_at, description_url, is_whole, no_corpus, no_index
+from storage.cache import DiskCache, start_ticks
 from storage.ranges import ByteRange
 from storage.remote import RemoteStore
+from storage.single_flight import process_lock
+from storage.urls import join_url
 
 log = logging.getLogger("loaders")
 
 Item = TypeVar("Item")
 
-POLL = 0.03  # seconds between looks whether another process has fetched a file
 FRESH = 600.0  # seconds for which a description may be handed from process to process
 REFETCHES = 3  # of bytes that came damaged: a bad line may damage them more than once
 FETCHERS = 8  # threads that fetch indices to the cache
@@ -107,35 +97,42 @@ class SharedFiles:
 
         since: its copy in the cache has a time stamp, and must have been fetched after that time.
         """
-        data = self._cached(name, is_sound, since)
+        if self.cache is None:
+            return self._fetch_sound(wanted, is_sound)
+        data = self._cached(self.cache, name, is_sound, since)
         if data is not None:
             return data
-        with self._locked(name, wanted.name) as waited:
-            data = self._cached(name, is_sound, since)
-            if data is None:
-                return self._fetch(wanted, name, is_sound, stamped=since is not None)
-            self.counters["files_shared"] += waited
-            return data
+        cancelled, thread = self._cancelled, threading.get_ident()
+        path = self.cache.folder / "locks" / name[:3]  # one of 4096 files, which files of different names may share
+        self._waiting[thread] = wanted.name, time.monotonic()
+        try:
+            with process_lock(path, self.folder.settings.try_seconds, lambda: self._cancelled != cancelled) as waited:
+                del self._waiting[thread]
+                data = self._cached(self.cache, name, is_sound, since)
+                if data is None:
+                    return self._fetch(self.cache, wanted, name, is_sound, stamped=since is not None)
+                self.counters["files_shared"] += waited
+                return data
+        finally:
+            self._waiting.pop(thread, None)
 
-    def _cached(self, name: str, is_sound: IsSound, since: float | None) -> bytes | None:
-        data = self.cache.read(name) if self.cache is not None else None
+    def _cached(self, cache: DiskCache, name: str, is_sound: IsSound, since: float | None) -> bytes | None:
+        data = cache.read(name)
         if data is not None and since is not None:
             stamp, _, data = data.partition(b"\n")
             if not is_fresh(stamp, since):
                 return None
         return data if data is not None and is_sound(data) else None
 
-    def _fetch(self, wanted: ByteRange, name: str, is_sound: IsSound, stamped: bool) -> bytes:
+    def _fetch(self, cache: DiskCache, wanted: ByteRange, name: str, is_sound: IsSound, stamped: bool) -> bytes:
         """A file from the store, kept in the cache if there is room."""
-        if self.cache is None:
-            return self._fetch_sound(wanted, is_sound)
-        if self.cache.has(name):  # damaged, or too old
-            self.cache.drop([name])
+        if cache.has(name):  # damaged, or too old
+            cache.drop([name])
         kept = f"{time.time()!r}\n".encode() if stamped else b""
         data = self._fetch_sound(wanted, is_sound)
         kept += data
-        if self.cache.reserve({name: len(kept)})[name]:
-            self.cache.put(name, kept)
+        if cache.reserve({name: len(kept)})[name]:
+            cache.put(name, kept)
         return data
 
     def _fetch_sound(self, wanted: ByteRange, is_sound: IsSound) -> bytes:
@@ -147,39 +144,6 @@ class SharedFiles:
             self.counters["refetched"] += 1
             (data,) = self.folder.read_ranges([wanted])
         return data
-
-    @contextlib.contextmanager
-    def _locked(self, name: str, file: str) -> Iterator[bool]:
-        """Hold a file's lock, or have waited for it long enough; yields whether there was any waiting."""
-        lock = self._open_lock(name)
-        if lock is None:
-            yield False
-            return
-        before, began, waited = self._cancelled, time.monotonic(), False
-        self._waiting[threading.get_ident()] = file, began
-        try:
-            while not try_lock(lock) and time.monotonic() - began < self.folder.settings.try_seconds:
-                if self._cancelled != before:
-                    raise CancelledError
-                waited = True
-                time.sleep(POLL * (0.5 + random.random()))
-            del self._waiting[threading.get_ident()]
-            yield waited
-        finally:
-            self._waiting.pop(threading.get_ident(), None)
-            os.close(lock)  # and with it the lock
-
-    def _open_lock(self, name: str) -> int | None:
-        """One of 4096 lock files, which files of different names may share. None without a cache, or on a full disk."""
-        if self.cache is None:
-            return None
-        folder = self.cache.folder / "locks"
-        try:
-            folder.mkdir(exist_ok=True)
-            return os.open(folder / name[:3], os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            log.warning("%s cannot be used, each process fetches for itself (%s)", folder, error.strerror)
-            return None
 
 
 def is_fresh(stamp: bytes, since: float) -> bool:
@@ -213,17 +177,7 @@ def rotated(items: Sequence[Item], start: float) -> list[Item]:
     return [*items[first:], *items[:first]]
 
 
-def try_lock(descriptor: int) -> bool:
-    """Lock a file, unless another process or thread has it locked; where the file system has no locks, do without."""
-    with contextlib.suppress(OSError):
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-    return True
-
-
 def process_began() -> float:
     """When this process was started, as time.time() counts."""
-    ticks = int(started(os.getpid())) / os.sysconf("SC_CLK_TCK")
+    ticks = int(start_ticks(os.getpid())) / os.sysconf("SC_CLK_TCK")
     return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from loaders.config import LoaderConfig, RemoteReads, check_storage
+from loaders.config import LoaderConfig, check_storage
 from loaders.descriptions import REFETCHES, SharedFiles, content_name
 from loaders.index import Record, ShardIndex
 from loaders.samples import RawSample, SampleSpec
@@ -20,12 +20,12 @@ from runtime.ranks import Ranks, current_ranks
 from sharding.shards.schema import Corpus, named_shards, parse_index, read_corpus, read_index
 from storage.blocks import CachedStore
 from storage.cache import DiskCache
-from storage.failures import check_no_credentials
+from storage.limits import RemoteReads, share_of, wait_for_turn
 from storage.local import LocalStore
-from storage.node import share_of, wait_for_turn
 from storage.ranges import ByteRange, CoalescedStore, Store
-from storage.remote import RemoteStore, is_local
+from storage.remote import RemoteStore
 from storage.single_flight import LastUsed
+from storage.urls import check_no_credentials, is_local
 
 log = logging.getLogger("loaders")
 

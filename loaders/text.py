@@ -14,7 +14,7 @@ from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
-from runtime.activity import trusted
+from runtime.activity import keep_alive
 from runtime.errors import MissingError, UserError
 
 DELETED = re.compile(r"[,.'!?\"()*#:;~]")
@@ -122,7 +122,7 @@ def hub_vocabulary(name: str) -> str:
     from huggingface_hub import snapshot_download  # unlike hf_hub_download it fails at once without a network
 
     try:
-        with trusted(f"fetching {name}"):
+        with keep_alive(f"fetching {name}"):
             return str(Path(snapshot_download(name, allow_patterns=["vocab.txt"])) / "vocab.txt")
     except Exception as error:  # the hub client raises many kinds; all mean: not to be had
         raise MissingError(

@@ -14,6 +14,15 @@ MAY_IMPORT = {
     for number, floor in enumerate(FLOORS)
     for room in floor.split()
 }
+# Attributes of DeepSpeed's engine, optimisers and parameters that it does not document; besides those named ds_*.
+UNDOCUMENTED = {
+    "_global_grad_norm", "_hp_mapping", "averaged_gradients", "basic_optimizer", "bit16_groups",
+    "checkpoint_event_epilogue", "checkpoint_event_prologue", "fp16_groups", "fp32_groups",
+    "fp32_partitioned_groups_flat", "global_steps", "grad_partitions_flat_buffer", "loss_scale_config", "loss_scaler",
+    "overflow", "parameter_offload", "persistent_parameters", "single_partition_of_fp32_groups", "skipped_steps",
+    "update_lp_params",
+}  # fmt: skip
+MAY_READ_UNDOCUMENTED = {ROOT / "train/deepspeed/compat.py", ROOT / "train/deepspeed/state.py"}
 SOURCES = sorted(path for room in MAY_IMPORT for path in (ROOT / room).rglob("*.py"))
 
 
@@ -32,6 +41,29 @@ def imported_rooms(path: Path) -> set[str]:
 def test_imports_point_one_way(path: Path) -> None:
     room = path.relative_to(ROOT).parts[0]
     assert imported_rooms(path) - {room} <= MAY_IMPORT[room]
+
+
+def read_attributes(path: Path) -> set[str]:
+    """Names of attributes that a file reads or sets, also by getattr, hasattr and setattr."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute):
+            names.add(node.attr)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id.endswith("attr"):
+            names |= {each.value for each in node.args if isinstance(each, ast.Constant)}
+    return {name for name in names if isinstance(name, str)}
+
+
+def test_undocumented_attributes_of_deepspeed_are_read_in_two_files() -> None:
+    paths = {*SOURCES, *(ROOT / "benchmarks").glob("*.py")}
+    found = {
+        (path.relative_to(ROOT), name)
+        for path in paths - MAY_READ_UNDOCUMENTED
+        for name in read_attributes(path)
+        if name in UNDOCUMENTED or name.startswith("ds_")
+    }
+    assert not found
+    assert UNDOCUMENTED & set().union(*map(read_attributes, MAY_READ_UNDOCUMENTED))
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -1,4 +1,4 @@
-"""What the losses in a run's metrics are: times the weights that the run gives them, and of images or of clips."""
+"""Names a run's losses in charts, with their weights, and splits steps by medium."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def loss_weights(run: Path) -> dict[str, float]:
     return {name: weight for name, weight in weights.items() if weight not in (0, 1)}
 
 
-def weighted_name(figure: str, weights: Mapping[str, float], name: str | None = None) -> str:
-    """How a loss is called in a chart: with its weight where it has one, the total as a weighted sum.
+def weighted_name(metric: str, weights: Mapping[str, float], name: str | None = None) -> str:
+    """The name of a loss in a chart: with its weight where it has one, the total as a weighted sum.
 
-    name: what to call it, by default as in metrics.jsonl.
+    name: by default as in metrics.jsonl.
     """
-    name = name or figure
-    if figure == TOTAL and weights:
+    name = name or metric
+    if metric == TOTAL and weights:
         return f"{name} (weighted sum)"
-    return f"{name} (x {weights[figure]:g})" if figure in weights else name
+    return f"{name} (x {weights[metric]:g})" if metric in weights else name
 
 
 def by_medium(steps: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """The training steps of a metrics.jsonl by the medium of their batch: "images", "clips", or "" where none is told.
+    """The training steps of a metrics.jsonl by the medium of their batch: "images", "clips", or "" where unknown.
 
     Lines of evaluations are left out.
     """

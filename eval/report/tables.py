@@ -1,4 +1,4 @@
-"""The report's numbers: a table for each test set, bars over all of them, and curves by the number of test frames."""
+"""The numbers in the report: a table for each test set, bars over all of them, curves by test frames and by step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from runtime.charts import COLORS, Curve, Panel, panel_svg
 
 COLUMNS = [*(f"img_r{k}" for k in RECALL_AT), *(f"txt_r{k}" for k in RECALL_AT), "r_mean"]
 LOSSES = {
-    "loss": "total", "loss_itc": "contrast", "loss_itm": "matching", "loss_mlm": "masked words", "loss_qa": "answers",
+    "loss": "total", "loss_itc": "VTC", "loss_itm": "VTM", "loss_mlm": "MLM", "loss_qa": "answers",
 }  # fmt: skip
 OF_TYPE = {"answer_type/": "answers", "question_type/": "questions"}
 BY_FRAMES = {"retrieval": "img_r_mean", "qa": "overall", "choice": "overall"}
@@ -80,7 +80,7 @@ def _rows(test_set: TestSet) -> list[dict[str, Any]]:
 
 
 def _baselines(details: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What is reached without looking: title, what it means, values by column."""
+    """Baselines that ignore the visual: title, meaning, values by column."""
     how = "ranking" if details["task"] == "retrieval" else "choosing"
     rows = [{"title": "chance", "note": f"{how} at random", "values": details.get("chance", {})}]
     if constant := details.get("constant"):

@@ -51,7 +51,7 @@ class Probe:
 
     def facts(self) -> dict[str, Any]:
         """What this node is and what is installed on it."""
-        from train.devices import driver_version, gpu_fault
+        from train.job.devices import driver_version, gpu_fault
 
         installed = {name: _version(name) for name in (*PACKAGES, *DALI)} | _cuda_versions()
         return {

@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 
 from launch.plan import CLIP, PHOTO, SETS, STEP_PARTS, Cluster, Medium, main, make_plan, measure, training_seconds
-from loaders.config import CacheConfig, LoaderConfig, PerMedia, RemoteReads
+from loaders.config import CacheConfig, LoaderConfig, PerMedia
 from sharding.shards.schema import read_corpus
+from storage.limits import RemoteReads
 from train.config.settings import RunConfig
 from train.deepspeed.engine import find_deepspeed_config
 

@@ -68,7 +68,7 @@ def test_an_interrupted_job_goes_on_by_itself(slurm, submit, corpora, tmp_path, 
     until(lambda: any(line["step"] >= 13 for line in metrics(folder)), told)
     before = max(line["step"] for line in metrics(folder))
     signal = interrupt(slurm, job)
-    until(lambda: "the same command goes on" in log.read_text(), told)
+    until(lambda: "run the same command to resume" in log.read_text(), told)
     stopped = int(re.search(rf"stopped \({signal}\) at step (\d+), saved", log.read_text())[1])
     assert before <= stopped < epochs * STEPS
 

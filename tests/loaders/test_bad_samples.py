@@ -12,10 +12,11 @@ import pytest
 import torch
 from test_train_loader import texts_by_key
 
-from loaders.config import LoaderConfig, PerMedia, RemoteReads, VideoInput
+from loaders.config import LoaderConfig, PerMedia, VideoInput
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader
 from sharding.shards.schema import INDEX_SCHEMA, read_corpus
+from storage.limits import RemoteReads
 
 
 def config(**settings) -> LoaderConfig:

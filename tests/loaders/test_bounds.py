@@ -13,7 +13,7 @@ from faulty_proxy import Faults
 from object_stores import STORES, MakeFaulty, Store
 from places import ROOT
 
-from loaders.config import CacheConfig, LoaderConfig, PerMedia, RemoteReads
+from loaders.config import CacheConfig, LoaderConfig, PerMedia
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader
 from loaders.vocab import corpus_texts, learn_vocabulary
@@ -21,6 +21,7 @@ from sharding.build import build_corpus
 from sharding.shapes import write_shapes
 from sharding.shards.schema import read_corpus, read_index
 from storage.cache import FOLDER
+from storage.limits import RemoteReads
 
 BATCH = 32
 

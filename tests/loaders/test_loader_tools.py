@@ -74,7 +74,8 @@ def test_a_preview_shows_a_batch(shapes, tmp_path, capsys, name: str, count: int
     arguments = ["--tokenizer", str(shapes.vocab), "--output", str(output), "--count", str(count), "--columns", "3"]
     assert preview.main([shapes.url(name), *arguments, "--size", "64", "--frames", "2"]) == 0
     with Image.open(output) as sheet:
-        assert sheet.width == 3 * ((1 if name == "images_test" else 2) * 64 + 8) + 8
+        frames = 1 if name == "images_test" else 2
+        assert sheet.width == 3 * (frames * 64 + (frames - 1) * 2 + 8) + 8
         assert len(sheet.convert("RGB").getcolors(10**6)) > 50
     assert capsys.readouterr().out == f"{output}: {shown} samples\n"
 

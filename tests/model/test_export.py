@@ -77,7 +77,7 @@ def test_a_vocabulary_beside_an_official_file_is_its_own_when_it_has_as_many_wor
         ("folder.pth", "is a folder by its form and a file by its name"),
         ("file", "exists already and is no export: remove it, or choose another name"),
         ("full", "exists already"),
-        ("weights", "is what is to be exported: choose another name"),
+        ("weights", "is the model to be exported: choose another name"),
         ("run/weights", "would be taken for a checkpoint of the run"),
         ("run/checkpoints/step_00000100", "would be taken for a checkpoint of the run"),
         ("file/x.pth", "is a file, choose another place"),

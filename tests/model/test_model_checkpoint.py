@@ -7,8 +7,8 @@ import pytest
 import torch
 from small_models import CLS, MASK, PAD, small_batch, small_config, small_model
 
-from model.checkpoints.files import Weights
-from model.checkpoints.loading import fit_weights, load_model, load_weights, resolve_weights, save_model
+from model.checkpoints.files import Weights, resolve_weights
+from model.checkpoints.loading import fit_weights, load_model, load_weights, save_model
 from model.config import TemporalConfig, config_from_dict, with_changes
 from model.singularity import Singularity
 

@@ -23,11 +23,12 @@ from places import ROOT
 from loaders.samples import whole_sample
 from loaders.shards import CorpusReader
 from sharding.build import build_corpus
-from sharding.index import index_shards, main
+from sharding.index import main
 from sharding.media import pack_video
 from sharding.shards.failures import read_failures
+from sharding.shards.indexing import index_shards
 from sharding.shards.schema import read_corpus, read_index
-from sharding.verify import verify_corpus
+from sharding.shards.verification import verify_corpus
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from places import ROOT
 from sharding.build import build_corpus
 from sharding.shards.output import open_output
 from sharding.shards.schema import read_corpus, read_index
-from sharding.verify import verify_corpus
+from sharding.shards.verification import verify_corpus
 from storage.locks import Lock
 
 COUNT = 256  # four shards of 64

@@ -21,7 +21,7 @@ from descriptors import many_descriptors
 from hosts import ROOT, why_not
 from needs import leave_out, module
 
-from loaders.config import RemoteReads
+from storage.limits import RemoteReads
 from storage.ranges import ByteRange
 from storage.remote import RemoteStore
 
@@ -144,7 +144,7 @@ def test_a_server_without_ranges_is_named_before_all_has_come(server) -> None:
 
 def test_an_excuse_longer_than_what_was_asked_for_is_still_an_excuse(server) -> None:
     reading = remote(server, "refusing", deadline=1)
-    with pytest.raises(TimeoutError, match=r"the last: status 503"):
+    with pytest.raises(TimeoutError, match=r"the last: HTTP 503"):
         reading.read_ranges(parts(1))
     reading.close()
 
@@ -189,7 +189,7 @@ def test_a_proxy_that_refuses_is_named_at_once(server, monkeypatch: pytest.Monke
     monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("no_proxy", "elsewhere.test")
     reading = RemoteStore("https://store.test/things", {}, RemoteReads())
-    with pytest.raises(OSError, match=r"store\.test/things/shard\.tar cannot be read: the proxy says status 407"):
+    with pytest.raises(OSError, match=r"store\.test/things/shard\.tar cannot be read: proxy: HTTP 407"):
         reading.read_ranges(parts(1))
     reading.close()
 
@@ -358,7 +358,7 @@ def test_what_fsspec_reads_itself_is_hedged_cancelled_and_explained_too(server) 
     assert isinstance(ended[0], CancelledError)
     reading.close()
     reading = by_fsspec("refusing", deadline=1)
-    with pytest.raises(TimeoutError, match=r"refusing/shard\.tar bytes 0-1499 .*the last: status 503"):
+    with pytest.raises(TimeoutError, match=r"refusing/shard\.tar bytes 0-1499 .*the last: HTTP 503"):
         reading.read_ranges(parts(1))
     reading.close()
 

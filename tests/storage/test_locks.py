@@ -22,7 +22,7 @@ from storage.locks import HeldError, Lock
 HOLD = """
 import sys, time
 from pathlib import Path
-from sharding import locks
+from storage import locks
 locks.BEAT = float(sys.argv[3])
 locks.machine = lambda: sys.argv[2]
 if sys.argv[4] != "flock":

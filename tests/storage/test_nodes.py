@@ -19,15 +19,15 @@ from faulty_proxy import Faults, FaultyProxy
 from object_stores import MakeFaulty, Store
 from places import ROOT
 
-from loaders.config import CacheConfig, LoaderConfig, PerMedia, RemoteReads
+from loaders.config import CacheConfig, LoaderConfig, PerMedia
 from loaders.shards import CorpusReader, describe, open_corpus
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader
 from runtime.ranks import Ranks, current_ranks, ranks_of
 from sharding.index import index_shards
-from storage import node
+from storage import limits
 from storage.cache import DiskCache
-from storage.node import share_of
+from storage.limits import RemoteReads, share_of
 from storage.ranges import ByteRange
 
 SHARDS, EACH = 64, 4
@@ -237,7 +237,7 @@ def test_a_description_that_comes_damaged_is_fetched_again_and_one_that_stays_so
 
 def begin(url: str, ranks: Ranks, folder: str, config: LoaderConfig, go) -> None:
     """A node's first process: opens the corpus when all do."""
-    node.WAITED.clear()
+    limits._waited.clear()
     go.wait()
     reader = open_corpus(url, replace(config, cache=CacheConfig(folder, 1.0)), ranks=ranks)
     reader.index(ranks.node_rank)
@@ -390,5 +390,5 @@ def test_the_ranks_of_a_process_are_found_in_its_environment(monkeypatch: pytest
 @pytest.mark.parametrize("name", ["requests_per_second", "starts_per_second", "connections"])
 def test_bounds_that_cannot_be_meant_are_named(name: str, shapes, tokenizer: Tokenizer) -> None:
     config = LoaderConfig(remote=RemoteReads(**{name: -1}))
-    with pytest.raises(ValueError, match=rf"remote\.{name} is -1, must be"):
+    with pytest.raises(ValueError, match=rf"remote\.{name} is -1: must be"):
         TrainLoader([shapes.url("images_train")], tokenizer, config)

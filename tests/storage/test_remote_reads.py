@@ -7,7 +7,6 @@ import re
 import threading
 import time
 from concurrent.futures import CancelledError
-from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
@@ -17,8 +16,7 @@ import pytest
 from faulty_proxy import Faults
 from object_stores import STORES, MakeFaulty, Store
 
-from loaders.config import RemoteReads
-from storage.failures import TransientError, explain, failure_of_status, retry_after
+from storage.limits import RemoteReads
 from storage.ranges import ByteRange
 from storage.remote import RemoteStore
 
@@ -55,15 +53,15 @@ def test_parts_come_whole_through_every_fault(store: Store, folder: str, faulty:
 @pytest.mark.parametrize("store", STORES, indirect=True)
 def test_a_store_that_asks_for_patience_gets_it(store: Store, folder: str, faulty: MakeFaulty) -> None:
     proxy = faulty(store, Faults(throttle=1, retry_after=1))
-    with pytest.raises(TimeoutError, match=r"things/shard\.tar bytes 0-1499 .*deadline=4 s .*the last: status 429"):
-        remote(store.url(folder, proxy), deadline=4).fetch(PARTS[:1])
+    with pytest.raises(TimeoutError, match=r"things/shard\.tar bytes 0-1499 .*deadline=4 s .*the last: HTTP 429"):
+        remote(store.url(folder, proxy), deadline=4).read_ranges(PARTS[:1])
     times = [seen.at for seen in proxy.log]
     assert 2 <= len(times) <= 4
     assert all(later - earlier >= 1 for earlier, later in pairwise(times))
     proxy.faults = Faults(throttle=1, retry_after=60)
     began = time.monotonic()
     with pytest.raises(TimeoutError, match=r"429"):
-        remote(store.url(folder, proxy), deadline=30).fetch(PARTS[:1])
+        remote(store.url(folder, proxy), deadline=30).read_ranges(PARTS[:1])
     assert time.monotonic() - began < 25  # it cannot be in time: said without waiting
 
 
@@ -76,7 +74,7 @@ def test_what_stays_is_said_at_once_with_the_url(
     url = store.url(folder, proxy)
     began = time.monotonic()
     with pytest.raises(error) as raised:
-        remote(url).fetch(PARTS)
+        remote(url).read_ranges(PARTS)
     assert time.monotonic() - began < RemoteReads().deadline / 2
     assert f"{url}/shard.tar" in str(raised.value)
     assert "Signature" not in str(raised.value)
@@ -87,28 +85,28 @@ def test_what_stays_is_said_at_once_with_the_url(
 def test_a_store_that_stays_down_ends_within_the_deadline(store: Store, folder: str, faulty: MakeFaulty) -> None:
     proxy = faulty(store, Faults(error=1))
     began = time.monotonic()
-    with pytest.raises(TimeoutError, match=r"shard\.tar .* was not read within .*status 503"):
-        remote(store.url(folder, proxy), deadline=2).fetch(PARTS[:4])
+    with pytest.raises(TimeoutError, match=r"shard\.tar .* was not read within .*HTTP 503"):
+        remote(store.url(folder, proxy), deadline=2).read_ranges(PARTS[:4])
     assert time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize("store", ["http"], indirect=True)
 def test_a_server_that_is_not_there_is_named(store: Store, folder: str) -> None:
     with pytest.raises(TimeoutError, match=r"http://127\.0\.0\.1:9/things/shard\.tar"):
-        remote("http://127.0.0.1:9/things", deadline=1).fetch(PARTS[:1])
+        remote("http://127.0.0.1:9/things", deadline=1).read_ranges(PARTS[:1])
 
 
 def test_a_store_that_cannot_be_reached_is_told_of_while_it_is_tried(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("storage.remote.SILENCE", 0.2)  # by chance the tries may end soon after half a second
+    monkeypatch.setattr("storage.remote.WARN_SECONDS", 0.2)  # by chance the tries may end soon after half a second
     with pytest.raises(TimeoutError, match=r"the last: cannot connect to 127\.0\.0\.1:9$"):
-        remote("http://127.0.0.1:9/things", deadline=3).fetch(PARTS)
-    told = [record.getMessage() for record in caplog.records if record.name == "loaders"]
+        remote("http://127.0.0.1:9/things", deadline=3).read_ranges(PARTS)
+    told = [record.getMessage() for record in caplog.records if record.name == "storage.remote"]
     assert 1 <= len(told) <= 15  # for all parts together
     assert re.fullmatch(
         r"http://127\.0\.0\.1:9/things/shard\.tar bytes \d+-\d+: \d+ tries in \d s, the last: cannot connect to "
-        r"127\.0\.0\.1:9; tried again until remote\.deadline=3 s",
+        r"127\.0\.0\.1:9; retrying until remote\.deadline=3 s",
         told[0],
     )
 
@@ -117,9 +115,9 @@ def test_a_store_that_cannot_be_reached_is_told_of_while_it_is_tried(
 def test_stragglers_are_asked_for_twice(store: Store, folder: str, faulty: MakeFaulty) -> None:
     proxy = faulty(store, Faults(latency=0.5))
     hedging = remote(store.url(folder, proxy))
-    assert hedging.fetch(PARTS) == WANTED  # learns how long it takes: longer than any but the stragglers will
+    assert hedging.read_ranges(PARTS) == WANTED  # learns how long it takes: longer than any but the stragglers will
     proxy.faults = Faults(slow=0.06, slow_seconds=8, seed=1)
-    assert hedging.fetch(PARTS) == WANTED
+    assert hedging.read_ranges(PARTS) == WANTED
     assert proxy.counts()["slow"] > 0
     assert hedging.counters["hedges_won"] > 0
     assert hedging.counters["hedges"] <= 0.1 * hedging.counters["requests"] + 17
@@ -274,8 +272,8 @@ def guarded():
 def test_passwords_come_from_netrc(guarded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     url = f"http://127.0.0.1:{guarded.server_port}/things"
     monkeypatch.setenv("NETRC", str(tmp_path / "nothing"))
-    with pytest.raises(PermissionError, match=r"things/shard\.tar cannot be read: access is denied \(status 401\)"):
-        remote(url).fetch(PARTS[:1])
+    with pytest.raises(PermissionError, match=r"things/shard\.tar cannot be read: access is denied \(HTTP 401"):
+        remote(url).read_ranges(PARTS[:1])
     (tmp_path / "netrc").write_text('machine 127.0.0.1 login jane password "open sesame"\n')
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     reading = remote(url)
@@ -291,21 +289,5 @@ def test_the_proxy_of_the_environment_is_gone_through(guarded, monkeypatch: pyte
     assert set(guarded.asked) == {"http://store.test/things/shard.tar"}
     reading.close()
     with pytest.raises(OSError, match=r"elsewhere\.test/things"):
-        remote("http://elsewhere.test/things", deadline=1).fetch(PARTS[:1])
+        remote("http://elsewhere.test/things", deadline=1).read_ranges(PARTS[:1])
     assert len(guarded.asked) == 5
-
-
-def test_statuses_and_errors_that_may_pass_are_told_from_those_that_stay() -> None:
-    passing = [408, 429, 500, 502, 503, 504]
-    assert all(isinstance(failure_of_status(status), TransientError) for status in passing)
-    assert not any(isinstance(failure_of_status(status), TransientError) for status in (400, 401, 403, 404, 501))
-    assert isinstance(explain(ConnectionResetError()), TransientError)
-    assert not isinstance(explain(ValueError("x")), TransientError)
-
-
-def test_retry_after_is_seconds_or_a_date() -> None:
-
-    assert retry_after({"retry-after": "7"}) == 7
-    assert 8 < retry_after({"Retry-After": formatdate(time.time() + 10, usegmt=True)}) <= 10
-    assert retry_after({}) == 0
-    assert retry_after({"Retry-After": "soon"}) == 0

@@ -44,7 +44,8 @@ def _gather_persistent(engine: DeepSpeedEngine) -> None:
     """Gather the small parameters that ZeRO 3 keeps whole on every rank.
 
     Workaround (DeepSpeed 0.19.8, no upstream issue found): a step partitions them and gathers them at its end, which a
-    skipped step does not reach. The steps after it then fail with "tracing error".
+    skipped step does not reach; nor are they gathered after `unwrap_model_for_generation`. Until the next forward pass
+    they would be empty for their readers, such as the logged temperature.
     """
     persistent = getattr(engine.optimizer, "persistent_parameters", [])
     if persistent:

@@ -104,7 +104,7 @@ def _without_waits(config: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     zero = dict(config.get("zero_optimization", {}))
     wide = _get(config, "data_types.grad_accum_dtype") not in (None, "auto")  # then DeepSpeed insists on its own norm
     if zero.get("stage") in (1, 2) and not _offloads(config) and not wide:
-        # Two kernels a parameter, and it waits for the result; train.guard takes the norm of all of them at once.
+        # DeepSpeed launches two kernels a parameter for the norm; train.guard takes that of all of them at once.
         zero.setdefault("compute_grad_norm", False)
     if ranks.world_size == 1:  # nothing is reduced, but DeepSpeed would wait after the backward pass all the same
         zero["overlap_comm"] = False

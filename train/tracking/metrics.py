@@ -1,4 +1,4 @@
-"""What a logged step is told with: speed, waiting, memory, and how much of the device's arithmetic is used."""
+"""Speed, waiting for data, memory and MFU of the logged steps."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ class Clock:
         forward = step_flops(self._config, self._sizes[kind], self._frames[kind], batch.input_ids.shape[1])
         return FORWARD_AND_BACKWARD * forward["total"]
 
-    def figures(self, device: torch.device, world_size: int) -> dict[str, float | None]:
-        """The interval's figures; samples are those of all ranks, memory (GB) and MFU this device's."""
+    def metrics(self, device: torch.device, world_size: int) -> dict[str, float | None]:
+        """The interval's metrics; samples are those of all ranks, memory (GB) and MFU this device's."""
         seconds = max(1e-9, time.perf_counter() - self._began)
         peak = peak_flops(device)
         used = self._done / seconds / world_size / peak if peak and self._done else None

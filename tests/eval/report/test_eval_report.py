@@ -114,8 +114,8 @@ def test_the_page_is_self_contained_and_shows_every_part(run, tmp_path):
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", page)
     assert "@import" not in page
     assert "url(" not in page
-    for part in ("finetune · first", "finetune · second", "chance", "clips/005.mp4", "truncated JPEG", "masked words"):
-        assert (part in page) == (part != "masked words")
+    for part in ("finetune · first", "finetune · second", "chance", "clips/005.mp4", "truncated JPEG", "MLM"):
+        assert (part in page) == (part != "MLM")
     assert page.count("<svg") == 1  # one run, one chart of losses
     assert "correct one: rank" in page
     assert "not readable" in page  # the broken clip is the missed answer of a worst query

@@ -197,7 +197,7 @@ def test_questions_of_one_id_and_visual_are_not_taken_for_each_other(tmp_path, c
     one = write(tmp_path / "a/evaluation/x", questions(9), recorded=recorded)
     other = write(tmp_path / "b/evaluation/x", questions(9, ask="how many", right=1), recorded=recorded)
     assert compare([str(one), str(other)]) == 2
-    assert "test: the evaluations share no query, they are of different test sets" in capsys.readouterr().err
+    assert "test: the evaluations share no query: evaluate both on one corpus" in capsys.readouterr().err
     part = write(tmp_path / "c/evaluation/x", questions(5, right=1), recorded=recorded)
     assert compare([str(one), str(part), "--resamples", "9"]) == 0
     assert "test  (5 queries, left out 4 of A and 0 of B)" in capsys.readouterr().out

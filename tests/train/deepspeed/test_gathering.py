@@ -16,8 +16,8 @@ def test_evaluation_of_a_partitioned_model_equals_that_of_a_whole_one(corpora, t
         annotations = [str(shapes / f"{name}.json")]
         build_corpus(annotations, str(shapes / "media"), "video", str(tmp_path / name), size=32, fps=4, workers=1)
     zero = tmp_path / "zero3.json"
-    zero.write_text('{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}')
-    where = [f"deepspeed={zero}", "scheduler.epochs=1"]
+    zero.write_text('{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 500}}')
+    where = [f"deepspeed={zero}", "scheduler.epochs=2"]
     # 8 test items over 2 ranks, 3 at once; the ranks' numbers of layers called differ.
     temporal = ["add_temporal_embed=true", "temporal_vision_encoder.enable=true", "video_input.num_frames=2"]
     odd = ["batch_size_test={image: 3, video: 3}", "pair_batch_size=5"]
@@ -39,5 +39,5 @@ def test_evaluation_of_a_partitioned_model_equals_that_of_a_whole_one(corpora, t
     for run, other in ((tuned, "whole"), (asked, "answers")):
         final = json.loads((run / "evaluation/final/metrics.json").read_text())
         assert json.loads((tmp_path / other / "metrics.json").read_text()) == final
-        epoch = json.loads((run / "evaluation/epoch_01/metrics.json").read_text())
-        assert epoch.items() <= final.items()
+        epochs = [json.loads((run / f"evaluation/epoch_0{number}/metrics.json").read_text()) for number in (1, 2)]
+        assert any(epoch.items() <= final.items() for epoch in epochs)  # that of the best weights
