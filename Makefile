@@ -1,16 +1,16 @@
-# Everything a user or a developer runs. The targets create the virtual environment and reuse it.
-#   make demo   the whole system on a small corpus of coloured shapes, in a few minutes on a CPU
-#   make study  the paper's claim in small: one frame for what things are, four for where they go; 10 minutes
-#   make test   the tests        make test-all   also those that take minutes
-#   make packages  what some tests need of the system, with apt-get, as root: a browser, Slurm, sshd ...; without it they are left out
-#   make servers   only the object stores that the tests use
-#   make lint   style and types  make clean      removes what these targets made
+# Commands for users and developers. The targets create the virtual environment and reuse it.
+#   make demo   the whole system on a small data set of coloured shapes, in a few minutes on a CPU
+#   make study  the paper's claim in small: one frame for appearance, four for motion; 10 minutes
+#   make test   the tests        make test-all   with those that take minutes
+#   make packages  system packages of some tests, by apt-get, as root: a browser, Slurm, sshd ...; without them these tests are skipped
+#   make servers   only the object stores of the tests
+#   make lint   style and types  make clean      remove what these targets made
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 READY := $(VENV)/.ready
-# The builds of torch and DALI: cuda12 or cuda13, as the driver allows (both run without a GPU); an environment keeps its
-# own. EXTRAS can be cut, for example to cuda13 alone.
+# CUDA version of torch and DALI: cuda12 or cuda13, by the driver (both run without a GPU). An environment keeps its
+# version. EXTRAS can be reduced, for example to cuda13.
 INSTALLED := $(shell cat $(READY) 2>/dev/null)
 DALI ?= $(or $(INSTALLED),cuda13)
 ifeq ($(filter cuda12 cuda13,$(DALI)),)
@@ -26,19 +26,19 @@ DEMO ?= demo
 STUDY ?= study
 
 BIN := $(abspath $(VENV))/bin
-# S3 and GCS servers for the tests; tests/object_stores.py finds them by the variable.
+# S3 and GCS servers of the tests; tests/object_stores.py finds them by TEST_SERVERS.
 SERVERS ?= .venv-servers
 SERVERS_READY := $(SERVERS)/.ready
 export TEST_SERVERS := $(abspath $(SERVERS))
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt --constraint constraints-$(DALI).txt
 export PATH := $(BIN):$(PATH)
 
-# Programs that tests start and pip does not have. `make test` leaves out the tests whose programs are missing, and names them.
-# PROGRAM, or PROGRAM:PACKAGE where the package's name is another one; or a FILE:PACKAGE.
+# Programs of the tests that pip does not have. `make test` skips the tests whose programs are missing, and lists them.
+# PROGRAM, or PROGRAM:PACKAGE if the package has another name; or FILE:PACKAGE.
 PACKAGES := chromium pdsh ssh:openssh-client sshd:openssh-server ip:iproute2 nft:nftables munged:munge sbatch:slurm-wlm mpirun:openmpi-bin
 AS_ROOT := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
 
-# Most tests wait for processes and servers of their own: three files at a time keep two cores busy. tests/conftest.py
+# Most tests wait for their own processes and servers: three files at a time keep two cores busy. tests/conftest.py
 # orders the files.
 JOBS ?= 3
 SIDE_BY_SIDE := --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder

@@ -30,7 +30,7 @@ def fill(folder: Path, items: int) -> None:
     """Make a cache of that many items, as running processes leave it."""
     cache = DiskCache(str(folder), BUDGET)
     names = [sha256(str(number).encode()).hexdigest() for number in range(items)]
-    with cache._changing() as database:
+    with cache._transaction() as database:
         database.executemany("INSERT INTO items VALUES (?, 1, ?, NULL)", [(name, time.time()) for name in names])
     for start in {name[:2] for name in names}:
         (cache.folder / "items" / start).mkdir(exist_ok=True)

@@ -35,7 +35,7 @@ from eval.ranking import top_k_mask
 from eval.tasks.retrieval import NOT_RERANKED, Scores, score
 from model.singularity import Singularity
 from train.deepspeed.engine import DTYPES
-from train.devices import choose_kernels
+from train.job.devices import choose_kernels
 
 
 def seconds_now(device: str) -> float:

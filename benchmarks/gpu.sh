@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# Everything that is worth measuring on a machine with a GPU, in a quarter of an hour, one part after another.
-# Usage: bash benchmarks/gpu.sh [FOLDER]     draws a small Shapes corpus, then runs all parts
-#        SMALL=1 bash benchmarks/gpu.sh [FOLDER]     the same parts, tiny, on a CPU: whether they run
-#   PARTS=a           only load a (training, evaluation; needs no DALI), only load b (DALI, a run), or parts by name
-#   CORPORA=FOLDER    corpora that are packed already: FOLDER/photos, FOLDER/clips, FOLDER/vocab.txt
-#   LIMIT=900         seconds for everything; a part that no longer fits is skipped
-#   BATCH=32          where the GPU's memory is small; 128 is the default
-# Each part has a time limit of its own. One that fails or hangs does not stop the others; the exit code is then 1. What
-# checks comes first in each load, but for damaged images, for which time is kept; torch.compile comes last of all. Run
-# again, it goes on after what is done. FOLDER/NAME.txt is a part's whole output, FOLDER/results.tgz holds everything; a
-# line of JSON for each part is printed last: name, status (ok, failed, timeout, skipped), seconds, figures.
+# Checks and measures a machine with a GPU in 15 minutes, one part after another.
+# Usage: bash benchmarks/gpu.sh [FOLDER]     generates a small Shapes corpus, then runs all parts
+#        SMALL=1 bash benchmarks/gpu.sh [FOLDER]     the same parts, tiny, on a CPU, to test that they run
+#   PARTS=a           only load a (training, evaluation; without DALI), only load b (DALI, a run), or parts by name
+#   CORPORA=FOLDER    existing packed corpora: FOLDER/photos, FOLDER/clips, FOLDER/vocab.txt
+#   LIMIT=900         seconds for everything; parts that no longer fit are skipped
+#   BATCH=32          for little GPU memory; the default is 128
+# Each part has its own time limit. A part that fails or hangs does not stop the others; the exit code is then 1. Checks
+# run first in each load, except for damaged images, for which time is reserved; torch.compile runs last. Run the script
+# again to continue. FOLDER/NAME.txt has the whole output of a part, FOLDER/results.tgz everything. The last lines are
+# JSON, one for each part: name, status (ok, failed, timeout, skipped), seconds, results.
 #
-# A machine without a network needs no av and no webdataset with corpora packed elsewhere (15 MB):
+# On a machine without a network, av and webdataset are not needed with corpora packed elsewhere (15 MB):
 #   python -m sharding.build --annotations photos.json --media-root images --media-type image --limit 1000 --size 256 \
 #     --output .gpu/corpora/photos
 #   python -m sharding.shapes --output /tmp/shapes --images 8 --clips 256 --test-items 8 --size 256
 #   python -m sharding.build --annotations /tmp/shapes/clips_train.json --media-root /tmp/shapes/media \
 #     --media-type video --max-frames 4 --size 256 --output .gpu/corpora/clips
 #   python -m loaders.vocab .gpu/corpora/photos .gpu/corpora/clips --size 4000 --output .gpu/corpora/vocab.txt
-# There, in two goes (packages it lacks are unpacked into /tmp/site first: wheels and DeepSpeed, then DALI):
+# There, in two runs (first unpack missing packages into /tmp/site: wheels and DeepSpeed, then DALI):
 #   PYTHONPATH=/tmp/site CORPORA=.gpu/corpora PARTS=a LIMIT=420 bash benchmarks/gpu.sh /tmp/gpu
 #   PYTHONPATH=/tmp/site CORPORA=.gpu/corpora PARTS=b LIMIT=270 bash benchmarks/gpu.sh /tmp/gpu
 set -euo pipefail
@@ -37,9 +37,9 @@ if [ -n "${SMALL:-}" ]; then
   gallery=16 many=32 match=(--k_test 4 --repeats 1 --frames 2) run=(--batch 16 --steps 8 --k_test 4)
   host=(--steps 3) profile=("${train[@]}") compile=(--size least --warm-up 1 --steps 1)
 else
-  fault=$(env -u DS_ACCELERATOR "$python" -c 'import torch; from train.devices import gpu_fault
+  fault=$(env -u DS_ACCELERATOR "$python" -c 'import torch; from train.job.devices import gpu_fault
 print(gpu_fault()); raise SystemExit(not torch.cuda.is_available())') || {
-    echo "${fault:-PyTorch finds no GPU here}. SMALL=1 tries the same parts on a CPU." >&2
+    echo "${fault:-PyTorch finds no GPU here}. SMALL=1 runs the same parts on a CPU." >&2
     exit 2
   }
   export DS_ACCELERATOR=cuda
@@ -51,7 +51,7 @@ print(gpu_fault()); raise SystemExit(not torch.cuda.is_available())') || {
   profile=(--threads 0) compile=(--steps 20 --blocks 2)
 fi
 
-prepare() { # prepare: corpora in $corpora, drawn and packed unless they are given
+prepare() { # prepare: generate and pack corpora in $corpora, unless given
   corpora=${CORPORA:-$out/corpora}
   local name medium missing=
   if [ -n "${CORPORA:-}" ]; then
@@ -59,7 +59,7 @@ prepare() { # prepare: corpora in $corpora, drawn and packed unless they are giv
       [ -e "$corpora/$name" ] || missing="$missing $corpora/$name"
     done
     [ -z "$missing" ] && return
-    echo "CORPORA=$CORPORA lacks$missing: pack it as the top of benchmarks/gpu.sh says, or leave CORPORA out." >&2
+    echo "CORPORA=$CORPORA lacks$missing: pack it as described at the top of benchmarks/gpu.sh, or unset CORPORA." >&2
     exit 2
   fi
   step shapes "$python" -m sharding.shapes --output "$out/shapes" --images $images --clips $clips --test-items 8 \
@@ -73,11 +73,11 @@ prepare() { # prepare: corpora in $corpora, drawn and packed unless they are giv
   step vocab "$python" -m loaders.vocab "$corpora/photos" "$corpora/clips" --size 4000 --output "$corpora/vocab.txt"
 }
 
-wanted() { # wanted NAME: whether PARTS names a part or its load
+wanted() { # wanted NAME: whether PARTS contains a part or its load
   [[ $parts == *" $load "* || $parts == *" $1 "* ]]
 }
 
-part() { # part NAME SECONDS TITLE COMMAND...: run it unless it takes longer, its output into FOLDER/NAME.txt
+part() { # part NAME SECONDS TITLE COMMAND...: run it with a time limit, output in FOLDER/NAME.txt
   local name=$1 limit=$(($2 * slack)) title=$3 status=ok began=$SECONDS code=0
   shift 3
   wanted "$name" || return 0
@@ -110,7 +110,7 @@ part() { # part NAME SECONDS TITLE COMMAND...: run it unless it takes longer, it
   printf '%s\t%s\t%s\t%s\t%s\n' "$name" "$status" $((SECONDS - began)) "$title" "$*" >>"$out/parts.tsv"
 }
 
-results() { # results: the summary, the archive, a line of JSON for each part
+results() { # results: summary, archive, a line of JSON for each part
   finished "The summary: $out/summary.txt, all output: $out/results.tgz"
   "$python" benchmarks/gpu_results.py "$out"
 }
@@ -120,43 +120,43 @@ running= reserve=0
 trap '[ -z "$running" ] || kill "$running"; results; exit 130' INT TERM
 prepare
 photos=$corpora/photos videos=$corpora/clips vocab=$corpora/vocab.txt
-# Photos are few: passes over them are joined to long epochs, as large corpora have.
+# The photos are few: traversals are joined to long epochs, as in large corpora.
 training=("$python" benchmarks/training.py --json --size $size --precision $precision --tokenizer "$vocab" --passes 20)
 training+=("${train[@]}")
 evaluation=("$python" benchmarks/evaluation.py --size $size --device $device --dtype $precision "${match[@]}")
 check=("$python" benchmarks/gpu_check.py)
 
 load=a
-part versions 40 "What is installed" "${check[@]}" versions
-part losses 60 "Losses and gradients, the GPU's against the CPU's" "${check[@]}" losses --size $size
+part versions 40 "Versions" "${check[@]}" versions
+part losses 60 "Losses and gradients, GPU against CPU" "${check[@]}" losses --size $size
 part pretrain 100 "Pre-training on single frames, the loader, DeepSpeed and the model alone" \
   "${training[@]}" --corpus "$photos" --batch $batch --decode cpu
 part pretrain_large 70 "Pre-training on single frames, a large batch" \
   "${training[@]}" --corpus "$photos" --batch $large --decode cpu --ways path
-part straightforward 70 "The model against the straightforward way under autocast" \
+part straightforward 70 "The model against a straightforward implementation under autocast" \
   "$python" benchmarks/model.py --size $size --device $device --dtype $precision --trim "${model[@]}"
-part profile 70 "Where the time of a step goes, what waits for the device, cuDNN's attention" \
+part profile 70 "Profile of a step, synchronisations with the device, cuDNN attention" \
   "$python" benchmarks/gpu_profile.py --size $size --precision $precision --tokenizer "$vocab" --corpus "$photos" \
   --passes 20 --batch $batch --decode cpu --trace "$out/trace.json.gz" "${profile[@]}"
 part finetune 60 "Fine-tuning on 4 frames" \
   "${training[@]}" --corpus "$videos" --batch $few --frames 4 --decode cpu --ways path
 part evaluation 60 "Re-ranking against one query at a time" "${evaluation[@]}" --gallery $gallery
 part evaluation_large 40 "Evaluation" "${evaluation[@]}" --grow $many
-part host 60 "What a step costs the host, beside DeepSpeed's own norm" \
+part host 60 "Host time of a step, against DeepSpeed's own norm" \
   "$python" benchmarks/host_time.py --precision bf16 "${host[@]}"
 
 load=b
-# Seconds for the last part, which is a check: no measurement may take them.
+# Reserve time for the last part, which is a check.
 ! wanted damaged || [ -e "$out/steps/damaged" ] || reserve=20
-part pictures 60 "DALI's pictures against the CPU's, and while the device is busy" \
+part pictures 60 "DALI's pixels against the CPU's, also with a busy device" \
   "${check[@]}" pictures "$photos" "${pictures[@]}"
 part run 150 "A run that is stopped, resumed and evaluated" \
   "$python" benchmarks/gpu_run.py "$photos" --tokenizer "$vocab" --output "$out/run" "${run[@]}"
-part stream_dali 40 "Images a second, shards to batches, DALI" \
+part stream_dali 40 "Images/s, shards to batches, DALI" \
   "$python" -m loaders.bench "$photos" --json --decode dali "${stream[@]}"
 part pretrain_dali 70 "Pre-training on single frames, decoded by DALI" \
   "${training[@]}" --corpus "$photos" --batch $batch --decode dali --ways path
-part decoding 90 "Images a second: DALI's settings and the CPU" \
+part decoding 90 "Images/s: DALI settings and the CPU" \
   "$python" benchmarks/decoding.py "$photos" --hw-load 0 0.65 1 --fancy on off "${decoding[@]}"
 part stream_cpu 40 "The same, decoded by the CPU" \
   "$python" -m loaders.bench "$photos" --json --decode cpu "${stream[@]}"

@@ -32,10 +32,11 @@ import torch
 
 from benchmarks.decoding import LARGEST_MEAN, cpu_decoder, dali_decoder, deviation, read_clips
 from benchmarks.model import SIZES, make_batch, ours
-from loaders.decode.decoder import Decoder, usable_threads
-from loaders.decode.pixels import Clip
+from loaders.decode.choice import usable_threads
+from loaders.decode.decoder import Decoder
+from loaders.samples import Clip
 from model.singularity import Singularity
-from train.devices import choose_kernels, driver_version
+from train.job.devices import choose_kernels, driver_version
 
 PACKAGES = (
     "torch", "triton", "deepspeed", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "timm", "transformers", "numpy",

@@ -27,8 +27,8 @@ from model.singularity import Singularity
 from runtime.ranks import ranks_from_environment
 from train.config.settings import OptimizerConfig, RunConfig
 from train.deepspeed.engine import DTYPES, deepspeed_config, start_engine
-from train.devices import choose_kernels, device_for, start_processes
 from train.guard import StepGuard
+from train.job.devices import choose_kernels, device_for, start_processes
 
 NARROW = ModelConfig(
     vision_encoder=VisionConfig(width=24, heads=12, mlp_ratio=1.0),

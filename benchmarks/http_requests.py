@@ -25,7 +25,7 @@ import pycurl
 from loading_remote import nginx
 from yarl import URL
 
-from loaders.config import RemoteReads
+from storage.limits import RemoteReads
 from storage.ranges import ByteRange
 from storage.remote import RemoteStore
 

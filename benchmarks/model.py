@@ -28,10 +28,10 @@ from torch.nn import functional
 
 from model.config import ModelConfig, TextConfig, VisionConfig
 from model.flops import layer_flops, step_flops
-from model.losses import contrastive_loss, contrastive_targets, matching_loss, word_loss
-from model.singularity import Draws, Singularity
+from model.losses import contrastive_loss, contrastive_targets, matching_loss, mlm_loss
+from model.singularity import RandomChoices, Singularity
 from model.text import additive_mask
-from train.devices import choose_kernels
+from train.job.devices import choose_kernels
 from train.tracking.metrics import peak_flops
 
 SIZES = {
@@ -68,9 +68,9 @@ def make_batch(config: ModelConfig, pairs: int, frames: int, length: int, words:
 def ours(model: Singularity, batch: dict[str, torch.Tensor], given_words: bool = False) -> dict[str, torch.Tensor]:
     """A step of this model; masks tokens itself, as in training, unless masked ones are given."""
     words = (batch["masked_ids"], batch["labels"]) if given_words else (None, None)
-    draws = Draws(batch["negatives"], batch["negatives"], *words)
+    choices = RandomChoices(batch["negatives"], batch["negatives"], *words)
     inputs = [batch[name] for name in ("frames", "input_ids", "attention_mask", "idx")]
-    return model(*inputs, draws)
+    return model(*inputs, choices)
 
 
 def eager_cross_attention(core: Any, states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -113,7 +113,7 @@ def straightforward(model: Singularity, batch: dict[str, torch.Tensor], _: bool 
     return {
         "loss_itc": contrastive_loss(similarity, similarity.T, contrastive_targets(batch["idx"])),
         "loss_itm": matching_loss(model.itm_head(fused[:, 0]), has_negative),
-        "loss_mlm": word_loss(words, batch["labels"]),
+        "loss_mlm": mlm_loss(words, batch["labels"]),
     }
 
 
@@ -224,7 +224,7 @@ def straightforward_flops(config: ModelConfig, pairs: int, frames: int, length: 
     layer = layer_flops(length, text.width, text.intermediate, length)
     cross = 4 * length * text.width**2 + 4 * length * source * text.width + 4 * source * vision.width * text.width
     result["fusion"] = (text.layers - text.fusion_layer) * 4 * pairs * (layer + cross)
-    result["words"] = pairs * length * (2 * text.width**2 + 2 * text.width * text.vocab_size)
+    result["mlm"] = pairs * length * (2 * text.width**2 + 2 * text.width * text.vocab_size)
     result.pop("total")
     return result | {"total": sum(result.values())}
 

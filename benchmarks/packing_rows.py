@@ -33,7 +33,7 @@ import sharding.build
 from sharding.annotations.config import Reading
 from sharding.annotations.reading import read_rows
 from sharding.annotations.staging import stage
-from sharding.shards.parquet import read_table
+from storage.parquet import read_table
 
 REPEATS = 3
 CAPTION = "a photo with the number {} of a dog that runs along the beach in the evening"

@@ -24,13 +24,13 @@ sys.path.insert(0, str(ROOT))
 
 import cv2  # noqa: E402
 
+from runtime.process_pool import Advance, run_tasks  # noqa: E402
 from sharding.annotations.config import Reading  # noqa: E402
 from sharding.annotations.reading import read_rows  # noqa: E402
 from sharding.annotations.staging import stage  # noqa: E402
 from sharding.executors.build_shard import build_shard  # noqa: E402
-from sharding.executors.process_pool import Advance, run_tasks  # noqa: E402
 from sharding.media import video  # noqa: E402
-from sharding.shards.plan import Settings, Task, plan_shards  # noqa: E402
+from sharding.shards.plan import ShardSettings, Task, plan_shards  # noqa: E402
 from storage.web import Fetching  # noqa: E402
 
 SHARED = ROOT.parent / "shared" / "data"
@@ -83,7 +83,7 @@ def timed(way: Way, source: Path, media_type: str, workers: int) -> tuple[float,
         (folder / "a.json").write_text(json.dumps(records))
         staged = stage(read_rows([str(folder / "a.json")], Reading()), folder / "rows.sqlite", folder)
         (folder / "out").mkdir()
-        settings = Settings("x", media_type, size=128 if media_type == "image" else 224)
+        settings = ShardSettings("x", media_type, size=128 if media_type == "image" else 224)
         tasks = plan_shards(staged, settings, str(source), str(folder / "out"), folder, Fetching())
         begun = time.monotonic()
         used = way(tasks, workers)

@@ -1,4 +1,4 @@
-"""Encoded visuals on disk: they bound an evaluation's memory, and the next one with the same weights reads them."""
+"""Encoded visuals on disk: they bound an evaluation's memory, and later ones with the same weights reuse them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from runtime.collectives import barrier, gather_objects, share
+from runtime.collectives import barrier, broadcast, gather_objects
 from runtime.errors import UserError
 from runtime.ranks import Ranks
 from storage.files import temporary_path
@@ -43,8 +43,8 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Part:
-    """What one process has written: its visuals' numbers in the order of the rows, their embeddings and tokens."""
+class RankFiles:
+    """What one rank has written: its visuals' numbers in the order of the rows, their embeddings and tokens."""
 
     indices: np.ndarray
     embeddings: torch.Tensor | None
@@ -52,9 +52,9 @@ class Part:
 
 
 class CachedBlocks:
-    """Blocks of this rank's visuals, those = rank mod world size, read from disk each time they are gone through."""
+    """Blocks of this rank's visuals (those = rank mod world size), read from disk in each iteration."""
 
-    def __init__(self, parts: list[Part], batch_size: int, ranks: Ranks) -> None:
+    def __init__(self, parts: list[RankFiles], batch_size: int, ranks: Ranks) -> None:
         self._parts = parts
         self._places = {int(v): (p, row) for p, part in enumerate(parts) for row, v in enumerate(part.indices)}
         mine = sorted(visual for visual in self._places if visual % ranks.world_size == ranks.rank)
@@ -67,7 +67,7 @@ class CachedBlocks:
         return map(self.take, self._batches)
 
     def take(self, visuals: Sequence[int]) -> Block:
-        """The block of some visuals, at least one, that have been read."""
+        """The block of some visuals, at least one."""
         places = [self._places[visual] for visual in visuals]
         tokens = torch.stack([self._parts[part].tokens[row] for part, row in places])
         embeddings = [self._parts[part].embeddings for part, _ in places]
@@ -76,7 +76,7 @@ class CachedBlocks:
 
 
 def model_digest(model: nn.Module) -> str:
-    """A name for the model's numbers, in the precision they have."""
+    """A digest of the model's weights, in the precision they have."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -85,58 +85,58 @@ def model_digest(model: nn.Module) -> str:
 
 
 def entry_name(**what: Any) -> str:
-    """The name of an entry: a digest of everything that decides what the encoded visuals are."""
+    """The name of an entry: a digest of everything that the encoded visuals depend on."""
     return hashlib.sha256(json.dumps({"version": VERSION, **what}, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def read_entry(folder: Path, batch_size: int, ranks: Ranks) -> CachedBlocks | None:
-    """The blocks of a complete entry; nothing where there is none. The first rank decides for all.
+    """The blocks of a complete entry; None where there is none. The first rank decides for all.
 
-    An entry that a power cut has damaged is removed.
+    A damaged entry is removed.
     """
-    parts: list[Part] = []
+    parts: list[RankFiles] = []
     if ranks.is_first and (folder / META).is_file():
         try:
-            parts = _read_parts(folder)
+            parts = _read_ranks(folder)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            log.warning("%s is damaged (%s): it is made again", folder, error)
+            log.warning("%s is damaged (%s): it is written again", folder, error)
             shutil.rmtree(folder)
-    if not share(bool(parts), ranks.world_size):
+    if not broadcast(bool(parts), ranks.world_size):
         return None
-    return CachedBlocks(parts or _read_parts(folder), batch_size, ranks)
+    return CachedBlocks(parts or _read_ranks(folder), batch_size, ranks)
 
 
 def write_entry(folder: Path, blocks: Iterable[Block], num_visuals: int, batch_size: int, ranks: Ranks) -> CachedBlocks:
-    """Write all ranks' blocks as they come, and read them back; to be called by all ranks, on one file system.
+    """Write all ranks' blocks and read them back; called by all ranks, on one file system.
 
-    The entry appears complete or not at all. It lasts for this evaluation only, and says so in the log, where some of
-    the `num_visuals` visuals could not be read: they are tried again the next time.
+    The entry appears complete or not at all. Where some of the `num_visuals` visuals could not be read, it is not
+    kept: the next evaluation tries them again.
     """
     made = None
     if ranks.is_first:
         folder.parent.mkdir(parents=True, exist_ok=True)
         made = str(temporary_path(folder, uuid.uuid4().hex))
         os.mkdir(made)  # with usual permissions: others may use the entry
-    aside = Path(share(made, ranks.world_size))
-    if not aside.is_dir():
-        raise UserError(f"feature_cache={folder.parent}: not all processes see the same folder, give a shared one")
+    temporary = Path(broadcast(made, ranks.world_size))
+    if not temporary.is_dir():
+        raise UserError(f"feature_cache={folder.parent}: not all processes see the same folder: give a shared one")
     try:
-        _write_part(aside, ranks.rank, blocks)
-        written = sum(gather_objects(len(_read_part(aside, ranks.rank).indices), ranks.world_size))
-        parts = [_read_part(aside, number) for number in range(ranks.world_size)]
-        barrier(ranks.world_size)  # whoever has opened the files keeps them, even when they are removed
+        _write_rank(temporary, ranks.rank, blocks)
+        written = sum(gather_objects(len(_read_rank(temporary, ranks.rank).indices), ranks.world_size))
+        parts = [_read_rank(temporary, number) for number in range(ranks.world_size)]
+        barrier(ranks.world_size)  # an open file stays readable after it is removed
         if ranks.is_first and written == num_visuals and not folder.exists():
-            (aside / META).write_text(json.dumps({"version": VERSION, "parts": ranks.world_size}), encoding="utf-8")
-            aside.rename(folder)
+            (temporary / META).write_text(json.dumps({"version": VERSION, "parts": ranks.world_size}), encoding="utf-8")
+            temporary.rename(folder)
         elif ranks.is_first and written < num_visuals:
             log.warning("%d visuals could not be read: the others are not kept in %s", num_visuals - written, folder)
     finally:
         if ranks.is_first:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
     return CachedBlocks(parts, batch_size, ranks)
 
 
-def _write_part(folder: Path, number: int, blocks: Iterable[Block]) -> None:
+def _write_rank(folder: Path, number: int, blocks: Iterable[Block]) -> None:
     indices: list[int] = []
     embeddings: list[torch.Tensor] = []
     shape: list[int] = []
@@ -158,18 +158,18 @@ def _write_part(folder: Path, number: int, blocks: Iterable[Block]) -> None:
     )
 
 
-def _read_parts(folder: Path) -> list[Part]:
+def _read_ranks(folder: Path) -> list[RankFiles]:
     meta = json.loads((folder / META).read_text(encoding="utf-8"))
-    return [_read_part(folder, number) for number in range(meta["parts"])]
+    return [_read_rank(folder, number) for number in range(meta["parts"])]
 
 
-def _read_part(folder: Path, number: int) -> Part:
+def _read_rank(folder: Path, number: int) -> RankFiles:
     with np.load(folder / f"{number:04}.npz") as saved:
         indices, shape, dtype, embeddings = (saved[name] for name in ("indices", "shape", "dtype", "embeddings"))
     if not len(indices):
-        return Part(indices, None, torch.empty(0))
+        return RankFiles(indices, None, torch.empty(0))
     path, kind, size = folder / f"{number:04}.tokens", DTYPES[str(dtype)], len(indices) * int(np.prod(shape))
     if path.stat().st_size != size * kind.itemsize:
         raise ValueError(f"{path.name} has {path.stat().st_size:,} bytes instead of {size * kind.itemsize:,}")
     tokens = torch.from_file(str(path), shared=False, size=size, dtype=kind).view(len(indices), *shape.tolist())
-    return Part(indices, torch.from_numpy(embeddings) if embeddings.size else None, tokens)
+    return RankFiles(indices, torch.from_numpy(embeddings) if embeddings.size else None, tokens)

@@ -1,4 +1,4 @@
-"""Two evaluations query by query: differences of metrics with intervals, and the queries that changed the most."""
+"""Compares two evaluations query by query: differences with intervals, and the queries that changed most."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from eval.outcomes import Outcomes, bootstrap, read_outcomes, with_means
+from eval.metrics import with_means
+from eval.outcomes import Outcomes, VisualSums, bootstrap, read_outcomes, sum_by_visual
 from eval.report.evaluations import Evaluation, find_evaluations
 from eval.report.grouping import item_key, read_predictions, recorded_digest
 from runtime.errors import UserError, command
@@ -26,10 +27,10 @@ CHUNK = 1 << 22  # signs drawn at once
 
 @dataclass(frozen=True)
 class Difference:
-    """A metric of both evaluations on the queries they share, in percent, and how sure the difference is.
+    """A metric of both evaluations on the queries they share, in percent.
 
-    low, high: 95 % interval of the difference, bootstrap over visuals. p: how often exchanging the two evaluations at
-    random, visual by visual, makes a difference at least as large.
+    low, high: 95 % interval of the difference, bootstrap over visuals. p: of a permutation test, in which the two
+    evaluations are exchanged at random, visual by visual.
     """
 
     first: float
@@ -42,7 +43,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Change:
-    """A query that went otherwise: ranks from 1 (none: not ranked), or accuracies from 0 to 1."""
+    """A query with another result: ranks from 1 (none: not ranked), or accuracies from 0 to 1."""
 
     query: str
     visual: str
@@ -54,7 +55,7 @@ class Change:
 class Comparison:
     """Everything about one entry of metrics.json that both evaluations have.
 
-    shared: queries of both; only_first and only_second: those left out. better, worse: counts of queries by kind;
+    shared: queries of both; only_first, only_second: queries left out. better, worse: counts of queries by kind;
     improved, worsened: the largest changes by kind.
     """
 
@@ -72,9 +73,9 @@ class Comparison:
 def compare(
     first: Sequence[Outcomes], second: Sequence[Outcomes], resamples: int = 2000, changes: int = 5
 ) -> list[Comparison]:
-    """Compare what two evaluations share: test sets of the same items, else of one name.
+    """Compare the test sets of the same items, else of the same name, that two evaluations share.
 
-    Raises UserError when that is nothing.
+    Raises UserError where there is none.
     """
     found, refused = [], ""
     names = list(dict.fromkeys(part.metrics for part in first))
@@ -111,7 +112,7 @@ def compare(
 
 
 def _counterparts(ours: Sequence[Outcomes], second: Sequence[Outcomes]) -> list[Outcomes]:
-    """The second evaluation's outcomes of a test set by the same scores: of the same items, else of the same name."""
+    """The second evaluation's outcomes of the same test set and ranking: same items, else same name."""
     name, test_set = ours[0].metrics, ours[0].test_set
     same_items = [p for p in second if test_set and p.test_set == test_set and _ranking(p.metrics) == _ranking(name)]
     names = [part.metrics for part in same_items]
@@ -120,21 +121,21 @@ def _counterparts(ours: Sequence[Outcomes], second: Sequence[Outcomes]) -> list[
 
 
 def _ranking(metrics: str) -> str:
-    """Which scores an entry of metrics.json is made by, as its name ends."""
+    """The end of an entry's name in metrics.json that says which scores it is made from."""
     return next((end for end in ("_emb/", "/") if metrics.endswith(end)), "")
 
 
 def _unfit(pairs: Sequence[tuple[Outcomes, Outcomes]]) -> str:
-    """Why two evaluations cannot be compared; empty where they can."""
+    """The reason why two evaluations cannot be compared; empty where they can."""
     for one, other in pairs:
         same_items = not (one.test_set and other.test_set) or one.test_set == other.test_set
         if one.kind != "accuracy" and not (same_items and Counter(one.queries) == Counter(other.queries)):
             return (
-                "the evaluations rank different candidates, among which ranks mean different things: "
+                "the evaluations rank different candidates, so their ranks cannot be compared: "
                 "evaluate both on one corpus to compare them"
             )
     if not any(set(_keys(one)) & set(_keys(other)) for one, other in pairs):
-        return "the evaluations share no query, they are of different test sets: evaluate both on one corpus"
+        return "the evaluations share no query: evaluate both on one corpus"
     return ""
 
 
@@ -143,21 +144,21 @@ def _listed(outcomes: Sequence[Outcomes]) -> str:
 
 
 def _paired(first: Outcomes, second: Outcomes) -> tuple[Outcomes, Outcomes]:
-    """Both cut to the queries that they share, in the same order."""
+    """Both with only the queries that they share, in the same order."""
     keys, places = _numbered(_keys(first)), {key: i for i, key in enumerate(_numbered(_keys(second)))}
     own = [i for i, key in enumerate(keys) if key in places]
-    return _taken(first, own), _taken(second, [places[keys[i]] for i in own])
+    return _select(first, own), _select(second, [places[keys[i]] for i in own])
 
 
 def _keys(part: Outcomes) -> list[tuple[str, str]]:
-    """What tells queries apart: texts and visuals by their names, questions by their visual too."""
+    """Identifies queries: texts and visuals by their names, questions by their visual too."""
     if part.keys:
         return [(key, "") for key in part.keys]
     return list(zip(part.queries, part.visuals if part.kind == "accuracy" else [""] * len(part.queries)))
 
 
 def _numbered(queries: Sequence[tuple[str, str]]) -> list[tuple[tuple[str, str], int]]:
-    """Queries with how often each has come before: a name that comes twice means two queries."""
+    """Queries with the number of earlier ones of that name: a repeated name means another query."""
     seen: Counter[tuple[str, str]] = Counter()
     keys = []
     for query in queries:
@@ -166,14 +167,13 @@ def _numbered(queries: Sequence[tuple[str, str]]) -> list[tuple[tuple[str, str],
     return keys
 
 
-def _taken(part: Outcomes, rows: Sequence[int]) -> Outcomes:
+def _select(part: Outcomes, rows: Sequence[int]) -> Outcomes:
     types = {kind: [names[i] for i in rows] for kind, names in part.types.items()}
     queries, visuals = [part.queries[i] for i in rows], [part.visuals[i] for i in rows]
     return Outcomes(part.metrics, part.kind, queries, visuals, part.values[rows], types)
 
 
 def _differences(pairs: Sequence[tuple[Outcomes, Outcomes]], resamples: int) -> dict[str, Difference]:
-    ours = [one for one, _ in pairs]
     change = [
         {name: other.points[name] - values for name, values in one.points.items() if name in other.points}
         for one, other in pairs
@@ -181,8 +181,8 @@ def _differences(pairs: Sequence[tuple[Outcomes, Outcomes]], resamples: int) -> 
     first, second, mean = (
         _means(parts) for parts in ([one.points for one, _ in pairs], [other.points for _, other in pairs], change)
     )
-    drawn = with_means(bootstrap(ours, change, resamples))
-    exchanged = with_means(_exchanged(ours, change, resamples))
+    sums = sum_by_visual([one for one, _ in pairs], change)
+    drawn, exchanged = with_means(bootstrap(sums, resamples)), with_means(_exchanged(sums, resamples))
     return {
         name: Difference(
             first=round(float(first[name]), 2),
@@ -201,31 +201,19 @@ def _means(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return with_means({name: np.asarray(100 * np.nanmean(values)) for part in parts for name, values in part.items()})
 
 
-def _exchanged(
-    outcomes: Sequence[Outcomes], change: Sequence[Mapping[str, np.ndarray]], resamples: int
-) -> dict[str, np.ndarray]:
-    """Mean differences in percent, (resamples,) by metric, when each visual's change keeps or turns its sign."""
-    numbers: dict[str, int] = {}
-    sums: dict[str, np.ndarray] = {}
-    counts: dict[str, int] = {}
-    owners = [np.array([numbers.setdefault(v, len(numbers)) for v in part.visuals]) for part in outcomes]
-    for own, part in zip(owners, change, strict=True):
-        for name, values in part.items():
-            present = ~np.isnan(values)
-            sums[name] = np.bincount(own[present], values[present], len(numbers))
-            counts[name] = max(1, int(present.sum()))
-    totals = np.stack(list(sums.values()), 1)
-    generator, parts = np.random.default_rng(1), []
-    step = max(1, CHUNK // len(numbers))
+def _exchanged(sums: VisualSums, resamples: int) -> dict[str, np.ndarray]:
+    """Mean differences in percent, (resamples,) by metric, when the sign of each visual's change is random."""
+    generator, drawn = np.random.default_rng(1), []
+    step = max(1, CHUNK // len(sums.sums))
     for start in range(0, resamples, step):
-        signs = generator.integers(0, 2, (min(step, resamples - start), len(numbers)), dtype=np.int8)
-        parts.append((2.0 * signs - 1) @ totals)
-    result = np.concatenate(parts)
-    return {name: 100 * result[:, i] / counts[name] for i, name in enumerate(sums)}
+        signs = generator.integers(0, 2, (min(step, resamples - start), len(sums.sums)), dtype=np.int8)
+        drawn.append((2.0 * signs - 1) @ sums.sums)
+    result = 100 * np.concatenate(drawn) / np.maximum(1, sums.counts.sum(0))
+    return {name: result[:, i] for i, name in enumerate(sums.names)}
 
 
 def _gain(first: Outcomes, second: Outcomes) -> np.ndarray:
-    """By how much each query went better in the second: in accuracy, or in the logarithm of its rank."""
+    """How much better each query is in the second: in accuracy, or in the logarithm of its rank."""
     if first.kind == "accuracy":
         return second.values - first.values
     worst = 2 * max([1.0, *(float(v) for p in (first, second) for v in p.values[np.isfinite(p.values)])])
@@ -258,8 +246,8 @@ def _split(metrics: str) -> str:
     return metrics.removesuffix(_ranking(metrics))
 
 
-def with_whole_questions(outcomes: Sequence[Outcomes], evaluation: Evaluation) -> list[Outcomes]:
-    """Outcomes whose questions are called by all that is known of them, where ids alone may mean others elsewhere."""
+def with_question_keys(outcomes: Sequence[Outcomes], evaluation: Evaluation) -> list[Outcomes]:
+    """Outcomes whose questions are identified by their whole content, because ids may be reused elsewhere."""
     found = []
     for part in outcomes:
         if part.kind == "accuracy":
@@ -289,32 +277,34 @@ def as_text(names: Sequence[str], comparisons: Sequence[Comparison]) -> str:
             lines.append(f"  {kind.replace('_', ' ')}: B is better for {one.better[kind]}, worse for {one.worse[kind]}")
             for word, changes in (("better", one.improved[kind]), ("worse", one.worsened[kind])):
                 lines += [
-                    f"    {word}: {_told(c.first)} -> {_told(c.second)}  {c.query}  [{c.visual}]" for c in changes
+                    f"    {word}: {_format(c.first)} -> {_format(c.second)}  {c.query}  [{c.visual}]" for c in changes
                 ]
     return "\n".join(lines)
 
 
-def _told(value: float | None) -> str:
+def _format(value: float | None) -> str:
     return "not ranked" if value is None else f"{value:g}"
 
 
 @command()
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: two evaluations of the same test sets."""
+    """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m eval.compare", description=__doc__)
     parser.add_argument("first", metavar="RUN_A", help="a run (its newest evaluation), evaluation or outcomes.parquet")
-    parser.add_argument("second", metavar="RUN_B", help="likewise; differences are RUN_B minus RUN_A")
+    parser.add_argument("second", metavar="RUN_B", help="the same forms; differences are RUN_B minus RUN_A")
     parser.add_argument(
-        "--resamples", type=int, default=2000, metavar="N", help="draws of intervals and p (%(default)s)"
+        "--resamples", type=int, default=2000, metavar="N", help="resamples for intervals and p (default: %(default)s)"
     )
-    parser.add_argument("--changes", type=int, default=5, metavar="N", help="queries listed of each kind (%(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="write the comparison there as well")
+    parser.add_argument(
+        "--changes", type=int, default=5, metavar="N", help="changed queries listed of each kind (default: %(default)s)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write the comparison to this file")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     (first, ours, one), (second, theirs, other) = load(options.first), load(options.second)
     digests = {part.metrics: part.test_set for part in theirs if part.kind == "accuracy"}
     if one and other and any(digests.get(part.metrics, part.test_set) != part.test_set for part in ours):
-        ours, theirs = with_whole_questions(ours, one), with_whole_questions(theirs, other)
+        ours, theirs = with_question_keys(ours, one), with_question_keys(theirs, other)
     found = compare(ours, theirs, max(1, options.resamples), max(0, options.changes))
     if options.json:
         content: dict[str, Any] = {"first": first, "second": second, "comparisons": [asdict(one) for one in found]}

@@ -38,7 +38,7 @@ class EvalConfig:
     eval_num_frames: list[int] = evaluation(list, "several evaluations, each with this many frames of a clip")
     answer_list: str | None = evaluation(None, "qa: path or URL of a JSON list of the candidate answers")
     accuracy: str = evaluation("exact", "qa: exact match, or soft accuracy as the official tool", choices=ACCURACIES)
-    benchmark: str | None = free(None, "whose published numbers the report shows: a name of eval/published.json")
+    benchmark: str | None = free(None, "whose published numbers the report shows: a name of eval/report/published.json")
     save_scores: bool = free(False, "write scores.npz after each epoch too, not only at the end")
     gallery: int = free(8, "best, worst and random queries shown in the report, each")
     gallery_frames: int = free(4, "frames shown of a clip in the report")
@@ -49,7 +49,7 @@ class EvalConfig:
         if self.benchmark is not None and self.benchmark not in benchmarks():
             near = nearest(self.benchmark, benchmarks()) or benchmarks()
             raise UserError(
-                f"benchmark is {self.benchmark!r}, of which nothing is published: {', '.join(near)}, or null"
+                f"benchmark is {self.benchmark!r}, which has no published numbers: set {', '.join(near)}, or null"
             )
         if any(frames < 1 for frames in self.eval_num_frames):
             raise UserError(f"eval_num_frames is {self.eval_num_frames}: each must be at least 1")

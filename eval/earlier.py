@@ -1,4 +1,4 @@
-"""Keeps an evaluation from replacing another one, with other results, in the same folder."""
+"""Refuses to replace an evaluation folder by an evaluation that differs."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from eval.outputs import Subject, recorded_settings
 from eval.report.evaluations import FORMAT_VERSION
 from runtime.errors import UserError
 
-TOLD = 3  # differences
+MAX_LISTED = 3  # differences
 
-# Settings that change no result, or what else is compared holds.
+# Settings that change no result, or that are compared otherwise.
 WITHOUT_EFFECT = {
     "eval_offload", "feature_cache", "batch_size_test", "pair_batch_size", "eval_num_frames", "benchmark", "gallery",
     "gallery_frames", "save_scores",
@@ -33,9 +33,9 @@ class SplitInput:
 
 
 def check_replaceable(folder: Path, subject: Subject, config: EvalConfig, splits: Mapping[str, SplitInput]) -> None:
-    """Raise UserError where `folder` holds results that evaluating `splits` would not give again.
+    """Raise UserError where `folder` holds results of other weights, corpora or settings.
 
-    What cannot be read, or is of another version, is no hindrance.
+    A folder that cannot be read, or of another version, may be replaced.
     """
     try:
         earlier = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
@@ -43,40 +43,45 @@ def check_replaceable(folder: Path, subject: Subject, config: EvalConfig, splits
             return
     except (OSError, ValueError, KeyError, TypeError):
         return
-    differences = [*_of_weights(earlier, subject), *_of_splits(earlier, splits), *_of_settings(earlier, config)]
+    differences = [
+        *_weights_differ(earlier, subject),
+        *_splits_differ(earlier, splits),
+        *_settings_differ(earlier, config),
+    ]
     if differences:
+        listed = "; ".join(differences[:MAX_LISTED])
         raise UserError(
-            f"{folder} holds another evaluation, which this one would replace ({'; '.join(differences[:TOLD])}): give "
-            "this one a name of its own, label=NAME, or another output_dir"
+            f"{folder} holds another evaluation, which this one would replace ({listed}): choose another name with "
+            "label=NAME, or another output_dir"
         )
 
 
-def _of_weights(earlier: Mapping[str, Any], subject: Subject) -> Iterator[str]:
+def _weights_differ(earlier: Mapping[str, Any], subject: Subject) -> Iterator[str]:
     there, here = earlier.get("checkpoint", ""), subject.checkpoint
     if earlier.get("weights") and subject.weights:
         if earlier["weights"] != subject.weights:
-            yield f"checkpoint {there} then, {here} now" if there != here else f"{here} had other weights then"
+            yield f"checkpoint was {there}, is {here}" if there != here else f"the weights of {here} have changed"
     elif there != here:
-        yield f"checkpoint {there or 'of the training itself'} then, {here} now"
+        yield f"checkpoint was {there or 'the training itself'}, is {here}"
 
 
-def _of_splits(earlier: Mapping[str, Any], splits: Mapping[str, SplitInput]) -> Iterator[str]:
+def _splits_differ(earlier: Mapping[str, Any], splits: Mapping[str, SplitInput]) -> Iterator[str]:
     for name, details in earlier["splits"].items():
         if name not in splits:
-            yield f"it has the split {name} too"
+            yield f"it also has the split {name}"
             continue
         given, corpus = splits[name], details.get("corpus")
         if corpus is not None and corpus["sha256"] != given.sha256:
             moved = corpus["url"] != given.url
-            yield f"{name} was {corpus['url']} then, {given.url} now" if moved else f"{given.url} held other data then"
+            yield f"{name} was {corpus['url']}, is {given.url}" if moved else f"the data of {given.url} have changed"
         elif corpus is None and details["num_visuals"] != given.samples:
-            yield f"{name} had {details['num_visuals']:,} samples then, {given.samples:,} now"
+            yield f"{name} had {details['num_visuals']:,} samples, has {given.samples:,}"
         if details["num_frames"] != given.num_frames:
-            yield f"{details['num_frames']} test frames then, {given.num_frames} now"
+            yield f"test frames were {details['num_frames']}, are {given.num_frames}"
 
 
-def _of_settings(earlier: Mapping[str, Any], config: EvalConfig) -> Iterator[str]:
+def _settings_differ(earlier: Mapping[str, Any], config: EvalConfig) -> Iterator[str]:
     here = json.loads(json.dumps(recorded_settings(config)))
     for key, value in earlier["settings"].items():
         if key not in WITHOUT_EFFECT and key in here and here[key] != value:
-            yield f"{key} {value} then, {here[key]} now"
+            yield f"{key} was {value}, is {here[key]}"

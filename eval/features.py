@@ -1,4 +1,4 @@
-"""Encodes a test set's visuals and texts, each once over all ranks."""
+"""Encodes a test set's visuals and texts, each on one rank."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from loaders.evaluation import VisualSet
 from model.encoders import Encoders
 from model.singularity import Singularity
 from runtime.activity import progress
-from runtime.collectives import gather_objects, gather_rows, share
+from runtime.collectives import broadcast, gather_objects, gather_rows
 from runtime.ranks import ALONE, Ranks
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class VisualFeatures:
 class TextFeatures:
     """All M texts, cut to the longest: attended (M, Lt, D), mask (M, Lt), embeddings (M, E) float32.
 
-    attended: what matching does with a text before it sees a visual.
+    attended: hidden states of the text layers of the cross-encoder, before any visual.
     """
 
     attended: torch.Tensor
@@ -129,7 +129,7 @@ def visual_blocks(
         return fresh
     loader, mode = dataset.config, config.eval_frame_ensemble
     name = entry_name(
-        model=share(model_digest(model) if ranks.is_first else None, ranks.world_size),
+        model=broadcast(model_digest(model) if ranks.is_first else None, ranks.world_size),
         corpus=dataset.digest,
         num_frames=1 if dataset.media_type == "image" else num_frames,
         frames="concat" if mode == "concat" else "each",
@@ -142,7 +142,7 @@ def visual_blocks(
     batch_size = getattr(config.batch_size_test, dataset.media_type)
     found = read_entry(folder, batch_size, ranks)
     if found is not None:
-        log.info("Visuals of %s come from %s", dataset.name, folder)
+        log.info("Read the encoded visuals of %s from %s", dataset.name, folder)
         return found
     return write_entry(folder, fresh, dataset.num_visuals, batch_size, ranks)
 
@@ -150,7 +150,7 @@ def visual_blocks(
 def collect_visuals(
     model: Singularity, blocks: Iterable[Block], num_visuals: int, config: EvalConfig, ranks: Ranks = ALONE
 ) -> VisualFeatures:
-    """Keep this rank's visuals, on the device or in host memory unless they lie on disk; gather all embeddings."""
+    """Keep this rank's visuals on the device, in host memory or on disk; gather all embeddings."""
     device = model.temp.device
     if not isinstance(blocks, CachedBlocks):
         blocks = [replace(b, tokens=b.tokens.cpu() if config.eval_offload else b.tokens) for b in blocks]
@@ -170,7 +170,7 @@ def collect_visuals(
 def encode_texts(
     model: Singularity, input_ids: torch.Tensor, attention_mask: torch.Tensor, ranks: Ranks = ALONE
 ) -> TextFeatures:
-    """Encode texts (M, Lt), each on one rank, and gather them on all."""
+    """Encode texts (M, Lt), each on one rank; the result is gathered on all."""
     device = model.temp.device
     lengths = attention_mask.sum(1)
     longest = max(1, int(lengths.max())) if len(lengths) else 1
@@ -180,7 +180,7 @@ def encode_texts(
     for rows in _slices(first, last, TEXT_BATCH) if last > first else [slice(0, 1)]:
         progress(f"encoding texts, {rows.start - first} of {last - first} done")
         states, pooled = model.encode_text(ids[rows], mask[rows])
-        own = slice(0, last - first)  # nothing of what a rank without texts encodes, to learn the shapes
+        own = slice(0, last - first)  # a rank without texts encodes one only to know the shapes
         attended.append(model.text_encoder.attend_texts(states, mask[rows])[own])
         embeddings.append(model.project_text(pooled).float()[own])
     return TextFeatures(

@@ -1,10 +1,11 @@
-"""Retrieval metrics of score matrices: recall in both directions, ties, and the level of chance."""
+"""Retrieval metrics of score matrices: recall in both directions, ties, and chance level."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
+from typing import Any
 
 import numpy as np
 
@@ -50,7 +51,7 @@ def true_ranks(scores: np.ndarray, truth: Truth) -> TrueRanks:
     """Rank of the best true item of each query that has one.
 
     scores (Q, G): a row a query, a column an item of the gallery; -inf marks what was never scored and cannot be
-    found. truth: the true columns of each row; rows without any are no queries and left out.
+    found. truth: the true columns of each row; rows without any are left out.
 
     Raises:
         ValueError: scores and truth have different numbers of rows, or scores hold NaN.
@@ -98,7 +99,7 @@ def retrieval_metrics(
 
 
 def chance_metrics(texts_of_visual: Truth, visuals_of_text: Truth) -> dict[str, float]:
-    """What ranking at random is expected to reach, under the names of `retrieval_metrics`."""
+    """The expected metrics of a random ranking, under the names of `retrieval_metrics`."""
     num_visuals, num_texts = len(texts_of_visual), len(visuals_of_text)
     return _named(_chance(texts_of_visual, num_texts), _chance(visuals_of_text, num_visuals))
 
@@ -121,7 +122,17 @@ def _chance(truth: Truth, gallery: int) -> list[float]:
 def _named(texts: list[float], visuals: list[float]) -> dict[str, float]:
     values: dict[str, float] = {}
     for prefix, recalls in (("txt", texts), ("img", visuals)):
-        values |= {f"{prefix}_r{k}": recall for k, recall in zip(RECALL_AT, recalls)}
-        values[f"{prefix}_r_mean"] = sum(recalls) / len(recalls)
-    values["r_mean"] = (values["txt_r_mean"] + values["img_r_mean"]) / 2
+        values = with_means(values | {f"{prefix}_r{k}": recall for k, recall in zip(RECALL_AT, recalls)})
     return {name: round(value, 2) for name, value in values.items()}
+
+
+def with_means(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Recalls completed by their means under the official names; other metrics as they are."""
+    result = dict(values)
+    for prefix in ("txt", "img"):
+        recalls = [values[name] for name in (f"{prefix}_r{k}" for k in RECALL_AT) if name in values]
+        if recalls:
+            result[f"{prefix}_r_mean"] = sum(recalls) / len(recalls)
+    if "txt_r_mean" in result and "img_r_mean" in result:
+        result["r_mean"] = (result["txt_r_mean"] + result["img_r_mean"]) / 2
+    return result

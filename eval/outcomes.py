@@ -1,4 +1,4 @@
-"""How each single query went: the table that metrics' uncertainty and comparisons of two runs are made from."""
+"""The outcome of each query, from which confidence intervals and comparisons of two runs are computed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from eval.metrics import NOT_RANKED, RECALL_AT
+from eval.metrics import NOT_RANKED, RECALL_AT, with_means
 from runtime.activity import progress
 from runtime.errors import MissingError, UserError
-from sharding.shards.parquet import read_table
+from storage.parquet import read_table
 
 TYPES = ("question_type", "answer_type")
 PREFIXES = {"text_to_visual": "img", "visual_to_text": "txt"}
@@ -23,7 +23,7 @@ SCHEMA = pa.schema(
         ("metrics", pa.string()),  # the entry of metrics.json that the query counts for
         ("kind", pa.string()),  # text_to_visual | visual_to_text | accuracy
         ("query", pa.string()),  # the text, the visual's name or the question's id
-        ("visual", pa.string()),  # queries about the same visual are no independent evidence
+        ("visual", pa.string()),  # queries about the same visual are not independent
         ("question_type", pa.string()),  # where it has one
         ("answer_type", pa.string()),
         ("rank", pa.int64()),  # of the best true item, from 1; null where it was not ranked
@@ -38,8 +38,8 @@ class Outcomes:
 
     values (Q,): ranks from 1, infinity where the true item was not ranked; or accuracies from 0 to 1 where `kind` is
     "accuracy". queries, visuals: Q texts each; types: Q texts, empty where unknown, for each of TYPES that there is.
-    test_set: a digest of the evaluated items, empty where unknown. keys: Q texts that tell queries apart, where their
-    names are not enough.
+    test_set: a digest of the evaluated items, empty where unknown. keys: Q texts that identify queries, where their
+    names are not unique.
     """
 
     metrics: str
@@ -53,9 +53,9 @@ class Outcomes:
 
     @cached_property
     def points(self) -> dict[str, np.ndarray]:
-        """What each query contributes to each metric, (Q,) float64 by the metric's name; their means are the metric.
+        """Each query's value of each metric, (Q,) float64 by the metric's name; the mean is the metric.
 
-        Queries that a metric does not look at hold NaN.
+        NaN where a metric does not cover a query.
         """
         if self.kind != "accuracy":
             prefix = PREFIXES[self.kind]
@@ -96,13 +96,13 @@ def write_outcomes(path: Path, outcomes: Sequence[Outcomes]) -> None:
 
 
 def read_outcomes(path: Path) -> list[Outcomes]:
-    """What `write_outcomes` wrote. Raises FileNotFoundError, or ValueError when it is no such table."""
+    """What `write_outcomes` wrote. Raises FileNotFoundError, or ValueError for another table."""
     if not path.is_file():
         raise MissingError(f"{path} does not exist: evaluate again with launch/evaluate.py")
     try:
         table = read_table(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no table of outcomes ({error}): evaluate again") from None
+        raise UserError(f"{path} is not a table of outcomes ({error}): evaluate again") from None
     if not table.schema.equals(SCHEMA):
         raise UserError(f"{path} has other columns than a table of outcomes: evaluate again")
     found = []
@@ -119,12 +119,12 @@ def read_outcomes(path: Path) -> list[Outcomes]:
 def intervals(outcomes: Sequence[Outcomes], resamples: int = 1000) -> dict[str, dict[str, tuple[float, float]]]:
     """95 % intervals in percent of every metric, {"SPLIT/": {"img_r1": (low, high), ...}}.
 
-    Bootstrap over visuals: what is asked about the same visual is drawn together.
+    Bootstrap over visuals: all queries about a visual are drawn together.
     """
     found: dict[str, dict[str, tuple[float, float]]] = {}
     for name in dict.fromkeys(part.metrics for part in outcomes):
         own = [part for part in outcomes if part.metrics == name]
-        drawn = with_means(bootstrap(own, [part.points for part in own], resamples))
+        drawn = with_means(bootstrap(sum_by_visual(own, [part.points for part in own]), resamples))
         found[name] = {
             metric: (round(float(low), 2), round(float(high), 2))
             for metric, (low, high) in ((m, np.percentile(v, [2.5, 97.5])) for m, v in drawn.items())
@@ -132,46 +132,46 @@ def intervals(outcomes: Sequence[Outcomes], resamples: int = 1000) -> dict[str, 
     return found
 
 
-def bootstrap(
-    outcomes: Sequence[Outcomes], points: Sequence[Mapping[str, np.ndarray]], resamples: int
-) -> dict[str, np.ndarray]:
-    """Means in percent, (resamples,) by metric, of points that are drawn visual by visual with replacement.
+@dataclass(frozen=True)
+class VisualSums:
+    """Points summed by visual: sums (V, K) and counts (V, K) of V visuals and K metrics, named in `names`."""
 
-    points: for each of `outcomes` what its queries contribute to each metric, (Q,), NaN where nothing. The same
-    visuals are drawn for all metrics, and the same ones each time.
+    names: list[str]
+    sums: np.ndarray
+    counts: np.ndarray
+
+
+def sum_by_visual(outcomes: Sequence[Outcomes], points: Sequence[Mapping[str, np.ndarray]]) -> VisualSums:
+    """Sum what queries contribute to each metric, visual by visual.
+
+    points: for each of `outcomes` what its queries contribute to each metric, (Q,), NaN where nothing.
     """
     numbers: dict[str, int] = {}
     owners = [
         np.array([numbers.setdefault(visual, len(numbers)) for visual in part.visuals], dtype=np.int64)
         for part in outcomes
     ]
-    sums, counts, names = [], [], []
+    names, sums, counts = [], [], []
     for own, part in zip(owners, points, strict=True):
         for metric, values in part.items():
             present = ~np.isnan(values)
             names.append(metric)
             sums.append(np.bincount(own[present], values[present], len(numbers)))
-            counts.append(np.bincount(own[present], minlength=len(numbers)))
-    if not numbers:
-        return {name: np.zeros(resamples) for name in names}
+            counts.append(np.bincount(own[present], minlength=len(numbers)).astype(np.float64))
+    return VisualSums(names, np.stack(sums, 1), np.stack(counts, 1))
+
+
+def bootstrap(sums: VisualSums, resamples: int) -> dict[str, np.ndarray]:
+    """Means in percent, (resamples,) by metric, of visuals drawn with replacement.
+
+    The same visuals are drawn for all metrics, and the same ones each time.
+    """
     generator = np.random.default_rng(0)
-    result = np.empty((resamples, len(names)))
-    top, bottom = np.stack(sums, 1), np.stack(counts, 1).astype(np.float64)
-    for number in range(resamples):
+    result = np.zeros((resamples, len(sums.names)))
+    visuals = len(sums.sums)
+    for number in range(resamples if visuals else 0):
         progress(f"confidence intervals, resample {number} of {resamples}")
-        weights = np.bincount(generator.integers(len(numbers), size=len(numbers)), minlength=len(numbers))
-        total = weights @ bottom
-        result[number] = 100 * (weights @ top) / np.where(total == 0, 1, total)
-    return {name: result[:, i] for i, name in enumerate(names)}
-
-
-def with_means(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Recalls completed by their means under the official names; other metrics as they are."""
-    result = dict(values)
-    for prefix in PREFIXES.values():
-        recalls = [values[name] for name in (f"{prefix}_r{k}" for k in RECALL_AT) if name in values]
-        if recalls:
-            result[f"{prefix}_r_mean"] = np.mean(recalls, axis=0)
-    if "txt_r_mean" in result and "img_r_mean" in result:
-        result["r_mean"] = (result["txt_r_mean"] + result["img_r_mean"]) / 2
-    return result
+        weights = np.bincount(generator.integers(visuals, size=visuals), minlength=visuals)
+        total = weights @ sums.counts
+        result[number] = 100 * (weights @ sums.sums) / np.where(total == 0, 1, total)
+    return {name: result[:, i] for i, name in enumerate(sums.names)}

@@ -1,4 +1,4 @@
-"""Writes an evaluation's folder: metrics, outcomes, scores, predictions, and what the report shows."""
+"""Writes an evaluation's folder: metrics, outcomes, scores, predictions, and the report."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from runtime.activity import progress
 from runtime.units import data_size
 from storage.files import atomic_folder
 
-SEEN = ("image_res", "antialias", "paragraph", "max_txt_l", "max_q_len", "max_a_len", "precision")
+MODEL_INPUT = ("image_res", "antialias", "paragraph", "max_txt_l", "max_q_len", "max_a_len", "precision")
 
 
 @dataclass(frozen=True)
 class SplitOutput:
     """What is written of one test set.
 
-    metrics: entries of metrics.json. details: what else the report says. predictions: for people and programs;
-    submission: what the benchmark's own evaluation takes. matrices: of scores, float32. gallery: examples for the
+    metrics: entries of metrics.json. details: of evaluation.json. predictions: of predictions.json;
+    submission: in the benchmark's own format. matrices: of scores, float32. gallery: examples for the
     report, with `pictures` as JPEG bytes by name.
     """
 
@@ -49,8 +49,8 @@ class SplitOutput:
 class Subject:
     """What was evaluated: the evaluation's name in reports (by default run and label), and the weights.
 
-    checkpoint: what the user calls them; weights: a digest of them, empty where nobody has made it.
-    zero_shot: whether the weights were never trained for the task; temporal: whether they relate frames in time.
+    checkpoint: their name as given; weights: a digest of them, empty where unknown.
+    zero_shot: the weights were not fine-tuned; temporal: the model has a temporal encoder.
     """
 
     title: str = ""
@@ -77,15 +77,15 @@ def write_evaluation(
     - outcomes.parquet: how each query went, see `eval.outcomes`
     - scores.npz, unless save_scores is off: of retrieval SPLIT/i2t_x, SPLIT/t2i_x, SPLIT/i2t_emb (its transpose is
       t2i_emb), float32
-    - predictions.json: what was found for each query; submission/SPLIT.json: as the benchmark takes it
+    - predictions.json: the results of each query; submission/SPLIT.json: in the benchmark's format
     - gallery.json and thumbnails/: examples for the report, with pictures
     - report.html
     """
     folder = Path(folder)
     matrices = {f"{split.name}/{key}": each for split in splits for key, each in split.matrices.items()}
-    with atomic_folder(folder) as temporary, ThreadPoolExecutor(1) as beside:
+    with atomic_folder(folder) as temporary, ThreadPoolExecutor(1) as writer:
         (temporary / "thumbnails").mkdir()
-        saved = beside.submit(_write_scores, temporary / "scores.npz", matrices) if matrices and save_scores else None
+        saved = writer.submit(_write_scores, temporary / "scores.npz", matrices) if matrices and save_scores else None
         _write_results(temporary, splits, config, subject)
         if saved is not None:
             _wait_for(saved, temporary / "scores.npz")
@@ -105,7 +105,7 @@ def _wait_for(saved: Future[None], path: Path) -> None:
 
 
 def _write_scores(path: Path, matrices: Mapping[str, np.ndarray]) -> None:
-    """An .npz, quickly: re-ranked scores are mostly one value and compressed, similarities would gain nothing."""
+    """Write an .npz; re-ranked scores, mostly one value, are compressed, similarities would not shrink."""
     plain = {name: matrix for name, matrix in matrices.items() if name.endswith("_emb")}
     packed = {name: matrix for name, matrix in matrices.items() if name not in plain}
     for compression, chosen in ((zipfile.ZIP_STORED, plain), (zipfile.ZIP_DEFLATED, packed)):
@@ -115,19 +115,19 @@ def _write_scores(path: Path, matrices: Mapping[str, np.ndarray]) -> None:
                     np.lib.format.write_array(file, matrix)
 
 
-def _write_results(aside: Path, splits: Sequence[SplitOutput], config: EvalConfig, subject: Subject) -> None:
+def _write_results(temporary: Path, splits: Sequence[SplitOutput], config: EvalConfig, subject: Subject) -> None:
     outcomes = [part for split in splits for part in split.outcomes]
-    write_json(aside / "metrics.json", {name: row for split in splits for name, row in split.metrics.items()})
-    write_json(aside / "evaluation.json", _details(splits, outcomes, config, subject))
-    write_outcomes(aside / "outcomes.parquet", outcomes)
-    write_json(aside / "predictions.json", {split.name: split.predictions for split in splits})
+    write_json(temporary / "metrics.json", {name: row for split in splits for name, row in split.metrics.items()})
+    write_json(temporary / "evaluation.json", _details(splits, outcomes, config, subject))
+    write_outcomes(temporary / "outcomes.parquet", outcomes)
+    write_json(temporary / "predictions.json", {split.name: split.predictions for split in splits})
     for split in splits:
         if split.submission is not None:
-            (aside / "submission").mkdir(exist_ok=True)
-            write_json(aside / "submission" / f"{split.name}.json", split.submission)
+            (temporary / "submission").mkdir(exist_ok=True)
+            write_json(temporary / "submission" / f"{split.name}.json", split.submission)
         for name, picture in split.pictures.items():
-            (aside / "thumbnails" / name).write_bytes(picture)
-    write_json(aside / "gallery.json", {split.name: split.gallery for split in splits})
+            (temporary / "thumbnails" / name).write_bytes(picture)
+    write_json(temporary / "gallery.json", {split.name: split.gallery for split in splits})
 
 
 def _details(
@@ -146,9 +146,9 @@ def _details(
 
 
 def recorded_settings(config: EvalConfig) -> dict[str, Any]:
-    """The settings that evaluation.json keeps: those of evaluation, and of a whole run those of what the model sees."""
+    """The settings that evaluation.json keeps: those of evaluation and of the model's input."""
     values = asdict(config)
-    kept = {key: value for key, value in values.items() if key in EvalConfig.__dataclass_fields__ or key in SEEN}
+    kept = {key: value for key, value in values.items() if key in EvalConfig.__dataclass_fields__ or key in MODEL_INPUT}
     if "video_input" in values:
         kept["sample_type_test"] = values["video_input"]["sample_type_test"]
     return kept

@@ -1,4 +1,4 @@
-"""Which items lead a row of scores: top-k choice and order, ties by index."""
+"""Top-k of rows of scores, ties by index."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def top_k_mask(scores: np.ndarray, k: int) -> np.ndarray:
         return mask
     for block in row_blocks(*scores.shape):
         rows = scores[block]
-        # Negated: the k-th from the end takes 20 times as long where most scores are equal, as after re-ranking.
+        # Negated, because np.partition from the end is 20x slower where most scores are equal, as after re-ranking.
         threshold = -np.partition(-rows, k - 1, axis=1)[:, k - 1, None]
         above, equal = rows > threshold, rows == threshold
         vacant = k - above.sum(1, keepdims=True)

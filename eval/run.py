@@ -69,7 +69,7 @@ def evaluate_splits(
 ) -> Metrics:
     """Evaluate `splits` of `run.test_corpus` on all ranks; the first one writes `folder` and logs the table.
 
-    subject: what reports say of the model. num_frames: of a clip, by default `video_input.num_frames_test`.
+    subject: the model in reports. num_frames: of a clip, by default `video_input.num_frames_test`.
     save_scores: whether scores.npz is written, gigabytes for a large test set.
     Returns the metrics, {"SPLIT/": {...}, "SPLIT_emb/": {...}} or {"SPLIT": {...}}, on all ranks.
     """
@@ -98,7 +98,7 @@ def evaluate_splits(
 
 
 def split_inputs(run: EvalRunConfig, num_frames: int | None = None) -> dict[str, SplitInput]:
-    """What the splits to evaluate are, by their names."""
+    """Corpus, size and frames of the splits to evaluate, by name."""
     found = {}
     for name, url in run.test_urls().items():
         corpus = describe(url, run)
@@ -112,7 +112,7 @@ def _frames(media_type: str, run: EvalRunConfig, num_frames: int | None) -> int:
 
 
 def subject_of(model: Model, checkpoint: str = "", weights: str = "") -> Subject:
-    """What reports say of a model. Only pre-training leaves an MLM head: with one, the model was not fine-tuned."""
+    """The model in reports. Only pre-trained models have an MLM head: with one, it was not fine-tuned."""
     return Subject(
         checkpoint=checkpoint,
         weights=weights,
@@ -124,7 +124,7 @@ def subject_of(model: Model, checkpoint: str = "", weights: str = "") -> Subject
 def evaluation_label(run: EvalRunConfig, num_frames: int | None = None) -> str:
     """The name of an evaluation's folder: as set, or made of frames and ensemble.
 
-    num_frames: where several evaluations differ by it; it then belongs to any name.
+    num_frames: given where several evaluations differ by it; then it is part of any name.
     """
     frames = num_frames or run.video_input.num_frames_test
     count = f"{frames}_frame{'s' if frames > 1 else ''}"

@@ -1,4 +1,4 @@
-"""What all entry points share: the command line, logging, and mistakes told once, in one line."""
+"""What all entry points share: the command line, logging, and errors shown once, in one line."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import NoReturn
 
-from runtime.errors import USER_ERROR, UserError, user_message
+from runtime.errors import ROOMS, USER_ERROR, UserError, user_message
 from runtime.ranks import Ranks, ranks_from_environment
 from train.config.files import Settings, load_settings
-from train.interrupted import LostRankError, Stopped
+from train.job.interrupted import LostRankError, TrainingInterrupted
 
 log = logging.getLogger("launch")
 
-ROOMS = ("launch", "train", "eval", "loaders", "model", "sharding")
-NOISY = ("huggingface_hub", "transformers", "timm")  # they tell again, at length, what our own messages say
+NOISY = ("huggingface_hub", "transformers", "timm")  # they repeat, at length, what our own messages say
 
-OTHERS_WAIT = 10.0  # seconds in which a rank leaves it to the first one to tell what is wrong
+OTHERS_WAIT = 10.0  # seconds in which other ranks let rank 0 report an error
 
 _kept = MemoryHandler(100_000, flushLevel=logging.CRITICAL + 1)
 
@@ -38,15 +37,15 @@ start it with
   many nodes           sbatch {folder}/slurm/*.sbatch ..., deepspeed --hostfile, ...: docs/launching.md
 
 settings are those of the YAML, as dotted keys: optimizer.lr=1e-5 batch_size.image=64 "splits=[val,test]"
-docs/training.md lists them all."""
+docs/settings.md lists them all."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """Tells mistakes as everything else here does."""
+    """Reports errors of the command line like all others."""
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError."""
-        raise UserError(f"{message}; `python {self.prog} --help` tells how to start it")
+        raise UserError(f"{message}; see `python {self.prog} --help`")
 
 
 def parse(script: str, description: str) -> argparse.Namespace:
@@ -69,10 +68,10 @@ def parse(script: str, description: str) -> argparse.Namespace:
 
 
 def run(script: str, description: str, body: Callable[[Settings, Ranks], None], logs: str = "") -> NoReturn:
-    """Run an entry point and end the process: 0 done, 2 a mistake of the user's, 128 + signal stopped by it, 1 a bug.
+    """Run an entry point and exit: 0 done, 2 an error of the user, 128 + signal stopped by it, 1 a bug.
 
-    body: imports what it needs itself, so that mistakes in the settings show before PyTorch is there. logs: the folder
-    below output_dir whose log a failure belongs to.
+    body: imports what it needs itself, so that errors in the settings show before PyTorch is loaded. logs: the folder
+    below output_dir with the log of a failure.
     """
     ranks, folder = Ranks(), None
     try:
@@ -85,9 +84,9 @@ def run(script: str, description: str, body: Callable[[Settings, Ranks], None], 
         count = f"{ranks.world_size} processes" if ranks.world_size > 1 else "1 process"
         log.info("launch/%s %s, %s: loading PyTorch and DeepSpeed", Path(script).name, options.config, count)
         body(settings, ranks)
-    except Stopped as stopped:
-        log.info("%s", stopped)
-        end(128 + stopped.signal)
+    except TrainingInterrupted as interruption:
+        log.info("%s", interruption)
+        end(128 + interruption.signal)
     except KeyboardInterrupt:
         if ranks.is_first:
             sys.stderr.write("interrupted\n")
@@ -98,16 +97,16 @@ def run(script: str, description: str, body: Callable[[Settings, Ranks], None], 
 
 
 def fail(error: Exception, ranks: Ranks, folder: Path | None) -> NoReturn:
-    """Tell a failure and end the process: in one line where the user can mend it, else with its traceback.
+    """Report an error and exit: in one line where the user can fix it, else with its traceback.
 
-    The rank's log in `folder` gets the traceback in any case.
+    The log of the rank in `folder` gets the traceback in any case.
     """
     trace = traceback.format_exc().rstrip()
     log.debug("%s", trace)
     message = str(error) if isinstance(error, LostRankError) else user_message(error)
     rank = "" if ranks.is_first else f"rank {ranks.rank}: "
-    if not ranks.is_first or "by peer" in str(error):  # another rank may be the cause, or tell the same
-        leave_to_others(OTHERS_WAIT if ranks.local_rank == 0 or ranks.num_nodes == 1 else 2 * OTHERS_WAIT)
+    if not ranks.is_first or "by peer" in str(error):  # another rank may be the cause, or report the same
+        let_others_report(OTHERS_WAIT if ranks.local_rank == 0 or ranks.num_nodes == 1 else 2 * OTHERS_WAIT)
     if not ranks.is_first and folder is not None and folder.is_dir():
         log_to_file(folder, ranks)
     if message is not None:
@@ -117,15 +116,15 @@ def fail(error: Exception, ranks: Ranks, folder: Path | None) -> NoReturn:
     end(1)
 
 
-def leave_to_others(seconds: float) -> None:
-    """Wait whether another rank, whose failure is the cause or the same, tells it: the launcher then ends this one."""
+def let_others_report(seconds: float) -> None:
+    """Wait for another rank, with the same error or its cause, to report it: the launcher then ends this one."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: end(1))
     time.sleep(seconds)
 
 
 def end(code: int) -> NoReturn:
-    """End the process without waiting for threads that a failure may have left."""
+    """Exit without waiting for threads that an error may have left."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -133,7 +132,7 @@ def end(code: int) -> NoReturn:
 
 
 def set_up_logging(ranks: Ranks) -> None:
-    """Our messages to the console: all of the first rank's, warnings of the others; kept until there is a log file."""
+    """Log to the console, all of rank 0 and warnings of the others; keep the messages until there is a log file."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%H:%M:%S"))
     handler.setLevel(logging.INFO if ranks.is_first else logging.WARNING)
@@ -149,8 +148,8 @@ def set_up_logging(ranks: Ranks) -> None:
 
 
 def log_to_file(folder: Path, ranks: Ranks) -> None:
-    """Our messages from the start, with dates and the traces of failures, to the rank's log below `folder` as well:
-    log.txt of the first rank, logs/rank_00001.txt of another.
+    """Log to a file below `folder` as well, from the start, with dates and tracebacks: log.txt of rank 0,
+    logs/rank_00001.txt of rank 1.
     """
     path = (folder / "log.txt" if ranks.is_first else folder / "logs" / f"rank_{ranks.rank:05}.txt").absolute()
     loggers = [logging.getLogger(name) for name in ROOMS]

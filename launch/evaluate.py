@@ -1,27 +1,20 @@
-"""Evaluation of a checkpoint (checkpoint=...) on retrieval test sets, zero-shot or fine-tuned."""
-
-from __future__ import annotations
+"""Evaluation of a checkpoint (checkpoint=...), zero-shot or fine-tuned."""
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 if not __package__:  # started by its path, not by `python -m`
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-if TYPE_CHECKING:
-    from runtime.ranks import Ranks
-    from train.config.files import Settings
+from launch.command import Ranks, Settings, run
 
 
 def main(settings: Settings, ranks: Ranks) -> None:
-    """The entry point's work."""
+    """Import PyTorch only now: errors in the settings show at once."""
     from launch.evaluation import evaluate
 
     evaluate(settings, ranks)
 
 
 if __name__ == "__main__":
-    from launch.command import run
-
     run(__file__, __doc__, main, logs="evaluation")

@@ -19,14 +19,14 @@ from runtime.collectives import barrier
 from runtime.ranks import Ranks
 from train.config.files import Settings
 from train.deepspeed.engine import DTYPES
-from train.devices import choose_kernels, describe, device_for, start_processes
-from train.interrupted import LostRankError
+from train.job.devices import choose_kernels, describe, device_for, start_processes
+from train.job.hang import EVALUATE
+from train.job.watchdog import Watchdog
 from train.prepare import prepare_evaluation, share_cores
-from train.watchdog import EVALUATE, Watchdog
 
 log = logging.getLogger(__name__)
 
-REMEDY = "start the evaluation again"
+REMEDY = "run the same command to evaluate again"
 
 
 def evaluate(settings: Settings, ranks: Ranks) -> None:
@@ -58,15 +58,10 @@ def evaluate(settings: Settings, ranks: Ranks) -> None:
     if ranks.world_size > 1:
         start_processes(device, run.stall_seconds)
     model.to(device, dtype)
-    watchdog.doing(EVALUATE, 0)
-    try:
+    watchdog.enter(EVALUATE, 0)
+    with watchdog.naming_lost_ranks():
         for frames, folder in folders.items():
             evaluate_splits(task, model, tokenizer, run, ranks, device, run.test_urls(), folder, subject, frames)
-    except RuntimeError as error:  # a collective, as a rule: was another rank the cause?
-        gone = watchdog.after_failure()
-        if gone:
-            raise LostRankError(f"{gone}; the job ends: {REMEDY}") from error
-        raise
     if ranks.is_first:
         shutil.copyfile(folder / "metrics.json", output / "metrics.json")
         write_report(list(folders.values()), output / "report.html")

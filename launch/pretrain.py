@@ -1,28 +1,20 @@
-"""Pre-training on images and videos with their captions: contrast, matching and masked words."""
-
-from __future__ import annotations
+"""Pre-training on images and videos with their captions: VTC, VTM and MLM."""
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 if not __package__:  # started by its path, not by `python -m`
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-if TYPE_CHECKING:
-    from runtime.ranks import Ranks
-    from train.config.files import Settings
+from launch.command import Ranks, Settings, run
 
 
 def main(settings: Settings, ranks: Ranks) -> None:
-    """The entry point's work."""
-    from launch.finetuning import evaluation
+    """Import PyTorch only now: errors in the settings show at once."""
     from launch.training import train
 
-    train(settings, ranks, evaluation if settings.config.stop_key else None)
+    train(settings, ranks, evaluates=settings.config.stop_key is not None)
 
 
 if __name__ == "__main__":
-    from launch.command import run
-
     run(__file__, __doc__, main)

@@ -1,62 +1,86 @@
-"""The course of a training run, whatever its task: check, join the other processes, train, leave."""
+"""Runs a training, whatever its task: check, join the other processes, train, evaluate, exit."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from eval.run import FINAL, Metrics, evaluate_splits
 from launch.command import log_to_file
+from model.building import Model
 from runtime.activity import progress
 from runtime.collectives import barrier
+from runtime.errors import UserError
 from runtime.ranks import Ranks
 from train.config.files import Settings
-from train.devices import check_precision, choose_kernels, describe, device_for, start_processes
-from train.interrupted import LostRankError, Stopped
-from train.loop import Evaluate, Trainer
+from train.job.devices import check_precision, choose_kernels, describe, device_for, start_processes
+from train.job.interrupted import TrainingInterrupted
+from train.job.stopping import StopRequest
+from train.job.watchdog import Watchdog
+from train.loop import Trainer
 from train.prepare import Prepared, prepare_training
-from train.stopping import StopRequest
-from train.watchdog import NEXT_STEP, Watchdog
 
 log = logging.getLogger(__name__)
 
+ENTRY_POINTS = {"retrieval": "finetune_retrieval", "choice": "finetune_retrieval", "qa": "finetune_qa"}
 
-def train(
-    settings: Settings, ranks: Ranks, evaluate: Callable[[Prepared, torch.device], Evaluate] | None = None
-) -> None:
-    """Train as the settings say; `evaluate` makes the evaluation of a prepared run."""
+
+def finetune(settings: Settings, ranks: Ranks, tasks: Sequence[str]) -> None:
+    """Fine-tune for one of `tasks`, and evaluate. Raises UserError for another task or without test corpora."""
+    run = settings.config
+    if run.task not in tasks:
+        raise UserError(f"the configuration is for task={run.task}: start it with launch/{ENTRY_POINTS[run.task]}.py")
+    if not run.test_corpus:
+        raise UserError("test_corpus is empty: name the packed corpora to evaluate, test_corpus.NAME=URL")
+    train(settings, ranks, evaluates=True)
+
+
+def train(settings: Settings, ranks: Ranks, evaluates: bool) -> None:
+    """Train as the settings say; evaluates: `stop_key` after each epoch, all splits at the end."""
     device = device_for(ranks)
     choose_kernels(settings.config.deterministic)
     check_precision(settings.config.precision, device)
     watchdog = Watchdog(ranks, settings.config.stall_seconds, Path(settings.config.output_dir or "."))
-    prepared = prepare_training(settings, ranks, evaluates=evaluate is not None, device=device)
-    request = StopRequest(prepared.folder.note_stopping)
+    prepared = prepare_training(settings, ranks, evaluates, device)
+    folder = prepared.folder
+    request = StopRequest(folder.note_stopping)
     request.install()
     if ranks.is_first:
-        prepared.folder.begin(prepared.run)
-        log_to_file(prepared.folder.path, ranks)
+        folder.begin(prepared.run)
+        log_to_file(folder.path, ranks)
         log.info("Computing on %s; starting DeepSpeed", describe(device))
     progress("joining the other processes")
     start_processes(device, prepared.run.stall_seconds)
     if not ranks.is_first:  # only now is the folder known to be this run's
-        log_to_file(prepared.folder.path, ranks)
+        log_to_file(folder.path, ranks)
     progress("starting DeepSpeed's engine")
     trainer = Trainer(prepared, device, request, watchdog)
-    try:
-        trainer.train(evaluate(prepared, device) if evaluate else None)
-    except Stopped:
-        trainer.close()
-        barrier(ranks.world_size)  # for the first rank's upload: launchers end what is left when a process has ended
-        watchdog.close()
-        raise
-    except RuntimeError as error:  # a collective, as a rule: was another rank the cause?
-        gone = watchdog.after_failure()
-        if gone:
-            raise LostRankError(f"{gone}; the job ends, {NEXT_STEP}") from error
-        raise
+    evaluate = partial(_evaluate, prepared, device) if evaluates else None
+    interruption: TrainingInterrupted | None = None
+    with watchdog.naming_lost_ranks():
+        try:
+            trainer.train(evaluate)
+        except TrainingInterrupted as error:
+            interruption = error
     trainer.close()
-    barrier(ranks.world_size)
+    barrier(ranks.world_size)  # the first rank may still upload: launchers kill the others once one process has ended
     watchdog.close()
-    prepared.folder.release()
+    if interruption is not None:
+        raise interruption
+    folder.release()
+
+
+def _evaluate(prepared: Prepared, device: torch.device, model: Model, splits: list[str], label: str) -> Metrics:
+    folder = prepared.folder.path / "evaluation" / label
+    # Features of weights that change are of no use later: kept on disk they would only fill it, epoch after epoch.
+    run, ranks = replace(prepared.run, feature_cache=None), prepared.ranks
+    assert prepared.task is not None, "prepared without an evaluation"
+    save_scores = run.save_scores or label == FINAL
+    return evaluate_splits(
+        prepared.task, model, prepared.tokenizer, run, ranks, device, splits, folder, save_scores=save_scores
+    )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from runtime.errors import UserError
 from runtime.settings import FINE_TUNING, check_declared, evaluation, fixed, free, setting
+from storage.limits import RemoteReads
 
 
 @dataclass
@@ -24,21 +27,6 @@ class VideoInput:
     sample_type: str = fixed("rand", "frames in training: rand (one of each segment), middle, or fpsX (X a second)")
     num_frames_test: int = evaluation(4, "frames of a clip in evaluation", least=1)
     sample_type_test: str = evaluation("middle", "frames in evaluation; the same forms as sample_type")
-
-
-@dataclass
-class RemoteReads:
-    """How objects of S3, GCS and web servers are read. No setting here changes what a batch holds."""
-
-    connections: int = setting(128, "concurrent requests of a node, shared equally by its processes", least=1)
-    requests_per_second: float = setting(3000.0, "of a node, shared in the same way; 0: no limit", least=0)
-    starts_per_second: float = setting(20.0, "nodes of a job that begin to read each second; 0: all at once", least=0)
-    gap_kb: int = setting(64, "frames of a shard at most this far apart come in one request", least=0)
-    ahead_mb: int = setting(256, "megabytes read ahead of decoding, at most", least=1)
-    ahead_steps: int = setting(8, "steps read ahead of decoding, at most", least=1)
-    deadline: float = setting(120.0, "seconds for one byte range, all tries together", above=0)
-    try_seconds: float = setting(30.0, "seconds for one try", above=0)
-    hedge_percentile: float = setting(0.95, "a request slower than this share of others is sent again; 0: never")
 
 
 @dataclass
@@ -90,6 +78,15 @@ class LoaderConfig:
     stall_timeout: float = free(
         300.0, "seconds without a batch until the loader fails; 0: never", least=0, renamed_from="patience"
     )
+
+
+def check_weights(config: LoaderConfig, names: Sequence[str]) -> None:
+    """Raise ValueError for a weight that is not above 0, or of none of the corpora with these names."""
+    for name, weight in config.corpus_weights.items():
+        if name not in names:
+            raise UserError(f"corpus_weights names {name!r}, the corpora are {', '.join(sorted(set(names)))}")
+        if not 0 < weight < math.inf:
+            raise UserError(f"corpus_weights.{name} is {weight}, must be above 0: traversals of the corpus an epoch")
 
 
 def check_storage(config: LoaderConfig) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-import textwrap
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from loaders.batch import Batch, normalize
 from loaders.config import LoaderConfig, PerMedia, VideoInput
@@ -16,34 +15,21 @@ from loaders.shards import describe
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader
 from runtime.errors import command
-from sharding.annotations.arguments import positive
+from runtime.flags import positive
+from sharding.report.contact_sheet import Cell, contact_sheet
 from sharding.shards.outside import check_outside_corpora
 
-MARGIN = 8
-LINE = 14  # pixels of a line of text
 TEXT_LINES = 4
 HALF = (0.5, 0.5, 0.5)
 
 
 def batch_sheet(batch: Batch, tokenizer: Tokenizer, columns: int) -> Image.Image:
     """The pairs of a batch side by side: the frames of each in a row, its key and its tokens below."""
-    pairs, frames, size = batch.frames.shape[:3]
-    cell_width, cell_height = frames * size + MARGIN, size + (TEXT_LINES + 1) * LINE + MARGIN
-    columns = min(columns, pairs)
-    sheet = Image.new("RGB", (columns * cell_width + MARGIN, -(-pairs // columns) * cell_height + MARGIN), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(LINE - 3)
-    pictures = seen_by_the_model(batch)
-    for number in range(pairs):
-        left = MARGIN + number % columns * cell_width
-        top = MARGIN + number // columns * cell_height
-        for frame in range(frames):
-            sheet.paste(Image.fromarray(pictures[number, frame]), (left + frame * size, top))
-        ids = batch.input_ids[number][batch.attention_mask[number].bool()].tolist()
-        lines = textwrap.wrap(" ".join(tokenizer.pieces(ids)), max(12, (cell_width - MARGIN) // 6))
-        draw.text((left, top + size + 2), batch.keys[number], fill="grey", font=font)
-        for row, line in enumerate(lines[:TEXT_LINES]):
-            draw.text((left, top + size + 2 + (row + 1) * LINE), line, fill="black", font=font)
-    return sheet
+    cells = []
+    for key, frames, ids, mask in zip(batch.keys, seen_by_the_model(batch), batch.input_ids, batch.attention_mask):
+        text = " ".join(tokenizer.pieces(ids[mask.bool()].tolist()))
+        cells.append(Cell([Image.fromarray(frame) for frame in frames], label=key, text=text))
+    return contact_sheet(cells, columns, batch.frames.shape[2], TEXT_LINES)
 
 
 def seen_by_the_model(batch: Batch) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Makes the model that a configuration describes."""
+"""Builds the model that a configuration describes."""
 
 from __future__ import annotations
 

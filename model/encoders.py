@@ -1,4 +1,4 @@
-"""What every Singularity model has: encoders of clips and of texts, and the fusion of the two."""
+"""The parts that all Singularity models share: encoders of clips and of texts, and their fusion."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from runtime.errors import UserError
 
 
 class Encoders(nn.Module):
-    """Clips (B, T, 3, H, W) and texts (B, Lt) to states; the parts that all tasks share."""
+    """Encodes clips (B, T, 3, H, W) and texts (B, Lt), and fuses the two."""
 
     def __init__(self, config: ModelConfig, pad_id: int = 0) -> None:
         """Random initial weights. Raises ValueError when sizes in `config` do not fit together."""
@@ -30,15 +30,14 @@ class Encoders(nn.Module):
         self.mean, self.std = pixel_statistics(config.vision_encoder.type)
 
     def set_gradient_checkpointing(self, enable: bool = True) -> None:
-        """Keep only the layers' inputs for the backward pass and compute the rest again: a third more time, far less
-        memory, the same numbers."""
+        """Keep only the layers' inputs for the backward pass, which computes the rest again: a third more time."""
         self.vision_encoder.transformer.set_grad_checkpointing(enable)
         self.text_encoder.recompute = enable
         if self.temporal_vision_encoder is not None:
             self.temporal_vision_encoder.recompute = enable
 
     def encode_frames(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each frame by itself, without anything temporal (for late fusion).
+        """Each frame by itself, without the temporal modules (for late fusion).
 
         frames (B, T, 3, H, W) to tokens (B, T, L, D) and pooled vectors (B, T, D).
         """
@@ -77,12 +76,12 @@ class Encoders(nn.Module):
         return states, states[:, 0]
 
     def visual_keys(self, visual_tokens: torch.Tensor) -> VisualKeys:
-        """What the fusion layers read of visuals (N, S, D); compute it once for all texts that look at them."""
+        """Keys and values of the fusion layers for visuals (N, S, D); compute them once for all texts of a visual."""
         return self.text_encoder.project_visual(visual_tokens)
 
     def check_ensemble(self, ensemble: str, skip_temporal: bool = False) -> None:
-        """Raise ValueError for an unknown ensemble, and for one that scores frames one by one where that would pass by
-        this model's temporal modules and nobody asked for it (`skip_temporal`)."""
+        """Raise UserError for an unknown ensemble, and without `skip_temporal` for a late one that would leave out this
+        model's temporal modules."""
         if ensemble not in ENSEMBLES:
             raise UserError(f"eval_frame_ensemble is {ensemble!r}: must be one of {', '.join(ENSEMBLES)}")
         temporal = self.temporal_vision_encoder is not None or self.config.add_temporal_embed

@@ -1,4 +1,4 @@
-"""`python -m model.export`: writes a model in the official form (.pth), or in ours."""
+"""`python -m model.export`: writes a model as an official checkpoint (.pth) or as a folder of ours."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ from model.checkpoints.files import (
     VOCABULARY,
     Weights,
     find_vocabulary,
-    resolve_weights,
     write_folder,
 )
-from model.checkpoints.loading import load_weights
+from model.checkpoints.loading import find_weights
 from model.checkpoints.official import MODEL
 from model.checkpoints.official_names import to_official
 from model.config import ModelConfig
@@ -31,28 +30,23 @@ from runtime.errors import UserError, command
 from sharding.shards.outside import check_outside_corpora
 from storage.files import atomic_file
 
-# Names that mean a file which is not written here, and what a run's folder looks for its own weights in.
+# Endings of files that are not written here; folders in which a run's own weights are looked for.
 OTHER_SUFFIXES = (".safetensors", ".ckpt", ".json", ".onnx", ".pkl", ".h5", ".npz", ".zip", ".tar", ".gz")
 RESERVED = ("weights", "checkpoints")
 
 
 def official_settings(config: ModelConfig) -> dict[str, Any]:
-    """The run settings of an official checkpoint that describe the model, and all of ours, which it does not know."""
-    temporal, weights = config.temporal_vision_encoder, config.loss_weight
+    """The settings of an official checkpoint that describe the model, and our ModelConfig, which it ignores."""
     return {
         "vit_type": config.vision_encoder.type,
-        "temporal_vision_encoder": {
-            "enable": temporal.enable,
-            "num_layers": temporal.num_layers,
-            "update_pooler_embed": temporal.update_pooler_embed,
-        },
+        "temporal_vision_encoder": asdict(config.temporal_vision_encoder),
         "add_temporal_embed": config.add_temporal_embed,
         "image_res": config.image_res,
         "embed_dim": config.embed_dim,
         "video_input": {"num_frames": config.num_frames},
         "temp": config.temp,
         "mlm_prob": config.mlm_prob,
-        "loss_weight": {"itc": weights.itc, "itm": weights.itm, "mlm": weights.mlm},
+        "loss_weight": asdict(config.loss_weight),
         "itm_hard_neg": config.itm_hard_neg,
         MODEL: asdict(config),
     }
@@ -60,12 +54,12 @@ def official_settings(config: ModelConfig) -> dict[str, Any]:
 
 def official_state(weights: Weights) -> dict[str, torch.Tensor]:
     """All entries of an official checkpoint's state dict: tensors, tied copies and index tables."""
-    config, words = weights.config, "word_head.bias" in weights.state
-    prefix = "text_encoder.bert." if words else "text_encoder."
+    config, mlm = weights.config, "word_head.bias" in weights.state
+    prefix = "text_encoder.bert." if mlm else "text_encoder."
     result = to_official(weights.state, prefix)
     positions = torch.arange(config.text_encoder.max_positions)[None]
     result[prefix + "embeddings.position_ids"] = positions
-    heads = [("text_encoder.", prefix)] if words else []
+    heads = [("text_encoder.", prefix)] if mlm else []
     if config.answer_decoder.enable:
         result["text_decoder.bert.embeddings.position_ids"] = positions
         heads.append(("text_decoder.", "text_decoder.bert."))
@@ -98,7 +92,7 @@ def write_official(weights: Weights, path: str | Path) -> None:
         "global_step": 0,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Opened here: of files that PyTorch opens itself it hides what the system says, a full disk for example.
+    # Opened here: PyTorch hides the system's error, such as a full disk, for files that it opens itself.
     with atomic_file(path) as temporary, temporary.open("wb") as file:
         torch.save(content, file)
 
@@ -125,7 +119,7 @@ def check_output(output: str) -> None:
 
 
 def without_vocabulary(output: str, vocabulary: Path | None) -> str:
-    """What to do about an export that holds no vocabulary."""
+    """The hint for an export without a vocabulary."""
     found = f" ({vocabulary})" if vocabulary else ""
     remedy = "" if Path(output).suffix.lower() in OFFICIAL_SUFFIXES else f"copy it to {Path(output) / VOCABULARY}, or "
     return (
@@ -147,9 +141,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     check_outside_corpora(options.output, "OUTPUT")
     check_output(options.output)
-    weights, found = load_weights(options.model), resolve_weights(options.model)
+    found, weights = find_weights(options.model)
     if found.resolve() == Path(options.output).resolve():
-        raise UserError(f"{options.output} is what is to be exported: choose another name")
+        raise UserError(f"{options.output} is the model to be exported: choose another name")
     vocabulary = find_vocabulary(found, weights.config.text_encoder.vocab_size)
     official = Path(options.output).suffix.lower() in OFFICIAL_SUFFIXES
     if official:

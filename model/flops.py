@@ -1,9 +1,9 @@
-"""How many floating-point operations a training step needs: matrix products only, a multiply-add counted as two."""
+"""Floating-point operations of a training step: matrix products only, a multiply-add counted as two."""
 
 from __future__ import annotations
 
 from model.config import ModelConfig
-from model.losses import most_labels
+from model.losses import max_masked
 
 
 def layer_flops(tokens: int, width: int, hidden: int, context: int) -> int:
@@ -14,8 +14,8 @@ def layer_flops(tokens: int, width: int, hidden: int, context: int) -> int:
 def step_flops(config: ModelConfig, pairs: int, frames: int, text_length: int) -> dict[str, int]:
     """Forward FLOPs of one step by part; a step with its backward pass takes three times as many.
 
-    Counted is what the losses need: keys and values of a visual once for its four pairs, word logits at the chosen
-    positions only. Work that an implementation repeats is not counted, so its rate cannot profit from it.
+    Counts what the losses need: keys and values of a visual once for its four pairs, MLM logits at the masked positions
+    only. Work that an implementation repeats is not counted.
     """
     vision, text, temporal = config.vision_encoder, config.text_encoder, config.temporal_vision_encoder
     patches = (config.image_res // vision.patch_size) ** 2
@@ -27,22 +27,22 @@ def step_flops(config: ModelConfig, pairs: int, frames: int, text_length: int) -
         wide = text.intermediate * vision.width // text.width
         per_layer = layer_flops(frames, vision.width, wide, frames)
         result["temporal"] = pairs * tokens * temporal.num_layers * per_layer
-    words = config.loss_weight.mlm > 0
-    texts, matched, read = (2 if words else 1) * pairs, 3 * pairs, pairs if words else 0
+    mlm = config.loss_weight.mlm > 0
+    texts, matched, read = (2 if mlm else 1) * pairs, 3 * pairs, pairs if mlm else 0
     width, inner, length, source = text.width, text.intermediate, text_length, tokens * frames
     result["text"] = texts * text.fusion_layer * layer_flops(length, width, inner, length)
     attend = 8 * length * width**2 + 4 * length**2 * width
     look = 4 * width**2 + 4 * source * width + 4 * width * inner  # of one token
     layers = text.layers - text.fusion_layer
     keys = layers * pairs * 4 * source * vision.width * width
-    # The first layer attends once a text; the last computes one token of the matched pairs.
+    # The first layer's self-attention runs once for a text; the last layer computes one token of the matched pairs.
     lower = max(0, layers - 1) * (matched + read) * length * look + max(0, layers - 2) * (matched + read) * attend
     last = matched * look + read * length * look
     if layers > 1:
         last += matched * (4 * length * width**2 + 4 * width**2 + 4 * length * width) + read * attend
     result["fusion"] = keys + texts * attend + lower + last if layers else 0
-    if words:
-        chosen = most_labels(pairs * text_length, config.mlm_prob)
-        result["words"] = chosen * (2 * text.width**2 + 2 * text.width * text.vocab_size)
+    if mlm:
+        chosen = max_masked(pairs * text_length, config.mlm_prob)
+        result["mlm"] = chosen * (2 * text.width**2 + 2 * text.width * text.vocab_size)
     result["heads"] = 2 * config.embed_dim * (images * vision.width + pairs * text.width)
     return result | {"total": sum(result.values())}

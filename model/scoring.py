@@ -1,7 +1,6 @@
-"""Scores many pairs of a text and a visual by the fusion layers, in large batches, whatever queries they belong to.
+"""Scores many pairs of a text and a visual by the fusion layers, in large batches across queries.
 
-Pairs are grouped by visual: what the fusion layers read of a visual is computed once for all its texts and never
-copied for them.
+Pairs are grouped by visual: a visual's keys and values are computed once for all its texts and never copied for them.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ from model.singularity import Singularity
 from runtime.activity import progress
 from runtime.errors import UserError
 
-GROUP = 8  # texts that look at one visual side by side; the last group of a visual is filled up
+GROUP = 8  # texts of one visual in a group; the last group of a visual is padded
 
 
 def combine(scores: torch.Tensor, ensemble: str) -> torch.Tensor:
-    """Scores (F, ...) of F frames to (...): their mean, maximum or log-sum-exp; `concat` has one and takes it."""
+    """Scores (F, ...) of F frames to (...): their mean, maximum or log-sum-exp; `concat` takes the only one."""
     if ensemble == "mean":
         return scores.mean(0)
     if ensemble == "max":
@@ -40,7 +39,7 @@ def combine(scores: torch.Tensor, ensemble: str) -> torch.Tensor:
 class Groups:
     """The pairs of a block of visuals as C groups of up to GROUP texts that share a visual.
 
-    visuals (C,): number of the visual in its block; texts (C, GROUP); real (C, GROUP) bool: not filled up;
+    visuals (C,): number of the visual in its block; texts (C, GROUP); real (C, GROUP) bool: no padding;
     longest (C,): tokens of the longest text.
     """
 
@@ -51,7 +50,7 @@ class Groups:
 
 
 def group_pairs(pairs: np.ndarray, lengths: np.ndarray) -> Groups:
-    """Groups of the pairs marked in (B, M) bool, texts of like length together; groups come shortest first."""
+    """Groups of the pairs marked in (B, M) bool, texts of similar length together, in order of length."""
     order = np.argsort(lengths, kind="stable")
     visuals, texts, real = [], [], []
     for visual, row in enumerate(pairs):
@@ -87,7 +86,7 @@ def match_pairs(
     ensemble: str = "concat",
     pairs_at_once: int = 256,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The match logits of the pairs that are marked in `pairs` (N, M) bool and whose visual is in `blocks`.
+    """Match logits of the pairs that are marked in `pairs` (N, M) bool and whose visual is in `blocks`.
 
     blocks: visual indices (B,) and tokens (B, F, S, D) of `encode_clips`, on any device. attended (M, Lt, D) of
     `attend_texts` and mask (M, Lt) on the model's. Returns visual and text of each of P pairs, and its score: (P,)
@@ -119,7 +118,7 @@ def _match_block(
     frames, device = tokens.shape[1], tokens.device
     keys = model.visual_keys(tokens.flatten(0, 1))  # of B·F sources
     step = max(1, pairs_at_once // (GROUP * frames))
-    # Brought over once: each time the host would wait for the device.
+    # Copied once: each copy synchronises with the device.
     all_visuals, all_texts = (torch.from_numpy(part).to(device) for part in (groups.visuals, groups.texts))
     scores = []
     for start in range(0, len(groups.visuals), step):

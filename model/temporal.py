@@ -1,4 +1,4 @@
-"""What relates the frames of a clip: temporal embeddings, and the encoder over frames at each spatial position."""
+"""Temporal embeddings of the frames of a clip, and the encoder over the frames at each spatial position."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from model.text import bert_config, initialize_bert, run_layer
 from model.torchvision_cpu import BertLayer
 from runtime.errors import UserError
 
-MOST_SEQUENCES = 65_535  # that one call of a GPU's attention kernels takes: the limit of a grid's second dimension
+MAX_SEQUENCES = 65_535  # of one call of a GPU's attention kernels: the limit of a grid's second dimension
 
 
 def embeddings_for_frames(embeddings: torch.Tensor, num_frames: int) -> torch.Tensor:
     """Learned (1, T, 1, D) to (1, num_frames, 1, D): the first ones, or interpolated linearly when there are fewer."""
     if num_frames <= embeddings.shape[1]:
         return embeddings[:, :num_frames]
-    line = embeddings.squeeze(2).transpose(1, 2)  # (1, D, T)
-    line = functional.interpolate(line, num_frames, mode="linear")
-    return line.transpose(1, 2).unsqueeze(2)
+    channels = embeddings.squeeze(2).transpose(1, 2)  # (1, D, T)
+    return functional.interpolate(channels, num_frames, mode="linear").transpose(1, 2).unsqueeze(2)
 
 
 def resize_embeddings(embeddings: torch.Tensor, num_frames: int) -> torch.Tensor:
@@ -32,7 +31,7 @@ def resize_embeddings(embeddings: torch.Tensor, num_frames: int) -> torch.Tensor
 
 
 class TemporalEncoder(nn.Module):
-    """BERT layers of the text encoder's shape, as wide as the vision tokens, over the frames of each position."""
+    """BERT layers like the text encoder's, as wide as the vision tokens, over the frames at each position."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -48,11 +47,11 @@ class TemporalEncoder(nn.Module):
         initialize_bert(self, text.initializer_range)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens (B, T, L, D) to tokens of the same shape, each having seen its position in all frames."""
+        """Tokens (B, T, L, D) to tokens of the same shape; each attends to its position in all frames."""
         batch, frames, length, width = tokens.shape
         states = tokens.transpose(1, 2).reshape(batch * length, frames, width)
         parts = []
-        for part in states.split(MOST_SEQUENCES):
+        for part in states.split(MAX_SEQUENCES):
             for layer in self.layer:
                 part = run_layer(layer, self.recompute, part)
             parts.append(part)

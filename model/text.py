@@ -1,4 +1,4 @@
-"""BERT in two halves: text-only layers, and fusion layers that also look at a visual; built from transformers."""
+"""BERT in two halves, text-only layers and fusion layers with cross-attention to a visual; built from transformers."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ VisualKeys = tuple[tuple[torch.Tensor, torch.Tensor], ...]
 
 
 def run_layer(layer: Callable[..., torch.Tensor], recompute: bool, *inputs: torch.Tensor | None) -> torch.Tensor:
-    """Output of `layer`; with `recompute` its activations are computed again in the backward pass, not kept."""
+    """Output of `layer`; with `recompute` (gradient checkpointing) the backward pass computes its activations again."""
     if recompute and torch.is_grad_enabled():
         return checkpoint(layer, *inputs, use_reentrant=False)
     return layer(*inputs)
 
 
 def bert_config(config: TextConfig, width: int | None = None, heads: int | None = None, pad_id: int = 0) -> BertConfig:
-    """The transformers configuration of one BERT layer of these sizes; `width` and `heads` replace the text's own."""
+    """The transformers configuration of a BERT layer; `width` and `heads` replace those of the text encoder."""
     width, heads = width or config.width, heads or config.heads
     if width % heads:
         raise UserError(f"text_encoder: a width of {width} is not a multiple of {heads} heads: change one")
@@ -59,15 +59,15 @@ def bert_config(config: TextConfig, width: int | None = None, heads: int | None 
     return result
 
 
-def initialize_bert(part: nn.Module, spread: float) -> None:
-    """BERT's initial weights for all modules of a part: matrices N(0, spread), embeddings N(0, 0.02)."""
+def initialize_bert(part: nn.Module, std: float) -> None:
+    """BERT's initial weights for all modules of a part: matrices N(0, std), embeddings N(0, 0.02)."""
     for module in part.modules():
         if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=spread)
+            nn.init.normal_(module.weight, std=std)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)  # they are normed: smaller ones learn faster
+            nn.init.normal_(module.weight, std=0.02)  # a layer norm follows: smaller ones learn faster
             if module.padding_idx is not None:
                 with torch.no_grad():
                     module.weight[module.padding_idx].zero_()
@@ -100,7 +100,7 @@ class CrossAttentionCore(nn.Module):
     def forward(
         self, states: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """States (P, Lt, D) with P = G·N, row g·N + n looking at source n; mask is added to the scores."""
+        """States (P, Lt, D) with P = G·N, of which row g·N + n attends to source n; mask is added to the scores."""
         (pairs, length, width), sources = states.shape, keys.shape[0]
         groups = pairs // sources
         query = self.query(states).view(groups, sources, length, self.heads, -1)
@@ -128,7 +128,7 @@ class CrossAttention(nn.Module):
         index: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """States (P, Lt, D) of P pairs, as `TextEncoder.fuse` lays them out, to states of the same shape."""
+        """States (P, Lt, D) of P pairs, laid out as for `TextEncoder.fuse`, to states of the same shape."""
         if index is None:
             return self.output(self.self(states, keys, values, mask), states)
         rest = states.shape[0] - index.shape[0]
@@ -139,7 +139,7 @@ class CrossAttention(nn.Module):
 
 
 class FusionLayer(nn.Module):
-    """BERT's self-attention, a cross-attention, BERT's feed-forward part; each with residual and norm."""
+    """BERT's self-attention, a cross-attention and BERT's feed-forward part, each with residual and norm."""
 
     def __init__(self, config: BertConfig, source_width: int) -> None:
         super().__init__()
@@ -162,14 +162,14 @@ class FusionLayer(nn.Module):
         cross_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """States (P, Lt, D) to states of the same shape; masks are added to the scores, cross_mask (N, 1, 1, S)."""
-        return self.look(self.attend(states, self_mask), keys, values, index, cross_mask)
+        return self.cross_attend(self.self_attend(states, self_mask), keys, values, index, cross_mask)
 
-    def attend(self, states: torch.Tensor, self_mask: torch.Tensor) -> torch.Tensor:
-        """The layer's first part, self-attention over (P, Lt, D), which knows nothing of visuals."""
+    def self_attend(self, states: torch.Tensor, self_mask: torch.Tensor) -> torch.Tensor:
+        """The layer's first part, self-attention over (P, Lt, D); it does not depend on visuals."""
         return self.attention(states, self_mask)[0]
 
-    def attend_first(self, states: torch.Tensor, self_mask: torch.Tensor) -> torch.Tensor:
-        """`attend` for the first token alone: (P, Lt, D) to (P, 1, D)."""
+    def self_attend_first(self, states: torch.Tensor, self_mask: torch.Tensor) -> torch.Tensor:
+        """`self_attend` for the first token only: (P, Lt, D) to (P, 1, D)."""
         core = self.attention.self
         shape = (states.shape[0], -1, core.num_attention_heads, core.attention_head_size)
         query, key, value = (
@@ -180,7 +180,7 @@ class FusionLayer(nn.Module):
         context = functional.scaled_dot_product_attention(query, key, value, attn_mask=self_mask, dropout_p=dropout)
         return self.attention.output(context.transpose(1, 2).flatten(2), states[:, :1])
 
-    def look(
+    def cross_attend(
         self,
         states: torch.Tensor,
         keys: torch.Tensor,
@@ -188,7 +188,7 @@ class FusionLayer(nn.Module):
         index: torch.Tensor | None = None,
         cross_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The layer's other parts: cross-attention and feed-forward, token by token."""
+        """The layer's other parts, cross-attention and feed-forward, each token by itself."""
         states = self.crossattention(states, keys, values, index, cross_mask)
         return self.output(self.intermediate(states), states)
 
@@ -221,7 +221,7 @@ class TextEncoder(nn.Module):
         return states
 
     def project_visual(self, tokens: torch.Tensor) -> VisualKeys:
-        """Tokens (N, S, visual width) to what `fuse` reads of them, computed once however many texts look on."""
+        """Tokens (N, S, visual width) to keys and values of the fusion layers, shared by all texts of a visual."""
         return tuple(cast(FusionLayer, layer).project(tokens) for layer in self.layer[self.fusion_layer :])
 
     def fuse(
@@ -233,8 +233,8 @@ class TextEncoder(nn.Module):
     ) -> torch.Tensor:
         """Fusion layers over P pairs of a text and one of N visuals.
 
-        states (P, Lt, D) of the text-only layers and attention_mask (P, Lt). The last len(index) pairs look at the
-        visuals `index`; those before them (all P without `index`) come in groups of N, row g·N + n looking at
+        states (P, Lt, D) of the text-only layers and attention_mask (P, Lt). The last len(index) pairs attend to the
+        visuals `index`; those before them (all P without `index`) come in groups of N, of which row g·N + n attends to
         visual n. Returns states (P, Lt, D).
         """
         mask = additive_mask(attention_mask, states.dtype)
@@ -243,10 +243,10 @@ class TextEncoder(nn.Module):
         return states
 
     def attend_texts(self, states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """What the fusion layers do with texts (M, Lt, D) before they see a visual, for `fuse_first`; once a text."""
+        """The first fusion layer's self-attention over texts (M, Lt, D), the input of `fuse_pairs`; once for a text."""
         if self.fusion_layer == len(self.layer):
             return states
-        return cast(FusionLayer, self.layer[self.fusion_layer]).attend(
+        return cast(FusionLayer, self.layer[self.fusion_layer]).self_attend(
             states, additive_mask(attention_mask, states.dtype)
         )
 
@@ -257,7 +257,7 @@ class TextEncoder(nn.Module):
         visual: VisualKeys,
         index: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The first token (P, D) of what `fuse` makes of P pairs, which is all that matching looks at."""
+        """First tokens (P, D) of what `fuse` returns for P pairs, the input of the matching head."""
         return self.fuse_pairs(attended, attention_mask, visual, index)[0]
 
     def fuse_pairs(
@@ -268,10 +268,10 @@ class TextEncoder(nn.Module):
         index: torch.Tensor | None = None,
         whole: int = 0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of what `fuse` makes of P pairs all tokens of the first `whole` ones, and of the others the first token.
+        """`fuse` with all tokens of the first `whole` pairs and the first token of the others, P pairs in all.
 
-        attended (P, Lt, D) of `attend_texts`, other parameters as `fuse`. Returns first tokens (P - whole, D), for
-        which alone the last layer is computed, and states (whole, Lt, D).
+        attended (P, Lt, D) of `attend_texts`, other parameters as `fuse`. The last layer computes what is returned
+        only: first tokens (P - whole, D) and states (whole, Lt, D).
         """
         layers = [cast(FusionLayer, layer) for layer in self.layer[self.fusion_layer :]]
         if not layers:
@@ -279,28 +279,28 @@ class TextEncoder(nn.Module):
         mask, states = additive_mask(attention_mask, attended.dtype), attended
         for number, (layer, (keys, values)) in enumerate(zip(layers[:-1], visual[:-1], strict=True)):
             if number:
-                states = run_layer(layer.attend, self.recompute, states, mask)
-            states = run_layer(layer.look, self.recompute, states, keys, values, index)
+                states = run_layer(layer.self_attend, self.recompute, states, mask)
+            states = run_layer(layer.cross_attend, self.recompute, states, keys, values, index)
         last, (keys, values) = layers[-1], visual[-1]
         first, read = states[whole:, :1], states[:whole]
         if len(layers) > 1:
-            first = run_layer(last.attend_first, self.recompute, states[whole:], mask[whole:])
-            read = run_layer(last.attend, self.recompute, read, mask[:whole]) if whole else read
-        first = run_layer(last.look, self.recompute, first, keys, values, index)
-        read = run_layer(last.look, self.recompute, read, keys, values) if whole else read
+            first = run_layer(last.self_attend_first, self.recompute, states[whole:], mask[whole:])
+            read = run_layer(last.self_attend, self.recompute, read, mask[:whole]) if whole else read
+        first = run_layer(last.cross_attend, self.recompute, first, keys, values, index)
+        read = run_layer(last.cross_attend, self.recompute, read, keys, values) if whole else read
         return first[:, 0], read
 
 
 class ScoreHead(nn.Linear):
-    """A linear layer that computes in float32 even with bf16 weights: bf16 scores tie, and ties are ranked by place."""
+    """A linear layer that computes in float32 also with bf16 weights: bf16 scores have ties, ranked by position."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """States (..., D) to scores (..., K) float32."""
         return functional.linear(input.float(), self.weight.float(), self.bias.float())
 
 
-class WordHead(nn.Module):
-    """BERT's masked-word head; its output matrix is the word embedding, passed in because it lives there."""
+class MLMHead(nn.Module):
+    """BERT's MLM head; its output matrix is the word embedding, which belongs to the text encoder and is passed in."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -309,7 +309,7 @@ class WordHead(nn.Module):
         initialize_bert(self, config.initializer_range)
 
     def forward(self, states: torch.Tensor, word_embeddings: torch.Tensor, exact: bool = False) -> torch.Tensor:
-        """States (..., D) and embeddings (V, D) to logits (..., V); `exact`: in float32, to be ranked by."""
+        """States (..., D) and embeddings (V, D) to logits (..., V); `exact`: in float32, for ranking."""
         states = self.transform(states)
         if not exact:
             return functional.linear(states, word_embeddings, self.bias)
@@ -319,9 +319,9 @@ class WordHead(nn.Module):
 
 @contextmanager
 def exact_products(dtype: torch.dtype) -> Iterator[None]:
-    """Within, float32 products of numbers that come from `dtype` are as fast as they can be without loss.
+    """Context for float32 products of values converted from `dtype`: with TF32 where that is exact.
 
-    TF32 holds every number of bf16 and of fp16 (8 and 11 bits), so a GPU's tensor cores lose nothing by it.
+    TF32 represents every bf16 and fp16 value (8 and 11 bits of significand).
     """
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = before or dtype != torch.float32

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from model.checkpoints.positions import resize_absolute
 from model.config import ModelConfig, VisionConfig
 from model.torchvision_cpu import (
     Beit,
@@ -25,7 +24,7 @@ from model.torchvision_cpu import (
 from runtime.errors import UserError
 
 TIMM_RANGE = 0.02
-ROW = 8  # elements: a mask's rows are as long as a multiple of it, in memory
+ROW = 8  # the rows of an attention mask are padded to a multiple of so many elements
 VISION_TYPES = ("beit", "vit", "deit")
 _HALF = (0.5, 0.5, 0.5)
 PIXEL_STATISTICS = {  # mean and standard deviation of the pixels in [0, 1] that the published weights expect
@@ -44,7 +43,7 @@ def pixel_statistics(kind: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def check_vision(config: VisionConfig, image_res: int) -> None:
-    """Raise ValueError when the sizes of a vision transformer do not fit together."""
+    """Raise UserError when the sizes of a vision transformer do not fit together."""
     if config.type not in VISION_TYPES and not is_model(config.type):
         raise UserError(
             f"vision_encoder.type is {config.type!r}: must be one of {', '.join(VISION_TYPES)}, or a name of timm's"
@@ -63,14 +62,10 @@ def check_vision(config: VisionConfig, image_res: int) -> None:
 def build_vision(config: VisionConfig, image_res: int, pooler: bool = True) -> nn.Module:
     """timm's transformer of these sizes, with random weights.
 
-    BEiT leaves its tokens un-normed and, with `pooler`, norms the mean of the patch tokens. Raises ValueError when
-    the sizes do not fit together.
+    BEiT leaves its tokens un-normed and, with `pooler`, norms the mean of the patch tokens. Raises UserError when the
+    sizes do not fit together.
     """
     check_vision(config, image_res)
-    if config.type not in VISION_TYPES:
-        named = _named(config, image_res)
-        _initialize(named, config)
-        return named
     common: dict[str, Any] = {
         "img_size": image_res,
         "patch_size": config.patch_size,
@@ -82,41 +77,36 @@ def build_vision(config: VisionConfig, image_res: int, pooler: bool = True) -> n
         "norm_layer": partial(nn.LayerNorm, eps=config.layer_norm_eps),
         "drop_path_rate": config.drop_path,
     }
-    vision: Beit | VisionTransformer
-    if config.type != "beit":
+    vision: Any
+    if config.type not in VISION_TYPES:
+        vision = _named(config, image_res)
+    elif config.type != "beit":
         vision = VisionTransformer(global_pool="token", **common)
-        _initialize(vision, config)
-        return vision
-    vision = Beit(
-        global_pool="avg",
-        use_fc_norm=True,
-        use_abs_pos_emb=False,
-        use_rel_pos_bias=True,
-        init_values=config.layer_scale,
-        **common,
-    )
-    if not pooler:
-        vision.fc_norm = nn.Identity()
+    else:
+        beit: dict[str, Any] = {"use_fc_norm": True, "use_abs_pos_emb": False, "use_rel_pos_bias": True}
+        vision = Beit(global_pool="avg", init_values=config.layer_scale, **beit, **common)
+        if not pooler:
+            vision.fc_norm = nn.Identity()
     _initialize(vision, config)
     return vision
 
 
 @torch.no_grad()
 def _initialize(vision: Any, config: VisionConfig) -> None:
-    """Bring the random matrices of the blocks, as timm makes them, to `initializer_range`."""
+    """Scale the random matrices of the blocks from timm's standard deviation to `initializer_range`."""
     for module in vision.blocks.modules():
         if isinstance(module, nn.Linear):
             module.weight.mul_(config.initializer_range / TIMM_RANGE)
 
 
 def named_options(config: VisionConfig, image_res: int) -> dict[str, Any]:
-    """What timm's `create_model` takes beside the name, for a backbone that is chosen by name."""
+    """Options of timm's `create_model` for a backbone that is chosen by name."""
     sizes = {"img_size": image_res, "patch_size": config.patch_size}
     return {"num_classes": 0, "drop_path_rate": config.drop_path, **sizes}
 
 
 def _named(config: VisionConfig, image_res: int) -> Any:
-    """timm's model `config.type` with this patch size and resolution; ValueError where it has no such thing."""
+    """timm's model `config.type` with this patch size and resolution; raises UserError where there is none."""
     vision: Any = None
     with suppress(TypeError):  # of one without such sizes
         vision = create_model(config.type, pretrained=False, **named_options(config, image_res))
@@ -127,18 +117,18 @@ def _named(config: VisionConfig, image_res: int) -> Any:
         )
     sizes = {"width": vision.num_features, "depth": len(vision.blocks)}
     if any(getattr(config, name) != value for name, value in sizes.items()):
-        told = " ".join(f"vision_encoder.{name}={value}" for name, value in sizes.items())
-        raise UserError(f"the sizes of vision_encoder.type={config.type} are others: set {told}")
+        actual = " ".join(f"vision_encoder.{name}={value}" for name, value in sizes.items())
+        raise UserError(f"the sizes of vision_encoder.type={config.type} are others: set {actual}")
     return vision
 
 
 def relative_position_index(patches: int) -> torch.Tensor:
-    """(L, L) rows of BEiT's relative position table for tokens of patches x patches patches behind a [CLS]."""
+    """Rows (L, L) of BEiT's relative position table for [CLS] and the tokens of `patches` x `patches` patches."""
     return gen_relative_position_index((patches, patches))
 
 
 class GivenBiasAttention(BeitAttention):
-    """BEiT's attention, whose position bias (1, H, L, L) may be given instead of gathered from its table."""
+    """BEiT's attention, with an optional position bias (1, H, L, L) instead of the one gathered from its table."""
 
     bias: torch.Tensor | None = None
 
@@ -147,10 +137,10 @@ class GivenBiasAttention(BeitAttention):
 
 
 class FrameEncoder(nn.Module):
-    """Frames, each by itself, to the tokens that the fusion layers see and one pooled vector."""
+    """Encodes frames one by one: tokens for the fusion layers, and a pooled vector."""
 
     transformer: Any
-    weights_in_layers: bool = False  # whether a layer's weights are there while it computes only, as under ZeRO 3
+    weights_in_layers: bool = False  # whether weights exist only while their layer computes, as under ZeRO 3
     _bias_index: torch.Tensor
 
     def __init__(self, config: ModelConfig) -> None:
@@ -165,16 +155,16 @@ class FrameEncoder(nn.Module):
         self._biased: list[Any] = []  # of GivenBiasAttention
         for attention in self._attentions:
             if type(attention) is BeitAttention and attention.relative_position_bias_table is not None:
-                attention.__class__ = GivenBiasAttention  # timm's blocks take no class of their attention
+                attention.__class__ = GivenBiasAttention  # timm's blocks take no attention class
                 self._biased.append(attention)
-        if self._biased:  # (L, R): a GPU's attention takes masks of stride 1 whose rows begin at multiples of 16 bytes
+        if self._biased:  # (L, R): attention kernels of a GPU need masks whose rows begin at multiples of 16 bytes
             index = self._biased[0].relative_position_index
             self.register_buffer("_bias_index", functional.pad(index, (0, -len(index) % ROW)), persistent=False)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (N, 3, H, W) to tokens (N, L, D) and pooled vectors (N, D).
 
-        The first token stands for the image: [CLS], or the pooled vector where the transformer has none.
+        The first token is [CLS], or the pooled vector where the transformer has none.
         """
         self._match_key_biases()
         self._choose_attention(images)
@@ -188,23 +178,25 @@ class FrameEncoder(nn.Module):
         return tokens if self._leads else torch.cat([pooled[:, None], tokens], 1), pooled
 
     def resize_positions(self, table: torch.Tensor, patches: int) -> torch.Tensor:
-        """Position embeddings (1, L, D) of another image size for patches x patches patches."""
-        if self._official:
-            return resize_absolute(table, patches)
+        """Position embeddings (1, L, D) of another image size for `patches` x `patches` patches.
+
+        The official code resizes without antialiasing, timm with it.
+        """
         bare = getattr(self.transformer, "no_embed_class", False)
         prefix = 0 if bare else self.transformer.num_prefix_tokens
-        return resample_abs_pos_embed(table, [patches, patches], num_prefix_tokens=prefix)
+        size = [patches, patches]
+        return resample_abs_pos_embed(table, size, num_prefix_tokens=prefix, antialias=not self._official)
 
     def _match_key_biases(self) -> None:
-        """Give constant zero key biases the type of the weights: DeepSpeed converts parameters, not buffers."""
+        """Convert the constant zero key biases to the weights' dtype: DeepSpeed converts parameters, not buffers."""
         for attention in self._attentions:
             if getattr(attention, "k_bias", None) is not None and attention.k_bias.dtype != attention.q_bias.dtype:
                 attention.k_bias = attention.k_bias.to(attention.q_bias.dtype)
 
     def _position_biases(self) -> tuple[torch.Tensor, ...]:
-        """The position bias (1, H, L, L) of every layer: one gather, and one sorted sum in the backward pass, for all.
+        """The position bias (1, H, L, L) of every layer, by one gather, with one sorted sum in the backward pass.
 
-        None where each layer has to gather its own: when activations are computed again, and under ZeRO 3.
+        Empty where each layer must gather its own: with gradient checkpointing and under ZeRO 3.
         """
         tables: list[torch.Tensor] = [attention.relative_position_bias_table for attention in self._biased]
         if not tables or self.transformer.grad_checkpointing or self.weights_in_layers:
@@ -215,10 +207,10 @@ class FrameEncoder(nn.Module):
         return biases[..., :length].unbind(0)
 
     def _choose_attention(self, images: torch.Tensor) -> None:
-        """Fused attention but for training on a CPU with BEiT's bias or in half precision.
+        """Fused attention, except for training on a CPU with BEiT's bias or in half precision.
 
-        PyTorch's kernel for the CPU computes no gradient of a mask; what it falls back to is slower than plain
-        operators, twice so in bfloat16 (benchmarks/model.py).
+        PyTorch's CPU kernel has no gradient of a mask, and its fallback is slower than plain operators, 2x in bfloat16
+        (benchmarks/model.py).
         """
         biased = not isinstance(self.layernorm, nn.Identity)
         plain = images.device.type == "cpu" and torch.is_grad_enabled() and (biased or images.dtype != torch.float32)

@@ -1,4 +1,4 @@
-"""Question answering: the same encoders, and a causal decoder that writes or scores answers."""
+"""Question answering: the same encoders, and a causal decoder that scores answers."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from model.config import ModelConfig, TextConfig
 from model.encoders import Encoders
 from model.losses import IGNORED
 from model.scoring import combine
-from model.text import PADDED, FusionLayer, VisualKeys, WordHead, bert_config, initialize_bert, run_layer
+from model.text import PADDED, FusionLayer, MLMHead, VisualKeys, bert_config, initialize_bert, run_layer
 from model.torchvision_cpu import BertEmbeddings
 
 _HIDDEN = -1e9  # added to cross-attention scores of padded question tokens; -1e4 in half precision
 
 
 def causal_mask(attention_mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """(A, La) of ones and zeros to (A, 1, La, La): 0 where a token may look, -10000 at later and padded ones."""
+    """(A, La) of ones and zeros to (A, 1, La, La): 0 where a token may attend, -10000 at later and padded ones."""
     length = attention_mask.shape[1]
     seen = attention_mask.new_ones(length, length).tril()
     return ((1 - (seen * attention_mask[:, None, :]).to(dtype)) * PADDED)[:, None]
@@ -34,7 +34,7 @@ class AnswerDecoder(nn.Module):
         self.recompute = False
         self.embeddings = BertEmbeddings(bert)
         self.layer = nn.ModuleList(FusionLayer(bert, config.width) for _ in range(num_layers))
-        self.word_head = WordHead(config)
+        self.word_head = MLMHead(config)
         initialize_bert(self, config.initializer_range)
 
     def project(self, question_states: torch.Tensor) -> VisualKeys:
@@ -50,7 +50,7 @@ class AnswerDecoder(nn.Module):
         index: torch.Tensor | None = None,
         exact: bool = False,
     ) -> torch.Tensor:
-        """Logits (A, La, V) at every position of the answers (A, La); `exact`: in float32, to rank answers by.
+        """Logits (A, La, V) at every position of the answers (A, La); `exact`: in float32, for ranking.
 
         Without `index` answer g·B + b belongs to question b; with `index` (A,) answer a belongs to question index[a].
         """
@@ -74,13 +74,16 @@ def answer_losses(logits: torch.Tensor, answer_ids: torch.Tensor, pad_id: int) -
 
 
 def _leading(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k highest of each row of scores (B, C) and their places, ties by place: many answers share a first word."""
-    ordered, places = scores.sort(dim=1, descending=True, stable=True)
-    return ordered[:, :k], places[:, :k]
+    """The k highest of each row of scores (B, C) and their indices.
+
+    The sort is stable, unlike topk: answers with the same first token have equal scores.
+    """
+    ordered, indices = scores.sort(dim=1, descending=True, stable=True)
+    return ordered[:, :k], indices[:, :k]
 
 
 class SingularityQA(Encoders):
-    """Singularity for questions: no dual encoder and no matching, instead an answer decoder."""
+    """Singularity for questions: an answer decoder instead of dual encoder and matching head."""
 
     def __init__(self, config: ModelConfig, pad_id: int = 0, cls_id: int = 101, mask_id: int = 103) -> None:
         super().__init__(config, pad_id)
@@ -88,12 +91,12 @@ class SingularityQA(Encoders):
         self.answer_decoder = AnswerDecoder(config.text_encoder, config.answer_decoder.num_layers, pad_id)
 
     def set_gradient_checkpointing(self, enable: bool = True) -> None:
-        """As for the encoders, and the answer decoder's layers too."""
+        """As `Encoders.set_gradient_checkpointing`, for the answer decoder too."""
         super().set_gradient_checkpointing(enable)
         self.answer_decoder.recompute = enable
 
     def question_states(self, visual_tokens: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """States (B, Lq, D) of questions (B, Lq) that have seen their visual's tokens (B, S, D)."""
+        """States (B, Lq, D) of questions (B, Lq) fused with their visual's tokens (B, S, D)."""
         return self.text_encoder.fuse(self.text_encoder.encode(ids, mask), mask, self.visual_keys(visual_tokens))
 
     def forward(
@@ -106,10 +109,10 @@ class SingularityQA(Encoders):
         answer_weights: torch.Tensor,
         per_question: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
-        """Loss `loss_qa`: the answers' losses, weighted, summed and divided by the number of questions.
+        """Loss `loss_qa`: the weighted sum of the answers' losses over the number of questions.
 
-        frames (B, T, 3, H, W); questions (B, Lq); the A answers (A, La) of all questions one after another, their
-        weights (A,), and how many belong to each question, per_question (B,).
+        frames (B, T, 3, H, W); questions (B, Lq); the A answers (A, La) of all questions, in order of the questions,
+        their weights (A,), and the number of answers of each question, per_question (B,).
         """
         tokens, _ = self.encode_visual(frames)
         states = self.question_states(tokens, question_ids, question_mask)
@@ -127,10 +130,9 @@ class SingularityQA(Encoders):
     def first_token_probabilities(
         self, questions: list[VisualKeys], question_mask: torch.Tensor, start_id: int, ensemble: str
     ) -> torch.Tensor:
-        """Probability (B, V) of each word to open the answer.
+        """Probability (B, V) of each token to be the first of the answer.
 
-        Late ensembles combine the frames' probabilities and take the softmax of that once more, as the official
-        code does: the published numbers were made so.
+        Late ensembles combine the frames' probabilities and apply a second softmax, as the official code does.
         """
         start = question_mask.new_full((question_mask.shape[0], 1), start_id)
         ones = torch.ones_like(start)
@@ -149,11 +151,10 @@ class SingularityQA(Encoders):
         k: int,
         ensemble: str = "concat",
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The k likeliest of C candidate answers (C, La), best first: their numbers and probabilities, both (B, k).
+        """The k most likely of C candidate answers (C, La), best first: indices and probabilities, both (B, k).
 
-        states: of `frame_states`. The probability of an answer's first word picks k candidates; these are ranked by
-        the sum of its logarithm and the log-likelihood of the whole answer, so the first word counts twice: kept
-        because the published numbers were made so.
+        states: of `frame_states`. The probability of the first token selects k candidates, ranked by the sum of its
+        logarithm and the log-likelihood of the whole answer. The first token counts twice, as in the official code.
         """
         questions = [self.answer_decoder.project(each) for each in states]
         opening = self.first_token_probabilities(questions, question_mask, int(answer_ids[0, 0]), ensemble)

@@ -1,4 +1,4 @@
-"""What this process is doing and when it last made progress, for the watchdog; any package may report it."""
+"""What the main thread does and when it last made progress, for the watchdog; any package reports it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ REPORT_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Activity:
-    """What the main thread does: a task such as `evaluating images`, how far it is with it, since when
-    (`time.monotonic`), and the exchange with other ranks that it waits in, such as gather_rows.
+    """A task such as `evaluating images` and the position in it, when that was reported (`time.monotonic`), and the
+    collective that the main thread waits in, such as gather_rows.
     """
 
     task: str
     position: str
     since: float
-    exchange: str = ""
+    collective: str = ""
 
     @property
     def text(self) -> str:
@@ -31,37 +31,43 @@ class Activity:
 _present = Activity("starting", "", time.monotonic())
 
 
+def present_activity() -> Activity:
+    """The last report."""
+    return _present
+
+
 def begin(task: str) -> None:
-    """Report that the main thread begins with another task."""
-    _set(Activity(task, "", time.monotonic()))
+    """Report that the main thread begins another task."""
+    global _present
+    _present = Activity(task, "", time.monotonic())
 
 
 def progress(position: str) -> None:
-    """Report how far the main thread is with its task, in a few words.
+    """Report the position in the task, in a few words.
 
-    To be called at least every few seconds by whatever takes long outside of training steps: a process that reports
-    nothing for `stall_seconds` counts as hung.
+    Whatever takes long outside of training steps calls it every few seconds: a process that reports nothing for
+    `stall_seconds` counts as hung.
     """
-    _set(replace(_present, position=position, since=time.monotonic()))
+    _report(position=position)
 
 
 @contextmanager
-def waiting(exchange: str) -> Iterator[None]:
-    """While the main thread waits for other ranks in an exchange: no progress is expected of it then."""
-    _set(replace(_present, since=time.monotonic(), exchange=exchange))
+def waiting(collective: str) -> Iterator[None]:
+    """While the main thread waits for other ranks: no progress is expected of it then."""
+    _report(collective=collective)
     try:
         yield
     finally:
-        _set(replace(_present, since=time.monotonic(), exchange=""))
+        _report(collective="")
 
 
 @contextmanager
-def trusted(position: str) -> Iterator[None]:
-    """While a library works that reports nothing, and ends by itself where its servers fall silent: a download."""
-    over = threading.Event()
+def keep_alive(position: str) -> Iterator[None]:
+    """While a library works that reports no progress and has timeouts of its own, such as a download."""
+    done = threading.Event()
 
     def report() -> None:
-        while not over.wait(REPORT_SECONDS):
+        while not done.wait(REPORT_SECONDS):
             progress(position)
 
     progress(position)
@@ -70,15 +76,10 @@ def trusted(position: str) -> Iterator[None]:
     try:
         yield
     finally:
-        over.set()
+        done.set()
         thread.join()
 
 
-def present_activity() -> Activity:
-    """The last report."""
-    return _present
-
-
-def _set(activity: Activity) -> None:
+def _report(**changes: str) -> None:
     global _present
-    _present = activity
+    _present = replace(_present, since=time.monotonic(), **changes)

@@ -78,7 +78,7 @@ def histogram_svg(name: str, bins: Mapping[str, int], open_bins: Sequence[str] =
     bars = axes.bar(range(len(bins)), list(bins.values()), width=0.9, color=BAR)
     for bar, bin_name in zip(bars, bins):
         bar.set_alpha(0.45 if bin_name in open_bins else 1.0)
-    step = -(-len(bins) // 5)
+    step = -(-len(bins) * max(map(len, bins)) // 28)  # so that names do not overlap
     axes.set_xticks(range(0, len(bins), step), list(bins)[::step])
     axes.locator_params(axis="y", nbins=3, integer=True)
     _style(axes)
@@ -178,9 +178,10 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
     axes.set_title(panel.title, fontsize=10, color=TEXT)
     axes.set_xlabel(panel.x_label, fontsize=8, color=TEXT)
     axes.set_xlim(left=0)
+    axes.locator_params(axis="x", nbins=6, integer=True)
     if panel.from_zero and shown:
         highest = sorted(shown)[int(0.99 * (len(shown) - 1))]
-        axes.set_ylim(min(0.0, *shown), max(1.05 * highest, 1e-6))
+        axes.set_ylim(min(0.0, *shown), max(1.3 * highest, 1e-6))
     _style(axes)
 
 

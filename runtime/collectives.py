@@ -1,8 +1,8 @@
-"""Brings what each rank has computed to all of them, in full precision; a single process needs no group."""
+"""Exchanges between ranks: gathering (with gradients, too), broadcasting, barriers; one process needs no group."""
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
@@ -42,11 +42,11 @@ def gather_objects(value: T, world_size: int) -> list[T]:
     return values  # type: ignore[return-value]
 
 
-def share(value: T | None, world_size: int) -> T:
+def broadcast(value: T | None, world_size: int) -> T:
     """Rank 0's small value on every rank."""
     values = [value]
     if world_size > 1:
-        with waiting("share"):
+        with waiting("broadcast"):
             distributed.broadcast_object_list(values, src=0)
     return values[0]  # type: ignore[return-value]
 
@@ -56,6 +56,33 @@ def barrier(world_size: int) -> None:
     if world_size > 1:
         with waiting("barrier"):
             distributed.barrier()
+
+
+class _Gather(torch.autograd.Function):
+    """All ranks' rows, one rank after another; backward sums what all ranks want of this rank's rows."""
+
+    @staticmethod
+    def forward(context: Any, rows: torch.Tensor) -> torch.Tensor:
+        parts = [torch.empty_like(rows) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> Any:
+        gradient = gradient.contiguous().clone()
+        distributed.all_reduce(gradient)
+        return gradient.chunk(distributed.get_world_size())[distributed.get_rank()]
+
+
+def gather_with_gradient(rows: torch.Tensor) -> torch.Tensor:
+    """(B, ...) of each of W ranks to (W·B, ...) on all, in order of rank, with gradients; one process keeps its rows.
+
+    All ranks call with the same shape. The mean over the ranks of the parameters' gradients, as data-parallel training
+    takes it, is then the gradient of the mean over the ranks of their losses.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        return rows
+    return _Gather.apply(rows)
 
 
 def _group_device(rows: torch.Tensor) -> torch.device:

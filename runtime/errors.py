@@ -1,4 +1,4 @@
-"""Errors that a user can mend, told in one line; anything else is a bug and shows its traceback."""
+"""User errors, reported in one line with the remedy; any other error is a bug and shows its traceback."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ INTERRUPTED = 130
 PROGRAM = Path(__file__).resolve().parent.parent
 ROOMS = {"launch", "train", "eval", "loaders", "model", "sharding", "storage", "runtime"}  # ours
 
-# What the operating system says of the user's disks, files and rights.
-OF_THE_USER = {
+# Errors of the user's disks, files and permissions.
+USER_ERRNOS = {
     errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EIO, errno.EISDIR, errno.ELOOP,
     errno.EMFILE, errno.ENAMETOOLONG, errno.ENFILE, errno.ENODEV, errno.ENOENT, errno.ENOSPC, errno.ENOTDIR,
     errno.ENOTEMPTY, errno.EPERM, errno.EROFS, errno.ESTALE, errno.ETXTBSY, errno.EXDEV,
 }  # fmt: skip
-# Modules whose errors are of what was typed: a protocol that is unknown or whose package is missing, a malformed URL.
-TELLING = {"fsspec.registry", "urllib.parse", "yarl._parse"}
+# Modules whose errors are about user input: an unknown protocol, a missing package for one, a malformed URL.
+INPUT_MODULES = {"fsspec.registry", "urllib.parse", "yarl._parse"}
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class UserError(ValueError):
-    """What a user can mend. The message is one line: the thing, the reason, the remedy."""
+    """An error that the user can fix. The message is one line: the thing, the reason, the remedy."""
 
     exit_code = USER_ERROR
 
@@ -48,13 +48,13 @@ class WorkerError(UserError, ChildProcessError):
 
 
 def user_message(error: BaseException) -> str | None:
-    """The line that tells the user of an error; None where it is no error that a user can mend."""
+    """The line that reports a user error; None for a bug."""
     if isinstance(error, UserError):
         return " ".join(str(error).split())
-    if _raised_in(error) in TELLING and isinstance(error, ValueError | ImportError):
+    if _raised_in(error) in INPUT_MODULES and isinstance(error, ValueError | ImportError):
         return " ".join(str(error).split())
     number = os_error_number(error)
-    if number not in OF_THE_USER or _is_ours(error):
+    if number not in USER_ERRNOS or _is_ours(error):
         return None
     filename = getattr(error, "filename", None)
     named = f": {filename!r}" if filename else ""
@@ -70,7 +70,7 @@ def _raised_in(error: BaseException) -> str:
 
 @contextmanager
 def file_errors(path: object, written_as: object = None) -> Iterator[None]:
-    """Let the operating system's errors inside name `path` where they name nothing, as a full disk while writing.
+    """Make errors of the operating system name `path` where they name nothing, as that of a full disk does.
 
     So do errors that a library has wrapped, and those that name `written_as`, where `path` is being written, or a file
     in it.
@@ -115,9 +115,9 @@ Arguments = ParamSpec("Arguments")
 
 
 def command(interrupted: str = "interrupted") -> Callable[[Callable[Arguments, int]], Callable[Arguments, int]]:
-    """Decorate the `main` of a command: errors that a user can mend are one line and exit code 2, Ctrl-C is 130.
+    """Decorate the `main` of a command: a user error prints one line and exits with 2, Ctrl-C exits with 130.
 
-    Other errors show their traceback and end with 1. interrupted: what is printed after Ctrl-C.
+    Any other error prints its traceback and exits with 1. interrupted: what is printed after Ctrl-C.
     """
 
     def decorate(main: Callable[Arguments, int]) -> Callable[Arguments, int]:

@@ -15,10 +15,11 @@ from pathlib import Path
 from runtime.units import data_size, duration
 from sharding.annotations.staging import Staged
 from sharding.executors.build_shard import build_shard
-from sharding.shards.failures import TooManyFailures, kind_of, summary
-from sharding.shards.parquet import read_table
+from sharding.reasons import kind_of, summary
+from sharding.shards.failures import TooManyFailures
 from sharding.shards.plan import Task
-from sharding.shards.schema import join_url
+from storage.parquet import read_table
+from storage.urls import join_url
 
 SAMPLE = {"image": 128, "video": 24}  # media
 SURE = 1.96  # standard errors to either side: 95 % of the time

@@ -1,14 +1,14 @@
-"""A node's cache of remote bytes on a local disk: bounded, least recently used out first, safe against any crash.
+"""A node's cache of remote bytes on a local disk: bounded, least recently used evicted first, safe against crashes.
 
-How it stays whole, with any number of processes that may be killed at any moment:
+How it stays consistent, with any number of processes that may be killed at any moment:
 - SQLite holds one row an item: its name, its size, when it was last used, and which process is fetching it.
-- Room is reserved before anything is fetched: a row is written, and older items leave, in one transaction. So the
-  files never take more than the budget.
-- An item's file is written aside, in parts/, and renamed: a file of that name is whole. What a dead process had
-  reserved or was writing is taken back by whoever opens the cache next.
-- A file leaves before its row does. A row without a file is an item that is not there.
-- Rows without files (of a process that died in between) and files without rows (after a power cut) are looked for in
-  a few folders at each opening, in turn. So opening takes as long with a million items as with a thousand.
+- Space is reserved before anything is fetched: one transaction writes a row and evicts older items. So the files never
+  take more than the budget.
+- An item's file is written in parts/ and renamed: a file in items/ is complete. Whoever opens the cache next reclaims
+  what a dead process had reserved or was writing.
+- A file is removed before its row. A row without a file is an item that is not there.
+- Each opening compares rows and files in a few folders, in turn: a process may have died between the two, and a power
+  cut may leave files without rows. So opening takes as long with a million items as with a thousand.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import fcntl
 import logging
 import os
 import random
-import re
 import shutil
 import sqlite3
 import threading
@@ -27,17 +26,15 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import psutil
-
 from runtime.errors import UserError
 from storage.files import atomic_file
 
-log = logging.getLogger("loaders")
+log = logging.getLogger(__name__)
 
 FOLDER = "singularity-cache-1"  # inside the folder of the user: nothing else is ever removed
 POLL = 0.02  # seconds between looks whether another process has fetched an item
-NOTE_USE = 5.0  # seconds between notes of which items were used
-CHECKED = 1000  # items whose files and rows are compared when a cache is opened
+RECORD_SECONDS = 5.0  # between two records of which items were used
+ITEMS_CHECKED = 1000  # items whose files and rows are compared when a cache is opened
 AFTER = chr(0x10FFFF)  # sorts after whatever a name may go on with
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS items (
@@ -68,14 +65,14 @@ class DiskCache:
         self._lock = threading.Lock()
         self._process = 0
         self._used: dict[str, float] = {}
-        self._noted = time.monotonic()
-        self._full = False
+        self._recorded = time.monotonic()
+        self._warned = False
         try:
             for name in ("items", "parts"):
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
-            with self._changing() as database:
-                self._take_back(database)
-                self._check_some(database)
+            with self._transaction() as database:
+                self._reclaim(database)
+                self._check_folders(database)
         except OSError as error:
             raise UserError(f"cache.folder={folder} cannot be written to ({error.strerror}): choose another") from None
 
@@ -97,20 +94,20 @@ class DiskCache:
         return self._path(name).exists()
 
     def reserve(self, sizes: Mapping[str, int]) -> dict[str, bool]:
-        """Room for items that are not there yet: name -> True for those that the caller now must `put` or `drop`.
+        """Reserve space for missing items: name -> True for those that the caller now must `put` or `drop`.
 
         Those with False are being fetched by another process, or are there, or do not fit beside what others fetch.
         """
         mine = dict.fromkeys(sizes, False)
-        with self._going_on_without(), self._changing() as database:
-            self._note_use(database)
+        with self._tolerating_errors(), self._transaction() as database:
+            self._record_use(database)
             for name, size in sizes.items():
                 row = database.execute("SELECT owner FROM items WHERE name = ?", (name,)).fetchone()
                 if row is not None and (is_alive(row[0]) if row[0] is not None else self.has(name)):
                     continue
                 self._remove(database, name)
                 if self._make_room(database, size):
-                    values = name, size, time.time(), me()
+                    values = name, size, time.time(), this_process()
                     database.execute("INSERT INTO items VALUES (?, ?, ?, ?)", values)
                     mine[name] = True
         return mine
@@ -128,13 +125,13 @@ class DiskCache:
     def _is_coming(self, name: str) -> bool:
         """Whether a living process is fetching an item."""
         row = None
-        with self._going_on_without(), self._changing() as database:
+        with self._tolerating_errors(), self._transaction() as database:
             row = database.execute("SELECT owner FROM items WHERE name = ?", (name,)).fetchone()
         return row is not None and row[0] is not None and is_alive(row[0])
 
     def put(self, name: str, data: bytes) -> None:
         """The bytes of an item that was reserved; where the disk is full it is dropped instead."""
-        temporary = self.folder / "parts" / f"{me()} {threading.get_ident()}"
+        temporary = self.folder / "parts" / f"{this_process()} {threading.get_ident()}"
         try:
             self._path(name).parent.mkdir(exist_ok=True)
             with atomic_file(self._path(name), temporary=temporary) as path:
@@ -143,52 +140,54 @@ class DiskCache:
             self._warn(error.strerror)
             self.drop([name])
             return
-        with self._going_on_without(), self._changing() as database:
-            mine = database.execute("UPDATE items SET owner = NULL WHERE name = ? AND owner = ?", (name, me()))
+        with self._tolerating_errors(), self._transaction() as database:
+            mine = database.execute(
+                "UPDATE items SET owner = NULL WHERE name = ? AND owner = ?", (name, this_process())
+            )
             if not mine.rowcount:  # taken for dead: nobody counts this file
                 self._path(name).unlink(missing_ok=True)
 
     def drop(self, names: Sequence[str]) -> None:
         """Remove items: damaged ones, or what was reserved and could not be fetched."""
-        with self._going_on_without(), self._changing() as database:
+        with self._tolerating_errors(), self._transaction() as database:
             for name in names:
                 self._remove(database, name)
 
     def bytes_used(self) -> int:
         """Bytes that are taken or reserved."""
-        with self._changing() as database:
+        with self._transaction() as database:
             return self._total(database)
 
     def close(self) -> None:
-        """Note what was used, and close the list of items; it opens again when it is needed."""
-        with self._going_on_without(), self._changing() as database:
-            self._noted = -NOTE_USE
-            self._note_use(database)
+        """Record what was used, and close the database; it opens again when it is needed."""
+        with self._tolerating_errors(), self._transaction() as database:
+            self._recorded = -RECORD_SECONDS
+            self._record_use(database)
         with self._lock:
             self._database.close()
             self._process = 0
 
     @contextlib.contextmanager
-    def _going_on_without(self) -> Iterator[None]:
-        """Where the list of items cannot be changed, as on a full disk, reading goes on without it."""
+    def _tolerating_errors(self) -> Iterator[None]:
+        """Where the database cannot be changed, as on a full disk, reading goes on without the cache."""
         try:
             yield
         except sqlite3.Error as error:
             self._warn(f"SQLite: {error}")
-        except OSError as error:  # the list is opened again after a fork
+        except OSError as error:  # the database is opened again after a fork
             self._warn(error.strerror)
 
     def _warn(self, reason: str | None) -> None:
-        if not self._full:
-            log.warning("cache %s: %s; reading goes on without it", self.folder, reason)
-        self._full = True
+        if not self._warned:
+            log.warning("cache %s: %s; reading continues without it", self.folder, reason)
+        self._warned = True
 
     def _path(self, name: str) -> Path:
         return self.folder / "items" / name[:2] / name
 
     @contextlib.contextmanager
-    def _changing(self) -> Iterator[sqlite3.Connection]:
-        """A transaction that no other thread or process has at the same time."""
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """A transaction, exclusive among threads and processes."""
         with self._lock:
             if self._process != os.getpid():  # a connection must not be taken through a fork
                 self._database, self._process = self._open(), os.getpid()
@@ -208,7 +207,7 @@ class DiskCache:
         except sqlite3.OperationalError as error:
             raise OSError(0, f"SQLite: {error}") from None
         except sqlite3.DatabaseError as error:
-            log.warning("cache %s is damaged (%s): it begins anew", self.folder, error)
+            log.warning("cache %s is damaged (%s): it starts empty", self.folder, error)
             for file in self.folder.glob("items.sqlite*"):
                 file.unlink(missing_ok=True)
             shutil.rmtree(self.folder / "items", ignore_errors=True)
@@ -228,7 +227,7 @@ class DiskCache:
         return int(database.execute("SELECT bytes FROM total").fetchone()[0])
 
     def _make_room(self, database: sqlite3.Connection, size: int) -> bool:
-        """Let the least recently used items go until `size` bytes fit; False when they cannot."""
+        """Evict the least recently used items until `size` bytes fit; False when they cannot."""
         while self._total(database) + size > self.budget:
             rows = database.execute("SELECT name FROM items WHERE owner IS NULL ORDER BY used LIMIT 16").fetchall()
             if not rows:
@@ -244,8 +243,8 @@ class DiskCache:
         self._path(name).unlink(missing_ok=True)
         database.execute("DELETE FROM items WHERE name = ?", (name,))
 
-    def _take_back(self, database: sqlite3.Connection) -> None:
-        """What dead processes had reserved or were writing."""
+    def _reclaim(self, database: sqlite3.Connection) -> None:
+        """Remove what dead processes had reserved or were writing."""
         for name, owner in database.execute("SELECT name, owner FROM items WHERE owner IS NOT NULL").fetchall():
             if not is_alive(owner):
                 self._remove(database, name)
@@ -253,14 +252,14 @@ class DiskCache:
             if not is_alive(path.name.rpartition(" ")[0]):
                 path.unlink(missing_ok=True)
 
-    def _check_some(self, database: sqlite3.Connection) -> None:
-        """Compare files and rows in the next folders of items/, about CHECKED of them; remove what has no other."""
+    def _check_folders(self, database: sqlite3.Connection) -> None:
+        """Compare about ITEMS_CHECKED files and rows in the next folders of items/; remove those without the other."""
         (last,) = database.execute("SELECT folder FROM checked").fetchone()
         folders, checked = [entry.name for entry in os.scandir(self.folder / "items") if entry.is_dir()], 0
         for folder in sorted(folders, key=lambda folder: (folder <= last, folder)):
             checked += self._check(database, folder)
             last = folder
-            if checked >= CHECKED:
+            if checked >= ITEMS_CHECKED:
                 break
         database.execute("UPDATE checked SET folder = ?", (last,))
 
@@ -270,34 +269,32 @@ class DiskCache:
         rows = dict(database.execute(within, (folder, folder + AFTER)).fetchall())
         there = set(os.listdir(self.folder / "items" / folder))
         for name in there - rows.keys():
-            part = re.fullmatch(r".*\.(\d+)-\d+\.part", name)  # where versions until November 2026 wrote items
-            if part is None or not psutil.pid_exists(int(part[1])):
-                (self.folder / "items" / folder / name).unlink(missing_ok=True)
+            (self.folder / "items" / folder / name).unlink(missing_ok=True)
         for name, owner in rows.items():
             if owner is None and name not in there:
                 self._remove(database, name)
         return len(there | rows.keys())
 
-    def _note_use(self, database: sqlite3.Connection) -> None:
-        """Write down now and then which items this process has used."""
-        if time.monotonic() - self._noted < NOTE_USE:
+    def _record_use(self, database: sqlite3.Connection) -> None:
+        """Record every RECORD_SECONDS which items this process has used."""
+        if time.monotonic() - self._recorded < RECORD_SECONDS:
             return
-        self._noted, used, self._used = time.monotonic(), self._used, {}
+        self._recorded, used, self._used = time.monotonic(), self._used, {}
         database.executemany("UPDATE items SET used = ? WHERE name = ?", [(at, name) for name, at in used.items()])
 
 
-def me() -> str:
+def this_process() -> str:
     """This process, told apart from later ones with its number."""
-    return f"{os.getpid()} {started(os.getpid())}"
+    return f"{os.getpid()} {start_ticks(os.getpid())}"
 
 
 def is_alive(owner: str) -> bool:
-    """Whether the process that `me` described still runs."""
+    """Whether the process that `this_process` described still runs."""
     process, _, begun = owner.partition(" ")
-    return started(int(process)) == begun
+    return start_ticks(int(process)) == begun
 
 
-def started(process: int) -> str:
+def start_ticks(process: int) -> str:
     """When a process was started, in the kernel's ticks; empty when it has ended."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()

@@ -1,17 +1,18 @@
-"""Handles of libcurl, its sockets in an epoll, and what its transfers' ends mean."""
+"""libcurl in an asyncio loop: handles, transfers, and what their ends mean."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import select
 import ssl
-from collections.abc import Iterable
-from http import HTTPStatus
+import threading
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
 import pycurl
 
-from storage.policy import AGAIN, WebError
+from storage.policy import TRANSIENT_STATUSES, StoreError, status_error
 
 AGENT = "Mozilla/5.0 (compatible; singularity-at-scale)"  # some hosts refuse clients without a name
 BUFFER = 2**18  # bytes handed over at a time
@@ -24,8 +25,6 @@ BROKEN_OFF = {
     pycurl.E_FTP_WEIRD_SERVER_REPLY,  # of any server
     92,  # CURLE_HTTP2_STREAM, which pycurl does not name
 }
-
-
 TOO_LARGE = 100  # CURLE_TOO_LARGE, which pycurl does not name: a header of more than 100 KB
 INTERESTS = {
     pycurl.POLL_IN: select.EPOLLIN,
@@ -34,33 +33,93 @@ INTERESTS = {
 }
 
 
-class Sockets:
-    """The sockets of a CurlMulti, watched by one epoll; select(), and so CurlMulti.fdset, ends at descriptor 1,023.
+class AsyncCurl:
+    """Runs transfers of libcurl in an asyncio loop, to be used in that loop alone.
 
-    A socket comes and goes with every request: one epoll is cheaper than objects of an event loop for each.
+    libcurl's sockets are watched by one epoll, and that one by the loop: a socket comes and goes with every request,
+    and objects of the loop for each would cost more. select(), and so CurlMulti.fdset, ends at descriptor 1,023.
     """
 
-    def __init__(self, multi: pycurl.CurlMulti) -> None:
-        self.multi, self.epoll = multi, select.epoll()
-        multi.setopt(pycurl.M_SOCKETFUNCTION, self._watch)
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop, self.multi = loop, pycurl.CurlMulti()
+        self._epoll = select.epoll()
+        self._ended: dict[pycurl.Curl, Callable[[int, str], None]] = {}
+        self._due: float | None = None  # when libcurl wants to be called
+        self._timer: asyncio.TimerHandle | None = None  # not later than that
+        self.multi.setopt(pycurl.M_SOCKETFUNCTION, self._watch)
+        self.multi.setopt(pycurl.M_TIMERFUNCTION, self._set_timer)
+        loop.add_reader(self._epoll.fileno(), self._ready)
+
+    def start(self, curl: pycurl.Curl, ended: Callable[[int, str], None]) -> None:
+        """Begin a transfer; `ended` gets libcurl's code and message, and must not raise."""
+        self._ended[curl] = ended
+        self.multi.add_handle(curl)
+
+    def stop(self, curl: pycurl.Curl) -> None:
+        """End a transfer that has not ended, if need be by closing its connection."""
+        if self._ended.pop(curl, None) is not None:
+            self.multi.remove_handle(curl)
+
+    def close(self) -> None:
+        """Close all connections, after the transfers have ended."""
+        self.loop.remove_reader(self._epoll.fileno())
+        if self._timer is not None:
+            self._timer.cancel()
+        closing = threading.Thread(target=self.multi.close, daemon=True)
+        closing.start()  # by itself: it waits for threads of libcurl that look up names, however long that takes
+        closing.join(1.0)
+        self._epoll.close()
 
     def _watch(self, what: int, descriptor: int, *_: object) -> None:
         """Called by libcurl: what it wants to know of a socket."""
         with contextlib.suppress(OSError, ValueError):  # the socket, or the epoll, may be closed already
             if what == pycurl.POLL_REMOVE:
-                self.epoll.unregister(descriptor)
+                self._epoll.unregister(descriptor)
                 return
             try:
-                self.epoll.register(descriptor, INTERESTS[what])
+                self._epoll.register(descriptor, INTERESTS[what])
             except FileExistsError:
-                self.epoll.modify(descriptor, INTERESTS[what])
+                self._epoll.modify(descriptor, INTERESTS[what])
 
-    def act(self, found: Iterable[tuple[int, int]]) -> None:
-        """Let libcurl read and write where it can; `found`: (descriptor, events) as the epoll gives them."""
-        for descriptor, events in found:
+    def _set_timer(self, milliseconds: int) -> None:
+        """Called by libcurl: when it wants to be called. A timer that comes too early is kept: most never count."""
+        if milliseconds < 0:
+            self._due = None
+            return
+        self._due = self.loop.time() + milliseconds / 1000
+        if self._timer is None or self._timer.when() > self._due:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self.loop.call_at(self._due, self._time_out)
+
+    def _time_out(self) -> None:
+        self._timer = None
+        if self._due is None:
+            return
+        if self.loop.time() < self._due:
+            self._timer = self.loop.call_at(self._due, self._time_out)
+            return
+        self._due = None
+        self.multi.socket_action(pycurl.SOCKET_TIMEOUT, 0)
+        self._collect()
+
+    def _ready(self) -> None:
+        """Let libcurl read and write where it can."""
+        for descriptor, events in self._epoll.poll(0):
             readable, writable = events & ~select.EPOLLOUT, events & select.EPOLLOUT
             action = (pycurl.CSELECT_IN if readable else 0) | (pycurl.CSELECT_OUT if writable else 0)
             self.multi.socket_action(descriptor, action)
+        self._collect()
+
+    def _collect(self) -> None:
+        """Report the transfers that have ended."""
+        left = 1
+        while left:
+            left, good, bad = self.multi.info_read()
+            for curl, code, message in [*((curl, pycurl.E_OK, "") for curl in good), *bad]:
+                ended = self._ended.pop(curl)
+                self.multi.remove_handle(curl)
+                ended(code, message)
 
 
 def new_handle(connect_seconds: float, bundle: str | None = None) -> pycurl.Curl:
@@ -94,23 +153,20 @@ def host_of(url: str) -> str:
         return url
 
 
-def error_of(curl: pycurl.Curl, code: int, message: str, url: str) -> FileNotFoundError | WebError | None:
+def error_of(curl: pycurl.Curl, code: int, message: str, url: str) -> StoreError | None:
     """What went wrong, when libcurl ended a transfer with `code`; None: nothing."""
     status = curl.getinfo(pycurl.RESPONSE_CODE)
     if status >= 400:
-        if status == HTTPStatus.NOT_FOUND:
-            return FileNotFoundError(url)
-        phrase = HTTPStatus(status).phrase if status in set(HTTPStatus) else ""
-        return WebError(f"HTTP {status} {phrase}".strip(), status=status, after=curl.getinfo(pycurl.RETRY_AFTER))
+        return status_error(status, float(curl.getinfo(pycurl.RETRY_AFTER)))
     if code == pycurl.E_OK:
         return None
     proxy_status = curl.getinfo(pycurl.HTTP_CONNECTCODE)
     if status == 0 and proxy_status >= 400:
-        return WebError(f"the proxy says status {proxy_status}", passing=proxy_status in AGAIN)
+        return StoreError(f"proxy: {status_error(proxy_status)}", transient=proxy_status in TRANSIENT_STATUSES)
     if code == TOO_LARGE or "Too large response headers" in message:
-        return WebError("its headers have no end")
+        return StoreError("its headers have no end")
     if code in BROKEN_OFF or (code == pycurl.E_UNSUPPORTED_PROTOCOL and "HTTP/0.9" in message):
-        return WebError("connection broke off", passing=True)
+        return StoreError("connection broke off", transient=True)
     host = host_of(url)
     name = host.rpartition(":")[0]
     reasons = {
@@ -122,5 +178,5 @@ def error_of(curl: pycurl.Curl, code: int, message: str, url: str) -> FileNotFou
         pycurl.E_SSL_CONNECT_ERROR: (f"no encrypted connection: {name}", "wrong version number" not in message),
         pycurl.E_URL_MALFORMAT: ("no valid address", False),
     }
-    reason, passing = reasons.get(code, (f"cannot be fetched: {message}", False))
-    return WebError(reason, passing=passing)
+    reason, transient = reasons.get(code, (f"cannot be fetched: {message}", False))
+    return StoreError(reason, transient=transient)

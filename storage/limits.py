@@ -1,20 +1,67 @@
-"""What a process may ask of the stores, of all its corpora together: requests at a time, and a second."""
+"""How much of a store one node, and each process of it, may use: requests at a time, requests a second, first reads."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
+import random
+import time
+from dataclasses import dataclass, replace
+
+from runtime.ranks import Ranks
+from runtime.settings import setting
 
 BURST = 0.05  # seconds whose requests may be sent at once: a timer for each of them would cost more than the request
 
+log = logging.getLogger(__name__)
 
-class Gate:
+_waited: list[float] = []  # seconds that this process has waited for its node's turn; once is enough
+
+
+@dataclass
+class RemoteReads:
+    """How objects of S3, GCS and web servers are read. No setting here changes what a batch holds."""
+
+    connections: int = setting(128, "concurrent requests of a node, shared equally by its processes", least=1)
+    requests_per_second: float = setting(3000.0, "of a node, shared in the same way; 0: no limit", least=0)
+    starts_per_second: float = setting(20.0, "nodes of a job that begin to read each second; 0: all at once", least=0)
+    gap_kb: int = setting(64, "frames of a shard at most this far apart come in one request", least=0)
+    ahead_mb: int = setting(256, "megabytes read ahead of decoding, at most", least=1)
+    ahead_steps: int = setting(8, "steps read ahead of decoding, at most", least=1)
+    deadline: float = setting(120.0, "seconds for one byte range, all tries together", above=0)
+    try_seconds: float = setting(30.0, "seconds for one try", above=0)
+    hedge_percentile: float = setting(0.95, "a request slower than this share of others is sent again; 0: never")
+
+
+def share_of(settings: RemoteReads, ranks: Ranks) -> RemoteReads:
+    """What one process of the node may ask of the stores: an equal part."""
+    return replace(
+        settings,
+        connections=max(1, settings.connections // ranks.local_world_size),
+        requests_per_second=settings.requests_per_second / ranks.local_world_size,
+    )
+
+
+def wait_for_turn(ranks: Ranks, starts_per_second: float) -> None:
+    """Wait before this process' first read, so that the nodes of a job do not all begin at once."""
+    if _waited or ranks.num_nodes < 2 or not starts_per_second:
+        return
+    seconds = (ranks.node_rank + random.random()) / starts_per_second
+    _waited.append(seconds)
+    if seconds > 1:
+        starts = "node %d of %d begins to read in %.1f s (remote.starts_per_second)"
+        log.info(starts, ranks.node_rank, ranks.num_nodes, seconds)
+    time.sleep(seconds)
+
+
+class RateLimiter:
     """Entered for each request (`async with`); belongs to the event loop that enters it first."""
 
     def __init__(self, connections: int, per_second: float) -> None:
-        """per_second: 0 for any number."""
+        """per_second: 0 for no limit."""
         self._slots = asyncio.Semaphore(connections)
-        self._gap = 1 / per_second if per_second else 0.0
+        self._interval = 1 / per_second if per_second else 0.0
         self._next = 0.0  # when the next request may be sent
 
     def is_free(self) -> bool:
@@ -24,26 +71,26 @@ class Gate:
     async def __aenter__(self) -> None:
         """Wait for a slot, and for the time."""
         await self._slots.acquire()
-        if not self._gap:
+        if not self._interval:
             return
         now = asyncio.get_running_loop().time()
-        mine = max(now - BURST, self._next)
-        self._next = mine + self._gap
-        if mine > now:
+        start = max(now - BURST, self._next)
+        self._next = start + self._interval
+        if start > now:
             try:
-                await asyncio.sleep(mine - now)
+                await asyncio.sleep(start - now)
             except BaseException:
                 self._slots.release()
                 raise
 
     async def __aexit__(self, *error: object) -> None:
-        """Let the next one in."""
+        """Let the next request in."""
         self._slots.release()
 
 
-GATES: dict[tuple[int, int, float], Gate] = {}  # by process: a child has its own after a fork
+_limiters: dict[tuple[int, int, float], RateLimiter] = {}  # by process: a child has its own after a fork
 
 
-def gate_of_process(connections: int, per_second: float) -> Gate:
-    """The one gate of this process with these bounds."""
-    return GATES.setdefault((os.getpid(), connections, per_second), Gate(connections, per_second))
+def rate_limiter(connections: int, per_second: float) -> RateLimiter:
+    """The one rate limiter of this process with these bounds, for all its corpora together."""
+    return _limiters.setdefault((os.getpid(), connections, per_second), RateLimiter(connections, per_second))

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import fsspec
 
-from sharding.shards.schema import join_url
 from storage.ranges import ByteRange
 from storage.single_flight import LastUsed
+from storage.urls import join_url
 
 
 class LocalStore:

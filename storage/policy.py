@@ -1,47 +1,43 @@
-"""What can go wrong between here and a store or a web server: tried again where that helps, named where it does not."""
+"""One policy for all stores and web servers: which errors are transient, when to retry, and what users are told."""
 
 from __future__ import annotations
 
-import asyncio
+import email.utils
 import errno
+import itertools
+import math
 import random
+import re
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any, TypeVar
 
 import aiohttp
 import fsspec
 from aiohttp.http_exceptions import HttpProcessingError
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
-from tenacity.nap import sleep_using_event
-from tenacity.stop import stop_when_event_set
 
 from runtime.errors import AccessError, MissingError, UserError
+from storage.urls import hide_secrets
 
 ATTEMPTS = 4
-LONGEST_PAUSE = 30.0  # seconds between two attempts
-AGAIN = {408, 425, 429, 500, 502, 503, 504, 509}  # HTTP statuses that may be another one the next time
-PASSING = {
-    errno.ECONNRESET,
-    errno.ECONNREFUSED,
-    errno.ECONNABORTED,
-    errno.EPIPE,
-    errno.ETIMEDOUT,
-    errno.EHOSTUNREACH,
-    errno.ENETUNREACH,
-    errno.EBUSY,
-    errno.EAGAIN,
-    errno.ESTALE,
-}
+LONGEST_BACKOFF = 20.0  # seconds
+TRANSIENT_STATUSES = {408, 425, 429, 500, 502, 503, 504, 509}
+TRANSIENT_ERRNOS = {
+    errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.EPIPE, errno.ETIMEDOUT, errno.EHOSTUNREACH,
+    errno.ENETUNREACH, errno.EBUSY, errno.EAGAIN, errno.ESTALE,
+}  # fmt: skip
 # Classes of the stores' clients, which are optional, by name: connections that failed or broke off, no credentials.
-BROKEN_OFF = {"HTTPClientError", "ConnectionError", "ResponseParserError", "TransportError", "ChecksumError"}
+TRANSIENT_CLASSES = {"HTTPClientError", "ConnectionError", "ResponseParserError", "TransportError", "ChecksumError"}
 NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "RefreshError"}
 CLIENTS = {"aiohttp", "aiobotocore", "botocore", "gcsfs", "google", "s3fs"}  # packages of the stores' clients
 REFUSED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "403", "401"}
 
-BUCKETS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")  # stores whose addresses begin with a bucket
+BUCKETS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")  # stores whose URLs begin with a bucket
 
 Result = TypeVar("Result")
 
@@ -50,50 +46,126 @@ class BucketError(MissingError):
     """A bucket does not exist."""
 
 
-class WebError(Exception):
-    """A web server did not give what was asked for; the message is the reason that the report shows.
+class StoreError(Exception):
+    """Why a store or a web server did not give what was asked for, in words without secrets.
 
-    status: of its answer, 0 where there was none, and then `passing` says whether another attempt may go better.
-    after: seconds that the server asks to wait.
+    kind: the error that users get. retry_after: seconds that the server asks to wait.
     """
 
-    def __init__(self, reason: str, status: int = 0, passing: bool = False, after: int = 0) -> None:
+    def __init__(
+        self, reason: str, kind: type[OSError] = OSError, transient: bool = False, retry_after: float = 0.0
+    ) -> None:
         super().__init__(reason)
-        self.status, self.passing, self.after = status, passing, after
+        self.kind, self.transient, self.retry_after = kind, transient, retry_after
+
+    def with_url(self, url: str) -> OSError:
+        """The error for the user of a read."""
+        if self.kind is FileNotFoundError:
+            return self.kind(f"{url} is missing")
+        if self.kind is PermissionError:
+            remedy = "check the credentials in the environment (docs/streaming.md)"
+            return self.kind(f"{url} cannot be read: access is denied ({self}): {remedy}")
+        return self.kind(f"{url} cannot be read: {self}")
 
 
-def again(
+@dataclass(frozen=True)
+class RetryPolicy:
+    """How often transient errors are retried, with exponential backoff and jitter, or after Retry-After."""
+
+    attempts: int = ATTEMPTS  # 0: no limit
+    first_backoff: float = 0.6  # seconds; half of it at least
+    longest_retry_after: float = 30.0  # seconds: a longer Retry-After is cut short
+
+    def pause(self, error: StoreError, attempts: int) -> float:
+        """Seconds until the next attempt after `attempts` of them; infinite where there is none."""
+        if not error.transient or attempts == self.attempts:
+            return math.inf
+        backoff = min(self.first_backoff * 2.0 ** min(attempts - 1, 30), LONGEST_BACKOFF)
+        return min(error.retry_after, self.longest_retry_after) + backoff * random.uniform(0.5, 1)
+
+
+def retry(
     function: Callable[..., Result], *arguments: Any, attempts: int = ATTEMPTS, stop: threading.Event | None = None
 ) -> Result:
-    """`function(*arguments)`, tried again after a growing, random pause (or the one the server asks for) when an error
-    is transient; `stop` ends the trying.
-    """
-    enough = stop_after_attempt(attempts)
-    retrying = Retrying(
-        stop=enough | stop_when_event_set(stop) if stop else enough,
-        sleep=sleep_using_event(stop or threading.Event()),
-        **policy(),
-    )
-    return retrying(function, *arguments)
+    """`function(*arguments)`, called again after a transient error as RetryPolicy says; `stop` ends the attempts."""
+    policy, stop = RetryPolicy(attempts), stop or threading.Event()
+    for attempt in itertools.count(1):
+        try:
+            return function(*arguments)
+        except Exception as error:
+            pause = policy.pause(describe_error(error), attempt)
+            if pause == math.inf or stop.wait(pause):
+                raise
+    raise AssertionError("unreachable")
 
 
-def policy() -> dict[str, Any]:
-    """What is tried again, and after which pause."""
-    return {"wait": pause, "retry": retry_if_exception(is_transient), "reraise": True}
+def describe_error(error: BaseException) -> StoreError:
+    """What an error of a store's client or of the operating system means."""
+    if isinstance(error, StoreError):
+        return error
+    answer = answer_of(error)
+    if answer is not None and answer[0] >= 400:
+        found = status_error(answer[0], retry_after(answer[1]))
+    else:
+        reason, transient = _without_status(error)
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
+        kind = PermissionError if isinstance(error, PermissionError) else kind
+        found = StoreError(hide_secrets(reason), kind, transient and kind is OSError)
+    if not isinstance(error, aiohttp.ClientError) and (problem := _credentials_problem(error)):
+        return StoreError(hide_secrets(problem), PermissionError)
+    return found
 
 
-def pause(state: RetryCallState) -> float:
-    """`pause_after` for tenacity."""
-    error = state.outcome.exception() if state.outcome else None
-    return pause_after(error, state.attempt_number)
+def status_error(status: int, wait: float = 0.0) -> StoreError:
+    """The error that an HTTP status means; wait: seconds that the server asks for."""
+    if status == HTTPStatus.NOT_FOUND:
+        return StoreError("file not found", FileNotFoundError)
+    phrase = HTTPStatus(status).phrase if status in set(HTTPStatus) else ""
+    kind = PermissionError if status in (401, 403) else OSError
+    return StoreError(f"HTTP {status} {phrase}".strip(), kind, status in TRANSIENT_STATUSES, wait)
 
 
-def pause_after(error: BaseException | None, attempt: int) -> float:
-    """Seconds until the next attempt: what the server's Retry-After says, else exponential with jitter."""
-    asked = str((getattr(error, "headers", None) or {}).get("Retry-After", "")) or str(getattr(error, "after", ""))
-    if asked.isdigit() and int(asked):
-        return min(float(asked), LONGEST_PAUSE)
-    return min(0.3 * 2 ** (attempt - 1) + random.uniform(0, 0.3), LONGEST_PAUSE)
+def _without_status(error: BaseException) -> tuple[str, bool]:
+    """The reason of an error that has no HTTP status, and whether it is transient."""
+    match error:
+        case FileNotFoundError():
+            return "file not found", False
+        case PermissionError():
+            return "permission denied", False
+        case aiohttp.ClientConnectorDNSError():
+            return f"host not found: {error.host}", error.os_error.errno == socket.EAI_AGAIN
+        case aiohttp.ClientSSLError():
+            return f"no valid certificate: {error.host}", False
+        case aiohttp.ClientConnectorError():
+            return f"cannot connect to {error.host}:{error.port}", True
+        case TimeoutError():
+            return "timed out", True
+        case aiohttp.ClientPayloadError() | aiohttp.ClientConnectionError() | ConnectionError():
+            return "connection broke off", True
+    if _is_garbled(error):
+        return "connection broke off", True
+    if isinstance(error, aiohttp.ClientError):
+        return type(error).__name__, False  # its text may hold a signed URL
+    names = {kind.__name__ for cause in causes(error) for kind in type(cause).__mro__}
+    transient = bool(names & TRANSIENT_CLASSES) or (isinstance(error, OSError) and error.errno in TRANSIENT_ERRNOS)
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return f"unreadable file: {text}", transient
+
+
+def _credentials_problem(error: BaseException) -> str:
+    """What is wrong with the credentials, where an error is about them; else nothing."""
+    if {kind.__name__ for cause in causes(error) for kind in type(cause).__mro__} & NO_CREDENTIALS:
+        return f"no credentials ({error})"
+    codes = {
+        str(response.get("Error", {}).get("Code"))
+        for cause in causes(error)
+        if isinstance(response := getattr(cause, "response", None), dict)
+    }
+    forbidden = str(error).startswith(("Forbidden", "Unauthorized"))  # gcsfs says it in words only
+    denied = isinstance(error, PermissionError) and not error.filename
+    if codes & REFUSED or status_of(error) in (401, 403) or forbidden or denied:
+        return f"access refused ({' '.join(str(error).split())})"
+    return ""
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
@@ -106,7 +178,7 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 def answer_of(error: BaseException) -> tuple[int, Mapping[str, str]] | None:
     """(status, headers) of the HTTP answer behind an error of aiohttp, s3fs, gcsfs; None where there is none."""
-    if isinstance(error, aiohttp.ClientPayloadError | aiohttp.ClientConnectionError) or is_garbled(error):
+    if isinstance(error, aiohttp.ClientPayloadError | aiohttp.ClientConnectionError) or _is_garbled(error):
         return None  # aiohttp gives these a status of its own making
     for cause in causes(error):
         response = getattr(cause, "response", None)
@@ -124,85 +196,20 @@ def status_of(error: BaseException) -> int | None:
     return None if answer is None else answer[0]
 
 
-def is_garbled(error: BaseException) -> bool:
+def _is_garbled(error: BaseException) -> bool:
     """Whether aiohttp could not make out an answer."""
     return isinstance(error.__cause__, HttpProcessingError)
 
 
-def class_names(error: BaseException) -> set[str]:
-    """Names of the classes of an error and of those behind it."""
-    return {kind.__name__ for cause in causes(error) for kind in type(cause).__mro__}
-
-
-def is_transient(error: BaseException) -> bool:
-    """Whether the same request may succeed a moment later."""
-    if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
-        return False
-    status = status_of(error)
-    if status is not None and status >= 400:
-        return status in AGAIN
-    if isinstance(error, WebError):
-        return error.passing
-    if isinstance(error, aiohttp.ClientConnectorDNSError):
-        return error.os_error.errno == socket.EAI_AGAIN
-    if isinstance(error, aiohttp.ClientSSLError):
-        return False
-    if isinstance(error, aiohttp.ClientConnectionError | aiohttp.ClientPayloadError | asyncio.TimeoutError):
-        return True
-    if is_garbled(error):
-        return True
-    names = class_names(error)
-    if names & NO_CREDENTIALS:
-        return False
-    return bool(names & BROKEN_OFF) or (isinstance(error, OSError) and error.errno in PASSING)
-
-
-def reason_of(error: BaseException) -> str:
-    """A short reason why something could not be read, for the report of failures."""
-    if isinstance(error, WebError):
-        return str(error)
-    status = status_of(error)
-    if status is not None and status >= 400:
-        phrase = getattr(error, "message", "") if isinstance(error, aiohttp.ClientResponseError) else ""
-        return f"HTTP {status} {phrase}".strip()
-    if isinstance(error, FileNotFoundError):
-        return "file not found"
-    if isinstance(error, PermissionError):
-        return "permission denied"
-    if isinstance(error, aiohttp.ClientConnectorDNSError):
-        return f"host not found: {error.host}"
-    if isinstance(error, aiohttp.ClientSSLError):
-        return f"no valid certificate: {error.host}"
-    if isinstance(error, aiohttp.ClientConnectorError):
-        return f"cannot connect to {error.host}:{error.port}"
-    if isinstance(error, TimeoutError):
-        return "timed out"
-    if isinstance(error, aiohttp.ClientPayloadError | aiohttp.ServerDisconnectedError | ConnectionError):
-        return "connection broke off"
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return f"unreadable file: {text}"
-
-
-def is_of_store(error: BaseException) -> bool:
-    """Whether an error is the operating system's or a store's client's, and not one of this program."""
-    modules = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
-    return isinstance(error, OSError | WebError) or bool(modules & CLIENTS) or status_of(error) is not None
-
-
-def credentials_missing(error: BaseException) -> str:
-    """What is wrong with the credentials, where an error is about them; else nothing."""
-    if class_names(error) & NO_CREDENTIALS:
-        return f"no credentials ({error})"
-    codes = {
-        str(response.get("Error", {}).get("Code"))
-        for cause in causes(error)
-        if isinstance(response := getattr(cause, "response", None), dict)
-    }
-    forbidden = str(error).startswith(("Forbidden", "Unauthorized"))  # gcsfs says it in words only
-    denied = isinstance(error, PermissionError) and not error.filename
-    if codes & REFUSED or status_of(error) in (401, 403) or forbidden or denied:
-        return f"access refused ({' '.join(str(error).split())})"
-    return ""
+def retry_after(headers: Mapping[str, str]) -> float:
+    """Seconds that a Retry-After header asks for, given as a number or as a date; 0 without one."""
+    value = next((headers[name] for name in headers if name.lower() == "retry-after"), "")
+    if re.fullmatch(r"\d+(\.\d+)?", value.strip()):
+        return float(value)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return 0.0
 
 
 def check_bucket(url: str, options: Mapping[str, Any] | None = None) -> None:
@@ -223,23 +230,29 @@ def check_bucket(url: str, options: Mapping[str, Any] | None = None) -> None:
 
 
 @contextmanager
-def naming(url: str, doing: str) -> Iterator[None]:
+def storage_errors(url: str, doing: str) -> Iterator[None]:
     """Errors of a store inside the block become a UserError that names `url`, what was being done, and the remedy."""
     try:
         yield
     except Exception as error:
         if isinstance(error, FileNotFoundError) and not isinstance(error, BucketError):
             check_bucket(url)
-        if isinstance(error, UserError) or not is_of_store(error):
+        if isinstance(error, UserError) or not _is_of_store(error):
             raise
         if "://" not in url or url.startswith("file://"):
             if isinstance(error, OSError) and error.errno is not None and error.filename is None:
                 raise OSError(error.errno, error.strerror, url) from None
             raise
-        if isinstance(error, FileNotFoundError):
+        found = describe_error(error)
+        if found.kind is FileNotFoundError:
             raise MissingError(f"cannot {doing} {url}: it does not exist; check the name") from error
-        if problem := credentials_missing(error):
-            remedy = "check the credentials in the environment (see docs/packing.md) and the rights on the bucket"
-            raise AccessError(f"cannot {doing} {url}: {' '.join(problem.split())}; {remedy}") from error
         remedy = "nothing is lost: run the same command again to go on"
-        raise AccessError(f"cannot {doing} {url}: {' '.join(reason_of(error).split())}; {remedy}") from error
+        if found.kind is PermissionError:
+            remedy = "check the credentials in the environment (see docs/packing.md) and the rights on the bucket"
+        raise AccessError(f"cannot {doing} {url}: {' '.join(str(found).split())}; {remedy}") from error
+
+
+def _is_of_store(error: BaseException) -> bool:
+    """Whether an error is the operating system's or a store's client's, and not one of this program."""
+    modules = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    return isinstance(error, OSError | StoreError) or bool(modules & CLIENTS) or status_of(error) is not None

@@ -1,12 +1,25 @@
-"""Single flight: of several threads that want the same thing at the same time one makes it, and all get it."""
+"""Single flight: of several threads or processes that want the same thing one makes it, and the others wait for it."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import logging
+import math
+import os
+import random
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Generic, TypeVar
+
+POLL = 0.03  # seconds between two tries to get a lock
+
+log = logging.getLogger(__name__)
 
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
@@ -85,3 +98,41 @@ class LastUsed(Generic[Key, Value]):
         """Forget all values."""
         with self._lock:
             self._values.clear()
+
+
+@contextmanager
+def process_lock(
+    path: Path, seconds: float = math.inf, cancelled: Callable[[], bool] = lambda: False
+) -> Iterator[bool]:
+    """Hold the lock of a file against other processes and threads, or have waited `seconds` for it.
+
+    Yields whether another one held it. On a full disk, or a file system without locks, nobody waits. A lock ends with
+    its process. Raises CancelledError when `cancelled` becomes true while it waits.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        log.warning("%s cannot be used, each process works for itself (%s)", path, error.strerror)
+        yield False
+        return
+    try:
+        began, waited = time.monotonic(), False
+        while not _try_lock(descriptor) and time.monotonic() - began < seconds:
+            if cancelled():
+                raise CancelledError
+            waited = True
+            time.sleep(POLL * (0.5 + random.random()))
+        yield waited
+    finally:
+        os.close(descriptor)  # and with it the lock
+
+
+def _try_lock(descriptor: int) -> bool:
+    """Lock a file, unless another process or thread has it locked; True where the file system has no locks."""
+    with contextlib.suppress(OSError):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True

@@ -101,7 +101,7 @@ def test_without_a_gpu_it_says_what_can_be_had(tmp_path):
 def test_a_gpu_that_cannot_be_used_is_told_with_the_reason(tmp_path, program):
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev/nvidia0").touch()
-    elsewhere = f"import pathlib, train.devices; train.devices.DEVICES = pathlib.Path('{tmp_path}/dev')"
+    elsewhere = f"import pathlib, train.job.devices; train.job.devices.DEVICES = pathlib.Path('{tmp_path}/dev')"
     path = program("python", f'exec {sys.executable} -c "{elsewhere}\n$2"')
     result = gpu_script(tmp_path / "out", PATH=path, CUDA_VISIBLE_DEVICES="99")
     assert result.returncode == 2

@@ -1,5 +1,6 @@
-"""README and docs/: links lead somewhere, named files exist, commands name real recipes and settings."""
+"""README and docs/: links lead somewhere, files, recipes and settings exist, examples import what there is."""
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -55,3 +56,10 @@ def test_commands_name_real_recipes_and_settings(page: Path, monkeypatch: pytest
     monkeypatch.chdir(ROOT)
     for config, *overrides in runs(page):
         load_settings(config, overrides)
+
+
+@each_page
+def test_examples_import_what_there_is(page: Path) -> None:
+    for example in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        imports = [node for node in ast.parse(example).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        exec(compile(ast.Module(imports, []), page.name, "exec"), {})

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, select_autoescape
 
 from eval.report.grouping import ambiguous_splits
-from eval.report.losses import MEDIA, loss_weights, weighted_name
+from eval.report.losses import MEDIA, loss_weights, read_metrics, weighted_name
 from runtime.charts import Curve, Panel, panels_figure, png, svg
 from runtime.errors import MissingError, UserError, command
 from sharding.shards.outside import check_outside_corpora
 
 FIRST = ("loss", "loss_itc", "loss_itm", "loss_mlm", "loss_qa", "grad_norm", "temperature", "lr")
 LAST = ("samples_per_second", "data_wait", "memory_gb", "mfu")
-SAME = ("lr", "temperature", "memory_gb")  # whatever the medium of a step
-SUMMARIES = ("/r_mean", "/overall")  # of evaluations' many figures those drawn unless others are asked for
-NO_CURVE = ("step", "epoch", "media_type", "skipped")
+ONE_CURVE = ("lr", "temperature", "memory_gb")  # for both media
+SUMMARIES = ("/r_mean", "/overall")  # the metrics of evaluations that are drawn unless others are asked for
+NOT_DRAWN = ("step", "epoch", "media_type", "skipped")
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{{ title }}</title><style>body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:75rem;
-padding:0 1rem;color-scheme:light dark}svg{width:100%;height:auto}
+padding:0 1rem}svg{width:100%;height:auto}
+:root{color-scheme:light dark}@media(prefers-color-scheme:dark){:root{--line:#2c2f36;--muted:#9a9ea9}}
 td,th{padding:.2rem 1rem .2rem 0;text-align:left;font-variant-numeric:tabular-nums}</style>
 <h1>{{ title }}</h1><table><tr><th>run<th>steps{% for name in columns %}<th>{{ name }}{% endfor %}</tr>
 {% for run in runs %}<tr><td>{{ run.name }}<td>{{ run.steps }}{% for name in columns %}<td>{{ run.last(name) }}
@@ -37,11 +36,11 @@ Points = tuple[list[int], list[float]]  # steps and values
 
 @dataclass
 class Run:
-    """A run's curves: for each figure its steps and values, and the same of each medium; the losses' weights."""
+    """The curves of a run, those of each medium, and the weights of its losses."""
 
     name: str
     curves: dict[str, Points] = field(default_factory=dict)
-    media: dict[str, dict[str, Points]] = field(default_factory=dict)  # figure -> "images" or "clips" -> its curve
+    media: dict[str, dict[str, Points]] = field(default_factory=dict)  # metric -> "images" or "clips" -> its curve
     weights: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -49,17 +48,17 @@ class Run:
         """The last step that was logged."""
         return max((steps[-1] for steps, _ in self.curves.values()), default=0)
 
-    def last(self, figure: str) -> str:
-        """A figure's last value, shortly; of each medium where they differ."""
-        named = {f" {medium}" if medium else "": values[-1] for medium, (_, values) in self.parts(figure).items()}
+    def last(self, metric: str) -> str:
+        """A metric's last value, in short; of each medium where they differ."""
+        named = {f" {medium}" if medium else "": values[-1] for medium, (_, values) in self.curves_of(metric).items()}
         return ", ".join(f"{value:.4g}{medium}" for medium, value in named.items())
 
-    def parts(self, figure: str) -> dict[str, Points]:
-        """The curves to be drawn of a figure: one a medium where there are two, else one without a name."""
-        media = self.media.get(figure, {})
-        if len(media) > 1 and figure not in SAME:
+    def curves_of(self, metric: str) -> dict[str, Points]:
+        """The curves to be drawn of a metric: one a medium where there are two, else one without a name."""
+        media = self.media.get(metric, {})
+        if len(media) > 1 and metric not in ONE_CURVE:
             return media
-        return {"": self.curves[figure]} if figure in self.curves else {}
+        return {"": self.curves[metric]} if metric in self.curves else {}
 
 
 def read_run(folder: Path) -> Run:
@@ -71,16 +70,12 @@ def read_run(folder: Path) -> Run:
     if not path.is_file():
         raise MissingError(f"{folder} holds no metrics.jsonl: give the folder of a run")
     run = Run(path.parent.name, weights=loss_weights(path.parent))
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            line: dict[str, Any] = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        for figure, value in line.items():
-            if figure not in NO_CURVE and isinstance(value, int | float):
-                curves = [run.curves.setdefault(figure, ([], []))]
+    for line in read_metrics(path):
+        for metric, value in line.items():
+            if metric not in NOT_DRAWN and isinstance(value, int | float):
+                curves = [run.curves.setdefault(metric, ([], []))]
                 if line.get("media_type") in MEDIA:
-                    media = run.media.setdefault(figure, {})
+                    media = run.media.setdefault(metric, {})
                     curves.append(media.setdefault(MEDIA[line["media_type"]], ([], [])))
                 for steps, values in curves:
                     steps.append(int(line["step"]))
@@ -90,67 +85,67 @@ def read_run(folder: Path) -> Run:
     return run
 
 
-def figures_of(runs: Sequence[Run]) -> list[str]:
-    """All that the runs have curves of: losses first, then evaluations, speed last."""
-    found = list(dict.fromkeys(figure for run in runs for figure in run.curves))
-    metrics = sorted(figure for figure in found if figure not in FIRST + LAST)
-    return [f for f in FIRST if f in found] + metrics + [f for f in LAST if f in found]
+def metrics_of(runs: Sequence[Run]) -> list[str]:
+    """All metrics of the runs: losses first, then evaluations, speed last."""
+    found = list(dict.fromkeys(metric for run in runs for metric in run.curves))
+    other = sorted(metric for metric in found if metric not in FIRST + LAST)
+    return [name for name in FIRST if name in found] + other + [name for name in LAST if name in found]
 
 
-def panel(figure: str, runs: Sequence[Run]) -> Panel:
-    """A figure's panel: a colour a run and a line style a medium; evaluations are marked points."""
+def panel(metric: str, runs: Sequence[Run]) -> Panel:
+    """A metric's panel: a colour a run and a line style a medium; evaluations are marked points."""
     curves = [
         Curve(
             f"{run.name}, {medium}" if medium else run.name,
             list(zip(*curve)),
             color=number,
             dashed=medium == MEDIA["video"],
-            markers="/" in figure,
+            markers="/" in metric,
         )
         for number, run in enumerate(runs)
-        for medium, curve in run.parts(figure).items()
+        for medium, curve in run.curves_of(metric).items()
     ]
-    return Panel(curves, title(figure, runs))
+    return Panel(curves, title(metric, runs))
 
 
-def title(figure: str, runs: Sequence[Run]) -> str:
+def title(metric: str, runs: Sequence[Run]) -> str:
     """A panel's title: a loss with its weight, where the runs have the same one."""
-    titles = {weighted_name(figure, run.weights) for run in runs if figure in run.curves}
-    return titles.pop() if len(titles) == 1 else f"{figure} (weighted)"
+    titles = {weighted_name(metric, run.weights) for run in runs if metric in run.curves}
+    return titles.pop() if len(titles) == 1 else f"{metric} (weighted)"
 
 
-def _tell_test_sets_apart(runs: Sequence[Run], folders: Sequence[Path]) -> None:
-    """Give the curves of splits that share a name and no items a name of their own, and so a panel."""
+def _rename_ambiguous_splits(runs: Sequence[Run], folders: Sequence[Path]) -> None:
+    """Name the curves of splits with the same name and other items by their run, so that each has its own panel."""
     for split in ambiguous_splits(folders):
         for run, folder in zip(runs, folders, strict=True):
             for name in (split, f"{split}_emb"):
-                for figure in [figure for figure in run.curves if figure.startswith(f"{name}/")]:
-                    own = f"{name} ({folder})/{figure.removeprefix(f'{name}/')}"
-                    run.curves[own] = run.curves.pop(figure)
+                for metric in [metric for metric in run.curves if metric.startswith(f"{name}/")]:
+                    own = f"{name} ({folder})/{metric.removeprefix(f'{name}/')}"
+                    run.curves[own] = run.curves.pop(metric)
 
 
-def write_plot(folders: Sequence[Path], output: Path, figures: Sequence[str] = ()) -> list[str]:
-    """Draw the runs' curves to OUTPUT.png or OUTPUT.html; returns the figures drawn.
+def write_plot(folders: Sequence[Path], output: Path, metrics: Sequence[str] = ()) -> list[str]:
+    """Draw the runs' curves to OUTPUT.png or OUTPUT.html; returns the metrics drawn.
 
-    Raises FileNotFoundError or ValueError for a run without curves, an unknown figure or another kind of output.
+    Raises FileNotFoundError or ValueError for a run without curves, an unknown metric or another kind of output.
     """
     if output.suffix not in (".png", ".html"):
         raise UserError(f"{output}: a picture ends in .png, a page in .html")
     runs = [read_run(folder) for folder in folders]
-    _tell_test_sets_apart(runs, folders)
-    known = figures_of(runs)
-    unknown = [figure for figure in figures if figure not in known]
+    _rename_ambiguous_splits(runs, folders)
+    known = metrics_of(runs)
+    unknown = [metric for metric in metrics if metric not in known]
     if unknown:
         raise UserError(f"no run has logged {unknown[0]!r}: there are {', '.join(known)}")
-    chosen = list(figures) or [figure for figure in known if "/" not in figure or figure.endswith(SUMMARIES)]
-    curves = panels_figure([panel(figure, runs) for figure in chosen])
+    chosen = list(metrics) or [metric for metric in known if "/" not in metric or metric.endswith(SUMMARIES)]
+    curves = panels_figure([panel(metric, runs) for metric in chosen])
     output.parent.mkdir(parents=True, exist_ok=True)
     if output.suffix == ".png":
         output.write_bytes(png(curves))
         return chosen
     page = Environment(autoescape=select_autoescape(default=True)).from_string(PAGE)
     title = ", ".join(run.name for run in runs)
-    columns = [figure for figure in chosen if "/" in figure or figure == "loss"]
+    columns = [metric for metric in chosen if "/" in metric or metric == "loss"]
     text = page.render(title=title, runs=runs, columns=columns, curves=svg(curves, f"curves of {title}"))
     output.write_text(text, encoding="utf-8")
     return chosen
@@ -164,14 +159,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("plot.png"), help="a .png or .html (default: %(default)s)")
     parser.add_argument(
         "--figures",
+        dest="metrics",
         nargs="+",
         default=[],
         metavar="NAME",
-        help="for example loss val/txt_r1 (default: all, of evaluations the means)",
+        help="for example loss val/txt_r1 (default: all, but only the means of evaluations)",
     )
     options = parser.parse_args(arguments)
     check_outside_corpora(options.output, "--output")
-    drawn = write_plot(options.runs, options.output, options.figures)
+    drawn = write_plot(options.runs, options.output, options.metrics)
     sys.stdout.write(f"{options.output}: {', '.join(drawn)}\n")
     return 0
 

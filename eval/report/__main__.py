@@ -1,4 +1,4 @@
-"""One self-contained HTML page from evaluation folders: results beside published ones and chance, queries, answers."""
+"""Writes one self-contained HTML page about evaluations: results, published numbers, chance, example queries."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sharding.shards.outside import check_outside_corpora
 
 @command()
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: evaluation folders of several runs into one page and a table."""
+    """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m eval.report", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or single RUN/evaluation/LABEL folders")
     parser.add_argument("--output", default="report.html", metavar="FILE", help="page to write (default: %(default)s)")

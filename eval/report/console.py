@@ -12,7 +12,7 @@ def format_table(
 ) -> str:
     """Lines of a table: a row an entry of `metrics` ("SPLIT/": {"txt_r1": ...}), in percent, a column a metric.
 
-    baselines: rows of the same form, set off below, with what ranking at random would reach and the like.
+    baselines: rows of the same form, set off below, such as chance.
     """
     rows = [(name.rstrip("/"), values) for name, values in metrics.items()]
     low = [(name, values) for name, values in (baselines or {}).items()]

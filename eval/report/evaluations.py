@@ -17,7 +17,7 @@ FORMAT_VERSION = 2
 class Evaluation:
     """One evaluation folder as read back; `run` is the run's folder, which may hold loss curves.
 
-    run_name: what the run is called beside others: its folder's name, with those above it where that is not enough.
+    run_name: the run's folder name, with parent folders where several runs share it.
     """
 
     folder: Path
@@ -50,11 +50,11 @@ def find_evaluations(paths: Sequence[str | Path]) -> list[Evaluation]:
                 "evaluate it first with launch/evaluate.py"
             )
         found += sorted(map(read_evaluation, folders), key=lambda e: (e.details["created"], e.folder.name))
-    return _told_apart(list({evaluation.folder.resolve(): evaluation for evaluation in found}.values()))
+    return _with_unique_names(list({evaluation.folder.resolve(): evaluation for evaluation in found}.values()))
 
 
-def _told_apart(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
-    """The evaluations, runs of one name with as much of their paths as tells them apart."""
+def _with_unique_names(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """The evaluations; runs of one name get as many parent folders as make the name unique."""
     runs = {evaluation.run.resolve().parts for evaluation in evaluations}
     names = {}
     for run in runs:
@@ -65,13 +65,13 @@ def _told_apart(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
 
 
 def read_evaluation(folder: str | Path) -> Evaluation:
-    """One evaluation folder; raises ValueError naming a file that is missing, no JSON, or of another version."""
+    """One evaluation folder; raises ValueError naming a file that is missing, not JSON, or of another version."""
     folder = Path(folder)
     parts = []
     for name in ("metrics.json", "evaluation.json", "gallery.json"):
         try:
             parts.append(json.loads((folder / name).read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:  # also what is no UTF-8
+        except (OSError, ValueError) as error:  # also invalid UTF-8
             raise UserError(f"{folder / name} cannot be read ({error}): evaluate again") from None
     version = parts[1].get("version")
     if version != FORMAT_VERSION:

@@ -1,14 +1,13 @@
-"""Chooses queries worth looking at, with what was found for them, and draws their pictures."""
+"""Chooses example queries with their results for the report, and draws their pictures."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageEnhance
+from PIL import Image
 
 from eval.metrics import NOT_RANKED, Truth, true_ranks
 from eval.ranking import row_blocks, top_items
@@ -17,6 +16,7 @@ from runtime.activity import progress
 from runtime.errors import AccessError
 from sharding.media import MediaError
 from sharding.media.picture import decode_picture
+from sharding.report.contact_sheet import jpeg, side_by_side, square
 
 CELL = 128  # pixels of a frame's side in a strip
 SHOWN = 5  # results of a query
@@ -101,28 +101,16 @@ def draw_visuals(
 
 
 def strip(frames: Sequence[bytes], cell: int = CELL) -> bytes:
-    """JPEG of frames (bytes of an image file each) side by side, each fitted into a square of `cell` pixels.
-
-    What a frame that is not square leaves free is filled with its own colours, blurred and dark.
+    """JPEG of frames (bytes of an image file each) side by side, each in a square of `cell` pixels.
 
     Raises:
         OSError: a frame cannot be shown.
     """
-    sheet = Image.new("RGB", (cell * len(frames), cell))
-    for place, data in enumerate(frames):
-        try:
-            frame = Image.fromarray(decode_picture(data).pixels)
-        except MediaError as error:
-            raise AccessError(f"a frame cannot be shown: {error}") from None
-        scale = cell / max(frame.size)
-        width, height = (max(1, round(side * scale)) for side in frame.size)
-        fill = frame.resize((6, 6), Image.Resampling.BOX).resize((cell, cell), Image.Resampling.BICUBIC)
-        sheet.paste(ImageEnhance.Brightness(fill).enhance(0.6), (place * cell, 0))
-        frame = frame.resize((width, height), Image.Resampling.LANCZOS)
-        sheet.paste(frame, (place * cell + (cell - width) // 2, (cell - height) // 2))
-    out = io.BytesIO()
-    sheet.save(out, "JPEG", quality=80)
-    return out.getvalue()
+    try:
+        pictures = [Image.fromarray(decode_picture(data).pixels) for data in frames]
+    except MediaError as error:
+        raise AccessError(f"a frame cannot be shown: {error}") from None
+    return jpeg(side_by_side([square(picture, cell) for picture in pictures]))
 
 
 def _margins(scores: np.ndarray, truth: Truth, queries: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Which evaluations are of one test set: told by the items it holds, not by its name."""
+"""Groups evaluations by test set, which is identified by its items, not by its name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WHILE_TRAINING = re.compile(r"epoch_\d+|final")  # labels
 
 @dataclass(frozen=True)
 class Member:
-    """An evaluation of a test set: its number among all, what it calls the set, what it says of it."""
+    """An evaluation of a test set: its number among all, and its name of the set."""
 
     number: int
     evaluation: Evaluation
@@ -33,7 +33,7 @@ class Member:
 class TestSet:
     """The evaluations of one test set, at least one.
 
-    name: what they call it. distinction: what tells it from others of that name, empty where there are none.
+    name: as in the evaluations. distinction: how it differs from others of that name, empty where there are none.
     """
 
     name: str
@@ -44,17 +44,17 @@ class TestSet:
 
     @property
     def title(self) -> str:
-        """The name by which reports tell it from all others."""
+        """The name in reports, which no other test set has."""
         return f"{self.name} ({self.distinction})" if self.distinction else self.name
 
     @property
     def details(self) -> dict[str, Any]:
-        """What its first evaluation says of it; the same sizes and chance level hold for all."""
+        """The details of its first evaluation; sizes and chance level are the same in all."""
         return self.members[0].details
 
     @property
     def packings(self) -> list[str]:
-        """For each evaluation the packed corpus that its items came from, where there are several; else nothing."""
+        """The packed corpus of each evaluation, where they differ; else empty texts."""
         corpora = [member.details.get("corpus") for member in self.members]
         if len({corpus["sha256"] for corpus in corpora if corpus}) < 2:
             return [""] * len(corpora)
@@ -64,7 +64,8 @@ class TestSet:
 def items_digest(predictions: Any) -> str:
     """A digest of the items that predictions are for: the media's names, texts, questions, options and truth.
 
-    predictions: of one test set, as in predictions.json. The items' order does not count, nor what was predicted.
+    predictions: of one test set, as in predictions.json. The order of items and the
+    predictions themselves do not matter.
     """
     lines = sorted(item_key(item) for item in _items(predictions))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
@@ -77,14 +78,14 @@ def _items(predictions: Any) -> Iterable[dict[str, Any]]:
 
 
 def item_key(item: dict[str, Any]) -> str:
-    """A text that only the same item has, from its entry in predictions.json."""
+    """A text that identifies an item, from its entry in predictions.json."""
     names = ("text", "visual", "source", "question_id", "question", "question_type", "answer_type")
     correct = sorted(json.dumps(one, sort_keys=True) for one in item["correct"])
     return json.dumps([*(item.get(name) for name in names), correct, sorted(item.get("options", []))])
 
 
 def recorded_digest(evaluation: Evaluation, split: str) -> str:
-    """The digest of a split's items; of evaluations before it was recorded it is made from their predictions."""
+    """The digest of a split's items; for older evaluations, computed from their predictions."""
     details = evaluation.details["splits"][split]
     if "items_sha256" in details:
         return details["items_sha256"]
@@ -105,7 +106,7 @@ def read_predictions(evaluation: Evaluation, split: str) -> Any:
 
 
 def ambiguous_splits(runs: Iterable[Path]) -> set[str]:
-    """Names that mean different test sets in the runs' evaluations while training; what cannot be read is left out."""
+    """Names that mean different test sets in the runs' evaluations while training; unreadable ones are left out."""
     digests: dict[str, set[str]] = {}
     for folder in (folder for run in runs for folder in run.glob("evaluation/*/")):
         if not WHILE_TRAINING.fullmatch(folder.name):
@@ -120,7 +121,7 @@ def ambiguous_splits(runs: Iterable[Path]) -> set[str]:
 
 
 def group_test_sets(evaluations: Sequence[Evaluation]) -> list[TestSet]:
-    """The test sets of all evaluations, in order; those of one name are told apart by a distinction."""
+    """The test sets of all evaluations, in order; those of one name get a distinction."""
     groups: dict[tuple[Any, ...], list[Member]] = {}
     for number, evaluation in enumerate(evaluations):
         for split, details in evaluation.details["splits"].items():

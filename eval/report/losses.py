@@ -1,8 +1,10 @@
-"""What the losses in a run's metrics are: times the weights that the run gives them, and of images or of clips."""
+"""Reads a run's metrics.jsonl for charts, and names its losses with their weights."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,15 @@ import yaml
 
 MEDIA = {"image": "images", "video": "clips"}
 TOTAL = "loss"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; one cut short by an interruption is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        with suppress(json.JSONDecodeError):
+            lines.append(json.loads(text))
+    return lines
 
 
 def loss_weights(run: Path) -> dict[str, float]:
@@ -22,19 +33,19 @@ def loss_weights(run: Path) -> dict[str, float]:
     return {name: weight for name, weight in weights.items() if weight not in (0, 1)}
 
 
-def weighted_name(figure: str, weights: Mapping[str, float], name: str | None = None) -> str:
-    """How a loss is called in a chart: with its weight where it has one, the total as a weighted sum.
+def weighted_name(metric: str, weights: Mapping[str, float], name: str | None = None) -> str:
+    """The name of a loss in a chart: with its weight where it has one, the total as a weighted sum.
 
-    name: what to call it, by default as in metrics.jsonl.
+    name: by default as in metrics.jsonl.
     """
-    name = name or figure
-    if figure == TOTAL and weights:
+    name = name or metric
+    if metric == TOTAL and weights:
         return f"{name} (weighted sum)"
-    return f"{name} (x {weights[figure]:g})" if figure in weights else name
+    return f"{name} (x {weights[metric]:g})" if metric in weights else name
 
 
 def by_medium(steps: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """The training steps of a metrics.jsonl by the medium of their batch: "images", "clips", or "" where none is told.
+    """The training steps of a metrics.jsonl by the medium of their batch: "images", "clips", or "" where unknown.
 
     Lines of evaluations are left out.
     """

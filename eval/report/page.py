@@ -1,4 +1,4 @@
-"""Renders evaluation folders as one self-contained HTML page: results beside published ones and chance."""
+"""Renders evaluation folders as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def write_report(paths: Sequence[str | Path], output: str | Path, title: str = "
 
 
 def templates() -> Environment:
-    """The pages' templates; what they are given is escaped, and must be given."""
+    """The pages' templates; values are escaped, and a missing one is an error."""
     return Environment(
         loader=PackageLoader("eval"),
         autoescape=select_autoescape(("html.j2",)),

@@ -1,4 +1,4 @@
-"""Numbers of the paper (Lei, Berg and Bansal, ACL 2023), to stand beside ours in reports."""
+"""The paper's numbers (Lei, Berg and Bansal, ACL 2023), for comparison in reports."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from eval.metrics import RECALL_AT
+from eval.metrics import with_means
 
 SOURCE = "Lei, Berg and Bansal, Revealing Single Frame Bias for Video-and-Language Learning, ACL 2023"
 
@@ -38,7 +38,9 @@ class Published:
 def all_published() -> tuple[Published, ...]:
     """Every row, means of recalls added."""
     rows = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
-    return tuple(Published(**{**row, "metrics": _with_means(row["metrics"])}) for row in rows)
+    for row in rows:
+        row["metrics"] = {name: round(value, 2) for name, value in with_means(row["metrics"]).items()}
+    return tuple(Published(**row) for row in rows)
 
 
 def published(benchmark: str | None, split: str, zero_shot: bool) -> list[Published]:
@@ -51,14 +53,3 @@ def published(benchmark: str | None, split: str, zero_shot: bool) -> list[Publis
 def benchmarks() -> list[str]:
     """Names of the benchmarks that the paper reports."""
     return list(dict.fromkeys(row.benchmark for row in all_published()))
-
-
-def _with_means(metrics: dict[str, float]) -> dict[str, float]:
-    result = dict(metrics)
-    for prefix in ("txt", "img"):
-        recalls = [metrics[name] for name in (f"{prefix}_r{k}" for k in RECALL_AT) if name in metrics]
-        if recalls:
-            result[f"{prefix}_r_mean"] = round(sum(recalls) / len(recalls), 2)
-    if "txt_r_mean" in result and "img_r_mean" in result:
-        result["r_mean"] = round((result["txt_r_mean"] + result["img_r_mean"]) / 2, 2)
-    return result

@@ -1,23 +1,21 @@
-"""The report's numbers: a table for each test set, bars over all of them, and curves by the number of test frames."""
+"""The numbers in the report: a table for each test set, bars over all of them, curves by test frames and by step."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from eval.metrics import RECALL_AT
 from eval.report.console import format_table
 from eval.report.evaluations import Evaluation
 from eval.report.grouping import Member, TestSet, group_test_sets
-from eval.report.losses import by_medium, loss_weights, weighted_name
+from eval.report.losses import by_medium, loss_weights, read_metrics, weighted_name
 from eval.report.published import Published, published
 from runtime.charts import COLORS, Curve, Panel, panel_svg
 
 COLUMNS = [*(f"img_r{k}" for k in RECALL_AT), *(f"txt_r{k}" for k in RECALL_AT), "r_mean"]
 LOSSES = {
-    "loss": "total", "loss_itc": "contrast", "loss_itm": "matching", "loss_mlm": "masked words", "loss_qa": "answers",
+    "loss": "total", "loss_itc": "VTC", "loss_itm": "VTM", "loss_mlm": "MLM", "loss_qa": "answers",
 }  # fmt: skip
 OF_TYPE = {"answer_type/": "answers", "question_type/": "questions"}
 BY_FRAMES = {"retrieval": "img_r_mean", "qa": "overall", "choice": "overall"}
@@ -80,7 +78,7 @@ def _rows(test_set: TestSet) -> list[dict[str, Any]]:
 
 
 def _baselines(details: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What is reached without looking: title, what it means, values by column."""
+    """Baselines that ignore the visual: title, meaning, values by column."""
     how = "ranking" if details["task"] == "retrieval" else "choosing"
     rows = [{"title": "chance", "note": f"{how} at random", "values": details.get("chance", {})}]
     if constant := details.get("constant"):
@@ -171,7 +169,8 @@ def loss_curves(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
     curves = []
     for run, name_of_run in {evaluation.run: evaluation.run_name for evaluation in evaluations}.items():
         weights = loss_weights(run)
-        media = by_medium(_training_log(run / "metrics.jsonl"))
+        log = run / "metrics.jsonl"
+        media = by_medium(read_metrics(log) if log.is_file() else [])
         for medium, steps in media.items():
             lines: list[Curve] = []
             for key, name in LOSSES.items():
@@ -183,20 +182,6 @@ def loss_curves(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
                 title = f"{name_of_run}, {medium}" if len(media) > 1 else name_of_run
                 curves.append({"run": title, "chart": panel_svg(Panel(lines, from_zero=True)), "last": last})
     return curves
-
-
-def _training_log(path: Path) -> list[dict[str, Any]]:
-    """The training steps of a metrics.jsonl; a line cut short by an interruption is left out."""
-    steps = []
-    if path.is_file():
-        for text in path.read_text(encoding="utf-8").splitlines():
-            try:
-                step = json.loads(text)
-            except json.JSONDecodeError:
-                continue
-            if "step" in step:
-                steps.append(step)
-    return steps
 
 
 def console_table(evaluations: Sequence[Evaluation]) -> str:

@@ -1,1 +1,1 @@
-"""Searches packed images or clips by a text."""
+"""Searching packed images or clips by text."""

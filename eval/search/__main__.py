@@ -1,4 +1,4 @@
-"""Searches one's own packed images or clips by a text: hits in a table, as a contact sheet, or on a local web page."""
+"""Searches packed images or clips by text; shows hits in a table, a contact sheet, or on a local web page."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from eval.search.server import SearchServer
-from eval.search.visual_search import VisualSearch, contact_sheet, hits_table
-from loaders.decode.decoder import usual_device
+from eval.search.visual_search import VisualSearch, hits_table, search_sheet
+from loaders.decode.choice import usual_device
 from runtime.errors import AccessError, UserError, command
 from sharding.shards.outside import check_outside_corpora
 
@@ -22,30 +22,30 @@ log = logging.getLogger(__name__)
 
 
 def usual_cache() -> Path:
-    """Where encoded visuals are kept when nobody says otherwise."""
+    """The default folder of encoded visuals."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(home) / "singularity" / "features"
 
 
 @contextmanager
 def cache_folder(asked: Path | None) -> Iterator[Path]:
-    """The folder of encoded visuals: as asked, the usual one, or a temporary one where that cannot be written.
+    """The folder of encoded visuals: `asked`, the default, or a temporary one where the default cannot be written.
 
     Raises:
-        AccessError: the folder that is asked for cannot be written.
+        AccessError: `asked` cannot be written.
     """
     folder = asked or usual_cache()
     try:
         if asked is None and not folder.is_absolute():
             raise FileNotFoundError(errno.ENOENT, "there is no home folder")
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # a read-only file system shows only when one writes
+        with tempfile.TemporaryFile(dir=folder):  # only writing shows a read-only file system
             pass
     except OSError as error:
         if asked is not None:
             raise AccessError(f"--cache {asked} cannot be written ({error.strerror}): give another folder") from None
         log.warning(
-            "%s cannot be written (%s): what is encoded is kept for this call only; --cache FOLDER keeps it",
+            "%s cannot be written (%s): encoded visuals are not kept; --cache FOLDER keeps them",
             folder,
             error.strerror,
         )
@@ -64,23 +64,29 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("checkpoint", metavar="CHECKPOINT", help="a run, a weights folder or an official .pth")
     result.add_argument("corpus", metavar="CORPUS", help="folder or URL of a packed corpus")
-    result.add_argument("query", nargs="?", metavar="QUERY", help="what is to be seen; not needed with --serve")
+    result.add_argument(
+        "query", nargs="?", metavar="QUERY", help="description of what to find; not needed with --serve"
+    )
     result.add_argument("--top", type=int, default=12, metavar="N", help="hits (default: %(default)s)")
     result.add_argument(
         "--candidates",
         type=int,
         default=32,
         metavar="N",
-        help="visuals that the matching head orders; 0: none (default: %(default)s)",
+        help="most similar visuals re-ranked by VTM; 0: none (default: %(default)s)",
     )
     result.add_argument("--frames", type=int, default=4, metavar="N", help="frames of a clip (default: %(default)s)")
     result.add_argument("--output", default="hits.jpg", metavar="FILE", help="contact sheet (default: %(default)s)")
-    result.add_argument("--tokenizer", metavar="VOCAB", help="vocabulary, where the checkpoint brings none")
-    result.add_argument("--cache", type=Path, metavar="FOLDER", help=f"encoded visuals (default: {usual_cache()})")
+    result.add_argument("--tokenizer", metavar="VOCAB", help="vocabulary, where the checkpoint has none")
+    result.add_argument(
+        "--cache", type=Path, metavar="FOLDER", help=f"folder of encoded visuals (default: {usual_cache()})"
+    )
     result.add_argument("--device", default=usual_device(), help="default: %(default)s")
-    result.add_argument("--serve", action="store_true", help="a web page to search with, until Ctrl-C")
+    result.add_argument("--serve", action="store_true", help="serve a search page until Ctrl-C")
     result.add_argument("--host", default="127.0.0.1", help="address of the web page (default: %(default)s)")
-    result.add_argument("--port", type=int, default=8765, help="its port; 0: any free one (default: %(default)s)")
+    result.add_argument(
+        "--port", type=int, default=8765, help="port of the web page; 0: any free one (default: %(default)s)"
+    )
     return result  # fmt: skip
 
 
@@ -90,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if options.query is None and not options.serve:
-        raise UserError("there is nothing to search for: give a QUERY, or --serve for a web page")
+        raise UserError("no query: give a QUERY, or --serve for a web page")
     if options.top < 1 or options.candidates < 0 or options.frames < 1:
         raise UserError("--top and --frames must be at least 1, --candidates at least 0")
     check_outside_corpora(options.cache or usual_cache(), "--cache")
@@ -102,14 +108,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check_outside_corpora(options.output, "--output")
     with _encoded(options) as search:
         hits = search.find(options.query, options.top, options.candidates)
-        Path(options.output).write_bytes(contact_sheet(search, options.query, hits))
+        search_sheet(search, options.query, hits).save(options.output, "JPEG", quality=88)
     sys.stdout.write(f"{hits_table(hits)}\n\ncontact sheet: {options.output}\n")
     return 0
 
 
 @contextmanager
 def _encoded(options: argparse.Namespace) -> Iterator[VisualSearch]:
-    """The search that the command line asks for, with its cache."""
+    """The search for the given options, with its cache."""
     with cache_folder(options.cache) as cache:
         yield VisualSearch(options.checkpoint, options.corpus, cache, options.frames, options.tokenizer, options.device)
 

@@ -1,4 +1,4 @@
-"""A local web page to search with: one form, its hits as pictures; nothing but Python's own server."""
+"""Serves a local search page by Python's own HTTP server: a form, and hits as pictures."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
 
+from eval.report.gallery import strip
 from eval.report.page import templates
 from runtime.errors import AccessError
 
@@ -25,7 +26,7 @@ POLICY = "default-src 'none'; img-src 'self' data:; style-src 'unsafe-inline'; f
 
 
 class SearchServer(ThreadingHTTPServer):
-    """Bound to its address from the start, so that one in use shows before a corpus is encoded; answers by `search`.
+    """Binds its address at once, so that a used port is reported before a corpus is encoded; answers by `search`.
 
     Raises:
         AccessError: the address cannot be listened on; port 0 takes a free one.
@@ -50,16 +51,14 @@ class SearchServer(ThreadingHTTPServer):
 
 
 def _refused(host: str, port: int, error: OSError | OverflowError) -> str:
-    """Why an address cannot be listened on, and what to give instead."""
+    """The error of an address that cannot be listened on, with the remedy."""
     if isinstance(error, OverflowError):
         return f"--port {port}: a port is a number from 1 to 65535, or 0 for any free one"
     if error.errno == errno.EADDRINUSE:
         return f"port {port} of {host} is in use by another program: give another with --port, 0 for any free one"
     if error.errno == errno.EACCES:
         return f"port {port} of {host} needs an administrator's rights: give one from 1024 on with --port"
-    return (
-        f"--host {host} is no address of this machine ({error.strerror}): 127.0.0.1 is this machine alone, 0.0.0.0 all"
-    )
+    return f"--host {host} is not an address of this machine ({error.strerror}): 127.0.0.1 is local only, 0.0.0.0 all"
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -107,7 +106,9 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             if visual >= search.dataset.num_visuals:
                 raise OSError(f"there is no visual {visual}")
-            content, _ = search.picture(visual)
+            if not (frames := search.frames(visual)):
+                raise AccessError(f"{search.dataset.sources[visual]} cannot be read")
+            content = strip(frames)
         except OSError as error:
             self._send(HTTPStatus.NOT_FOUND, "text/plain; charset=utf-8", f"{error}\n".encode())
             return
@@ -122,5 +123,5 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Requests go to the log, not to the console."""
+        """Log requests instead of writing them to stderr."""
         log.debug(format, *args)

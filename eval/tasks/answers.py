@@ -1,4 +1,4 @@
-"""Accuracy of answers: exact match, and the soft accuracy of VQA with the official tool's habits."""
+"""Accuracy of answers: exact match, and VQA's soft accuracy with the quirks of the official tool."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Annotated:
     answer_type: str = ""
 
 
-@lru_cache(maxsize=1 << 16)  # answers come again and again
+@lru_cache(maxsize=1 << 16)  # answers repeat
 def without_punctuation(text: str) -> str:
     """The official treatment of punctuation: removed beside a space or where a number has a comma, else a space."""
     result = text
@@ -94,7 +94,7 @@ SCORES = {"exact": exact_accuracy, "vqa": soft_accuracy}
 
 
 def accuracies(questions: Sequence[Annotated], predictions: Sequence[str | None], accuracy: str) -> list[float | None]:
-    """Accuracy in [0, 1] of each question's prediction: 0 without one, none where nobody has annotated the question.
+    """Accuracy in [0, 1] of each question's prediction: 0 without one, None where the question is not annotated.
 
     accuracy: "exact" (match) or "vqa" (soft).
     """
@@ -122,10 +122,10 @@ def accuracy_by_type(questions: Sequence[Annotated], values: Sequence[float | No
 
 @dataclass(frozen=True)
 class AnswerBaselines:
-    """What one reaches without looking, in percent by type as `accuracy_by_type` has it.
+    """Baselines that ignore the visual, in percent by type as in `accuracy_by_type`.
 
-    chance: a random answer of the list for each question. constant: always `answer`, the one of the list that is right
-    most often on these very questions.
+    chance: a random answer of the list for each question. constant: always `answer`, the one that is right most often
+    on these questions.
     """
 
     chance: dict[str, float]
@@ -134,7 +134,7 @@ class AnswerBaselines:
 
 
 def answer_baselines(questions: Sequence[Annotated], answer_list: Sequence[str], accuracy: str) -> AnswerBaselines:
-    """The baselines of questions that one of `answer_list`, at least one, is given for; accuracy as in `accuracies`."""
+    """The baselines for questions answered with one of `answer_list`, at least one; accuracy as in `accuracies`."""
     forms = [normalized(answer) if accuracy == "vqa" else answer for answer in answer_list]
     times = Counter(forms)
     points = [_points(question.answers, times, accuracy) for question in questions]
@@ -153,7 +153,7 @@ def answer_baselines(questions: Sequence[Annotated], answer_list: Sequence[str],
 
 
 def _points(answers: Sequence[str], forms: Container[str], accuracy: str) -> dict[str, float]:
-    """Accuracy of each form of answers that may be given, where it is not 0."""
+    """The accuracy of each candidate answer, where it is not 0."""
     if accuracy == "exact":
         return {answer: 1.0 for answer in answers if answer in forms}
     human = _as_compared(answers)

@@ -27,7 +27,6 @@ from eval.tasks.task import TaskResult
 from loaders.evaluation import Choice, ChoiceSet
 from loaders.text import Tokenizer
 from model.singularity import Singularity
-from runtime.collectives import share
 from runtime.errors import UserError
 from runtime.ranks import ALONE, Ranks
 
@@ -85,7 +84,7 @@ class MultipleChoiceTask:
         return MultipleChoiceResult(
             name=dataset.name,
             num_frames=num_frames,
-            metrics=share(metrics, ranks.world_size),
+            metrics=metrics,
             missing=missing_visuals(dataset, visuals.present, ranks),
             seconds={"match": time.perf_counter() - start},
             chosen=chosen,

@@ -42,7 +42,7 @@ class QAResult(TaskResult):
 
     answers (Q, k) int64: numbers in the answer list, likeliest first, -1 where the visual could not be read;
     probabilities (Q, k) float32 among the k. predictions: each question's likeliest answer; accuracies: in [0, 1], 0
-    without a prediction, none where nobody has annotated the question.
+    without a prediction, None where the question is not annotated.
     """
 
     answers: np.ndarray
@@ -58,7 +58,7 @@ class QATask:
 
     def __init__(self, answers: Sequence[str]) -> None:
         if not answers:
-            raise UserError("the answer list is empty: give the answers that may be given, one string each")
+            raise UserError("the answer list is empty: give the candidate answers, one string each")
         self.answers = answers
 
     def open(self, url: str, config: EvalRunConfig) -> QASet:
@@ -116,7 +116,7 @@ class QATask:
         )
 
     def output(self, result: QAResult, dataset: QASet, config: EvalConfig) -> SplitOutput:
-        """The answers, what is reached without looking, and examples."""
+        """The answers, baselines that ignore the visual, and examples."""
         items = [self._item(result, dataset, number) for number in range(len(dataset.questions))]
         k = min(config.k_test, len(self.answers))
         baselines = answer_baselines(list(map(annotated_by, dataset.questions)), self.answers, config.accuracy)
@@ -158,20 +158,20 @@ class QATask:
 def read_answer_list(config: EvalRunConfig) -> list[str]:
     """The answers in `config.answer_list`.
 
-    Raises MissingError, or UserError when the setting is missing or the file is no list of texts.
+    Raises MissingError, or UserError when the setting is missing or the file is not a list of texts.
     """
     path = config.answer_list
     if path is None:
-        raise UserError("answer_list is not set: give a JSON list of the answers that may be given, answer_list=FILE")
+        raise UserError("answer_list is not set: give a JSON list of the candidate answers, answer_list=FILE")
     try:
         with fsspec.open(path, "rt", encoding="utf-8", **dict(config.storage)) as file:
             answers = json.load(file)
     except FileNotFoundError:
         raise MissingError(f"answer_list={path} does not exist: give a JSON list of answers") from None
     except ValueError as error:
-        raise UserError(f"answer_list={path} is no JSON ({error}): give a JSON list of answers") from None
+        raise UserError(f"answer_list={path} is not JSON ({error}): give a JSON list of answers") from None
     if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
-        raise UserError(f"answer_list={path} must be a JSON list of texts, one an answer")
+        raise UserError(f"answer_list={path} must be a JSON list of texts, one for each answer")
     return answers
 
 
@@ -212,7 +212,7 @@ def rank_for_block(
 
 
 def annotated_by(question: Question) -> Annotated:
-    """The annotators' answers one by one, from the distinct ones and their shares: ten where the shares allow it."""
+    """Each annotator's answer, from the distinct answers and their shares: ten annotators where the shares allow it."""
     shares = [Fraction(float(weight)).limit_denominator(100) for weight in question.weights]
     fewest = lcm(*(share.denominator for share in shares))
     annotators = ANNOTATORS if ANNOTATORS % fewest == 0 else fewest

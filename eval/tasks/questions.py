@@ -1,4 +1,4 @@
-"""What is written of answered questions, whether answers were ranked or options chosen."""
+"""The output of answered questions, shared by question answering and multiple choice."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ def questions_output(
     submitted: Sequence[str | int],
     config: EvalConfig,
 ) -> SplitOutput:
-    """The output of Q answered questions `items`, with what is `submitted` for each.
+    """The output of Q answered questions `items`, with the answers `submitted` to the benchmark.
 
-    An item is an entry of predictions.json, and `visual`, its number, and `confidence`, by which examples are chosen.
+    An item is an entry of predictions.json with two more keys: `visual`, its number, and `confidence`, by which
+    examples are chosen.
     """
     gallery, pictures = _gallery(items, dataset, result, config)
     known = [item for item in items if item["accuracy"] is not None]

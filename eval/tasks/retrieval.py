@@ -30,7 +30,7 @@ from eval.tasks.task import TaskResult, common_details
 from loaders.evaluation import RetrievalSet
 from loaders.text import Tokenizer
 from model.singularity import Singularity
-from runtime.collectives import share
+from runtime.collectives import broadcast
 from runtime.ranks import ALONE, Ranks
 
 NOT_RERANKED = -100.0  # score of what is not among a query's candidates
@@ -92,7 +92,7 @@ class RetrievalTask:
         missing = missing_visuals(dataset, visuals.present, ranks)
         seconds = {"encode": encoded - start, "match": time.perf_counter() - encoded}
         computed = _metrics(dataset, scores) if scores is not None else None
-        metrics, ties = share(computed, ranks.world_size)
+        metrics, ties = broadcast(computed, ranks.world_size)
         return RetrievalResult(
             name=dataset.name,
             num_frames=num_frames,

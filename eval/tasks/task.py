@@ -1,4 +1,4 @@
-"""What an evaluation task is to `eval.run`: it opens a test set, evaluates a model on it, and says what is written."""
+"""The interface of an evaluation task: open a test set, evaluate a model on it, make the output to be written."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from torch import distributed
 
 from runtime.network import choose_interface
 from runtime.ranks import ranks_from_environment
-from train.devices import device_for
+from train.job.devices import device_for
 
 MEGABYTES = 16
 ROUNDS = 5

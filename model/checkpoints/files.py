@@ -1,4 +1,4 @@
-"""Weights on disk in our own form, found by a folder, a checkpoint or a run, written whole or not at all."""
+"""Weights on disk in our own format: found by a folder, a checkpoint or a run, written atomically."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SPECIAL_TOKENS = {"pad_id": "[PAD]", "cls_id": "[CLS]", "mask_id": "[MASK]"}
 
 @dataclass(frozen=True)
 class Weights:
-    """A model on disk: its architecture, its tensors by our names, and where special tokens stand in its vocabulary."""
+    """A model on disk: its architecture, its tensors by our names, and the ids of its special tokens."""
 
     config: ModelConfig
     state: dict[str, torch.Tensor]
@@ -33,7 +33,7 @@ class Weights:
 
 
 def write_weights(weights: Weights, folder: str | Path) -> None:
-    """Write `model.safetensors`, then `model.json`, whose presence says that both are complete."""
+    """Write `model.safetensors`, then `model.json`, whose presence means that both are complete."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # Copies on the CPU: safetensors refuses tensors that share memory.
@@ -53,17 +53,17 @@ def write_weights(weights: Weights, folder: str | Path) -> None:
 
 
 def write_folder(weights: Weights, vocabulary: Path | None, folder: Path) -> None:
-    """Make a folder of weights and their vocabulary, whole or not at all; it takes the place of an earlier one."""
+    """Write a folder of weights and their vocabulary atomically, in place of an earlier one."""
     with atomic_folder(folder) as temporary:
         if vocabulary is not None:
             shutil.copyfile(vocabulary, temporary / VOCABULARY)
         write_weights(weights, temporary)
 
 
-def find_vocabulary(weights: Path, words: int) -> Path | None:
-    """The vocab.txt of what `resolve_weights` found; beside an official file only one of as many `words` counts."""
+def find_vocabulary(weights: Path, size: int) -> Path | None:
+    """The vocab.txt beside what `resolve_weights` found; for an official file only one with `size` lines."""
     path = (weights if weights.is_dir() else weights.parent) / VOCABULARY
-    if not path.is_file() or (weights.is_file() and len(path.read_bytes().splitlines()) != words):
+    if not path.is_file() or (weights.is_file() and len(path.read_bytes().splitlines()) != size):
         return None
     return path
 
@@ -98,7 +98,7 @@ def resolve_weights(path: str | Path) -> Path:
 
 
 def read_special_ids(vocabulary: Path) -> dict[str, int]:
-    """pad_id, cls_id and mask_id by the lines of a vocab.txt, as far as they are in it; nothing without the file."""
+    """pad_id, cls_id and mask_id in a vocab.txt, as far as it has them; empty without the file."""
     if not vocabulary.is_file():
         return {}
     lines = vocabulary.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -106,7 +106,7 @@ def read_special_ids(vocabulary: Path) -> dict[str, int]:
 
 
 def weights_fault(folder: Path) -> str:
-    """What a power cut or a copy that broke off did to the files of `write_weights`; empty when nothing shows."""
+    """What is wrong with the files of `write_weights`, as after a power cut or an incomplete copy; empty if nothing."""
     path = folder / DESCRIPTION
     try:
         description = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""Saves and loads models, ours and official ones, and fits weights to another size, length or task."""
+"""Saves models, loads ours and official ones, and fits weights to another image size, clip length or task."""
 
 from __future__ import annotations
 
@@ -22,8 +22,6 @@ from model.temporal import resize_embeddings
 from model.vqa import SingularityQA
 from runtime.errors import UserError
 
-__all__ = ["FitReport", "find_weights", "fit_weights", "load_model", "load_weights", "resolve_weights", "save_model"]
-
 logger = logging.getLogger(__name__)
 
 # Tensors, beside the temperature, that only models without an answer decoder have.
@@ -32,13 +30,13 @@ _WITHOUT_ANSWERS = ("vision_proj.", "text_proj.", "itm_head.", "word_head.", "vi
 
 @dataclass
 class FitReport:
-    """What had to be done to weights so that they fit a model: names of its tensors."""
+    """How weights were changed to fit a model: names of its tensors."""
 
     resized: list[str] = field(default_factory=list)  # position tables and temporal embeddings
-    fresh: list[str] = field(default_factory=list)  # not in the weights, and newly asked for
+    fresh: list[str] = field(default_factory=list)  # of a new part: not in the weights, randomly initialised
     copied: list[str] = field(default_factory=list)  # of the answer decoder, from the fusion layers
-    dropped: list[str] = field(default_factory=list)  # of the weights, not in the model and no longer asked for
-    expected: list[str] = field(default_factory=list)  # did not fit, as was said beforehand: fresh, or dropped
+    dropped: list[str] = field(default_factory=list)  # of the weights, of a part that the model does not have
+    expected: list[str] = field(default_factory=list)  # listed in expected_tensors: fresh, or dropped
 
     def __str__(self) -> str:
         parts = [f"{name} {len(names)} ({_shortened(names)})" for name, names in vars(self).items() if names]
@@ -78,7 +76,7 @@ def load_weights(path: str | Path) -> Weights:
 
 
 def find_weights(path: str | Path) -> tuple[Path, Weights]:
-    """The folder or file that `path` means, and what is in it: of a run that is going on, of one moment.
+    """The folder or file that `path` means, and its weights; consistent also while a run replaces its checkpoints.
 
     Raises as `load_weights`.
     """
@@ -88,7 +86,7 @@ def find_weights(path: str | Path) -> tuple[Path, Weights]:
             return found, read_weights(found) if found.is_dir() else read_official(found)
         except (FileNotFoundError, ValueError):
             if found.exists():
-                raise  # else a run has just put a better model, or a newer checkpoint, in its place
+                raise  # else a run has just replaced it by a better model or a newer checkpoint
 
 
 def load_model(
@@ -101,10 +99,9 @@ def load_model(
 
     path: a folder that `save_model` wrote, a run folder, or an official .pth. changes: dotted settings to load it
     with, for example {"num_frames": 4, "temporal_vision_encoder.enable": True, "image_res": 384}: position tables
-    are interpolated, temporal embeddings extended with zeros or cut, a new temporal encoder starts afresh, the
-    answer decoder from the fusion layers. expected: tensors that need not fit, see `fit_weights`. What was done is
-    logged.
-    Raises ValueError, listing the tensors, when anything else does not fit.
+    are interpolated, temporal embeddings truncated or extended with zeros, a new temporal encoder is initialised
+    randomly, an answer decoder from the fusion layers. expected: see `fit_weights`. The changes are logged.
+    Raises UserError, listing the tensors, when anything else does not fit.
     """
     weights = load_weights(path)
     config = with_changes(weights.config, changes or {})
@@ -117,11 +114,11 @@ def load_model(
 def fit_weights(
     model: Singularity | SingularityQA, weights: Weights, source: str, expected: Sequence[str] = ()
 ) -> FitReport:
-    """Copy `weights` into `model`, changed where its configuration asks for another size, length or task.
+    """Copy `weights` into `model`, adapted to the size, length and task of its configuration.
 
     expected: names of tensors, or patterns such as "itm_head.*", that may be missing or of another shape (the model
-    keeps its own) or left over (they are dropped).
-    Raises ValueError, listing the tensors, when any other is missing, left over, or of another shape; or when an
+    keeps its own) or unexpected (they are dropped).
+    Raises UserError, listing the tensors, when any other is missing, unexpected or of another shape, or when an
     expected one fits after all.
     """
     report = FitReport()
@@ -154,23 +151,23 @@ def fit_weights(
         raise UserError(
             f"{source} does not fit the model ({listed}): take its architecture from the checkpoint and change only "
             "image_res, num_frames, temporal_vision_encoder, loss_weight or answer_decoder; the vocabulary has "
-            f"{weights.config.text_encoder.vocab_size} words there and {model.config.text_encoder.vocab_size} here. "
-            "Tensors that are meant not to fit can be named in expected_tensors"
+            f"{weights.config.text_encoder.vocab_size} tokens there and {model.config.text_encoder.vocab_size} here. "
+            "List tensors that need not fit in expected_tensors"
         )
     model.load_state_dict({name: state[name] for name in target if name in state}, strict=False)
     return report
 
 
 def _take_expected(problems: dict[str, list[str]], expected: Sequence[str], source: str) -> list[str]:
-    """Take the names that match `expected` out of `problems`, and return them; raises ValueError for idle patterns."""
+    """Move the names that match `expected` out of `problems`; raises UserError for a pattern without a match."""
     taken: list[str] = []
     for pattern in expected:
         found = [name for names in problems.values() for name in names if fnmatchcase(name, pattern)]
         if not found and not any(fnmatchcase(name, pattern) for name in taken):
             rest = [name for names in problems.values() for name in names]
-            fits = f"what is: {_shortened(rest)}" if rest else "nothing is"
+            fits = f"those are: {_shortened(rest)}" if rest else "all fit"
             raise UserError(
-                f"expected_tensors names {pattern!r}, but no such tensor of {source} is missing, left over or of "
+                f"expected_tensors names {pattern!r}, but no such tensor of {source} is missing, unexpected or of "
                 f"another shape ({fits}): correct it or leave it out"
             )
         taken += found
@@ -180,7 +177,7 @@ def _take_expected(problems: dict[str, list[str]], expected: Sequence[str], sour
 
 
 def _is_new(name: str, old: ModelConfig, new: ModelConfig) -> bool:
-    """Whether the new configuration asks for a module that the old one did not have and that may start afresh."""
+    """Whether a tensor belongs to a module that the old configuration did not have and that may be random."""
     if name.startswith("answer_decoder.") and not old.answer_decoder.enable:
         return _reads_visuals(name) and old.vision_encoder.width != old.text_encoder.width
     return name.startswith("temporal_vision_encoder.") and (
@@ -189,7 +186,7 @@ def _is_new(name: str, old: ModelConfig, new: ModelConfig) -> bool:
 
 
 def _is_obsolete(name: str, old: ModelConfig, new: ModelConfig) -> bool:
-    """Whether a tensor belongs to a module that the new configuration switches off."""
+    """Whether a tensor belongs to a module that the new configuration does not have."""
     answering = new.answer_decoder.enable and not old.answer_decoder.enable
     if answering and (name == "temp" or name.startswith(_WITHOUT_ANSWERS)):
         return True
@@ -199,12 +196,12 @@ def _is_obsolete(name: str, old: ModelConfig, new: ModelConfig) -> bool:
 
 
 def _reads_visuals(name: str) -> bool:
-    """Whether a cross-attention's tensor is as wide as the visual tokens; an answer decoder's is as the text."""
+    """Whether a cross-attention's tensor is as wide as the visual tokens (in an answer decoder, as the text)."""
     return name.endswith(("crossattention.self.key.weight", "crossattention.self.value.weight"))
 
 
 def _decoder_from_fusion(state: dict[str, torch.Tensor], old: ModelConfig, new: ModelConfig, report: FitReport) -> None:
-    """Add an answer decoder to `state`: the last layers of the text encoder, its embeddings and its word head."""
+    """Add an answer decoder to `state`: the last layers of the text encoder, its embeddings and its MLM head."""
     same_width = old.vision_encoder.width == old.text_encoder.width
     first = old.text_encoder.layers - new.answer_decoder.num_layers
     sources = {"answer_decoder.embeddings.": "text_encoder.embeddings.", "answer_decoder.word_head.": "word_head."}

@@ -1,4 +1,4 @@
-"""Reads official checkpoints (.pth): the architecture is recognised, nothing in the file is executed."""
+"""Reads official checkpoints (.pth) safely: no code in the file runs; infers the architecture from shapes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ ALLOWED: list[Any] = [
     int,
 ]
 HEAD_WIDTH = 64  # of every published BERT and ViT; smaller models come with their JSON configurations
-# In the settings of files that model.export wrote: the whole ModelConfig; until November 2026 the heads only.
+# In the settings of files that model.export wrote: our ModelConfig; until November 2026 the heads only.
 MODEL, HEADS = "model_config", "num_attention_heads"
 
 
@@ -63,7 +63,7 @@ def read_official_file(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} {what} and is refused: loading it could run code; get the checkpoint from its authors"
         ) from None
-    except Exception as error:  # bytes that are no checkpoint fail in every way there is
+    except Exception as error:  # torch.load raises many types for a file that is no checkpoint
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} cannot be read ({reason}): truncated or no PyTorch file; copy it again") from None
     if not isinstance(content, dict) or not {"model", "config"} <= content.keys():
@@ -118,13 +118,13 @@ def _ratio(hidden: int, width: int) -> float:
 
 
 def _heads(path: Path, width: int, extra: dict[str, Any], settings: dict[str, Any], part: str) -> int:
-    """Attention heads: by the JSON beside the checkpoint, else its settings (of `model.export`), else as published."""
+    """Attention heads: of the JSON beside the checkpoint, else of its settings (`model.export`), else as published."""
     heads = extra.get("num_attention_heads") or settings.get(HEADS, {}).get(part) or width // HEAD_WIDTH
     if not heads:
         name = "vision_config.json" if part == "vision" else "bert_config.json"
         raise UserError(
-            f"{path}: nothing says how many attention heads its {part} encoder of width {width} has: put a {name} with "
-            "num_attention_heads beside it"
+            f"{path}: the number of attention heads of its {part} encoder of width {width} is unknown: put a {name} "
+            "with num_attention_heads beside it"
         )
     return heads
 
@@ -152,15 +152,16 @@ def _text_config(path: Path, state: dict[str, torch.Tensor], prefix: str, settin
 
 
 def text_prefix(state: dict[str, torch.Tensor]) -> str:
-    """Under which names the text encoder stands: it has `bert.` in pre-training checkpoints only."""
+    """Prefix of the text encoder's names: with `bert.` in pre-training checkpoints only."""
     return "text_encoder.bert." if any(name.startswith("text_encoder.bert.") for name in state) else "text_encoder."
 
 
 def recognise(path: Path, state: dict[str, torch.Tensor], settings: dict[str, Any]) -> ModelConfig:
-    """The architecture of official tensors `state` and run settings: as `model.export` noted it; else by the shapes,
-    and what they do not show by JSON files beside `path` (bert_config.json, vision_config.json) or as published.
+    """The architecture of official tensors `state` and run settings.
 
-    Raises ValueError when tensors that every such model has are missing.
+    From the ModelConfig of `model.export` if there is one; else from the shapes, and what they do not show from JSON
+    files beside `path` (bert_config.json, vision_config.json) or as published.
+    Raises UserError when tensors that every such model has are missing.
     """
     if MODEL in settings:
         return config_from_dict(settings[MODEL])
@@ -198,9 +199,9 @@ def recognise(path: Path, state: dict[str, torch.Tensor], settings: dict[str, An
 
 
 def read_official(path: Path) -> Weights:
-    """Architecture and tensors of an official checkpoint, under our names; what has none keeps its own.
+    """Architecture and tensors of an official checkpoint by our names; tensors without one keep theirs.
 
-    Raises ValueError when the file cannot be read, is refused, or is of another kind.
+    Raises UserError when the file cannot be read, is refused, or is of another kind.
     """
     content = read_official_file(path)
     state = content["model"]

@@ -1,4 +1,4 @@
-"""Names of tensors: ours, timm's and transformers' at the left, the official checkpoints' at the right."""
+"""Names of tensors: ours (timm's and transformers') to and from the official checkpoints'."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def official_parts(name: str, prefix: str) -> list[str]:
 
 
 def is_rebuilt(name: str) -> bool:
-    """Whether an official entry is a constant index table, which every model rebuilds for itself."""
+    """Whether an official entry is a constant index table, which a model computes itself."""
     return name.endswith(("relative_position_index", ".position_ids"))
 
 
@@ -88,7 +88,7 @@ def tied_to(name: str) -> str | None:
 
 
 def to_official(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """Our tensors (or anything shaped like them, such as gradients) under the official names, `prefix` the text's."""
+    """Our tensors, or gradients of them, by their official names; `prefix` is that of the text encoder."""
     result: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
         parts = official_parts(name, prefix)
@@ -99,23 +99,23 @@ def to_official(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.
 
 
 def from_official(state: dict[str, torch.Tensor], names: list[str], prefix: str) -> dict[str, torch.Tensor]:
-    """Our tensors `names`, as far as they are in the official `state`; then whatever is left of it, unrenamed.
+    """Our tensors `names`, as far as they are in the official `state`; then its other tensors, by their own names.
 
-    Raises ValueError when entries that must repeat each other differ.
+    Raises ValueError when tied entries differ.
     """
-    left = {name: tensor for name, tensor in state.items() if not is_rebuilt(name)}
-    for name in list(left):
+    rest = {name: tensor for name, tensor in state.items() if not is_rebuilt(name)}
+    for name in list(rest):
         source = tied_to(name)
         if source in state:
             if not torch.equal(state[name], state[source]):
                 raise ValueError(f"{name} and {source} differ, although they are one tensor in this model")
-            del left[name]
+            del rest[name]
     result: dict[str, torch.Tensor] = {}
     for name in names:
         parts = official_parts(name, prefix)
-        if all(part in left for part in parts):
-            tensors = [left.pop(part) for part in parts]
+        if all(part in rest for part in parts):
+            tensors = [rest.pop(part) for part in parts]
             result[name] = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
     if TEMPERATURE in result:
         result[TEMPERATURE] = result[TEMPERATURE].reshape(1, 1)
-    return result | left
+    return result | rest

@@ -13,13 +13,13 @@ import torch
 from model.building import build_model
 from model.checkpoints.files import read_tensors
 from model.checkpoints.official_names import vision_parts
-from model.checkpoints.positions import resize_absolute, resize_relative
+from model.checkpoints.positions import resize_relative
 from model.config import ModelConfig
 from model.singularity import Singularity
 from model.torchvision_cpu import create_model, get_pretrained_cfg, is_model
 from model.vision import VISION_TYPES, named_options
 from model.vqa import SingularityQA
-from runtime.activity import trusted
+from runtime.activity import keep_alive
 from runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 _FILES = ["config.json", "model.safetensors", "pytorch_model.bin"]
 _OLD_NORMS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 _VISION = "vision_encoder.transformer."
-# Of our tensors those that published BERT and ViT checkpoints never have.
+# Of our tensors those that published BERT and ViT checkpoints do not have.
 _ALWAYS_FRESH = ("crossattention.",)
 
 
@@ -35,7 +35,7 @@ def new_model(config: ModelConfig, special_ids: dict[str, int] | None = None) ->
     """A model with the weights that `vision_encoder.pretrained` and `text_encoder.pretrained` name, random elsewhere.
 
     A name is a local folder (config.json with model.safetensors or pytorch_model.bin), a Hugging Face hub name, or,
-    for the vision encoder, a timm name. What stays random is logged.
+    for the vision encoder, a timm name.
     Raises ValueError when a name cannot be found or its weights do not fit.
     """
     model = build_model(config, special_ids)
@@ -50,7 +50,7 @@ def new_model(config: ModelConfig, special_ids: dict[str, int] | None = None) ->
 
 
 def _fill(model: Singularity | SingularityQA, state: dict[str, torch.Tensor], source: str, part: str) -> None:
-    """Copy `state` into `model`; every tensor of `part` but cross-attention must be there, in the right shape."""
+    """Copy `state` into `model`; it must have every tensor of `part` but cross-attention, in the right shape."""
     target = model.state_dict()
     scope = _VISION if part == "vision_encoder" else "text_encoder."
     missing = [name for name in target if name.startswith(scope) and name not in state]
@@ -71,7 +71,7 @@ def _fill(model: Singularity | SingularityQA, state: dict[str, torch.Tensor], so
 def find_folder(name: str, key: str) -> Path:
     """The local folder of a checkpoint, fetched from the hub when `name` is not a folder.
 
-    Raises ValueError, saying what to set instead, when it is neither there nor to be had.
+    Raises UserError, with the remedy, when it is neither a folder nor available from the hub.
     """
     if Path(name).is_dir():
         return Path(name)
@@ -81,7 +81,7 @@ def find_folder(name: str, key: str) -> Path:
     from huggingface_hub import snapshot_download  # slow to import, needed for hub names only
 
     try:
-        with trusted(f"fetching {name}"):  # gigabytes over a slow line are no hang
+        with keep_alive(f"fetching {name}"):  # gigabytes over a slow line are no hang
             return Path(snapshot_download(name, allow_patterns=_FILES))
     except Exception as error:  # of many kinds: no network, no such name, no permission
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -133,12 +133,12 @@ def _vision_weights(name: str, key: str, model: Singularity | SingularityQA) -> 
         if ours.endswith("relative_position_bias_table"):
             found[ours] = resize_relative(found[ours], patches)
         elif ours == "pos_embed":
-            found[ours] = resize_absolute(found[ours], patches)
+            found[ours] = model.vision_encoder.resize_positions(found[ours], patches)
     return {_VISION + ours: tensor for ours, tensor in found.items()}
 
 
 def _hub_name(name: str, key: str) -> str:
-    """Where the weights of timm's model `name` are on the hub; any other name, and a folder, as it is."""
+    """The hub name of the weights of timm's model `name`; any other name, and a folder, unchanged."""
     if Path(name).is_dir() or "/" in name or not is_model(name):
         return name
     published = get_pretrained_cfg(name)
@@ -160,7 +160,7 @@ def _timm_state(name: str, file: Path, **options: Any) -> dict[str, torch.Tensor
 
 
 def _text_weights(name: str, key: str, model: Singularity | SingularityQA) -> dict[str, torch.Tensor]:
-    """Our text tensors from a BERT checkpoint; the answer decoder takes its first layers and its word head."""
+    """Our text tensors from a BERT checkpoint; the answer decoder takes its first layers and its MLM head."""
     folder = find_folder(name, key)
     state = _without_prefix(read_folder(folder, key), ("bert.",))
     for old, new in _OLD_NORMS.items():

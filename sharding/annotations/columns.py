@@ -13,7 +13,7 @@ from typing import Any
 from runtime.errors import UserError
 from sharding.annotations.files import Record
 from sharding.annotations.items import Row, identifier, part_of, plain, question_of
-from sharding.shards.failures import kind_of
+from sharding.reasons import kind_of
 
 ABSENT: Any = object()  # what a record says about a column that it does not have; null is a value
 QUOTED = re.compile(r'("[^"]*")')  # a column's name in a reason

@@ -2,30 +2,54 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, cast
 
 from omegaconf import OmegaConf
 
 from runtime.errors import MissingError, UserError
+from runtime.flags import flag
 from runtime.packaged import find_file, packaged_folder
 from runtime.settings import build, nearest, read_yaml
 from sharding.annotations.columns import Columns
+
+
+def split_names(text: str) -> list[str]:
+    """Names with commas between them, of the command line."""
+    return [name.strip() for name in text.split(",")] if text else []
+
+
+def unescape(text: str) -> str:
+    """A character of the command line, where a tab is \\t."""
+    return text.replace("\\t", "\t")
 
 
 @dataclass
 class Reading:
     """What decides which rows annotation files give, besides their contents."""
 
-    format: str = "auto"  # a name in reading.READERS; auto: by the ending of each file's name
-    records: str = ""  # JSON: where the list of records is, such as "images"; "*": the entries of an object
-    header: list[str] = field(default_factory=list)  # names of the columns of a CSV or TSV that has no header line
-    delimiter: str = ""  # of a CSV's columns; empty: as its first line looks
-    encoding: str = "utf-8"  # of a CSV, TSV or text file
-    columns: Columns = field(default_factory=Columns)
-    keep: dict[str, Any] = field(default_factory=dict)  # column -> the value, or the list of values, of rows to keep
-    limit: int = 0  # at most so many media; 0: all
-    skip_bad_rows: bool = False  # count rows that cannot be understood as filtered, instead of an error
+    format: str = flag("auto", "auto, json, jsonl, csv, tsv, parquet, or a data set's own (default: auto)")
+    records: str = flag("", 'JSON: where the list of records is; "*": the entries of an object', metavar="KEY")
+    header: list[str] = flag(
+        list, "names of the columns, with commas, of a table without a header line", metavar="NAMES", type=split_names
+    )
+    delimiter: str = flag("", "of a CSV (default: as its first line looks)", type=unescape)
+    encoding: str = flag("utf-8", "of tables and text files (default: utf-8)")
+    columns: Columns = flag(
+        Columns,
+        "where records hold media, caption, question, answer ...: a column, a template such as "
+        '"{folder}/{id:06d}.mp4", or several with | between them',
+        nargs="+",
+        metavar="NAME=COLUMN",
+    )
+    keep: dict[str, Any] = flag(
+        dict,  # column -> the value, or the list of values, of rows to keep
+        "only rows with one of these values, such as split=val,test",
+        nargs="+",
+        metavar="COLUMN=VALUES",
+    )
+    limit: int = flag(0, "only the first N images or clips, for a trial (default: all)", metavar="N")
+    skip_bad_rows: bool = flag(False, "count rows that cannot be understood as filtered")
     unanswered: bool = False  # questions may be without answers, as those of a test server are
 
 

@@ -22,7 +22,7 @@ from fsspec.compression import compr
 from fsspec.utils import infer_compression
 
 from runtime.errors import MissingError, UserError
-from storage.policy import BucketError, again, causes, naming, status_of
+from storage.policy import BucketError, causes, retry, status_of, storage_errors
 
 BLOCK = 2**20  # bytes of a remote file read at a time
 DAMAGED = (
@@ -74,7 +74,7 @@ class Resuming(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Fill `buffer` as far as there is something."""
-        data = again(self._read_at, self.file.tell(), len(buffer))
+        data = retry(self._read_at, self.file.tell(), len(buffer))
         buffer[: len(data)] = data
         return len(data)
 
@@ -182,7 +182,7 @@ def open_local(name: str) -> IO[bytes]:
 def download(name: str, scratch: Path | None) -> IO[bytes]:
     """A copy of a remote file that has no name, so that it goes when it is closed."""
     copy = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115
-    with again(fsspec.open(name, "rb").open) as remote:
+    with retry(fsspec.open(name, "rb").open) as remote:
         shutil.copyfileobj(Resuming(remote), copy, BLOCK)
     copy.flush()
     return copy
@@ -198,7 +198,7 @@ def reading_errors(file: str) -> Iterator[None]:
         ValueError: it cannot be decompressed.
     """
     try:
-        with naming(file, "read annotations from"):
+        with storage_errors(file, "read annotations from"):
             yield
     except DAMAGED as error:
         raise UserError(undone(file, error)) from None
@@ -219,7 +219,7 @@ def check_exists(file: str) -> None:
     """Raise MissingError where an annotation file does not exist, UserError where it is a folder."""
     with reading_errors(file):
         filesystem, path = fsspec.url_to_fs(file)
-        if again(filesystem.info, path)["type"] == "directory":
+        if retry(filesystem.info, path)["type"] == "directory":
             raise IsADirectoryError(file)
 
 

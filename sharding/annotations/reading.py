@@ -31,8 +31,8 @@ from sharding.annotations.formats.tables import (
 )
 from sharding.annotations.formats.visual_genome import visual_genome_records
 from sharding.annotations.items import Row
-from sharding.shards.schema import plain_scheme
-from storage.policy import again, check_bucket, naming
+from storage.policy import check_bucket, retry, storage_errors
+from storage.urls import plain_scheme
 
 MAGIC = set("*?[")  # what makes a pattern of a name
 
@@ -174,8 +174,8 @@ def expanded(patterns: Sequence[str]) -> list[str]:
             files.append(pattern)
             continue
         filesystem, path = fsspec.url_to_fs(pattern)
-        with naming(pattern, "read annotations from"):
-            found = again(matching, filesystem, path)
+        with storage_errors(pattern, "read annotations from"):
+            found = retry(matching, filesystem, path)
         if not found:
             check_bucket(pattern)
             raise MissingError(f"no annotation file matches {pattern}: check --annotations")

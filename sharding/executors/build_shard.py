@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from runtime.process_pool import Advance
 from sharding.annotations.items import Item, split_part
-from sharding.executors.process_pool import Advance
 from sharding.media import Frames, MediaError, pack_image, pack_video
 from sharding.media.sources import Media, opened
-from sharding.shards.plan import Settings, Task
+from sharding.shards.plan import ShardSettings, Task
 from sharding.shards.writing import FinishedShard, ShardWriter
-from storage.policy import naming
+from storage.policy import storage_errors
 
 Outcome = Frames | MediaError
 
@@ -24,7 +24,7 @@ def build_shard(task: Task, advance: Advance) -> FinishedShard:
     scratch = Path(task.scratch)
     failures: list[dict[str, Any]] = []
     rows = 0
-    with naming(task.scratch, "write to"), ShardWriter(task.output, task.name, scratch) as writer:
+    with storage_errors(task.scratch, "write to"), ShardWriter(task.output, task.name, scratch) as writer:
         for number, (item, frames) in enumerate(in_order(packed(task, scratch), task.items)):
             if isinstance(frames, MediaError):
                 failures.append({"source": item.source, "rows": item.rows, "reason": str(frames)})
@@ -61,7 +61,7 @@ def in_order(outcomes: Iterator[tuple[int, Outcome]], items: Sequence[Item]) -> 
             due += 1
 
 
-def pack_media(data: bytes | mmap.mmap, settings: Settings, start: float, end: float) -> Outcome:
+def pack_media(data: bytes | mmap.mmap, settings: ShardSettings, start: float, end: float) -> Outcome:
     """Convert one media; the reason when that fails."""
     try:
         if settings.media_type == "image":

@@ -6,7 +6,7 @@ import itertools
 import os
 import socket
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,20 @@ import runtime
 import sharding
 import storage
 from runtime.errors import AccessError, MissingError, UserError, WorkerError
-from sharding.executors.process_pool import Advance
+from runtime.process_pool import Advance
+from sharding.executors.build_shard import build_shard
 from sharding.media.sources import check_root
 from sharding.shards.plan import Task
 from sharding.shards.writing import FinishedShard
 
-RETRIES = 5  # of a shard whose node or process died; a file that kills its decoder must not go round for ever
-AHEAD = 2  # tasks handed to Ray for each core of the cluster
-
-Build = Callable[[Task, Advance], FinishedShard]
+RETRIES = 5  # of a shard whose node or process died; a file that kills its decoder must not be retried for ever
+TASKS_A_CORE = 2  # handed to Ray at once
 
 
-def run_on_ray(build: Build, tasks: list[Task], advance: Advance) -> Iterator[tuple[Task, FinishedShard]]:
+def run_on_ray(tasks: list[Task], workers: int, advance: Advance) -> Iterator[tuple[Task, FinishedShard]]:
     """(task, shard) of each task as it is finished on the cluster that RAY_ADDRESS names, or that this machine is in.
+
+    `workers` does not count: the cluster's cores do.
 
     Raises:
         ValueError: Ray is not installed, or there is no cluster. OSError: a shard cannot be built.
@@ -44,9 +45,9 @@ def run_on_ray(build: Build, tasks: list[Task], advance: Advance) -> Iterator[tu
         waiting = iter(tasks)
         pending: dict[Any, Task] = {}
         while True:
-            room = AHEAD * int(ray.cluster_resources().get("CPU", 1)) - len(pending)  # nodes come and go
+            room = TASKS_A_CORE * int(ray.cluster_resources().get("CPU", 1)) - len(pending)  # nodes come and go
             for task in itertools.islice(waiting, max(room, 1 - len(pending), 0)):
-                pending[remote.remote(build, replace(task, items=list(task.items)))] = task
+                pending[remote.remote(replace(task, items=list(task.items)))] = task
             if not pending:
                 return
             for done in ray.wait(list(pending), timeout=1.0)[0]:
@@ -86,8 +87,8 @@ def result(ray: Any, done: Any, task: Task) -> FinishedShard:
         ) from None
 
 
-def build_on_node(build: Build, task: Task) -> FinishedShard:
-    """`build` in a task of a node: what is local must be shared by all nodes, or stay on this one."""
+def build_on_node(task: Task) -> FinishedShard:
+    """`build_shard` in a task of a node: what is local must be shared by all nodes, or stay on this one."""
     cv2.setNumThreads(1)  # there are as many tasks as cores
     try:
         check_root(task.media_root)
@@ -95,13 +96,13 @@ def build_on_node(build: Build, task: Task) -> FinishedShard:
         raise MissingError(f"{error} (on node {socket.gethostname()}; a folder must be shared by all)") from None
     if "://" in task.output:
         with tempfile.TemporaryDirectory(prefix="singularity-build-") as scratch:
-            return build(replace(task, scratch=scratch), count_nothing)
+            return build_shard(replace(task, scratch=scratch), count_nothing)
     if not Path(task.scratch).is_dir():
         raise MissingError(
             f"{task.output} is not there on node {socket.gethostname()}: give a folder that all nodes share, or a store"
         )
-    return build(task, count_nothing)
+    return build_shard(task, count_nothing)
 
 
 def count_nothing(good: int, bad: int, size: int) -> None:
-    """On a cluster, progress is told by finished shards."""
+    """On a cluster, finished shards are the progress."""

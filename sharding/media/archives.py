@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import bisect
 import bz2
-import contextlib
-import fcntl
 import hashlib
 import logging
 import lzma
@@ -27,8 +25,9 @@ import pyarrow as pa
 from runtime.errors import UserError
 from sharding.media import MediaError
 from sharding.media.links import LinkError, follow
-from sharding.shards.tar import Damage, TarStream, compression_of
+from sharding.media.tar import Damage, TarStream, compression_of
 from storage.files import atomic_file
+from storage.single_flight import process_lock
 
 ARCHIVE = re.compile(r"(?<=[^/])\.(zip|tar|tar\.(gz|bz2|xz|zst|lz4)|tgz|tbz2|txz)(?=/|$)", re.IGNORECASE)
 LOCAL_HEADER = 30  # bytes before name and extra field in front of a zip's member
@@ -215,36 +214,29 @@ def make_listing(url: str, target: Path) -> None:
     Its metadata say why it is no archive, so that it is not read for each of its members, and where it is damaged.
     Raises OSError when it cannot be read.
     """
-    if target.exists():
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    lock = os.open(target.with_suffix(".lock"), os.O_CREAT | os.O_RDWR)
+    with process_lock(target.with_suffix(".lock")):
+        if not target.exists():
+            log.info("listing the members of %s", url)
+            table = listing_table(url)
+            with atomic_file(target) as temporary, temporary.open("wb") as file:
+                with pa.ipc.new_stream(file, table.schema) as writer:
+                    writer.write_table(table)
+
+
+def listing_table(url: str) -> pa.Table:
+    """The table of `make_listing`."""
+    damages: list[Damage] = []
+    batches: list[pa.RecordBatch] = []
+    error = ""
     try:
-        with contextlib.suppress(OSError):  # without locks each process lists it for itself
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        if target.exists():
-            return
-        log.info("listing the members of %s", url)
-        damages: list[Damage] = []
-        batches: list[pa.RecordBatch] = []
-        error = ""
-        try:
-            batches.extend(listed(url, damages))
-        except ValueError as reason:
-            error = str(reason)
-        for damage in damages[:10]:
-            log.warning("%s is damaged at byte %d: %s", url, damage.offset, damage.reason)
-        table = pa.Table.from_batches(batches, SCHEMA).sort_by("name").combine_chunks()
-        damage_text = f"byte {damages[0].offset} ({damages[0].reason})" if damages else ""
-        table = table.replace_schema_metadata({"error": error, "damage": damage_text})
-        with (
-            atomic_file(target) as temporary,
-            temporary.open("wb") as file,
-            pa.ipc.new_stream(file, table.schema) as writer,
-        ):
-            writer.write_table(table)
-    finally:
-        os.close(lock)
+        batches.extend(listed(url, damages))
+    except ValueError as reason:
+        error = str(reason)
+    for damage in damages[:10]:
+        log.warning("%s is damaged at byte %d: %s", url, damage.offset, damage.reason)
+    table = pa.Table.from_batches(batches, SCHEMA).sort_by("name").combine_chunks()
+    damage_text = f"byte {damages[0].offset} ({damages[0].reason})" if damages else ""
+    return table.replace_schema_metadata({"error": error, "damage": damage_text})
 
 
 def listed(url: str, damages: list[Damage]) -> Iterator[pa.RecordBatch]:

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import NamedTuple, Protocol, TypeVar
 
-from sharding.shards.tar import Member, plain, shown
+from sharding.media.tar import Member, plain, shown
 
 LONGEST_CHAIN = 40  # links, as Linux follows
 

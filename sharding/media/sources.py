@@ -23,8 +23,8 @@ import fsspec
 from runtime.errors import AccessError, MissingError, UserError
 from sharding.media import MediaError
 from sharding.media.archives import Archive, split_archive
-from sharding.shards.schema import join_url, plain_scheme
-from storage.policy import WebError, again, check_bucket, credentials_missing, naming, reason_of
+from storage.policy import StoreError, check_bucket, describe_error, retry, storage_errors
+from storage.urls import join_url, plain_scheme
 from storage.web import Fetching, web_client
 
 WINDOW = {"image": 1024, "video": 64}  # media: how far finished ones may run ahead of one that is slow to come
@@ -108,10 +108,10 @@ class Media:
         """What came of a source; raises what would befall all others, too."""
         try:
             found = future.result()
-        except (WebError, FileNotFoundError) as error:
-            quoted = isinstance(error, FileNotFoundError) and "://" not in source and QUOTED.search(source)
+        except StoreError as error:
+            quoted = error.kind is FileNotFoundError and "://" not in source and QUOTED.search(source)
             remedy = f" (names are quoted when they are sent: write {unquote(source)!r}?)" if quoted else ""
-            return MediaError(reason_of(error) + remedy)
+            return MediaError(f"{error}{remedy}")
         return found.getvalue() if isinstance(found, io.BytesIO) else found
 
     def location(self, source: str) -> str:
@@ -128,13 +128,14 @@ class Media:
         try:
             if url.startswith("/"):
                 return self._fetch(url, False)
-            return again(self._fetch, url, "://" in source, attempts=self.fetching.attempts, stop=self.stop)
+            return retry(self._fetch, url, "://" in source, attempts=self.fetching.attempts, stop=self.stop)
         except MediaError as error:
             return error
         except Exception as error:  # clients raise all sorts of things; one file must not end a build
-            if not url.startswith(("/", *WEB)) and (problem := credentials_missing(error)):
-                raise AccessError(f"cannot read {url}: {problem}") from error
-            return MediaError(reason_of(error))
+            found = describe_error(error)
+            if not url.startswith(("/", *WEB)) and found.kind is PermissionError:
+                raise AccessError(f"cannot read {url}: {found}") from error
+            return MediaError(str(found))
 
     def _fetch(self, url: str, absolute: bool) -> Fetched:
         if not absolute and (inside := split_archive(url)):
@@ -168,7 +169,7 @@ def hand_over(done: queue.SimpleQueue[tuple[int, Future[Any]]], place: int, futu
 
 
 def open_archive(url: str, folder: Path) -> Archive:
-    """An archive; raises MediaError when it cannot be read, and what `again` knows to be transient."""
+    """An archive; raises MediaError when it cannot be read, and what `retry` knows to be transient."""
     try:
         return Archive(url, folder)
     except ValueError as error:
@@ -232,9 +233,9 @@ def check_root(root: str) -> None:
     place = plain_scheme(inside[0] if inside else root).removeprefix("file://")
     if not root or place.startswith(WEB):
         return  # sources are URLs of their own; web servers do not list folders
-    with naming(place, "read"):
+    with storage_errors(place, "read"):
         filesystem, path = fsspec.url_to_fs(place)
-        found = again(filesystem.exists, path)
+        found = retry(filesystem.exists, path)
     if not found:
         check_bucket(place)
         raise MissingError(f"media root {root} does not exist: check --media-root")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -14,16 +13,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from PIL import Image
 
 from runtime.charts import histogram_svg
-from sharding.report.samples import Picked, fetch_command, picture
-from sharding.report.statistics import Distribution, Figures, bin_names, short, summary
+from sharding.report.contact_sheet import jpeg, read_picture, side_by_side
+from sharding.report.samples import Picked, fetch_command
+from sharding.report.statistics import Distribution, Statistics, bin_names, short, summary
 from sharding.shards.schema import Corpus
 
 FRAME_HEIGHT = 180  # pixels of a clip's frames on the page
-QUALITY = 80
 PLAIN = 8.0  # standard deviation of a frame's values, of 256, up to which there is nothing to see
 
 
-def gallery(corpus: Corpus, figures: Figures, picked: Sequence[Picked], failures: Counter[str]) -> str:
+def gallery(corpus: Corpus, statistics: Statistics, picked: Sequence[Picked], failures: Counter[str]) -> str:
     """The page; `failures` by kind of reason."""
     environment = Environment(
         loader=PackageLoader("sharding.report"),
@@ -35,9 +34,9 @@ def gallery(corpus: Corpus, figures: Figures, picked: Sequence[Picked], failures
     return environment.get_template("gallery.html.j2").render(
         corpus=corpus,
         facts=summary(corpus),
-        figures=figures,
-        charts=[chart(each) for each in figures.distributions if each.low < each.high],
-        constants={each.name: short(each.low) for each in figures.distributions if each.low == each.high},
+        statistics=statistics,
+        charts=[chart(each) for each in statistics.distributions if each.low < each.high],
+        constants={each.name: short(each.low) for each in statistics.distributions if each.low == each.high},
         failures=failures,
         cards=[card(corpus, sample) for sample in picked],
     )
@@ -62,13 +61,13 @@ def chart(distribution: Distribution) -> dict[str, Any]:
 def card(corpus: Corpus, sample: Picked) -> dict[str, Any]:
     """A sample as the page shows it: its pictures as one data URL, side by side where there are several."""
     row = sample.row
-    images = [picture(data) for data in sample.frames]
+    images = [read_picture(data) for data in sample.frames]
     readable = [image for image in images if image is not None]
     url = None
     if len(readable) == 1 and sample.frames[0] is not None:
         url = data_url(jpeg(readable[0]))
     elif readable:
-        url = data_url(jpeg(side_by_side(readable)))
+        url = data_url(jpeg(side_by_side(equal_frames(readable))))
     target = f"{row['key'].rsplit('/', 1)[-1]}.jpg"
     return {
         "row": row,
@@ -87,21 +86,11 @@ def telling(frames: Sequence[Image.Image]) -> int:
     return next((number for number in nearest if np.asarray(frames[number]).std() > PLAIN), len(frames) // 2)
 
 
-def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
-    """Frames of a clip in a row, each of FRAME_HEIGHT or less."""
+def equal_frames(images: Sequence[Image.Image]) -> list[Image.Image]:
+    """Frames of a clip, all in the shape of the first, with FRAME_HEIGHT or less."""
     height = min(FRAME_HEIGHT, images[0].height)
     width = max(1, round(images[0].width * height / images[0].height))
-    strip = Image.new("RGB", (width * len(images), height))
-    for place, image in enumerate(images):
-        strip.paste(image.resize((width, height), Image.Resampling.LANCZOS), (place * width, 0))
-    return strip
-
-
-def jpeg(image: Image.Image) -> bytes:
-    """JPEG bytes of a picture."""
-    out = io.BytesIO()
-    image.save(out, "JPEG", quality=QUALITY)
-    return out.getvalue()
+    return [image.resize((width, height), Image.Resampling.LANCZOS) for image in images]
 
 
 def data_url(data: bytes) -> str:

@@ -1,4 +1,4 @@
-"""Samples from all over a corpus with their frames, read in part: for the contact sheet and the gallery."""
+"""Samples of a corpus, read in part: one by its key, or many from all over with their frames."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Any
 
 import fsspec
 import numpy as np
+import pyarrow.compute as pc
 from fsspec.implementations.local import LocalFileSystem
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image
 
-from sharding.media import MediaError
-from sharding.media.picture import decode_picture
+from runtime.errors import UserError
+from runtime.progress import Progress
+from sharding.report.contact_sheet import Cell, contact_sheet, read_picture
 from sharding.report.statistics import columns_of, in_threads, spread
 from sharding.shards.schema import INDEX_SCHEMA, Corpus
 
@@ -21,9 +23,6 @@ SHARDS = 16  # of a corpus that pictures are taken from, unless more are asked f
 FRAMES = 8  # of a clip that are shown, at most
 TILE = 160  # pixels of a picture's side on the contact sheet
 SHEET_WIDTH = 8  # pictures a row
-CAPTION = 40  # pixels of the text below: two lines
-GAP = 8
-INK, PAPER, NOTHING = (40, 42, 48), (255, 255, 255), (225, 225, 228)
 
 
 @dataclass(frozen=True)
@@ -82,42 +81,15 @@ def ranges(spans: Sequence[tuple[str, int, int]]) -> list[bytes | None]:
     return [data if isinstance(data, bytes) and data else None for data in found]
 
 
-def picture(data: bytes | None) -> Image.Image | None:
-    """A decoded frame, or None."""
-    try:
-        return None if data is None else Image.fromarray(decode_picture(data).pixels)
-    except MediaError:
-        return None
-
-
-def contact_sheet(corpus: Corpus, count: int, shards: int = SHARDS) -> Image.Image:
-    """Pictures of `count` samples from all over the corpus with their first text; of a clip four frames."""
+def sample_sheet(corpus: Corpus, count: int, shards: int = SHARDS) -> Image.Image:
+    """A contact sheet of `count` samples from all over the corpus with their first text; of a clip four frames."""
     frames = 1 if corpus.media_type == "image" else 4
-    picked = pick(corpus, count, shards, frames)
-    columns = max(1, min(SHEET_WIDTH // frames, len(picked)))
-    width, height = (TILE + 2) * frames + GAP, TILE + CAPTION
-    sheet = Image.new("RGB", (columns * width + GAP, max(1, -(-len(picked) // columns)) * height + GAP), PAPER)
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
-    for number, sample in enumerate(picked):
-        left, top = GAP + number % columns * width, GAP + number // columns * height
-        for place, data in enumerate(sample.frames):
-            sheet.paste(tile(picture(data), TILE), (left + place * (TILE + 2), top))
+    cells = []
+    for sample in pick(corpus, count, shards, frames):
         text = first_text(sample.row)
-        lines = two_lines(text, font, width - GAP) if text else name_lines(sample.row["source"], font, width - GAP)
-        for line, text in enumerate(lines):
-            draw.text((left, top + TILE + 2 + 15 * line), text, INK, font)
-    return sheet
-
-
-def tile(image: Image.Image | None, side: int) -> Image.Image:
-    """A picture fitted into a square."""
-    square = Image.new("RGB", (side, side), NOTHING)
-    if image is None:
-        ImageDraw.Draw(square).text((side // 2, side // 2), "unreadable", INK, ImageFont.load_default(12), "mm")
-        return square
-    image = ImageOps.contain(image, (side, side), Image.Resampling.LANCZOS)
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
+        name = "" if text else sample.row["source"]
+        cells.append(Cell([read_picture(data) for data in sample.frames], text=text, name=name))
+    return contact_sheet(cells, SHEET_WIDTH // frames, TILE)
 
 
 def first_text(row: dict[str, Any]) -> str:
@@ -127,27 +99,35 @@ def first_text(row: dict[str, Any]) -> str:
     return " ".join(texts[0].split()) if texts else ""
 
 
-def two_lines(text: str, font: Any, width: int) -> list[str]:
-    """A text in up to two lines of `width` pixels, cut where it is longer."""
-    first, rest = "", text.split()
-    while rest and font.getlength(f"{first} {rest[0]}") <= width:
-        first = f"{first} {rest.pop(0)}"
-    second = " ".join(rest)
-    while second and font.getlength(second + "…") > width:
-        second = second[: -max(1, len(second) // 20)]
-    return [first.strip(), second if second == " ".join(rest) else second + "…"]
+def locate(corpus: Corpus, number: int) -> tuple[int, dict[str, Any]]:
+    """(shard, index row) of the corpus' sample `number`. Raises ValueError when there is no such sample."""
+    rest = number
+    for shard, info in enumerate(corpus.shards):
+        if 0 <= rest < info.samples:
+            return shard, columns_of(corpus, shard, INDEX_SCHEMA.names).slice(rest, 1).to_pylist()[0]
+        rest -= info.samples
+    raise UserError(f"--sample {number}: {corpus.url} has samples 0 to {corpus.samples - 1}")
 
 
-def name_lines(name: str, font: Any, width: int) -> list[str]:
-    """A path in up to two lines of `width` pixels, without its middle where it is longer: paths differ at the end."""
-    first = len(name)
-    while font.getlength(name[:first]) > width:
-        first -= 1
-    rest = kept = name[first:]
-    while font.getlength(kept) > width:
-        rest = rest[1:]
-        kept = "…" + rest
-    return [name[:first], kept]
+def find(corpus: Corpus, name: str, shown: bool = False) -> tuple[int, dict[str, Any]]:
+    """(shard, index row) of a sample by its number, else its key, else its source, the first that has it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name.isdecimal() and str(int(name)) == name and (int(name) < corpus.samples or len(name) < 9):
+        return locate(corpus, int(name))
+    shards = list(range(len(corpus.shards)))
+    if name[:6].isdecimal():  # our keys begin with the number of their shard
+        shards.sort(key=lambda shard: not corpus.shards[shard].name.endswith(f"-{name[:6]}.tar"))
+    with Progress(len(shards), "searching", shown, "shard", "searched") as progress:
+        for shard, table in zip(shards, in_threads(lambda n: columns_of(corpus, n, ("key", "source")), shards)):
+            same = pc.or_(pc.equal(table["key"], name), pc.equal(table["source"], name))
+            place = pc.index(same, True).as_py()
+            progress.advance(1, 0, 0)
+            if place >= 0:
+                return shard, columns_of(corpus, shard, INDEX_SCHEMA.names).slice(place, 1).to_pylist()[0]
+    raise UserError(f"--sample {name}: no sample of {corpus.url} has this key or source, and it is no sample's number")
 
 
 def fetch_command(url: str, offset: int, size: int, target: str, signed: bool = False) -> str:

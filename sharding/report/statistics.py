@@ -16,9 +16,10 @@ import pyarrow.compute as pc
 
 from runtime.errors import UserError
 from runtime.progress import Progress
-from sharding.shards.parquet import read_table
-from sharding.shards.schema import UNREADABLE, Corpus, join_url
-from storage.policy import again
+from sharding.shards.schema import UNREADABLE, Corpus
+from storage.parquet import read_table
+from storage.policy import retry
+from storage.urls import join_url
 
 THREADS = 16  # that read indices
 DIGITS = 3  # significant ones of a value that are kept: memory stays small, however many samples there are
@@ -96,8 +97,8 @@ class Distribution:
 
 
 @dataclass
-class Figures:
-    """What the indices of `shards` of a corpus say."""
+class Statistics:
+    """What the indices of `shards` of a corpus hold."""
 
     shards: int
     samples: int = 0
@@ -132,27 +133,27 @@ MEASURES: dict[str, Callable[[pa.Table], pa.Array]] = {
 OF_CLIPS = ("frames a clip", "seconds a clip")
 
 
-def measure(corpus: Corpus, shards: int = 0, progress: Progress | None = None) -> Figures:
+def measure(corpus: Corpus, shards: int = 0, progress: Progress | None = None) -> Statistics:
     """The distributions over a corpus, or over so many of its shards, evenly spread, without those that are all 0.
 
     Raises:
         OSError, ValueError: an index cannot be read.
     """
     chosen = spread(len(corpus.shards), shards or len(corpus.shards))
-    figures = Figures(len(chosen))
+    statistics = Statistics(len(chosen))
     found = {name: Distribution(name) for name in MEASURES if corpus.media_type == "video" or name not in OF_CLIPS}
     for table in in_threads(lambda shard: columns_of(corpus, shard, COLUMNS), chosen):
-        figures.samples += table.num_rows
+        statistics.samples += table.num_rows
         texts = [pc.list_value_length(table[column]).to_numpy() for column in ("captions", "questions", "choices")]
-        figures.without_text += int((sum(texts) == 0).sum())
+        statistics.without_text += int((sum(texts) == 0).sum())
         blank = pc.match_substring_regex(pc.list_flatten(table["captions"]), r"^\s*$")
-        figures.empty_captions += pc.sum(blank).as_py() or 0
+        statistics.empty_captions += pc.sum(blank).as_py() or 0
         for name, distribution in found.items():
             distribution.add(MEASURES[name](table).to_numpy().astype(float))
         if progress:
             progress.advance(1, 0, table.nbytes)
-    figures.distributions = [each for each in found.values() if each.high > 0]
-    return figures
+    statistics.distributions = [each for each in found.values() if each.high > 0]
+    return statistics
 
 
 def columns_of(corpus: Corpus, shard: int, columns: Sequence[str]) -> pa.Table:
@@ -160,7 +161,7 @@ def columns_of(corpus: Corpus, shard: int, columns: Sequence[str]) -> pa.Table:
     url = corpus.index_url(shard)
     try:
         filesystem, path = fsspec.url_to_fs(url)
-        return read_table(again(filesystem.cat_file, path), columns)
+        return read_table(retry(filesystem.cat_file, path), columns)
     except FileNotFoundError:
         reason = "is missing"
     except UNREADABLE as error:

@@ -11,19 +11,18 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 
-from sharding.executors.process_pool import Advance
+from runtime.process_pool import Advance
 from sharding.media import MediaError
 from sharding.media.links import LinkError, Places
 from sharding.media.picture import decode_picture
-from sharding.shards import parquet
+from sharding.media.tar import Damage, Member, TarStream, open_stream
 from sharding.shards.foreign import PICTURES, split_name
-from sharding.shards.schema import INDEX_SCHEMA, UNREADABLE, ShardInfo
-from sharding.shards.tar import Damage, Member, TarStream, open_stream
-from sharding.shards.writing import INDEXED, NOTE, counts, tar_header
-from storage.policy import again, reason_of
+from sharding.shards.schema import INDEX_SCHEMA, UNREADABLE, ShardInfo, media_type_of, read_file
+from sharding.shards.writing import counts, read_note, shard_info, tar_header
+from storage.parquet import read_table
+from storage.policy import describe_error, retry
 
 LISTED = 1000  # faults of one shard that are listed; the rest is counted
 PLACES = ("key", "offsets", "sizes", "crc32s")  # columns of the index that the sample's JSON in the tar lacks
@@ -73,10 +72,10 @@ def check_shard(check: Check, advance: Advance) -> Report:
     """Everything wrong with a shard."""
     report = Report(check)
     index_name, tar_name = check.index.rsplit("/", 1)[-1], check.tar.rsplit("/", 1)[-1]
-    table, digest, size, faults = read_table(check, index_name)
+    table, data, faults = read_checked_table(check, index_name)
     rows = [] if table is None else table.to_pylist()
     faults += index_faults(check.info, index_name, rows) if table is not None else []
-    note = note_of(table)
+    note = read_note(table.schema) if table is not None else {}
     expected = check.info or (ShardInfo(tar_name, **note["facts"], index_bytes=0, index_sha256="") if note else None)
     report.faults += faults
 
@@ -88,10 +87,9 @@ def check_shard(check: Check, advance: Advance) -> Report:
             return walk
 
     try:
-        walk = again(walk_through)
+        walk = retry(walk_through)
     except Exception as error:  # each store has errors of its own
-        reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {reason_of(error)}"
-        report.faults.append(Fault(tar_name, reason))
+        report.faults.append(Fault(tar_name, unread(error)))
     else:
         sha256 = walk.stream.sha256.hexdigest()
         as_written = expected is None or sha256 == expected.sha256
@@ -100,11 +98,10 @@ def check_shard(check: Check, advance: Advance) -> Report:
         report.tar_is_sound = as_written and not walk.damaged
         report.index_is_sound = table is not None and not faults and not (walk.misfits and as_written)
         if report.index_is_sound and table is not None:
-            report.failures = note.get("failures", []) if note else []
-            report.media_type = "" if not table.num_rows else "image" if table.column("fps").null_count else "video"
+            report.failures = note.get("failures", [])
+            report.media_type = media_type_of(table)
             facts: dict[str, Any] = {**counts(rows), "bytes": walk.stream.position, "sha256": sha256}
-            name = "" if tar_name.removesuffix(".tar") + ".parquet" == index_name else index_name
-            report.info = ShardInfo(tar_name, **facts, index_bytes=size, index_sha256=digest, index=name)
+            report.info = shard_info(tar_name, facts, index_name, data)
     more = len(report.faults) - LISTED
     if more > 0:
         report.faults = [*report.faults[:LISTED], Fault(tar_name, f"and {more} more")]
@@ -117,25 +114,28 @@ def unnamed(tar_name: str) -> Fault:
     return Fault(tar_name, "its SHA-256 is not the recorded one, though every member is sound")
 
 
-def read_table(check: Check, name: str) -> tuple[pa.Table | None, str, int, list[Fault]]:
-    """(the index, or None where it cannot be used; its SHA-256; its bytes; its faults)."""
+def read_checked_table(check: Check, name: str) -> tuple[pa.Table | None, bytes, list[Fault]]:
+    """(the index, or None where it cannot be used; its bytes; its faults)."""
     try:
-        filesystem, path = fsspec.url_to_fs(check.index)
-        data = again(filesystem.cat_file, path)
+        data = retry(read_file, check.index)
     except Exception as error:  # each store has errors of its own
-        reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {reason_of(error)}"
-        return None, "", 0, [Fault(name, reason)]
+        return None, b"", [Fault(name, unread(error))]
     digest = hashlib.sha256(data).hexdigest()
     if check.info and digest != check.info.index_sha256:
         size = "" if len(data) == check.info.index_bytes else f" ({len(data)} bytes, {check.info.index_bytes} expected)"
-        return None, digest, len(data), [Fault(name, f"its SHA-256 is not the one in corpus.json{size}")]
+        return None, data, [Fault(name, f"its SHA-256 is not the one in corpus.json{size}")]
     try:
-        table = parquet.read_table(data)
+        table = read_table(data)
     except UNREADABLE as error:
-        return None, digest, len(data), [Fault(name, f"is no readable index: {error}")]
+        return None, data, [Fault(name, f"is no readable index: {error}")]
     if not table.schema.equals(INDEX_SCHEMA):
-        return None, digest, len(data), [Fault(name, "has other columns than an index")]
-    return table, digest, len(data), []
+        return None, data, [Fault(name, "has other columns than an index")]
+    return table, data, []
+
+
+def unread(error: Exception) -> str:
+    """What is wrong with a file that cannot be read."""
+    return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {describe_error(error)}"
 
 
 def index_faults(info: ShardInfo | None, name: str, rows: list[dict[str, Any]]) -> Iterator[Fault]:
@@ -150,13 +150,6 @@ def index_faults(info: ShardInfo | None, name: str, rows: list[dict[str, Any]]) 
     for row in rows:
         if not len(row["offsets"]) == len(row["sizes"]) == len(row["crc32s"]) or not row["offsets"]:
             yield Fault(name, "offsets, sizes and CRC-32s do not belong together", row["key"])
-
-
-def note_of(table: pa.Table | None) -> dict[str, Any] | None:
-    """What was noted in an index when it was made."""
-    metadata = (table.schema.metadata if table is not None else None) or {}
-    text = metadata.get(NOTE) or metadata.get(INDEXED)
-    return json.loads(text) if text else None
 
 
 @dataclass

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -14,9 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from runtime.errors import MissingError, UserError
-from sharding.shards.parquet import parquet_file, read_batches, read_table
-from sharding.shards.schema import join_url
+from sharding.reasons import count_kinds
 from sharding.shards.writing import publish, sha256
+from storage.parquet import parquet_file, read_batches, read_table
+from storage.urls import join_url
 
 FILE = "failures.parquet"
 SCHEMA = pa.schema(
@@ -27,43 +26,12 @@ SCHEMA = pa.schema(
     ]
 )
 ROW_GROUP = 2**16  # rows
-KINDS = 1000  # kinds of reasons told apart; a reason of text without a pattern must not fill the memory
-
-STATUS = re.compile(r"(?:^|(?<=HTTP )|(?<=status )|(?<=errno )|(?<=code ))\d+", re.IGNORECASE)
-PARTICULARS = (  # what differs between two failures of one kind, and what stands for it
-    (re.compile(r"\b\w+://\S+"), "URL"),
-    (re.compile(r"'[^']*'|\"[^\"]*\""), "'…'"),
-    (re.compile(r"(?<![\w.])/\S+"), "PATH"),
-    (re.compile(r"0x[0-9a-fA-F]+"), "N"),
-    (re.compile(r"(?<![\w])[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?"), "N"),
-)
 
 
 class TooManyFailures(UserError):
     """A larger share of the media failed than the user allows."""
 
     exit_code = 1
-
-
-@functools.lru_cache(2**16)
-def kind_of(reason: str) -> str:
-    """A reason without its particulars (numbers, names, URLs), the same for all failures of one kind.
-
-    Numbers that are the reason stay: `HTTP 404`, `errno 5`.
-    """
-    parts = []
-    end = 0
-    for match in STATUS.finditer(reason):
-        parts += [general(reason[end : match.start()]), match[0]]
-        end = match.end()
-    return "".join([*parts, general(reason[end:])])[:200]
-
-
-def general(text: str) -> str:
-    """A text with its particulars replaced."""
-    for pattern, stand_in in PARTICULARS:
-        text = pattern.sub(stand_in, text)
-    return text
 
 
 class FailureLog:
@@ -102,21 +70,6 @@ class FailureLog:
 
     def _part(self, shard: int) -> Path:
         return self.scratch / f"failures-{shard:06d}.parquet"
-
-
-def count_kinds(kinds: Counter[str], reasons: Iterable[str]) -> None:
-    """Add reasons to the counts by kind; beyond KINDS kinds the rest is one."""
-    for reason in reasons:
-        kind = kind_of(reason)
-        kinds[kind if kind in kinds or len(kinds) < KINDS else "other reasons"] += 1
-
-
-def summary(kinds: Counter[str], most: int = 10) -> Iterator[str]:
-    """Lines `count x kind`, most frequent first."""
-    for kind, count in kinds.most_common(most):
-        yield f"  {count:6d} x {kind}"
-    if len(kinds) > most:
-        yield f"  and {len(kinds) - most} more kinds of reasons, all in {FILE}"
 
 
 def read_failures(url: str) -> Iterator[dict[str, Any]]:

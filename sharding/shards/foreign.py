@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 from sharding.media import MediaError
 from sharding.media.links import LinkError, Places
 from sharding.media.picture import picture_size
+from sharding.media.tar import Damage, Member, TarStream, compression_of
 from sharding.shards.foreign_texts import (
     SampleError,
     captions_of,
@@ -20,7 +21,6 @@ from sharding.shards.foreign_texts import (
     said_by,
     times_of,
 )
-from sharding.shards.tar import Damage, Member, TarStream, compression_of
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 VIDEOS = ("mp4", "webm", "mkv", "avi", "mov", "mpg", "mpeg", "flv", "wmv", "m4v", "ts", "gif")

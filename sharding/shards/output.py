@@ -18,22 +18,18 @@ import fsspec
 
 from runtime.errors import UserError
 from sharding.annotations.config import Reading
-from sharding.shards.plan import Settings
-from sharding.shards.schema import VERSION, join_url, plain_scheme
+from sharding.shards.plan import ShardSettings
+from sharding.shards.schema import VERSION
 from sharding.shards.writing import publish
 from storage.locks import HeldError, Lock
-from storage.policy import again, check_bucket, naming
+from storage.policy import check_bucket, retry, storage_errors
+from storage.urls import join_url
 
 BUILD = "build.json"  # says what a build writes there
 PARTIAL = ".partial"  # folder inside a local output that holds unfinished files
 LOCK = "lock"  # file in it
 CLEARING = 5.0  # seconds that the last part of a build may take to clear up
 STAGED = "rows-*.sqlite"  # files in it that an interrupted build leaves to the next one
-
-
-def local_form(url: str) -> str:
-    """A local folder as a plain path, any other URL with its scheme in lower case."""
-    return plain_scheme(url).removeprefix("file://")
 
 
 @contextmanager
@@ -65,10 +61,12 @@ def open_output(output: str, among_others: bool = False, part: str = "") -> Iter
                 with part_folder(folder, part) if part else whole_folder(folder) as scratch:
                     yield scratch
             except BaseException:
-                if not part or lock.alone():
+                if not part or lock.make_exclusive():
                     leave_partial(partial, keep_rows=True)
                 raise
-            if not part or ((folder / "corpus.json").exists() and lock.alone()):  # no other part works in there
+            if not part or (
+                (folder / "corpus.json").exists() and lock.make_exclusive()
+            ):  # no other part works in there
                 leave_partial(partial, keep_rows=False)
     finally:
         remove_empty([partial, *made])
@@ -164,7 +162,7 @@ def part_folder(folder: Path, part: str) -> Iterator[Path]:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def plan_of(settings: Settings, reading: Reading, annotations_sha256: str = "") -> dict[str, Any]:
+def plan_of(settings: ShardSettings, reading: Reading, annotations_sha256: str = "") -> dict[str, Any]:
     """What decides the bytes of a corpus, besides its media; for `build.json`. The annotations may not be read yet."""
     annotations = {"annotations_sha256": annotations_sha256} if annotations_sha256 else {}
     return {"version": VERSION, **asdict(settings), **annotations, "reading": asdict(reading)}
@@ -186,10 +184,10 @@ def check_claim(output: str, plan: dict[str, Any]) -> bool:
 
 def read_claim(url: str) -> dict[str, Any] | None:
     """What `build.json` says; None where there is none."""
-    with naming(url, "read"):
+    with storage_errors(url, "read"):
         filesystem, path = fsspec.url_to_fs(url)
         try:
-            return json.loads(again(filesystem.cat_file, path))
+            return json.loads(retry(filesystem.cat_file, path))
         except FileNotFoundError:
             check_bucket(url)  # now, and not when all annotations are read
             return None
@@ -205,8 +203,8 @@ def digest_of(files: Sequence[str]) -> str:
     """SHA-256 over the contents of files, in order."""
     digest = hashlib.sha256()
     for file in files:
-        with naming(file, "read"):
-            digest = again(with_contents, digest, file)
+        with storage_errors(file, "read"):
+            digest = retry(with_contents, digest, file)
     return digest.hexdigest()
 
 
@@ -228,7 +226,7 @@ def write_text(url: str, text: str, scratch: Path) -> None:
 
 def remove(url: str) -> None:
     """Delete a file if it is there."""
-    with naming(url, "delete"):
+    with storage_errors(url, "delete"):
         filesystem, path = fsspec.url_to_fs(url)
-        if again(filesystem.exists, path):
-            again(filesystem.rm_file, path)
+        if retry(filesystem.exists, path):
+            retry(filesystem.rm_file, path)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.errors import UserError
+from runtime.flags import flag
 from sharding.annotations.items import Item
 from sharding.annotations.staging import Staged
 from sharding.shards.schema import MEDIA_TYPES
@@ -20,16 +21,16 @@ SPREAD = 16  # a corpus is cut into so many shards, for as many workers, as soon
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What decides the bytes of the shards, besides annotations and media."""
+class ShardSettings:
+    """What decides the bytes of the shards, besides annotations and media; corpus.json records it."""
 
-    name: str
-    media_type: str
-    size: int = 224
-    quality: int = 90
-    fps: float = 2.0
-    max_frames: int = 0
-    shard_mb: int = 256
+    name: str = flag("", "first part of the shards' file names (default: the output folder's name)")
+    media_type: str = flag("", "required unless --corpus says it", choices=MEDIA_TYPES)
+    size: int = flag(224, "shorter side of stored frames in pixels (default: as --corpus says, or %(default)s)")
+    quality: int = flag(90, "JPEG quality, 1 to 100 (default: %(default)s)")
+    fps: float = flag(2.0, "stored frames a second of video (default: as --corpus says, or 2)")
+    max_frames: int = flag(0, "at most so many frames a clip (default: as --corpus says, or all)")
+    shard_mb: int = flag(256, "aim for shards of this size (default: %(default)s)")
 
     def check(self) -> None:
         """Raise ValueError, with the remedy, for settings that cannot work."""
@@ -62,7 +63,7 @@ class Task:
     media_root: str
     output: str
     scratch: str
-    settings: Settings
+    settings: ShardSettings
     fetching: Fetching
 
     @property
@@ -76,7 +77,7 @@ class Task:
 
 
 def plan_shards(
-    staged: Staged, settings: Settings, media_root: str, output: str, scratch: Path, fetching: Fetching
+    staged: Staged, settings: ShardSettings, media_root: str, output: str, scratch: Path, fetching: Fetching
 ) -> list[Task]:
     """One task a shard; together they hold every item once, in order."""
     each = settings.samples_per_shard(staged.items)

@@ -9,12 +9,13 @@ from typing import Any
 import fsspec
 
 from runtime.errors import UserError
-from sharding.index import IndexTask, index_shard
 from sharding.shards.checks import Report
 from sharding.shards.failures import FILE, FailureLog
+from sharding.shards.indexing import IndexTask, index_shard
 from sharding.shards.output import BUILD, digest_of, open_output, write_text
-from sharding.shards.plan import Settings
-from sharding.shards.schema import Corpus, ShardInfo, contents, join_url, parse_corpus
+from sharding.shards.plan import ShardSettings
+from sharding.shards.schema import Corpus, ShardInfo, parse_corpus, read_file
+from storage.urls import join_url
 
 
 def repair(url: str, corpus: Corpus | None, reports: list[Report]) -> list[str]:
@@ -91,7 +92,7 @@ def described(
     settings = settings_at(url)
     if settings is None:
         try:
-            text = contents(join_url(url, "corpus.json")).decode("utf-8", "replace")
+            text = read_file(join_url(url, "corpus.json")).decode("utf-8", "replace")
             old = parse_corpus(text, url, also_damaged=True)  # better than nothing
             name, settings, tars = old.name, old.settings, old.tars
         except (OSError, ValueError):
@@ -107,6 +108,6 @@ def settings_at(url: str) -> dict[str, Any] | None:
     try:
         with fsspec.open(join_url(url, BUILD), "rb") as file:
             found = json.loads(file.read())
-        return {name: found[name] for name in Settings.__dataclass_fields__}
+        return {name: found[name] for name in ShardSettings.__dataclass_fields__}
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -14,8 +14,9 @@ import pyarrow as pa
 from braceexpand import braceexpand
 
 from runtime.errors import MissingError, UserError
-from sharding.shards.parquet import read_table
-from storage.policy import again, check_bucket
+from storage.parquet import read_schema, read_table
+from storage.policy import check_bucket, retry
+from storage.urls import join_url
 
 FORMAT = "singularity-shards"
 VERSION = 1
@@ -126,17 +127,6 @@ class Corpus:
         return f'{text}{CHECKSUM}{hashlib.sha256(text.encode()).hexdigest()}"\n}}\n'
 
 
-def join_url(folder: str, name: str) -> str:
-    """`folder/name` for local paths and fsspec URLs alike."""
-    return folder.rstrip("/") + "/" + name
-
-
-def plain_scheme(url: str) -> str:
-    """A URL with its scheme in lower case, as stores are known by: HTTP:// means what http:// does."""
-    scheme, sign, rest = url.partition("://")
-    return scheme.lower() + sign + rest if sign else url
-
-
 def named_shards(url: str) -> tuple[str, list[str]]:
     """(folder, names of tars in it) of a URL that names tars, as webdataset's users write them; of a folder, no names.
 
@@ -182,7 +172,7 @@ def read_corpus(url: str, storage_options: dict[str, Any] | None = None) -> Corp
         ValueError: the file is not a corpus description or of another version, or does not list a tar that `url` names.
     """
     try:
-        data = again(contents, description_url(url), storage_options)
+        data = retry(read_file, description_url(url), storage_options)
     except FileNotFoundError:
         raise no_corpus(url, storage_options) from None
     return corpus_at(url, data.decode("utf-8", "replace"))
@@ -271,13 +261,37 @@ def read_index(corpus: Corpus, shard: int, storage_options: dict[str, Any] | Non
         ValueError: it has another number of rows than `corpus.json` says, or other columns.
     """
     try:
-        data = again(contents, corpus.index_url(shard), storage_options)
+        data = retry(read_file, corpus.index_url(shard), storage_options)
     except FileNotFoundError:
         raise no_index(corpus, shard) from None
     return parse_index(corpus, shard, data)
 
 
-def contents(url: str, storage_options: dict[str, Any] | None = None) -> bytes:
+def files_at(url: str) -> dict[str, int | None]:
+    """Names of the files in a folder and their bytes, where the store's listing tells them; empty without a folder."""
+    filesystem, root = fsspec.url_to_fs(url)
+    try:
+        entries = filesystem.ls(root, detail=True)  # glob would give meaning to characters of the folder's name
+    except FileNotFoundError:
+        return {}
+    return {each["name"].rsplit("/", 1)[-1]: each.get("size") for each in entries if each["type"] != "directory"}
+
+
+def is_index(url: str) -> bool | None:
+    """Whether a Parquet file is a shard's index; None where it is missing or damaged."""
+    try:
+        with fsspec.open(url, "rb") as file:
+            return bool(read_schema(file).equals(INDEX_SCHEMA))
+    except UNREADABLE:
+        return None
+
+
+def media_type_of(index: pa.Table) -> str:
+    """What a shard holds, by its index: image or video, empty for an empty one."""
+    return ("image" if index.column("fps").null_count else "video") if index.num_rows else ""
+
+
+def read_file(url: str, storage_options: dict[str, Any] | None = None) -> bytes:
     """A file's bytes."""
     with fsspec.open(url, "rb", **(storage_options or {})) as file:
         return file.read()

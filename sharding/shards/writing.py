@@ -10,6 +10,7 @@ import shutil
 import tarfile
 import tempfile
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sharding.shards.parquet import read_schema
-from sharding.shards.schema import INDEX_SCHEMA, UNREADABLE, ShardInfo, join_url
-from storage.policy import again, naming
+from sharding.shards.schema import INDEX_SCHEMA, UNREADABLE, ShardInfo
+from storage.parquet import read_schema
+from storage.policy import retry, storage_errors
+from storage.urls import join_url
 
 BLOCK = 512  # bytes of a tar header
 NOTE = b"build"  # key of an index's metadata: what a resumed build must know of a finished shard
@@ -100,7 +102,7 @@ class ShardWriter:
         index = self.path.with_suffix(".parquet")
         facts: dict[str, Any] = {**counts(self.rows), "bytes": self.path.stat().st_size, "sha256": sha256(self.path)}
         write_index(index, self.rows, {"facts": facts, "rows": rows, "failures": failures})
-        info = ShardInfo(self.name, **facts, index_bytes=index.stat().st_size, index_sha256=sha256(index))
+        info = shard_info(self.name, facts, index.name, index.read_bytes())
         publish(self.path, join_url(self.output, self.name))
         publish(index, join_url(self.output, info.index_name))
         return FinishedShard(info, rows, failures)
@@ -141,6 +143,19 @@ def write_index(path: Path, rows: list[dict[str, Any]], note: dict[str, Any], ke
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, compression="zstd", write_page_checksum=True)
 
 
+def read_note(schema: pa.Schema) -> dict[str, Any]:
+    """What was noted in an index when it was made, by a build or afterwards; empty for another tool's file."""
+    metadata = schema.metadata or {}
+    return json.loads(metadata.get(INDEXED) or metadata.get(NOTE) or "{}")
+
+
+def shard_info(tar: str, facts: Mapping[str, Any], index_name: str, index: bytes) -> ShardInfo:
+    """A shard's line of corpus.json, of its tar's `facts` and the contents of its index."""
+    digest = hashlib.sha256(index).hexdigest()
+    unusual = "" if index_name == tar.removesuffix(".tar") + ".parquet" else index_name
+    return ShardInfo(tar, **facts, index_bytes=len(index), index_sha256=digest, index=unusual)
+
+
 def counts(rows: list[dict[str, Any]]) -> dict[str, int]:
     """Numbers of samples, frames, captions, questions and choices in a shard's index rows."""
     of = {"frames": "offsets", "captions": "captions", "questions": "questions", "choices": "choices"}
@@ -153,8 +168,8 @@ def publish(path: Path, target: str) -> None:
     if "file" in (filesystem.protocol if isinstance(filesystem.protocol, tuple) else (filesystem.protocol,)):
         os.replace(path, place)
     else:
-        with naming(target, "write"):
-            again(filesystem.put_file, str(path), place)
+        with storage_errors(target, "write"):
+            retry(filesystem.put_file, str(path), place)
         path.unlink()
 
 
@@ -167,19 +182,18 @@ def sha256(path: Path) -> str:
 def finished_shard(output: str, name: str) -> FinishedShard | None:
     """A shard that an earlier build completed; None when it is not there, whole, with its index."""
     url = join_url(output, name)
-    with naming(url, "read"):
+    with storage_errors(url, "read"):
         filesystem, tar = fsspec.url_to_fs(url)
         try:
-            data = again(filesystem.cat_file, tar.removesuffix(".tar") + ".parquet")
-            size = again(filesystem.size, tar)
+            data = retry(filesystem.cat_file, tar.removesuffix(".tar") + ".parquet")
+            size = retry(filesystem.size, tar)
         except FileNotFoundError:
             return None
     try:
-        note = json.loads((read_schema(data).metadata or {})[NOTE])
+        note = read_note(read_schema(data))
+        if size != note["facts"]["bytes"]:
+            return None
+        info = shard_info(name, note["facts"], name.removesuffix(".tar") + ".parquet", data)
+        return FinishedShard(info, note["rows"], note["failures"])
     except (*UNREADABLE, KeyError):
         return None
-    if size != note["facts"]["bytes"]:
-        return None
-    digest = hashlib.sha256(data).hexdigest()
-    info = ShardInfo(name, **note["facts"], index_bytes=len(data), index_sha256=digest)
-    return FinishedShard(info, note["rows"], note["failures"])

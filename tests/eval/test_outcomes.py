@@ -80,7 +80,7 @@ def test_outcomes_come_back_from_disk(tmp_path):
     assert list(back[2].points) == ["overall", "question_type/what", "answer_type/a", "answer_type/b"]
     assert back[0].points["img_r5"].tolist() == [1, 1, 0]
     (tmp_path / "other").write_text("{}")
-    with pytest.raises(ValueError, match="is no table of outcomes"):
+    with pytest.raises(ValueError, match="is not a table of outcomes"):
         read_outcomes(tmp_path / "other")
 
 

@@ -1,6 +1,5 @@
 """Searching packed clips by text: the right order, features kept, a contact sheet, and a page in a real browser."""
 
-import io
 import re
 import signal
 import socket
@@ -12,42 +11,27 @@ import urllib.request
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image, ImageDraw
+from PIL import ImageDraw
 
 from eval.config import EvalConfig
-from eval.search import __main__ as search_module
+from eval.search import visual_search
 from eval.search.__main__ import main
 from eval.search.server import SearchServer
-from eval.search.visual_search import VisualSearch, contact_sheet, short_names
+from eval.search.visual_search import VisualSearch, search_sheet
 from eval.tasks.retrieval import RetrievalTask
 from loaders.config import LoaderConfig, PerMedia
 from loaders.evaluation import RetrievalSet
 from model.checkpoints.loading import save_model
-from model.config import LossWeights, ModelConfig, TextConfig, VisionConfig
+from model.config import LossWeights
 from model.singularity import Singularity
 from model.vqa import SingularityQA
+from tests.eval.small import shapes_model
 
 
 def weights_in(folder, tokenizer, kind=Singularity):
     """Random weights that tell every pair apart, with their vocabulary."""
-    torch.manual_seed(0)
-    text = TextConfig(
-        vocab_size=tokenizer.vocab_size, width=32, layers=4, fusion_layer=2, heads=2, intermediate=64, max_positions=40
-    )
-    config = ModelConfig(
-        vision_encoder=VisionConfig(patch_size=16, width=32, depth=2, heads=2),
-        text_encoder=text,
-        loss_weight=LossWeights(mlm=0.0),
-        image_res=32,
-        embed_dim=16,
-    )
-    config.answer_decoder.enable = kind is SingularityQA
-    model = kind(config, tokenizer.pad_id, tokenizer.cls_id, tokenizer.mask_id)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, 0, 0.3)
-    save_model(model, config, folder)
+    model = shapes_model(tokenizer, kind, varied=True, loss_weight=LossWeights(mlm=0.0))
+    save_model(model, model.config, folder)
     tokenizer.save(folder)
     return str(folder)
 
@@ -84,9 +68,8 @@ def test_a_query_without_words_is_refused(search):
 
 def test_the_contact_sheet_shows_every_hit(search):
     hits = search.find("a red circle", count=7)
-    with Image.open(io.BytesIO(contact_sheet(search, "a red circle", hits))) as sheet:
-        pixels = np.asarray(sheet.convert("L"), dtype=np.int64)
-    assert pixels.shape[1] == 1240
+    pixels = np.asarray(search_sheet(search, "a red circle", hits).convert("L"), dtype=np.int64)
+    assert pixels.shape[1] == 3 * (4 * 96 + 6 + 8) + 8
     assert (pixels < 230).sum() > 7 * 4 * 50 * 50  # clips on grey or black
 
 
@@ -96,37 +79,18 @@ def test_the_sheet_shows_the_score_that_orders_it(search, monkeypatch):
     monkeypatch.setattr(
         ImageDraw.ImageDraw,
         "text",
-        lambda pen, at, what, **how: shown.append(what) or text(pen, at, what, **how),
+        lambda pen, at, what, *more, **how: shown.append(what) or text(pen, at, what, *more, **how),
     )
     for candidates, order in ((12, "by match score"), (0, "by similarity")):
         hits = search.find("a red circle", count=3, candidates=candidates)
         scores = [hit.similarity if candidates == 0 else hit.match for hit in hits]
         shown.clear()
-        contact_sheet(search, "a red circle", hits)
+        search_sheet(search, "a red circle", hits)
         assert order in shown
         assert [f"{rank}  {score:.3f}" for rank, score in enumerate(scores, start=1)] == [
             label for label in shown if label[0].isdigit()
         ]
         assert scores == sorted(scores, reverse=True)
-
-
-@pytest.mark.parametrize(
-    ("names", "expected"),
-    [
-        (["photos/images/000123.jpg", "photos/images/000145.jpg"], ["…ges/000123.jpg", "…ges/000145.jpg"]),
-        (
-            ["cat/a_long_name_of_a_frame.jpg", "dog/a_long_name_of_a_frame.jpg"],
-            ["cat/a_long_name…", "dog/a_long_name…"],
-        ),
-        (["a.jpg", "photos/images/000145.jpg"], ["a.jpg", "…ges/000145.jpg"]),
-        (["x" * 30 + c + "y" * 30 for c in "12"], ["…" + c + "y" * 12 + "…" for c in "12"]),
-        (["photos/images/000123.jpg"] * 2, ["…ges/000123.jpg"] * 2),
-        ([], []),
-    ],
-)
-def test_names_are_cut_where_they_are_alike(names, expected):
-    width = 15 if names and names[0].startswith(("photos", "a.", "x")) else 16
-    assert short_names(names, lambda name: len(name) <= width) == expected
 
 
 def test_command_line_searches_and_keeps_what_it_encoded(shapes, weights, tmp_path, capsys, monkeypatch):
@@ -137,7 +101,7 @@ def test_command_line_searches_and_keeps_what_it_encoded(shapes, weights, tmp_pa
     assert re.search(r"^ +1 +-?\d+\.\d+ +-?\d\.\d+  \S+\.jpg$", first, re.MULTILINE)
     assert (tmp_path / "hits.jpg").stat().st_size > 1000
     (entry,) = (tmp_path / "cache").iterdir()
-    monkeypatch.setattr(search_module.VisualSet, "batches", None)  # nothing is decoded a second time
+    monkeypatch.setattr(visual_search.VisualSet, "batches", None)  # nothing is decoded a second time
     assert main(command) == 0
     assert capsys.readouterr().out == first
     assert list((tmp_path / "cache").iterdir()) == [entry]
@@ -208,7 +172,7 @@ def test_the_page_is_served_until_it_is_stopped(shapes, weights, tmp_path):
 
 
 def test_an_address_in_use_is_told_before_anything_is_encoded(shapes, weights, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(search_module, "VisualSearch", None)
+    monkeypatch.setattr("eval.search.__main__.VisualSearch", None)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -216,8 +180,8 @@ def test_an_address_in_use_is_told_before_anything_is_encoded(shapes, weights, t
         for where, message in (
             (["--port", str(port)], f"port {port} of 127.0.0.1 is in use by another program: give another with --port"),
             (["--port", "99999"], "--port 99999: a port is a number from 1 to 65535"),
-            (["--host", "192.0.2.1", "--port", "0"], "--host 192.0.2.1 is no address of this machine"),
-            (["--host", "no such host"], "--host no such host is no address of this machine"),
+            (["--host", "192.0.2.1", "--port", "0"], "--host 192.0.2.1 is not an address of this machine"),
+            (["--host", "no such host"], "--host no such host is not an address of this machine"),
         ):
             assert main([weights, shapes.url("images_test"), "--serve", "--cache", str(tmp_path), *where]) == 2
             error = capsys.readouterr().err
@@ -234,7 +198,7 @@ def test_without_a_home_a_search_goes_on_and_says_how_to_keep_what_it_encodes(
     command = [weights, shapes.url("images_test"), "a star", "--output", str(tmp_path / "hits.jpg")]
     assert main(command) == 0
     assert "cannot be written" in caplog.text
-    assert "--cache FOLDER keeps it" in caplog.text
+    assert "--cache FOLDER keeps them" in caplog.text
     assert main([*command, "--cache", "/proc/nowhere"]) == 2
     error = capfd.readouterr().err
     assert error.splitlines()[-1].startswith("error: --cache /proc/nowhere cannot be written")

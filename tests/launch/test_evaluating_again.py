@@ -61,11 +61,14 @@ def test_the_same_evaluation_is_replaced_and_others_are_kept(again, tmp_path, to
     more = again("label=x", f"test_corpus.motion={tmp_path}/clips_test_motion")
     assert set(more) > set(first)
     for settings, difference in (
-        (["label=x"], "it has the split motion too"),
-        (["label=x", "splits=[motion]", f"test_corpus.motion={tmp_path}/clips_test_motion"], "it has the split images"),
+        (["label=x"], "it also has the split motion"),
+        (
+            ["label=x", "splits=[motion]", f"test_corpus.motion={tmp_path}/clips_test_motion"],
+            "it also has the split images",
+        ),
         (
             ["label=x", f"test_corpus={{images: {tmp_path}/images_test, motion: {tmp_path}/clips_test_appearance}}"],
-            f"motion was {tmp_path}/clips_test_motion then, {tmp_path}/clips_test_appearance now",
+            f"motion was {tmp_path}/clips_test_motion, is {tmp_path}/clips_test_appearance",
         ),
         (
             [
@@ -74,13 +77,13 @@ def test_the_same_evaluation_is_replaced_and_others_are_kept(again, tmp_path, to
                 "k_test=3",
                 "video_input.num_frames_test=3",
             ],
-            "2 test frames then, 3 now; k_test 2 then, 3 now",
+            "test frames were 2, are 3; k_test was 2, is 3",
         ),
     ):
         with pytest.raises(UserError) as caught:
             again(*settings)
         assert difference in str(caught.value)
-        assert str(caught.value).endswith("give this one a name of its own, label=NAME, or another output_dir")
+        assert str(caught.value).endswith("choose another name with label=NAME, or another output_dir")
         assert json.loads((tmp_path / "out/metrics.json").read_text()) == more
         assert json.loads((tmp_path / "out/evaluation/x/metrics.json").read_text()) == more
     assert again("label=y") == first
@@ -89,12 +92,12 @@ def test_the_same_evaluation_is_replaced_and_others_are_kept(again, tmp_path, to
 def test_a_checkpoint_or_corpus_that_has_changed_at_its_place_is_another_one(again, tmp_path, tokenizer):
     again()
     save_weights(tmp_path / "weights", tokenizer, 1)
-    with pytest.raises(UserError, match="weights had other weights then"):
+    with pytest.raises(UserError, match=r"the weights of .*weights have changed"):
         again()
     save_weights(tmp_path / "weights", tokenizer, 0)
     shutil.rmtree(tmp_path / "images_test")
     shutil.copytree(tmp_path / "clips_test_motion", tmp_path / "images_test")
-    with pytest.raises(UserError, match="images_test held other data then"):
+    with pytest.raises(UserError, match=r"the data of .*images_test have changed"):
         again()
     details = tmp_path / "out/evaluation/2_frames/evaluation.json"
     details.write_text(json.dumps({**json.loads(details.read_text()), "version": 1}))

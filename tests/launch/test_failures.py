@@ -90,7 +90,7 @@ def test_a_single_process_tells_its_failures(corpora, tmp_path, kind, code, told
 
 def on_one_node(monkeypatch, **variables):
     monkeypatch.setattr(rendezvous, "_agreed", [])
-    monkeypatch.setattr(rendezvous, "_listening", [])
+    monkeypatch.setattr(rendezvous, "_servers", [])
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     given = {"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "CROSS_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     for name, value in {**given, "MASTER_PORT": "29500", **variables}.items():
@@ -99,28 +99,28 @@ def on_one_node(monkeypatch, **variables):
 
 def test_a_node_chooses_a_free_port_and_tells_the_others(monkeypatch, usual_port):
     on_one_node(monkeypatch)
-    note = rendezvous._note()
+    note = rendezvous._port_file()
     left = note.with_name(f"{note.name.rsplit('-', 2)[0]}-{2**22 + 1}-7")  # no process has such a number
     left.write_text("29500")
-    port = rendezvous.meeting_port(Ranks(0, 2, 0, 2), 10)
+    port = rendezvous.master_port(Ranks(0, 2, 0, 2), 10)
     assert not left.exists()
     assert port != 29500
     assert os.environ["MASTER_PORT"] == str(port)
-    kept = rendezvous._listening
+    kept = rendezvous._servers
     on_one_node(monkeypatch)  # the other process
-    assert rendezvous.meeting_port(Ranks(1, 2, 1, 2), 10) == port
-    rendezvous.meet(Ranks(1, 2, 1, 2), 10).set("key", "value")
+    assert rendezvous.master_port(Ranks(1, 2, 1, 2), 10) == port
+    rendezvous.connect(Ranks(1, 2, 1, 2), 10).set("key", "value")
     assert kept[0].get("key") == b"value"
-    rendezvous.forget_port()
+    rendezvous.remove_port_file()
     on_one_node(monkeypatch)
-    with pytest.raises(RuntimeError, match="rank 0 has not told its port"):
-        rendezvous.meeting_port(Ranks(1, 2, 1, 2), 0.3)
+    with pytest.raises(RuntimeError, match="rank 0 did not write its port"):
+        rendezvous.master_port(Ranks(1, 2, 1, 2), 0.3)
 
 
 def test_several_nodes_are_told_how_to_choose_another_port(monkeypatch, usual_port):
     on_one_node(monkeypatch, WORLD_SIZE="4", CROSS_SIZE="2")
     with pytest.raises(UserError, match=r"port 29500, .* in use on this host.*`deepspeed --master_port 29501"):
-        rendezvous.meeting_port(Ranks(0, 4, 0, 2), 10)
+        rendezvous.master_port(Ranks(0, 4, 0, 2), 10)
 
 
 @pytest.mark.slow
@@ -154,7 +154,7 @@ def test_ctrl_c_in_a_terminal_says_at_once_what_will_happen(corpora, tmp_path):
             interrupted = True
     text = shown.decode()
     print(text)
-    assert "SIGINT: saving after the present step, then ending. `deepspeed` itself shows a traceback" in text
+    assert "SIGINT: saving after the present step, then exiting. `deepspeed` itself shows a traceback" in text
     assert text.index("SIGINT: saving") < text.index("Saved ") < text.index("stopped (SIGINT)")
     assert len(list((folder / "checkpoints").glob("step_*"))) == 1
     os.waitpid(child, 0)

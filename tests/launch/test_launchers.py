@@ -84,7 +84,7 @@ def test_torchrun_killed_alone_leaves_no_process_and_no_step_is_lost(corpora, tm
     launcher.send_signal(signal.SIGKILL)
     launcher.wait()
     until(lambda: not any(w.is_running() and w.status() != psutil.STATUS_ZOMBIE for w in workers), log.read_text)
-    assert "stopped (the launcher has gone) at step" in log.read_text()
+    assert "stopped (the launcher is gone) at step" in log.read_text()
     (saved,) = (folder / "checkpoints").glob("step_*")
     assert int(saved.name[5:]) >= 5
 

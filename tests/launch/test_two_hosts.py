@@ -80,9 +80,9 @@ def switch_off(hosts, name):
 @pytest.mark.parametrize(
     ("start_at", "lose", "lost", "sign"),
     [
-        ("node1", cut, "node2", "has given no sign of life"),
-        pytest.param("store", cut, "node1", "has not answered", marks=pytest.mark.slow),
-        pytest.param("store", switch_off, "node1", "has gone", marks=pytest.mark.slow),
+        ("node1", cut, "node2", "sent no heartbeat"),
+        pytest.param("store", cut, "node1", "did not answer", marks=pytest.mark.slow),
+        pytest.param("store", switch_off, "node1", "is gone", marks=pytest.mark.slow),
     ],
 )
 def test_a_lost_host_ends_the_job_and_the_one_left_goes_on(hosts, recipe, tmp_path, start_at, lose, lost, sign):
@@ -96,7 +96,7 @@ def test_a_lost_host_ends_the_job_and_the_one_left_goes_on(hosts, recipe, tmp_pa
     assert process.wait(PATIENCE) != 0  # stall_seconds, and some for ssh and DeepSpeed
     told = log.read_text()
     assert re.search(rf"rank \d \({lost}\b.*{sign}", told), told
-    assert "the same command goes on from the last checkpoint" in told
+    assert "run the same command to resume from the last checkpoint" in told
     for name in {"node1", "node2"} - ({lost} if lose is switch_off else set()):
         until(lambda name=name: not hosts.processes(name, "witness.py"), lambda: "processes are left")
 
@@ -107,7 +107,7 @@ def test_a_lost_host_ends_the_job_and_the_one_left_goes_on(hosts, recipe, tmp_pa
     for launcher in hosts.processes(left, "deepspeed --hostfile"):
         launcher.send_signal(signal.SIGTERM)
     until(lambda: not hosts.processes(left, "witness.py"), lambda: "processes are left")
-    assert f"Going on with the run in {folder} from step {saved}" in log.read_text()
+    assert f"Resuming the run in {folder} from step {saved}" in log.read_text()
 
     before, after = samples(first), samples(second)
     assert min(after) == saved + 1

@@ -13,7 +13,7 @@ from faulty_proxy import Faults
 from object_stores import STORES, MakeFaulty, Store
 from places import ROOT
 
-from loaders.config import CacheConfig, LoaderConfig, PerMedia, RemoteReads
+from loaders.config import CacheConfig, LoaderConfig, PerMedia
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader
 from loaders.vocab import corpus_texts, learn_vocabulary
@@ -21,6 +21,7 @@ from sharding.build import build_corpus
 from sharding.shapes import write_shapes
 from sharding.shards.schema import read_corpus, read_index
 from storage.cache import FOLDER
+from storage.limits import RemoteReads
 
 BATCH = 32
 
@@ -39,7 +40,7 @@ print("ready", flush=True)
 for _ in range(2):
     for batch in loader:
         print(json.dumps([batch.keys, zlib.crc32(batch.frames.numpy().tobytes())]), flush=True)
-print(json.dumps(dict(loader.figures())))
+print(json.dumps(dict(loader.counters())))
 assert not len(loader.quarantine)
 loader.close()
 """
@@ -116,7 +117,7 @@ def test_what_is_read_ahead_stays_within_its_bytes(
     batches = iter(loader)
     next(batches)
     time.sleep(4)
-    fetched, decoded = loader.figures()["bytes_fetched"], loader.figures()["samples"] / (2 * BATCH)
+    fetched, decoded = loader.counters()["bytes_fetched"], loader.counters()["samples"] / (2 * BATCH)
     frames = [(seen.at, *map(int, re.findall(r"\d+", seen.range))) for seen in proxy.log if ".tar" in seen.path]
     at_first = sum(last - begin + 1 for at, begin, last in frames if at < frames[0][0] + 1.4)  # before any answer
     loader.close()

@@ -10,10 +10,11 @@ import torch
 from faulty_proxy import KINDS, Faults
 from object_stores import STORES, MakeFaulty, Store
 
-from loaders.config import CacheConfig, LoaderConfig, PerMedia, RemoteReads, VideoInput
+from loaders.config import CacheConfig, LoaderConfig, PerMedia, VideoInput
 from loaders.prefetch import StalledError
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader
+from storage.limits import RemoteReads
 
 
 def config(**settings) -> LoaderConfig:
@@ -24,7 +25,7 @@ def config(**settings) -> LoaderConfig:
 def epoch_of(corpora: list[str], tokenizer: Tokenizer, settings: LoaderConfig):
     loader = TrainLoader(corpora, tokenizer, settings)
     try:
-        return list(loader), loader.figures(), loader.quarantine
+        return list(loader), loader.counters(), loader.quarantine
     finally:
         loader.close()
 
@@ -74,7 +75,7 @@ def test_with_a_cache_the_second_epoch_asks_for_nothing(
     second = sorted(key for batch in loader for key in batch.keys)
     assert first == second
     assert len(proxy.log) == asked
-    assert loader.figures()["cache_hits"] > len(second)
+    assert loader.counters()["cache_hits"] > len(second)
     loader.close()
 
 
@@ -102,7 +103,7 @@ def test_a_store_that_goes_down_ends_the_epoch_at_the_deadline(
     next(iter(loader))
     proxy.faults = Faults(error=1)
     began = time.monotonic()
-    with pytest.raises(TimeoutError, match=r"s3://.*\.tar bytes .*remote\.deadline=5 s .*status 503"):
+    with pytest.raises(TimeoutError, match=r"s3://.*\.tar bytes .*remote\.deadline=5 s .*HTTP 503"):
         list(loader)
     assert time.monotonic() - began < 30
     loader.close()

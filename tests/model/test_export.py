@@ -77,7 +77,7 @@ def test_a_vocabulary_beside_an_official_file_is_its_own_when_it_has_as_many_wor
         ("folder.pth", "is a folder by its form and a file by its name"),
         ("file", "exists already and is no export: remove it, or choose another name"),
         ("full", "exists already"),
-        ("weights", "is what is to be exported: choose another name"),
+        ("weights", "is the model to be exported: choose another name"),
         ("run/weights", "would be taken for a checkpoint of the run"),
         ("run/checkpoints/step_00000100", "would be taken for a checkpoint of the run"),
         ("file/x.pth", "is a file, choose another place"),
@@ -161,6 +161,9 @@ def test_models_of_every_kind_come_back(tmp_path):
             back = load_weights(tmp_path / output)
             assert back.config == config
             assert all(torch.equal(back.state[key], tensor) for key, tensor in state.items())
+        assert export([str(tmp_path / f"{name}.pth"), str(tmp_path / f"{name}.again")]) == 0
+        again = load_weights(tmp_path / f"{name}.again").state
+        assert all(torch.equal(again[key], tensor) for key, tensor in state.items())
 
 
 def test_a_backbone_without_an_official_form_says_so(tmp_path, capsys):

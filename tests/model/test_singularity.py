@@ -7,13 +7,13 @@ from small_models import CLS, MASK, PAD, VOCAB, small_batch, small_config, small
 from model.config import TemporalConfig
 from model.losses import (
     contrastive_targets,
-    draw,
-    mask_words,
+    mask_tokens,
     matching_loss,
     negative_weights,
     same_visual,
+    sample_negatives,
 )
-from model.singularity import Draws, Singularity
+from model.singularity import RandomChoices, Singularity
 from model.temporal import embeddings_for_frames, resize_embeddings
 
 TOKENS = 17  # [CLS] and 4 x 4 patches
@@ -84,11 +84,11 @@ def test_given_draws_replace_the_random_ones(model, batch):
     turned = torch.tensor([1, 2, 3, 0])
     labels = torch.full_like(ids, -100)
     labels[:, 1] = ids[:, 1]
-    draws = Draws(turned, turned, ids, labels)
+    choices = RandomChoices(turned, turned, ids, labels)
     state = torch.get_rng_state()
-    first = model.eval()(*batch, draws)
+    first = model.eval()(*batch, choices)
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(first["loss_itm"], model(*batch, draws)["loss_itm"])
+    assert torch.equal(first["loss_itm"], model(*batch, choices)["loss_itm"])
 
 
 def test_the_temperature_is_clamped_in_training_only(model, batch):
@@ -112,14 +112,14 @@ def test_negatives_never_show_the_same_item():
     torch.manual_seed(0)
     weights = negative_weights(torch.randn(6, 6) * 5, same_visual(idx), hard=True)
     for _ in range(200):
-        assert not (idx[draw(weights)] == idx).any()
+        assert not (idx[sample_negatives(weights)] == idx).any()
 
 
 def test_hard_negatives_follow_the_similarity():
     torch.manual_seed(0)
     similarity = torch.tensor([[0.0, 1.0, 0.0]]).repeat(3, 1)
     weights = negative_weights(similarity, same_visual(torch.arange(3)), hard=True)
-    drawn = torch.stack([draw(weights) for _ in range(4000)])
+    drawn = torch.stack([sample_negatives(weights) for _ in range(4000)])
     assert (drawn[:, 0] == 1).float().mean() == pytest.approx(torch.e / (torch.e + 1), abs=0.03)
 
 
@@ -143,7 +143,7 @@ def test_masked_words_keep_the_published_shares():
     torch.manual_seed(0)
     ids = torch.randint(5, VOCAB, (400, 50))
     ids[:, 0], ids[:, -5:] = CLS, PAD
-    masked, labels = mask_words(ids, 0.5, VOCAB, MASK, (PAD, CLS))
+    masked, labels = mask_tokens(ids, 0.5, VOCAB, MASK, (PAD, CLS))
     chosen = labels != -100
     assert not chosen[:, 0].any()
     assert not chosen[:, -5:].any()

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import AnswerDecoderConfig, LossWeights, TemporalConfig
 from model.flops import step_flops
-from model.losses import IGNORED, chosen_positions, most_labels
+from model.losses import IGNORED, masked_positions, max_masked
 from model.vqa import SingularityQA
 
 TEMPORAL = {"temporal_vision_encoder": TemporalConfig(True, 1, True), "num_frames": 2, "add_temporal_embed": True}
@@ -122,7 +122,7 @@ def test_the_counted_operations_are_those_that_run(changes):
 def test_words_are_predicted_at_the_chosen_places_only():
     labels = torch.full((4, 6), IGNORED)
     labels[1, 2], labels[3, 0] = 5, 6
-    chosen = chosen_positions(labels, 3)
+    chosen = masked_positions(labels, 3)
     assert set(chosen[:2].tolist()) == {1 * 6 + 2, 3 * 6}
     assert len(chosen) == 3
 
@@ -130,7 +130,7 @@ def test_words_are_predicted_at_the_chosen_places_only():
 def test_practically_no_chosen_word_is_left_out():
     torch.manual_seed(0)
     for count in (16, 256, 4096):
-        limit = most_labels(count, 0.5)
+        limit = max_masked(count, 0.5)
         assert limit <= count
         assert ((torch.rand(2000, count) < 0.5).sum(1) <= limit).all()
-    assert most_labels(4096, 0.5) < 0.6 * 4096
+    assert max_masked(4096, 0.5) < 0.6 * 4096

@@ -57,7 +57,7 @@ def test_the_temporal_encoder_takes_more_sequences_than_a_kernel_does(monkeypatc
     model = small_model(num_frames=3, temporal_vision_encoder=TemporalConfig(enable=True))
     images, *_ = small_batch(frames=3)  # 4 clips of 17 positions
     expected = gradients(model, images)
-    monkeypatch.setattr(temporal, "MOST_SEQUENCES", limit)
+    monkeypatch.setattr(temporal, "MAX_SEQUENCES", limit)
     found = gradients(model, images)
     torch.testing.assert_close(found[0], expected[0])
     for name, gradient in expected[1].items():

@@ -1,4 +1,4 @@
-"""`python -m tests.parity FOLDER`: the numbers of the official code, recorded in case folders, against this model's."""
+"""`python -m tests.parity FOLDER`: compares this model's numbers with the official code's, recorded in case folders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from runtime.errors import MissingError, UserError, command
 from tests.parity.comparison import Comparison
 from tests.parity.evaluation import compare_answers, compare_choices, compare_retrieval
 from tests.parity.forward import compare_forward
-from tests.parity.loading import compare_finetuning_start, compare_hub_start, compare_pure
+from tests.parity.loading import compare_finetuning_start, compare_hub_start
+from tests.parity.recorded import compare_pure
 from tests.parity.training import compare_steps
 
 # By the group that a case's case.json names.
@@ -55,9 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.parity",
-        description="Run every case of FOLDER (a checkpoint, its inputs and recorded outputs each) in float32 on the "
-        "CPU, and print the largest absolute deviation a case and the largest in terms of what is allowed (1 = the "
-        "whole tolerance). Exit code 1 when a case is beyond tolerance.",
+        description="Run every case of FOLDER (each a checkpoint, its inputs and recorded outputs) in float32 on the "
+        "CPU, and print for each the largest absolute deviation and the largest relative to its tolerance. Exit code 1 "
+        "when a case is beyond its tolerance.",
     )
     parser.add_argument("folder", type=Path, help="a folder of cases, or one case")
     options = parser.parse_args(arguments)

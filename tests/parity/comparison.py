@@ -1,7 +1,8 @@
-"""Compares arrays with recorded ones and keeps the largest deviation of a case."""
+"""A recorded case: its files, and the largest deviation of our numbers from the recorded ones."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from loaders.text import Tokenizer
 from model.checkpoints.files import VOCABULARY, read_special_ids
 from model.checkpoints.loading import load_model
 
 RTOL, ATOL = 1e-4, 2e-4
 LOSS_TOLERANCE = 2e-5
 GRADIENT_TOLERANCE = 1e-3  # of the tensor's largest entry
+LOSS_NAMES = {"ita": "itc", "itm": "itm", "mlm": "mlm"}  # the official code's and ours
 
 
 def as_array(value: Any) -> np.ndarray:
-    """A tensor, array or number as a float64 array (integers stay exact)."""
+    """A tensor, array or number as a float64 array, in which integers are exact."""
     return np.asarray(value.detach().cpu() if isinstance(value, torch.Tensor) else value, dtype=np.float64)
 
 
@@ -54,11 +57,8 @@ class Comparison:
 
     def loss(self, name: str, ours: Any, expected: Any, relative: bool = False) -> None:
         """Compare a loss; `relative` for losses of a temperature at its lower end."""
-        tolerance = LOSS_TOLERANCE
-        if relative:
-            self.close(name, ours, expected, rtol=tolerance, atol=0.0)
-        else:
-            self.close(name, ours, expected, rtol=0.0, atol=tolerance)
+        rtol, atol = (LOSS_TOLERANCE, 0.0) if relative else (0.0, LOSS_TOLERANCE)
+        self.close(name, ours, expected, rtol, atol)
 
     def gradient(self, name: str, ours: Any, expected: Any, scale: float | None = None) -> None:
         """Compare a gradient, in units of its largest entry or of `scale`."""
@@ -86,6 +86,12 @@ class Comparison:
             self.worst, self.worst_of = ratio, name
 
 
+def as_lists(truth: Any) -> list[list[int]]:
+    """The true items of each query: recorded as a list or by number as text, each a number or a list of numbers."""
+    rows = truth if isinstance(truth, list) else [truth[str(query)] for query in range(len(truth))]
+    return [row if isinstance(row, list) else [row] for row in rows]
+
+
 class Case:
     """The recorded files of one case folder."""
 
@@ -101,6 +107,10 @@ class Case:
         with np.load(path) as arrays:
             return {key: torch.from_numpy(arrays[key]) for key in arrays.files if arrays[key].dtype.kind in "fi"}
 
+    def json(self, name: str) -> Any:
+        """The content of a JSON file of the case."""
+        return json.loads((self.folder / name).read_text(encoding="utf-8"))
+
     @property
     def checkpoint(self) -> Path:
         """The official checkpoint of the case."""
@@ -114,3 +124,7 @@ class Case:
     def load(self) -> Any:
         """The model of the checkpoint, with the special tokens of the shared vocabulary where there is one."""
         return load_model(self.checkpoint, special_ids=read_special_ids(self.vocabulary))
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the shared vocabulary."""
+        return Tokenizer.load(str(self.vocabulary))

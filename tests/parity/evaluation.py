@@ -1,90 +1,86 @@
-"""Parity of retrieval scores, answers and multiple choice (cases 05 to 07)."""
+"""Parity of retrieval scores and metrics, answers and multiple choice (cases 05 to 07)."""
 
 from __future__ import annotations
 
-import json
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from eval.cache import Block
+from eval.config import EvalConfig
+from eval.features import collect_visuals, encode_blocks, encode_texts
+from eval.metrics import retrieval_metrics
+from eval.tasks.answers import Annotated, accuracies, accuracy_by_type
+from eval.tasks.multiple_choice import score_options
+from eval.tasks.qa import rank_for_block
+from eval.tasks.retrieval import Scores, score, score_matrices
+from loaders.text import clean_text
 from model.config import ENSEMBLES
-from model.scoring import match_pairs
 from model.singularity import Singularity
 from model.vqa import SingularityQA, answer_losses
-from tests.parity.comparison import Case, Comparison
+from tests.parity.comparison import Case, Comparison, as_lists
 from tests.parity.forward import compare_gradients
-from tests.parity.text import tokenise
 
-UNSCORED = -100.0
-EVERYTHING = 10**9
-
-
-def match_scores(
-    model: Singularity,
-    states: torch.Tensor,
-    mask: torch.Tensor,
-    tokens: torch.Tensor,
-    pairs: torch.Tensor,
-    mode: str = "concat",
-) -> torch.Tensor:
-    """Match logits (N, M) of texts (M, Lt, D) for visuals with tokens (N, F, S, D) where `pairs` (N, M) is true."""
-    attended = model.text_encoder.attend_texts(states, mask)
-    blocks = [(np.arange(len(tokens)), tokens)]
-    visuals, texts, scores = match_pairs(model, blocks, attended, mask, pairs.numpy(), mode)
-    result = torch.full(pairs.shape, UNSCORED)
-    result[visuals, texts] = torch.from_numpy(scores)
-    return result
-
-
-def reranked(similarity: torch.Tensor, k: int, score: torch.Tensor) -> torch.Tensor:
-    """Scores (Q, C) where they are among the k most similar of a row, -100 elsewhere."""
-    top = similarity.topk(min(k, similarity.shape[1]), dim=1).indices
-    return torch.full_like(score, UNSCORED).scatter(1, top, score.gather(1, top))
+EVERYTHING = 10**9  # candidates
+MATRICES = ("i2t_x", "t2i_x", "i2t_emb", "t2i_emb")
 
 
 @torch.no_grad()
 def compare_retrieval(folder: Path) -> Comparison:
-    """Score matrices of the dual and the cross encoder, all ensembles and cuts, with several texts or visuals."""
+    """Score matrices and metrics of both encoders: all ensembles and cuts, several texts or visuals."""
     case, result = Case(folder), Comparison(folder.name)
-    settings = json.loads((folder / "case.json").read_text())
-    recorded = json.loads((folder / "expected.json").read_text())
-    model = case.load()
-    assert isinstance(model, Singularity)
+    settings, recorded = case.json("case.json"), case.json("expected.json")
     cuts = {"": settings["k_test"], "ksmall_": settings.get("k_small", 5), "full_": EVERYTHING}
+    configs = {
+        f"{cut}{mode}": EvalConfig(k_test=k, eval_frame_ensemble=mode, ensemble_skips_temporal=True)
+        for cut, k in cuts.items()
+        for mode in settings.get("modes", ENSEMBLES)
+    }
+    configs["xonly"] = EvalConfig(eval_x_only=True)
+    model = case.load()
     for texts in ("", "multiimg_"):
-        if f"{texts}text_input_ids" not in case.expected:
-            continue
-        mask = case.expected[f"{texts}text_attention_mask"]
-        frames = case.inputs["frames"][_video_numbers(recorded[f"{texts}dataset"]["image"])]
-        states, pooled_text = model.encode_text(case.expected[f"{texts}text_input_ids"], mask)
-        for mode in settings.get("modes", ENSEMBLES):
-            tokens, pooled = model.encode_clips(frames, mode, skip_temporal=True)
-            similarity = model.similarity(pooled, pooled_text)
-            scores = match_scores(model, states, mask, tokens, torch.ones_like(similarity, dtype=torch.bool), mode)
-            for cut, k in cuts.items():
-                matrices = {
-                    "i2t_x": reranked(similarity, k, scores),
-                    "t2i_x": reranked(similarity.T, k, scores.T),
-                    "i2t_emb": similarity,
-                    "t2i_emb": similarity.T,
-                }
-                _close_if_recorded(case, result, matrices, f"{texts}{cut}{mode}_")
-            if mode == "concat":
-                _close_if_recorded(case, result, {"i2t_x": scores, "t2i_x": scores.T}, f"{texts}xonly_")
+        for name, config in configs.items():
+            if any(f"{texts}{name}_{matrix}" in case.expected for matrix in MATRICES):
+                _compare_scores(model, case, result, config, recorded, texts, f"{texts}{name}")
     return result
 
 
-def _video_numbers(names: list[str]) -> list[int]:
-    """Places in the recorded frames of videos named .../vidK.mp4."""
-    return [int(re.findall(r"\d+", Path(name).stem)[-1]) for name in names]
+def _compare_scores(
+    model: Singularity, case: Case, result: Comparison, config: EvalConfig, recorded: Any, texts: str, name: str
+) -> None:
+    """One recorded evaluation `name` of the texts and visuals with prefix `texts`."""
+    dataset = recorded[f"{texts}dataset"]
+    numbers = [int(re.findall(r"\d+", Path(path).stem)[-1]) for path in dataset["image"]]  # of .../vidK.mp4
+    batches = [(case.inputs["frames"][numbers], torch.arange(len(numbers)))]
+    visuals = collect_visuals(model, encode_blocks(model, batches, config), len(numbers), config)
+    ids, mask = (case.expected[f"{texts}text_{part}"] for part in ("input_ids", "attention_mask"))
+    scores = score(model, visuals, encode_texts(model, ids, mask), config)
+    assert scores is not None
+    assert scores.visual_to_text is not None
+    assert scores.text_to_visual is not None
+    matrices = (scores.visual_to_text, scores.text_to_visual, scores.similarity, scores.similarity.T)
+    for kind, matrix in zip(MATRICES, matrices, strict=True):
+        if f"{name}_{kind}" in case.expected:
+            result.close(f"{name}_{kind}", matrix, case.expected[f"{name}_{kind}"])
+    if f"{name}_metrics" in recorded:
+        _compare_metrics(scores, dataset, result, recorded[f"{name}_metrics"], name)
 
 
-def _close_if_recorded(case: Case, result: Comparison, values: dict[str, torch.Tensor], prefix: str) -> None:
-    for name, value in values.items():
-        if prefix + name in case.expected:
-            result.close(prefix + name, value, case.expected[prefix + name])
+def _compare_metrics(scores: Scores, dataset: Any, result: Comparison, official: Any, name: str) -> None:
+    """The metrics of one evaluation; where they depend on the order of equal scores, their bounds."""
+    truth = as_lists(dataset["img2txt"]), as_lists(dataset["txt2img"])
+    matched, dual = (retrieval_metrics(*pair, *truth) for pair in score_matrices(name, scores).values())
+    found: dict[str, Any] = {"dual_encoder": dual.values, "depends_on_ties": bool(matched.depends_on_ties)}
+    found |= {"cross_encoder_best_ties": matched.best, "cross_encoder_worst_ties": matched.worst}
+    if not official.get("depends_on_ties"):
+        found["cross_encoder"] = matched.values
+    for key, value in found.items():
+        if key in official:
+            result.equal(f"{name}: {key}", value, official[key])
 
 
 @torch.no_grad()
@@ -92,24 +88,31 @@ def compare_choices(folder: Path) -> Comparison:
     """Match scores of the options of multiple-choice questions, a frame and ensembled, and the options chosen."""
     case, result = Case(folder), Comparison(folder.name)
     model = case.load()
-    assert isinstance(model, Singularity)
-    ids, mask = case.expected["option_input_ids"], case.expected["option_attention_mask"]
+    ids, mask = case.expected["option_input_ids"], case.expected["option_attention_mask"].flatten(0, 1)
     questions, options = ids.shape[:2]
-    mask = mask.flatten(0, 1)
-    states, _ = model.encode_text(ids.flatten(0, 1), mask)
-    own = torch.eye(questions, dtype=torch.bool).repeat_interleave(options, dim=1)  # a question's options: its visual's
-    for mode in json.loads((folder / "case.json").read_text()).get("modes", ENSEMBLES):
-        tokens, _ = model.encode_clips(case.inputs["frames"], mode, skip_temporal=True)
-        scores = match_scores(model, states, mask, tokens, own, mode)[own].view(questions, options)
-        result.close(f"{mode}_scores", scores, case.expected[f"{mode}_scores"])
-        result.equal(f"{mode}_pred", scores.argmax(1), case.expected[f"{mode}_pred"])
+    texts = encode_texts(model, ids.flatten(0, 1), mask)
+    items = [(question, list(range(options * question, options * (question + 1)))) for question in range(questions)]
+    batches = [(case.inputs["frames"], torch.arange(questions))]
+    recorded = case.json("expected.json")
+
+    def scores(blocks: list[Block], config: EvalConfig) -> np.ndarray:
+        visuals = collect_visuals(model, blocks, questions, config)
+        return np.stack(score_options(model, visuals, texts, items, config))
+
+    for mode in case.json("case.json").get("modes", ENSEMBLES):
+        config = EvalConfig(eval_frame_ensemble=mode, ensemble_skips_temporal=True)
+        blocks = list(encode_blocks(model, batches, config))
+        found = scores(blocks, config)
+        result.close(f"{mode}_scores", found, case.expected[f"{mode}_scores"])
+        result.equal(f"{mode}_pred", found.argmax(1), case.expected[f"{mode}_pred"])
+        accuracy = round(100 * float((found.argmax(1) == case.expected["answers"].numpy()).mean()), 2)
+        result.equal(f"{mode}: accuracy", accuracy, recorded[mode]["test"])
         if f"{mode}_frame_scores" in case.expected:
-            frames = torch.stack(
-                [match_scores(model, states, mask, tokens[:, t : t + 1], own)[own] for t in range(tokens.shape[1])]
-            ).view(-1, questions, options)
-            result.close(f"{mode}_frame_scores", frames.transpose(0, 1), case.expected[f"{mode}_frame_scores"])
-            chosen = frames.argmax(2).T
-            result.equal(f"{mode}_frame_pred", chosen, case.expected[f"{mode}_frame_pred"])
+            (block,) = blocks
+            single = [replace(block, tokens=tokens[:, None]) for tokens in block.tokens.unbind(1)]
+            frames = np.stack([scores([each], EvalConfig()) for each in single], 1)  # (Q, F, O)
+            result.close(f"{mode}_frame_scores", frames, case.expected[f"{mode}_frame_scores"])
+            result.equal(f"{mode}_frame_pred", frames.argmax(2), case.expected[f"{mode}_frame_pred"])
     return result
 
 
@@ -144,22 +147,27 @@ def _compare_answer_training(model: SingularityQA, case: Case, result: Compariso
 
 
 def _compare_answer_ranking(model: SingularityQA, case: Case, result: Comparison) -> None:
-    settings = json.loads((case.folder / "case.json").read_text())
-    expected, frames = case.expected, case.inputs["eval_frames"]
-    questions = _eval_questions(case)
+    """The answers ranked for each question, and their accuracy, in all ensembles."""
+    settings, expected = case.json("case.json"), case.expected
+    asked, answer_list = case.json("anno_eval.json"), case.json("answer_list.json")
+    length = expected["train_question_ids"].shape[1]
+    questions = case.tokenizer().encode([clean_text(item["question"]) for item in asked], length)
     answers = expected["answer_list_ids"], expected["answer_list_mask"]
+    written = case.tokenizer().encode([f"{answer} [SEP]" for answer in answer_list], answers[0].shape[1])
+    result.equal("answer_list_ids", written[0], answers[0])
+    annotated = [Annotated([item["answer"]]) for item in asked]
+    everyone = np.arange(len(asked))
     for mode in settings.get("modes", ENSEMBLES):
-        states = model.frame_states(model.encode_clips(frames, mode, skip_temporal=True)[0], *questions)
-        keys = [model.answer_decoder.project(each) for each in states]
+        config = EvalConfig(k_test=settings["k_test"], eval_frame_ensemble=mode, ensemble_skips_temporal=True)
+        tokens, _ = model.encode_clips(case.inputs["eval_frames"], mode, True)
+        keys = [model.answer_decoder.project(each) for each in model.frame_states(tokens, *questions)]
         opening = model.first_token_probabilities(keys, questions[1], int(answers[0][0, 0]), mode)
         result.close(f"{mode}_first_token_probs", opening[:, answers[0][:, 1]], expected[f"{mode}_first_token_probs"])
-        ids, probabilities = model.rank_answers(states, questions[1], *answers, settings["k_test"], mode)
+        _, ids, probabilities = rank_for_block(model, Block(everyone, tokens), questions, everyone, answers, config)
         result.close(f"{mode}_topk_probs", probabilities, expected[f"{mode}_topk_probs"])
         result.equal(f"{mode}_topk_ids", ids, expected[f"{mode}_topk_ids"])
-
-
-def _eval_questions(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and mask of the questions of anno_eval.json, tokenised as BERT does it from the shared vocabulary."""
-    questions = [item["question"] for item in json.loads((case.folder / "anno_eval.json").read_text())]
-    length = case.expected["train_question_ids"].shape[1]
-    return tokenise(questions, case.vocabulary, length)
+        recorded = case.json("expected.json")["modes"][mode]
+        predictions = [answer_list[first] for first in ids[:, 0].tolist()]
+        result.equal(f"{mode}: answers", predictions, [item["answer"] for item in recorded["predictions"]])
+        accuracy = accuracy_by_type(annotated, accuracies(annotated, predictions, "exact"))
+        result.equal(f"{mode}: accuracy", accuracy, recorded["accuracy"])

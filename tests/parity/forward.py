@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from model.checkpoints.official_names import to_official
-from model.losses import contrastive_loss, contrastive_targets, matching_loss, negative_weights, same_visual, word_loss
-from model.singularity import TEMPERATURE_RANGE, Draws, Singularity
-from tests.parity.comparison import Case, Comparison
+from model.losses import contrastive_loss, contrastive_targets, matching_loss, mlm_loss, negative_weights, same_visual
+from model.singularity import TEMPERATURE_RANGE, RandomChoices, Singularity
+from tests.parity.comparison import LOSS_NAMES, Case, Comparison
 
 
 class Recorder:
-    """Keeps what chosen modules take in and give out."""
+    """Records inputs and outputs of chosen modules by hooks."""
 
     def __init__(self) -> None:
         self.values: dict[str, torch.Tensor] = {}
@@ -41,7 +41,7 @@ class Recorder:
         self._handles.append(module.register_forward_pre_hook(hook))
 
     def stop(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
@@ -61,8 +61,10 @@ def _watch_layers(model: Singularity, recorder: Recorder, batch: int) -> None:
 def _fused(
     model: Singularity, inputs: dict[str, torch.Tensor], states: torch.Tensor, tokens: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """All tokens of the 3B pairs after each fusion layer, in the official order, and the masked words' logits; a step
-    computes of these only what its losses need."""
+    """All tokens of the 3B pairs after each fusion layer, in the official order, and the MLM logits.
+
+    A training step computes only those of them that its losses need.
+    """
     recorder, first = Recorder(), model.text_encoder.fusion_layer
     for i, layer in enumerate(model.text_encoder.layer[first:], first):
         recorder.watch(f"fusion_layer_{i:02d}_output", layer, lambda states: states)
@@ -76,13 +78,13 @@ def _fused(
     if model.word_head is not None:
         masked = model.text_encoder.fuse(model.text_encoder.encode(inputs["mlm_input_ids"], mask), mask, keys)
         values["mlm_logits"] = model.word_head(masked, model.text_encoder.embeddings.word_embeddings.weight)
-        values["loss_mlm"] = word_loss(values["mlm_logits"], inputs["mlm_labels"])
+        values["loss_mlm"] = mlm_loss(values["mlm_logits"], inputs["mlm_labels"])
     return values
 
 
-def given_draws(inputs: dict[str, torch.Tensor], prefix: str = "") -> Draws:
+def recorded_choices(inputs: dict[str, torch.Tensor], prefix: str = "") -> RandomChoices:
     """The recorded random choices."""
-    return Draws(
+    return RandomChoices(
         inputs.get(prefix + "itm_image_neg_idx"),
         inputs.get(prefix + "itm_text_neg_idx"),
         inputs.get(prefix + "mlm_input_ids"),
@@ -130,7 +132,9 @@ def compare_forward(folder: Path) -> Comparison:
     inputs, expected = case.inputs, case.expected
     batch, recorder = len(inputs["idx"]), Recorder()
     _watch_layers(model, recorder, batch)
-    losses = model(inputs["image"], inputs["input_ids"], inputs["attention_mask"], inputs["idx"], given_draws(inputs))
+    losses = model(
+        inputs["image"], inputs["input_ids"], inputs["attention_mask"], inputs["idx"], recorded_choices(inputs)
+    )
     recorder.stop()
     total = torch.stack(list(losses.values())).sum()
     total.backward()
@@ -139,7 +143,9 @@ def compare_forward(folder: Path) -> Comparison:
     true, texts, visuals = values["itm_cls_embeds"].split(batch)  # the official order is another one
     values["itm_cls_embeds"] = torch.cat([true, visuals, texts])
     values |= {"loss_total": total, "temp_after_clamp": model.temp.squeeze()}
-    values |= {f"weighted_loss_{name}": losses[f"loss_{ours}"] for name, ours in _names(losses)}
+    values |= {
+        f"weighted_loss_{name}": losses[f"loss_{ours}"] for name, ours in LOSS_NAMES.items() if f"loss_{ours}" in losses
+    }
     lowest = bool(torch.isclose(expected["temp_after_clamp"], torch.tensor(TEMPERATURE_RANGE[0])))
     for name, recorded in expected.items():
         if name.startswith("itm_weights") and not model.config.itm_hard_neg:
@@ -152,12 +158,6 @@ def compare_forward(folder: Path) -> Comparison:
             result.close(name, values[name], recorded)
     compare_gradients(model, folder / "grads.npz", result)
     return result
-
-
-def _names(losses: dict[str, torch.Tensor]) -> list[tuple[str, str]]:
-    return [
-        (theirs, ours) for theirs, ours in (("ita", "itc"), ("itm", "itm"), ("mlm", "mlm")) if f"loss_{ours}" in losses
-    ]
 
 
 def compare_gradients(model: nn.Module, path: Path, result: Comparison) -> None:

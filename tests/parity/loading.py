@@ -1,25 +1,19 @@
-"""Parity of loading: into fine-tuning models (04, 06c), from hub weights (10), resized position tables (08)."""
+"""Parity of loading weights: into fine-tuning models (cases 04, 06c), and from hub weights (case 10)."""
 
 from __future__ import annotations
 
-import importlib
-import json
-import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import omegaconf
 import torch
 
 from model.checkpoints.files import Weights
 from model.checkpoints.loading import load_model
 from model.checkpoints.official import read_official_file
-from model.checkpoints.positions import resize_absolute, resize_relative
 from model.checkpoints.pretrained import new_model
 from model.config import AnswerDecoderConfig, LossWeights, ModelConfig, TextConfig, VisionConfig
 from model.export import official_state
-from model.temporal import embeddings_for_frames, resize_embeddings
+from runtime.settings import read_yaml
 from tests.parity.comparison import Case, Comparison
 
 _REBUILT = ("relative_position_index", "position_ids")
@@ -27,16 +21,14 @@ _REBUILT = ("relative_position_index", "position_ids")
 
 def _target_changes(folder: Path) -> dict[str, Any]:
     """Settings of the model that the checkpoint of a case is loaded into."""
-    target = omegaconf.OmegaConf.to_container(omegaconf.OmegaConf.load(folder / "config_target.yaml"), resolve=False)
-    assert isinstance(target, dict)
+    target = read_yaml(folder / "config_target.yaml")
     changes = {
         "image_res": target["image_res"],
         "num_frames": target["video_input"]["num_frames"],
         "add_temporal_embed": target["add_temporal_embed"],
-        "temporal_vision_encoder.enable": target["temporal_vision_encoder"]["enable"],
-        "temporal_vision_encoder.num_layers": target["temporal_vision_encoder"]["num_layers"],
-        "temporal_vision_encoder.update_pooler_embed": target["temporal_vision_encoder"]["update_pooler_embed"],
     }
+    for name in ("enable", "num_layers", "update_pooler_embed"):
+        changes[f"temporal_vision_encoder.{name}"] = target["temporal_vision_encoder"][name]
     if "text_decoder" in target:
         return changes | {"answer_decoder.enable": True}
     return changes | {"loss_weight.mlm": 0.0}
@@ -49,7 +41,7 @@ def _as_official(model: torch.nn.Module, config: ModelConfig) -> dict[str, torch
 def compare_finetuning_start(folder: Path) -> Comparison:
     """A pre-training checkpoint in a fine-tuning model: where each tensor comes from, what is resized, the outputs."""
     case, result = Case(folder), Comparison(folder.name)
-    recorded = json.loads((folder / "expected.json").read_text())["finetune"]
+    recorded = case.json("expected.json")["finetune"]
     source = read_official_file(case.checkpoint)["model"]
     changes = _target_changes(folder)
     model = load_model(case.checkpoint, changes)
@@ -66,7 +58,7 @@ def compare_finetuning_start(folder: Path) -> Comparison:
     for name, value in (("image_embeds", tokens), ("pooled_image_embeds", pooled)):
         if name in case.expected:
             result.close(name, value, case.expected[name])
-    # The second stage of pre-training: the same sizes, with the masked-word head.
+    # The second stage of pre-training: the same sizes, with the MLM head.
     second = {key: value for key, value in changes.items() if not key.startswith(("loss_weight", "answer_decoder"))}
     stage = load_model(case.checkpoint, second)
     _compare_states(case, result, "stage2_state:", _as_official(stage, stage.config))
@@ -79,42 +71,14 @@ def _compare_states(case: Case, result: Comparison, prefix: str, ours: dict[str,
             result.close(name, ours[name.removeprefix(prefix)], value)
 
 
-def compare_pure(folder: Path) -> Comparison:
-    """Position tables and temporal embeddings in other sizes, and what `tests.parity.recorded` compares."""
-    result = Comparison(folder.name)
-    with np.load(folder / "interpolation.npz") as arrays:
-        tables = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    for name, expected in tables.items():
-        match = re.fullmatch(r"(beit|vit|temporal_interp|temporal_load)_(\d+)_(\d+)_out", name)
-        if match is None:
-            continue
-        kind, start, end = match[1], match[2], int(match[3])
-        table = tables[f"{kind.split('_')[0]}_{start}_{end}_in"]
-        resize = {
-            "beit": resize_relative,
-            "vit": resize_absolute,
-            "temporal_interp": embeddings_for_frames,
-            "temporal_load": resize_embeddings,
-        }[kind]
-        if kind == "temporal_interp" and end < int(start):
-            continue  # a clip shorter than the table takes its first rows
-        result.close(name, resize(table, end), expected)
-    # By name, when the command asks for it: the model itself knows nothing of the rooms above it.
-    importlib.import_module("tests.parity.recorded").compare_recorded(folder, result)
-    return result
-
-
-def _hub_config(folder: Path, kind: str) -> ModelConfig:
+def _hub_config(case: Case, kind: str) -> ModelConfig:
     """The model of a hub case: sizes from its JSON files, weights from its folders."""
-    settings = omegaconf.OmegaConf.to_container(omegaconf.OmegaConf.load(folder / "config.yaml"), resolve=False)
-    assert isinstance(settings, dict)
-    vision = json.loads((folder / "vision_config.json").read_text())
-    text = json.loads((folder / "bert_config.json").read_text())
-    name = json.loads((folder / "case.json").read_text())["vit_dir"]
+    folder, settings = case.folder, read_yaml(case.folder / "config.yaml")
+    vision, text = case.json("vision_config.json"), case.json("bert_config.json")
     return ModelConfig(
         vision_encoder=VisionConfig(
             type=settings["vit_type"],
-            pretrained=str(folder / name),
+            pretrained=str(folder / case.json("case.json")["vit_dir"]),
             patch_size=vision["patch_size"],
             width=vision["hidden_size"],
             depth=vision["num_hidden_layers"],
@@ -145,13 +109,13 @@ def _hub_config(folder: Path, kind: str) -> ModelConfig:
 def compare_hub_start(folder: Path) -> Comparison:
     """Models that start from Hugging Face folders: where each tensor comes from, and the vision encoder's outputs."""
     case, result = Case(folder), Comparison(folder.name)
-    recorded = json.loads((folder / "expected.json").read_text())
+    recorded = case.json("expected.json")
     sources = {
         each.name: torch.load(each / "pytorch_model.bin", map_location="cpu", weights_only=True)
         for each in folder.glob("hf_*")
     }
     for kind in ("pretrain", "retrieval", "vqa"):
-        config = _hub_config(folder, kind)
+        config = _hub_config(case, kind)
         model = new_model(config).eval()
         ours = _as_official(model, config)
         result.equal(f"{kind}: names of the tensors", sorted(ours), sorted(recorded[kind]))

@@ -1,12 +1,12 @@
 """What the official code's pure functions gave, as recorded in a folder, against ours: texts, clips, images, scores,
-answers, learning rates, parameter groups and settings.
-
-`python -m tests.parity` asks for it, because these functions live in all the rooms.
+answers, learning rates, parameter groups, settings and resized tables (case 08).
 """
 
 from __future__ import annotations
 
 import json
+import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,32 +25,64 @@ from eval.tasks.answers import (
     without_punctuation,
 )
 from loaders.batch import normalize
-from loaders.decode.decoder import CpuDecoder
-from loaders.decode.pixels import Clip
-from loaders.order.choices import Window, choose_frames, frames_at_rate
+from loaders.decode.cpu import CpuDecoder
+from loaders.order.choices import choose_frames, frames_at_rate
+from loaders.samples import Clip, Window
 from loaders.text import Tokenizer, clean_text
 from model.checkpoints.files import VOCABULARY
-from model.vision import pixel_statistics
+from model.checkpoints.positions import resize_relative
+from model.config import ModelConfig, VisionConfig
+from model.temporal import embeddings_for_frames, resize_embeddings
+from model.vision import FrameEncoder, pixel_statistics
+from runtime.settings import read_layers
 from sharding.media.picture import picture_size
-from tests.parity.comparison import Comparison
-from train.config.files import without_none_strings
-from train.config.settings import DifferentLearningRate, OptimizerConfig
+from tests.parity.comparison import Comparison, as_lists
+from tests.parity.training import optimizer_config
+from train.config.settings import RunConfig
 from train.groups import parameter_groups
 from train.schedule import Schedule
 
 GREY_LEVELS = 1.01  # OpenCV and PyTorch round a bicubic value to 8 bits differently, now and then
 
 
-def compare_recorded(folder: Path, result: Comparison) -> None:
-    """Add to `result` all that `folder` has recorded in tables/ and beside it, and that is the same here.
+def compare_pure(folder: Path) -> Comparison:
+    """The functions recorded in tables/ and beside it, as far as they are the same here.
 
-    The vocabulary is that of the folder above. Raises FileNotFoundError or ValueError when that is missing or broken.
+    Raises MissingError or UserError when the vocabulary, that of the folder above, is missing or broken.
     """
+    result = Comparison(folder.name)
+    _tables(folder, result)
     for path in sorted((folder / "tables").glob("*.json")):
         if path.stem in TABLES:
             TABLES[path.stem](folder, json.loads(path.read_text(encoding="utf-8")), result)
     if (folder / "image_transform.npz").is_file():
         _images(folder, result)
+    return result
+
+
+def _tables(folder: Path, result: Comparison) -> None:
+    """Position tables and temporal embeddings in other sizes."""
+    with np.load(folder / "interpolation.npz") as arrays:
+        tables = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    resize: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
+        "beit": resize_relative,
+        "vit": _resize_absolute,
+        "temporal_interp": embeddings_for_frames,
+        "temporal_load": resize_embeddings,
+    }
+    for name, expected in tables.items():
+        match = re.fullmatch(rf"({'|'.join(resize)})_(\d+)_(\d+)_out", name)
+        if match is None:
+            continue
+        kind, start, end = match[1], int(match[2]), int(match[3])
+        if kind == "temporal_interp" and end < start:
+            continue  # a clip shorter than the table uses its first rows
+        result.close(name, resize[kind](tables[f"{kind.split('_')[0]}_{start}_{end}_in"], end), expected)
+
+
+def _resize_absolute(table: torch.Tensor, patches: int) -> torch.Tensor:
+    vision = VisionConfig(type="vit", width=table.shape[2], depth=1, heads=1)
+    return FrameEncoder(ModelConfig(vision_encoder=vision)).resize_positions(table, patches)
 
 
 def _cleaning(_: Path, rows: list[dict[str, Any]], result: Comparison) -> None:
@@ -100,9 +132,8 @@ def _images(folder: Path, result: Comparison) -> None:
 def _recalls(folder: Path, table: dict[str, Any], result: Comparison) -> None:
     with np.load(folder / "itm_eval.npz") as scores:
         for case, row in table.items():
-            texts_of_visual = [row["img2txt"][str(i)] for i in range(len(row["img2txt"]))]
-            visuals_of_text = [[row["txt2img"][str(i)]] for i in range(len(row["txt2img"]))]
-            found = retrieval_metrics(scores[f"{case}_i2t"], scores[f"{case}_t2i"], texts_of_visual, visuals_of_text)
+            truth = as_lists(row["img2txt"]), as_lists(row["txt2img"])
+            found = retrieval_metrics(scores[f"{case}_i2t"], scores[f"{case}_t2i"], *truth)
             result.equal(f"itm_eval {case}", list(found.values.items()), list(row["metrics"].items()))
 
 
@@ -144,13 +175,8 @@ def _rates(_: Path, cases: list[dict[str, Any]], result: Comparison) -> None:
 def _groups(_: Path, cases: list[dict[str, Any]], result: Comparison) -> None:
     """Names of parameters by learning rate and weight decay."""
     for number, case in enumerate(cases):
-        settings = case["optimizer"]
-        config = OptimizerConfig(
-            lr=settings["lr"],
-            weight_decay=settings["weight_decay"],
-            different_lr=DifferentLearningRate(**settings["different_lr"]),
-        )
-        groups = parameter_groups({name: len(shape) for name, shape in case["shapes"].items()}, config)
+        shapes = {name: len(shape) for name, shape in case["shapes"].items()}
+        groups = parameter_groups(shapes, optimizer_config(case["optimizer"]))
         ours = {(group.lr, group.weight_decay): set(group.names) for group in groups}
         official = {(group["lr"], float(group["weight_decay"])): set(group["names"]) for group in case["groups"]}
         result.equal(f"optimizer_groups {number}", ours, official)
@@ -158,13 +184,14 @@ def _groups(_: Path, cases: list[dict[str, Any]], result: Comparison) -> None:
 
 def _settings(_: Path, cases: list[dict[str, Any]], result: Comparison) -> None:
     for number, case in enumerate(cases):
-        merged = OmegaConf.merge(OmegaConf.create(case["yaml"]), OmegaConf.from_dotlist(case["overrides"]))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "case.yaml")
+            path.write_text(case["yaml"], encoding="utf-8")
+            merged = OmegaConf.create(read_layers(RunConfig, path, case["overrides"]))
         official = case["result"]
         if "debug=True" in case["overrides"]:  # officially this turns wandb off; here the two are independent
             official = {**official, "wandb": {"enable": True}}
-        result.equal(
-            f"config_merge {number}", without_none_strings(OmegaConf.to_container(merged, resolve=True)), official
-        )
+        result.equal(f"config_merge {number}", OmegaConf.to_container(merged, resolve=True), official)
 
 
 TABLES: dict[str, Callable[[Path, Any, Comparison], None]] = {

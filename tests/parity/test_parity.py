@@ -8,6 +8,7 @@ import torch
 from places import SHARED
 
 from tests.parity.__main__ import COMPARISONS, compare_case, find_cases, main
+from tests.parity.comparison import as_lists
 
 GOLDEN = SHARED / "golden"
 CASES = find_cases(GOLDEN) if GOLDEN.is_dir() else []
@@ -56,6 +57,11 @@ def test_a_changed_table_fails_the_command(folder, tmp_path, capsys):
             shutil.copy(copy / "images" / "im0.png", copy / "images" / "im2.png")
         assert main([str(copy)]) == 1
         assert f"{change.removesuffix('.json')}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("truth", [{"0": 2, "1": [0, 1]}, {"0": [2], "1": [0, 1]}, [2, [0, 1]], [[2], [0, 1]]])
+def test_true_items_are_recorded_as_numbers_or_as_lists(truth):
+    assert as_lists(truth) == [[2], [0, 1]]
 
 
 def test_a_folder_without_cases_is_named(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Parity of optimisation: the official AdamW steps and schedule, and their continuation from a checkpoint (case 09)."""
+"""Parity of optimisation: AdamW steps from the start and from a checkpoint with optimiser state (case 09)."""
 
 from __future__ import annotations
 
@@ -11,60 +11,58 @@ import torch
 
 from model.checkpoints.loading import load_model
 from model.checkpoints.official import read_official_file
-from model.checkpoints.official_names import from_official, official_parts, to_official
+from model.checkpoints.official_names import from_official, is_rebuilt, official_parts, tied_to, to_official
 from model.singularity import Singularity
-from tests.parity.comparison import Case, Comparison
-from tests.parity.forward import given_draws
+from runtime.settings import build
+from tests.parity.comparison import LOSS_NAMES, Case, Comparison
+from tests.parity.forward import recorded_choices
+from train.config.settings import OptimizerConfig
+from train.groups import ParameterGroup, parameter_groups
+from train.schedule import Schedule
 
 LOSS_TOLERANCE = 1e-3
 PREFIX = "text_encoder.bert."
 
 
-def rate_factor(step: int, schedule: dict[str, Any]) -> float:
-    """The share of its rate that is in effect at `step`: linear warm-up and cosine decay, both floored."""
-    warmup, total, floor = schedule["num_warmup_steps"], schedule["num_training_steps"], schedule["min_lr_multi"]
-    if step < warmup:
-        return max(floor, step / max(1, warmup))
-    progress = (step - warmup) / max(1, total - warmup)
-    return max(floor, 0.5 * (1 + math.cos(math.pi * progress)))
+def optimizer_config(official: dict[str, Any]) -> OptimizerConfig:
+    """Our settings for the `optimizer` section of an official configuration."""
+    return build(OptimizerConfig, {key: value for key, value in official.items() if key != "opt"})
 
 
-def parameter_groups(names: list[str], shapes: list[int], options: dict[str, Any]) -> list[dict[str, Any]]:
-    """Groups of official parameter names, in the official order: by weight decay, then by rate, as they turn up.
-
-    shapes: numbers of dimensions; options: the `optimizer` settings.
-    """
-    different = options.get("different_lr") or {}
-    special = different.get("module_names", []) if different.get("enable") else []
-    groups: dict[float, dict[float, list[str]]] = {}
-    for name, dimensions in zip(names, shapes, strict=True):
-        decay = 0.0 if dimensions == 1 or name.endswith(".bias") else options["weight_decay"]
-        rate = different["lr"] if any(part in name for part in special) else options["lr"]
-        groups.setdefault(decay, {}).setdefault(rate, []).append(name)
-    return [
-        {"names": members, "weight_decay": decay, "lr": rate}
-        for decay, by_rate in groups.items()
-        for rate, members in by_rate.items()
-    ]
+def official_groups(official: dict[str, Any]) -> list[ParameterGroup]:
+    """Groups of an official checkpoint's parameters by their official names, in its order: by weight decay, by rate."""
+    shapes = {
+        name: tensor.ndim for name, tensor in official["model"].items() if not is_rebuilt(name) and not tied_to(name)
+    }
+    groups = parameter_groups(shapes, optimizer_config(official["config"]["optimizer"]))
+    decays = [group.weight_decay for group in groups]
+    return sorted(groups, key=lambda group: decays.index(group.weight_decay))
 
 
-def make_optimizer(model: torch.nn.Module, official: dict[str, Any]) -> torch.optim.AdamW:
-    """AdamW with the groups of an official checkpoint; a tensor of ours belongs where its (first) official one does."""
-    options = official["config"]["optimizer"]
-    names = parameter_names(official["model"])
-    groups = parameter_groups(names, [official["model"][name].ndim for name in names], options)
+def make_optimizer(model: torch.nn.Module, groups: list[ParameterGroup], betas: list[float]) -> torch.optim.AdamW:
+    """AdamW with these groups; a parameter of ours is in the group of its (first) official one."""
     ours = {official_parts(name, PREFIX)[0]: parameter for name, parameter in model.named_parameters()}
-    for group in groups:
-        group["params"] = [ours[name] for name in group["names"] if name in ours]
-        group["base"] = group["lr"]
-    return torch.optim.AdamW(groups, betas=tuple(options["opt_betas"]))
+    return torch.optim.AdamW(
+        [
+            {
+                "params": [ours[name] for name in group.names if name in ours],
+                "weight_decay": group.weight_decay,
+                "lr": group.lr,
+                "base": group.lr,
+            }
+            for group in groups
+        ],
+        betas=(betas[0], betas[1]),
+    )
 
 
-def load_moments(model: torch.nn.Module, optimizer: torch.optim.AdamW, official: dict[str, Any]) -> None:
-    """Put an official checkpoint's optimiser state into ours: its parameters go by number, ours by name."""
+def load_moments(
+    model: torch.nn.Module, optimizer: torch.optim.AdamW, groups: list[ParameterGroup], official: dict[str, Any]
+) -> None:
+    """Load an official checkpoint's optimiser state into ours; its parameters have numbers, ours have names."""
     entries = official["optimizer"]["state"]
     numbers = [number for group in official["optimizer"]["param_groups"] for number in group["params"]]
-    names = [name for group in optimizer.param_groups for name in group["names"]]
+    names = [name for group in groups for name in group.names]
     by_name = {name: entries[number] for name, number in zip(names, numbers, strict=True) if number in entries}
     moments = {
         key: from_official({name: entry[key] for name, entry in by_name.items()}, list(model.state_dict()), PREFIX)
@@ -73,75 +71,62 @@ def load_moments(model: torch.nn.Module, optimizer: torch.optim.AdamW, official:
     step = next(iter(by_name.values()))["step"]
     for name, parameter in model.named_parameters():
         if name in moments["exp_avg"]:
-            optimizer.state[parameter] = {
-                "step": step.clone(),
-                **{key: moments[key][name].clone() for key in moments},
-            }
-
-
-def parameter_names(state: dict[str, torch.Tensor]) -> list[str]:
-    """Names of an official model's parameters in its own order; tied ones once, index tables left out."""
-    repeated = ("relative_position_index", "position_ids", "predictions.decoder.weight", "predictions.decoder.bias")
-    return [name for name in state if not name.endswith(repeated)]
+            own = {key: moments[key][name].clone() for key in moments}
+            optimizer.state[parameter] = {"step": step.clone(), **own}
 
 
 def compare_steps(folder: Path) -> Comparison:
     """Losses, rates, gradient norms and parameters over the recorded steps, from the start and from the middle."""
     case, result = Case(folder), Comparison(folder.name)
     steps = len(case.inputs["image"])
-    _run(case, result, case.checkpoint, 0, steps)
+    _run(case, result, case.checkpoint, range(steps))
     if (folder / "ckpt_mid.pth").is_file():
-        _run(case, result, folder / "ckpt_mid.pth", steps // 2, steps)
+        _run(case, result, folder / "ckpt_mid.pth", range(steps // 2, steps))
     return result
 
 
-def _run(case: Case, result: Comparison, checkpoint: Path, first: int, last: int) -> None:
+def _run(case: Case, result: Comparison, checkpoint: Path, steps: range) -> None:
     official = read_official_file(checkpoint)
-    settings, expected = official["config"], case.expected
-    model = load_model(checkpoint)
+    options, plan = official["config"]["optimizer"], official["config"]["scheduler"]
+    schedule = Schedule(plan["num_warmup_steps"], plan["num_training_steps"], plan["min_lr_multi"])
+    model, groups = load_model(checkpoint), official_groups(official)
     assert isinstance(model, Singularity)
-    optimizer = make_optimizer(model, official)
-    if first:
-        load_moments(model, optimizer, official)
-    label = "resumed, " if first else ""
-    for step in range(first, last):
+    optimizer = make_optimizer(model, groups, options["opt_betas"])
+    label = "resumed, " if steps.start else ""
+    if steps.start:
+        load_moments(model, optimizer, groups, official)
+    for step in steps:
         for group in optimizer.param_groups:
-            group["lr"] = group["base"] * rate_factor(step, settings["scheduler"])
+            group["lr"] = group["base"] * schedule.multiplier(step)
         rates = np.array([group["lr"] for group in optimizer.param_groups])
-        result.close(f"{label}rates of step {step}", rates, expected["lr_used"][step], rtol=1e-6, atol=0)
-        pixels, ids, mask, idx = (case.inputs[name][step] for name in ("image", "input_ids", "attention_mask", "idx"))
-        losses = model(pixels, ids, mask, idx, given_draws(case.inputs, f"step{step}_"))
+        result.close(f"{label}rates of step {step}", rates, case.expected["lr_used"][step], rtol=1e-6, atol=0)
+        _losses(model, case, result, step, label)
+        limit = options["max_grad_norm"] if options["max_grad_norm"] > 0 else math.inf
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+        result.close(
+            f"{label}gradient norm of step {step}", norm, case.expected["grad_norm_before_clip"][step], 1e-3, 0
+        )
+        optimizer.step()
         optimizer.zero_grad()
-        torch.stack(list(losses.values())).sum().backward()
-        for theirs, ours in (("ita", "itc"), ("itm", "itm"), ("mlm", "mlm")):
-            weight = getattr(model.config.loss_weight, ours)
-            value = losses[f"loss_{ours}"] / weight
-            result.close(
-                f"{label}loss_{theirs} of step {step}", value, expected[f"loss_{theirs}"][step], 0, LOSS_TOLERANCE
-            )
-        result.close(f"{label}temperature of step {step}", model.temp.squeeze(), expected["temp_used"][step])
-        _clip_and_step(model, optimizer, settings, result, f"{label}gradient norm of step {step}", expected, step)
-    if f"param_l2_after_step{last - 1}" in expected:
+    if f"param_l2_after_step{steps.stop - 1}" in case.expected:
         _compare_parameters(model, case, result, label)
 
 
-def _clip_and_step(
-    model: Singularity,
-    optimizer: torch.optim.AdamW,
-    settings: dict[str, Any],
-    result: Comparison,
-    label: str,
-    expected: dict[str, torch.Tensor],
-    step: int,
-) -> None:
-    limit = settings["optimizer"]["max_grad_norm"]
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit if limit > 0 else math.inf)
-    result.close(label, norm, expected["grad_norm_before_clip"][step], 1e-3, 0)
-    optimizer.step()
+def _losses(model: Singularity, case: Case, result: Comparison, step: int, label: str) -> None:
+    """Compare the losses of a step and compute their gradients."""
+    inputs = [case.inputs[name][step] for name in ("image", "input_ids", "attention_mask", "idx")]
+    losses = model(*inputs, recorded_choices(case.inputs, f"step{step}_"))
+    torch.stack(list(losses.values())).sum().backward()
+    for theirs, ours in LOSS_NAMES.items():
+        if f"loss_{ours}" in losses:
+            value = losses[f"loss_{ours}"] / getattr(model.config.loss_weight, ours)
+            recorded = case.expected[f"loss_{theirs}"][step]
+            result.close(f"{label}loss_{theirs} of step {step}", value, recorded, 0, LOSS_TOLERANCE)
+    result.close(f"{label}temperature of step {step}", model.temp.squeeze(), case.expected["temp_used"][step])
 
 
 def _compare_parameters(model: Singularity, case: Case, result: Comparison, label: str) -> None:
-    """Small parameters after the last step; key biases are skipped, Adam blows their noise up."""
+    """Small parameters after the last step, without key biases: their gradients are noise, which Adam scales up."""
     ours = to_official(model.state_dict(), PREFIX)
     for name, value in case.expected.items():
         name = name.removeprefix("final:") if name.startswith("final:") else ""

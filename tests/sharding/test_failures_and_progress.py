@@ -16,7 +16,8 @@ from PIL import Image
 from places import ROOT
 
 from sharding.build import build_corpus
-from sharding.shards.failures import KINDS, FailureLog, count_kinds, kind_of, read_failures, summary
+from sharding.reasons import KINDS, count_kinds, kind_of, summary
+from sharding.shards.failures import FailureLog, read_failures
 
 
 @pytest.fixture

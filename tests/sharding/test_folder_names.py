@@ -11,10 +11,10 @@ from PIL import Image
 from loaders.bench import main as bench
 from sharding.answers import main as answers
 from sharding.build import main as build
-from sharding.index import index_shards
 from sharding.inspect import main as inspect
+from sharding.shards.indexing import index_shards
+from sharding.shards.verification import verify_corpus
 from sharding.verify import main as verify
-from sharding.verify import verify_corpus
 
 NAMES = ["a[b] 100%20#é", "[0-9]*?", "it's {a,b}", "a{0..2}.tars"]
 

@@ -20,8 +20,9 @@ from places import ROOT
 from sharding.build import build_corpus
 from sharding.index import main as index_main
 from sharding.inspect import main
+from sharding.report.contact_sheet import _fit_name
 from sharding.report.gallery import telling
-from sharding.report.samples import name_lines, pick
+from sharding.report.samples import pick
 from sharding.report.statistics import Distribution, measure, spread, text_histogram
 from sharding.shards.schema import Corpus, read_corpus, read_index
 from sharding.verify import main as verify_main
@@ -178,10 +179,10 @@ def test_a_clips_card_shows_a_frame_with_something_to_see(dark, shown: int) -> N
 def test_long_names_on_a_contact_sheet_keep_their_ends() -> None:
     font = ImageFont.load_default(12)
     names = [f"/data/a/very/long/path/to/the/folder/of/all/the/videos/{number}.mp4" for number in range(3)]
-    lines = [name_lines(name, font, 150) for name in names]
+    lines = [_fit_name(name, font, 150) for name in names]
     assert all(font.getlength(line) <= 150 for pair in lines for line in pair)
     assert [pair[1][-5:] for pair in lines] == ["0.mp4", "1.mp4", "2.mp4"]
-    assert name_lines("short.jpg", font, 150) == ["short.jpg", ""]
+    assert _fit_name("short.jpg", font, 150) == ["short.jpg", ""]
 
 
 def counted(values: list[float]) -> Counter[float]:

@@ -20,7 +20,7 @@ from places import ROOT
 from sharding.build import build_corpus
 from sharding.shards.output import open_output
 from sharding.shards.schema import read_corpus, read_index
-from sharding.verify import verify_corpus
+from sharding.shards.verification import verify_corpus
 from storage.locks import Lock
 
 COUNT = 256  # four shards of 64
@@ -55,7 +55,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def killed(words: list[str], moment: float, alone: bool) -> bool:
-    """Start a build and kill it after so many seconds; whether it was still at work.
+    """Start a build and kill it after so many seconds; whether it was still running.
 
     alone: the parent only, its workers must end by themselves and harm nothing until then; else all at once, as when
     a machine dies.

@@ -8,10 +8,11 @@ import pytest
 from faulty_proxy import Faults
 from object_stores import MakeFaulty, Store
 
-from sharding.index import index_shards
 from sharding.inspect import main as inspect_main
+from sharding.shards.indexing import index_shards
 from sharding.shards.schema import read_corpus
-from sharding.verify import main, verify_corpus
+from sharding.shards.verification import verify_corpus
+from sharding.verify import main
 
 FAILING = Faults(error=0.08, throttle=0.04, cut=0.08, seed=3)
 

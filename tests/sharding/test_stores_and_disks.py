@@ -16,7 +16,7 @@ from PIL import Image
 from places import ROOT
 
 from sharding.build import build_corpus
-from sharding.verify import verify_corpus
+from sharding.shards.verification import verify_corpus
 from storage.web import Fetching
 
 COUNT = 96

@@ -13,10 +13,11 @@ import pytest
 from PIL import Image
 
 from sharding.build import build_corpus
-from sharding.index import index_shards
 from sharding.shards.failures import read_failures
+from sharding.shards.indexing import index_shards
 from sharding.shards.schema import Corpus, ShardInfo, read_corpus, read_index
-from sharding.verify import main, verify_corpus
+from sharding.shards.verification import verify_corpus
+from sharding.verify import main
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from places import ROOT
 
-from storage.cache import FOLDER, DiskCache, me
+from storage.cache import FOLDER, DiskCache, this_process
 
 
 def content(name: str) -> bytes:
@@ -55,7 +55,7 @@ def test_the_least_recently_used_leave_first_and_the_budget_holds(tmp_path: Path
         assert cache.reserve({name: 1000}) == {name: True}
         cache.put(name, name.encode() * 500)
     cache.read("a1")
-    cache._noted = 0.0  # long ago: uses are noted now
+    cache._recorded = 0.0  # long ago: uses are noted now
     cache.reserve({"d4": 1000})
     cache.put("d4", b"d4" * 500)
     assert sorted(files(cache)) == ["a1", "c3", "d4"]
@@ -158,7 +158,7 @@ def fill(folder: Path, items: int) -> DiskCache:
 
 
 def test_opening_looks_at_a_few_items_and_the_next_opening_at_the_next_ones(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("storage.cache.CHECKED", 16)
+    monkeypatch.setattr("storage.cache.ITEMS_CHECKED", 16)
     cache = fill(tmp_path, 320)  # in 40 folders
     for folder in (cache.folder / "items").iterdir():
         (folder / f"{folder.name}unknown").write_text("after a power cut")
@@ -174,7 +174,7 @@ def test_opening_looks_at_a_few_items_and_the_next_opening_at_the_next_ones(tmp_
 
 
 def test_opening_a_large_cache_reads_no_more_than_opening_a_small_one(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("storage.cache.CHECKED", 16)
+    monkeypatch.setattr("storage.cache.ITEMS_CHECKED", 16)
     steps: dict[int, list[None]] = {80: [], 1600: []}
     seen: list[int] = []
     check = DiskCache._check
@@ -185,7 +185,7 @@ def test_opening_a_large_cache_reads_no_more_than_opening_a_small_one(tmp_path: 
         cache = DiskCache(str(tmp_path / str(items)), 10**9)
         assert seen == [8, 8]
         cache._database.set_progress_handler(partial(counted.append, None), 1)  # each step of SQLite's machine
-        cache._take_back(cache._database)
+        cache._reclaim(cache._database)
         cache._database.set_progress_handler(None, 0)
     assert 0 < len(steps[1600]) <= len(steps[80])
 
@@ -194,8 +194,6 @@ def test_a_cache_of_an_earlier_version_is_taken_over(tmp_path: Path) -> None:
     folder = tmp_path / FOLDER
     (folder / "items" / "aa").mkdir(parents=True)
     (folder / "items" / "aa" / "aa").write_bytes(content("aa"))
-    (folder / "items" / "aa" / f"ab.{2**22 - 1}-140.part").write_bytes(b"of a dead process")
-    (folder / "items" / "aa" / f"ac.{os.getpid()}-140.part").write_bytes(b"of one at work")
     with sqlite3.connect(folder / "items.sqlite") as database:
         database.executescript("""
             CREATE TABLE items (name TEXT PRIMARY KEY, size INTEGER NOT NULL, used REAL NOT NULL, owner TEXT)
@@ -210,15 +208,19 @@ def test_a_cache_of_an_earlier_version_is_taken_over(tmp_path: Path) -> None:
     cache = DiskCache(str(tmp_path), 10**6)
     assert cache.read("aa") == content("aa")
     assert cache.bytes_used() == len(content("aa"))
-    assert sorted(files(cache)) == ["aa", f"ac.{os.getpid()}-140.part"]
+    assert list(files(cache)) == ["aa"]
 
 
 def test_what_a_dead_process_was_writing_goes_and_what_a_living_one_writes_stays(tmp_path: Path) -> None:
     cache = DiskCache(str(tmp_path), 10**6)
-    for name in (f"{me()} 7", f"{2**22 - 1} 123 7", f"{os.getpid()} 1 7"):  # the last one's number was used before
+    for name in (
+        f"{this_process()} 7",
+        f"{2**22 - 1} 123 7",
+        f"{os.getpid()} 1 7",
+    ):  # the last one's number was used before
         (cache.folder / "parts" / name).write_bytes(b"half")
     DiskCache(str(tmp_path), 10**6)
-    assert os.listdir(cache.folder / "parts") == [f"{me()} 7"]
+    assert os.listdir(cache.folder / "parts") == [f"{this_process()} 7"]
 
 
 def test_processes_killed_at_any_moment_leave_a_whole_cache_to_the_others(tmp_path: Path) -> None:
@@ -262,7 +264,7 @@ def test_a_disk_that_is_full_costs_the_cache_and_nothing_else(tmp_path: Path, si
     done = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path), str(size)], capture_output=True, text=True, check=True
     )
-    assert done.stderr.count("reading goes on without it") == 1
+    assert done.stderr.count("reading continues without it") == 1
     cache = DiskCache(str(tmp_path), 10**6)
     assert get(cache, "50") == content("50")
     assert cache.bytes_used() == sum(files(cache).values())
@@ -311,4 +313,4 @@ def test_a_list_that_cannot_be_opened_again_costs_the_cache_and_nothing_else(
     assert get(cache, "one") == content("one")
     assert get(cache, "two") == content("two")
     cache.close()
-    assert "reading goes on without it" in caplog.text
+    assert "reading continues without it" in caplog.text

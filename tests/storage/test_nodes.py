@@ -19,15 +19,15 @@ from faulty_proxy import Faults, FaultyProxy
 from object_stores import MakeFaulty, Store
 from places import ROOT
 
-from loaders.config import CacheConfig, LoaderConfig, PerMedia, RemoteReads
+from loaders.config import CacheConfig, LoaderConfig, PerMedia
 from loaders.shards import CorpusReader, describe, open_corpus
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader
 from runtime.ranks import Ranks, current_ranks, ranks_of
 from sharding.index import index_shards
-from storage import node
+from storage import limits
 from storage.cache import DiskCache
-from storage.node import share_of
+from storage.limits import RemoteReads, share_of
 from storage.ranges import ByteRange
 
 SHARDS, EACH = 64, 4
@@ -37,7 +37,9 @@ RANK = f"""
 import json, sys
 sys.path.insert(0, {str(ROOT)!r})
 import numpy as np
-from loaders.config import CacheConfig, LoaderConfig, RemoteReads
+from loaders.config import CacheConfig, LoaderConfig
+from loaders.samples import whole_sample
+from storage.limits import RemoteReads
 from loaders.shards import open_corpus
 url, cache, remote, frames = json.loads(sys.argv[1])
 config = LoaderConfig(cache=CacheConfig(**cache), remote=RemoteReads(**remote))
@@ -46,8 +48,8 @@ sys.stdin.readline()
 reader = open_corpus(url, config)
 indices = [reader.index(shard) for shard in range(len(reader.corpus.shards))]
 if frames:
-    records = [(n, index.record(row)) for n, index in enumerate(indices[:frames]) for row in range(len(index))]
-    assert all(isinstance(x, list) for x in reader.read([(n, record, np.zeros(1, int)) for n, record in records]))
+    records = [index.record(row) for index in indices[:frames] for row in range(len(index))]
+    assert all(x.jpegs for x in reader.read([whole_sample(record, np.zeros(1, int)) for record in records]))
 print(json.dumps([sum(map(len, indices)), dict(reader.counters())]))
 reader.close()
 """
@@ -212,7 +214,7 @@ def test_a_cache_that_takes_no_locks_costs_the_sharing_only(
     config = LoaderConfig(cache=CacheConfig(str(tmp_path), 1.0))
     (DiskCache(str(tmp_path), 10**9).folder / "locks").write_text("in the way")
     assert describe(url, config).name == "many0"
-    assert "each process fetches for itself" in caplog.text
+    assert "each process works for itself" in caplog.text
 
 
 def test_a_description_that_comes_damaged_is_fetched_again_and_one_that_stays_so_is_refused(
@@ -236,7 +238,7 @@ def test_a_description_that_comes_damaged_is_fetched_again_and_one_that_stays_so
 
 def begin(url: str, ranks: Ranks, folder: str, config: LoaderConfig, go) -> None:
     """A node's first process: opens the corpus when all do."""
-    node.WAITED.clear()
+    limits._waited.clear()
     go.wait()
     reader = open_corpus(url, replace(config, cache=CacheConfig(folder, 1.0)), ranks=ranks)
     reader.index(ranks.node_rank)
@@ -389,5 +391,5 @@ def test_the_ranks_of_a_process_are_found_in_its_environment(monkeypatch: pytest
 @pytest.mark.parametrize("name", ["requests_per_second", "starts_per_second", "connections"])
 def test_bounds_that_cannot_be_meant_are_named(name: str, shapes, tokenizer: Tokenizer) -> None:
     config = LoaderConfig(remote=RemoteReads(**{name: -1}))
-    with pytest.raises(ValueError, match=rf"remote\.{name} is -1, must be"):
+    with pytest.raises(ValueError, match=rf"remote\.{name} is -1: must be"):
         TrainLoader([shapes.url("images_train")], tokenizer, config)

@@ -4,7 +4,7 @@ import pytest
 from small_run import free_port, make_corpora
 
 from runtime.ranks import Ranks
-from train.devices import device_for, start_processes
+from train.job.devices import device_for, start_processes
 
 
 @pytest.fixture(scope="session")

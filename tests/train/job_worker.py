@@ -19,7 +19,7 @@ from model.checkpoints.pretrained import new_model
 from runtime.ranks import ranks_from_environment
 from train import prepare
 from train.config.files import load_settings
-from train.interrupted import Stopped
+from train.job.interrupted import TrainingInterrupted
 
 
 def frozen(model, patterns):
@@ -35,7 +35,7 @@ def run_job(job, ranks):
     prepare.new_model = lambda *arguments: frozen(new_model(*arguments), job.get("freeze", []))
     try:
         main(load_settings(job["config"], job["settings"]), ranks)
-    except Stopped as stopped:
+    except TrainingInterrupted as stopped:
         return str(stopped)
     except Exception:
         return traceback.format_exc()

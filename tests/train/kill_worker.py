@@ -15,9 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from launch.command import end, set_up_logging
 from runtime.ranks import ranks_from_environment
 from train.config.files import load_settings
-from train.interrupted import Stopped
+from train.job.interrupted import TrainingInterrupted
 
-for name in ("launch.pretrain", "launch.finetuning", "launch.training", "deepspeed", "s3fs"):
+for name in ("launch.pretrain", "launch.training", "deepspeed", "s3fs"):
     importlib.import_module(name)
 
 
@@ -30,7 +30,7 @@ def launch(job):
     set_up_logging(ranks)
     try:
         importlib.import_module("launch.pretrain").main(load_settings(job["config"], job["settings"]), ranks)
-    except Stopped:
+    except TrainingInterrupted:
         end(143)
     except BaseException:
         import traceback

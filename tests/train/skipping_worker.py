@@ -13,7 +13,7 @@ from torch import distributed
 
 from launch.command import set_up_logging
 from runtime.ranks import ranks_from_environment
-from train.watchdog import LOADER, STEP, Watchdog
+from train.job.watchdog import LOADER, STEP, Watchdog
 
 
 def main():
@@ -23,8 +23,8 @@ def main():
     gradients, others = distributed.group.WORLD, distributed.new_group()
     watchdog = Watchdog(ranks, limit=3, folder=Path(sys.argv[1]))
     for step in range(1, 100):
-        watchdog.doing(LOADER, step - 1)
-        watchdog.doing(STEP, step - 1)
+        watchdog.enter(LOADER, step - 1)
+        watchdog.enter(STEP, step - 1)
         distributed.all_reduce(torch.ones(1), group=others if (ranks.rank, step) == (1, 4) else gradients)
 
 

@@ -1,6 +1,7 @@
 """A GPU is used or the user is told why it is not; every process gets its own; collectives outlast the watchdog."""
 
 import os
+from functools import partial
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -11,9 +12,9 @@ from torch import distributed
 from torch.distributed import distributed_c10d
 
 from runtime.ranks import Ranks
-from train import devices
 from train.config.settings import RunConfig
-from train.devices import choose_kernels, collective_timeout, describe, device_for, driver_version, start_processes
+from train.job import devices
+from train.job.devices import choose_kernels, collective_timeout, describe, device_for, driver_version, start_processes
 
 OPEN_DRIVER = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (dvs-builder)\n"
 OLD_DRIVER = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\n"
@@ -214,7 +215,12 @@ def test_runs_start_their_processes_with_the_watchdogs_limit(monkeypatch, course
     from launch import evaluation, training
 
     run = RunConfig(output_dir="none", stall_seconds=5000.0)
-    module, settings = {"training": training, "evaluation": evaluation}[course], SimpleNamespace(config=run)
+    settings = SimpleNamespace(config=run)
+    entries = {
+        "training": (training, partial(training.train, evaluates=False)),
+        "evaluation": (evaluation, evaluation.evaluate),
+    }
+    module, entry = entries[course]
     told = []
 
     def start(*arguments):
@@ -229,7 +235,7 @@ def test_runs_start_their_processes_with_the_watchdogs_limit(monkeypatch, course
     monkeypatch.setattr(module, "device_for", lambda ranks: torch.device("cpu"))
     monkeypatch.setattr(module, "start_processes", start)
     with pytest.raises(KeyboardInterrupt):
-        getattr(module, {"training": "train", "evaluation": "evaluate"}[course])(settings, Ranks(world_size=2))
+        entry(settings, Ranks(world_size=2))
     assert told == [torch.device("cpu"), 5000.0]
 
 

@@ -41,8 +41,8 @@ def test_images_and_clips_have_a_curve_each_and_losses_their_weight(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "config.yaml").write_text("loss_weight: {itc: 2.0, itm: 1.0, mlm: 0.0}\n")
     run = read_run(tmp_path)
-    assert run.parts("loss") == {"images": ([1, 3, 5, 7], [1.0] * 4), "clips": ([2, 4, 6, 8], [4.0] * 4)}
-    assert list(run.parts("lr")) == [""]
+    assert run.curves_of("loss") == {"images": ([1, 3, 5, 7], [1.0] * 4), "clips": ([2, 4, 6, 8], [4.0] * 4)}
+    assert list(run.curves_of("lr")) == [""]
     assert run.last("loss") == "1 images, 4 clips"
     assert [title(name, [run]) for name in ("loss", "loss_itc", "lr")] == [
         "loss (weighted sum)",
@@ -50,7 +50,7 @@ def test_images_and_clips_have_a_curve_each_and_losses_their_weight(tmp_path):
         "lr",
     ]
     assert main([str(tmp_path), "--output", str(tmp_path / "out.png")]) == 0
-    assert list(read_run(tmp_path).parts("loss")) == ["images", "clips"]
+    assert list(read_run(tmp_path).curves_of("loss")) == ["images", "clips"]
 
 
 def test_a_picture_and_a_page(runs, tmp_path, capsys):

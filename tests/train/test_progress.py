@@ -13,7 +13,7 @@ from train.checkpoints.copies import RemoteCheckpoints
 def reports(monkeypatch):
     """Everything that is reported."""
     told = []
-    monkeypatch.setattr(activity, "_set", lambda report: told.append(report.text))
+    monkeypatch.setattr(activity, "_report", lambda **changes: told.append(changes["position"]))
     return told
 
 
@@ -23,9 +23,9 @@ def test_a_report_names_task_position_and_exchange():
     before = present_activity()
     assert before.text == "evaluating images: visual 8 of 50 encoded"
     with waiting("gather_rows"):
-        assert present_activity().exchange == "gather_rows"
+        assert present_activity().collective == "gather_rows"
         assert present_activity().text == before.text
-    assert present_activity().exchange == ""
+    assert present_activity().collective == ""
     assert present_activity().since > before.since
 
 

@@ -6,7 +6,7 @@ import signal
 import pytest
 from small_run import job, learned, run_jobs
 
-from train.stopping import Decision, StopRequest, StopVote
+from train.job.stopping import Decision, StopRequest, StopVote
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])

@@ -5,7 +5,7 @@ import torch
 from loaders.batch import Batch
 from model.building import build_model
 from model.config import ModelConfig, TextConfig, VisionConfig
-from model.singularity import Draws
+from model.singularity import RandomChoices
 from train.step import TEXT_LENGTHS, without_padding
 
 
@@ -46,9 +46,9 @@ def test_losses_and_gradients_are_those_of_padded_texts():
         ids = batch.input_ids
         here = chosen[:, : ids.shape[1]].bool()
         negatives = torch.tensor([1, 2, 0])
-        draws = Draws(negatives, negatives, ids.masked_fill(here, 4), ids.masked_fill(~here, -100))
+        choices = RandomChoices(negatives, negatives, ids.masked_fill(here, 4), ids.masked_fill(~here, -100))
         model.zero_grad()
-        losses = model(pixels, ids, batch.attention_mask, batch.idx, draws)
+        losses = model(pixels, ids, batch.attention_mask, batch.idx, choices)
         torch.stack(list(losses.values())).sum().backward()
         found.append((losses, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}))
     assert found[1][0].keys() == {"loss_itc", "loss_itm", "loss_mlm"}

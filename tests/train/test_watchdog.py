@@ -1,4 +1,4 @@
-"""A job that stands still ends by itself, and says which rank is the cause and at which step."""
+"""A job that hangs exits, and names the rank that is the cause and its step."""
 
 import contextlib
 import os
@@ -14,82 +14,85 @@ import psutil
 import pytest
 from small_run import environment, free_port, job, metrics, run, run_jobs, start, start_jobs
 
-from train.watchdog import EVALUATE, EXIT_CODE, LOADER, SAVE, START, STEP, Beat, verdict
+from train.job.hang import EVALUATE, LOADER, SAVE, START, STEP, Heartbeat, find_hang
+from train.job.watchdog import EXIT_CODE
 
 pytestmark = pytest.mark.timeout(300)
 
 
-def beat(rank, step, doing, seconds, silent=0.0, collective="", what=""):
-    return Beat(rank, f"host{rank}", 100 + rank, step, doing, seconds, collective, silent, what)
+def beat(rank, step, phase, seconds, silent=0.0, collective="", report=""):
+    return Heartbeat(rank, f"host{rank}", 100 + rank, step, phase, seconds, collective, silent, report)
 
 
 def test_a_job_that_goes_on_is_left_alone():
-    assert verdict([beat(0, 5, STEP, 2), beat(1, 5, LOADER, 3)], limit=10) == ""
-    assert verdict([beat(0, 5, SAVE, 3), beat(1, 5, SAVE, 900, collective="barrier")], limit=10) == ""  # uploads
-    assert verdict([beat(0, 5, SAVE, 3), beat(1, 5, STEP, 900)], limit=10) == ""  # rank 1 waits on its device
+    assert find_hang([beat(0, 5, STEP, 2), beat(1, 5, LOADER, 3)], limit=10) == ""
+    assert find_hang([beat(0, 5, SAVE, 3), beat(1, 5, SAVE, 900, collective="barrier")], limit=10) == ""  # uploads
+    assert find_hang([beat(0, 5, SAVE, 3), beat(1, 5, STEP, 900)], limit=10) == ""  # rank 1 waits on its device
     evaluating = [beat(0, 5, EVALUATE, 9), beat(1, 5, EVALUATE, 500, collective="gather_rows"), beat(2, 5, EVALUATE, 2)]
-    assert verdict(evaluating, limit=10) == ""
+    assert find_hang(evaluating, limit=10) == ""
 
 
-@pytest.mark.parametrize("doing", [SAVE, EVALUATE])
-def test_a_rank_without_progress_is_named_whatever_the_others_do(doing):
+@pytest.mark.parametrize("phase", [SAVE, EVALUATE])
+def test_a_rank_without_progress_is_named_whatever_the_others_do(phase):
     others = [beat(rank, 5, EVALUATE, 11, collective="gather_rows") for rank in range(5)] + [beat(5, 5, STEP, 1)]
-    found = verdict([*others, beat(6, 5, doing, 12, what="evaluating images: visual 8 of 50 encoded")], limit=10)
+    found = find_hang([*others, beat(6, 5, phase, 12, report="evaluating images: visual 8 of 50 encoded")], limit=10)
     assert found == (
-        "rank 6 (host6, process 106) has made no progress for 12 s, its last step was 5, its last report: evaluating "
-        "images: visual 8 of 50 encoded; waiting for it in a collective: rank 0 in gather_rows, rank 1 in gather_rows, "
+        "rank 6 (host6, process 106) made no progress for 12 s, last step 5, last report: evaluating images"
+        ": visual 8 of 50 encoded; waiting for it in a collective: rank 0 in gather_rows, rank 1 in gather_rows, "
         "rank 2 in gather_rows, rank 3 in gather_rows, 1 more"
     )
 
 
 def test_ranks_that_wait_in_different_exchanges_are_told():
-    found = verdict([beat(0, 5, SAVE, 11, collective="barrier"), beat(1, 5, EVALUATE, 12, collective="share")], 10)
-    assert "all have been in an exchange for 10 s" in found
-    assert found.endswith("rank 0 in barrier, rank 1 in share")
+    found = find_hang(
+        [beat(0, 5, SAVE, 11, collective="barrier"), beat(1, 5, EVALUATE, 12, collective="broadcast")], 10
+    )
+    assert "all have been in a collective for 10 s" in found
+    assert found.endswith("rank 0 in barrier, rank 1 in broadcast")
 
 
 def test_of_many_without_progress_a_few_are_told():
-    found = verdict([beat(rank, 5, SAVE, 11, what="saving: flushing") for rank in range(64)], limit=10)
-    assert found.count("has made no progress") == 4
+    found = find_hang([beat(rank, 5, SAVE, 11, report="saving: flushing") for rank in range(64)], limit=10)
+    assert found.count("made no progress") == 4
     assert found.endswith("; 60 more")
 
 
 def test_a_start_takes_longer_than_a_step():
-    assert verdict([beat(0, 0, START, 100), beat(1, 0, START, 100, collective="init_process_group")], limit=10) == ""
-    assert verdict([Beat(1, "?", 0, 0, START, 0.0, silent=500)], limit=10) == ""
-    found = verdict([beat(0, 0, START, 130, what="starting: opening the corpora")], limit=10)
-    assert found.endswith("has made no progress for 130 s, its last report: starting: opening the corpora")
-    assert verdict([Beat(1, "?", 0, 0, START, 0.0, silent=601)], limit=10) == (
-        "rank 1 has not started 601 s after the first one"
+    assert find_hang([beat(0, 0, START, 100), beat(1, 0, START, 100, collective="init_process_group")], limit=10) == ""
+    assert find_hang([Heartbeat(1, "?", 0, 0, START, 0.0, silent=500)], limit=10) == ""
+    found = find_hang([beat(0, 0, START, 130, report="starting: opening the corpora")], limit=10)
+    assert found.endswith("made no progress for 130 s, last report: starting: opening the corpora")
+    assert find_hang([Heartbeat(1, "?", 0, 0, START, 0.0, silent=601)], limit=10) == (
+        "rank 1 did not start within 601 s after rank 0"
     )
 
 
 def test_a_loader_that_stands_still_is_told_from_those_who_wait_for_it():
-    found = verdict([beat(0, 5, STEP, 11), beat(1, 5, STEP, 11), beat(2, 5, LOADER, 12)], limit=10)
-    assert found.startswith("rank 2 (host2) has been waiting for its loader for 12 s after step 5")
+    found = find_hang([beat(0, 5, STEP, 11), beat(1, 5, STEP, 11), beat(2, 5, LOADER, 12)], limit=10)
+    assert found.startswith("rank 2 (host2) has waited for its loader for 12 s after step 5")
     assert "rank 0" not in found
 
 
 def test_a_collective_that_stands_still_is_told_with_those_who_are_behind():
-    found = verdict([beat(0, 6, STEP, 11), beat(1, 5, STEP, 12), beat(2, 6, STEP, 11)], limit=10)
-    assert "no rank is waiting for its loader" in found
+    found = find_hang([beat(0, 6, STEP, 11), beat(1, 5, STEP, 12), beat(2, 6, STEP, 11)], limit=10)
+    assert "no rank waits for its loader" in found
     assert "fewest steps (5): 1" in found
 
 
 def test_a_rank_that_does_not_come_to_a_collective_is_told_from_those_who_wait_there():
     waiting = [beat(rank, 5, STEP, 11, collective="all_reduce") for rank in range(6)]
-    found = verdict([*waiting, beat(6, 5, STEP, 12)], limit=10)
+    found = find_hang([*waiting, beat(6, 5, STEP, 12)], limit=10)
     assert found.startswith(
-        "rank 6 (host6, process 106) has been in a step for 12 s after step 5 without coming to the"
+        "rank 6 (host6, process 106) has been in a step for 12 s after step 5 and did not enter the"
     )
     assert "rank 3 in all_reduce, 2 more" in found
-    found = verdict([beat(0, 5, STEP, 11, collective="barrier"), beat(1, 5, STEP, 11, collective="broadcast")], 10)
+    found = find_hang([beat(0, 5, STEP, 11, collective="barrier"), beat(1, 5, STEP, 11, collective="broadcast")], 10)
     assert found.endswith("ranks with the fewest steps (5): 0, 1; rank 0 in barrier, rank 1 in broadcast")
 
 
 def test_a_silent_rank_is_named():
-    found = verdict([beat(0, 5, STEP, 11, collective="all_reduce"), beat(1, 4, STEP, 11, silent=12)], limit=10)
-    assert found.startswith("rank 1 (host1, process 101) has given no sign of life for 12 s, its last step was 4")
+    found = find_hang([beat(0, 5, STEP, 11, collective="all_reduce"), beat(1, 4, STEP, 11, silent=12)], limit=10)
+    assert found.startswith("rank 1 (host1, process 101) sent no heartbeat for 12 s, last step 4")
     assert found.endswith("waiting for it in a collective: rank 0 in all_reduce")
 
 
@@ -122,9 +125,9 @@ def test_a_killed_or_halted_rank_brings_the_job_down(corpora, tmp_path, what):
     text = log.read_text()
     assert "rank 1 (" in text
     if what == signal.SIGKILL:
-        assert "has gone, its last" in text  # step, or report where it gave no sign of life since its first steps
+        assert "is gone, last" in text  # step, or report where it sent no heartbeat since its first steps
     else:
-        assert re.search(r"given no sign of life for .* waiting for it in a collective: rank 0 in \w+", text)
+        assert re.search(r"sent no heartbeat for .* waiting for it in a collective: rank 0 in \w+", text)
         assert "Thread" in (folder / "stacks_rank_0.txt").read_text()
 
 
@@ -139,8 +142,8 @@ def test_a_collective_that_a_rank_leaves_out_is_told_from_a_loader(tmp_path):
         timeout=120,
     )
     assert result.returncode != 0
-    (line,) = [line for line in result.stdout.splitlines() if "The job stands still" in line]
-    assert "no rank is waiting for its loader, and all have been in a step for 3 s: a collective" in line
+    (line,) = [line for line in result.stdout.splitlines() if "The job hangs" in line]
+    assert "no rank waits for its loader, and all have been in a step for 3 s: a collective" in line
     assert line.partition("fewest steps (3): ")[2].startswith("0, 1; rank 0 in all_reduce, rank 1 in all_reduce")
     for rank in range(2):
         assert "all_reduce" in (tmp_path / f"stacks_rank_{rank}.txt").read_text()
@@ -157,14 +160,11 @@ def test_a_loader_that_stands_still_is_named(corpora, tmp_path):
     result = run("pretrain", corpora / "tiny.yaml", *settings, processes=1)
     assert result.returncode == EXIT_CODE, result.stderr
     assert "rank 0 (" in result.stdout
-    assert "has been waiting for its loader for" in result.stdout
-    assert (
-        "loader-read" in (tmp_path / "run/stacks_rank_0.txt").read_text()
-        or "ahead.py" in (tmp_path / "run/stacks_rank_0.txt").read_text()
-    )
+    assert "has waited for its loader for" in result.stdout
+    assert "prefetch.py" in (tmp_path / "run/stacks_rank_0.txt").read_text()
 
 
-def halted(folder, job, halt, *written, until=r"The job stands still: (.*)", seconds=120):
+def halted(folder, job, halt, *written, until=r"The job hangs: (.*)", seconds=120):
     """Start a job in `folder` that comes to a halt, until it shows `until` and has `written` files; what it shows."""
     launcher = start_jobs(folder, [job], worker="halting_worker.py", HALT=halt)
     began = time.monotonic()
@@ -190,8 +190,8 @@ def test_a_collective_that_stands_still_is_told_with_the_rank_that_did_not_come(
     found = halted(tmp_path, one, "train.step Stepper._part 1 4 wait", *stacks)
     assert [line["step"] for line in metrics(folder)] == [1, 2, 3]
     assert re.search(
-        r"rank 1 \(.*, process \d+\) has been in a step for \d+ s after step 3 without coming to "
-        r"the collective that others wait in \(rank 0 in \w+\): the collective stands still for want of it, no loader",
+        r"rank 1 \(.*, process \d+\) has been in a step for \d+ s after step 3 and did not enter "
+        r"the collective that others wait in \(rank 0 in \w+\)",
         found,
     )
     assert "distributed_c10d.py" in (folder / "stacks_rank_0.txt").read_text()
@@ -239,14 +239,12 @@ def test_a_halt_in_saving_or_evaluating_ends_the_job(corpora, trained, tmp_path,
     other = 1 - int(rank)
     stacks = (folder / "evaluation" if entry == "evaluate" else folder) / f"stacks_rank_{other}.txt"
     found = halted(tmp_path, job(entry, corpora / "tiny.yaml", *settings), halt, stacks)
-    what = {"0stop": "has not answered rank 1", "1stop": "has given no sign of life"}.get(rank + halt.split()[-1])
-    assert re.search(rf"^rank {rank} \(.*{what or 'has made no progress'}.* for \d+ s", found), found
-    assert re.search(rf"its last report: {report}[;:]", found + ";"), found
+    what = {"0stop": "did not answer rank 1", "1stop": "sent no heartbeat"}.get(rank + halt.split()[-1])
+    assert re.search(rf"^rank {rank} \(.*{what or 'made no progress'}.* for \d+ s", found), found
+    assert re.search(rf"last report: {report}[;:]", found + ";"), found
     assert re.search(rf"rank {other} in \w+", found), found
-    remedy = (
-        "start the evaluation again" if entry == "evaluate" else "the same command goes on from the last checkpoint"
-    )
-    assert found.endswith(f"It ends; {remedy}")
+    remedy = "evaluate again" if entry == "evaluate" else "resume from the last checkpoint"
+    assert found.endswith(f"Exiting; run the same command to {remedy}")
     assert "distributed_c10d.py" in stacks.read_text()
 
 
@@ -260,4 +258,4 @@ def test_saving_and_evaluating_that_goes_on_is_left_alone(corpora, tmp_path, ran
         tmp_path, job("finetune_retrieval", corpora / "tiny.yaml", *settings), f"{places[rank]} {rank} 1 slow",
         until=r"(evaluation/final)", seconds=240,
     )  # fmt: skip
-    assert "stands still" not in (tmp_path / "shown.txt").read_text()
+    assert "hangs" not in (tmp_path / "shown.txt").read_text()

@@ -15,10 +15,9 @@ from fsspec.implementations.local import LocalFileSystem
 from runtime.activity import progress
 from runtime.errors import AccessError, UserError
 from runtime.units import data_size
-from sharding.shards.schema import join_url
-from storage.failures import check_no_credentials, hide_secrets
 from storage.files import temporary_path
 from storage.policy import BUCKETS, check_bucket
+from storage.urls import check_no_credentials, hide_secrets, join_url
 from train.checkpoints.best import BEST, MARKER, best_version
 from train.checkpoints.writing import STATE, complete_checkpoints
 

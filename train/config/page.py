@@ -7,7 +7,7 @@ import sys
 from dataclasses import fields
 from typing import Any
 
-from eval.config import EvalConfig
+from eval.config import EvalRunConfig
 from loaders.config import LoaderConfig
 from model.config import ModelSettings
 from runtime.settings import ANY, EVALUATION, FINE_TUNING, FIXED, FREE, START, TRAINING, declarations, flatten
@@ -21,7 +21,7 @@ CHECKPOINT = {
     START: "no effect",
     None: "",
 }
-PARTS = {"Model": ModelSettings, "Data": LoaderConfig, "Evaluation": EvalConfig, "Run": RunConfig}
+PARTS = {"Model": ModelSettings, "Data": LoaderConfig, "Evaluation": EvalRunConfig, "Run": RunConfig}
 COLUMNS = "| key | default | resumed | checkpoint | meaning |\n|---|---|---|---|---|"
 HEAD = """\
 # Settings

@@ -100,10 +100,6 @@ class RunConfig(ModelSettings, EvalRunConfig):
     def __post_init__(self) -> None:
         """Check the values; raises UserError naming the key, the value and the rule."""
         super().__post_init__()
-        self._check_numbers()
-        self._check_names()
-
-    def _check_numbers(self) -> None:
         steps = self.profile_steps
         if steps and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
             raise UserError(f"profile_steps is {steps}: must be the first and the last step, such as [5,8]")
@@ -111,10 +107,8 @@ class RunConfig(ModelSettings, EvalRunConfig):
             raise UserError(f"optimizer.opt_betas is {self.optimizer.opt_betas}: must be two numbers")
         if not 0 <= self.scheduler.min_lr_multi <= 1:
             raise UserError(f"scheduler.min_lr_multi is {self.scheduler.min_lr_multi}: must be between 0 and 1")
-
-    def _check_names(self) -> None:
-        listed = ", ".join(self.test_corpus) or "none"
         if self.stop_key is not None and self.stop_key not in self.test_corpus:
+            listed = ", ".join(self.test_corpus) or "none"
             raise UserError(
                 f"stop_key is {self.stop_key!r}, test_corpus has {listed}: name one of these, or stop_key=null"
             )

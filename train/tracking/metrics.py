@@ -1,4 +1,4 @@
-"""What a logged step is told with: speed, waiting, memory, and how much of the device's arithmetic is used."""
+"""Speed, waiting for data, memory and MFU of the logged steps."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ PARTIAL = {
     "laptop",
     "ti",
     "d",
-}  # words of names of parts of a card, and of cards that differ from their namesake
+}  # words of a name that mark a part of a GPU, or a smaller model
 FORWARD_AND_BACKWARD = 3  # times the forward's arithmetic
 
 
 class Clock:
-    """Times the steps between two logged ones: samples and arithmetic a second, and the share of waiting for data."""
+    """Times the steps between two logged ones: samples and FLOP a second, and the share of waiting for data."""
 
     def __init__(self, config: ModelConfig, batch_size: dict[str, int], num_frames: int) -> None:
         """batch_size: of all ranks together; num_frames: of a clip in training."""
@@ -47,11 +47,11 @@ class Clock:
         self._began, self._samples, self._done, self.waited = time.perf_counter(), 0, 0.0, 0.0
 
     def pause(self, seconds: float) -> None:
-        """Leave out time that was spent on something else."""
+        """Do not count time that was spent on something else."""
         self._began += seconds
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches, the waiting for each noted."""
+        """The batches; the time that each takes counts as waiting."""
         while True:
             began = time.perf_counter()
             batch = next(batches, None)
@@ -70,8 +70,8 @@ class Clock:
         forward = step_flops(self._config, self._sizes[kind], self._frames[kind], batch.input_ids.shape[1])
         return FORWARD_AND_BACKWARD * forward["total"]
 
-    def figures(self, device: torch.device, world_size: int) -> dict[str, float | None]:
-        """The interval's figures; samples are those of all ranks, memory (GB) and MFU this device's."""
+    def metrics(self, device: torch.device, world_size: int) -> dict[str, float | None]:
+        """The interval's metrics; samples are those of all ranks, memory (GB) and MFU this device's."""
         seconds = max(1e-9, time.perf_counter() - self._began)
         peak = peak_flops(device)
         used = self._done / seconds / world_size / peak if peak and self._done else None

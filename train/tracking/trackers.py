@@ -1,4 +1,4 @@
-"""Where a run's figures go: metrics.jsonl, the console, and Weights & Biases and TensorBoard when enabled."""
+"""Where a run's metrics go: metrics.jsonl, the console, and Weights & Biases and TensorBoard when enabled."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def check_tracking(run: RunConfig) -> None:
 
 
 class Tracker:
-    """Writes a run's figures; only the first rank has one. After a resume the figures of lost steps are dropped."""
+    """Writes a run's metrics; only rank 0 has one. On resuming it drops those of steps after the checkpoint."""
 
     def __init__(
         self, folder: RunFolder, run: RunConfig, total_steps: int, step: int, evaluated_epochs: int = 0
@@ -43,17 +43,17 @@ class Tracker:
         self._first_step, self._started = step, time.perf_counter()
         weights = {f"loss_{name}": weight for name, weight in vars(run.loss_weight).items() if weight not in (0, 1)}
         if weights and run.task != "qa":
-            told = ", ".join(f"{name} x {weight:g}" for name, weight in weights.items())
-            log.info("Losses are logged times their weights (loss_weight): %s; loss is their sum", told)
+            factors = ", ".join(f"{name} x {weight:g}" for name, weight in weights.items())
+            log.info("Losses are logged times their weights (loss_weight): %s; loss is their sum", factors)
         drop_after(self._path, step, evaluated_epochs)
         self._file = self._path.open("a", encoding="utf-8")
         self._wandb = _start_wandb(folder, run) if run.wandb.enable else None
         self._board = _start_tensorboard(folder, step) if run.tensorboard else None
 
-    def step(self, figures: dict[str, Any]) -> None:
-        """Record a training step's figures; `figures["step"]` is its number."""
-        self._write(figures)
-        log.info("%s | %s left", step_line(figures, self._total_steps), self._time_left(figures["step"]))
+    def step(self, metrics: dict[str, Any]) -> None:
+        """Record a training step's metrics; `metrics["step"]` is its number."""
+        self._write(metrics)
+        log.info("%s | %s left", step_line(metrics, self._total_steps), self._time_left(metrics["step"]))
 
     def evaluation(
         self, step: int, epoch: int, metrics: dict[str, dict[str, float]], folder: Path | None = None
@@ -66,24 +66,24 @@ class Tracker:
             self._wandb.log(_report(folder), step=step)
 
     def close(self) -> None:
-        """End the records."""
+        """Close the file and the trackers."""
         self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
         if self._board is not None:
             self._board.close()
 
-    def _write(self, figures: dict[str, Any]) -> None:
-        figures = {key: None if _is_nan(value) else value for key, value in figures.items()}
+    def _write(self, metrics: dict[str, Any]) -> None:
+        metrics = {key: None if _is_nan(value) else value for key, value in metrics.items()}
         with file_errors(self._path):
-            self._file.write(json.dumps(figures) + "\n")
+            self._file.write(json.dumps(metrics) + "\n")
             self._file.flush()
         if self._wandb is not None:
-            self._wandb.log({key: value for key, value in figures.items() if key != "step"}, step=figures["step"])
+            self._wandb.log({key: value for key, value in metrics.items() if key != "step"}, step=metrics["step"])
         if self._board is not None:
-            for key, value in figures.items():
+            for key, value in metrics.items():
                 if key != "step" and isinstance(value, int | float):
-                    self._board.add_scalar(key, value, figures["step"])
+                    self._board.add_scalar(key, value, metrics["step"])
             self._board.flush()
 
     def _time_left(self, step: int) -> str:
@@ -103,26 +103,26 @@ def _report(folder: Path) -> dict[str, Any]:
 
 
 def _is_nan(value: Any) -> bool:
-    """Whether a figure is a number that JSON has no word for."""
+    """Whether a metric is a number that JSON cannot express."""
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def step_line(figures: dict[str, Any], total_steps: int) -> str:
+def step_line(metrics: dict[str, Any], total_steps: int) -> str:
     """One line for the console about a training step."""
-    losses = " ".join(f"{name[5:]} {value:.3f}" for name, value in figures.items() if name.startswith("loss_"))
-    norm = figures["grad_norm"]
+    losses = " ".join(f"{name[5:]} {value:.3f}" for name, value in metrics.items() if name.startswith("loss_"))
+    norm = metrics["grad_norm"]
     parts = [
-        f"step {figures['step']}/{total_steps} epoch {figures['epoch']} {figures['media_type']}",
-        f"loss {figures['loss']:.3f} ({losses})",
-        f"lr {figures['lr']:.2e}",
-        *([f"temp {figures['temperature']:.4f}"] if figures["temperature"] is not None else []),
+        f"step {metrics['step']}/{total_steps} epoch {metrics['epoch']} {metrics['media_type']}",
+        f"loss {metrics['loss']:.3f} ({losses})",
+        f"lr {metrics['lr']:.2e}",
+        *([f"temp {metrics['temperature']:.4f}"] if metrics["temperature"] is not None else []),
         *([f"grad {norm:.2f}"] if norm is not None else []),
-        *([f"scale {figures['grad_scale']:.0f}"] if "grad_scale" in figures else []),
-        f"{figures['samples_per_second']:.0f}/s",
-        f"wait {100 * figures['data_wait']:.0f}%",
-        f"{figures['memory_gb']:.1f} GB",
-        *([f"MFU {100 * figures['mfu']:.1f}%"] if figures["mfu"] is not None else []),
-        *([f"skipped {figures['skipped']}"] if figures.get("skipped") else []),
+        *([f"scale {metrics['grad_scale']:.0f}"] if "grad_scale" in metrics else []),
+        f"{metrics['samples_per_second']:.0f}/s",
+        f"wait {100 * metrics['data_wait']:.0f}%",
+        f"{metrics['memory_gb']:.1f} GB",
+        *([f"MFU {100 * metrics['mfu']:.1f}%"] if metrics["mfu"] is not None else []),
+        *([f"skipped {metrics['skipped']}"] if metrics.get("skipped") else []),
     ]
     return " | ".join(parts)
 
@@ -137,9 +137,9 @@ def drop_after(path: Path, step: int, evaluated_epochs: int = 0) -> None:
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            figures = json.loads(line)
-            again = "evaluation" in figures and evaluated_epoch(figures["evaluation"]) > evaluated_epochs
-            if figures["step"] <= step and not again:
+            metrics = json.loads(line)
+            again = "evaluation" in metrics and evaluated_epoch(metrics["evaluation"]) > evaluated_epochs
+            if metrics["step"] <= step and not again:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError, TypeError):
             continue

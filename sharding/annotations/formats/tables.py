@@ -17,7 +17,7 @@ from sharding.annotations.columns import used_names
 from sharding.annotations.config import Reading
 from sharding.annotations.files import AnnotationFile, Record
 from sharding.annotations.formats.delimited import delimited_rows, guessed_delimiter
-from sharding.shards.parquet import ParquetError, parquet_file, read_batches
+from storage.parquet import ParquetError, parquet_file, read_batches
 
 DECODER = json.JSONDecoder(parse_constant=lambda _: None)  # NaN and infinity say nothing
 UNCONVERTED = (ValueError, TypeError, KeyError, OverflowError, pa.ArrowException)  # of Arrow's values to Python's

@@ -133,7 +133,7 @@ def test_a_repacked_corpus_is_the_same_test_set_and_the_rows_tell(tmp_path):
     (test_set,) = group_test_sets(found(*folders))
     assert test_set.packings == ["data/x1128 (11281128)", "data/x1256 (12561256)"]
     assert report([*map(str, folders), "--output", str(tmp_path / "page.html")]) == 0
-    assert "hold the same items, packed differently" in (tmp_path / "page.html").read_text()
+    assert "hold the same items in different shards" in (tmp_path / "page.html").read_text()
 
 
 def test_answers_to_choose_from_and_accuracies_have_tables_of_their_own(tmp_path):
@@ -197,7 +197,7 @@ def test_questions_of_one_id_and_visual_are_not_taken_for_each_other(tmp_path, c
     one = write(tmp_path / "a/evaluation/x", questions(9), recorded=recorded)
     other = write(tmp_path / "b/evaluation/x", questions(9, ask="how many", right=1), recorded=recorded)
     assert compare([str(one), str(other)]) == 2
-    assert "test: the evaluations share no query, they are of different test sets" in capsys.readouterr().err
+    assert "test: the evaluations share no query: evaluate both on one corpus" in capsys.readouterr().err
     part = write(tmp_path / "c/evaluation/x", questions(5, right=1), recorded=recorded)
     assert compare([str(one), str(part), "--resamples", "9"]) == 0
     assert "test  (5 queries, left out 4 of A and 0 of B)" in capsys.readouterr().out

@@ -88,6 +88,6 @@ def test_means_are_added_and_settings_told():
 
 def test_what_is_not_published_is_empty_or_named():
     assert published("didemo", "val", zero_shot=False) == published(None, "test", zero_shot=True) == []
-    with pytest.raises(ValueError, match="benchmark is 'didmo', of which nothing is published: didemo"):
+    with pytest.raises(ValueError, match="benchmark is 'didmo', which has no published numbers: set didemo"):
         EvalConfig(benchmark="didmo")
     assert len(benchmarks()) == 11

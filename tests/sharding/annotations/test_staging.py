@@ -21,7 +21,7 @@ from runtime.progress import counted
 from sharding.annotations.items import Item, Row
 from sharding.annotations.staging import open_staged, stage
 from sharding.build import build_corpus
-from sharding.shards.plan import Settings, plan_shards
+from sharding.shards.plan import ShardSettings, plan_shards
 from sharding.shards.schema import read_index
 from storage.web import Fetching
 
@@ -64,7 +64,7 @@ def test_questions_and_choices_are_numbered_where_they_have_no_name(tmp_path: Pa
 def test_tasks_stay_small_and_are_read_by_whoever_builds_them(tmp_path: Path) -> None:
     rows = [Row(f"{number}.jpg", ("a caption of some length",)) for number in range(5000)]
     found = staged(rows, tmp_path)
-    plan = Settings("x", "image", 224, 90, 2.0, 0, 256)
+    plan = ShardSettings("x", "image", 224, 90, 2.0, 0, 256)
     tasks = plan_shards(found, plan, "media", "out", tmp_path, Fetching())
     assert sum(len(task.items) for task in tasks) == 5000
     assert max(len(pickle.dumps(task)) for task in tasks) < 1000

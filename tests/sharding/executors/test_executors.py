@@ -15,7 +15,6 @@ from needs import module
 from places import ROOT
 
 from sharding.build import build_corpus
-from sharding.executors.executor import Engine
 from sharding.shapes import write_shapes
 
 QUICK_TO_NOTICE = {  # on a busy machine less is too little
@@ -83,7 +82,7 @@ def pack_while_a_node_dies(cluster, drawn: Path, tmp_path: Path, shards: int, **
     build(drawn, tmp_path / "plain", **settings)
     with ThreadPoolExecutor(1) as pool:
         killing = pool.submit(kill_node_when_it_is_busy, cluster, tmp_path / "cut", shards)
-        corpus = build(drawn, tmp_path / "cut", engine=Engine("ray"), **settings)
+        corpus = build(drawn, tmp_path / "cut", engine="ray", **settings)
         killing.result()
     assert corpus.samples == len(json.loads((drawn / "images_train.json").read_text()))
     assert contents(tmp_path / "cut") == contents(tmp_path / "plain")
@@ -112,15 +111,15 @@ def test_without_a_ray_cluster_there_is_one_line(drawn: Path, tmp_path: Path, mo
 def test_parts_give_together_what_one_build_gives(drawn: Path, tmp_path: Path) -> None:
     build(drawn, tmp_path / "plain")
     for part in (2, 3):
-        build(drawn, tmp_path / "parts", engine=Engine(part=f"{part}/3"))
+        build(drawn, tmp_path / "parts", part=f"{part}/3")
         assert not (tmp_path / "parts" / "corpus.json").exists()
     with pytest.raises(ValueError, match=r"4 of 10 shards are not complete .*run the parts that build them again"):
-        build(drawn, tmp_path / "parts", engine=Engine(finish=True))
-    corpus = build(drawn, tmp_path / "parts", engine=Engine(part="1/3"))
+        build(drawn, tmp_path / "parts", finish=True)
+    corpus = build(drawn, tmp_path / "parts", part="1/3")
     assert corpus.samples == 640
     assert contents(tmp_path / "parts") == contents(tmp_path / "plain")
     (tmp_path / "parts" / "corpus.json").unlink()
-    assert build(drawn, tmp_path / "parts", engine=Engine(finish=True)) == corpus
+    assert build(drawn, tmp_path / "parts", finish=True) == corpus
     assert contents(tmp_path / "parts") == contents(tmp_path / "plain")
     assert not (tmp_path / "parts" / ".partial").exists()
 
@@ -147,13 +146,13 @@ def test_a_killed_part_goes_on_and_no_part_runs_twice(drawn: Path, tmp_path: Pat
     while not list((tmp_path / "array").glob("*.tar")):
         time.sleep(0.01)
     with pytest.raises(ValueError, match="another build is writing to part 1/2"):
-        build(drawn, tmp_path / "array", engine=Engine(part="1/2"))
+        build(drawn, tmp_path / "array", part="1/2")
     with pytest.raises(ValueError, match="another build is writing to"):
         build(drawn, tmp_path / "array")
     job.kill()
     job.communicate()
-    build(drawn, tmp_path / "array", engine=Engine(part="2/2"))
-    build(drawn, tmp_path / "array", engine=Engine(part="1/2"))
+    build(drawn, tmp_path / "array", part="2/2")
+    build(drawn, tmp_path / "array", part="1/2")
     assert contents(tmp_path / "array") == contents(tmp_path / "plain")
     assert not (tmp_path / "array" / ".partial").exists()
 
@@ -161,4 +160,4 @@ def test_a_killed_part_goes_on_and_no_part_runs_twice(drawn: Path, tmp_path: Pat
 @pytest.mark.parametrize("part", ["0/2", "3/2", "2", "a/b"])
 def test_a_part_that_is_none_is_refused(drawn: Path, tmp_path: Path, part: str) -> None:
     with pytest.raises(ValueError, match="must be I/N"):
-        build(drawn, tmp_path / "out", engine=Engine(part=part))
+        build(drawn, tmp_path / "out", part=part)

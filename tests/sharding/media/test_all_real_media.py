@@ -13,7 +13,7 @@ from test_real_media import BROKEN_CLIPS, BROKEN_PICTURES, DATA, PICTURES
 
 from sharding.build import main
 from sharding.shards.schema import read_corpus, read_index
-from sharding.verify import verify_corpus
+from sharding.shards.verification import verify_corpus
 
 FPS, SIZE = 4, 96
 FOLDERS = {

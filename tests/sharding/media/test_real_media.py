@@ -11,7 +11,7 @@ from places import SHARED
 
 from sharding.build import build_corpus
 from sharding.shards.schema import Corpus, read_index
-from sharding.verify import verify_corpus
+from sharding.shards.verification import verify_corpus
 
 DATA = SHARED / "data"
 MEDIA = {"clips": DATA / "clips" / "videos", "videos": DATA / "videos" / "media"}

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sharding.index import index_shards, main
+from sharding.index import main
 from sharding.shards.failures import read_failures
 from sharding.shards.foreign import Contents, Sample, read_contents, row_of
+from sharding.shards.indexing import index_shards
 from sharding.shards.schema import read_index
-from sharding.verify import verify_corpus
+from sharding.shards.verification import verify_corpus
 
 
 def jpeg(shade: int = 0) -> bytes:

@@ -10,8 +10,9 @@ from PIL import Image
 
 from loaders.config import LoaderConfig
 from loaders.shards import CorpusReader, open_corpus
-from sharding.index import index_shards, main
+from sharding.index import main
 from sharding.inspect import main as inspect_main
+from sharding.shards.indexing import index_shards
 from sharding.shards.schema import named_shards, read_corpus
 from sharding.verify import main as verify_main
 from train.config.files import load_settings

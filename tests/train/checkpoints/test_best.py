@@ -73,7 +73,7 @@ class TinyTrainer(Trainer):
             self._remote.fetch(self.folder.path)
         self.folder.claim(run)
         self.folder.begin(run)
-        quiet = SimpleNamespace(inspect=lambda: None, doing=lambda *_: None, pause=lambda _: None, restart=lambda: None)
+        quiet = SimpleNamespace(inspect=lambda: None, enter=lambda *_: None, pause=lambda _: None, restart=lambda: None)
         self.guard = self.watchdog = self._clock = quiet
         self.model, self.model_config, self.tokenizer, self.tracker = None, ModelConfig(), None, None
         self.state = self._resume()

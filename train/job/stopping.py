@@ -1,4 +1,4 @@
-"""Stopping in good order: a signal to any process makes all of them save at the same step and end."""
+"""Stopping by a signal: a signal to any process makes all of them save at the same step and exit."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 WATCH_SECONDS = 0.2
-LAUNCHER_PATIENCE = 30  # seconds between deepspeed's SIGTERM and its SIGKILL
+LAUNCHER_TIMEOUT = 30  # seconds between deepspeed's SIGTERM and its SIGKILL
 LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed.run", "torch/distributed/run")  # in their command lines
 
 
 class StopRequest:
-    """Notes that this process was asked to stop: by a signal, or because its launcher has gone.
+    """Notes that this process must stop: after a signal, or because its launcher is gone.
 
-    `deepspeed` does not pass SIGTERM on to its processes, and dies alone when it is killed, as `torchrun` does: they
-    then stop by themselves, so that the folder is free for the next start.
+    `deepspeed` does not pass SIGTERM on to its processes; killed, it leaves them running, as `torchrun` does. They
+    then stop by themselves, so that the next start finds the folder free.
     """
 
     def __init__(self, on_request: Callable[[], None] = lambda: None) -> None:
@@ -37,7 +37,7 @@ class StopRequest:
         self._below_deepspeed = False
 
     def install(self) -> None:
-        """Begin to listen; to be called from the main thread."""
+        """Handle the signals; the main thread calls."""
         for number in SIGNALS:
             signal.signal(number, self._handle)
         launchers = launcher_processes()
@@ -51,25 +51,25 @@ class StopRequest:
             self.signal = number
             self._on_request()
             # Not here: a signal may have come while this very thread was writing to the log.
-            threading.Thread(target=log.info, args=("%s", self._answer()), name="stop-answer", daemon=True).start()
+            threading.Thread(target=log.info, args=("%s", self._message()), name="stop-message", daemon=True).start()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal == signal.SIGINT == number:  # the user is impatient
+        if self.signal == signal.SIGINT == number:  # the second Ctrl-C
             raise KeyboardInterrupt
         self.request(number)
 
-    def _answer(self) -> str:
-        """What the user is told at once: saving takes its time, and the launcher may end before."""
-        name = "The launcher has gone" if self.signal == signal.SIGHUP else signal.Signals(self.signal).name
-        told = f"{name}: saving after the present step, then ending"
+    def _message(self) -> str:
+        """Logged at once: saving takes time, and the launcher may exit before."""
+        name = "The launcher is gone" if self.signal == signal.SIGHUP else signal.Signals(self.signal).name
+        message = f"{name}: saving after the present step, then exiting"
         if self.signal != signal.SIGINT:
-            return told
+            return message
         if self._below_deepspeed:
             return (
-                f"{told}. `deepspeed` itself shows a traceback and returns to the prompt before that: wait for "
-                f'"stopped" here. It kills processes that need more than {LAUNCHER_PATIENCE} s'
+                f"{message}. `deepspeed` itself shows a traceback and returns to the prompt before that: wait for "
+                f'"stopped" here. It kills processes that need more than {LAUNCHER_TIMEOUT} s'
             )
-        return f"{told}; Ctrl-C again ends at once, without saving"
+        return f"{message}; Ctrl-C again exits at once, without saving"
 
     def _watch(self, launchers: list[psutil.Process]) -> None:
         pause = threading.Event()
@@ -81,8 +81,8 @@ class StopRequest:
 
 
 def launcher_processes() -> list[psutil.Process]:
-    """What must stay alive above this process: `deepspeed` or `torchrun` directly above, and where one of them was
-    started over ssh (by pdsh), that connection. None under srun and MPI, which end their processes, or under a shell.
+    """Ancestors that must stay alive: `deepspeed` or `torchrun` directly above this process, and the ssh connection
+    (of pdsh) that started one of them. None under srun and MPI, which end their processes, or under a shell.
     """
     found: list[psutil.Process] = []
     try:
@@ -112,9 +112,9 @@ class Decision:
 
 
 class StopVote:
-    """Brings all ranks to the same decision without waiting: a step's vote is counted at the next step.
+    """Brings all ranks to the same decision without waiting: the votes of a step are counted at the next step.
 
-    The votes travel between hosts over gloo while the step computes; no device is waited for.
+    gloo exchanges them while the step computes; no rank waits for its device.
     """
 
     def __init__(self, request: StopRequest, world_size: int) -> None:
@@ -125,7 +125,7 @@ class StopVote:
         self._work: distributed.Work | None = None
 
     def decided(self, save: bool = False) -> Decision:
-        """What all ranks do now, where one was asked to stop or wants to `save`; all ranks call once a step."""
+        """What all ranks do now: one that must stop or wants to `save` decides for all. All ranks call once a step."""
         if self._alone:
             return Decision(self._request.signal, save)
         result = self.close()

@@ -6,7 +6,7 @@ from small_models import small_batch, small_model
 from torch import distributed, multiprocessing
 
 from model.config import LossWeights
-from model.singularity import Draws
+from model.singularity import RandomChoices
 
 WORLD = 2
 SETTINGS = {"gather_negatives": True, "loss_weight": LossWeights(mlm=0.0)}
@@ -18,7 +18,7 @@ def learn(rows, negatives):
     images, ids, mask, _ = small_batch(pairs=6)
     idx = torch.tensor([0, 1, 2, 3, 1, 5])
     batch = images[rows], ids[rows], mask[rows], idx[rows]
-    losses = model(*batch, Draws(*(each[rows] for each in negatives)))
+    losses = model(*batch, RandomChoices(*(each[rows] for each in negatives)))
     torch.stack(list(losses.values())).sum().backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {name: loss.detach() for name, loss in losses.items()}, gradients
@@ -35,7 +35,7 @@ def work(rank, folder):
         each /= WORLD  # as data-parallel training does
     model = small_model(**SETTINGS)
     images, ids, mask, _ = small_batch(pairs=6)
-    drawn = model(images[:3], ids[:3], mask[:3], torch.arange(3) + 3 * rank)  # draws of its own
+    drawn = model(images[:3], ids[:3], mask[:3], torch.arange(3) + 3 * rank)  # choices of its own
     if rank == 0:
         torch.save((losses, gradients, drawn), f"{folder}/seen.pt")
     distributed.destroy_process_group()
@@ -57,5 +57,5 @@ def test_a_process_alone_gathers_nothing():
     together, _ = learn(slice(0, 6), NEGATIVES)
     alone = small_model(loss_weight=LossWeights(mlm=0.0))
     images, ids, mask, _ = small_batch(pairs=6)
-    losses = alone(images, ids, mask, torch.tensor([0, 1, 2, 3, 1, 5]), Draws(*NEGATIVES))
+    losses = alone(images, ids, mask, torch.tensor([0, 1, 2, 3, 1, 5]), RandomChoices(*NEGATIVES))
     assert losses["loss_itm"].item() == pytest.approx(together["loss_itm"].item(), rel=1e-5)

@@ -1,4 +1,4 @@
-"""Chooses the device of each process, refuses to leave a GPU unused without being asked to, joins the processes."""
+"""Device of each process (an unused GPU is an error unless the user asks for the CPU), kernels, process group."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.distributed import distributed_c10d
 from runtime.errors import UserError
 from runtime.network import choose_interface
 from runtime.ranks import Ranks, ranks_from_environment
-from runtime.rendezvous import forget_port, meeting_port
+from runtime.rendezvous import master_port, remove_port_file
 
 DEVICES = Path("/dev")
 DRIVER = Path("/proc/driver/nvidia/version")
@@ -68,30 +68,30 @@ def _hidden() -> bool:
 def driver_version() -> str:
     """Version of the NVIDIA driver, such as 580.65.06; empty where there is none."""
     try:
-        told = DRIVER.read_text().split("\n")[0]
+        text = DRIVER.read_text().split("\n")[0]
     except OSError:
         words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         try:
-            told = subprocess.run(words, capture_output=True, text=True, timeout=20).stdout
+            text = subprocess.run(words, capture_output=True, text=True, timeout=20).stdout
         except (OSError, subprocess.TimeoutExpired):
             return ""
-    found = re.search(r"\b\d{3,}(\.\d+)+\b", told)
+    found = re.search(r"\b\d{3,}(\.\d+)+\b", text)
     return found.group() if found else ""
 
 
 def _unusable() -> str:
-    """Why PyTorch cannot use this host's GPU, and what to do about it, in one line."""
+    """Why PyTorch cannot use the GPU of this host, and the remedy, in one line."""
     files, driver = gpu_files(), driver_version()
-    there = f"this host has an NVIDIA GPU ({files[0]})" if files else "DS_ACCELERATOR=cuda asks for a GPU"
+    found = f"this host has an NVIDIA GPU ({files[0]})" if files else "DS_ACCELERATOR=cuda asks for a GPU"
     on_cpu = "to compute on the CPU, set DS_ACCELERATOR=cpu"
     built = torch.version.cuda
     if built is None:
         remedy = "install a CUDA build of torch and torchvision (those of PyPI for Linux)"
-        return f"{there}, but PyTorch {torch.__version__} is built for the CPU only: {remedy}; {on_cpu}"
+        return f"{found}, but PyTorch {torch.__version__} is built for the CPU only: {remedy}; {on_cpu}"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     hint = "" if visible is None else f", CUDA_VISIBLE_DEVICES={visible}"
     text = (
-        f"{there}, but PyTorch {torch.__version__} for CUDA {built} cannot use it "
+        f"{found}, but PyTorch {torch.__version__} for CUDA {built} cannot use it "
         f"(driver {driver or 'not found'}{hint}): {_reason()}"
     )
     return f"{text}; {_remedy(int(built.split('.')[0]), driver)}; {on_cpu}"
@@ -107,7 +107,7 @@ def _reason() -> str:
 
 
 def _remedy(cuda: int, driver: str) -> str:
-    """What makes a driver and a CUDA build of PyTorch fit."""
+    """What to do so that the driver supports the CUDA build of PyTorch."""
     needed, branch = OLDEST_DRIVER.get(cuda), int(driver.split(".")[0]) if driver else None
     if needed is None or branch is None or branch >= needed:
         return "see whether `nvidia-smi` works here, and whether this job or container was given the GPU"
@@ -119,7 +119,7 @@ def _remedy(cuda: int, driver: str) -> str:
 
 
 def _gpu_number(ranks: Ranks) -> int:
-    """Which of the visible GPUs is this process' own."""
+    """Number of this process' GPU among the visible ones."""
     count, visible = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
     if ranks.local_rank < count:
         return ranks.local_rank
@@ -156,7 +156,7 @@ def choose_kernels(deterministic: bool) -> None:
 
 
 def describe(device: torch.device) -> str:
-    """A device for the log: what it is, and the versions that it is used with."""
+    """The device and the versions of its software, for the log."""
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
         return (
@@ -174,12 +174,12 @@ def check_precision(precision: str, device: torch.device) -> None:
     """Raise ValueError where the device does not compute in this precision."""
     if precision == "fp16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
         raise UserError(
-            "precision=fp16: this CPU has no arithmetic for it (AVX512-FP16 or AMX-FP16): take precision=bf16, or fp32"
+            "precision=fp16: this CPU has no arithmetic for it (AVX512-FP16 or AMX-FP16): set precision=bf16, or fp32"
         )
 
 
 def slow_precision(precision: str, device: torch.device) -> str:
-    """A line that says that the device only emulates this precision, and what to do about it; else empty."""
+    """A warning where the device only emulates this precision; else empty."""
     if precision != "bf16" or device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
         return ""
     can = torch.cpu.get_capabilities()
@@ -187,12 +187,12 @@ def slow_precision(precision: str, device: torch.device) -> str:
         return ""
     return (
         f"precision=bf16: this CPU ({can.get('cpu_name', 'of unknown name')}) has no arithmetic for it (AVX512-BF16 or "
-        "AMX-BF16) and emulates it: steps were measured to take 6 times as long as with precision=fp32, set that"
+        "AMX-BF16) and emulates it: steps take about 6 times as long as with precision=fp32: set that"
     )
 
 
 def collective_timeout(stall_seconds: float) -> timedelta:
-    """After which a collective fails: so late that the watchdog, which knows the cause, ends the job first."""
+    """Timeout of collectives: the watchdog, which knows the cause, must end the job before."""
     return timedelta(seconds=max(LEAST_TIMEOUT, 2 * stall_seconds))
 
 
@@ -217,7 +217,7 @@ def start_processes(device: torch.device, stall_seconds: float = 0.0) -> None:
         # not exist: the first access probes every operation with the compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     ranks = ranks_from_environment()
-    meeting_port(ranks, timeout.total_seconds())
+    master_port(ranks, timeout.total_seconds())
     deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, timeout=timeout)
     if ranks.is_first:
-        forget_port()
+        remove_port_file()

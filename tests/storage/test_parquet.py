@@ -16,7 +16,7 @@ from PIL import Image
 from places import ROOT
 
 from sharding.build import build_corpus
-from sharding.shards.parquet import ParquetError, parquet_file, read_batches, read_schema, read_table
+from storage.parquet import ParquetError, parquet_file, read_batches, read_schema, read_table
 
 FOLDERS = ("sharding", "loaders", "model", "train", "eval", "launch", "benchmarks")
 READING = {  # each starts threads, unless told otherwise
@@ -112,7 +112,7 @@ def calls(path: Path) -> set[str]:
 def test_no_other_module_reads_parquet() -> None:
     modules = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
     found = {str(path.relative_to(ROOT)): calls(path) for path in modules if calls(path)}
-    assert found == {"sharding/shards/parquet.py": {"ParquetFile"}}
+    assert found == {"storage/parquet.py": {"ParquetFile"}}
 
 
 def test_a_file_is_read_from_a_path_from_bytes_and_from_an_open_file(tmp_path: Path) -> None:

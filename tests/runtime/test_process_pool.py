@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from sharding.executors.process_pool import Advance, run_tasks
+from runtime.process_pool import Advance, run_tasks
 
 
 def square(number: int, advance: Advance) -> int:

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sharding.media.links import LinkError, Places
+from sharding.media.tar import Damage, TarStream
 from sharding.shards.foreign import read_contents
-from sharding.shards.tar import Damage, TarStream
 
 NAMES = st.sampled_from(["a", "b", "d/a", "d.0/c", "./a", "é", "caf\udce9", "._a", ".h", "d/../b"])
 ENDINGS = st.sampled_from([".jpg", ".txt", ".png", ".000.jpg", ".001.jpg", ".cls", "", ".JPG"])

@@ -1,0 +1,20 @@
+"""What the commands on packed corpora have in common: the URL of a corpus on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+from sharding.shards.schema import named_shards
+
+
+def folder_of_shards(text: str) -> str:
+    """The URL of a corpus, or of tars in it, of the command line; another file's URL is a mistake worth naming."""
+    try:
+        named_shards(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if re.search(r"\.(parquet|json)$", text):
+        folder = text.rpartition("/")[0] or "."
+        raise argparse.ArgumentTypeError(f"{text} is a file: give the folder that holds the shards, such as {folder}")
+    return text

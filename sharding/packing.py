@@ -1,0 +1,162 @@
+"""A build from its settings to a described corpus: rows are staged, shards built, everything accounted for."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import UserError
+from runtime.progress import Progress, counted
+from runtime.units import data_size
+from sharding.annotations.reading import read_rows
+from sharding.annotations.staging import Staged, move_staged, open_staged, stage
+from sharding.estimate import Estimate, estimate_build
+from sharding.executors.executor import build_shards
+from sharding.reasons import summary
+from sharding.settings import BuildSettings
+from sharding.shards.failures import FailureLog, TooManyFailures
+from sharding.shards.output import (
+    BUILD,
+    check_claim,
+    claim,
+    digest_of,
+    has_staged_rows,
+    open_output,
+    plan_of,
+    staging_place,
+    write_text,
+)
+from sharding.shards.plan import Task, plan_shards
+from sharding.shards.schema import Corpus
+from storage.urls import join_url
+
+log = logging.getLogger("sharding")
+
+
+def pack(settings: BuildSettings) -> Corpus:
+    """Pack annotated media into shards and describe them in `corpus.json`.
+
+    Shards that an interrupted build completed are kept; the result is byte-identical whatever the executor.
+    Of several jobs on one output the last one describes it; the others return what is complete.
+
+    Raises:
+        FileNotFoundError: an annotation file or the media root is missing.
+        ValueError: bad settings or annotations, or an output that holds something else or is in use.
+        TooManyFailures: a larger share of media failed than `max_failures`.
+    """
+    settings = settings.prepared()
+    shards, output = settings.shards, settings.output
+    with open_output(output, part=settings.executor.part) as scratch:
+        check_claim(output, plan_of(shards, settings.reading))
+        staged, digest = staged_rows(settings, scratch)
+        claim(output, plan_of(shards, settings.reading, digest) | shards.shares(staged.items), scratch)
+        tasks = planned_tasks(settings, staged, scratch)
+        failures = FailureLog(scratch)
+        with Progress(
+            staged.items, f"packing {shards.name}", settings.progress, log_every=settings.log_every
+        ) as progress:
+            built, rows = build_shards(tasks, settings.executor, settings.retry_failed, failures, progress)
+        corpus = Corpus(output, shards.name, shards.media_type, tuple(built), asdict(shards))
+        if len(built) < len(tasks):
+            return corpus
+        files = {BUILD: digest_of([join_url(output, BUILD)]), **failures.publish(output)}
+        corpus = replace(corpus, files=files)
+        report(staged, rows, corpus, failures)
+        check_failures(failures.count, staged.items, settings)
+        write_text(join_url(output, "corpus.json"), corpus.to_json(), scratch)
+    return corpus
+
+
+def estimate(settings: BuildSettings) -> Estimate:
+    """What `pack` with these settings would give and take; nothing is written. Raises like it."""
+    settings = settings.prepared()
+    with tempfile.TemporaryDirectory(prefix="singularity-estimate-") as folder:
+        scratch = Path(folder)
+        staged = stage_annotations(settings, scratch)
+        return estimate_build(staged, planned_tasks(settings, staged, scratch), settings.executor.processes)
+
+
+def planned_tasks(settings: BuildSettings, staged: Staged, scratch: Path) -> list[Task]:
+    """One task a shard."""
+    return plan_shards(staged, settings.shards, settings.media_root, settings.output, scratch, settings.fetching)
+
+
+def staged_rows(settings: BuildSettings, scratch: Path) -> tuple[Staged, str]:
+    """(rows on disk, SHA-256 of their annotation files); the files are read once, after an interruption only hashed.
+
+    Raises:
+        FileNotFoundError, ValueError: a file cannot be read, there is nothing to pack, or the rows are of other files
+            than those that the corpus was built of.
+    """
+    output, digest = settings.output, hashlib.sha256()
+    if has_staged_rows(output):
+        found = digest_of(settings.annotations)
+        plan = plan_of(settings.shards, settings.reading, found)
+        check_claim(output, plan)
+        if (place := staging_place(output, scratch, plan)).exists():
+            log.info("annotations: read by an earlier run")
+            return open_staged(place), found
+    staged = stage_annotations(settings, scratch, digest)
+    plan = plan_of(settings.shards, settings.reading, digest.hexdigest())
+    check_claim(output, plan)
+    return move_staged(staged, staging_place(output, scratch, plan)), digest.hexdigest()
+
+
+def stage_annotations(settings: BuildSettings, scratch: Path, digest: Any = None) -> Staged:
+    """The rows of annotation files in a file in `scratch`; raises as `staged_rows`. `digest` takes in the files."""
+    start = time.monotonic()
+    rows = read_rows(settings.annotations, settings.reading, scratch, digest)
+    if settings.progress:
+        rows = counted(rows, settings.log_every)
+    staged = stage(rows, scratch / "rows.sqlite", scratch, settings.reading.limit)
+    if not staged.items:
+        raise UserError(nothing_to_pack(settings.annotations, staged))
+    seconds = time.monotonic() - start
+    log.info("annotations: %d rows about %d media, read in %.1f seconds", staged.rows, staged.items, seconds)
+    return staged
+
+
+def nothing_to_pack(annotations: Sequence[str], staged: Staged) -> str:
+    """Why there is nothing to pack."""
+    files = ", ".join(annotations)
+    if not staged.rows:
+        return f"no records in {files}: nothing to pack"
+    reasons = "; ".join(f"{count} x {reason}" for reason, count in staged.filtered.items())
+    return f"all {staged.rows} rows of {files} are filtered ({reasons}): nothing to pack"
+
+
+def report(staged: Staged, packed_rows: int, corpus: Corpus, failures: FailureLog) -> None:
+    """Log the account; every annotation row was packed, failed or filtered, or it is an error of this program."""
+    if staged.kept != packed_rows + failures.rows or staged.items != corpus.samples + failures.count:
+        raise RuntimeError(
+            f"{corpus.url}: {staged.rows} rows, {packed_rows} packed, {failures.rows} failed, {staged.filtered} "
+            f"filtered; {staged.items} media, {corpus.samples} packed, {failures.count} failed: "
+            "the numbers do not add up"
+        )
+    filtered = staged.rows - staged.kept
+    log.info("%d rows = %d packed + %d failed + %d filtered", staged.rows, packed_rows, failures.rows, filtered)
+    for reason, count in sorted(staged.filtered.items(), key=lambda pair: -pair[1]):
+        log.info("  %6d x filtered: %s", count, reason)
+    log.info("%d media = %d packed + %d failed", staged.items, corpus.samples, failures.count)
+    for line in summary(failures.kinds):
+        log.info("%s", line)
+    if failures.count:
+        log.info("each one with its reason: python -m sharding.inspect %s --failures", corpus.url)
+    shards, frames, size = len(corpus.shards), sum(corpus.counts("frames")), sum(corpus.counts("bytes"))
+    log.info("%s: %d shards, %d samples, %d frames, %s", corpus.url, shards, corpus.samples, frames, data_size(size))
+
+
+def check_failures(failed: int, media: int, settings: BuildSettings) -> None:
+    """Raise TooManyFailures where a larger share of the media failed than the settings allow."""
+    if failed > settings.max_failures * media:
+        raise TooManyFailures(
+            f"{failed} of {media} media failed ({failed / media:.1%}, at most {settings.max_failures:.1%} allowed): "
+            f"see `python -m sharding.inspect {settings.output} --failures`; mend them and run this again with "
+            "--retry-failed, or raise --max-failures"
+        )

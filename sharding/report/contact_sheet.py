@@ -1,0 +1,124 @@
+"""Contact sheets: pictures in a grid with texts below, and frames of a clip side by side."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps
+
+from sharding.media import MediaError
+from sharding.media.picture import decode_picture
+
+GAP, FRAME_GAP, LINE, TITLE = 8, 2, 15, 34  # pixels
+INK, MUTED, PAPER, MISSING = "#1c1d21", "#6c6f78", "#ffffff", "#e1e1e4"
+QUALITY = 80  # of JPEG
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Pictures side by side (None: not readable); below them a grey label, and a text or the name of a file.
+
+    A text is cut at its end, a name in its middle: paths differ at the end.
+    """
+
+    pictures: Sequence[Image.Image | None]
+    label: str = ""
+    text: str = ""
+    name: str = ""
+
+
+def contact_sheet(
+    cells: Sequence[Cell], columns: int, side: int, lines: int = 2, title: str = "", note: str = ""
+) -> Image.Image:
+    """The cells in rows of `columns`, each picture in a square of `side` pixels, with `lines` of text.
+
+    title: a heading; note: at its right.
+    """
+    frames = max((len(cell.pictures) for cell in cells), default=1)
+    columns = max(1, min(columns, len(cells)))
+    with_label = any(cell.label for cell in cells)
+    width, height = frames * (side + FRAME_GAP) - FRAME_GAP + GAP, side + (lines + with_label) * LINE + 2 * GAP
+    head = TITLE if title else 0
+    size = (columns * width + GAP, max(1, -(-len(cells) // columns)) * height + GAP + head)
+    sheet = Image.new("RGB", size, PAPER)
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    if title:
+        pen.text((GAP, GAP), title, INK, ImageFont.load_default(20))
+        pen.text((size[0] - GAP, GAP + 6), note, MUTED, font, anchor="ra")
+    for number, cell in enumerate(cells):
+        left, top = GAP + number % columns * width, GAP + head + number // columns * height
+        for place, picture in enumerate(cell.pictures):
+            sheet.paste(square(picture, side), (left + place * (side + FRAME_GAP), top))
+        below = [*_fit_name(cell.name, font, width - GAP), *_fit_text(cell.text, font, width - GAP, lines)]
+        texts = [(cell.label, MUTED), *((line, INK) for line in below)]
+        for line, (text, color) in enumerate((text, color) for text, color in texts if text):
+            pen.text((left, top + side + 2 + LINE * line), text, color, font)
+    return sheet
+
+
+def read_picture(data: bytes | None) -> Image.Image | None:
+    """A decoded frame; None where there is none or it cannot be decoded."""
+    try:
+        return None if data is None else Image.fromarray(decode_picture(data).pixels)
+    except MediaError:
+        return None
+
+
+def square(picture: Image.Image | None, side: int) -> Image.Image:
+    """A picture fitted into a square, the rest filled with its own colours, blurred and dark."""
+    if picture is None:
+        tile = Image.new("RGB", (side, side), MISSING)
+        ImageDraw.Draw(tile).text((side // 2, side // 2), "not readable", INK, ImageFont.load_default(12), "mm")
+        return tile
+    fitted = ImageOps.contain(picture, (side, side), Image.Resampling.LANCZOS)
+    if fitted.size == (side, side):
+        return fitted
+    blurred = picture.resize((6, 6), Image.Resampling.BOX).resize((side, side), Image.Resampling.BICUBIC)
+    tile = ImageEnhance.Brightness(blurred).enhance(0.6)
+    tile.paste(fitted, ((side - fitted.width) // 2, (side - fitted.height) // 2))
+    return tile
+
+
+def side_by_side(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures of one size in a row."""
+    width, height = pictures[0].size
+    row = Image.new("RGB", (width * len(pictures), height))
+    for place, picture in enumerate(pictures):
+        row.paste(picture, (place * width, 0))
+    return row
+
+
+def jpeg(picture: Image.Image) -> bytes:
+    """JPEG bytes of a picture."""
+    output = io.BytesIO()
+    picture.save(output, "JPEG", quality=QUALITY)
+    return output.getvalue()
+
+
+def _fit_text(text: str, font: Any, width: int, lines: int) -> list[str]:
+    """A text in up to `lines` lines of about `width` pixels, cut where it is longer."""
+    if not text:
+        return []
+    letters = max(8, int(width * len(text) / font.getlength(text)))
+    while letters > 8:
+        found = textwrap.wrap(text, letters, max_lines=lines, placeholder=" …")
+        if all(font.getlength(line) <= width for line in found):
+            break
+        letters -= 1
+    return textwrap.wrap(text, letters, max_lines=lines, placeholder=" …")
+
+
+def _fit_name(name: str, font: Any, width: int) -> list[str]:
+    """A path in up to two lines of `width` pixels, without its middle where it is longer."""
+    first = len(name)
+    while font.getlength(name[:first]) > width:
+        first -= 1
+    rest = kept = name[first:]
+    while font.getlength(kept) > width:
+        rest = rest[1:]
+        kept = "…" + rest
+    return [name[:first], kept]
