@@ -10,6 +10,8 @@ from runtime.errors import UserError
 from runtime.settings import FINE_TUNING, check_declared, evaluation, fixed, free, setting
 from storage.limits import RemoteReads
 
+BACKENDS = ("auto", "dali", "cpu")  # decoders
+
 
 @dataclass
 class PerMedia:
@@ -52,6 +54,7 @@ class LoaderConfig:
     epoch_unit: str = fixed(
         "samples",
         "an item of an epoch: samples (one of its captions is drawn), captions (each an item of its own) or questions",
+        choices=("samples", "captions", "questions"),
         renamed_from="unit",
     )
     paragraph: bool = fixed(False, "join all captions of a sample to one text (DiDeMo, ActivityNet)")
@@ -66,7 +69,7 @@ class LoaderConfig:
     augment: bool = fixed(True, "random resized crop and flip; false: resize only")
     flip: bool = fixed(True, "horizontal flips; set false where left and right carry meaning")
     antialias: bool = fixed(False, "antialiasing when resizing; the official transform has none")
-    decode: str = free("auto", "decoder; auto: the faster one", choices=("auto", "dali", "cpu"))
+    decode: str = free("auto", "decoder; auto: the faster one", choices=BACKENDS)
     deterministic: bool = free(False, "bit-identical results on the same machine and GPU; slower")
     threads: int = free(0, "decoding threads, with decode=cpu processes; 0: from the cores that this rank may use")
     prefetch: int = free(3, "batches made ahead of the step", least=1)
