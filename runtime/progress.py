@@ -16,7 +16,7 @@ from runtime.units import data_size
 
 LOG_EVERY = 30.0  # seconds
 
-log = logging.getLogger("sharding")
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 

@@ -73,9 +73,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)  # of a writer that was killed
             temporary.mkdir(parents=True)
             yield temporary
-            if path.is_dir():
-                shutil.rmtree(path)
-            temporary.rename(path)
+            replace_folder(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
