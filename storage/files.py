@@ -25,7 +25,7 @@ def temporary_path(path: Path, writer: str = "") -> Path:
 
 
 def remove_temporary(folder: Path) -> None:
-    """Remove what writers that were killed have left in a folder; nobody may be writing there."""
+    """Remove what killed writers left in a folder; no process may be writing there."""
     for left in folder.glob(".*.part"):
         if left.is_dir() and not left.is_symlink():
             shutil.rmtree(left, ignore_errors=True)
@@ -100,7 +100,7 @@ def recover_folders(parent: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder under another name, so that nobody sees it with files missing."""
+    """Rename a folder and remove it, so that no reader sees it with files missing."""
     temporary = temporary_path(path)
     shutil.rmtree(temporary, ignore_errors=True)
     os.replace(path, temporary)
