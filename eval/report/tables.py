@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from eval.metrics import RECALL_AT
 from eval.report.console import format_table
 from eval.report.evaluations import Evaluation
 from eval.report.grouping import Member, TestSet, group_test_sets
-from eval.report.losses import by_medium, loss_weights, weighted_name
+from eval.report.losses import by_medium, loss_weights, read_metrics, weighted_name
 from eval.report.published import Published, published
 from runtime.charts import COLORS, Curve, Panel, panel_svg
 
@@ -171,7 +169,8 @@ def loss_curves(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
     curves = []
     for run, name_of_run in {evaluation.run: evaluation.run_name for evaluation in evaluations}.items():
         weights = loss_weights(run)
-        media = by_medium(_training_log(run / "metrics.jsonl"))
+        log = run / "metrics.jsonl"
+        media = by_medium(read_metrics(log) if log.is_file() else [])
         for medium, steps in media.items():
             lines: list[Curve] = []
             for key, name in LOSSES.items():
@@ -183,20 +182,6 @@ def loss_curves(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
                 title = f"{name_of_run}, {medium}" if len(media) > 1 else name_of_run
                 curves.append({"run": title, "chart": panel_svg(Panel(lines, from_zero=True)), "last": last})
     return curves
-
-
-def _training_log(path: Path) -> list[dict[str, Any]]:
-    """The training steps of a metrics.jsonl; a line cut short by an interruption is left out."""
-    steps = []
-    if path.is_file():
-        for text in path.read_text(encoding="utf-8").splitlines():
-            try:
-                step = json.loads(text)
-            except json.JSONDecodeError:
-                continue
-            if "step" in step:
-                steps.append(step)
-    return steps
 
 
 def console_table(evaluations: Sequence[Evaluation]) -> str:
