@@ -10,8 +10,10 @@ from typing import Any
 
 from runtime.process_pool import Advance
 from sharding.annotations.items import Item, split_part
-from sharding.media import Frames, MediaError, pack_image, pack_video
+from sharding.media.frames import Frames, MediaError
+from sharding.media.image import pack_image
 from sharding.media.sources import Media, opened
+from sharding.media.video import pack_video
 from sharding.shards.plan import ShardSettings, Task
 from sharding.shards.writing import FinishedShard, ShardWriter
 from storage.policy import storage_errors

@@ -23,7 +23,7 @@ import fsspec
 import pyarrow as pa
 
 from runtime.errors import UserError
-from sharding.media import MediaError
+from sharding.media.frames import MediaError
 from sharding.media.links import LinkError, follow
 from sharding.media.tar import Damage, TarStream, compression_of
 from storage.files import atomic_file

@@ -21,8 +21,8 @@ from urllib.parse import quote, unquote
 import fsspec
 
 from runtime.errors import AccessError, MissingError, UserError
-from sharding.media import MediaError
 from sharding.media.archives import Archive, split_archive
+from sharding.media.frames import MediaError
 from storage.policy import StoreError, check_bucket, describe_error, retry, storage_errors
 from storage.urls import join_url, plain_scheme
 from storage.web import Fetching, web_client

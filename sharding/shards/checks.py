@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from runtime.process_pool import Advance
-from sharding.media import MediaError
+from sharding.media.frames import MediaError
 from sharding.media.links import LinkError, Places
 from sharding.media.picture import decode_picture
 from sharding.media.tar import Damage, Member, TarStream, open_stream

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-from sharding.media import MediaError
+from sharding.media.frames import MediaError
 from sharding.media.links import LinkError, Places
 from sharding.media.picture import picture_size
 from sharding.media.tar import Damage, Member, TarStream, compression_of

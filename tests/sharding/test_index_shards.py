@@ -23,7 +23,7 @@ from places import ROOT
 from loaders.shards import CorpusReader
 from sharding.build import build_corpus
 from sharding.index import main
-from sharding.media import pack_video
+from sharding.media.video import pack_video
 from sharding.shards.failures import read_failures
 from sharding.shards.indexing import index_shards
 from sharding.shards.schema import read_corpus, read_index

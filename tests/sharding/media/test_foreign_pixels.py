@@ -16,7 +16,7 @@ from loaders.decode.dali import DaliDecoder
 from loaders.decode.decoder import CpuDecoder, Decoder
 from loaders.decode.pixels import Clip
 from loaders.order.choices import Window
-from sharding.media import MediaError
+from sharding.media.frames import MediaError
 from sharding.media.picture import decode_picture
 from sharding.shards.indexing import index_shards
 from sharding.shards.schema import read_corpus, read_index

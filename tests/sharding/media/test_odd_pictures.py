@@ -12,7 +12,8 @@ import simplejpeg
 from pictures import TURNS, photo, saved
 from PIL import Image
 
-from sharding.media import MediaError, pack_image
+from sharding.media.frames import MediaError
+from sharding.media.image import pack_image
 from sharding.media.jpeg import has_end, orientation_of
 from sharding.media.picture import decode_picture
 from sharding.shards.checks import undecodable
