@@ -22,7 +22,7 @@ from storage.parquet import read_table
 from storage.urls import join_url
 
 SAMPLE = {"image": 128, "video": 24}  # media
-SURE = 1.96  # standard errors to either side: 95 % of the time
+Z_95 = 1.96  # standard errors to either side: 95 % of the time
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def estimate_build(staged: Staged, tasks: list[Task], workers: int) -> Estimate:
         sampled=count,
         failures=dict(Counter(kind_of(failure["reason"]) for failure in shard.failures)),
         bytes=(shard.info.bytes + shard.info.index_bytes) * share,
-        margin=0.0 if count == staged.items else SURE * spread / math.sqrt(count) * staged.items,
+        margin=0.0 if count == staged.items else Z_95 * spread / math.sqrt(count) * staged.items,
         frames=shard.info.frames * share,
         seconds=seconds * share,
         workers=min(workers, len(tasks)),

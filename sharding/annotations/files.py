@@ -201,12 +201,12 @@ def reading_errors(file: str) -> Iterator[None]:
         with storage_errors(file, "read annotations from"):
             yield
     except DAMAGED as error:
-        raise UserError(undone(file, error)) from None
+        raise UserError(decompression_error(file, error)) from None
     except BucketError:
         raise
     except OSError as error:
         if infer_compression(file) and type(error) in (OSError, gzip.BadGzipFile) and error.errno is None:
-            raise UserError(undone(file, error)) from None
+            raise UserError(decompression_error(file, error)) from None
         absent = any(isinstance(cause, FileNotFoundError) for cause in causes(error))
         if absent and status_of(error) in (None, 404):
             raise MissingError(f"annotation file {file} does not exist: check --annotations") from None
@@ -223,6 +223,6 @@ def check_exists(file: str) -> None:
             raise IsADirectoryError(file)
 
 
-def undone(file: str, error: Exception) -> str:
+def decompression_error(file: str, error: Exception) -> str:
     """What is said of a compressed file that cannot be decompressed."""
     return f"annotation file {file} cannot be decompressed ({error}): is it complete, and compressed as its name says?"

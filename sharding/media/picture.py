@@ -91,7 +91,7 @@ def picture_size(data: bytes) -> tuple[int, int]:
     if header is not None:
         check_pixels(header.width, header.height)
         return header.upright_size
-    with naming_faults(), open_by_pillow(data) as image:
+    with media_errors(), open_by_pillow(data) as image:
         return (image.height, image.width) if exif_orientation(image, data) in SIDEWAYS else image.size
 
 
@@ -188,7 +188,7 @@ def open_by_pillow(data: bytes) -> Image.Image:
 
 def decode_by_pillow(data: bytes) -> Picture:
     """Any image Pillow reads, in full."""
-    with naming_faults(), open_by_pillow(data) as image:
+    with media_errors(), open_by_pillow(data) as image:
         if data[:2] == START_OF_IMAGE:
             check_jpeg(data)
         image.load()
@@ -198,7 +198,7 @@ def decode_by_pillow(data: bytes) -> Picture:
 
 
 @contextmanager
-def naming_faults() -> Iterator[None]:
+def media_errors() -> Iterator[None]:
     """Within it Pillow does not warn, and what its parsers raise, of any kind, becomes a MediaError with the reason."""
     try:
         with warnings.catch_warnings():

@@ -28,7 +28,7 @@ from storage.urls import join_url, plain_scheme
 from storage.web import Fetching, web_client
 
 WINDOW = {"image": 1024, "video": 64}  # media: how far finished ones may run ahead of one that is slow to come
-AHEAD = 2  # media under way or waiting to be decoded, for each connection
+PREFETCHED = 2  # media under way or waiting to be decoded, for each connection
 OPEN_ARCHIVES = 8
 COMPRESSED_TAR = re.compile(r"\.(tar\.\w+|tgz|tbz2|txz)$", re.IGNORECASE)
 WEB = ("http://", "https://")
@@ -80,11 +80,11 @@ class Media:
                     while (
                         few
                         and following is not None
-                        and len(pending) < AHEAD * self.fetching.connections
+                        and len(pending) < PREFETCHED * self.fetching.connections
                         and following - min(pending, default=following) < window
                     ):
                         pending[following] = self.start(pool, sources[following])
-                        pending[following].add_done_callback(functools.partial(hand_over, done, following))
+                        pending[following].add_done_callback(functools.partial(put_result, done, following))
                         following = next(places, None)
                     place, future = done.get()
                     del pending[place]
@@ -163,7 +163,7 @@ def web_address(root: str, name: str) -> str:
     return url[:outer] + quote(archive[outer:]) + ("/" + member if member else "")
 
 
-def hand_over(done: queue.SimpleQueue[tuple[int, Future[Any]]], place: int, future: Future[Any]) -> None:
+def put_result(done: queue.SimpleQueue[tuple[int, Future[Any]]], place: int, future: Future[Any]) -> None:
     """Tell who waits at a queue that a source is there."""
     done.put((place, future))
 

@@ -38,7 +38,7 @@ class Member:
     path: bytes = b""
     link: bytes = b""  # of a link: the path of what it leads to
     hard: bool = False  # a hard link, which leads to a member before it
-    unfit: str = ""  # why the bytes at `offset` are not the file's
+    unreadable: str = ""  # why the bytes at `offset` are not the file's
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ class Damage:
 class TarStream:
     """Reads an open file once from its start, counting and hashing its bytes."""
 
-    def __init__(self, file: BinaryIO, heard: Callable[[int], None] | None = None, skips: bool = False) -> None:
-        """`heard` is called with the number of bytes of each read; with `skips` only what is wanted is read.
+    def __init__(self, file: BinaryIO, on_read: Callable[[int], None] | None = None, skips: bool = False) -> None:
+        """`on_read` is called with the number of bytes of each read; with `skips` only what is wanted is read.
 
         Then the SHA-256 is of nothing.
         """
-        self.file, self.heard, self.skips = file, heard or (lambda _: None), skips
+        self.file, self.on_read, self.skips = file, on_read or (lambda _: None), skips
         self.sha256 = hashlib.sha256()
         self.position = 0
         self.head = b""  # the first bytes
@@ -79,7 +79,7 @@ class TarStream:
                 self.head = part[:8]
             self.sha256.update(part)
             self.position += len(part)
-            self.heard(len(part))
+            self.on_read(len(part))
             size -= len(part)
             if keep:
                 parts.append(part)
@@ -161,25 +161,25 @@ class TarStream:
         elif info.type in NO_FILE:
             self.read(size + -size % BLOCK, keep=False)
         elif info.type not in NO_DATA:
-            unfit = "begins in another volume" if info.type == OTHER_VOLUME else ""
+            unreadable = "begins in another volume" if info.type == OTHER_VOLUME else ""
             if info.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in said):
-                unfit = "is stored as a sparse file"
+                unreadable = "is stored as a sparse file"
             more = header[482:483] if info.type == tarfile.GNUTYPE_SPARSE else b""
             while more.strip(b"\0"):  # blocks with more of the map of its parts
                 more = self.read(BLOCK)[504:505]
-            yield from self.file_at(name, size, header, wanted, unfit)
+            yield from self.file_at(name, size, header, wanted, unreadable)
 
     def file_at(
-        self, name: bytes, size: int, header: bytes, wanted: Callable[[str], bool], unfit: str = ""
+        self, name: bytes, size: int, header: bytes, wanted: Callable[[str], bool], unreadable: str = ""
     ) -> Iterator[Member | Damage]:
         """The file whose data start here."""
         text = shown(name)
-        offset, keep = self.position, not unfit and wanted(text)
+        offset, keep = self.position, not unreadable and wanted(text)
         data = self.read(size, keep)
         if self.position < offset + size:
             yield Damage(self.position, f"the tar ends inside {text}: it was cut off", cut=text)
             return
-        yield Member(text, header, offset, size, data if keep else None, plain(name), unfit=unfit)
+        yield Member(text, header, offset, size, data if keep else None, plain(name), unreadable=unreadable)
         place = self.position
         padding = self.read(-size % BLOCK)
         if any(padding):

@@ -198,7 +198,7 @@ def index_shard(task: IndexTask, advance: Advance) -> IndexedShard:
     try:
         with storage_errors(join_url(task.tars, task.name), "read"):
             contents = retry(read)
-        move_unfit(contents)
+        reject_unstorable(contents)
         if not contents.rows and not contents.damages:
             reasons = ", ".join(sorted({failure["reason"] for failure in contents.failures})[:3])
             raise ValueError("holds no pictures that could be indexed" + (f" ({reasons})" if reasons else ""))
@@ -212,7 +212,7 @@ def index_shard(task: IndexTask, advance: Advance) -> IndexedShard:
     return shard
 
 
-def move_unfit(contents: Contents) -> None:
+def reject_unstorable(contents: Contents) -> None:
     """Samples whose texts do not fit the index's columns become failures."""
     try:
         pa.Table.from_pylist(contents.rows, schema=INDEX_SCHEMA)

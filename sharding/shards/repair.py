@@ -31,23 +31,23 @@ def repair(url: str, corpus: Corpus | None, reports: list[Report]) -> list[str]:
         shards: list[ShardInfo] = []
         kinds: set[str] = set()
         failures = FailureLog(scratch)
-        told = True  # whether the indices still tell all failures
+        failures_known = True  # whether the sound indices list all failures
         for number, report in enumerate(reports):
             known = corpus.shards[number] if corpus else None
             info, kind = report.info, report.media_type
             if not report.index_is_sound and report.tar_is_sound:
                 info, kind = new_index(url, report, scratch)
                 done.append(f"{info.index_name} made again from {info.name}")
-                told = False
+                failures_known = False
             elif not report.index_is_sound:
-                told = False
+                failures_known = False
             failures.add(number, report.failures)
             kept = known if known and not report.tar_is_sound else info or known
             if kept:
                 shards.append(kept)
             kinds |= {kind} - {""}
         files = dict(corpus.files) if corpus else {}
-        files |= small_files(url, files, failures if told else None, done)
+        files |= small_files(url, files, failures if failures_known else None, done)
         mended = described(url, corpus, tuple(shards), kinds, files)
         text = mended.to_json()
         if corpus is None or text != corpus.to_json():
