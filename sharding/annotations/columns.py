@@ -15,7 +15,7 @@ from sharding.annotations.files import Record
 from sharding.annotations.items import Row, identifier, plain, question_of, segment_suffix
 from sharding.reasons import kind_of
 
-ABSENT: Any = object()  # what a record says about a column that it does not have; null is a value
+ABSENT: Any = object()  # the value of a column that a record does not have; null is a value
 QUOTED = re.compile(r'("[^"]*")')  # a column's name in a reason
 Finder = Callable[[Mapping[str, Any]], Any]
 
@@ -36,11 +36,11 @@ class RowError(UserError):
 
 @dataclass
 class Columns:
-    """Where a record says what. The defaults are those of Singularity's own JSON.
+    """Which columns hold what. The defaults are those of Singularity's own JSON.
 
     Each is a column's name, or a template of several such as "{page_dir}/{videoid}.mp4", or a list of such of which
     the first that a record has counts; "sentences.raw" reaches into objects, and into each object of a list.
-    Empty: the records do not say it.
+    Empty: there is none.
     """
 
     media: Any = field(default_factory=lambda: ["image", "video"])  # path below --media-root, or URL
@@ -188,10 +188,10 @@ class RowMaker:
 
 
 def media_name(value: Any) -> str:
-    """The path or URL that a value is; "" where it says nothing.
+    """The path or URL that a value is; "" where it is empty.
 
     Raises:
-        ValueError: it is something else; the message says what it must be instead.
+        ValueError: it is something else; the message names what it must be.
     """
     if isinstance(value, str):
         return value.strip()

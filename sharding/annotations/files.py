@@ -46,7 +46,7 @@ class Record:
     columns: tuple[str, ...] = ()  # of its file, where only some of them are read
 
     def value(self, key: str) -> Any:
-        """What it says under a key; raises ValueError when it says nothing."""
+        """The value under a key; raises ValueError without one."""
         if key not in self.fields:
             raise UserError(f'{self.place}: no "{key}"; its columns are {self.names}: check --corpus')
         return self.fields[key]
@@ -58,7 +58,7 @@ class Record:
 
     @property
     def place(self) -> str:
-        """Where it stands, for messages."""
+        """File and number, for messages."""
         return f"{self.file}, record {self.number}"
 
 
@@ -224,5 +224,5 @@ def check_exists(file: str) -> None:
 
 
 def decompression_error(file: str, error: Exception) -> str:
-    """What is said of a compressed file that cannot be decompressed."""
+    """The message for a compressed file that cannot be decompressed."""
     return f"annotation file {file} cannot be decompressed ({error}): is it complete, and compressed as its name says?"

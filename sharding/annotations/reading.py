@@ -64,7 +64,7 @@ PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
 
 def by_ending(file: AnnotationFile, reading: Reading) -> Iterator[Record]:
-    """Records of a file whose form its name tells; raises ValueError when it does not."""
+    """Records of a file, read as the ending of its name says; raises ValueError for an unknown one."""
     name = file.name.lower()
     for packed in PACKED:
         name = name.removesuffix(packed)
@@ -72,7 +72,7 @@ def by_ending(file: AnnotationFile, reading: Reading) -> Iterator[Record]:
     if ending not in ENDINGS:
         formats = ", ".join((*READERS, *JOINING))
         raise UserError(
-            f"annotation file {file.name}: its name does not tell its form; set --format to one of {formats}"
+            f"annotation file {file.name}: its name does not show its format; set --format to one of {formats}"
         )
     return ENDINGS[ending](file, reading)
 

@@ -1,4 +1,4 @@
-"""Media inside tar and zip archives, local or remote: one pass lists the members, then each is one ranged read."""
+"""Media inside tar and zip archives, local or remote: one traversal lists the members, then each is one ranged read."""
 
 from __future__ import annotations
 
@@ -102,10 +102,10 @@ class Archive:
         make_listing(url, listing)
         with pa.memory_map(str(listing)) as file:
             self.table = pa.ipc.open_stream(file).read_all().combine_chunks()
-        said = {key.decode(): value.decode() for key, value in (self.table.schema.metadata or {}).items()}
-        if said["error"]:
-            raise ValueError(said["error"])
-        self.damage = said["damage"]
+        notes = {key.decode(): value.decode() for key, value in (self.table.schema.metadata or {}).items()}
+        if notes["error"]:
+            raise ValueError(notes["error"])
+        self.damage = notes["damage"]
 
     def find(self, path: bytes, before: int | None = None) -> Member | None:
         """The last member of a path, or the last one that lies before an offset."""
@@ -140,8 +140,10 @@ class Archive:
             missing = LOCAL_HEADER + lengths_in(data) + member.stored - len(data)
             data = unpack(data if missing <= 0 else data + self.bytes_at(member.offset + len(data), missing), member)
         if len(data) != member.size:
-            said = f"{len(data)} bytes instead of {member.size} from the archive {self.name}"
-            raise MediaError(f"{said}: cut, or no ranges")
+            raise MediaError(
+                f"{len(data)} bytes instead of {member.size} from the archive {self.name}: it is truncated, or its "
+                "server ignores ranges"
+            )
         return data
 
     def bytes_at(self, offset: int, size: int) -> bytes:
@@ -195,7 +197,7 @@ def unpack(data: bytes, member: Member) -> bytes:
 
 
 def decompress(body: bytes, member: Member) -> bytes:
-    """What a zip's member was before it was compressed; no more than a byte beyond the size that the zip says."""
+    """A zip's member, decompressed to at most one byte more than its directory states."""
     if member.method == zipfile.ZIP_DEFLATED:
         return zlib.decompressobj(-zlib.MAX_WBITS).decompress(body, member.size + 1)
     if member.method == zipfile.ZIP_BZIP2:

@@ -62,7 +62,7 @@ class Media:
         """(place in `sources`, media or why it cannot be read), local files in order, distant ones as they come.
 
         Raises:
-            PermissionError: the store refuses the credentials, so that no source would be better off.
+            PermissionError: the store refuses the credentials, for all sources.
         """
         places = iter(range(len(sources)))
         local = (self.location(source).startswith("/") for source in sources)
@@ -105,7 +105,7 @@ class Media:
         return pool.submit(self.fetch, source)
 
     def outcome(self, future: Future[Any], source: str) -> Fetched | MediaError:
-        """What came of a source; raises what would befall all others, too."""
+        """The media or why it cannot be read; raises errors that all other sources would meet."""
         try:
             found = future.result()
         except StoreError as error:
@@ -221,7 +221,7 @@ def opened(media: Fetched) -> Iterator[bytes | mmap.mmap]:
 
 
 def check_root(root: str) -> None:
-    """Make sure that the place that media paths start from is there, as far as that can be told.
+    """Check that the folder, archive or store that media paths start from exists, where that can be known.
 
     Raises:
         FileNotFoundError: it does not exist. ValueError: it is a compressed tar. PermissionError, OSError: it is remote

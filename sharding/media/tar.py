@@ -1,4 +1,4 @@
-"""Walks through a tar from end to end: every member with its place and bytes, and whatever is damaged on the way."""
+"""Traverses a tar from start to end: every member with its offset and bytes, and all damage."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Member:
     """
 
     name: str
-    header: bytes  # the tar header before it; empty when that is damaged and the index told what follows
+    header: bytes  # the tar header before it; empty when that is damaged and `known` names the file
     offset: int
     size: int
     data: bytes | None
@@ -101,7 +101,7 @@ class TarStream:
         the next place that `known` (offset of the data: name and size) or a sound header shows.
         """
         known = known or {}
-        for_all: dict[str, bytes] = {}  # what members say of all that follow
+        for_all: dict[str, bytes] = {}  # what members describe of all that follow
         for_next: dict[str, bytes] = {}  # and of the next one
         ended = False  # the end mark was passed
         while True:
@@ -130,16 +130,16 @@ class TarStream:
                 if info is None:
                     return
             if info.type in PAX or info.type in LONG:
-                said = self.description(info)
-                if said is None:
+                described = self.description(info)
+                if described is None:
                     yield Damage(start, "damaged description of the next member")
-                (for_all if info.type == tarfile.XGLTYPE else for_next).update(said or {})
+                (for_all if info.type == tarfile.XGLTYPE else for_next).update(described or {})
             else:
                 yield from self.entry(info, header, for_all | for_next, wanted)
                 for_next = {}
 
     def description(self, info: tarfile.TarInfo) -> dict[str, bytes] | None:
-        """What a PAX or GNU member says of others; None when it is damaged."""
+        """What a PAX or GNU member describes of others; None when it is damaged."""
         data = self.read(info.size, info.size <= LONGEST)
         self.read(-info.size % BLOCK)
         if info.type in LONG:
@@ -147,22 +147,22 @@ class TarStream:
         return pax_records(data) if len(data) == info.size else None
 
     def entry(
-        self, info: tarfile.TarInfo, header: bytes, said: Mapping[str, bytes], wanted: Callable[[str], bool]
+        self, info: tarfile.TarInfo, header: bytes, described: Mapping[str, bytes], wanted: Callable[[str], bool]
     ) -> Iterator[Member | Damage]:
-        """What a header, with what was `said` of it before, stands for; nothing for folders and devices."""
-        name = said.get("GNU.sparse.name") or said.get("path") or info.name.encode("utf-8", "surrogateescape")
-        digits = said.get("size", b"")
+        """The member of a header and its earlier descriptions; nothing for folders and devices."""
+        name = described.get("GNU.sparse.name") or described.get("path") or info.name.encode("utf-8", "surrogateescape")
+        digits = described.get("size", b"")
         size = int(digits) if digits.isdigit() and len(digits) <= 20 else info.size
         if info.type in (tarfile.LNKTYPE, tarfile.SYMTYPE):
             hard = info.type == tarfile.LNKTYPE
-            link = said.get("linkpath") or info.linkname.encode("utf-8", "surrogateescape")
+            link = described.get("linkpath") or info.linkname.encode("utf-8", "surrogateescape")
             place = link if hard else posixpath.join(posixpath.dirname(name), link)
             yield Member(shown(name), header, self.position, 0, None, plain(name), plain(place), hard)
         elif info.type in NO_FILE:
             self.read(size + -size % BLOCK, keep=False)
         elif info.type not in NO_DATA:
             unreadable = "begins in another volume" if info.type == OTHER_VOLUME else ""
-            if info.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in said):
+            if info.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in described):
                 unreadable = "is stored as a sparse file"
             more = header[482:483] if info.type == tarfile.GNUTYPE_SPARSE else b""
             while more.strip(b"\0"):  # blocks with more of the map of its parts

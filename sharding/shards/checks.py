@@ -1,4 +1,4 @@
-"""Checks one shard: its tar byte by byte against its index, its checksums, and what corpus.json says of both."""
+"""Checks one shard: its tar byte by byte against its index, its checksums, and corpus.json."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Check:
-    """A shard to check: URLs of both files, what corpus.json says (None: nothing that could be trusted)."""
+    """A shard to check: URLs of both files, its line of corpus.json (None: not to be trusted)."""
 
     number: int
     tar: str
@@ -65,7 +65,7 @@ class Report:
     index_is_sound: bool = False
     info: ShardInfo | None = None  # of a sound shard, from the files themselves
     media_type: str = ""
-    failures: list[dict[str, Any]] = field(default_factory=list)  # as the index tells them
+    failures: list[dict[str, Any]] = field(default_factory=list)  # as the index lists them
 
 
 def check_shard(check: Check, advance: Advance) -> Report:
@@ -163,7 +163,7 @@ class Frame:
 
 
 class TarCheck:
-    """One walk through a tar: `faults`, and `minor` that count only if the tar's SHA-256 is wrong."""
+    """One traversal of a tar: `faults`, and `minor` ones that count only if the tar's SHA-256 is wrong."""
 
     def __init__(
         self, check: Check, name: str, table: pa.Table | None, rows: list[dict[str, Any]], stream: TarStream
@@ -280,7 +280,7 @@ class TarCheck:
         self.faults.append(Fault(self.name, reason, key, offset))
 
     def check_unseen(self, cut: bool) -> None:
-        """Frames of the index that the tar has not; of a tar that was cut off only their number is told."""
+        """Frames of the index that the tar lacks; of a tar that was cut off only their number is reported."""
         left = [(offset, frame) for offset, frames in self.frames.items() for frame in frames]
         if cut and left:
             lost = {self.rows[frame.row]["key"]: None for _, frame in left}

@@ -215,15 +215,15 @@ def contents_of(reader: Reader, fps: float) -> Contents:
 
 
 def remark_on(sample: Sample) -> list[str]:
-    """What is said of the pictures and texts of a sample that are not taken; empty when there are none."""
+    """Remarks on the pictures and texts of a sample that are left out."""
     texts = sorted(ending for ending in sample.others if ending.rsplit(".", 1)[-1] in TEXTS)
-    said = [
+    remarks = [
         f"{ending}: not read, as a key ends at the first dot of a name; texts are KEY.txt, KEY.json" for ending in texts
     ]
     if left := sorted(set(sample.pictures) - set(sample.frame_endings)):
         taken = "the numbered frames are" if sample.is_clip else f"{sample.frame_endings[0]} is"
-        said.append(f"{', '.join(left)} in the same sample: {taken} taken")
-    return said
+        remarks.append(f"{', '.join(left)} in the same sample: {taken} taken")
+    return remarks
 
 
 def is_wanted(name: str) -> bool:
@@ -281,8 +281,8 @@ def row_of(sample: Sample, is_video: bool, fps: float) -> tuple[dict[str, Any], 
     for number, frame in enumerate(frames):
         if frame.broken:
             raise SampleError(f"frame {number}: {frame.broken}" if is_video else frame.broken)
-    said = json_fields(sample.texts)
-    rate = (number_of(said.get("fps")) or fps or 1.0) if is_video else None
+    stated = json_fields(sample.texts)
+    rate = (number_of(stated.get("fps")) or fps or 1.0) if is_video else None
     row = {
         "key": sample.key,
         "offsets": [frame.offset for frame in frames],
@@ -291,14 +291,14 @@ def row_of(sample: Sample, is_video: bool, fps: float) -> tuple[dict[str, Any], 
         "width": frames[0].width,
         "height": frames[0].height,
         "fps": rate,
-        "duration": None if rate is None else number_of(said.get("duration")) or len(frames) / rate,
-        "frame_times": [] if rate is None else times_of(said, len(frames), rate),
-        "source": str(said.get("source") or said.get("url") or sample.key),
-        "captions": captions_of(sample.texts, said),
-        "questions": questions_of(said, sample.key),
-        "choices": choices_of(said),
+        "duration": None if rate is None else number_of(stated.get("duration")) or len(frames) / rate,
+        "frame_times": [] if rate is None else times_of(stated, len(frames), rate),
+        "source": str(stated.get("source") or stated.get("url") or sample.key),
+        "captions": captions_of(sample.texts, stated),
+        "questions": questions_of(stated, sample.key),
+        "choices": choices_of(stated),
     }
-    return row, rate is not None and not number_of(said.get("fps")) and not fps
+    return row, rate is not None and not number_of(stated.get("fps")) and not fps
 
 
 def check_duplicates(sample: Sample) -> None:
@@ -309,6 +309,6 @@ def check_duplicates(sample: Sample) -> None:
     times = {1 + sample.duplicates[ending] for ending in (*sample.pictures, *sample.texts)}
     if len(times) > 1:
         raise SampleError(
-            f"{', '.join(sorted(sample.duplicates))} more than once in the tar, with different contents: which files "
-            "belong together cannot be told"
+            f"{', '.join(sorted(sample.duplicates))} more than once in the tar, with different contents: it is unclear "
+            "which files belong together"
         )

@@ -1,4 +1,4 @@
-"""The texts of a sample in another tool's tar: what its KEY.json and KEY.txt say."""
+"""The texts of a sample in another tool's tar: its KEY.json and KEY.txt."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class SampleError(Exception):
 
 
 def json_fields(texts: Mapping[str, bytes]) -> dict[str, Any]:
-    """What KEY.json says, without its nulls."""
+    """The fields of KEY.json, without nulls."""
     if "json" not in texts:
         return {}
     try:
@@ -49,7 +49,7 @@ def decoded(data: bytes, ending: str) -> str:
 
 
 def is_null(value: Any) -> bool:
-    """Whether a value says nothing: null, or the NaN that tables have in its place."""
+    """Whether a value is null, or the NaN that tables have in its place."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 

@@ -1,4 +1,4 @@
-"""Rows of a CSV or TSV: the fields of each, or why it has none. A quote that is not closed costs its own row alone."""
+"""Rows of a CSV or TSV: the fields of each, or why it is unusable; an unclosed quote makes only its own row so."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ DELIMITERS = ",;\t|"
 LONGEST_FIELD = 2**24  # characters; an unclosed quote reaches it soon
 UNDECODED = re.compile(r"[\udc80-\udcff]")  # what surrogateescape makes of bytes that are not in the encoding
 UNCLOSED = "a quote is opened and never closed: close it, or double it where it is part of the text"
-UNDOUBLED = 'a quote inside a quoted field must be doubled (""): mend it, or set --format tsv, where quotes are text'
+UNDOUBLED = 'a quote inside a quoted field must be doubled (""): correct it, or set --format tsv, where quotes are text'
 SWALLOWED = "a quote is opened, and closed only in a later row: close it, or double it where it is part of the text"
 
 
 def delimited_rows(handle: IO[bytes], encoding: str, delimiter: str, quoting: int) -> Iterator[tuple[list[str], str]]:
-    """(fields, fault) of each row that is not empty; a fault tells why the fields are not to be used.
+    """(fields, fault) of each row that is not empty; a fault is the reason why the fields are unusable.
 
     Raises:
         UnicodeDecodeError: bytes are not in an encoding that does not tell where the next character begins.

@@ -75,7 +75,7 @@ def parsed(file: AnnotationFile, parse: Callable[[Any], Iterator[Found]]) -> Ite
 
 
 def not_json(file: AnnotationFile, parse: Callable[[Any], Iterator[Found]], slow: int) -> UserError:
-    """What is said of a file that is no JSON, and where, found by reading it again, from byte `slow` on one by one."""
+    """The error of a file that is no JSON, with the position: it is parsed again, from byte `slow` on one by one."""
     number = 0
     with file.opened() as handle:
         stream = Located(RepairedJson(handle), slow)
@@ -128,7 +128,7 @@ def first_record(file: AnnotationFile) -> Record | None:
 
 
 def json_value(file: AnnotationFile, key: str) -> Any:
-    """A value of a JSON object that stands before its long lists; None where it has none of that name."""
+    """A value of a JSON object, which comes before its long lists; None where it has none of that name."""
     return next(parsed(file, lambda handle: ijson.items(handle, key, use_float=True)), None)
 
 
