@@ -18,6 +18,7 @@ import pytest
 import simplejpeg
 import webdataset
 from object_stores import Store
+from packed import contents
 from places import ROOT
 
 from loaders.shards import CorpusReader
@@ -89,10 +90,6 @@ def media(shapes) -> list[Path]:
 def rows_of(url: str) -> list[dict]:
     corpus = read_corpus(url)
     return [row for shard in range(len(corpus.shards)) for row in read_index(corpus, shard).to_pylist()]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("where", ["local", "s3", "gcs"])
