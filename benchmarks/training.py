@@ -37,7 +37,7 @@ import torch
 
 from loaders.batch import Batch, normalize
 from loaders.config import LoaderConfig, PerMedia, VideoInput
-from loaders.decode.decoder import BACKENDS
+from loaders.decode.choice import BACKENDS
 from loaders.shards import CorpusReader
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader

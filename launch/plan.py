@@ -5,20 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
+import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from itertools import islice
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
 
 from loaders.config import LoaderConfig, PerMedia
-from loaders.text import Tokenizer
 from loaders.train import TrainLoader
-from loaders.vocab import corpus_texts, learn_from_texts
 from runtime.errors import UserError, command
 from runtime.units import data_size, duration
 
-TEXTS_TO_LEARN_FROM = 5000
 NODES = (1, 2, 4, 8, 16, 32, 64)
 MONTH = 30 * 86400.0
 STEP_PARTS = ("GPU", "all-reduce")
@@ -37,9 +33,9 @@ class Medium:
         """Both together, means weighted by samples."""
         total = self.samples + other.samples
         means = {
-            field.name: (getattr(self, field.name) * self.samples + getattr(other, field.name) * other.samples)
+            each.name: (getattr(self, each.name) * self.samples + getattr(other, each.name) * other.samples)
             / max(1, total)
-            for field in fields(Medium)[1:]
+            for each in fields(Medium)[1:]
         }
         return Medium(total, **means)
 
@@ -55,31 +51,36 @@ SETS = {
 }
 
 
+def _option(default: Any, text: str) -> Any:
+    """A field of `Cluster`, which is an option of the command line too."""
+    return field(default=default, metadata={"help": f"{text} (default: %(default)s)"})
+
+
 @dataclass(frozen=True)
 class Cluster:
-    """What a plan is made for; the command line's options say more."""
+    """What a plan is made for."""
 
-    gpus: int = 8  # of a node
-    gpu_rate: float = 200.0  # samples a second that one GPU trains on
-    batch: int = 128  # of a GPU
-    parameters: float = 202e6
-    decode_rate: float = 16_000.0  # samples a second that one node decodes
-    node_gbit: float = 25.0  # of a node's network
-    overlap: bool = False  # the all-reduce runs beside the backward pass: overlap_comm of the DeepSpeed JSON
-    store_requests: float = 5_500.0  # a second that the store answers under one prefix (a corpus)
-    node_requests: float = 3_000.0  # a second that one node sends: remote.requests_per_second
-    prefixes: int = 1  # that the corpora are spread over
-    store_gbit: float = 0.0  # that the store gives altogether; 0: no limit
-    epochs: int = 10
-    gpu_hour: float = 2.0  # dollars
-    egress_gb: float = 0.0
-    requests_1000: float = 0.0004
-    storage_gb_month: float = 0.023
+    gpus: int = _option(8, "GPUs of a node")
+    gpu_rate: float = _option(200.0, "samples a second that a GPU trains on")
+    batch: int = _option(128, "samples of a GPU's batch")
+    parameters: float = _option(202e6, "parameters of the model")
+    decode_rate: float = _option(16_000.0, "samples a second that a node decodes")
+    node_gbit: float = _option(25.0, "Gbit/s of a node's network")
+    overlap: bool = field(default=False, metadata={"help": "the DeepSpeed JSON sets overlap_comm"})
+    store_requests: float = _option(5_500.0, "requests a second under one prefix of the store")
+    node_requests: float = _option(3_000.0, "requests a second that one node may send (remote.requests_per_second)")
+    prefixes: int = _option(1, "prefixes of the store that the corpora are spread over")
+    store_gbit: float = _option(0.0, "Gbit/s of the store altogether, 0 for no limit")
+    epochs: int = _option(10, "epochs of the run")
+    gpu_hour: float = _option(2.0, "dollars for a GPU-hour")
+    egress_gb: float = _option(0.0, "dollars for a GB out of the store")
+    requests_1000: float = _option(0.0004, "dollars for 1,000 requests")
+    storage_gb_month: float = _option(0.023, "dollars for a GB stored for a month")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """An epoch on so many nodes. `times`: seconds that each part would need alone."""
+    """An epoch on `nodes` nodes. `times`: seconds that each part would need alone."""
 
     nodes: int
     samples: int
@@ -91,22 +92,22 @@ class Plan:
     cost: dict[str, float]  # dollars, of all epochs
 
     @property
-    def binds(self) -> str:
-        """The part that decides the time; of GPU and all-reduce, which belong to one step, the longer one."""
-        beside = max((part for part in self.times if part not in STEP_PARTS), key=lambda part: self.times[part])
-        return beside if self.times[beside] > self.training else max(STEP_PARTS, key=lambda part: self.times[part])
+    def bottleneck(self) -> str:
+        """The part that decides the time; of GPU and all-reduce, which make up a step, the longer one."""
+        others = max((part for part in self.times if part not in STEP_PARTS), key=lambda part: self.times[part])
+        return others if self.times[others] > self.training else max(STEP_PARTS, key=lambda part: self.times[part])
 
     @property
     def seconds(self) -> float:
-        """Of an epoch: reading and decoding go on while the GPUs train."""
+        """Of an epoch: reading and decoding run while the GPUs train."""
         return max(self.training, *self.times.values())
 
 
 def training_seconds(gpu: float, all_reduce: float, overlap: bool) -> float:
-    """Of steps whose arithmetic and exchange would take so long alone.
+    """Time of steps whose arithmetic and all-reduce would take these times alone.
 
-    DeepSpeed's ZeRO 1 starts the exchange after the backward pass. With overlap_comm the gradients, two thirds of it,
-    go beside the backward pass, two thirds of the arithmetic; the weights follow the optimizer's step.
+    ZeRO 1 communicates after the backward pass. With overlap_comm the gradients, two thirds of the bytes, are reduced
+    during the backward pass, two thirds of the arithmetic; the weights follow the optimizer step.
     """
     return (gpu + all_reduce) / 3 + max(gpu, all_reduce) * 2 / 3 if overlap else gpu + all_reduce
 
@@ -147,68 +148,57 @@ def measure(corpora: Sequence[str], config: LoaderConfig) -> tuple[Medium, float
     Raises:
         FileNotFoundError, ValueError: as TrainLoader.
     """
-    import time
-
-    with tempfile.TemporaryDirectory(prefix="singularity-plan-") as folder:
-        texts = (text for url in corpora for text in corpus_texts(url, config))
-        learn_from_texts(islice(texts, TEXTS_TO_LEARN_FROM), 2000, Path(folder) / "vocab.txt")
-        tokenizer = Tokenizer.load(folder)
-    loader = TrainLoader(corpora, tokenizer, config)
+    loader = TrainLoader(corpora, None, config)  # frames only: texts are read with the indices
     try:
-        opened = loader.figures()
+        before = loader.counters()
         began = time.perf_counter()
         samples = sum(len(batch.keys) for batch in loader)
         seconds = time.perf_counter() - began
-        figures = loader.figures()
-        shards = [shard for line in loader.lines.values() for reader in line.readers for shard in reader.corpus.shards]
+        counts = {name: count - before.get(name, 0.0) for name, count in loader.counters().items()}
+        shards = [shard for reader in loader.readers for shard in reader.corpus.shards]
     finally:
         loader.close()
-    taken = {
-        name: figures.get(name, 0.0) - opened.get(name, 0.0) for name in ("requests", "bytes_fetched", "bytes_read")
-    }
     stored = sum(shard.bytes for shard in shards) / sum(shard.samples for shard in shards)
-    shown = taken["bytes_fetched"] or taken["bytes_read"]
-    return Medium(samples, shown / samples, taken["requests"] / samples, stored), seconds
+    fetched = counts.get("bytes_fetched", 0.0) or counts.get("bytes_read", 0.0)
+    return Medium(samples, fetched / samples, counts.get("requests", 0.0) / samples, stored), seconds
 
 
-def advice(plan: Plan) -> str:
-    """What to do about the part that binds."""
-    return {
-        "GPU": "GPUs bind, as it should be: more of them make it faster.",
-        "all-reduce": "The network between nodes binds: a larger batch a GPU, faster links, fewer nodes, or "
-        "overlap_comm in the DeepSpeed JSON (deepspeed_configs/zero2.json has it; --overlap).",
-        "decode": "Decoding binds: GPU decoding (decode=dali), more cores, or frames packed smaller (--size).",
-        "network": "The nodes' network binds: a cache (cache.folder), or frames packed smaller (--size).",
-        "node's requests": "A node's request rate binds: raise remote.requests_per_second (--node-requests) where the "
-        "store allows it, or let photos come in blocks (cache.folder, --cached).",
-        "store's requests": "The store's request rate binds: spread the corpora over several prefixes or buckets "
-        "(--prefixes), or let photos come in blocks (cache.folder, --cached).",
-        "store's bytes": "The store's bandwidth binds: a cache (cache.folder), or a store nearer to the nodes.",
-    }[plan.binds]
+ADVICE = {
+    "GPU": "The GPUs are the bottleneck, as they should be: more of them make it faster.",
+    "all-reduce": "The network between nodes is the bottleneck: a larger batch a GPU, faster links, fewer nodes, or "
+    "overlap_comm in the DeepSpeed JSON (deepspeed_configs/zero2.json has it; --overlap).",
+    "decode": "Decoding is the bottleneck: decode on the GPU (decode=dali), add cores, or pack smaller frames.",
+    "network": "The network of the nodes is the bottleneck: a cache (cache.folder), or smaller frames (--size).",
+    "node's requests": "The request rate of a node is the bottleneck: raise remote.requests_per_second "
+    "(--node-requests) where the store allows it, or read photos in blocks (cache.folder, --cached).",
+    "store's requests": "The request rate of the store is the bottleneck: spread the corpora over several prefixes or "
+    "buckets (--prefixes), or read photos in blocks (cache.folder, --cached).",
+    "store's bytes": "The bandwidth of the store is the bottleneck: a cache (cache.folder), or a store nearer by.",
+}
 
 
 def table(plans: Sequence[Plan], cluster: Cluster) -> str:
-    """Plans for people."""
+    """The plans as text."""
     first = plans[0]
     lines = [
         f"{first.samples:,} samples: {data_size(first.stored_bytes)} stored; an epoch takes "
         f"{data_size(first.egress_bytes)} in {first.requests:,.4g} requests.",
         "",
-        f"{'nodes':>5} {'GPUs':>5} {'epoch':>9} {f'{cluster.epochs} epochs':>10}  {'binds':<17}{'next':<27}"
+        f"{'nodes':>5} {'GPUs':>5} {'epoch':>9} {f'{cluster.epochs} epochs':>10}  {'bottleneck':<17}{'next':<27}"
         f"{'GB/s':>6} {'req/s':>7} {'$ GPUs':>9} {'$ store':>8}",
     ]
     for plan in plans:
-        others = {part: seconds / plan.seconds for part, seconds in plan.times.items() if part != plan.binds}
+        others = {part: seconds / plan.seconds for part, seconds in plan.times.items() if part != plan.bottleneck}
         part, share = max(others.items(), key=lambda item: item[1])
         second = f"{part} ({share:.0%})"
         store = sum(value for part, value in plan.cost.items() if part != "GPUs")
         lines.append(
             f"{plan.nodes:>5} {plan.nodes * cluster.gpus:>5} {duration(plan.seconds):>9} "
-            f"{duration(plan.seconds * cluster.epochs):>10}  {plan.binds:<17}{second:<27}"
+            f"{duration(plan.seconds * cluster.epochs):>10}  {plan.bottleneck:<17}{second:<27}"
             f"{plan.egress_bytes / plan.seconds / 1e9:>6.2g} {plan.requests / plan.seconds:>7,.0f} "
             f"{plan.cost['GPUs']:>9,.0f} {store:>8,.0f}"
         )
-    return "\n".join([*lines, "", *dict.fromkeys(advice(plan) for plan in plans)])
+    return "\n".join([*lines, "", *dict.fromkeys(ADVICE[plan.bottleneck] for plan in plans)])
 
 
 def parser() -> argparse.ArgumentParser:
@@ -222,21 +212,11 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--cached", action="store_true", help="photos come in blocks of 1 MiB (cache.folder is set)")
     result.add_argument("--nodes", type=int, nargs="+", default=list(NODES), help="(default: %(default)s)")
     result.add_argument("--json", action="store_true", help="print the plans as JSON")
-    own = Cluster()
-    for name, text in {
-        "gpus": "GPUs of a node", "gpu_rate": "samples a second that a GPU trains on", "batch": "samples of a GPU",
-        "parameters": "of the model", "decode_rate": "samples a second that a node decodes",
-        "node_gbit": "Gbit/s of a node's network", "store_requests": "requests a second under one prefix of the store",
-        "node_requests": "requests a second that one node may send (remote.requests_per_second)",
-        "prefixes": "prefixes of the store that the corpora are spread over",
-        "store_gbit": "Gbit/s that the store gives altogether, 0 for any", "epochs": "epochs of the run",
-        "gpu_hour": "dollars a GPU-hour", "egress_gb": "dollars a GB out of the store", "requests_1000": "dollars",
-        "storage_gb_month": "dollars",
-    }.items():  # fmt: skip
-        value = getattr(own, name)
-        option = "--" + name.replace("_", "-")
-        result.add_argument(option, type=type(value), default=value, help=f"{text} (default: %(default)s)")
-    result.add_argument("--overlap", action="store_true", help="the DeepSpeed JSON sets overlap_comm")
+    for option in fields(Cluster):
+        how = {"action": "store_true"} if option.type == "bool" else {"type": type(option.default)}
+        result.add_argument(
+            "--" + option.name.replace("_", "-"), default=option.default, help=option.metadata["help"], **how
+        )
     return result
 
 
@@ -258,12 +238,12 @@ def chosen_medium(options: argparse.Namespace) -> Medium:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = parser().parse_args(arguments)
-    cluster = Cluster(**{field.name: getattr(options, field.name) for field in fields(Cluster)})
+    cluster = Cluster(**{each.name: getattr(options, each.name) for each in fields(Cluster)})
     medium = chosen_medium(options)
     plans = [make_plan(medium, cluster, nodes) for nodes in options.nodes]
     if options.json:
-        told = [{**asdict(plan), "seconds": plan.seconds, "binds": plan.binds} for plan in plans]
-        sys.stdout.write(json.dumps(told, indent=1) + "\n")
+        found = [{**asdict(plan), "seconds": plan.seconds, "bottleneck": plan.bottleneck} for plan in plans]
+        sys.stdout.write(json.dumps(found, indent=1) + "\n")
     else:
         sys.stdout.write(table(plans, cluster) + "\n")
     return 0

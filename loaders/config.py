@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from runtime.errors import UserError
@@ -76,6 +78,15 @@ class LoaderConfig:
     stall_timeout: float = free(
         300.0, "seconds without a batch until the loader fails; 0: never", least=0, renamed_from="patience"
     )
+
+
+def check_weights(config: LoaderConfig, names: Sequence[str]) -> None:
+    """Raise ValueError for a weight that is not above 0, or of none of the corpora with these names."""
+    for name, weight in config.corpus_weights.items():
+        if name not in names:
+            raise UserError(f"corpus_weights names {name!r}, the corpora are {', '.join(sorted(set(names)))}")
+        if not 0 < weight < math.inf:
+            raise UserError(f"corpus_weights.{name} is {weight}, must be above 0: traversals of the corpus an epoch")
 
 
 def check_storage(config: LoaderConfig) -> None:

@@ -1,4 +1,4 @@
-"""The run's folder: whether this run may use it, what in it belongs to whom, and the lock that keeps others out."""
+"""The folder of a run: whether this run may use it, its files, and the lock that excludes other processes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WAIT_FOR_STOPPING = 90.0  # seconds given to a run that is just saving its last 
 
 
 class RunFolder:
-    """Where everything of a run lies. `claim` makes it this process' own until `release` or its end."""
+    """All files of a run. `claim` locks the folder for this process until `release` or the end of the process."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -52,21 +52,21 @@ class RunFolder:
 
     @property
     def finished(self) -> Path:
-        """Present when the run has come to its end."""
+        """Present once the run is complete."""
         return self.path / "finished.json"
 
     def claim(self, config: RunConfig) -> None:
-        """Take the folder for this run, or raise ValueError that says why not and what to do.
+        """Take the folder for this run, or raise UserError.
 
-        A folder is free when it is new or empty, or when it holds the same run, unfinished, and `resume` is on; also
-        when another run has left no checkpoint there.
+        A folder is free when it is new or empty, when it holds the same run, unfinished, and `resume` is on, and when
+        another run left no checkpoint there.
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"output_dir={self.path} is a file: choose another output_dir")
         existing = self.settings.is_file()
-        others = self.path.is_dir() and any(not _may_lie_there(entry.name) for entry in self.path.iterdir())
+        others = self.path.is_dir() and any(not _is_expected(entry.name) for entry in self.path.iterdir())
         if not existing and others:
-            raise UserError(f"output_dir={self.path} is in use by something that is no run: choose another output_dir")
+            raise UserError(f"output_dir={self.path} holds files that are not of a run: choose another output_dir")
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock_or_raise()
         recover_folders(self.checkpoints)
@@ -74,13 +74,13 @@ class RunFolder:
             self._check_same(config)
 
     def begin(self, config: RunConfig) -> None:
-        """Write the resolved configuration and remove what an interrupted process has left half-written."""
+        """Write the resolved configuration and remove temporary files of an interrupted process."""
         remove_temporary(self.checkpoints)
         remove_temporary(self.path)
         write_text(self.settings, to_yaml(config), sync=True)  # a power cut must not leave an empty one
 
     def note_stopping(self) -> None:
-        """Tell a successor that waits for the folder that this run is about to leave it."""
+        """Note in the lock that this run is about to exit, for a successor that waits for the folder."""
         if self._lock is not None:
             _write_note(self._lock, "stopping")
 
@@ -90,7 +90,7 @@ class RunFolder:
             self.finished.write_text(json.dumps(summary) + "\n")
 
     def release(self) -> None:
-        """Let others have the folder."""
+        """Unlock the folder."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -115,7 +115,7 @@ class RunFolder:
                 time.sleep(0.5)
                 waited += 0.5
             except OSError as error:  # a file system without locks
-                log.warning("%s cannot be locked (%s): see to it that no other run uses it", self.path, error)
+                log.warning("%s cannot be locked (%s): make sure that no other run uses it", self.path, error)
                 break
         self._lock = handle
         _write_note(handle, "running")
@@ -124,7 +124,7 @@ class RunFolder:
         if not config.resume:
             raise UserError(
                 f"output_dir={self.path} is in use by an earlier run and resume is off: choose another output_dir, "
-                "or set resume=true to go on with that run"
+                "or set resume=true to resume that run"
             )
         if self.finished.is_file():
             raise UserError(
@@ -133,29 +133,30 @@ class RunFolder:
             )
         steps = [checkpoint_step(path) for path in complete_checkpoints(self.checkpoints)]
         if not self.settings.read_bytes().strip(b"\0 \n"):
-            log.warning("%s was emptied, as by a power cut: this command's settings are the run's", self.settings)
+            log.warning(
+                "%s is empty, as after a power failure: the run takes the settings of this command", self.settings
+            )
             return
         changes = _changes(self.settings, config)
         difference = "; ".join(changes[FIXED][:3])
         if difference and steps:
             raise UserError(
                 f"output_dir={self.path} is in use by a run with other settings ({difference}): choose another "
-                "output_dir, or repeat that run's settings to go on with it"
+                "output_dir, or repeat that run's settings to resume it"
             )
         if changes[EVALUATION] and steps and config.stop_key is not None:
             log.warning(
-                "The best checkpoint so far was chosen by another evaluation (%s): its score and those to come may "
-                "not compare",
+                "Another evaluation chose the best checkpoint so far (%s): later scores may not be comparable",
                 "; ".join(changes[EVALUATION][:3]),
             )
         if steps:
-            log.info("Going on with the run in %s from step %d", self.path, steps[-1])
+            log.info("Resuming the run in %s from step %d", self.path, steps[-1])
         else:
-            log.info("The earlier run in %s had saved nothing yet: starting anew", self.path)
+            log.info("The earlier run in %s saved no checkpoint: starting from the beginning", self.path)
 
 
 def _changes(path: Path, config: RunConfig) -> dict[str, list[str]]:
-    """How `config` differs from the resolved configuration at `path`, in words, by what a change of it may affect."""
+    """How `config` differs from the resolved configuration at `path`, as text, by what the change affects."""
     there, here = flatten(load_settings(path).config), flatten(config)
     changes: dict[str, list[str]] = {FIXED: [], EVALUATION: [], FREE: []}
     for key in dict.fromkeys([*here, *there]):
@@ -181,6 +182,6 @@ def _read_note(handle: IO[str]) -> dict[str, Any]:
         return {}
 
 
-def _may_lie_there(name: str) -> bool:
-    """What may lie in a folder before its first run: evaluations of other checkpoints, and remains of failed starts."""
+def _is_expected(name: str) -> bool:
+    """Whether a folder may hold it before its first run: evaluations of other checkpoints, files of failed starts."""
     return name.startswith((".", "stacks_rank_")) or name in ("evaluation", "metrics.json", "logs")

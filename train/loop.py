@@ -1,4 +1,4 @@
-"""Training: load, step, log, save, epoch after epoch, from wherever the run stopped."""
+"""The training loop: load, step, log, save; from the newest checkpoint on."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ Evaluate = Callable[[Model, list[str], str], Metrics]  # model, splits, label
 
 
 class Trainer:
-    """A run in progress: the engine, where it is, and what it writes."""
+    """A run: its engine, its position, and what it writes."""
 
     def __init__(self, prepared: Prepared, device: torch.device, request: StopRequest, watchdog: Watchdog) -> None:
-        """Start the engine and, where the run's folder holds a checkpoint, go back to it; all ranks call."""
+        """Start the engine and load the newest checkpoint, if any; all ranks call."""
         self.run, self.ranks, self.folder = prepared.run, prepared.ranks, prepared.folder
         self.watchdog = watchdog
         self.tokenizer, self.loader, self.device = prepared.tokenizer, prepared.loader, device
@@ -94,7 +94,7 @@ class Trainer:
     def train(self, evaluate: Evaluate | None = None) -> None:
         """Train to the end. With `evaluate`: `stop_key` is evaluated after each epoch, all splits at the end.
 
-        Raises TrainingInterrupted, after a checkpoint, when the run was asked to stop.
+        Raises TrainingInterrupted, after a checkpoint, when a signal asked to stop.
         """
         if self.ranks.is_first:
             if slow := slow_precision(self.run.precision, self.device):
@@ -109,7 +109,7 @@ class Trainer:
             )
         self.engine.train()
         gc.collect()
-        gc.freeze()  # what is there stays: full collections pass it over (184 ms, for which all ranks would wait)
+        gc.freeze()  # full collections skip what exists now: they would take 184 ms, for which all ranks wait
         self._after_epoch(evaluate)
         while not self._is_over():
             self._epoch()
@@ -124,7 +124,7 @@ class Trainer:
             self.folder.finish({"step": self.state.step, "best": self.state.best})
 
     def close(self) -> None:
-        """End the threads and the records; not to be called after a failure, when other ranks may be gone."""
+        """Stop the threads and close the trackers; not after a failure, when other ranks may be gone."""
         self.watchdog.enter(END, self.state.step)
         self.profiler.close()
         self.loader.close()
@@ -133,7 +133,7 @@ class Trainer:
             self.tracker.close()
 
     def save(self) -> None:
-        """Write a checkpoint of the present step, unless there is one."""
+        """Write a checkpoint of the present step, unless it exists."""
         if self.state.step == self._saved_step and self.state.step > 0:
             return
         self.guard.inspect()
@@ -174,7 +174,7 @@ class Trainer:
         best = self._restore_best(state) if self.ranks.is_first else None
         best = broadcast(best, self.ranks.world_size)
         if name:
-            self._copy(path)  # which a killed process may not have come to
+            self._copy(path)  # which a killed process may not have done
         score = None if best is None else state.best
         return replace(state, versions=packages, best=score, best_step=best)
 
@@ -187,7 +187,7 @@ class Trainer:
         epoch = self.state.epoch
         batches = self.loader.epoch(epoch, self.state.epoch_step)
         self.watchdog.enter(LOADER, self.state.step)
-        one_length = self.model_config.gather_negatives  # where all ranks' texts meet
+        one_length = self.model_config.gather_negatives  # the texts of all ranks are gathered
         with closing(batches):  # type: ignore[type-var]
             for batch in self._clock.timed(batches if one_length else map(without_padding, batches)):
                 self.watchdog.enter(STEP, self.state.step)
@@ -210,7 +210,7 @@ class Trainer:
         return self.state.step >= self.total_steps
 
     def _log(self, batch: Batch, losses: Losses) -> None:
-        """Record the present step; its losses are means over the ranks. The only place that waits for the device."""
+        """Log the present step, its losses as means over the ranks. Nothing else waits for the device."""
         self.guard.inspect()
         values = torch.stack([loss.float() for loss in losses.values()])
         if self.ranks.world_size > 1:
@@ -230,7 +230,7 @@ class Trainer:
             "grad_norm": _number(self.guard.norm),
             **({"grad_scale": self.guard.loss_scale.value} if self.run.precision == "fp16" else {}),
             **self._clock.metrics(self.device, self.ranks.world_size),
-            **{f"loader/{name}": round(value, 4) for name, value in sorted(self.loader.figures().items())},
+            **{f"loader/{name}": round(value, 4) for name, value in sorted(self.loader.counters().items())},
             **({"skipped": self.guard.skipped} if self.guard.skipped else {}),
         }
         self._clock.restart()
@@ -246,11 +246,11 @@ class Trainer:
             raise TrainingInterrupted(decision.signal, self.state.step)
 
     def _after_epoch(self, evaluate: Evaluate | None) -> None:
-        """Evaluate the split that chooses the best checkpoint, and keep its weights when it is one."""
+        """Evaluate `stop_key`, and keep the weights when they are the best so far."""
         key, epoch = self.run.stop_key, self.state.epoch
         if evaluate is None or key is None:
             return
-        if self.state.epoch_step and self._is_over():  # ended within an epoch, which then counts as one
+        if self.state.epoch_step and self._is_over():  # an epoch that max_steps cut short counts
             epoch += 1
         elif self.state.epoch_step:
             return
@@ -274,13 +274,13 @@ class Trainer:
         self._clock.restart()
 
     def _evaluate_all(self, evaluate: Evaluate) -> None:
-        """Evaluate all splits with the best weights, or the last where no split chooses."""
+        """Evaluate all splits with the best weights, or the last ones without `stop_key`."""
         if self.state.best_step is not None:
             best = load_weights(best_version(self.folder.checkpoints, self.state.best_step)).state
             set_weights(self.engine, best)
             set_buffers(self.engine, best)
         elif self.run.stop_key is not None and self.ranks.is_first:
-            log.warning("No best model was kept: the last weights are evaluated")
+            log.warning("No best checkpoint exists: the last weights are evaluated")
         self._evaluate(evaluate, list(self.run.test_urls()), FINAL)
 
     def _evaluate(self, evaluate: Evaluate, splits: list[str], label: str) -> Metrics:
@@ -300,14 +300,14 @@ def total_steps(run: RunConfig, per_epoch: int) -> int:
 
 
 def deciding_score(metrics: Metrics, split: str) -> tuple[str, float]:
-    """Name and value of what chooses the best checkpoint: `overall` of answers, `r_mean` of retrieval, re-ranked."""
+    """The metric that chooses the best checkpoint, and its value: `overall` of QA, `r_mean` of re-ranked retrieval."""
     row = next(metrics[name] for name in (split, f"{split}/", f"{split}_emb/") if name in metrics)
     measure = "overall" if "overall" in row else "r_mean"
     return measure, row[measure]
 
 
 def _temperature(model: Model) -> float | None:
-    """The contrast's temperature, where the model has one and it is whole on this rank."""
+    """The temperature of VTC, where the model has one and this rank holds it whole."""
     if isinstance(model, SingularityQA) or model.temp.numel() != 1:
         return None
     return model.temp.item()

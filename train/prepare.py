@@ -1,4 +1,4 @@
-"""Everything of a run that can be checked and made before its processes meet, so that mistakes show at once."""
+"""Checks and builds all that a run needs before its processes connect, so that errors show at once."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Prepared:
-    """A run that is ready to start: its resolved settings and its parts."""
+    """A run that is ready to start: its resolved settings and the objects made of them."""
 
     run: RunConfig
     ranks: Ranks
@@ -47,19 +47,18 @@ class Prepared:
     tokenizer: Tokenizer
     loader: TrainLoader
     model: Model
-    task: Task[Any, Any] | None  # to evaluate; none where the run evaluates nothing
+    task: Task[Any, Any] | None  # None where the run evaluates nothing
     remote: RemoteCheckpoints | None  # where checkpoints are copied to
 
 
 def prepare_training(settings: Settings, ranks: Ranks, evaluates: bool, device: torch.device) -> Prepared:
-    """Check everything and make the parts of a training run; the first rank claims the run's folder.
+    """Check the settings and build the model, the loader and the rest of a training run; rank 0 claims its folder.
 
-    evaluates: whether the run's splits will be evaluated, and so must be there.
-    Raises FileNotFoundError or ValueError with the thing, the reason and the remedy.
+    evaluates: whether the test corpora will be evaluated, and so must exist. Raises UserError.
     """
     run = settings.config
     if run.output_dir is None:
-        raise UserError("output_dir is not set: give the folder that is to hold the run, output_dir=runs/NAME")
+        raise UserError("output_dir is not set: give a folder for the run, output_dir=runs/NAME")
     check_outside_corpora(run.output_dir, "output_dir")
     zero = deepspeed_config(run, ranks)
     check_tracking(run)
@@ -78,29 +77,34 @@ def prepare_training(settings: Settings, ranks: Ranks, evaluates: bool, device: 
     progress("building the model")
     model, tokenizer = _model(settings)
     parameter_groups({name: p.ndim for name, p in model.named_parameters()}, run.optimizer)
-    bad_samples = run.quarantine_file or str(Path(run.output_dir) / "quarantine-{rank}.jsonl")
-    settings_of_loader = replace(run, quarantine_file=bad_samples)
     progress("opening the corpora")
+    quarantine = run.quarantine_file or str(Path(run.output_dir) / "quarantine-{rank}.jsonl")
+    loader_settings = replace(run, quarantine_file=quarantine)
     loader = TrainLoader(
-        run.train_urls(), tokenizer, settings_of_loader, ranks.rank, ranks.world_size, ranks.local_world_size, device
+        run.train_urls(), tokenizer, loader_settings, ranks.rank, ranks.world_size, ranks.local_world_size, device
     )
-    _check_parts(loader, run, ranks)
+    _check_micro_batches(loader, run, ranks)
     folder = RunFolder(run.output_dir)
     remote = RemoteCheckpoints(run.checkpoint_url, run.storage) if run.checkpoint_url else None
     if ranks.is_first:
-        if remote is not None:
-            remote.check()
-            if run.resume:
-                remote.fetch(folder.path)
-        folder.claim(run)
-        for path in complete_checkpoints(folder.checkpoints)[-1:]:
-            check_checkpoint(path)
-            _check_vocabulary(tokenizer, str(path / WEIGHTS), run)
+        _claim(folder, run, remote, tokenizer)
     return Prepared(run, ranks, folder, zero, tokenizer, loader, model, task, remote)
 
 
-def _check_parts(loader: TrainLoader, run: RunConfig, ranks: Ranks) -> None:
-    """Raise ValueError unless each rank's share of a batch can be computed in `accumulate` equal parts."""
+def _claim(folder: RunFolder, run: RunConfig, remote: RemoteCheckpoints | None, tokenizer: Tokenizer) -> None:
+    """Take the run's folder, with the checkpoints of `checkpoint_url`, and check the newest checkpoint in it."""
+    if remote is not None:
+        remote.check()
+        if run.resume:
+            remote.fetch(folder.path)
+    folder.claim(run)
+    for path in complete_checkpoints(folder.checkpoints)[-1:]:
+        check_checkpoint(path)
+        _check_vocabulary(tokenizer, str(path / WEIGHTS), run)
+
+
+def _check_micro_batches(loader: TrainLoader, run: RunConfig, ranks: Ranks) -> None:
+    """Raise UserError unless `accumulate` micro-batches of one size make up each rank's share of a batch."""
     for kind, size in loader.batch_size.items():
         share = size // ranks.world_size
         if share % run.accumulate:
@@ -111,15 +115,15 @@ def _check_parts(loader: TrainLoader, run: RunConfig, ranks: Ranks) -> None:
 
 
 def prepare_evaluation(settings: Settings) -> tuple[Task[Any, Any], Model, Tokenizer]:
-    """The task, and the model and tokenizer that `checkpoint` names; the settings take on its architecture.
+    """The task, and the model and tokenizer that `checkpoint` names; the settings take over its architecture.
 
-    Raises FileNotFoundError or ValueError with the thing, the reason and the remedy.
+    Raises UserError.
     """
     run = settings.config
     if run.checkpoint is None:
         raise UserError("checkpoint is not set: give a run folder, a weights folder or an official .pth to evaluate")
     if run.output_dir is None:
-        raise UserError("output_dir is not set: give the folder that is to hold the results, output_dir=runs/NAME")
+        raise UserError("output_dir is not set: give a folder for the results, output_dir=runs/NAME")
     for name, folder in (("output_dir", run.output_dir), ("feature_cache", run.feature_cache)):
         if folder is not None:
             check_outside_corpora(folder, name)
@@ -132,7 +136,7 @@ def prepare_evaluation(settings: Settings) -> tuple[Task[Any, Any], Model, Token
 
 
 def share_cores(ranks: Ranks) -> None:
-    """Give each process on a machine its share of the cores, unless OMP_NUM_THREADS says otherwise."""
+    """Limit each process on a node to its share of the cores, unless OMP_NUM_THREADS is set."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size))
 
@@ -151,7 +155,9 @@ def _from_checkpoint(settings: Settings, path: str, training: bool) -> tuple[Mod
     run = settings.config
     found, weights = find_weights(path)
     if weights.config.answer_decoder.enable and run.task != "qa":
-        raise UserError(f"{path} answers questions: it has no retrieval heads, start from a pre-training checkpoint")
+        raise UserError(
+            f"{path} is a question-answering model without retrieval heads: start from a pre-training checkpoint"
+        )
     if run.task == "qa" and not training and not weights.config.answer_decoder.enable:
         raise UserError(f"{path} has no answer decoder: fine-tune it with launch/finetune_qa.py first")
     config = with_changes(weights.config, changes_to(settings, weights.config, str(found), training))
@@ -174,7 +180,7 @@ def _tokenizer_beside(weights: Path, run: RunConfig) -> Tokenizer:
     try:
         return Tokenizer.load(run.tokenizer)
     except MissingError as error:
-        raise MissingError(f"{weights} brings no vocabulary, and {error}") from None
+        raise MissingError(f"{weights} has no vocabulary, and {error}") from None
 
 
 def _check_vocabulary(tokenizer: Tokenizer, weights: str, run: RunConfig) -> None:
@@ -182,6 +188,5 @@ def _check_vocabulary(tokenizer: Tokenizer, weights: str, run: RunConfig) -> Non
     trained_with = Tokenizer.load(weights)
     if tokenizer.path.read_bytes() != trained_with.path.read_bytes():
         raise UserError(
-            f"tokenizer={run.tokenizer} is another vocabulary than the one of {weights}, which the checkpoint brings: "
-            "tokenizer=null takes that"
+            f"tokenizer={run.tokenizer} differs from the vocabulary of {weights}: tokenizer=null uses that one"
         )

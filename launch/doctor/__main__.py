@@ -1,4 +1,4 @@
-"""`python -m launch.doctor`: examines a cluster and its storage before a job wastes its hours there."""
+"""`python -m launch.doctor`: examines a cluster and its storage before a job starts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EPILOG = """\
   srun and sbatch: within a job, without --hostfile, it examines the job's nodes
   without either: this host alone
 
-Run it where and as the job will be started, with the same settings. Exit code 1 when something must be mended."""
+Run it where and as the job will be started, with the same settings. Exit code 1 when a problem must be fixed."""
 
 
 def parser() -> argparse.ArgumentParser:

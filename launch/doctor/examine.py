@@ -10,7 +10,6 @@ import subprocess
 import time
 import uuid
 from collections.abc import Sequence
-from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from statistics import median
@@ -24,7 +23,7 @@ from train.config.files import load_settings
 from train.config.settings import RunConfig
 
 TRIAL_WARM_UP = 3  # steps of a trial that do not count
-ALIVE = "-o ServerAliveInterval=10 -o ServerAliveCountMax=3"
+KEEP_ALIVE = "-o ServerAliveInterval=10 -o ServerAliveCountMax=3"
 
 
 def examine_nodes(nodes: Sequence[Node]) -> list[Finding]:
@@ -47,9 +46,9 @@ def _clock_offset(node: Node) -> float:
     tries = []
     for _ in range(5):
         asked = time.time()
-        told = node.ask("clock")
+        clock = node.ask("clock")
         answered = time.time()
-        tries.append((answered - asked, told - (asked + answered) / 2))
+        tries.append((answered - asked, clock - (asked + answered) / 2))
     return min(tries)[1]
 
 
@@ -64,66 +63,63 @@ def examine_network(nodes: Sequence[Node], port: int, least_gbit: float) -> list
 def examine_links(nodes: Sequence[Node], port: int, least_gbit: float) -> list[Finding]:
     """Every node to every other, on the port where ranks meet and on others; the speed of links."""
     listening, failures = ask_all(nodes, lambda node: node.ask("listen", port))
-    found = findings.failed("ports", failures, "see what is wrong with this host's network")
+    found = findings.failed("ports", failures, "check the network of this host")
     for host, answer in listening.items():
         if answer["error"]:
             found.append(Finding("ports", host, BAD, answer["error"], "end what uses it, or take another --port"))
-    ways, speeds = _reach(nodes, listening)
-    found += findings.ports(ways, port)
-    blocked = any(ways.values())
-    for source, target in zip(nodes, [*nodes[1:], nodes[0]]) if not blocked else ():
+    reached = _connections(nodes, listening)
+    found += findings.ports(reached, port)
+    speeds: dict[tuple[str, str], float] = {}
+    for source, target in zip(nodes, [*nodes[1:], nodes[0]]) if not any(reached.values()) else ():
         try:
             open_port = listening[target.name]["ports"][-1]
             speeds[source.name, target.name] = source.ask("send", target.address, open_port, seconds=300)
         except NodeError as error:
-            found.append(Finding("link", f"{source.name} -> {target.name}", BAD, str(error), "mend the link"))
-    found += findings.links(speeds, least_gbit)
+            found.append(Finding("link", f"{source.name} -> {target.name}", BAD, str(error), "repair the link"))
     ask_all(nodes, lambda node: node.ask("close_ports"))
-    return found
+    return found + findings.links(speeds, least_gbit)
 
 
-def _reach(
-    nodes: Sequence[Node], listening: dict[str, Any]
-) -> tuple[dict[tuple[str, str, int], str], dict[tuple[str, str], float]]:
-    """Who reaches whom: {(from, to, port): reason}, and room for the speeds."""
+def _connections(nodes: Sequence[Node], listening: dict[str, Any]) -> dict[tuple[str, str, int], str]:
+    """{(from, to, port): empty, or why no connection opens}."""
 
-    def from_one(node: Node) -> list[tuple[str, int, str]]:
+    def from_one(node: Node) -> dict[tuple[str, str, int], str]:
         others = [other for other in nodes if other is not node and other.name in listening]
         targets = [(other, port) for other in others for port in listening[other.name]["ports"]]
         reasons = node.ask("connect", [(other.address, port) for other, port in targets])
-        return [(other.name, port, reason) for (other, port), reason in zip(targets, reasons)]
+        return {(node.name, other.name, port): reason for (other, port), reason in zip(targets, reasons)}
 
     answers, _ = ask_all(nodes, from_one)
-    return {(source, *way[:2]): way[2] for source, ways in answers.items() for way in ways}, {}
+    return {connection: reason for found in answers.values() for connection, reason in found.items()}
 
 
 def examine_collective(nodes: Sequence[Node], port: int) -> list[Finding]:
-    """All-reduce over all processes that a job would have, and a product of bf16 matrices on each."""
+    """An all-reduce over all processes that a job would have, and a product of bf16 matrices on each."""
     ends = list(accumulate(node.slots for node in nodes))
-    first = {node.name: end - node.slots for node, end in zip(nodes, ends)}
+    first_ranks = {node.name: end - node.slots for node, end in zip(nodes, ends)}
     world_size = ends[-1]
     try:
-        master = nodes[0].ask("way", nodes[1].address) if len(nodes) > 1 else "127.0.0.1"
+        master = nodes[0].ask("address_towards", nodes[1].address) if len(nodes) > 1 else "127.0.0.1"
     except NodeError as error:
-        return findings.failed("all-reduce", {nodes[0].name: str(error)}, "see what is wrong with this host's network")
-    answers, failures = ask_all(
-        nodes,
-        lambda node: node.ask("collective", master, port, first[node.name], world_size, node.slots, seconds=180),
-    )
+        return findings.failed("all-reduce", {nodes[0].name: str(error)}, "check the network of this host")
+
+    def all_reduce(node: Node) -> Any:
+        return node.ask("collective", master, port, first_ranks[node.name], world_size, node.slots, seconds=180)
+
+    answers, failures = ask_all(nodes, all_reduce)
     advice = "set NCCL_DEBUG=INFO (or GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME to the right interface) and look again"
     found = findings.failed("all-reduce", failures, advice)
     if not answers or failures:
         return found
-    told = answers[nodes[0].name]
-    where = f"{world_size} process{'es' if world_size > 1 else ''}"
-    speed = f"{told['gbit']:.3g} Gbit/s of bus bandwidth " if world_size > 1 else ""
-    found.append(Finding("all-reduce", where, OK, f"{speed}over {told['backend']}, sums and bf16 products are right"))
+    answer = answers[nodes[0].name]
+    where, speed = "1 process", ""
+    if world_size > 1:
+        where, speed = f"{world_size} processes", f"{answer['gbit']:.3g} Gbit/s of bus bandwidth "
+    text = f"{speed}over {answer['backend']}, sums and bf16 products are right"
+    found.append(Finding("all-reduce", where, OK, text))
     speeds = {host: answer["tflops"] for host, answer in answers.items() if answer["tflops"]}
-    if speeds:
-        found += findings.lagging(
-            "GPU", "TFLOP/s in bf16", speeds, "look for throttling: `nvidia-smi -q -d PERFORMANCE`"
-        )
-    return found
+    advice = "look for throttling: `nvidia-smi -q -d PERFORMANCE`"
+    return found + (findings.lagging("GPU", "TFLOP/s in bf16", speeds, advice) if speeds else [])
 
 
 def examine_decoding(nodes: Sequence[Node]) -> list[Finding]:
@@ -134,43 +130,40 @@ def examine_decoding(nodes: Sequence[Node]) -> list[Finding]:
 
 
 def examine_storage(nodes: Sequence[Node], run: RunConfig) -> list[Finding]:
-    """Every node reads some shards of every corpus; the first one looks whether all their files are there."""
+    """Every node reads some shards of every corpus; the first one checks that all their files are there."""
     found: list[Finding] = []
-    storage = dict(run.storage)
     seeds = {node.name: number for number, node in enumerate(nodes)}
+    advice = "check the URL, the credentials and the network to the store from that host, with its environment"
+
+    def read_shards(node: Node) -> Any:
+        return node.ask("storage", url, dict(run.storage), seeds[node.name])
+
+    def list_files(node: Node) -> Any:
+        return node.ask("listing", url, dict(run.storage))
+
     for url in run.train_urls():
-        read = partial(_read_shards, url, storage, seeds)
-        answers, failures = ask_all(nodes, read)
-        advice = "check the URL, the credentials and the way to the store from that host, with its environment"
+        answers, failures = ask_all(nodes, read_shards)
         found += findings.failed("storage", {f"{host}: {url}": reason for host, reason in failures.items()}, advice)
-        for host, answer in answers.items():
-            text = (
-                f"{answer['shards']} shards of {answer['samples']:,} samples read, {answer['mb_per_second']:.3g} MB/s"
-            )
+        for host, read in answers.items():
+            text = f"{read['shards']} shards of {read['samples']:,} samples read, {read['mb_per_second']:.3g} MB/s"
             found.append(Finding("storage", f"{host}: {url}", OK, text))
-        if nodes[0].name in answers or nodes[0].name in failures:
-            found += _whole(nodes[0], url, storage)
+        listings, _ = ask_all(nodes[:1], list_files)
+        for listing in listings.values():  # none where reading failed as well
+            if listing["error"]:
+                found.append(Finding("shards", url, WARNING, listing["error"]))
+            else:
+                found += findings.missing(url, listing["missing"])
     return found
 
 
-def _read_shards(url: str, storage: dict[str, str], seeds: dict[str, int], node: Node) -> Any:
-    return node.ask("storage", url, storage, seeds[node.name])
-
-
-def _whole(node: Node, url: str, storage: dict[str, str]) -> list[Finding]:
-    try:
-        answer = node.ask("listing", url, storage)
-    except NodeError:
-        return []  # the reading of shards says why
-    if answer["error"]:
-        return [Finding("shards", url, WARNING, answer["error"])]
-    return findings.missing(url, answer["missing"]) or [Finding("shards", url, OK, "all files are there")]
-
-
 def examine_output(nodes: Sequence[Node], run: RunConfig) -> list[Finding]:
-    """Whether all nodes see the same output_dir: every rank writes its part of a checkpoint there."""
+    """Whether all nodes see the same output_dir: every rank writes its shard of a checkpoint there."""
     if not run.output_dir:
-        return [Finding("output_dir", "all", WARNING, "not set", "give the job's output_dir, to see that all share it")]
+        return [
+            Finding(
+                "output_dir", "all", WARNING, "not set", "give the job's output_dir, to check that all nodes share it"
+            )
+        ]
     path, token = str(Path(run.output_dir).absolute() / f".doctor-{uuid.uuid4().hex[:8]}"), uuid.uuid4().hex
     try:
         nodes[0].ask("write", path, token)
@@ -179,19 +172,21 @@ def examine_output(nodes: Sequence[Node], run: RunConfig) -> list[Finding]:
     answers, failures = ask_all(nodes, lambda node: node.ask("read", path))
     apart = {host: "cannot see what the first host has written" for host, text in answers.items() if text != token}
     nodes[0].ask("remove", path)
-    advice = "put output_dir on a file system that all hosts mount: every rank writes its part of a checkpoint there"
+    advice = "put output_dir on a file system that all hosts mount: every rank writes its shard of a checkpoint there"
     found = findings.failed("output_dir", {**apart, **failures}, advice)
     return found or [Finding("output_dir", "all", OK, f"{run.output_dir} is shared")]
 
 
 def examine_ssh(names: Sequence[str]) -> list[Finding]:
-    """Whether `deepspeed` comes back when a host dies: pdsh's ssh waits for hours otherwise."""
+    """Whether `deepspeed` returns when a host dies: without keep-alive pdsh's ssh waits for hours."""
     for name in names:
-        told = subprocess.run(["ssh", "-G", name], capture_output=True, text=True).stdout.split("\n")
-        if "serveraliveinterval 0" in told and "ServerAliveInterval" not in os.environ.get("PDSH_SSH_ARGS_APPEND", ""):
-            advice = f'export PDSH_SSH_ARGS_APPEND="{ALIVE}", or set both in ~/.ssh/config'
+        options = subprocess.run(["ssh", "-G", name], capture_output=True, text=True).stdout.split("\n")
+        if "serveraliveinterval 0" in options and "ServerAliveInterval" not in os.environ.get(
+            "PDSH_SSH_ARGS_APPEND", ""
+        ):
+            advice = f'export PDSH_SSH_ARGS_APPEND="{KEEP_ALIVE}", or set both in ~/.ssh/config'
             return [Finding("ssh", name, WARNING, "a host that dies would leave `deepspeed` waiting", advice)]
-    return [Finding("ssh", "all", OK, "notices hosts that die")]
+    return [Finding("ssh", "all", OK, "notices that a host dies")]
 
 
 def estimate(nodes: Sequence[Node], options: argparse.Namespace, run: RunConfig, samples: int) -> list[Finding]:
@@ -202,7 +197,7 @@ def estimate(nodes: Sequence[Node], options: argparse.Namespace, run: RunConfig,
     if not answers or failures:
         return found
     rates = {host: answer["samples_per_second"] for host, answer in answers.items()}
-    advice = "`python -m loaders.bench URL` there says whether reading or decoding is the limit"
+    advice = "`python -m loaders.bench URL` there says whether reading or decoding is the bottleneck"
     found += findings.lagging("loading", "samples/s", rates, advice, WARNING)
     total = sum(rates.values())
     text = f"{total:,.4g} samples/s, an epoch of {samples:,} in {duration(samples / total)} at best"
@@ -229,12 +224,12 @@ def trial(
         speeds = []
     shutil.rmtree(folder, ignore_errors=True)
     if result.returncode or not speeds:
-        told = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
-        return [Finding("trial", "all", BAD, told, f"see the whole output of: {' '.join(words)}")]
+        reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
+        return [Finding("trial", "all", BAD, reason, f"see the whole output of: {' '.join(words)}")]
     speed = median(speeds)
     text = f"{speed:,.4g} samples/s, an epoch of {samples:,} in {duration(samples / speed)}"
-    limit = "loading is the limit: `python -m loaders.bench` says why" if loading < 1.2 * speed else ""
-    return [Finding("epoch", f"training, {len(speeds)} steps", WARNING if limit else OK, text, limit)]
+    bottleneck = "loading is the bottleneck: `python -m loaders.bench` says why" if loading < 1.2 * speed else ""
+    return [Finding("epoch", f"training, {len(speeds)} steps", WARNING if bottleneck else OK, text, bottleneck)]
 
 
 def examine(options: argparse.Namespace) -> list[Finding]:

@@ -1,4 +1,4 @@
-"""What the doctor makes of what it has measured: pure judgements, a line of its table each."""
+"""Judges what the doctor measured: pure functions that make the lines of its table."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def versions(facts: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
             for host, fact in facts.items()
         }
         found += [finding for finding in compare("versions", each, advice) if finding.verdict != OK]
-    told = next(iter(facts.values()))["versions"]
-    summary = ", ".join(f"{name} {told[name]}" for name in ("torch", "deepspeed") if name in told)
+    installed = next(iter(facts.values()))["versions"]
+    summary = ", ".join(f"{name} {installed[name]}" for name in ("torch", "deepspeed") if name in installed)
     return found or [Finding("versions", "all", OK, summary)]
 
 
@@ -74,7 +74,7 @@ def hardware(facts: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
         host: f"{len(fact['gpus'])} x {fact['gpus'][0]}" if fact["gpus"] else f"no GPU, {fact['cores']} cores"
         for host, fact in facts.items()
     }
-    return compare("hardware", each, "the slowest host sets the pace: take it out of the hostfile, or mend it")
+    return compare("hardware", each, "the slowest host sets the pace: take it out of the hostfile, or repair it")
 
 
 def gpus(facts: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
@@ -88,8 +88,8 @@ def gpus(facts: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
         elif not cards:
             found.append(Finding("GPU", host, OK, "no GPU: the CPU computes and decodes"))
         else:
-            told = [f"{name} {versions[name]}" for name in ("CUDA of torch", "NCCL") if name in versions]
-            text = ", ".join([f"{len(cards)} x {cards[0]}", f"driver {fact['driver'] or 'unknown'}", *told])
+            libraries = [f"{name} {versions[name]}" for name in ("CUDA of torch", "NCCL") if name in versions]
+            text = ", ".join([f"{len(cards)} x {cards[0]}", f"driver {fact['driver'] or 'unknown'}", *libraries])
             found += [Finding("GPU", host, OK, text), *_dali(host, fact)]
     return found
 
@@ -156,7 +156,7 @@ def ports(reached: Mapping[tuple[str, str, int], str], chosen_by_user: int) -> l
                 "over ports that the system chooses"
             )
             found.append(Finding("ports", f"{source} -> {target}", BAD, f"{which}: {reason}", advice))
-    return found or [Finding("ports", "all", OK, f"{len(reached)} ways open")]
+    return found or [Finding("ports", "all", OK, f"{len(reached)} connections open")]
 
 
 def links(gbit: Mapping[tuple[str, str], float], least: float) -> list[Finding]:
@@ -165,7 +165,7 @@ def links(gbit: Mapping[tuple[str, str], float], least: float) -> list[Finding]:
     found = [
         Finding(
             "link", f"{source} -> {target}", BAD, f"{speed:.3g} Gbit/s, the median is {middle:.3g}",
-            f"mend the link (at least --least-gbit {least:g} and half of the median is wanted): every step's "
+            f"repair the link (at least --least-gbit {least:g} and half of the median is wanted): every step's "
             "all-reduce waits for the slowest; see `ethtool` and the switch's counters, or take the node out",
         )
         for (source, target), speed in gbit.items()
@@ -184,9 +184,9 @@ def lagging(check: str, unit: str, rates: Mapping[str, float], advice: str, verd
 
 
 def missing(url: str, names: Sequence[str]) -> list[Finding]:
-    """Files of a corpus that are not there."""
+    """Whether all files of a corpus are there, by those that are missing."""
     if not names:
-        return []
+        return [Finding("shards", url, OK, "all files are there")]
     indices = any(name.endswith(".parquet") for name in names)
     advice = f"`python -m sharding.verify {url} --repair`" if indices else "pack it again: complete shards are kept"
     return [Finding("shards", url, BAD, f"{len(names)} files are missing: {', '.join(names[:3])}", advice)]
@@ -204,7 +204,7 @@ def table(findings: Sequence[Finding]) -> str:
         lines += [f"{start}  {rest[0]}", *(" " * (len(start) + 2) + more for more in rest[1:])]
     advice = list(dict.fromkeys(f.advice for f in findings if f.advice))
     bad = sum(f.verdict == BAD for f in findings)
-    lines += ["", f"{bad} things to mend before a job is started." if bad else "Nothing stands in a job's way."]
+    lines += ["", f"{bad} problems to fix before a job is started." if bad else "No problem found."]
     for text in advice:
         lines += textwrap.wrap(f"- {text}", WIDTH, subsequent_indent="  ", break_on_hyphens=False)
     return "\n".join(lines)

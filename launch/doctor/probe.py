@@ -1,4 +1,4 @@
-"""What `python -m launch.doctor` runs on every node: answers questions about it, one JSON line each."""
+"""Runs on every node for `python -m launch.doctor`: answers questions about it, one JSON line each."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import os
 import platform
 import random
 import socket
+import socketserver
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,14 +23,13 @@ from typing import Any
 
 import psutil
 
-from runtime.errors import PROGRAM
+from runtime.errors import PROGRAM, ROOMS
 from runtime.packaged import PACKAGED, RECIPES
 
 PACKAGES = (
     "torch", "deepspeed", "transformers", "timm", "numpy", "pyarrow", "fsspec", "s3fs", "gcsfs", "aiohttp", "pycurl",
 )  # fmt: skip
 DALI = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
-CODE = ("runtime", "storage", "sharding", "loaders", "model", "train", "eval", "launch")
 CONNECT_SECONDS = 5.0
 SEND_SECONDS = 2.0  # that a link is measured for at most
 CHUNK = 2**18
@@ -39,11 +41,28 @@ DECODE_ONE = Path(__file__).with_name("decode_one.py")
 DECODE_SECONDS = 150.0
 
 
+class _Receiver(socketserver.ThreadingTCPServer):
+    """Accepts connections on a port."""
+
+    allow_reuse_address = daemon_threads = True
+
+
+class _Drain(socketserver.BaseRequestHandler):
+    """Reads a connection to its end, and confirms that."""
+
+    def handle(self) -> None:
+        """Read all bytes, then send one."""
+        with suppress(OSError):
+            while self.request.recv(CHUNK):
+                pass
+            self.request.sendall(b"!")
+
+
 class Probe:
-    """A node's answers; a method a question."""
+    """The answers of a node; one method a question."""
 
     def __init__(self) -> None:
-        self._listeners: list[socket.socket] = []
+        self._servers: list[_Receiver] = []
 
     def clock(self) -> float:
         """This node's time in seconds."""
@@ -68,44 +87,37 @@ class Probe:
 
     def listen(self, port: int) -> dict[str, Any]:
         """Listen on `port` and on one that the system chooses; {"ports": the open ones, "error": of the first}."""
-        error, ports = "", []
+        error = ""
         for wanted in (port, 0):
-            listener = socket.socket()
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                listener.bind(("0.0.0.0", wanted))
+                server = _Receiver(("0.0.0.0", wanted), _Drain)
             except OSError as failure:
                 error = f"port {wanted} cannot be opened: {failure.strerror}"
                 continue
-            listener.listen(128)
-            self._listeners.append(listener)
-            ports.append(listener.getsockname()[1])
-            threading.Thread(target=_swallow, args=(listener,), daemon=True).start()
-        return {"ports": ports, "error": error}
+            self._servers.append(server)
+            threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
+        return {"ports": [server.server_address[1] for server in self._servers], "error": error}
 
     def close_ports(self) -> None:
         """Stop listening."""
-        for listener in self._listeners:
-            listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for connections
-            listener.close()
-        self._listeners = []
+        for server in self._servers:
+            server.shutdown()
+            server.server_close()
+        self._servers = []
 
     def connect(self, targets: Sequence[tuple[str, int]]) -> list[str]:
-        """For each host and port: empty when it can be reached, or why not."""
-        found = [""] * len(targets)
+        """For each host and port: empty when a connection opens, else why not."""
 
-        def attempt(number: int, host: str, port: int) -> None:
+        def attempt(target: tuple[str, int]) -> str:
+            host, port = target
             try:
                 socket.create_connection((host, port), CONNECT_SECONDS).close()
             except OSError as error:
-                found[number] = "no answer" if isinstance(error, TimeoutError) else str(error.strerror or error)
+                return "no answer" if isinstance(error, TimeoutError) else str(error.strerror or error)
+            return ""
 
-        threads = [threading.Thread(target=attempt, args=(n, *target)) for n, target in enumerate(targets)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return found
+        with ThreadPoolExecutor(max(1, len(targets))) as pool:
+            return list(pool.map(attempt, targets))
 
     def send(self, host: str, port: int) -> float:
         """Gbit/s of one connection to a host that listens."""
@@ -119,7 +131,7 @@ class Probe:
             sock.recv(1)  # when the last byte has arrived
             return sent * 8e-9 / (time.perf_counter() - began)
 
-    def way(self, host: str) -> str:
+    def address_towards(self, host: str) -> str:
         """This node's address as another one sees it."""
         from runtime.network import address_towards
 
@@ -148,24 +160,23 @@ class Probe:
             words = [sys.executable, str(COLLECTIVE)]
             pipe = subprocess.PIPE
             children.append(subprocess.Popen(words, env=environment, stdout=pipe, stderr=pipe, text=True))
-        told = [child.communicate() for child in children]
-        for child, (_, errors) in zip(children, told):
+        outputs = [child.communicate() for child in children]
+        for child, (_, errors) in zip(children, outputs):
             if child.returncode:
                 raise RuntimeError(_last_line(errors))
-        return json.loads(told[0][0].splitlines()[-1])
+        return json.loads(_last_line(outputs[0][0]))
 
     def decode_one(self) -> dict[str, Any]:
         """Decode a picture in a process of its own, which a faulty GPU or driver may end; see decode_one.py."""
         words = [sys.executable, str(DECODE_ONE)]
         try:
-            told = subprocess.run(words, capture_output=True, text=True, timeout=DECODE_SECONDS)
+            result = subprocess.run(words, capture_output=True, text=True, timeout=DECODE_SECONDS)
         except subprocess.TimeoutExpired:
             raise RuntimeError(f"a picture is not decoded within {DECODE_SECONDS:.0f} s") from None
-        if told.returncode < 0:
-            raise RuntimeError(f"decoding a picture ended with signal {-told.returncode}: {_last_line(told.stderr)}")
-        if told.returncode:
-            raise RuntimeError(_last_line(told.stderr))
-        return json.loads(told.stdout.splitlines()[-1])
+        if result.returncode:
+            ended = f"decoding a picture ended with signal {-result.returncode}: " if result.returncode < 0 else ""
+            raise RuntimeError(ended + _last_line(result.stderr))
+        return json.loads(_last_line(result.stdout))
 
     def listing(self, url: str, storage: dict[str, str]) -> dict[str, Any]:
         """{"missing": files that corpus.json lists and the folder lacks}, where the folder can be listed."""
@@ -186,7 +197,7 @@ class Probe:
         return {"missing": sorted(wanted - there), "error": ""}
 
     def samples(self, url: str, storage: dict[str, str]) -> int:
-        """Of a corpus."""
+        """Number of samples of a corpus."""
         reader = _open(url, storage)
         reader.close()
         return reader.corpus.samples
@@ -195,7 +206,7 @@ class Probe:
         """Read the indices of some shards and frames of them, checked: {"samples", "mb_per_second", "shards"}."""
         import numpy as np
 
-        from loaders.order.choices import BadSampleError
+        from loaders.samples import whole_sample
 
         reader = _open(url, storage)
         try:
@@ -205,11 +216,10 @@ class Probe:
                 index = reader.index(shard)
                 rows = np.linspace(0, corpus.shards[shard].samples - 1, FRAMES_READ).astype(int)
                 records = [index.record(int(row)) for row in sorted(set(rows.tolist()))]
-                frames = reader.read([(shard, record, np.zeros(1, np.int64)) for record in records])
-                for record, data in zip(records, frames):
-                    if isinstance(data, BadSampleError):
-                        raise ValueError(f"{corpus.tar_url(shard)}: {record.key}: {data}")
-                    read += len(data[0])
+                for sample in reader.read([whole_sample(record, np.zeros(1, np.int64)) for record in records]):
+                    if sample.reason:
+                        raise ValueError(f"{corpus.tar_url(shard)}: {sample.spec.record.key}: {sample.reason}")
+                    read += len(sample.jpegs[0])
             seconds = time.perf_counter() - began
         finally:
             reader.close()
@@ -223,14 +233,17 @@ class Probe:
 
         run = load_settings(config, settings).config
         share = PerMedia(*(max(1, size // nodes) for size in (run.batch_size.image, run.batch_size.video)))
-        figures, setup = measure(run.train_urls(), replace(run, batch_size=share, quarantine_file=""), seconds)
-        return {"samples_per_second": figures.samples_per_second, "backend": setup.backend, "threads": setup.threads}
+        speed, setup = measure(run.train_urls(), replace(run, batch_size=share, quarantine_file=""), seconds)
+        return {"samples_per_second": speed.samples_per_second, "backend": setup.backend, "threads": setup.threads}
 
 
 def code_hash() -> str:
     """Of all Python files and recipes, the same in a checkout and in a wheel of one state."""
     found = hashlib.sha256()
-    for folder in [*(PROGRAM / name for name in CODE), *((PACKAGED / name).resolve() for name in sorted(RECIPES))]:
+    for folder in [
+        *(PROGRAM / name for name in sorted(ROOMS)),
+        *((PACKAGED / name).resolve() for name in sorted(RECIPES)),
+    ]:
         for path in sorted(folder.rglob("*")):
             if path.suffix in (".py", ".yaml", ".json", ".j2"):
                 found.update(path.relative_to(folder.parent).as_posix().encode() + b"\0" + path.read_bytes())
@@ -238,8 +251,8 @@ def code_hash() -> str:
 
 
 def _open(url: str, storage: dict[str, str]) -> Any:
-    from loaders.config import RemoteReads
     from loaders.shards import CorpusReader
+    from storage.limits import RemoteReads
 
     return CorpusReader(url, storage, remote=RemoteReads(deadline=STORE_SECONDS, try_seconds=STORE_SECONDS / 2))
 
@@ -261,7 +274,7 @@ def _gpus() -> list[str]:
 
 
 def _cuda_versions() -> dict[str, str]:
-    """CUDA and NCCL of a PyTorch for GPUs: processes whose NCCL differ do not meet."""
+    """CUDA and NCCL of a PyTorch for GPUs: processes with different NCCL cannot connect."""
     import torch
 
     if torch.version.cuda is None:
@@ -269,28 +282,8 @@ def _cuda_versions() -> dict[str, str]:
     return {"CUDA of torch": torch.version.cuda, "NCCL": ".".join(map(str, torch.cuda.nccl.version()))}
 
 
-def _last_line(errors: str) -> str:
-    return (errors.strip().splitlines() or ["no reason given"])[-1]
-
-
-def _swallow(listener: socket.socket) -> None:
-    """Take whatever comes, and say when it has all come."""
-    while True:
-        try:
-            connection, _ = listener.accept()
-        except OSError:
-            return
-        threading.Thread(target=_swallow_one, args=(connection,), daemon=True).start()
-
-
-def _swallow_one(connection: socket.socket) -> None:
-    with connection:
-        try:
-            while connection.recv(CHUNK):
-                pass
-            connection.sendall(b"!")
-        except OSError:
-            return
+def _last_line(output: str) -> str:
+    return (output.strip().splitlines() or ["no reason given"])[-1]
 
 
 def main() -> int:

@@ -61,10 +61,12 @@ def open_output(output: str, among_others: bool = False, part: str = "") -> Iter
                 with part_folder(folder, part) if part else whole_folder(folder) as scratch:
                     yield scratch
             except BaseException:
-                if not part or lock.alone():
+                if not part or lock.make_exclusive():
                     leave_partial(partial, keep_rows=True)
                 raise
-            if not part or ((folder / "corpus.json").exists() and lock.alone()):  # no other part works in there
+            if not part or (
+                (folder / "corpus.json").exists() and lock.make_exclusive()
+            ):  # no other part works in there
                 leave_partial(partial, keep_rows=False)
     finally:
         remove_empty([partial, *made])

@@ -117,7 +117,7 @@ def test_the_table_says_what_to_do(hosts, job):
     lines = result.stdout.splitlines()
     assert lines[0].split() == ["check", "where", "found"]
     assert any(line.startswith("link") and "node1 -> node2  BAD   " in line for line in lines)
-    assert "- mend the link (at least --least-gbit 1e+09" in result.stdout
+    assert "- repair the link (at least --least-gbit 1e+09" in result.stdout
     nothing = hosts.run("node1", sys.executable, "-m", "launch.doctor", "--hostfile", "nowhere", cwd=job, check=False)
     assert nothing.returncode == 2
     assert nothing.stderr == "error: --hostfile nowhere names no hosts: one a line, such as `node1 slots=8`\n"

@@ -119,7 +119,10 @@ def test_several_numbers_of_frames_in_one_run(shapes, checkpoints, tmp_path):
 
 
 def test_a_checkpoint_of_another_task_is_refused(shapes, checkpoints, tmp_path):
-    for task, weights, message in (("qa", "retrieval", "has no answer decoder"), ("choice", "qa", "answers questions")):
+    for task, weights, message in (
+        ("qa", "retrieval", "has no answer decoder"),
+        ("choice", "qa", "is a question-answering model"),
+    ):
         recipe = tmp_path / f"{task}.yaml"
         yaml = TASKS[task][1].replace("CORPORA", str(shapes.shards)).replace("DRAWN", str(shapes.folder))
         recipe.write_text(COMMON + yaml)

@@ -124,6 +124,6 @@ def test_the_table_tells_each_advice_once_and_wraps_what_is_long():
     long = "x " * 200
     text = table([Finding("reach", "a", BAD, long, "mend it"), Finding("reach", "b", BAD, "no", "mend it")])
     assert text.count("- mend it") == 1
-    assert "2 things to mend before a job is started." in text
+    assert "2 problems to fix before a job is started." in text
     assert max(map(len, text.splitlines())) <= 120
-    assert "Nothing stands in a job's way." in table([Finding("reach", "all", OK, "2 hosts answer")])
+    assert "No problem found." in table([Finding("reach", "all", OK, "2 hosts answer")])

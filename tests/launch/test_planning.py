@@ -1,4 +1,4 @@
-"""The plan's arithmetic, and the plan beside real small runs: bytes and requests of an epoch, and what binds."""
+"""The plan's arithmetic, and the plan beside real small runs: bytes and requests of an epoch, and the bottleneck."""
 
 import json
 from dataclasses import replace
@@ -28,7 +28,7 @@ LIMITS = {
 @pytest.mark.parametrize("part", LIMITS)
 def test_the_scarcest_part_binds(part):
     plan = make_plan(Medium(10_000, 8_000, 1, 9_000), replace(Cluster(), **LIMITS[part]), nodes=2)
-    assert plan.binds == part
+    assert plan.bottleneck == part
     assert plan.seconds == (sum(plan.times[name] for name in STEP_PARTS) if part in STEP_PARTS else plan.times[part])
 
 
@@ -53,7 +53,7 @@ def test_an_epoch_by_hand():
 def test_the_all_reduce_adds_to_the_arithmetic_unless_it_overlaps():
     medium, cluster = SETS["webvid_14m"][0], Cluster(store_requests=1e9, node_requests=1e9)
     plan = make_plan(medium, cluster, 8)
-    assert plan.binds == "GPU"
+    assert plan.bottleneck == "GPU"
     assert plan.seconds == pytest.approx(plan.times["GPU"] + plan.times["all-reduce"])
     assert plan.cost["GPUs"] == pytest.approx(64 * 10 * plan.seconds / 3600 * 2)
     hidden = make_plan(medium, replace(cluster, overlap=True), 8)
@@ -121,7 +121,7 @@ def test_on_a_slow_cable_the_network_binds_and_the_time_is_the_plans(hosts, corp
     finally:
         hosts.shape("node1")
     plan = make_plan(Medium(**told), Cluster(gpus=1, node_gbit=4e-4), 1)
-    assert plan.binds == "network"
+    assert plan.bottleneck == "network"
     assert seconds >= 0.8 * plan.seconds
 
 
@@ -129,8 +129,8 @@ def test_the_command_prints_a_table_for_every_set(capsys):
     for name in SETS:
         assert main(["--set", name, "--nodes", "1", "64"]) == 0
         told = capsys.readouterr().out
-        assert "GPUs bind" in told
-        assert "The store's request rate binds" in told
+        assert "The GPUs are the bottleneck" in told
+        assert "The request rate of the store is the bottleneck" in told
         assert main(["--set", name, "--cached", "--prefixes", "4", "--nodes", "64", "--json"]) == 0
         (plan,) = json.loads(capsys.readouterr().out)
         assert plan["nodes"] == 64

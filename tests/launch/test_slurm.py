@@ -76,7 +76,7 @@ def test_an_interrupted_job_goes_on_by_itself(slurm, submit, corpora, tmp_path, 
     until(lambda: slurm.job(job)["JobState"] == "PENDING", told)
     slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now+5")  # by itself it gives its nodes two minutes
     until(lambda: slurm.job(job)["JobState"] == "COMPLETED", told)
-    assert f"Going on with the run in {folder} from step {stopped}" in log.read_text()
+    assert f"Resuming the run in {folder} from step {stopped}" in log.read_text()
     assert "2 processes" in log.read_text()
     assert [line["step"] for line in learned(folder)] == list(range(1, epochs * STEPS + 1))
 

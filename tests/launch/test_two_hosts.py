@@ -107,7 +107,7 @@ def test_a_lost_host_ends_the_job_and_the_one_left_goes_on(hosts, recipe, tmp_pa
     for launcher in hosts.processes(left, "deepspeed --hostfile"):
         launcher.send_signal(signal.SIGTERM)
     until(lambda: not hosts.processes(left, "witness.py"), lambda: "processes are left")
-    assert f"Going on with the run in {folder} from step {saved}" in log.read_text()
+    assert f"Resuming the run in {folder} from step {saved}" in log.read_text()
 
     before, after = samples(first), samples(second)
     assert min(after) == saved + 1

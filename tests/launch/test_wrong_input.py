@@ -86,4 +86,4 @@ def test_two_processes_tell_it_once(corpora, tmp_path):
 
 def test_a_folder_of_something_else(corpora):
     line = refused("pretrain", corpora / "tiny.yaml", f"output_dir={ROOT / 'train'}")
-    assert "in use by something that is no run: choose another output_dir" in line
+    assert "holds files that are not of a run: choose another output_dir" in line

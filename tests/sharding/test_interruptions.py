@@ -55,7 +55,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def killed(words: list[str], moment: float, alone: bool) -> bool:
-    """Start a build and kill it after so many seconds; whether it was still at work.
+    """Start a build and kill it after so many seconds; whether it was still running.
 
     alone: the parent only, its workers must end by themselves and harm nothing until then; else all at once, as when
     a machine dies.

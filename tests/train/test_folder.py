@@ -74,7 +74,7 @@ def test_without_resume_an_earlier_run_is_refused(tmp_path):
 
 def test_anything_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(ValueError, match="no run: choose another output_dir"):
+    with pytest.raises(ValueError, match="not of a run: choose another output_dir"):
         RunFolder(tmp_path).claim(RunConfig())
     with pytest.raises(ValueError, match="is a file"):
         RunFolder(tmp_path / "thesis.tex").claim(RunConfig())
@@ -177,6 +177,6 @@ def test_settings_that_a_power_cut_has_emptied_are_written_again(tmp_path, caplo
     folder.claim(RunConfig(seed=3))
     folder.begin(RunConfig(seed=3))
     folder.release()
-    assert "config.yaml was emptied" in caplog.text
+    assert "config.yaml is empty" in caplog.text
     with pytest.raises(ValueError, match="seed is 3 there"):
         RunFolder(tmp_path).claim(RunConfig())

@@ -52,7 +52,7 @@ def test_terminated_and_killed_runs_equal_an_uninterrupted_one(corpora, tmp_path
     assert f"at step {stopped}, saved: run the same command to resume" in log.read_text()
     process = start("pretrain", config, f"output_dir={parts}", log=log)
     interrupt(process, parts, stopped + 3, kill_all)
-    assert f"Going on with the run in {parts} from step {stopped}" in log.read_text()
+    assert f"Resuming the run in {parts} from step {stopped}" in log.read_text()
     again = run("pretrain", config, f"output_dir={parts}")
     assert again.returncode == 0, again.stderr
 

@@ -28,12 +28,12 @@ PARTIAL = {
     "laptop",
     "ti",
     "d",
-}  # words of names of parts of a card, and of cards that differ from their namesake
+}  # words of a name that mark a part of a GPU, or a smaller model
 FORWARD_AND_BACKWARD = 3  # times the forward's arithmetic
 
 
 class Clock:
-    """Times the steps between two logged ones: samples and arithmetic a second, and the share of waiting for data."""
+    """Times the steps between two logged ones: samples and FLOP a second, and the share of waiting for data."""
 
     def __init__(self, config: ModelConfig, batch_size: dict[str, int], num_frames: int) -> None:
         """batch_size: of all ranks together; num_frames: of a clip in training."""
@@ -47,11 +47,11 @@ class Clock:
         self._began, self._samples, self._done, self.waited = time.perf_counter(), 0, 0.0, 0.0
 
     def pause(self, seconds: float) -> None:
-        """Leave out time that was spent on something else."""
+        """Do not count time that was spent on something else."""
         self._began += seconds
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches, the waiting for each noted."""
+        """The batches; the time that each takes counts as waiting."""
         while True:
             began = time.perf_counter()
             batch = next(batches, None)

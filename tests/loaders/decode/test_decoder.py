@@ -9,10 +9,11 @@ import simplejpeg
 import torch
 from PIL import Image
 
+from loaders.decode.choice import make_decoder
+from loaders.decode.cpu import CpuDecoder
 from loaders.decode.dali import DaliDecoder, header_faults
-from loaders.decode.decoder import CpuDecoder, make_decoder
-from loaders.decode.pixels import Clip, Scratch, decode_clip, jpeg_fraction
-from loaders.order.choices import BadSampleError, Window
+from loaders.decode.pixels import Scratch, decode_clip, jpeg_fraction
+from loaders.samples import BadSampleError, Clip, Window
 from sharding.media.jpeg import has_end
 
 SIZE = 32

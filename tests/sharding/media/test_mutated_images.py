@@ -16,8 +16,8 @@ import pytest
 from pictures import TURNS, photo, saved
 from PIL import Image
 
-from loaders.decode.pixels import Clip, Scratch, decode_clip
-from loaders.order.choices import BadSampleError, Window
+from loaders.decode.pixels import Scratch, decode_clip
+from loaders.samples import BadSampleError, Clip, Window
 from sharding.media import MediaError, pack_image
 from sharding.media.picture import decode_picture
 
