@@ -130,7 +130,7 @@ def test_gradients_are_clipped_as_pytorch_does(zero, precision):
         assert float(guard.norm) == pytest.approx(float(norm), rel=near)
         assert norm > 1
     moments = {part.name: part.read("exp_avg") for part in fragments(engine)}  # weights would show no scale
-    used = [name for name in moments if named[name].grad is not None]  # the others are no part of this model's losses
+    used = [name for name in moments if named[name].grad is not None]  # the others are not part of this model's losses
     found = torch.cat([moments[name] for name in used])
     expected = torch.cat([plain.state[named[name]]["exp_avg"].flatten() for name in used])
     assert (found - expected).norm() < 2 * near * expected.norm()

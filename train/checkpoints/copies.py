@@ -70,7 +70,7 @@ class RemoteCheckpoints:
             self._upload(path, settings, keep)
         except Exception as error:  # each store has errors of its own
             self._failed = (path, settings, keep)
-            log.error("%s is not copied to %s (%s): the next checkpoint tries again", path, self._url, reason(error))
+            log.error("%s was not copied to %s (%s): retrying with the next checkpoint", path, self._url, reason(error))
         return self._failed is None
 
     def retry(self) -> None:
@@ -165,8 +165,8 @@ class RemoteCheckpoints:
                 self._fetch(name, folder)
         except Exception as error:  # each store has errors of its own
             raise AccessError(
-                f"checkpoint_url={self._url}: what lies there cannot be brought to {folder} ({reason(error)}): mend "
-                "the way there, or start a new run with another checkpoint_url, or without"
+                f"checkpoint_url={self._url}: cannot download it to {folder} ({reason(error)}): fix "
+                "the connection, or start a new run with another checkpoint_url or none"
             ) from error
 
     def _fetch(self, name: str, folder: Path) -> None:
@@ -220,5 +220,5 @@ class _Reporting(fsspec.Callback):
 
 
 def reason(error: Exception) -> str:
-    """An error in words that hold no secrets."""
+    """An error in words that have no secrets."""
     return f"{type(error).__name__}: {hide_secrets(str(error))}"

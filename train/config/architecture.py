@@ -81,7 +81,7 @@ def _contradiction(key: str, value: Any, stored: Any, source: str, policy: str |
     part, _, name = key.rpartition(".")
     if name in _NOT_IN_OFFICIAL and Path(source).is_file():
         file = "vision_config.json" if part == "vision_encoder" else "bert_config.json"
-        remedy = f"if it was trained so, say it by {_NOT_IN_OFFICIAL[name]} in a {file} beside it"
+        remedy = f"if it was trained so, set {_NOT_IN_OFFICIAL[name]} in a {file} beside it"
     return f"{key} is {value!r} here and {stored!r} in the checkpoint {source}: {remedy}"
 
 

@@ -1,4 +1,4 @@
-"""Keys that are no settings: those of the official YAMLs (docs/migrating.md has the whole table), and removed ones."""
+"""Keys that are not settings: those of the official YAMLs (docs/migrating.md has the whole table), and removed ones."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ RENAMED = {
     "dataset_name": "benchmark",
     "text_decoder": "answer_decoder.num_layers",
     "eos": "nothing: answers end in [SEP]",
-    "device": "nothing: what the launcher says",
-    "dist_url": "nothing: what the launcher says",
-    "distributed": "nothing: what the launcher says",
+    "device": "nothing: the launcher decides",
+    "dist_url": "nothing: the launcher decides",
+    "distributed": "nothing: the launcher decides",
     "debug": "max_steps",
     "vit_type": "vision_encoder.type",
     "vit_name_or_pretrained_path": "vision_encoder.pretrained",
