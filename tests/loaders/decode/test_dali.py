@@ -168,7 +168,7 @@ def test_a_cuda_error_ends_the_run_at_once_and_nobody_is_bad(monkeypatch, worker
 def test_a_failure_that_a_sound_image_shares_is_the_devices(monkeypatch, worker: DaliWorker) -> None:
     """Whatever its words are."""
     pipeline = Failing(monkeypatch, worker, IMAGE_FAILS + "unspecified launch failure", sticky=True)
-    with pytest.raises(RuntimeError, match="DALI fails on the CPU, and no image is the cause: Failed to decode"):
+    with pytest.raises(RuntimeError, match="DALI fails on the CPU, not caused by an image: Failed to decode"):
         worker.decode(clips())
     assert pipeline.runs == 3  # the batch, and the sound image on this pipeline and on a new one
 
