@@ -120,4 +120,4 @@ def test_the_table_says_what_to_do(hosts, job):
     assert "- repair the link (at least --least-gbit 1e+09" in result.stdout
     nothing = hosts.run("node1", sys.executable, "-m", "launch.doctor", "--hostfile", "nowhere", cwd=job, check=False)
     assert nothing.returncode == 2
-    assert nothing.stderr == "error: --hostfile nowhere names no hosts: one a line, such as `node1 slots=8`\n"
+    assert nothing.stderr == "error: --hostfile nowhere has no hosts: write one per line, such as `node1 slots=8`\n"

@@ -61,7 +61,7 @@ def test_advice_names_the_bottleneck() -> None:
         "Decoding alone reaches 110 samples/s."
     ]
     assert advice(replace(RESULTS, wait_share=0.01), SETUP) == [
-        "The loader is not a bottleneck: the loop runs at 50% of its speed with batches kept in memory."
+        "The loader is not a bottleneck: the loop has 50% of its speed with batches in memory."
     ]
     assert "local disk" in advice(slow, replace(SETUP, remote=True))[0]
 

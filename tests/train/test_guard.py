@@ -38,7 +38,7 @@ def test_a_poisoned_step_changes_nothing_and_is_told(zero, precision, caplog):
         guard.inspect()
     assert guard.skipped == 1
     assert [message for message in caplog.messages if message.startswith("Step ")] == [
-        "Step 2 is skipped, its gradient is not finite; samples of rank 0, loss nan: "
+        "Skipped step 2, its gradient is not finite; samples of rank 0, loss nan: "
         "corpus/2_0, corpus/2_1, corpus/2_2, corpus/2_3"
     ]
 
