@@ -25,7 +25,7 @@ class RowError(UserError):
 
     def __init__(self, record: Record, reason: str) -> None:
         self.reason = " ".join(reason.split())  # in one line, whatever the names of columns are
-        super().__init__(f"{record.place}: {self.reason}; --skip-bad-rows leaves such records out and counts them")
+        super().__init__(f"{record.place}: {self.reason}; --skip-bad-rows skips and counts such records")
 
     @property
     def kind(self) -> str:
@@ -200,7 +200,7 @@ def media_name(value: Any) -> str:
     if value is None or value == []:
         return ""
     if isinstance(value, list):
-        raise ValueError(f"one path or URL, not {len(value)} ({shortened(value)}): give each a record of its own")
+        raise ValueError(f"one path or URL, not {len(value)} ({shortened(value)}): write one record for each")
     if isinstance(value, Mapping) and value.get("bytes") is not None:
         raise ValueError(
             "a path or URL, not the file's bytes in the table, as Hugging Face's datasets stores them: write each to a "

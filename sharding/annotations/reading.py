@@ -119,11 +119,11 @@ def check_reading(reading: Reading) -> None:
     known = [*READERS, *JOINING]
     if reading.format not in known:
         near = nearest(reading.format, known) or known
-        raise UserError(f"--format {reading.format}: there is no such format, nearest are {', '.join(near)}")
+        raise UserError(f"--format {reading.format}: unknown format, nearest are {', '.join(near)}")
     try:
         codecs.lookup(reading.encoding)
     except LookupError:
-        raise UserError(f"--encoding {reading.encoding}: there is no such encoding") from None
+        raise UserError(f"--encoding {reading.encoding}: unknown encoding") from None
 
 
 def rows_of(files: Sequence[AnnotationFile], reading: Reading) -> Iterator[Row]:

@@ -41,12 +41,12 @@ EXECUTORS: dict[str, Run] = {"processes": run_in_processes, "ray": run_on_ray}
 class Executor:
     """How shards are built; it changes no byte of them."""
 
-    workers: int | None = flag(None, "processes (default: one a core)", type=int)
+    workers: int | None = flag(None, "worker processes (default: one per core)", type=int)
     engine: str = flag(
         "processes", "ray: tasks on a running Ray cluster (default: %(default)s)", choices=tuple(EXECUTORS)
     )
     part: str = flag("", "build the I-th of N shares of the shards, as one of N jobs", metavar="I/N")
-    finish: bool = flag(False, "build nothing: describe the corpus once all parts are done")
+    finish: bool = flag(False, "only write corpus.json, after all parts are complete")
 
     def check(self) -> None:
         """Raise ValueError, with the remedy, for settings that cannot work."""
@@ -111,7 +111,7 @@ def build_shards(
             f"{' ...' if len(missing) > 5 else ''}): run the parts that build them again, then --finish"
         )
     if missing:
-        log.info("part %s is done; other parts have to build %d of %d shards", executor.part, len(missing), len(tasks))
+        log.info("part %s is complete; other parts build %d of %d shards", executor.part, len(missing), len(tasks))
     return [shards[number] for number in sorted(shards)], rows
 
 

@@ -292,7 +292,7 @@ def tar_members(file: BinaryIO, damages: list[Damage]) -> Iterator[Member]:
             place = found.offset, found.size, found.size, IN_TAR, 0
             yield Member(found.path, *place, found.link, found.hard, found.unreadable)
     if empty and damages:
-        raise EOFError(f"{damages[0].reason} at byte {damages[0].offset}, and no sound one")
+        raise EOFError(f"{damages[0].reason} at byte {damages[0].offset}, and no intact one")
 
 
 class RawNames:

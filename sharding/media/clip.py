@@ -215,7 +215,7 @@ class Clip:
         except av.FFmpegError as error:
             self.broken = self.broken or str(error.strerror)
         except IndexError:  # PyAV, at the end of a damaged file in which a stream appeared on the way
-            self.broken = self.broken or "a stream begins in the middle"
+            self.broken = self.broken or "the stream starts in the middle"
 
     def decoded(self) -> Iterator[av.VideoFrame]:
         """Frames in the order of the decoder; broken packets are skipped."""

@@ -114,23 +114,23 @@ class Statistics:
 
 
 MEASURES: dict[str, Callable[[pa.Table], pa.Array]] = {
-    "captions a sample": lambda table: pc.list_value_length(table["captions"]),
-    "words a caption": lambda table: words(pc.list_flatten(table["captions"])),
-    "questions a sample": lambda table: pc.list_value_length(table["questions"]),
-    "words a question": lambda table: words(pc.struct_field(pc.list_flatten(table["questions"]), "question")),
-    "answers a question": lambda table: pc.list_value_length(
+    "captions per sample": lambda table: pc.list_value_length(table["captions"]),
+    "words per caption": lambda table: words(pc.list_flatten(table["captions"])),
+    "questions per sample": lambda table: pc.list_value_length(table["questions"]),
+    "words per question": lambda table: words(pc.struct_field(pc.list_flatten(table["questions"]), "question")),
+    "answers per question": lambda table: pc.list_value_length(
         pc.struct_field(pc.list_flatten(table["questions"]), "answers")
     ),
-    "options a choice": lambda table: pc.list_value_length(
+    "options per choice": lambda table: pc.list_value_length(
         pc.struct_field(pc.list_flatten(table["choices"]), "options")
     ),
     "width in pixels": lambda table: table["width"],
     "height in pixels": lambda table: table["height"],
-    "frames a clip": lambda table: pc.list_value_length(table["sizes"]),
-    "seconds a clip": lambda table: table["duration"].drop_null(),
-    "bytes a frame": lambda table: pc.list_flatten(table["sizes"]),
+    "frames per clip": lambda table: pc.list_value_length(table["sizes"]),
+    "seconds per clip": lambda table: table["duration"].drop_null(),
+    "bytes per frame": lambda table: pc.list_flatten(table["sizes"]),
 }
-OF_CLIPS = ("frames a clip", "seconds a clip")
+OF_CLIPS = ("frames per clip", "seconds per clip")
 
 
 def measure(corpus: Corpus, shards: int = 0, progress: Progress | None = None) -> Statistics:
@@ -166,7 +166,7 @@ def columns_of(corpus: Corpus, shard: int, columns: Sequence[str]) -> pa.Table:
         reason = "is missing"
     except UNREADABLE as error:
         reason = f"cannot be read ({error})"
-    raise UserError(f"{url} {reason}: `python -m sharding.verify {corpus.url} --repair` makes it again")
+    raise UserError(f"{url} {reason}: `python -m sharding.verify {corpus.url} --repair` rebuilds it")
 
 
 def in_threads(function: Callable[[int], Value], numbers: Sequence[int]) -> Iterator[Value]:

@@ -189,7 +189,7 @@ def contents_of(reader: Reader, fps: float) -> Contents:
     if videos and not pictured:
         file = next(f"{videos[0].key}.{ending}" for ending in videos[0].others if ending in VIDEOS)
         raise ValueError(
-            f"holds whole videos ({file}), and frames cannot be read from those one by one: repack them with "
+            f"contains whole videos ({file}), and frames cannot be read from those one by one: repack them with "
             "`python -m sharding.build --media-type video --media-root FOLDER_OF_THE_TARS`, which reads clips inside "
             f'tars: in the annotations a path is such as "00000.tar/{file}"'
         )

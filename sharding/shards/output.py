@@ -105,7 +105,7 @@ def locked(lock: Lock, what: str, seconds: float = 0) -> Iterator[Lock]:
         lock.acquire(seconds)
     except HeldError as held:
         raise UserError(
-            f"another build is writing to {what} ({held}): wait until it is done, or choose another --output"
+            f"another build is writing to {what} ({held}): wait for it, or choose another --output"
         ) from None
     try:
         yield lock
@@ -176,7 +176,7 @@ def check_claim(output: str, plan: dict[str, Any]) -> bool:
     different = sorted(key for key in plan if plan[key] != found.get(key))
     if different:
         raise UserError(
-            f"{output} holds a corpus built with another {', '.join(different)}: "
+            f"{output} has a corpus built with another {', '.join(different)}: "
             "choose another --output, or delete that folder first"
         )
     return True

@@ -28,9 +28,9 @@ class ShardSettings:
     media_type: str = flag("", "required unless --corpus says it", choices=MEDIA_TYPES)
     size: int = flag(224, "shorter side of stored frames in pixels (default: as --corpus says, or %(default)s)")
     quality: int = flag(90, "JPEG quality, 1 to 100 (default: %(default)s)")
-    fps: float = flag(2.0, "stored frames a second of video (default: as --corpus says, or 2)")
-    max_frames: int = flag(0, "at most so many frames a clip (default: as --corpus says, or all)")
-    shard_mb: int = flag(256, "aim for shards of this size (default: %(default)s)")
+    fps: float = flag(2.0, "stored frames per second of video (default: as --corpus says, or 2)")
+    max_frames: int = flag(0, "maximum number of frames per clip (default: as --corpus says, or all)")
+    shard_mb: int = flag(256, "target size of a shard (default: %(default)s)")
 
     def check(self) -> None:
         """Raise ValueError, with the remedy, for settings that cannot work."""

@@ -37,7 +37,7 @@ def repair(url: str, corpus: Corpus | None, reports: list[Report]) -> list[str]:
             info, kind = report.info, report.media_type
             if not report.index_is_sound and report.tar_is_sound:
                 info, kind = new_index(url, report, scratch)
-                done.append(f"{info.index_name} made again from {info.name}")
+                done.append(f"{info.index_name} rebuilt from {info.name}")
                 failures_known = False
             elif not report.index_is_sound:
                 failures_known = False
@@ -52,7 +52,7 @@ def repair(url: str, corpus: Corpus | None, reports: list[Report]) -> list[str]:
         text = repaired.to_json()
         if corpus is None or text != corpus.to_json():
             write_text(join_url(url, "corpus.json"), text, scratch)
-            done.append(f"corpus.json made again: {len(shards)} shards, {repaired.samples} samples")
+            done.append(f"corpus.json rebuilt: {len(shards)} shards, {repaired.samples} samples")
     return done
 
 
@@ -79,7 +79,7 @@ def small_files(url: str, files: dict[str, str], failures: FailureLog | None, do
             found[name] = digest
         elif name == FILE and failures is not None and (there or files or failures.count):
             found |= failures.publish(url)
-            done.append(f"{FILE} made again: {failures.count} failures")
+            done.append(f"{FILE} rebuilt: {failures.count} failures")
     return found
 
 

@@ -96,7 +96,7 @@ def json_reason(error: Exception) -> str:
     known = {
         "UTF8": "it is not in UTF-8: save it so",
         "codec": "it is not in UTF-8: save it so",
-        "premature EOF": "it ends too early: is it complete?",
+        "premature EOF": "it is truncated: is it complete?",
         "trailing garbage": "more follows behind its end: JSON lines need --format jsonl, several lists a file each",
     }
     return next(

@@ -83,7 +83,7 @@ def test_a_bucket_that_does_not_exist_is_told_at_the_start(s3):
 
 
 def test_credentials_in_the_url_are_refused():
-    with pytest.raises(ValueError, match="holds a user, a password or a signature"):
+    with pytest.raises(ValueError, match="contains a user, a password or a signature"):
         RemoteCheckpoints("s3://me:secret@bucket/runs", {})
 
 
