@@ -142,8 +142,8 @@ def start_engine(
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     if exact:
         keep_exact(engine, exact)
-    # Workaround (DeepSpeed 0.19.8; deepspeedai/DeepSpeed#5104 mends ZeRO only): without ZeRO, bf16 and fp16 begin with an
-    # empty step, which shifts AdamW's bias correction.
+    # Workaround (DeepSpeed 0.19.8; deepspeedai/DeepSpeed#5104 is for ZeRO only): without ZeRO, bf16 and fp16 begin with
+    # an empty step, which shifts AdamW's bias correction.
     set_optimizer_step(engine, 0)
     return engine, groups
 
