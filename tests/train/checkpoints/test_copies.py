@@ -58,7 +58,7 @@ def test_a_store_that_has_gone_does_not_end_a_run_but_is_told_at_its_start(
     copies = RemoteCheckpoints(s3.url("copies"), {})
     upload(copies, checkpoint)
     assert f"{checkpoint} is not copied to {s3.url('copies')} (EndpointConnectionError: Could not" in caplog.text
-    with pytest.raises(AccessError, match=rf"checkpoint_url={s3.url('copies')}: what lies there cannot be brought"):
+    with pytest.raises(AccessError, match=rf"checkpoint_url={s3.url('copies')}: its copies cannot be fetched"):
         copies.fetch(tmp_path / "elsewhere")
 
 
