@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from loaders.batch import Batch, normalize
-from loaders.config import LoaderConfig, PerMedia, VideoInput
+from loaders.config import BACKENDS, LoaderConfig, PerMedia, VideoInput
 from loaders.decode.choice import usable_threads, usual_device
 from loaders.shards import describe
 from loaders.text import Tokenizer
@@ -150,7 +150,7 @@ def cpu_seconds() -> float:
 
 
 def step(batch: Batch, seconds: float) -> None:
-    """What stands for a training step: the bytes made pixels on the device, then a wait."""
+    """A simulated training step: bytes to pixels on the device, then a wait."""
     if seconds:
         normalize(batch.to(usual_device()).frames, HALF, HALF, torch.bfloat16)
         time.sleep(seconds)
@@ -241,7 +241,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--size", type=positive, default=224, help="pixels of a frame as shown (default: %(default)s)")
     result.add_argument("--frames", type=positive, default=1, help="frames of a clip (default: %(default)s)")
     result.add_argument("--threads", type=int, default=0, help="decoding threads or processes (default: the cores)")
-    result.add_argument("--decode", default="auto", choices=("auto", "dali", "cpu"), help="(default: %(default)s)")
+    result.add_argument("--decode", default="auto", choices=BACKENDS, help="(default: %(default)s)")
     result.add_argument("--prefetch", type=positive, default=3, help="batches made ahead (default: %(default)s)")
     result.add_argument("--step-ms", type=float, default=0, help="time of a training step (default: none)")
     result.add_argument("--seconds", type=float, default=10, help="how long to measure (default: %(default)s)")

@@ -1,4 +1,4 @@
-"""Test sets: every visual exactly once over all ranks, with the texts, questions or options that go with it."""
+"""Test sets: every visual (image or video) exactly once over all ranks, with its texts, questions or options."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class VisualBatch:
 
 
 class VisualSet:
-    """The visuals of a packed corpus in the order of its shards; `missing` lists those that do not decode.
+    """The visuals of a packed corpus in the order of its shards; `missing` holds the reasons of those without pixels.
 
     Raises:
         FileNotFoundError, ValueError: as `sharding.shards.schema.read_corpus`; or no such sample_type_test.
@@ -56,7 +56,7 @@ class VisualSet:
 
     @property
     def digest(self) -> str:
-        """A name for the corpus' contents, which its description holds the checksums of."""
+        """A name for the contents of the corpus, whose description holds all checksums."""
         return corpus_digest(self.reader.corpus)
 
     def locate(self, visual: int) -> tuple[int, int]:
@@ -135,7 +135,7 @@ class VisualSet:
 
 
 def corpus_digest(corpus: Corpus) -> str:
-    """A name for a corpus' contents, wherever it lies."""
+    """A name for the contents of a corpus, wherever it is."""
     return hashlib.sha256(corpus.to_json().encode()).hexdigest()
 
 

@@ -1,10 +1,10 @@
 """The values that pass from stage to stage of a loader, from a position of the epoch to a batch.
 
-    EpochPlan        order/epoch.py     which item of which shard is at a position of the epoch
-    -> SampleSpec    order/mixture.py   which sample that is, and what is shown of it: frames, crop, flip, text
-    -> RawSample     shards.py          the JPEG bytes of its frames, or the reason why there are none
-    -> DecodedSamples  decode/          the pixels of a step's samples, or the reason of each that has none
-    -> Batch         batch.py           its tensors; text.py makes the tokens
+    EpochPlan            order/epoch.py    which sample, caption or question is at a position of the epoch
+      -> SampleSpec      order/mixture.py  the sample, and what is shown of it: frames, crop, flip, text
+      -> RawSample       shards.py         the JPEG bytes of its frames, or the reason why there are none
+      -> DecodedSamples  decode/           the pixels of all samples of a step, or the reason of each without any
+      -> Batch           batch.py          the tensors of a step; text.py makes the tokens
 
 train.py chains the stages for training, and replaces samples without pixels at the end of the chain; evaluation.py
 chains them for test sets, and reports such samples. No stage calls an earlier one.

@@ -15,7 +15,6 @@ from runtime.errors import UserError
 
 log = logging.getLogger("loaders")
 
-BACKENDS = ("auto", "dali", "cpu")
 DALI_PACKAGE = "nvidia-dali-cuda"  # and CUDA's version: 120, 130
 
 
@@ -24,14 +23,12 @@ def make_decoder(
 ) -> Decoder:
     """The decoder of `decode=auto|dali|cpu` for a run that computes on `device`.
 
-    auto: without a GPU libjpeg-turbo; on one both, until it is known which makes training wait less.
-    deterministic: nothing is measured, auto is libjpeg-turbo; DALI leaves the GPU's JPEG engines out.
+    auto: without a GPU the CPU path; on a GPU both decoders, until it is measured which makes training wait less.
+    deterministic: nothing is measured, auto is the CPU path; DALI does not use the GPU's JPEG engines.
 
     Raises:
-        ValueError: unknown backend, or decode=dali where DALI cannot be used.
+        UserError: decode=dali where DALI cannot be used.
     """
-    if backend not in BACKENDS:
-        raise UserError(f"decode is {backend!r}, must be one of {', '.join(BACKENDS)}")
     on_gpu = device.type == "cuda"
     if backend == "cpu" or (backend == "auto" and (deterministic or not on_gpu)):
         return CpuDecoder(size, threads, antialias, pin=on_gpu)
@@ -46,7 +43,7 @@ def make_decoder(
 
 
 class _UnusableError(Exception):
-    """DALI cannot be used here, and what would help."""
+    """Why DALI cannot be used here, and the remedy."""
 
 
 def _dali(size: int, threads: int, antialias: bool, device: torch.device, deterministic: bool) -> Decoder:
@@ -83,10 +80,10 @@ def _check_cuda_majors() -> None:
 
 
 def usual_device() -> str:
-    """Where a program computes that is no job: on the GPU if PyTorch sees one, and DS_ACCELERATOR does not say cpu."""
+    """The device of a program outside a job: the GPU if PyTorch finds one and DS_ACCELERATOR is not cpu."""
     return "cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu" else "cpu"
 
 
 def usable_threads(asked: int, ranks_here: int) -> int:
-    """Decoding threads or processes of a rank: as asked, or its share of the cores this process may run on."""
+    """Decoding threads or processes of a rank: as configured, or its share of the cores this process may run on."""
     return asked or max(1, len(os.sched_getaffinity(0)) // max(1, ranks_here))

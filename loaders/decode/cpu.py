@@ -1,7 +1,7 @@
 """decode=cpu: libjpeg-turbo and OpenCV in processes, and the memory that they share with this one.
 
 Threads decode slower, because of Python's global lock: a thread takes it some five times a picture, each hand-over
-wakes a sleeping core, and nobody decodes while specs or a step are prepared (measured: benchmarks/RESULTS.md).
+wakes a sleeping core, and decoding stops while specs or a step are prepared (measured: benchmarks/RESULTS.md).
 """
 
 from __future__ import annotations

@@ -17,7 +17,6 @@ from loaders.shards import CorpusReader
 from runtime.errors import UserError
 
 Answers = tuple[tuple[str, float], ...]  # with their weights
-TRAINING_UNITS = ("samples", "captions", "questions")
 
 
 class Mixture:
@@ -36,8 +35,6 @@ class Mixture:
         with_texts: bool = True,
         start: float = 0.0,
     ) -> None:
-        if config.epoch_unit not in TRAINING_UNITS:
-            raise UserError(f"epoch_unit is {config.epoch_unit!r}, must be one of {', '.join(TRAINING_UNITS)}")
         check_sample_type(config.video_input.sample_type)
         self.media_type, self.readers, self.config = media_type, readers, config
         self._pool, self._with_texts, self._start = pool, with_texts, start

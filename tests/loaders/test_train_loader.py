@@ -242,10 +242,10 @@ def test_batches_in_use_are_not_written_over(shapes, tokenizer: Tokenizer) -> No
     [
         ({"image_res": 0}, "image_res is 0: must be at least 1"),
         ({"stripes": 0}, "stripes is 0: must be at least 1"),
-        ({"video_input": VideoInput(num_frames=0)}, "video_input.num_frames is 0"),
+        ({"video_input": VideoInput(num_frames=0)}, "video_input.num_frames is 0: must be at least 1"),
         ({"video_input": VideoInput(sample_type="center")}, "sample_type is 'center', must be rand, middle or fps"),
-        ({"decode": "gpu"}, "decode is 'gpu'"),
-        ({"epoch_unit": "words"}, "epoch_unit is 'words', must be one of samples, captions"),
+        ({"decode": "gpu"}, "decode is 'gpu': must be one of auto, dali, cpu"),
+        ({"epoch_unit": "words"}, "epoch_unit is 'words': must be one of samples, captions, questions"),
         ({"seed": -1}, "seed is -1"),
     ],
 )

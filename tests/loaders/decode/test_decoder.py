@@ -141,11 +141,6 @@ def test_repeated_frames_are_the_same_picture(decoder) -> None:
     assert torch.equal(frames[0, 0], frames[0, 2])
 
 
-def test_unknown_back_ends_are_named() -> None:
-    with pytest.raises(ValueError, match="decode is 'gpu', must be one of auto, dali, cpu"):
-        make_decoder("gpu", SIZE, 1, antialias=False, device=CPU)
-
-
 def jpeg_kinds() -> dict[str, bytes]:
     """A picture as JPEGs of several makes."""
     image = Image.fromarray(simplejpeg.decode_jpeg(picture(2), "RGB"))
