@@ -71,7 +71,7 @@ class Engine:
         self.engine.backward(torch.stack(list(losses.values())).sum())
         stamps.append(time.process_time())
         self.guard.step()
-        self.guard.note(self.number, ("a", "b"), losses)
+        self.guard.record(self.number, ("a", "b"), losses)
         stamps.append(time.process_time())
         self.seconds.append(tuple(after - before for before, after in pairwise(stamps)))
 

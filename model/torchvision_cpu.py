@@ -1,8 +1,9 @@
-"""Lets timm and transformers be imported where torchvision is a CUDA wheel and torch a CPU build.
+# ruff: noqa: E402, F401
+"""Imports timm and transformers also where torchvision is a CUDA wheel and torch a CPU build.
 
 Both libraries import torchvision, whose Python part registers fake kernels for two C++ operators. Without its
-extension these operators do not exist and the import fails, so they are declared first. Every module of this
-folder that needs timm or transformers imports from here the names it uses.
+extension these operators do not exist and the import fails, so they are declared first. The modules of this folder
+import what they need of timm and transformers from here.
 """
 
 from __future__ import annotations
@@ -50,13 +51,13 @@ def declare_missing_operators() -> None:
 _library: torch.library.Library | None = None
 declare_missing_operators()
 
-from timm.layers import resample_abs_pos_embed  # noqa: E402
-from timm.models import create_model, get_pretrained_cfg, is_model  # noqa: E402
-from timm.models.beit import Attention as BeitAttention  # noqa: E402
-from timm.models.beit import Beit, gen_relative_position_index  # noqa: E402
-from timm.models.vision_transformer import VisionTransformer  # noqa: E402
-from transformers.models.bert.configuration_bert import BertConfig  # noqa: E402
-from transformers.models.bert.modeling_bert import (  # noqa: E402
+from timm.layers import resample_abs_pos_embed
+from timm.models import create_model, get_pretrained_cfg, is_model
+from timm.models.beit import Attention as BeitAttention
+from timm.models.beit import Beit, gen_relative_position_index
+from timm.models.vision_transformer import VisionTransformer
+from transformers.models.bert.configuration_bert import BertConfig
+from transformers.models.bert.modeling_bert import (
     BertAttention,
     BertEmbeddings,
     BertIntermediate,
@@ -65,23 +66,3 @@ from transformers.models.bert.modeling_bert import (  # noqa: E402
     BertPredictionHeadTransform,
     BertSelfOutput,
 )
-
-__all__ = [
-    "Beit",
-    "BeitAttention",
-    "BertAttention",
-    "BertConfig",
-    "BertEmbeddings",
-    "BertIntermediate",
-    "BertLayer",
-    "BertOutput",
-    "BertPredictionHeadTransform",
-    "BertSelfOutput",
-    "VisionTransformer",
-    "create_model",
-    "declare_missing_operators",
-    "gen_relative_position_index",
-    "get_pretrained_cfg",
-    "is_model",
-    "resample_abs_pos_embed",
-]

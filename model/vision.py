@@ -66,10 +66,6 @@ def build_vision(config: VisionConfig, image_res: int, pooler: bool = True) -> n
     sizes do not fit together.
     """
     check_vision(config, image_res)
-    if config.type not in VISION_TYPES:
-        named = _named(config, image_res)
-        _initialize(named, config)
-        return named
     common: dict[str, Any] = {
         "img_size": image_res,
         "patch_size": config.patch_size,
@@ -81,21 +77,16 @@ def build_vision(config: VisionConfig, image_res: int, pooler: bool = True) -> n
         "norm_layer": partial(nn.LayerNorm, eps=config.layer_norm_eps),
         "drop_path_rate": config.drop_path,
     }
-    vision: Beit | VisionTransformer
-    if config.type != "beit":
+    vision: Any
+    if config.type not in VISION_TYPES:
+        vision = _named(config, image_res)
+    elif config.type != "beit":
         vision = VisionTransformer(global_pool="token", **common)
-        _initialize(vision, config)
-        return vision
-    vision = Beit(
-        global_pool="avg",
-        use_fc_norm=True,
-        use_abs_pos_emb=False,
-        use_rel_pos_bias=True,
-        init_values=config.layer_scale,
-        **common,
-    )
-    if not pooler:
-        vision.fc_norm = nn.Identity()
+    else:
+        beit: dict[str, Any] = {"use_fc_norm": True, "use_abs_pos_emb": False, "use_rel_pos_bias": True}
+        vision = Beit(global_pool="avg", init_values=config.layer_scale, **beit, **common)
+        if not pooler:
+            vision.fc_norm = nn.Identity()
     _initialize(vision, config)
     return vision
 

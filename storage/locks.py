@@ -1,10 +1,10 @@
 """Locks on folders that several processes, on several machines, may want to write to.
 
-Two means together, because neither suffices everywhere. The kernel's lock (flock) on a file that is open for writing
-ends with its process; it works between machines on NFS with a lock daemon, but not on mounts with `nolock` or
-`local_lock`, nor on file systems without locks. So the holder also leaves a note in the file, with a number that it
-raises every few seconds: who finds a note of another machine watches for a while whether the number goes on. No clocks
-are compared.
+Two mechanisms together, because neither suffices everywhere. The kernel's lock (flock) on a file that is open for
+writing ends with its process; it works between machines on NFS with a lock daemon, but not on mounts with `nolock` or
+`local_lock`, nor on file systems without locks. So the holder also writes a note to the file, with a counter that it
+raises at every heartbeat. A process that finds a note of another machine watches whether the counter still grows. No
+clocks are compared.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-BEAT = 3.0  # seconds between two numbers of a note
-WATCH = 5  # beats without a new number, after which the note's process counts as dead
-SETTLE = 1.0  # seconds until a note counts, where the kernel has no locks: another process may just write its own
+HEARTBEAT = 3.0  # seconds between two heartbeats
+MISSED_HEARTBEATS = 5  # in a row, after which the process of a note counts as dead
+SETTLE = 1.0  # seconds until a note counts without the kernel's locks: another process may be writing its own
 POLL = 0.2
 
-log = logging.getLogger("sharding")
+log = logging.getLogger(__name__)
 
 
 class HeldError(Exception):
@@ -36,15 +36,15 @@ class HeldError(Exception):
 
 
 def machine() -> str:
-    """What all processes under one running kernel have in common: among them its locks can be trusted."""
+    """The id of the running kernel: its locks work between all of its processes."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 class Lock:
     """The lock of the file `path`, held from `acquire` to `release`, or to the end of this process.
 
-    shared: with others that share it; they leave no note. `beside`: other files whose holders it excludes by their
-    notes, where the kernel's lock does not.
+    shared: with others that share it; they write no note. beside: other files whose holders it excludes by their notes,
+    where the kernel's lock does not.
     """
 
     def __init__(self, path: Path, shared: bool = False, beside: Iterable[Path] = ()) -> None:
@@ -58,10 +58,10 @@ class Lock:
             "token": uuid.uuid4().hex,
         }
         self._released = threading.Event()
-        self._beating = threading.Thread(target=self._beat, name="lock", daemon=True)
+        self._heart = threading.Thread(target=self._send_heartbeats, name="lock", daemon=True)
 
     def acquire(self, seconds: float = 0) -> None:
-        """Take the lock; wait so long for a process that has it. Raises HeldError."""
+        """Take the lock; wait up to `seconds` for the process that holds it. Raises HeldError."""
         deadline = time.monotonic() + seconds
         while True:
             self._open()
@@ -76,15 +76,15 @@ class Lock:
                 continue
             time.sleep(POLL)
         try:
-            self._heed_notes()
+            self._watch_notes()
             if not self.shared:
                 self._leave_note()
         except BaseException:
             os.close(self._descriptor)
             raise
 
-    def alone(self) -> bool:
-        """Turn a shared lock into one that nobody shares; False, and no lock at all, where others hold it too."""
+    def make_exclusive(self) -> bool:
+        """Turn a shared lock into an exclusive one; False, and no lock at all, where others hold it too."""
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # first: of two that do this at once the later one must get it
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -95,9 +95,9 @@ class Lock:
     def release(self) -> None:
         """Let others have the lock."""
         self._released.set()
-        if self._beating.ident is not None:
-            self._beating.join()  # before the descriptor may become another file's
-        if not self.shared and same(read_note(self.path), self._note):
+        if self._heart.ident is not None:
+            self._heart.join()  # before the descriptor may become another file's
+        if not self.shared and same_holder(read_note(self.path), self._note):
             with contextlib.suppress(OSError):
                 os.ftruncate(self._descriptor, 0)
         os.close(self._descriptor)
@@ -105,7 +105,7 @@ class Lock:
     def _open(self) -> None:
         while True:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):  # whoever had it removed the folder just now
+            with contextlib.suppress(FileNotFoundError):  # its holder has just removed the folder
                 # For writing: NFS gives no exclusive lock on what is open for reading, as folders are.
                 self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
                 return
@@ -126,14 +126,19 @@ class Lock:
         except FileNotFoundError:
             return False
 
-    def _heed_notes(self) -> None:
-        """Watch the notes of processes that the kernel's lock may not keep out; HeldError when one goes on."""
+    def _watch_notes(self) -> None:
+        """Watch the notes of processes that the kernel's lock may not exclude; HeldError when a counter grows."""
         found = {path: note for path in [self.path, *self.beside] if (note := self._foreign(path))}
         if not found:
             return
         names = " and ".join(map(holder, found.values()))
-        log.info("%s: watching for %g seconds whether %s is still at work", self.path.parent, WATCH * BEAT, names)
-        deadline = time.monotonic() + WATCH * BEAT
+        log.info(
+            "%s: watching for %g seconds whether %s is still running",
+            self.path.parent,
+            MISSED_HEARTBEATS * HEARTBEAT,
+            names,
+        )
+        deadline = time.monotonic() + MISSED_HEARTBEATS * HEARTBEAT
         while time.monotonic() < deadline:
             time.sleep(POLL)
             for path, before in found.items():
@@ -142,7 +147,7 @@ class Lock:
                     raise HeldError(holder(now))
 
     def _foreign(self, path: Path) -> dict[str, Any]:
-        """The note in a file, empty where the kernel tells that its process is no more, or there is none."""
+        """The note in a file; empty where there is none, or the kernel shows that its process has ended."""
         note = read_note(path)
         return {} if self._kernel and note.get("machine") == self._note["machine"] else note
 
@@ -150,16 +155,16 @@ class Lock:
         self._write(0)
         if not self._kernel:
             time.sleep(SETTLE)
-            if not same(note := read_note(self.path), self._note):
+            if not same_holder(note := read_note(self.path), self._note):
                 raise HeldError(holder(note))
-        self._beating.start()
+        self._heart.start()
 
-    def _beat(self) -> None:
+    def _send_heartbeats(self) -> None:
         number = 0
-        while not self._released.wait(BEAT):
+        while not self._released.wait(HEARTBEAT):
             number += 1
             with contextlib.suppress(OSError):  # a full disk, a server that is gone for a while
-                if same(read_note(self.path), self._note):
+                if same_holder(read_note(self.path), self._note):
                     self._write(number)
 
     def _write(self, number: int) -> None:
@@ -170,7 +175,7 @@ class Lock:
 
 
 def read_note(path: Path) -> dict[str, Any]:
-    """What the holder of a lock says of itself; empty where nobody does."""
+    """The note of the holder of a lock; empty without one."""
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -178,11 +183,11 @@ def read_note(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def same(note: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+def same_holder(note: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two notes are of one holder."""
     return note.get("token") == other["token"]
 
 
 def holder(note: Mapping[str, Any]) -> str:
-    """The process of a note, in words."""
+    """The process of a note, as messages name it."""
     return f"process {note['pid']} on {note['host']}" if {"pid", "host"} <= set(note) else "another process"

@@ -1,4 +1,4 @@
-"""Sorts a model's parameters into groups of one learning rate and one weight decay."""
+"""Groups of a model's parameters that share a learning rate and a weight decay."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Guards the weights: clips gradients; a step whose gradient is not finite changes nothing and is told."""
+"""Clips gradients and skips steps whose gradient is not finite, which it logs with their samples."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _Taken:
-    """A step behind us, not yet looked at: tensors are still on the device."""
+class _Step:
+    """A step not yet inspected: its tensors are still on the device."""
 
     step: int
     keys: tuple[str, ...]
     loss: torch.Tensor
     skipped: torch.Tensor | bool
-    scale_could_fall: bool  # fp16's
+    scale_could_fall: bool  # of fp16
 
 
 @dataclass(frozen=True)
-class _Told:
+class _Report:
     """What a rank knows about a skipped step."""
 
     loss: float
@@ -42,7 +42,7 @@ class _Told:
 
 
 def gradient_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
-    """L2 norm () float32 of a gradient of which each rank holds these tensors; all ranks call. Waits for no device."""
+    """L2 norm () float32 of a gradient of which each rank holds these tensors; all ranks call; no synchronization."""
     norms = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32))
     squared = norms.square().sum()
     if distributed.get_world_size() > 1:
@@ -51,10 +51,10 @@ def gradient_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
 
 
 class StepGuard:
-    """Clips gradients, and makes AdamW pass over steps with infinities or NaN in them, on all ranks alike.
+    """Clips gradients, and makes AdamW skip steps with infinities or NaN in the gradient, on all ranks alike.
 
-    Where DeepSpeed does not test the gradient itself (bf16 and fp32 under ZeRO 1 and 2, fp32 without ZeRO), AdamW's own
-    kernel is told by a number on the device, so that no step waits for it. `inspect` waits, and tells what was skipped.
+    Where DeepSpeed does not test the gradient itself (bf16 and fp32 under ZeRO 1 and 2, fp32 without ZeRO), AdamW's
+    kernel skips by a flag on the device, so that no step waits for it. `inspect` waits, and logs the skipped steps.
     """
 
     def __init__(self, engine: DeepSpeedEngine, ranks: Ranks, limit: int, max_grad_norm: float = 0.0) -> None:
@@ -67,7 +67,7 @@ class StepGuard:
         self._engine, self._ranks, self._limit = engine, ranks, limit
         self.loss_scale = LossScale(engine)
         self._scale_can_fall = self.loss_scale.can_fall
-        self._taken: list[_Taken] = []
+        self._pending: list[_Step] = []
         self._bad: torch.Tensor | None = None
         self._measured: torch.Tensor | None = None
         self._row = 0
@@ -82,7 +82,7 @@ class StepGuard:
         self._engine.step()
 
     def _before_update(self, optimizer: Any, *_: Any) -> None:
-        """Clip, and tell AdamW whether to act; DeepSpeed's norm is over all ranks too, and -1 where it is none."""
+        """Clip, and set AdamW's flag to skip; DeepSpeed's norm is over all ranks too, and -1 where it is not finite."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not parameters:
             return
@@ -100,29 +100,29 @@ class StepGuard:
             factor = (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0).to(device)
             torch._foreach_mul_([p.grad for p in parameters], factor)
 
-    def note(self, step: int, keys: tuple[str, ...], losses: Mapping[str, torch.Tensor]) -> None:
-        """Remember step number `step` = 1, 2, ... until the next `inspect`."""
+    def record(self, step: int, keys: tuple[str, ...], losses: Mapping[str, torch.Tensor]) -> None:
+        """Keep step number `step` = 1, 2, ... for the next `inspect`."""
         skipped: torch.Tensor | bool = not self._engine.was_step_applied()
         if skipped or self._bad is None:  # DeepSpeed's own test and norm
             self.norm = None if skipped else self._engine.get_global_grad_norm()
         else:
             skipped = self._bad
         loss = torch.stack(list(losses.values())).sum()
-        self._taken.append(_Taken(step, keys, loss, skipped, self._scale_can_fall))
+        self._pending.append(_Step(step, keys, loss, skipped, self._scale_can_fall))
         self._bad, self._scale_can_fall = None, self.loss_scale.can_fall
 
     def inspect(self) -> None:
-        """Look at the steps noted since the last call; all ranks call after the same step. Waits for the device.
+        """Log the skipped ones of the recorded steps; all ranks call after the same step. Waits for the device.
 
-        Raises ValueError on all ranks when too many in a row were skipped.
+        Raises UserError on all ranks when too many in a row were skipped.
         """
-        taken, self._taken = self._taken, []
-        if not taken:
+        pending, self._pending = self._pending, []
+        if not pending:
             return
-        device = taken[-1].loss.device
-        flags = torch.stack([torch.as_tensor(each.skipped, device=device) for each in taken]).tolist()
-        for each, skipped in zip(taken, flags):
-            if not skipped or not self._tell(each):
+        device = pending[-1].loss.device
+        flags = torch.stack([torch.as_tensor(each.skipped, device=device) for each in pending]).tolist()
+        for each, skipped in zip(pending, flags):
+            if not skipped or not self._report(each):
                 self._row = 0
                 continue
             self.skipped += 1
@@ -134,17 +134,17 @@ class StepGuard:
                     "precision=bf16 or fp32; the log names the samples; the last checkpoint is from before"
                 )
 
-    def _tell(self, each: _Taken) -> bool:
-        """Log a skipped step with the samples of the ranks whose loss is not finite, or of all where all are.
+    def _report(self, each: _Step) -> bool:
+        """Log a skipped step with the samples of the ranks whose loss is not finite, or of all ranks if all are finite.
 
-        False where it is only fp16 looking for its loss scale. All ranks call.
+        Returns False where fp16 only searches for its loss scale. All ranks call.
         """
-        told = gather_objects(_Told(each.loss.item(), each.keys), self._ranks.world_size)
-        finite = [abs(rank.loss) < float("inf") for rank in told]
+        reports = gather_objects(_Report(each.loss.item(), each.keys), self._ranks.world_size)
+        finite = [abs(rank.loss) < float("inf") for rank in reports]
         if each.scale_could_fall and all(finite):
             return False
-        guilty = [number for number, good in enumerate(finite) if not good] or list(range(len(told)))
+        causes = [number for number, good in enumerate(finite) if not good] or list(range(len(reports)))
         if self._ranks.is_first:
-            samples = "; ".join(f"rank {n}, loss {told[n].loss:.4g}: {', '.join(told[n].keys)}" for n in guilty)
+            samples = "; ".join(f"rank {n}, loss {reports[n].loss:.4g}: {', '.join(reports[n].keys)}" for n in causes)
             log.warning("Step %d is skipped, its gradient is not finite; samples of %s", each.step, samples)
         return True

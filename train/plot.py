@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, select_autoescape
 
 from eval.report.grouping import ambiguous_splits
-from eval.report.losses import MEDIA, loss_weights, weighted_name
+from eval.report.losses import MEDIA, loss_weights, read_metrics, weighted_name
 from runtime.charts import Curve, Panel, panels_figure, png, svg
 from runtime.errors import MissingError, UserError, command
 from sharding.shards.outside import check_outside_corpora
@@ -72,11 +70,7 @@ def read_run(folder: Path) -> Run:
     if not path.is_file():
         raise MissingError(f"{folder} holds no metrics.jsonl: give the folder of a run")
     run = Run(path.parent.name, weights=loss_weights(path.parent))
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            line: dict[str, Any] = json.loads(text)
-        except json.JSONDecodeError:
-            continue
+    for line in read_metrics(path):
         for metric, value in line.items():
             if metric not in NOT_DRAWN and isinstance(value, int | float):
                 curves = [run.curves.setdefault(metric, ([], []))]

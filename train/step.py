@@ -1,4 +1,4 @@
-"""One optimiser step: the batch in parts, forward, backward, and AdamW at the schedule's learning rate."""
+"""One optimiser step: forward and backward over micro-batches, and AdamW at the schedule's learning rate."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 Losses = dict[str, torch.Tensor]
 
-TEXT_LENGTHS = 8  # texts are computed at multiples of it
+TEXT_LENGTHS = 8  # texts are padded to multiples of it
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Set all generators of PyTorch from (seed, step, rank), so that a step is the same whatever came before it."""
+    """Seed PyTorch's generators from (seed, step, rank), so that a step does not depend on those before it."""
     mixed = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]
     torch.manual_seed(int(mixed >> np.uint64(1)))
 
@@ -44,20 +44,20 @@ def model_inputs(batch: Batch) -> tuple[torch.Tensor, ...]:
 
 
 def without_padding(batch: Batch) -> Batch:
-    """The batch with its texts (B, Lt) cut to the longest of them, rounded up: only padding goes, no loss changes."""
+    """The batch with its texts (B, Lt) cut to the longest, rounded up: this removes padding only, no loss changes."""
     longest = int(batch.attention_mask.sum(1).max())
     length = min(batch.input_ids.shape[1], -(-longest // TEXT_LENGTHS) * TEXT_LENGTHS)
     ids, mask = (tensor[:, :length].contiguous() for tensor in (batch.input_ids, batch.attention_mask))
-    return replace(batch, input_ids=ids, attention_mask=mask)  # one layout: torch.compile tells two apart
+    return replace(batch, input_ids=ids, attention_mask=mask)  # torch.compile compiles each layout
 
 
-def split(batch: Batch, parts: int) -> list[Batch]:
-    """A batch of B pairs as `parts` batches of B / parts each, in order."""
-    if parts == 1:
+def split(batch: Batch, micro_batches: int) -> list[Batch]:
+    """A batch of B pairs as micro-batches of B / micro_batches each, in order."""
+    if micro_batches == 1:
         return [batch]
-    size = len(batch.keys) // parts
+    size = len(batch.keys) // micro_batches
     result = []
-    for first in range(0, size * parts, size):
+    for first in range(0, size * micro_batches, size):
         rows = slice(first, first + size)
         tensors = {name: getattr(batch, name)[rows] for name in ("frames", "input_ids", "attention_mask", "idx")}
         answers = None if batch.answers is None else _rows_of(batch.answers, rows)
@@ -74,7 +74,7 @@ def _rows_of(answers: Answers, rows: slice) -> Answers:
 
 
 class Stepper:
-    """Takes the optimiser steps of a run; nothing in it waits for the device."""
+    """Takes the optimiser steps of a run, without waiting for the device."""
 
     def __init__(
         self,
@@ -89,12 +89,12 @@ class Stepper:
         rank: int,
         accumulate: int = 1,
     ) -> None:
-        """groups: of the optimiser, with their base learning rates. accumulate: parts that a batch is computed in."""
+        """groups: of the optimiser, with their base learning rates. accumulate: micro-batches of a step."""
         self.engine, self.groups, self.model, self.schedule, self.guard = engine, groups, model, schedule, guard
         self._device, self._dtype = device, DTYPES[precision]
         self._seed, self._rank, self._accumulate = seed, rank, accumulate
         # The model's forward clamps what it computes with; this is the copy that AdamW changes.
-        self._temperatures = [part for part in fragments(engine) if part.name == "temp"]
+        self._temperatures = [part for part in fragments(engine) if part.name == "temp" and part.trained]
 
     def __call__(self, batch: Batch, step: int) -> Losses:
         """Step number `step` on this rank's part of a global batch; returns its losses (), still on the device."""
@@ -102,21 +102,21 @@ class Stepper:
         multiplier = self.schedule.multiplier(step)
         for group, settings in zip(self.engine.optimizer.param_groups, self.groups, strict=True):
             group["lr"] = settings.lr * multiplier
-        each = [self._part(part.to(self._device)) for part in split(batch, self._accumulate)]
+        each = [self._backward(part.to(self._device)) for part in split(batch, self._accumulate)]
         losses = {name: torch.stack([part[name] for part in each]).mean() for name in each[0]}
-        self.guard.note(step + 1, batch.keys, losses)
+        self.guard.record(step + 1, batch.keys, losses)
         finish_step(self.engine)
         return losses
 
-    def _part(self, batch: Batch) -> Losses:
-        """Forward and backward of one part; the optimiser acts after the last one, on the mean of the gradients."""
+    def _backward(self, batch: Batch) -> Losses:
+        """Forward and backward of a micro-batch; AdamW acts after the last one, on the mean of the gradients."""
         frames = normalize(batch.frames, self.model.mean, self.model.std, self._dtype)
         losses = self.engine(frames, *model_inputs(batch))
         total = torch.stack(list(losses.values())).sum()
         if not total.requires_grad:
             raise UserError(
-                f"all that a batch of {MEDIA[batch.media_type]} is computed with is frozen: leave some of it to be "
-                "trained, or leave that medium out of train_corpus"
+                f"all parameters that a batch of {MEDIA[batch.media_type]} uses are frozen: leave some of them "
+                "trainable, or leave that medium out of train_corpus"
             )
         self.engine.backward(self.guard.loss_scale.apply(total))
         self.guard.step()

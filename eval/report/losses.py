@@ -1,8 +1,10 @@
-"""Names a run's losses in charts, with their weights, and splits steps by medium."""
+"""Reads a run's metrics.jsonl for charts, and names its losses with their weights."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,15 @@ import yaml
 
 MEDIA = {"image": "images", "video": "clips"}
 TOTAL = "loss"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; one cut short by an interruption is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        with suppress(json.JSONDecodeError):
+            lines.append(json.loads(text))
+    return lines
 
 
 def loss_weights(run: Path) -> dict[str, float]:

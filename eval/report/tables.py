@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from eval.metrics import RECALL_AT
 from eval.report.console import format_table
 from eval.report.evaluations import Evaluation
 from eval.report.grouping import Member, TestSet, group_test_sets
-from eval.report.losses import by_medium, loss_weights, weighted_name
+from eval.report.losses import by_medium, loss_weights, read_metrics, weighted_name
 from eval.report.published import Published, published
 from runtime.charts import COLORS, Curve, Panel, panel_svg
 
@@ -19,8 +17,6 @@ COLUMNS = [*(f"img_r{k}" for k in RECALL_AT), *(f"txt_r{k}" for k in RECALL_AT),
 LOSSES = {
     "loss": "total", "loss_itc": "VTC", "loss_itm": "VTM", "loss_mlm": "MLM", "loss_qa": "answers",
 }  # fmt: skip
-OF_TYPE = {"answer_type/": "answers", "question_type/": "questions"}
-BY_FRAMES = {"retrieval": "img_r_mean", "qa": "overall", "choice": "overall"}
 
 
 def tables(test_sets: Sequence[TestSet]) -> list[dict[str, Any]]:
@@ -101,10 +97,8 @@ def _type_columns(rows: Sequence[dict[str, Any]], prefix: str) -> list[str]:
 
 
 def _label(column: str) -> str:
-    for prefix in OF_TYPE:
-        if column.startswith(prefix):
-            return column.removeprefix(prefix)
-    return {"r_mean": "mean", "overall": "all"}.get(column, f"R@{column.rpartition('r')[2]}")
+    of_type = column.partition("/")[2]
+    return of_type or {"r_mean": "mean", "overall": "all"}.get(column, f"R@{column.rpartition('r')[2]}")
 
 
 def bars(all_tables: Sequence[dict[str, Any]], task: str) -> list[dict[str, Any]]:
@@ -146,21 +140,22 @@ def frame_curves(test_sets: Sequence[TestSet]) -> list[dict[str, Any]]:
     runs = {member.evaluation.run for test_set in test_sets for member in test_set.members}
     for test_set in test_sets:
         lines: dict[str, dict[int, float]] = {}
-        task = test_set.details["task"]
+        ranked = test_set.details["task"] == "retrieval"
+        metric = "img_r_mean" if ranked else "overall"
         if test_set.details["media_type"] != "video":
             continue
         for row in _rows(test_set):
             evaluation = row["member"].evaluation
             words = [evaluation.run_name] if len(runs) > 1 else []
             words += [evaluation.details["settings"]["eval_frame_ensemble"]]
-            words += [row["ranking"]] if task == "retrieval" else []
-            lines.setdefault(", ".join(words), {})[row["details"]["num_frames"]] = row["values"][BY_FRAMES[task]]
+            words += [row["ranking"]] if ranked else []
+            lines.setdefault(", ".join(words), {})[row["details"]["num_frames"]] = row["values"][metric]
         several = {name: sorted(points.items()) for name, points in lines.items() if len(points) > 1}
         drawn = [
             Curve(name, points, color=number, markers=True) for number, (name, points) in enumerate(several.items())
         ]
         if drawn:
-            what = "mean of R@1, 5, 10, text to clip" if task == "retrieval" else "accuracy"
+            what = "mean of R@1, 5, 10, text to clip" if ranked else "accuracy"
             chart = panel_svg(Panel(drawn, x_label="test frames"))
             curves.append({"title": test_set.title, "what": what, "chart": chart, "names": list(several)})
     return curves
@@ -171,7 +166,8 @@ def loss_curves(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
     curves = []
     for run, name_of_run in {evaluation.run: evaluation.run_name for evaluation in evaluations}.items():
         weights = loss_weights(run)
-        media = by_medium(_training_log(run / "metrics.jsonl"))
+        log = run / "metrics.jsonl"
+        media = by_medium(read_metrics(log) if log.is_file() else [])
         for medium, steps in media.items():
             lines: list[Curve] = []
             for key, name in LOSSES.items():
@@ -183,20 +179,6 @@ def loss_curves(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
                 title = f"{name_of_run}, {medium}" if len(media) > 1 else name_of_run
                 curves.append({"run": title, "chart": panel_svg(Panel(lines, from_zero=True)), "last": last})
     return curves
-
-
-def _training_log(path: Path) -> list[dict[str, Any]]:
-    """The training steps of a metrics.jsonl; a line cut short by an interruption is left out."""
-    steps = []
-    if path.is_file():
-        for text in path.read_text(encoding="utf-8").splitlines():
-            try:
-                step = json.loads(text)
-            except json.JSONDecodeError:
-                continue
-            if "step" in step:
-                steps.append(step)
-    return steps
 
 
 def console_table(evaluations: Sequence[Evaluation]) -> str:

@@ -7,6 +7,7 @@ import torch
 from loaders.config import LoaderConfig, PerMedia
 from model.config import ModelConfig, TextConfig, VisionConfig
 from model.singularity import Singularity
+from model.vqa import SingularityQA
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS += ["red", "blue", "green", "square", "circle", "star", "left", "right", "up", "down", "two", "three", "of", "a"]
@@ -27,6 +28,21 @@ def small_model(seed=0, **changes):
     with torch.no_grad():  # untrained heads tell pairs hardly apart: make every score depend on its pair
         for parameter in model.parameters():
             parameter.normal_(0, 0.25)
+    return model
+
+
+def shapes_model(tokenizer, kind=Singularity, varied=False, **changes):
+    """A model for packed Shapes; `varied`: every score depends on its pair."""
+    torch.manual_seed(0)
+    text = TextConfig(
+        vocab_size=tokenizer.vocab_size, width=32, layers=4, fusion_layer=2, heads=2, intermediate=64, max_positions=40
+    )
+    vision = VisionConfig(patch_size=8, width=32, depth=2, heads=2)
+    config = ModelConfig(vision, text, **{"image_res": 32, "embed_dim": 16, **changes})
+    config.answer_decoder.enable = kind is SingularityQA
+    model = kind(config, tokenizer.pad_id, tokenizer.cls_id, tokenizer.mask_id).eval()
+    for parameter in (parameter for parameter in model.parameters() if varied and parameter.ndim > 1):
+        torch.nn.init.normal_(parameter, 0, 0.3)
     return model
 
 

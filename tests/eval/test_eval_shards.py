@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from eval.config import EvalConfig
@@ -19,9 +18,9 @@ from eval.report.tables import console_table
 from eval.tasks.retrieval import RetrievalTask
 from loaders.config import LoaderConfig, PerMedia
 from loaders.evaluation import RetrievalSet
-from model.config import ModelConfig, TemporalConfig, TextConfig, VisionConfig
-from model.singularity import Singularity
+from model.config import TemporalConfig
 from sharding.shards.schema import read_corpus, read_index
+from tests.eval.small import shapes_model
 
 TASK = RetrievalTask()
 LOADER = LoaderConfig(image_res=32, max_txt_l=PerMedia(24, 24))
@@ -30,20 +29,8 @@ CONFIG = EvalConfig(k_test=8, gallery=3, batch_size_test=PerMedia(8, 8))
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    torch.manual_seed(0)
-    text = TextConfig(
-        vocab_size=tokenizer.vocab_size, width=32, layers=4, fusion_layer=2, heads=2, intermediate=64, max_positions=32
-    )
-    config = ModelConfig(
-        vision_encoder=VisionConfig(patch_size=8, width=32, depth=2, heads=2),
-        text_encoder=text,
-        temporal_vision_encoder=TemporalConfig(enable=True, num_layers=1),
-        add_temporal_embed=True,
-        image_res=32,
-        num_frames=4,
-        embed_dim=16,
-    )
-    return Singularity(config, tokenizer.pad_id, tokenizer.cls_id, tokenizer.mask_id).eval()
+    temporal = TemporalConfig(enable=True, num_layers=1)
+    return shapes_model(tokenizer, temporal_vision_encoder=temporal, add_temporal_embed=True, num_frames=4)
 
 
 def test_one_and_four_frames_of_packed_clips_up_to_the_report(shapes, model, tokenizer, tmp_path):

@@ -11,7 +11,6 @@ import urllib.request
 
 import numpy as np
 import pytest
-import torch
 from PIL import ImageDraw
 
 from eval.config import EvalConfig
@@ -23,30 +22,16 @@ from eval.tasks.retrieval import RetrievalTask
 from loaders.config import LoaderConfig, PerMedia
 from loaders.evaluation import RetrievalSet
 from model.checkpoints.loading import save_model
-from model.config import LossWeights, ModelConfig, TextConfig, VisionConfig
+from model.config import LossWeights
 from model.singularity import Singularity
 from model.vqa import SingularityQA
+from tests.eval.small import shapes_model
 
 
 def weights_in(folder, tokenizer, kind=Singularity):
     """Random weights that tell every pair apart, with their vocabulary."""
-    torch.manual_seed(0)
-    text = TextConfig(
-        vocab_size=tokenizer.vocab_size, width=32, layers=4, fusion_layer=2, heads=2, intermediate=64, max_positions=40
-    )
-    config = ModelConfig(
-        vision_encoder=VisionConfig(patch_size=16, width=32, depth=2, heads=2),
-        text_encoder=text,
-        loss_weight=LossWeights(mlm=0.0),
-        image_res=32,
-        embed_dim=16,
-    )
-    config.answer_decoder.enable = kind is SingularityQA
-    model = kind(config, tokenizer.pad_id, tokenizer.cls_id, tokenizer.mask_id)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, 0, 0.3)
-    save_model(model, config, folder)
+    model = shapes_model(tokenizer, kind, varied=True, loss_weight=LossWeights(mlm=0.0))
+    save_model(model, model.config, folder)
     tokenizer.save(folder)
     return str(folder)
 
@@ -213,7 +198,7 @@ def test_without_a_home_a_search_goes_on_and_says_how_to_keep_what_it_encodes(
     command = [weights, shapes.url("images_test"), "a star", "--output", str(tmp_path / "hits.jpg")]
     assert main(command) == 0
     assert "cannot be written" in caplog.text
-    assert "--cache FOLDER keeps it" in caplog.text
+    assert "--cache FOLDER keeps them" in caplog.text
     assert main([*command, "--cache", "/proc/nowhere"]) == 2
     error = capfd.readouterr().err
     assert error.splitlines()[-1].startswith("error: --cache /proc/nowhere cannot be written")

@@ -4,14 +4,14 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from small_run import run
 
 from loaders.text import Tokenizer
-from model.building import build_model
 from model.checkpoints.loading import save_model
-from model.config import AnswerDecoderConfig, LossWeights, ModelConfig, TextConfig, VisionConfig
+from model.config import LossWeights
+from model.singularity import Singularity
 from model.vqa import SingularityQA
+from tests.eval.small import shapes_model
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -31,28 +31,9 @@ def checkpoints(shapes, tmp_path_factory):
     """Folder with a model for retrieval and one for questions, of random weights that tell every pair apart."""
     folder = tmp_path_factory.mktemp("checkpoints")
     tokenizer = Tokenizer.load(str(shapes.vocab))
-    text = TextConfig(
-        vocab_size=tokenizer.vocab_size, width=32, layers=4, fusion_layer=2, heads=2, intermediate=64, max_positions=40
-    )
-    vision = VisionConfig(patch_size=16, width=32, depth=2, heads=2)
-    for name, decodes in (("retrieval", False), ("qa", True)):
-        config = ModelConfig(
-            vision_encoder=vision,
-            text_encoder=text,
-            answer_decoder=AnswerDecoderConfig(enable=decodes, num_layers=2),
-            loss_weight=LossWeights(mlm=0.0),
-            image_res=32,
-            embed_dim=16,
-        )
-        torch.manual_seed(0)
-        model = build_model(
-            config, {"pad_id": tokenizer.pad_id, "cls_id": tokenizer.cls_id, "mask_id": tokenizer.mask_id}
-        )
-        assert isinstance(model, SingularityQA) == decodes
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                torch.nn.init.normal_(parameter, 0, 0.3)
-        save_model(model, config, folder / name)
+    for name, kind in (("retrieval", Singularity), ("qa", SingularityQA)):
+        model = shapes_model(tokenizer, kind, varied=True, loss_weight=LossWeights(mlm=0.0))
+        save_model(model, model.config, folder / name)
         tokenizer.save(folder / name)
     return folder
 

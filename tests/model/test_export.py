@@ -161,6 +161,9 @@ def test_models_of_every_kind_come_back(tmp_path):
             back = load_weights(tmp_path / output)
             assert back.config == config
             assert all(torch.equal(back.state[key], tensor) for key, tensor in state.items())
+        assert export([str(tmp_path / f"{name}.pth"), str(tmp_path / f"{name}.again")]) == 0
+        again = load_weights(tmp_path / f"{name}.again").state
+        assert all(torch.equal(again[key], tensor) for key, tensor in state.items())
 
 
 def test_a_backbone_without_an_official_form_says_so(tmp_path, capsys):

@@ -121,7 +121,7 @@ def test_tensors_that_do_not_fit_are_listed_unless_named_as_expected(model):
     ) as all_:
         fit_weights(model, foreign_weights(model), "w.pth")
     assert f"of another shape: {positions} (3, 32) for" in str(all_.value)
-    assert "can be named in expected_tensors" in str(all_.value)
+    assert "List tensors that need not fit in expected_tensors" in str(all_.value)
     with pytest.raises(ValueError, match=r"w\.pth does not fit the model \(unexpected: momentum.weight\)"):
         fit_weights(model, foreign_weights(model), "w.pth", ["itm_head.*", positions])
     other = small_model(seed=5)
@@ -147,26 +147,19 @@ def write_run(tmp_path, model, names):
     return tmp_path / "run"
 
 
-def test_a_run_stands_for_its_newest_complete_checkpoint(tmp_path, model):
+def test_a_run_stands_for_its_best_or_newest_complete_checkpoint(tmp_path, model):
     run = write_run(tmp_path, model, ["step_00000100", "step_00000200"])
     (run / "checkpoints" / "step_00000300" / "weights").mkdir(parents=True)
     assert resolve_weights(run).parent.name == "step_00000200"
     assert resolve_weights(run / "checkpoints" / "step_00000100").parent.name == "step_00000100"
-
-
-def test_a_run_with_a_best_checkpoint_stands_for_that(tmp_path, model):
-    run = write_run(tmp_path, model, ["best", "step_00000200"])
+    write_run(tmp_path, model, ["best"])
     assert resolve_weights(run).parent.name == "best"
 
 
-def test_a_path_that_does_not_exist_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere does not exist: give a folder"):
-        load_model(tmp_path / "nowhere")
-
-
-def test_a_folder_without_a_model_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no model"):
-        load_model(tmp_path)
+@pytest.mark.parametrize(("name", "message"), [("nowhere", "nowhere does not exist: give a folder"), ("", "no model")])
+def test_a_path_without_a_model_is_named(tmp_path, name, message):
+    with pytest.raises(FileNotFoundError, match=message):
+        load_model(tmp_path / name)
 
 
 def test_missing_and_truncated_tensors_are_named(saved):
@@ -195,20 +188,8 @@ def test_a_damaged_or_foreign_description_is_named(saved):
             load_model(saved)
 
 
-def test_tensors_too_many_too_few_and_of_another_shape_are_listed(model):
-    state = model.state_dict()
-    del state["itm_head.bias"]
-    state["extra.weight"] = torch.zeros(1)
-    state["text_proj.bias"] = torch.zeros(3)
-    with pytest.raises(ValueError, match=r"itm_head\.bias") as error:
-        fit_weights(small_model(), Weights(model.config, state), "x.pth")
-    assert "x.pth" in str(error.value)
-    assert "unexpected: extra.weight" in str(error.value)
-    assert "text_proj.bias (3,) for (16,)" in str(error.value)
-
-
 def test_another_vocabulary_is_an_error_that_says_so(saved):
-    with pytest.raises(ValueError, match="vocabulary has 60 words there and 70 here"):
+    with pytest.raises(ValueError, match="vocabulary has 60 tokens there and 70 here"):
         load_model(saved, {"text_encoder.vocab_size": 70})
 
 

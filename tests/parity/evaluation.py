@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from eval.cache import Block
 from eval.config import EvalConfig
 from eval.features import collect_visuals, encode_blocks, encode_texts
 from eval.metrics import retrieval_metrics
+from eval.tasks.answers import Annotated, accuracies, accuracy_by_type
+from eval.tasks.multiple_choice import score_options
+from eval.tasks.qa import rank_for_block
 from eval.tasks.retrieval import Scores, score, score_matrices
 from loaders.text import clean_text
 from model.config import ENSEMBLES
-from model.scoring import match_pairs
 from model.singularity import Singularity
 from model.vqa import SingularityQA, answer_losses
 from tests.parity.comparison import Case, Comparison, as_lists
@@ -79,34 +83,34 @@ def _compare_metrics(scores: Scores, dataset: Any, result: Comparison, official:
             result.equal(f"{name}: {key}", value, official[key])
 
 
-def _option_scores(
-    model: Singularity, states: torch.Tensor, mask: torch.Tensor, tokens: torch.Tensor, own: np.ndarray, mode: str
-) -> torch.Tensor:
-    """Match logits (Q, O) of O options (Q·O, Lt, D) for the visual of their question, with tokens (Q, F, S, D)."""
-    attended = model.text_encoder.attend_texts(states, mask)
-    _, options, scores = match_pairs(model, [(np.arange(len(tokens)), tokens)], attended, mask, own, mode)
-    return torch.from_numpy(scores[np.argsort(options)]).view(len(tokens), -1)
-
-
 @torch.no_grad()
 def compare_choices(folder: Path) -> Comparison:
     """Match scores of the options of multiple-choice questions, a frame and ensembled, and the options chosen."""
     case, result = Case(folder), Comparison(folder.name)
     model = case.load()
-    assert isinstance(model, Singularity)
     ids, mask = case.expected["option_input_ids"], case.expected["option_attention_mask"].flatten(0, 1)
     questions, options = ids.shape[:2]
-    states, _ = model.encode_text(ids.flatten(0, 1), mask)
-    own = np.eye(questions, dtype=bool).repeat(options, axis=1)  # each option with its question's visual
+    texts = encode_texts(model, ids.flatten(0, 1), mask)
+    items = [(question, list(range(options * question, options * (question + 1)))) for question in range(questions)]
+    batches = [(case.inputs["frames"], torch.arange(questions))]
+    recorded = case.json("expected.json")
+
+    def scores(blocks: list[Block], config: EvalConfig) -> np.ndarray:
+        visuals = collect_visuals(model, blocks, questions, config)
+        return np.stack(score_options(model, visuals, texts, items, config))
+
     for mode in case.json("case.json").get("modes", ENSEMBLES):
-        tokens, _ = model.encode_clips(case.inputs["frames"], mode, skip_temporal=True)
-        scores = _option_scores(model, states, mask, tokens, own, mode)
-        result.close(f"{mode}_scores", scores, case.expected[f"{mode}_scores"])
-        result.equal(f"{mode}_pred", scores.argmax(1), case.expected[f"{mode}_pred"])
+        config = EvalConfig(eval_frame_ensemble=mode, ensemble_skips_temporal=True)
+        blocks = list(encode_blocks(model, batches, config))
+        found = scores(blocks, config)
+        result.close(f"{mode}_scores", found, case.expected[f"{mode}_scores"])
+        result.equal(f"{mode}_pred", found.argmax(1), case.expected[f"{mode}_pred"])
+        accuracy = round(100 * float((found.argmax(1) == case.expected["answers"].numpy()).mean()), 2)
+        result.equal(f"{mode}: accuracy", accuracy, recorded[mode]["test"])
         if f"{mode}_frame_scores" in case.expected:
-            frames = torch.stack(  # (Q, F, O)
-                [_option_scores(model, states, mask, each[:, None], own, "concat") for each in tokens.unbind(1)], 1
-            )
+            (block,) = blocks
+            single = [replace(block, tokens=tokens[:, None]) for tokens in block.tokens.unbind(1)]
+            frames = np.stack([scores([each], EvalConfig()) for each in single], 1)  # (Q, F, O)
             result.close(f"{mode}_frame_scores", frames, case.expected[f"{mode}_frame_scores"])
             result.equal(f"{mode}_frame_pred", frames.argmax(2), case.expected[f"{mode}_frame_pred"])
     return result
@@ -143,15 +147,27 @@ def _compare_answer_training(model: SingularityQA, case: Case, result: Compariso
 
 
 def _compare_answer_ranking(model: SingularityQA, case: Case, result: Comparison) -> None:
+    """The answers ranked for each question, and their accuracy, in all ensembles."""
     settings, expected = case.json("case.json"), case.expected
-    texts = [clean_text(item["question"]) for item in case.json("anno_eval.json")]
-    questions = case.tokenizer().encode(texts, expected["train_question_ids"].shape[1])
+    asked, answer_list = case.json("anno_eval.json"), case.json("answer_list.json")
+    length = expected["train_question_ids"].shape[1]
+    questions = case.tokenizer().encode([clean_text(item["question"]) for item in asked], length)
     answers = expected["answer_list_ids"], expected["answer_list_mask"]
+    written = case.tokenizer().encode([f"{answer} [SEP]" for answer in answer_list], answers[0].shape[1])
+    result.equal("answer_list_ids", written[0], answers[0])
+    annotated = [Annotated([item["answer"]]) for item in asked]
+    everyone = np.arange(len(asked))
     for mode in settings.get("modes", ENSEMBLES):
-        states = model.frame_states(model.encode_clips(case.inputs["eval_frames"], mode, True)[0], *questions)
-        keys = [model.answer_decoder.project(each) for each in states]
+        config = EvalConfig(k_test=settings["k_test"], eval_frame_ensemble=mode, ensemble_skips_temporal=True)
+        tokens, _ = model.encode_clips(case.inputs["eval_frames"], mode, True)
+        keys = [model.answer_decoder.project(each) for each in model.frame_states(tokens, *questions)]
         opening = model.first_token_probabilities(keys, questions[1], int(answers[0][0, 0]), mode)
         result.close(f"{mode}_first_token_probs", opening[:, answers[0][:, 1]], expected[f"{mode}_first_token_probs"])
-        ids, probabilities = model.rank_answers(states, questions[1], *answers, settings["k_test"], mode)
+        _, ids, probabilities = rank_for_block(model, Block(everyone, tokens), questions, everyone, answers, config)
         result.close(f"{mode}_topk_probs", probabilities, expected[f"{mode}_topk_probs"])
         result.equal(f"{mode}_topk_ids", ids, expected[f"{mode}_topk_ids"])
+        recorded = case.json("expected.json")["modes"][mode]
+        predictions = [answer_list[first] for first in ids[:, 0].tolist()]
+        result.equal(f"{mode}: answers", predictions, [item["answer"] for item in recorded["predictions"]])
+        accuracy = accuracy_by_type(annotated, accuracies(annotated, predictions, "exact"))
+        result.equal(f"{mode}: accuracy", accuracy, recorded["accuracy"])

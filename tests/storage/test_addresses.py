@@ -3,15 +3,15 @@
 import functools
 import io
 import json
-import threading
 from collections.abc import Iterator
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from web_servers import Handler, serving
 
 from sharding.build import build_corpus
 from sharding.media.sources import web_address
@@ -20,9 +20,8 @@ from sharding.shards.schema import read_index
 NAMES = ["a#b?.jpg", "a b%20c.jpg", "c/100%.jpg", "d+e&f=g;h,i.jpg", "é日.jpg", "?x=1", "%2e.jpg", "it's (1) [2]~.jpg"]
 
 
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *_) -> None:
-        pass
+class Files(Handler, SimpleHTTPRequestHandler):
+    pass
 
 
 def picture(shade: int) -> bytes:
@@ -38,11 +37,8 @@ def server(tmp_path: Path) -> Iterator[str]:
     (folder / "c").mkdir(parents=True)
     for number, name in enumerate(NAMES):
         (folder / name).write_bytes(picture(number * 30))
-    handler = functools.partial(Quiet, directory=str(tmp_path / "web"))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as web:
-        threading.Thread(target=web.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{web.server_address[1]}"
-        web.shutdown()
+    with serving(functools.partial(Files, directory=str(tmp_path / "web"))) as web:
+        yield f"http://127.0.0.1:{web.server_port}"
 
 
 def packed(tmp_path: Path, names: list[str], root: str, annotations: str = "") -> dict[str, float]:

@@ -3,25 +3,24 @@
 import os
 import re
 import socket
-import ssl
 import subprocess
 import sys
 import threading
 import time
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 from descriptors import many_descriptors
 from hosts import ROOT, why_not
-from needs import leave_out, module
+from needs import leave_out
+from web_servers import Handler, encrypt, serving
 
-from storage.limits import RemoteReads
 from storage.ranges import ByteRange
 from storage.remote import RemoteStore
 
@@ -29,10 +28,8 @@ LATE = 8.0  # seconds
 DATA = np.random.default_rng(1).bytes(2**20)
 
 
-class Ranges(BaseHTTPRequestHandler):
+class Ranges(Handler):
     """Answers ranges of DATA under /things; elsewhere as the path says."""
-
-    protocol_version = "HTTP/1.1"
 
     def setup(self) -> None:
         super().setup()
@@ -67,98 +64,91 @@ class Ranges(BaseHTTPRequestHandler):
         self.wfile.write(data)
         self.close_connection = True
 
-    def say(self, status: int, body: bytes, **headers: str) -> None:
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
-            self.send_header(name, value)
-        self.end_headers()
+    def say(self, status: int, body: bytes = b"", **headers: str) -> None:
         try:
-            self.wfile.write(body)
+            super().say(status, body, **headers)
             self.server.sent += len(body)
         except OSError:
             self.close_connection = True
 
-    def log_message(self, *arguments: object) -> None:
-        pass
-
 
 @pytest.fixture
 def server() -> Iterator[ThreadingHTTPServer]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Ranges)
-    server.connections, server.sent, server.asked = 0, 0, []
-    server.ended, server.stuck, server.late = [], threading.Event(), threading.Event()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    events = {"stuck": threading.Event(), "late": threading.Event()}
+    with serving(Ranges, connections=0, sent=0, asked=[], ended=[], **events) as server:
+        yield server
 
 
-def remote(server: ThreadingHTTPServer, folder: str, scheme: str = "http", **settings) -> RemoteStore:
-    host = "localhost" if scheme == "https" else "127.0.0.1"
-    return RemoteStore(f"{scheme}://{host}:{server.server_port}/{folder}", {}, RemoteReads(**settings))
+@pytest.fixture
+def remote(server, remote_store) -> Callable[..., RemoteStore]:
+    """Opens a folder of the server."""
+
+    def make(folder: str, scheme: str = "http", **settings) -> RemoteStore:
+        host = "localhost" if scheme == "https" else "127.0.0.1"
+        return remote_store(f"{scheme}://{host}:{server.server_port}/{folder}", **settings)
+
+    return make
 
 
 def parts(count: int, size: int = 1500) -> list[ByteRange]:
     return [ByteRange("shard.tar", first, first + size) for first in range(0, count * 2000, 2000)]
 
 
-def test_many_ranges_share_few_connections(server) -> None:
-    reading = remote(server, "things", connections=4, hedge_percentile=0)
+def wanted(count: int) -> list[bytes]:
+    """What `parts` hold."""
+    return [DATA[part.start : part.end] for part in parts(count)]
+
+
+def test_many_ranges_share_few_connections(server, remote) -> None:
+    reading = remote("things", connections=4, hedge_percentile=0)
     for _ in range(3):
-        assert reading.read_ranges(parts(100)) == [DATA[part.start : part.end] for part in parts(100)]
-    reading.close()
+        assert reading.read_ranges(parts(100)) == wanted(100)
     assert server.connections <= 4
     assert len(server.asked) == 300
 
 
-def test_ranges_are_read_above_descriptor_1023(server) -> None:
+def test_ranges_are_read_above_descriptor_1023(remote) -> None:
     with many_descriptors():
-        reading = remote(server, "things", connections=4)
-        assert reading.read_ranges(parts(100)) == [DATA[part.start : part.end] for part in parts(100)]
-        reading.close()
+        reading = remote("things", connections=4)
+        assert reading.read_ranges(parts(100)) == wanted(100)
 
 
-def test_a_whole_object_without_measure_is_refused(server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_whole_object_without_measure_is_refused(monkeypatch, remote) -> None:
     monkeypatch.setattr("storage.http.LARGEST_OBJECT", len(DATA) - 1)
-    reading = remote(server, "things")
+    reading = remote("things")
     with pytest.raises(OSError, match="Maximum file size exceeded"):
         reading.read_ranges([ByteRange("corpus.json")])
-    reading.close()
 
 
-def test_a_redirect_is_followed(server) -> None:
-    reading = remote(server, "moved")
-    assert reading.read_ranges(parts(3)) == [DATA[part.start : part.end] for part in parts(3)]
+def test_a_redirect_is_followed(server, remote) -> None:
+    reading = remote("moved")
+    assert reading.read_ranges(parts(3)) == wanted(3)
     assert {path for path, _ in server.asked} == {"/moved/shard.tar", "/things/shard.tar"}
-    reading.close()
 
 
-def test_a_server_without_ranges_is_named_before_all_has_come(server) -> None:
-    reading = remote(server, "whole")
+def test_a_server_without_ranges_is_named_before_all_has_come(server, remote) -> None:
+    reading = remote("whole")
     with pytest.raises(OSError, match=r"whole/shard\.tar cannot be read: the server does not answer byte ranges"):
         reading.read_ranges(parts(1))
-    reading.close()
     time.sleep(0.2)
     assert server.sent == 0  # of 64 MB, its buffers alone
 
 
-def test_an_excuse_longer_than_what_was_asked_for_is_still_an_excuse(server) -> None:
-    reading = remote(server, "refusing", deadline=1)
+def test_an_excuse_longer_than_what_was_asked_for_is_still_an_excuse(remote) -> None:
+    reading = remote("refusing", deadline=1)
     with pytest.raises(TimeoutError, match=r"the last: HTTP 503"):
         reading.read_ranges(parts(1))
-    reading.close()
 
 
 @pytest.mark.parametrize("folder", ["garbled", "broken"])
-def test_answers_that_break_off_or_mean_nothing_are_asked_for_again(server, folder: str) -> None:
-    reading = remote(server, folder, deadline=1)
+def test_answers_that_break_off_or_mean_nothing_are_asked_for_again(folder: str, remote) -> None:
+    reading = remote(folder, deadline=1)
     with pytest.raises(TimeoutError, match=r"\(\d+ tries\); the last: connection broke off"):
         reading.read_ranges(parts(1))
     assert reading.counters["retries"] > 0
-    reading.close()
 
 
-def test_a_server_that_hangs_up_while_the_encryption_is_agreed_on_is_asked_again() -> None:
+def test_a_server_that_hangs_up_while_the_encryption_is_agreed_on_is_asked_again(remote_store) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def hang_up() -> None:
@@ -170,46 +160,41 @@ def test_a_server_that_hangs_up_while_the_encryption_is_agreed_on_is_asked_again
 
         threading.Thread(target=hang_up, daemon=True).start()
         url = f"https://127.0.0.1:{server.getsockname()[1]}/things"
-        reading = RemoteStore(url, {}, RemoteReads(deadline=1))
+        reading = remote_store(url, deadline=1)
         with pytest.raises(TimeoutError, match=r"the last: no encrypted connection: 127\.0\.0\.1"):
             reading.read_ranges(parts(1))
         assert reading.counters["retries"] > 0
-        reading.close()
         server.shutdown(socket.SHUT_RDWR)
 
 
-def test_a_server_without_encryption_is_named_at_once(server) -> None:
-    reading = RemoteStore(f"https://127.0.0.1:{server.server_port}/things", {}, RemoteReads())
+def test_a_server_without_encryption_is_named_at_once(server, remote_store) -> None:
+    reading = remote_store(f"https://127.0.0.1:{server.server_port}/things")
     with pytest.raises(OSError, match=r"things/shard\.tar cannot be read: no encrypted connection: 127\.0\.0\.1"):
         reading.read_ranges(parts(1))
-    reading.close()
 
 
-def test_a_proxy_that_refuses_is_named_at_once(server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proxy_that_refuses_is_named_at_once(server, monkeypatch, remote_store) -> None:
     monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("no_proxy", "elsewhere.test")
-    reading = RemoteStore("https://store.test/things", {}, RemoteReads())
+    reading = remote_store("https://store.test/things")
     with pytest.raises(OSError, match=r"store\.test/things/shard\.tar cannot be read: proxy: HTTP 407"):
         reading.read_ranges(parts(1))
-    reading.close()
 
 
-def test_a_proxys_password_is_in_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proxys_password_is_in_no_message(monkeypatch, remote_store) -> None:
     monkeypatch.setenv("https_proxy", "jane:open-sesame@proxy:80x80")
     monkeypatch.setenv("no_proxy", "elsewhere.test")
-    reading = RemoteStore("https://store.test/things", {}, RemoteReads(deadline=1))
+    reading = remote_store("https://store.test/things", deadline=1)
     with pytest.raises(OSError, match=r"store\.test/things.*proxy") as raised:
         reading.read_ranges(parts(1))
     assert "sesame" not in str(raised.value)
-    reading.close()
 
 
-def test_no_connection_is_told_from_no_answer(server) -> None:
-    reading = remote(server, "stuck", try_seconds=0.5, deadline=0.7)
+def test_no_connection_is_told_from_no_answer(remote, remote_store) -> None:
+    reading = remote("stuck", try_seconds=0.5, deadline=0.7)
     assert reading.read_ranges(parts(1)) == [DATA[:1500]]
     with pytest.raises(TimeoutError, match=r"the last: no answer within 0\.5 s \(remote\.try_seconds\)"):
         reading.read_ranges(parts(2)[1:])  # over the same connection
-    reading.close()
     with socket.socket() as full, ExitStack() as waiting:
         full.bind(("127.0.0.1", 0))
         full.listen(0)
@@ -218,42 +203,37 @@ def test_no_connection_is_told_from_no_answer(server) -> None:
             one.setblocking(False)
             one.connect_ex(full.getsockname())
         url = f"http://127.0.0.1:{full.getsockname()[1]}/things"
-        reading = RemoteStore(url, {}, RemoteReads(try_seconds=1, deadline=1.2))
+        reading = remote_store(url, try_seconds=1, deadline=1.2)
         with pytest.raises(TimeoutError, match=r"the last: no connection within 1 s"):
             reading.read_ranges(parts(1))
-        reading.close()
 
 
 @pytest.mark.parametrize("host", ["store..example", "a" * 70 + ".example"])
-def test_a_name_that_cannot_be_one_is_said_at_once(host: str) -> None:
-    reading = RemoteStore(f"http://{host}/things", {}, RemoteReads())
+def test_a_name_that_cannot_be_one_is_said_at_once(host: str, remote_store) -> None:
+    reading = remote_store(f"http://{host}/things")
     with pytest.raises(OSError, match=r"things/shard\.tar cannot be read: host not found"):
         reading.read_ranges(parts(1))
-    reading.close()
 
 
-def test_headers_of_one_request_are_not_sent_with_the_next(
-    server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_headers_of_one_request_are_not_sent_with_the_next(server, tmp_path: Path, monkeypatch, remote) -> None:
     monkeypatch.setattr("storage.addresses.KEPT_FOR", 0.0)
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login jane password sesame\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    reading = remote(server, "things", hedge_percentile=0)
+    reading = remote("things", hedge_percentile=0)
     reading.read_ranges(parts(1))
     (tmp_path / "netrc").unlink()
     reading.read_ranges(parts(1))
     assert [header is None for _, header in server.asked] == [False, True]
-    reading.close()
 
 
-def test_closing_while_others_read_loses_nobody(server) -> None:
-    reading = remote(server, "things", hedge_percentile=0)
+def test_closing_while_others_read_loses_nobody(remote) -> None:
+    reading = remote("things", hedge_percentile=0)
     ended: list[str] = []
 
     def read() -> None:
         for _ in range(30):
             try:
-                assert reading.read_ranges(parts(20)) == [DATA[part.start : part.end] for part in parts(20)]
+                assert reading.read_ranges(parts(20)) == wanted(20)
             except CancelledError:
                 pass
             except BaseException as error:
@@ -271,8 +251,8 @@ def test_closing_while_others_read_loses_nobody(server) -> None:
     reading.close()
 
 
-def test_cancelling_hangs_up_and_the_client_goes_on(server) -> None:
-    reading = remote(server, "stuck")
+def test_cancelling_hangs_up_and_the_client_goes_on(server, remote) -> None:
+    reading = remote("stuck")
 
     def read() -> None:
         with pytest.raises(CancelledError):
@@ -289,11 +269,10 @@ def test_cancelling_hangs_up_and_the_client_goes_on(server) -> None:
         time.sleep(0.01)
     assert server.ended == [b""]
     assert reading.read_ranges(parts(1)) == [DATA[:1500]]
-    reading.close()
 
 
-def test_what_was_read_is_not_kept(server) -> None:
-    reading = remote(server, "things", hedge_percentile=0)
+def test_what_was_read_is_not_kept(remote) -> None:
+    reading = remote("things", hedge_percentile=0)
     whole = [ByteRange("shard.tar", 0, len(DATA))] * 32
     reading.read_ranges(whole[:1])
     tracemalloc.start()
@@ -302,45 +281,36 @@ def test_what_was_read_is_not_kept(server) -> None:
         assert tracemalloc.get_traced_memory()[0] < 4 * len(DATA)
     finally:
         tracemalloc.stop()
-        reading.close()
 
 
 @pytest.mark.parametrize("variable", ["SSL_CERT_FILE", "AWS_CA_BUNDLE"])
 def test_certificates_are_checked_against_those_of_the_environment(
-    server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+    server, tmp_path: Path, monkeypatch, variable: str, remote
 ) -> None:
     for name in ("SSL_CERT_FILE", "AWS_CA_BUNDLE"):
         monkeypatch.delenv(name, raising=False)
-    authority = module("trustme", "trustme").CA()
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("localhost").configure_cert(context)
-    server.socket = context.wrap_socket(server.socket, server_side=True)
-    stranger = remote(server, "things", "https")
+    authority = encrypt(server)
+    stranger = remote("things", "https")
     with pytest.raises(OSError, match=r"things/shard\.tar cannot be read: no valid certificate: localhost"):
         stranger.read_ranges(parts(1))
-    stranger.close()
     authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
     monkeypatch.setenv(variable, str(tmp_path / "ca.pem"))
-    friend = remote(server, "things", "https")
-    assert friend.read_ranges(parts(20)) == [DATA[part.start : part.end] for part in parts(20)]
-    friend.close()
+    friend = remote("things", "https")
+    assert friend.read_ranges(parts(20)) == wanted(20)
 
 
-def test_what_fsspec_reads_itself_is_hedged_cancelled_and_explained_too(server) -> None:
+def test_what_fsspec_reads_itself_is_hedged_cancelled_and_explained_too(server, remote_store) -> None:
     def by_fsspec(folder: str, **settings) -> RemoteStore:  # an option that our own client does not know
         url = f"http://127.0.0.1:{server.server_port}/{folder}"
-        return RemoteStore(url, {"headers": {"X-Asked-By": "fsspec"}}, RemoteReads(**settings))
+        return remote_store(url, {"headers": {"X-Asked-By": "fsspec"}}, **settings)
 
     reading = by_fsspec("late")
-    assert reading.read_ranges(parts(60)) == [
-        DATA[part.start : part.end] for part in parts(60)
-    ]  # learns how long it takes
+    assert reading.read_ranges(parts(60)) == wanted(60)  # learns how long it takes
     server.late.set()
     began = time.monotonic()
-    assert reading.read_ranges(parts(10)) == [DATA[part.start : part.end] for part in parts(10)]
+    assert reading.read_ranges(parts(10)) == wanted(10)
     assert time.monotonic() - began < LATE
     assert reading.counters["hedges_won"] == 1
-    reading.close()
     reading = by_fsspec("stuck")
     ended: list[BaseException] = []
 
@@ -356,16 +326,14 @@ def test_what_fsspec_reads_itself_is_hedged_cancelled_and_explained_too(server) 
     reading.cancel()
     thread.join(20)
     assert isinstance(ended[0], CancelledError)
-    reading.close()
     reading = by_fsspec("refusing", deadline=1)
     with pytest.raises(TimeoutError, match=r"refusing/shard\.tar bytes 0-1499 .*the last: HTTP 503"):
         reading.read_ranges(parts(1))
-    reading.close()
 
 
 NAME_SERVER = """
 import socket, sys, threading, time
-from loaders.config import RemoteReads
+from storage.limits import RemoteReads
 from storage.ranges import ByteRange
 from storage.remote import RemoteStore
 

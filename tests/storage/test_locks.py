@@ -23,7 +23,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from storage import locks
-locks.BEAT = float(sys.argv[3])
+locks.HEARTBEAT = float(sys.argv[3])
 locks.machine = lambda: sys.argv[2]
 if sys.argv[4] != "flock":
     def refuse(*_): raise OSError(int(sys.argv[4]), "no locks")
@@ -37,7 +37,7 @@ time.sleep(60)
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locks, "BEAT", 0.2)
+    monkeypatch.setattr(locks, "HEARTBEAT", 0.2)
     monkeypatch.setattr(locks, "SETTLE", 0.2)
 
 
@@ -113,13 +113,13 @@ def test_a_process_of_this_machine_that_was_killed_is_not_watched_for(tmp_path: 
     holder.kill()
     holder.wait()
     assert "pid" in json.loads(path.read_text())
-    monkeypatch.setattr(locks, "BEAT", 1000.0)
+    monkeypatch.setattr(locks, "HEARTBEAT", 1000.0)
     Lock(path).acquire()
 
 
 def test_of_two_that_begin_at_once_without_locks_one_gets_it(tmp_path: Path, quick, monkeypatch) -> None:
     monkeypatch.setattr(fcntl, "flock", refusing(errno.ENOLCK))
-    monkeypatch.setattr(Lock, "_heed_notes", lambda _: None)  # each looked before the others had written
+    monkeypatch.setattr(Lock, "_watch_notes", lambda _: None)  # each looked before the others had written
     held: list[Lock] = []
 
     def begin() -> None:

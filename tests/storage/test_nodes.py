@@ -37,7 +37,9 @@ RANK = f"""
 import json, sys
 sys.path.insert(0, {str(ROOT)!r})
 import numpy as np
-from loaders.config import CacheConfig, LoaderConfig, RemoteReads
+from loaders.config import CacheConfig, LoaderConfig
+from loaders.samples import whole_sample
+from storage.limits import RemoteReads
 from loaders.shards import open_corpus
 url, cache, remote, frames = json.loads(sys.argv[1])
 config = LoaderConfig(cache=CacheConfig(**cache), remote=RemoteReads(**remote))
@@ -46,8 +48,8 @@ sys.stdin.readline()
 reader = open_corpus(url, config)
 indices = [reader.index(shard) for shard in range(len(reader.corpus.shards))]
 if frames:
-    records = [(n, index.record(row)) for n, index in enumerate(indices[:frames]) for row in range(len(index))]
-    assert all(isinstance(x, list) for x in reader.read([(n, record, np.zeros(1, int)) for n, record in records]))
+    records = [index.record(row) for index in indices[:frames] for row in range(len(index))]
+    assert all(x.jpegs for x in reader.read([whole_sample(record, np.zeros(1, int)) for record in records]))
 print(json.dumps([sum(map(len, indices)), dict(reader.counters())]))
 reader.close()
 """
@@ -212,7 +214,7 @@ def test_a_cache_that_takes_no_locks_costs_the_sharing_only(
     config = LoaderConfig(cache=CacheConfig(str(tmp_path), 1.0))
     (DiskCache(str(tmp_path), 10**9).folder / "locks").write_text("in the way")
     assert describe(url, config).name == "many0"
-    assert "each process fetches for itself" in caplog.text
+    assert "each process works for itself" in caplog.text
 
 
 def test_a_description_that_comes_damaged_is_fetched_again_and_one_that_stays_so_is_refused(

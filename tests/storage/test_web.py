@@ -2,14 +2,13 @@
 
 import gzip
 import io
-import ssl
 import threading
 from concurrent.futures import CancelledError
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from urllib.parse import unquote
 
 import pytest
-from needs import module
+from web_servers import Handler, encrypt, serving
 
 from storage.policy import RetryPolicy, StoreError
 from storage.web import Fetching, WebClient
@@ -18,12 +17,7 @@ BOUNDS = Fetching().bounds("image")
 BODY = bytes(range(256)) * 4000  # about a megabyte
 
 
-class Answer(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_) -> None:
-        pass
-
+class Answer(Handler):
     def do_GET(self) -> None:
         path = unquote(self.path)
         if path == "/moved":
@@ -40,23 +34,12 @@ class Answer(BaseHTTPRequestHandler):
             self.server.stuck.wait(20)
         return self.say(200, BODY if path in ("/été 1.jpg", "/stuck") else path.encode())
 
-    def say(self, status: int, body: bytes, **headers: str) -> None:
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
-            self.send_header(name, value.encode("utf-8").decode("latin-1"))
-        self.end_headers()
-        self.wfile.write(body)
-
 
 @pytest.fixture
 def server():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
-    server.stuck = threading.Event()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.stuck.set()
-    server.shutdown()
-    server.server_close()
+    with serving(Answer, stuck=threading.Event()) as server:
+        yield server
+        server.stuck.set()
 
 
 @pytest.fixture
@@ -130,10 +113,7 @@ def test_ending_the_client_ends_what_is_under_way(server, client) -> None:
 def test_certificates_are_checked_and_those_that_python_trusts_are_trusted(
     server, tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    authority = module("trustme", "trustme").CA()
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("localhost").configure_cert(context)
-    server.socket = context.wrap_socket(server.socket, server_side=True)
+    authority = encrypt(server)
     url = f"https://localhost:{server.server_address[1]}/1"
     stranger = WebClient(Fetching(attempts=1, timeout=20))
     with pytest.raises(StoreError, match="no valid certificate: localhost"):

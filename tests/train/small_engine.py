@@ -67,7 +67,7 @@ def step(engine, guard, number, poisoned=False, factor=1.0, num_frames=1):
         group["lr"] = 1e-2
     engine.backward(guard.loss_scale.apply(factor * torch.stack(list(losses.values())).sum()))
     guard.step()
-    guard.note(number, tuple(f"corpus/{number}_{row}" for row in range(4)), losses)
+    guard.record(number, tuple(f"corpus/{number}_{row}" for row in range(4)), losses)
     finish_step(engine)
 
 

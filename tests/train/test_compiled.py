@@ -35,7 +35,7 @@ def test_a_compiled_run_takes_the_same_steps(corpora, tmp_path):
 def test_a_partitioned_model_is_not_compiled():
     settings = {"compile": True, "deepspeed": "deepspeed_configs/zero3.json"}
     with pytest.raises(
-        ValueError, match=r"compile=true does not go with ZeRO 3 .*: take ZeRO 0 to 2, or compile=false"
+        ValueError, match=r"compile=true does not work with ZeRO 3 .*: use ZeRO 0 to 2, or compile=false"
     ):
         deepspeed_config(RunConfig(**settings), Ranks())
     assert deepspeed_config(RunConfig(compile=True, deepspeed="deepspeed_configs/zero2.json"), Ranks())

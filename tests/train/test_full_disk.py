@@ -36,7 +36,7 @@ def saving(tmp_path, monkeypatch):
         path.write_text("half")
         return path
 
-    monkeypatch.setattr(writing, "write_part", part)
+    monkeypatch.setattr(writing, "write_shard", part)
     monkeypatch.setattr(writing, "_write_whole_weights", lambda folder, *_: (folder / "weights").mkdir())
     monkeypatch.setattr(writing, "_optimizer_state", lambda engine: {})
 
@@ -55,14 +55,14 @@ def saving(tmp_path, monkeypatch):
     return SimpleNamespace(save=save, fail=fail)
 
 
-@pytest.mark.parametrize("where", ["write_part", "_write_whole_weights", "_write_state"])
+@pytest.mark.parametrize("where", ["write_shard", "_write_whole_weights", "_write_state"])
 @pytest.mark.parametrize(
     ("error", "told"),
     [
         (FULL, "(No space left on device): free some space and"),
         (RUST, "(No space left on device): free some space and"),
         (QUOTA, "(Disk quota exceeded): free some space and"),
-        (READ_ONLY, "(Read-only file system): see to it that it can be written to and"),
+        (READ_ONLY, "(Read-only file system): make it writable and"),
     ],
     ids=["full", "full, by safetensors", "quota", "read-only"],
 )
@@ -74,8 +74,8 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line_and_leaves_the_earlier_
     with pytest.raises(UserError) as caught:
         saving.save(5)
     assert str(caught.value) == (
-        f"{tmp_path}/step_00000005 cannot be written {told} run the same command again, which goes on from "
-        "step_00000003, which is whole"
+        f"{tmp_path}/step_00000005 cannot be written {told} run the same command again, which continues from "
+        "step_00000003, which is complete"
     )
     assert os.listdir(tmp_path) == ["step_00000003"]
 
@@ -86,18 +86,18 @@ def test_the_first_checkpoint_and_the_best_model_and_a_state_alike(saving, tmp_p
     saving.fail("_write_state", FULL)
     with pytest.raises(UserError, match=r"step_00000001 cannot be written"):
         update_state(path, TrainingState(step=1), Ranks())
-    saving.fail("write_part", RUST)
+    saving.fail("write_shard", RUST)
     with pytest.raises(UserError, match=r"best_00000001 cannot be written \(No space"):
         save_weights(tmp_path / "best_00000001", None, ModelConfig(), None, Ranks())
     assert os.listdir(tmp_path) == ["step_00000001"]
     assert (path / STATE).is_file()
     shutil.rmtree(path)
-    with pytest.raises(UserError, match="same command again, which begins anew"):
+    with pytest.raises(UserError, match="same command again, which starts from the beginning"):
         saving.save(5)
 
 
 def test_an_error_that_is_no_fault_of_the_disk_stays_what_it_is(saving):
-    saving.fail("write_part", SafetensorError("Error while serializing: InvalidTensor"))
+    saving.fail("write_shard", SafetensorError("Error while serializing: InvalidTensor"))
     with pytest.raises(SafetensorError):
         saving.save(5)
 

@@ -90,7 +90,7 @@ class MetaGuard:
     def step(self):
         pass
 
-    def note(self, step, keys, losses):
+    def record(self, step, keys, losses):
         torch.stack(list(losses.values())).sum()
 
 

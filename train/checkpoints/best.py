@@ -1,8 +1,8 @@
-"""The best model of a run so far: a folder for each version of it, so that there is a whole one at any moment.
+"""The best model of a run so far: a folder for each version, so that a complete one exists at any moment.
 
-`checkpoints/best_XXXXXXXX` are the weights after that step; `checkpoints/best` is a link to the newest one. A
-checkpoint's state names the version that was the best when it was saved, and none that a kept checkpoint names is
-removed: a run that goes on from any of them finds the weights that belong to its score.
+`checkpoints/best_XXXXXXXX` holds the weights after that step; `checkpoints/best` is a link to the newest version. A
+checkpoint's state names the version that was the best when it was saved. Versions that a kept checkpoint names are
+kept: a run resumed from any of them finds the weights that belong to its score.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from storage.files import remove_folder, temporary_path
 log = logging.getLogger(__name__)
 
 BEST = "best"
-MARKER = "best.json"  # in a version: its step, score and split, and an id of this very version
+MARKER = "best.json"  # in a version: its step, score and split, and an id of its own
 WEIGHTS = "weights"
-BEFORE_VERSIONS = 0  # the step by which the only best model of a run of before December 2026 is called
+BEFORE_VERSIONS = 0  # stands for the only best model of a run made before December 2026
 _NAME = re.compile(r"best_(\d{8,})")
 
 
@@ -33,29 +33,29 @@ def best_version(folder: Path, step: int) -> Path:
 
 
 def best_steps(folder: Path) -> list[int]:
-    """The steps of the versions there are, ascending. What bears its final name is complete."""
+    """The steps of the complete versions, ascending."""
     found = [_NAME.fullmatch(path.name) for path in folder.glob(f"{BEST}_*")]
     return sorted(int(match[1]) for match in found if match)
 
 
 def write_marker(version: Path, step: int, score: float | None, split: str | None) -> Path:
-    """Say in a version what it is; returns the file."""
+    """Write a version's step, score and split; returns the file."""
     path = version / MARKER
     path.write_text(json.dumps({"step": step, "split": split, "score": score, "id": uuid.uuid4().hex}) + "\n")
     return path
 
 
 def point_to(folder: Path, step: int) -> None:
-    """Make `best` the version of a step, in one go; readers do without where a file system has no links."""
+    """Point the link `best` to the version of a step, atomically; readers work without it on disks without links."""
     link = folder / BEST
-    aside = temporary_path(link, "link")
+    temporary = temporary_path(link, "link")
     try:
-        aside.unlink(missing_ok=True)
-        aside.symlink_to(best_version(folder, step).name)
-        os.replace(aside, link)
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(best_version(folder, step).name)
+        os.replace(temporary, link)
     except OSError as error:
         if link.is_symlink():
-            link.unlink()  # it would point to what is to be removed
+            link.unlink()  # it points to a version that will be removed
         log.warning("%s cannot be made a link (%s): the newest %s_* is the best model", link, error.strerror, BEST)
 
 
@@ -66,17 +66,17 @@ def keep_only(folder: Path, steps: Iterable[int]) -> None:
 
 
 def restore_best(folder: Path, score: float | None, step: int | None, named: Iterable[int]) -> int | None:
-    """Make the best model that of a checkpoint whose state has this score and step of it; returns the step.
+    """Go back to the best model that a checkpoint's state names by its score and step; returns the step.
 
-    named: steps that the kept checkpoints name. Other versions are removed: they belong to steps that are to be
-    trained again. None, with a warning, where the weights are gone or damaged, so that the next score is the best.
+    named: steps that the kept checkpoints name. Other versions are removed: their steps will be trained again.
+    Returns None, with a warning, where the weights are missing or damaged, so that the next score is the best.
     """
     _give_version(folder)
     if score is not None:
         step = BEFORE_VERSIONS if step is None else step
         fault = weights_fault(best_version(folder, step) / WEIGHTS)
         if fault:
-            log.warning("The best model so far, with a score of %.2f, is lost (%s): those to come count", score, fault)
+            log.warning("The best model so far, score %.2f, is lost (%s): only later scores count", score, fault)
             step = None
     if score is None or step is None:
         (folder / BEST).unlink(missing_ok=True)
@@ -88,7 +88,7 @@ def restore_best(folder: Path, score: float | None, step: int | None, named: Ite
 
 
 def _give_version(folder: Path) -> None:
-    """Make a version of the folder `best` that runs had before there were versions."""
+    """Make a version of the folder `best` of runs made before there were versions."""
     old = folder / BEST
     if old.is_dir() and not old.is_symlink():
         write_marker(old, BEFORE_VERSIONS, None, None)

@@ -1,4 +1,4 @@
-"""Copies of checkpoints on any storage that fsspec knows; a run whose disk is lost goes on from there."""
+"""Copies of checkpoints on any storage of fsspec, from which a run resumes after its disk is lost."""
 
 from __future__ import annotations
 
@@ -172,29 +172,29 @@ class RemoteCheckpoints:
     def _fetch(self, name: str, folder: Path) -> None:
         log.info("Fetching %s from %s", name, self._url)
         final = folder / "checkpoints" / name
-        aside = self._fetch_folder(name, final)
-        if not (aside / SETTINGS).is_file():  # of before December 2026
-            self._files.get_file(join_url(self._root, SETTINGS), str(aside / SETTINGS))
-        step = _best_step((aside / STATE).read_bytes())
+        temporary = self._fetch_folder(name, final)
+        if not (temporary / SETTINGS).is_file():  # made before December 2026
+            self._files.get_file(join_url(self._root, SETTINGS), str(temporary / SETTINGS))
+        step = _best_step((temporary / STATE).read_bytes())
         if step is not None and self._files.exists(join_url(self._root, f"{best_version(Path(), step).name}/{MARKER}")):
             version = best_version(final.parent, step)
             shutil.rmtree(version, ignore_errors=True)
             os.replace(self._fetch_folder(version.name, version), version)
         for file in (SETTINGS, METRICS):
-            if (aside / file).is_file():
-                os.replace(aside / file, folder / file)
-        os.replace(aside, final)
+            if (temporary / file).is_file():
+                os.replace(temporary / file, folder / file)
+        os.replace(temporary, final)
 
     def _fetch_folder(self, name: str, final: Path) -> Path:
         """Bring a folder to the place where it is to be renamed to `final`; returns that place."""
-        aside = temporary_path(final)
-        shutil.rmtree(aside, ignore_errors=True)
+        temporary = temporary_path(final)
+        shutil.rmtree(temporary, ignore_errors=True)
         source = join_url(self._root, name)
         for path in self._files.find(source):
-            target = aside / path[len(source) :].lstrip("/")
+            target = temporary / path[len(source) :].lstrip("/")
             target.parent.mkdir(parents=True, exist_ok=True)
             self._files.get_file(path, str(target), callback=_Reporting(f"fetching {path}"))
-        return aside
+        return temporary
 
 
 def _best_step(state: bytes) -> int | None:

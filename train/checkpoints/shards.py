@@ -1,4 +1,4 @@
-"""The training state on disk: a file a rank, read back by any number of ranks under any ZeRO stage."""
+"""Checkpoint shards: a file for each rank, read back by any number of ranks under any ZeRO stage."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Piece:
+class StoredFragment:
     """A fragment in one of the files: elements [start, start + length) of a parameter, flattened."""
 
     start: int
@@ -35,7 +35,7 @@ class Piece:
     trained: bool  # whether the file also holds its moments
 
 
-def write_part(folder: Path, engine: DeepSpeedEngine, ranks: Ranks, moments: bool = True) -> Path:
+def write_shard(folder: Path, engine: DeepSpeedEngine, ranks: Ranks, moments: bool = True) -> Path:
     """Write this rank's fragments to a file of its own in `folder`; returns it. Nothing is gathered.
 
     moments: also AdamW's; without them the files hold the weights only.
@@ -52,21 +52,21 @@ def write_part(folder: Path, engine: DeepSpeedEngine, ranks: Ranks, moments: boo
     return path
 
 
-def read_parts(folder: Path, engine: DeepSpeedEngine, step: int) -> None:
-    """Set the engine's weights and optimiser to what `write_part` wrote, on however many ranks; all ranks call.
+def read_shards(folder: Path, engine: DeepSpeedEngine, step: int) -> None:
+    """Set the engine's weights and optimiser to what `write_shard` wrote, on however many ranks; all ranks call.
 
-    step: of the optimiser. Raises ValueError when files are damaged or do not hold every parameter whole.
+    step: of the optimiser. Raises UserError when files are damaged or lack a part of a parameter.
     """
-    with _open(folder) as pieces, loading(engine):
+    with _open(folder) as stored, loading(engine):
         for part in fragments(engine):
             progress(f"reading the fragment {part.name}")
             for kind in part.kinds:
-                part.write(kind, _assemble(pieces, part.name, kind, part.start, part.length, folder))
+                part.write(kind, _assemble(stored, part.name, kind, part.start, part.length, folder))
     set_optimizer_step(engine, step)
 
 
-def check_parts(folder: Path) -> None:
-    """Raise ValueError unless every rank's file is there and as long as its header says."""
+def check_shards(folder: Path) -> None:
+    """Raise UserError unless every rank's file is there and as long as its header says."""
     with _open(folder):
         pass
 
@@ -81,25 +81,25 @@ def set_weights(engine: DeepSpeedEngine, state: Mapping[str, torch.Tensor]) -> N
 def whole_weights(folder: Path, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
     """All weights of the files in `folder`, in single precision, of these shapes."""
     weights: dict[str, torch.Tensor] = {}
-    with _open(folder) as pieces:
+    with _open(folder) as stored:
         for name, shape in shapes.items():
-            progress(f"putting {name} together")
-            weights[name] = _assemble(pieces, name, WEIGHT, 0, math.prod(shape), folder).view(shape)
+            progress(f"assembling {name}")
+            weights[name] = _assemble(stored, name, WEIGHT, 0, math.prod(shape), folder).view(shape)
     return weights
 
 
 @contextmanager
-def _open(folder: Path) -> Iterator[dict[str, list[Piece]]]:
-    """The pieces of every parameter in the files of `folder`, by name and in order."""
+def _open(folder: Path) -> Iterator[dict[str, list[StoredFragment]]]:
+    """The stored fragments of every parameter in the files of `folder`, by name and in order."""
     files = sorted(folder.glob("rank_*.safetensors"))
     wanted = int(files[0].stem.split("_")[-1]) if files else 1
     if len(files) != wanted:
         raise UserError(
-            f"{folder} holds {len(files)} of {wanted} ranks' parts: copy its checkpoint again, whole, or remove it, "
+            f"{folder} holds {len(files)} of {wanted} checkpoint shards: copy its checkpoint again or remove it, "
             "an earlier one is used"
         )
     with ExitStack() as stack:
-        pieces: dict[str, list[Piece]] = defaultdict(list)
+        stored: dict[str, list[StoredFragment]] = defaultdict(list)
         for path in files:
             try:
                 file = stack.enter_context(safe_open(str(path), framework="pt"))
@@ -111,28 +111,28 @@ def _open(folder: Path) -> Iterator[dict[str, list[Piece]]]:
                 if kind == WEIGHT:
                     length = file.get_slice(key).get_shape()[0]
                     trained = f"{name}|{start}|{MOMENTS[0]}" in keys
-                    pieces[name].append(Piece(int(start), length, file, f"{name}|{start}|", trained))
-        for found in pieces.values():
-            found.sort(key=lambda piece: piece.start)
-        yield pieces
+                    stored[name].append(StoredFragment(int(start), length, file, f"{name}|{start}|", trained))
+        for found in stored.values():
+            found.sort(key=lambda each: each.start)
+        yield stored
 
 
 def _assemble(
-    pieces: Mapping[str, list[Piece]], name: str, kind: str, start: int, length: int, folder: Path
+    stored: Mapping[str, list[StoredFragment]], name: str, kind: str, start: int, length: int, folder: Path
 ) -> torch.Tensor:
-    """Elements [start, start + length) of a parameter's weight or moment; only the bytes in question are read.
+    """Elements [start, start + length) of a parameter's weight or moment; only these bytes are read.
 
     Moments of a parameter that was frozen when it was saved are zeros.
     """
-    if kind != WEIGHT and name in pieces and not any(piece.trained for piece in pieces[name]):
+    if kind != WEIGHT and name in stored and not any(each.trained for each in stored[name]):
         return torch.zeros(length)
     result, end, done = torch.empty(length), start + length, start
-    for piece in pieces.get(name, []):
-        first, last = max(done, piece.start), min(end, piece.start + piece.length)
+    for each in stored.get(name, []):
+        first, last = max(done, each.start), min(end, each.start + each.length)
         if first == done and first < last:
-            part = piece.file.get_slice(piece.key + kind)
-            result[first - start : last - start] = part[first - piece.start : last - piece.start]
+            part = each.file.get_slice(each.key + kind)
+            result[first - start : last - start] = part[first - each.start : last - each.start]
             done = last
     if done < end:
-        raise UserError(f"{folder} holds no whole {name} ({', '.join((WEIGHT, *MOMENTS))}): take another checkpoint")
+        raise UserError(f"{folder} lacks a part of {name} ({', '.join((WEIGHT, *MOMENTS))}): take another checkpoint")
     return result

@@ -26,7 +26,7 @@ from runtime.errors import FULL, UserError, os_error_number
 from runtime.ranks import Ranks
 from storage.files import flush, remove_folder, replace_folder, temporary_path, write_text
 from train.checkpoints.best import BEFORE_VERSIONS, WEIGHTS, best_version, keep_only, point_to, write_marker
-from train.checkpoints.shards import check_parts, read_parts, whole_weights, write_part
+from train.checkpoints.shards import check_shards, read_shards, whole_weights, write_shard
 from train.deepspeed.compat import LossScale
 from train.deepspeed.state import optimizer_step, whole_shape
 
@@ -36,14 +36,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 VERSION = 2
-PARTS = "parts"  # the ranks' own files: weights and moments
+SHARDS = "parts"  # the checkpoint shards: weights and moments, a file for each rank
 STATE = "state.json"
 _NAME = re.compile(r"step_(\d{8,})")
 
 
 @dataclass
 class TrainingState:
-    """Where training is. Generators need no state: they are seeded anew at every step from (seed, step, rank)."""
+    """Where training is. Random generators need no state: each step seeds them from (seed, step, rank)."""
 
     step: int = 0  # optimiser steps done
     epoch: int = 0  # of the next batch
@@ -51,14 +51,14 @@ class TrainingState:
     world_size: int = 1  # that wrote the checkpoint
     optimizer_step: int = 0  # steps that AdamW has taken: those done less those skipped
     loss_scale: dict[str, float] = field(default_factory=dict)  # of fp16
-    best: float | None = None  # r_mean of the stop_key's split so far
-    best_step: int | None = None  # after which the weights had it; none: written before there were versions
-    evaluated_epochs: int = 0  # epochs whose evaluation is behind us
+    best: float | None = None  # the best score of the stop_key's split so far
+    best_step: int | None = None  # of the weights with that score; none: written before there were versions
+    evaluated_epochs: int = 0
     versions: dict[str, str] = field(default_factory=dict)
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints below `folder`, oldest step first. What bears its final name is complete."""
+    """The complete checkpoints below `folder`, by step."""
     found = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name) and (path / STATE).is_file()]
     return sorted(found, key=checkpoint_step)
 
@@ -71,7 +71,7 @@ def checkpoint_step(path: Path) -> int:
 
 
 def read_state(path: Path) -> TrainingState:
-    """The training state of a checkpoint. Raises ValueError when it is damaged or of another version."""
+    """The training state of a checkpoint. Raises UserError when it is damaged or of another version."""
     try:
         data = json.loads((path / STATE).read_text())
         version = data.pop("version")
@@ -85,11 +85,11 @@ def read_state(path: Path) -> TrainingState:
 
 
 def check_checkpoint(path: Path) -> None:
-    """Raise ValueError unless a checkpoint's files are complete, as far as their sizes and headers tell."""
+    """Raise UserError unless a checkpoint's files are complete, as far as their sizes and headers tell."""
     read_state(path)
     if fault := weights_fault(path / WEIGHTS):
         raise UserError(f"{path} is damaged ({fault}): remove it, an earlier one is used")
-    check_parts(path / PARTS)
+    check_shards(path / SHARDS)
 
 
 def save_checkpoint(
@@ -103,25 +103,25 @@ def save_checkpoint(
 ) -> Path:
     """Write `folder/step_XXXXXXXX`, to be called by all ranks at the same step; keep the newest `keep`.
 
-    It is made under another name, flushed to the disk and then renamed, so that a crash at any moment leaves the
-    earlier checkpoints and at most a half-written folder that nobody takes for one.
+    It is written under another name, flushed to the disk and then renamed, so that a crash at any moment leaves the
+    earlier checkpoints and at most an incomplete folder that nobody takes for one.
     """
     final = folder / f"step_{state.step:08d}"
-    aside = temporary_path(final)
+    temporary = temporary_path(final)
 
     def write_rest() -> None:
-        _write_whole_weights(aside, engine, model_config, tokenizer)
-        _write_state(aside, replace(state, world_size=ranks.world_size, **_optimizer_state(engine)))
-        flush(*(aside / WEIGHTS).iterdir(), aside / WEIGHTS, aside / PARTS, aside)
-        replace_folder(aside, final)
+        _write_whole_weights(temporary, engine, model_config, tokenizer)
+        _write_state(temporary, replace(state, world_size=ranks.world_size, **_optimizer_state(engine)))
+        flush(*(temporary / WEIGHTS).iterdir(), temporary / WEIGHTS, temporary / SHARDS, temporary)
+        replace_folder(temporary, final)
         for old in complete_checkpoints(folder)[:-keep]:
             remove_folder(old)
         keep_only(folder, named_best_steps(folder))
 
-    write = _Writing(final, aside, ranks)
-    write.on_first(lambda: _make_anew(aside))
-    write.on_all(lambda: flush(write_part(aside / PARTS, engine, ranks)))
-    write.on_first(write_rest)
+    write = _CollectiveWrite(final, temporary, ranks)
+    write.on_first_rank(lambda: _make_empty(temporary))
+    write.on_every_rank(lambda: flush(write_shard(temporary / SHARDS, engine, ranks)))
+    write.on_first_rank(write_rest)
     return final
 
 
@@ -148,31 +148,31 @@ def save_weights(
     model_config: ModelConfig,
     tokenizer: Tokenizer,
     ranks: Ranks,
-    mark: tuple[int, float | None, str] = (0, None, ""),
+    marker: tuple[int, float | None, str] = (0, None, ""),
 ) -> None:
     """Write `folder/weights`, the model in single precision with its vocabulary, or leave the old one; all call.
 
-    mark: what `write_marker` says of it.
+    marker: arguments of `write_marker`.
     """
-    aside = temporary_path(folder)
+    temporary = temporary_path(folder)
 
     def write_rest() -> None:
-        _write_whole_weights(aside, engine, model_config, tokenizer)
-        shutil.rmtree(aside / PARTS)
-        flush(*(aside / WEIGHTS).iterdir(), aside / WEIGHTS, write_marker(aside, *mark), aside)
-        replace_folder(aside, folder)
+        _write_whole_weights(temporary, engine, model_config, tokenizer)
+        shutil.rmtree(temporary / SHARDS)
+        flush(*(temporary / WEIGHTS).iterdir(), temporary / WEIGHTS, write_marker(temporary, *marker), temporary)
+        replace_folder(temporary, folder)
 
-    write = _Writing(folder, aside, ranks)
-    write.on_first(lambda: _make_anew(aside))
-    write.on_all(lambda: write_part(aside / PARTS, engine, ranks, moments=False))
-    write.on_first(write_rest)
+    write = _CollectiveWrite(folder, temporary, ranks)
+    write.on_first_rank(lambda: _make_empty(temporary))
+    write.on_every_rank(lambda: write_shard(temporary / SHARDS, engine, ranks, moments=False))
+    write.on_first_rank(write_rest)
 
 
 def update_state(path: Path, state: TrainingState, ranks: Ranks) -> None:
-    """Write into the state of a complete checkpoint what an evaluation of its weights has found; all ranks call."""
+    """Add the result of an evaluation to the state of a complete checkpoint; all ranks call."""
     found = {name: getattr(state, name) for name in ("best", "best_step", "evaluated_epochs")}
-    writing = _Writing(path, temporary_path(path / STATE), ranks)
-    writing.on_first(lambda: _write_state(path, replace(read_state(path), **found)))
+    writing = _CollectiveWrite(path, temporary_path(path / STATE), ranks)
+    writing.on_first_rank(lambda: _write_state(path, replace(read_state(path), **found)))
 
 
 def named_best_steps(folder: Path) -> set[int]:
@@ -181,27 +181,27 @@ def named_best_steps(folder: Path) -> set[int]:
     for path in complete_checkpoints(folder):
         try:
             state = read_state(path)
-        except UserError:  # a damaged one, which is told when it is to be loaded
+        except UserError:  # a damaged one, reported when it is loaded
             continue
         if state.best is not None:
             named.add(BEFORE_VERSIONS if state.best_step is None else state.best_step)
     return named
 
 
-class _Writing:
-    """Steps of writing a folder, each done by one rank or all. Where one of them fails all raise, and nothing is left.
+class _CollectiveWrite:
+    """Steps of writing a folder, each by one rank or all. Where one fails all ranks raise, and nothing is left.
 
     Raises UserError for a disk that is full or cannot be written to.
     """
 
-    def __init__(self, final: Path, aside: Path, ranks: Ranks) -> None:
-        self._final, self._aside, self._ranks = final, aside, ranks
+    def __init__(self, final: Path, temporary: Path, ranks: Ranks) -> None:
+        self._final, self._temporary, self._ranks = final, temporary, ranks
 
-    def on_first(self, step: Callable[[], object]) -> None:
+    def on_first_rank(self, step: Callable[[], object]) -> None:
         """Do a step on the first rank; all call, and wait for it."""
-        self.on_all(step if self._ranks.is_first else lambda: None)
+        self.on_every_rank(step if self._ranks.is_first else lambda: None)
 
-    def on_all(self, step: Callable[[], object]) -> None:
+    def on_every_rank(self, step: Callable[[], object]) -> None:
         """Do a step on every rank, and wait until all have."""
         fault: tuple[int, str] | None = None
         try:
@@ -216,22 +216,22 @@ class _Writing:
         if failed is None:
             return
         if self._ranks.is_first:
-            shutil.rmtree(self._aside, ignore_errors=True)
-        raise UserError(self._told(failed, *faults[failed]))  # type: ignore[misc]
+            shutil.rmtree(self._temporary, ignore_errors=True)
+        raise UserError(self._error_text(failed, *faults[failed]))  # type: ignore[misc]
 
-    def _told(self, rank: int, number: int, reason: str) -> str:
+    def _error_text(self, rank: int, number: int, reason: str) -> str:
         who = f" by rank {rank}" if self._ranks.world_size > 1 else ""
-        remedy = "free some space" if number in FULL else "see to it that it can be written to"
+        remedy = "free some space" if number in FULL else "make it writable"
         earlier = complete_checkpoints(self._final.parent)
-        start = f"goes on from {earlier[-1].name}, which is whole" if earlier else "begins anew"
+        start = f"continues from {earlier[-1].name}, which is complete" if earlier else "starts from the beginning"
         return (
             f"{self._final} cannot be written{who} ({reason}): {remedy} and run the same command again, which {start}"
         )
 
 
-def _make_anew(aside: Path) -> None:
-    shutil.rmtree(aside, ignore_errors=True)
-    (aside / PARTS).mkdir(parents=True)
+def _make_empty(temporary: Path) -> None:
+    shutil.rmtree(temporary, ignore_errors=True)
+    (temporary / SHARDS).mkdir(parents=True)
 
 
 def _write_state(folder: Path, state: TrainingState) -> None:
@@ -243,9 +243,9 @@ def _write_state(folder: Path, state: TrainingState) -> None:
 def _write_whole_weights(
     folder: Path, engine: DeepSpeedEngine, model_config: ModelConfig, tokenizer: Tokenizer
 ) -> None:
-    """Put the ranks' parts of the weights together on this host, on its CPU, and write `folder/weights`."""
+    """Assemble the weights of all checkpoint shards on this host's CPU, and write `folder/weights`."""
     shapes = {name: whole_shape(parameter) for name, parameter in engine.module.named_parameters()}
-    state = whole_weights(folder / PARTS, shapes)
+    state = whole_weights(folder / SHARDS, shapes)
     state |= {name: buffer.detach().cpu() for name, buffer in persistent_buffers(engine).items()}
     progress("writing the whole weights")
     (folder / WEIGHTS).mkdir()
@@ -254,17 +254,17 @@ def _write_whole_weights(
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """Where the special tokens stand in the vocabulary, as the model's constructors want it."""
+    """The ids of the special tokens, as arguments of the model's constructors."""
     return {"pad_id": tokenizer.pad_id, "cls_id": tokenizer.cls_id, "mask_id": tokenizer.mask_id}
 
 
 def load_checkpoint(path: Path, engine: DeepSpeedEngine) -> TrainingState:
-    """Set the engine to a checkpoint of `save_checkpoint`; all ranks call. Returns where training was.
+    """Set the engine to a checkpoint of `save_checkpoint`, of any number of ranks and ZeRO stage; all ranks call.
 
-    The number of ranks and the ZeRO stage may be others than those that wrote it.
+    Returns where training was.
     """
     state = read_state(path)
-    read_parts(path / PARTS, engine, state.optimizer_step)
+    read_shards(path / SHARDS, engine, state.optimizer_step)
     LossScale(engine).load(state.loss_scale)
     if names := persistent_buffers(engine).keys():
         with safe_open(str(path / WEIGHTS / TENSORS), framework="pt") as file:
@@ -279,12 +279,12 @@ def persistent_buffers(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
 
 
 def set_buffers(engine: DeepSpeedEngine, state: Mapping[str, torch.Tensor]) -> None:
-    """Set the persistent buffers to those in `state`, which may hold more, or lack some."""
+    """Set the persistent buffers that `state` holds."""
     for name, buffer in persistent_buffers(engine).items():
         if name in state:
             buffer.copy_(state[name])
 
 
 def _optimizer_state(engine: DeepSpeedEngine) -> dict[str, Any]:
-    """What of the optimiser is not a matter of single parameters."""
+    """The optimiser's state that belongs to no parameter."""
     return {"optimizer_step": optimizer_step(engine), "loss_scale": LossScale(engine).state()}

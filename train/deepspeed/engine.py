@@ -1,4 +1,4 @@
-"""Starts DeepSpeed: one source of truth for batch, precision, optimiser and clipping, which is the run's YAML."""
+"""Starts DeepSpeed: its configuration is completed from the run's settings, which alone set what both could."""
 
 from __future__ import annotations
 
@@ -50,16 +50,16 @@ def find_deepspeed_config(name: str) -> Path:
 def deepspeed_config(run: RunConfig, ranks: Ranks) -> dict[str, Any]:
     """The JSON that `run.deepspeed` names, completed from the run's settings.
 
-    Raises FileNotFoundError, or ValueError when it is no JSON or says something that the settings say otherwise.
+    Raises MissingError, or UserError when it is not JSON or contradicts the settings.
     """
     path = find_deepspeed_config(run.deepspeed)
     try:
         config = json.loads(path.read_text())
     except ValueError as error:  # also what is no UTF-8
-        raise UserError(f"{path} is no valid JSON ({error})") from None
+        raise UserError(f"{path} is not valid JSON ({error})") from None
     _check_offload(config, path)
     largest = max(run.batch_size.image, run.batch_size.video)
-    micro = max(1, largest // ranks.world_size // run.accumulate)  # DeepSpeed uses it for its own figures only
+    micro = max(1, largest // ranks.world_size // run.accumulate)  # DeepSpeed uses it in its own reports only
     own: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": run.accumulate,
@@ -75,17 +75,17 @@ def deepspeed_config(run: RunConfig, ranks: Ranks) -> dict[str, Any]:
             )
     if run.compile and _get(config, "zero_optimization.stage") == 3:
         raise UserError(
-            f"compile=true does not go with ZeRO 3 ({path}), which fetches weights within a step: take ZeRO 0 to 2, "
+            f"compile=true does not work with ZeRO 3 ({path}), which fetches weights within a step: use ZeRO 0 to 2, "
             "or compile=false"
         )
     for name in ("bf16", "fp16"):
         config[name] = {**config.get(name, {}), "enabled": run.precision == name}
-    # Its own test of bf16 gradients would wait for the device at every step; train.guard skips bad steps without.
+    # DeepSpeed's test of bf16 gradients waits for the device at every step; train.guard skips bad steps without it.
     config["bf16"].setdefault("check_grad_overflow", _offloads(config))
     for name in ("optimizer", "scheduler"):
         config.pop(name, None)
     config["zero_optimization"] = _without_waits(config, ranks)
-    config.setdefault("timers", {"throughput": {"enabled": False}})  # waits for the device twice a step
+    config.setdefault("timers", {"throughput": {"enabled": False}})  # they wait for the device twice a step
     return {"steps_per_print": 10**9, "zero_force_ds_cpu_optimizer": False, **config, **own}
 
 
@@ -100,13 +100,13 @@ def _check_offload(config: dict[str, Any], path: Path) -> None:
 
 
 def _without_waits(config: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
-    """The ZeRO section, less what would make the host wait for the device in a step."""
+    """The ZeRO section, without what makes the host wait for the device in a step."""
     zero = dict(config.get("zero_optimization", {}))
-    wide = _get(config, "data_types.grad_accum_dtype") not in (None, "auto")  # then DeepSpeed insists on its own norm
+    wide = _get(config, "data_types.grad_accum_dtype") not in (None, "auto")  # then DeepSpeed requires its own norm
     if zero.get("stage") in (1, 2) and not _offloads(config) and not wide:
         # DeepSpeed launches two kernels a parameter for the norm; train.guard takes that of all of them at once.
         zero.setdefault("compute_grad_norm", False)
-    if ranks.world_size == 1:  # nothing is reduced, but DeepSpeed would wait after the backward pass all the same
+    if ranks.world_size == 1:  # nothing is reduced, yet DeepSpeed would wait after the backward pass
         zero["overlap_comm"] = False
     return zero
 
@@ -116,12 +116,12 @@ def start_engine(
 ) -> tuple[DeepSpeedEngine, list[ParameterGroup]]:
     """The DeepSpeed engine of a model, and its parameter groups in the order of the optimiser's.
 
-    config: of `deepspeed_config`. Raises ValueError when `different_lr` names an unknown module.
+    config: from `deepspeed_config`. Raises UserError when `different_lr` names an unknown module.
     """
     import deepspeed
 
     if run.compile:
-        # Not `model.compile`, which would take in the hooks that DeepSpeed puts around the call.
+        # Not `model.compile`, which would compile DeepSpeed's hooks around the call too.
         model.forward = torch.compile(model.forward, fullgraph=True)
     if _get(config, "zero_optimization.stage") == 3:
         for module in model.modules():
@@ -129,7 +129,7 @@ def start_engine(
                 module.weights_in_layers = True
     parameters = dict(model.named_parameters())
     groups = trainable_groups(model, run)
-    # No learning rate yet, the schedule sets it at every step: some of DeepSpeed's optimisers begin with an empty step.
+    # The schedule sets the learning rate at every step; 0 until then: some DeepSpeed optimisers begin with a step.
     wanted = [
         {"params": [parameters[name] for name in group.names], "lr": 0.0, "weight_decay": group.weight_decay}
         for group in groups
@@ -138,7 +138,7 @@ def start_engine(
     broadcast_scalars(parameters, device)
     optimizer = _optimizer(wanted, run, config, device)
     if isinstance(optimizer, torch.optim.AdamW):
-        config = {**config, "gradient_clipping": 0.0}  # train.guard clips: DeepSpeed waits for the device to do it
+        config = {**config, "gradient_clipping": 0.0}  # train.guard clips, without waiting for the device
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     if exact:
         keep_exact(engine, exact)
@@ -149,21 +149,21 @@ def start_engine(
 def trainable_groups(model: nn.Module, run: RunConfig) -> list[ParameterGroup]:
     """The optimiser's groups of the parameters that are not frozen; none is empty.
 
-    Raises UserError when all are frozen, ValueError when `different_lr` names a module that the model has not.
+    Raises UserError when all are frozen, or when `different_lr` names a module that the model does not have.
     """
     parameters = dict(model.named_parameters())
     groups = parameter_groups({name: p.ndim for name, p in parameters.items()}, run.optimizer)
     own = [tuple(name for name in group.names if parameters[name].requires_grad) for group in groups]
     trainable = [ParameterGroup(group.lr, group.weight_decay, names) for group, names in zip(groups, own) if names]
     if not trainable:
-        raise UserError("every parameter of the model is frozen (requires_grad=False): leave some to be trained")
+        raise UserError("every parameter of the model is frozen (requires_grad=False): leave some trainable")
     return trainable
 
 
 def _optimizer(
     groups: list[dict[str, Any]], run: RunConfig, config: dict[str, Any], device: torch.device
 ) -> torch.optim.Optimizer:
-    """AdamW: PyTorch's, fused; DeepSpeed's own where a GPU's optimiser state is kept on the CPU."""
+    """PyTorch's fused AdamW; DeepSpeed's own where a GPU's optimiser state is kept on the CPU."""
     betas = (run.optimizer.opt_betas[0], run.optimizer.opt_betas[1])
     if device.type == "cuda" and _offloads(config):
         from deepspeed.ops.adam import DeepSpeedCPUAdam

@@ -133,7 +133,7 @@ def test_a_repacked_corpus_is_the_same_test_set_and_the_rows_tell(tmp_path):
     (test_set,) = group_test_sets(found(*folders))
     assert test_set.packings == ["data/x1128 (11281128)", "data/x1256 (12561256)"]
     assert report([*map(str, folders), "--output", str(tmp_path / "page.html")]) == 0
-    assert "hold the same items, packed differently" in (tmp_path / "page.html").read_text()
+    assert "hold the same items in different shards" in (tmp_path / "page.html").read_text()
 
 
 def test_answers_to_choose_from_and_accuracies_have_tables_of_their_own(tmp_path):

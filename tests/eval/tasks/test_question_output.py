@@ -5,7 +5,6 @@ import shutil
 from dataclasses import replace
 
 import pytest
-import torch
 
 from eval.config import EvalConfig
 from eval.outputs import Subject, write_evaluation
@@ -16,23 +15,12 @@ from eval.tasks.multiple_choice import MultipleChoiceTask
 from eval.tasks.qa import QATask
 from loaders.config import LoaderConfig, PerMedia
 from loaders.evaluation import ChoiceSet, QASet
-from model.singularity import Singularity
 from model.vqa import SingularityQA
-from tests.eval.tasks.test_eval_questions import model_for
+from tests.eval.small import shapes_model
 from tests.eval.test_eval_shards import damage
 
 LOADER = LoaderConfig(image_res=32, max_txt_l=PerMedia(32, 32))
 ANSWERS = ["red", "blue", "2", "3", "circle", "<b>left</b>"]
-
-
-def varied(kind, tokenizer):
-    """A model whose scores depend on what it sees."""
-    model = model_for(kind, tokenizer)
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, 0, 0.3)
-    return model
 
 
 def typed(dataset):
@@ -64,13 +52,15 @@ def folder(damaged, tokenizer, tmp_path_factory):
     loader.video_input.sample_type_test = "fps4"  # begins with the first frame
     questions = typed(QASet(str(damaged / "qa_test"), loader))
     questions.name = "test_std"
-    answered = QATask(ANSWERS).evaluate(varied(SingularityQA, tokenizer), questions, tokenizer, config, 8)
+    answered = QATask(ANSWERS).evaluate(
+        shapes_model(tokenizer, SingularityQA, varied=True), questions, tokenizer, config, 8
+    )
     output = QATask(ANSWERS).output(answered, questions, config)
     write_evaluation(run / "evaluation" / "qa", [output], config, Subject(checkpoint="weights"))
     config = EvalConfig(task="choice", gallery=4, benchmark="msrvtt_mc")
     choices = ChoiceSet(str(damaged / "mc_test"), loader)
     choices.name = "test"
-    chosen = MultipleChoiceTask().evaluate(varied(Singularity, tokenizer), choices, tokenizer, config, 8)
+    chosen = MultipleChoiceTask().evaluate(shapes_model(tokenizer, varied=True), choices, tokenizer, config, 8)
     write_evaluation(run / "evaluation" / "mc", [MultipleChoiceTask().output(chosen, choices, config)], config)
     return run
 
@@ -111,7 +101,7 @@ def test_a_broken_sample_moves_no_other_answer(folder, shapes, tokenizer):
     loader.video_input.sample_type_test = "fps4"
     config = EvalConfig(task="qa", k_test=4, accuracy="vqa")
     whole = typed(QASet(shapes.url("qa_test"), loader))
-    result = QATask(ANSWERS).evaluate(varied(SingularityQA, tokenizer), whole, tokenizer, config, 8)
+    result = QATask(ANSWERS).evaluate(shapes_model(tokenizer, SingularityQA, varied=True), whole, tokenizer, config, 8)
     items = json.loads((folder / "evaluation/qa/predictions.json").read_text())["test_std"]
     others = [(item["answer"], result.predictions[i]) for i, item in enumerate(items) if item["answer"] is not None]
     assert len(others) < len(items)
@@ -132,7 +122,7 @@ def test_the_page_has_types_published_numbers_and_examples(folder, visitor, tmp_
         "as published",
         "VQA soft accuracy",
         "the most frequent answer of this test set, for every question",
-        "; ×: times that",
+        "; ×: multiple of it",
     ):
         assert part in text
     assert "choosing at random" in text

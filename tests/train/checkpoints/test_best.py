@@ -100,7 +100,7 @@ class TinyTrainer(Trainer):
         return self.state.step >= STEPS
 
 
-def write_part(folder, engine, ranks, moments=True):
+def write_shard(folder, engine, ranks, moments=True):
     path = folder / "rank_00000_of_00001.safetensors"
     path.write_text(str(engine.weight))
     return path
@@ -116,7 +116,7 @@ def tiny(monkeypatch):
     def whole(folder, engine, config, tokenizer):
         write_weights(Weights(config, {"step": torch.tensor(engine.weight)}), folder / "weights")
 
-    monkeypatch.setattr(writing, "write_part", write_part)
+    monkeypatch.setattr(writing, "write_shard", write_shard)
     monkeypatch.setattr(writing, "_write_whole_weights", whole)
     monkeypatch.setattr(writing, "_optimizer_state", lambda engine: {})
     monkeypatch.setattr(writing, "flush", lambda *paths: None)
@@ -206,7 +206,7 @@ def test_a_score_whose_weights_are_gone_does_not_count(tmp_path, caplog):
     shutil.rmtree(best_version(trainer.folder.checkpoints, 8))
     again = TinyTrainer(tmp_path, save_every=2)
     assert (again.state.best, again.state.best_step) == (None, None)
-    assert "The best model so far, with a score of 40.00, is lost" in caplog.text
+    assert "The best model so far, score 40.00, is lost" in caplog.text
     assert weight(tmp_path) == STEPS
 
 

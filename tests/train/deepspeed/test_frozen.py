@@ -195,5 +195,5 @@ def test_a_batch_that_trains_nothing_is_told():
     frames = torch.zeros(4, 1, 32, 32, 3, dtype=torch.uint8)
     images = Batch("image", 0, 0, frames, ids, torch.ones_like(ids), torch.arange(4), ("a", "b", "c", "d"))
     stepper = Stepper(engine, [], engine.module, None, guard, torch.device("cpu"), "fp32", 0, 0)
-    with pytest.raises(UserError, match="all that a batch of images is computed with is frozen: leave some"):
-        stepper._part(images)
+    with pytest.raises(UserError, match="all parameters that a batch of images uses are frozen: leave some"):
+        stepper._backward(images)
