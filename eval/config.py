@@ -20,12 +20,12 @@ ACCURACIES = ("exact", "vqa")
 class EvalConfig:
     """What is evaluated, how scores are computed, and what the report shows."""
 
-    task: str = fixed("retrieval", "what is fine-tuned for and evaluated", choices=TASKS)
+    task: str = fixed("retrieval", "task of fine-tuning and evaluation", choices=TASKS)
     k_test: int = evaluation(
         128, "re-ranked candidates of a query or question; retrieval: 0 for the dual encoder only", least=0
     )
     eval_frame_ensemble: str = evaluation(
-        "concat", "of several frames: concat is early fusion, the others combine the frames' scores", choices=ENSEMBLES
+        "concat", "concat: early fusion of the frames; others: of the frames' scores", choices=ENSEMBLES
     )
     eval_x_only: bool = evaluation(False, "the cross-encoder scores every pair")
     eval_offload: bool = free(False, "keep visual tokens in host memory instead of the device's")
@@ -37,7 +37,7 @@ class EvalConfig:
     )
     eval_num_frames: list[int] = evaluation(list, "several evaluations, each with this many frames of a clip")
     answer_list: str | None = evaluation(None, "qa: path or URL of a JSON list of the candidate answers")
-    accuracy: str = evaluation("exact", "qa: exact match, or soft accuracy as the official tool", choices=ACCURACIES)
+    accuracy: str = evaluation("exact", "qa: exact match, or the soft accuracy of VQA", choices=ACCURACIES)
     benchmark: str | None = free(None, "whose published numbers the report shows: a name of eval/report/published.json")
     save_scores: bool = free(False, "write scores.npz after each epoch too, not only at the end")
     gallery: int = free(8, "best, worst and random queries shown in the report, each")

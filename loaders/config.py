@@ -35,7 +35,7 @@ class VideoInput:
 class CacheConfig:
     """Where a node keeps what it has read from remote shards; all its processes share it."""
 
-    folder: str = setting("", "on a local disk; empty: shard indices only, in the temporary folder (TMPDIR)")
+    folder: str = setting("", "folder on a local disk; empty: shard indices only, in TMPDIR")
     gb: float = setting(0.0, "maximum size of the cache in gigabytes")
     index_mb: int = setting(512, "megabytes of shard indices cached without a folder, at most; 0: none", least=0)
     clips: bool = setting(False, "cache whole clips, although few of their frames are used at a time")
@@ -50,7 +50,7 @@ class LoaderConfig:
     video_input: VideoInput = setting(VideoInput)
     max_txt_l: PerMedia = fixed(lambda: PerMedia(32, 32), "tokens of a caption, at most")
     max_q_len: int = fixed(25, "tokens of a question, at most")
-    max_a_len: PerMedia = fixed(lambda: PerMedia(6, 5), "tokens of an answer about an image or a video, at most")
+    max_a_len: PerMedia = fixed(lambda: PerMedia(6, 5), "tokens of an answer, at most")
     epoch_unit: str = fixed(
         "samples",
         "an item of an epoch: samples (one of its captions is drawn), captions (each an item of its own) or questions",
@@ -61,7 +61,7 @@ class LoaderConfig:
     corpus_weights: dict[str, float] = fixed(
         dict, "name of a corpus: its traversals in an epoch; default 1", replaced=True
     )
-    seed: int = fixed(42, "of the order of the samples, all random choices and the initial weights", least=0)
+    seed: int = fixed(42, "seed of the sample order, all random choices and the initial weights", least=0)
     stripes: int = fixed(
         64, "parts of an epoch that are read in parallel; a multiple of the ranks", least=1, renamed_from="lanes"
     )
@@ -69,7 +69,7 @@ class LoaderConfig:
     augment: bool = fixed(True, "random resized crop and flip; false: resize only")
     flip: bool = fixed(True, "horizontal flips; set false where left and right carry meaning")
     antialias: bool = fixed(False, "antialiasing when resizing; the official transform has none")
-    decode: str = free("auto", "decoder; auto: the faster one", choices=BACKENDS)
+    decode: str = free("auto", "decoder; auto takes the faster one", choices=BACKENDS)
     deterministic: bool = free(False, "bit-identical results on the same machine and GPU; slower")
     threads: int = free(0, "decoding threads, with decode=cpu processes; 0: from the cores that this rank may use")
     prefetch: int = free(3, "batches made ahead of the step", least=1)

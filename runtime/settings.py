@@ -24,11 +24,15 @@ from runtime.packaged import find_file, packaged_folder
 
 T = TypeVar("T")
 
-# What a resumed run may change: nothing of what is learned or which model is the best; evaluations; anything else.
-FIXED, EVALUATION, FREE = "fixed", "evaluation", "free"
-# What may differ from the checkpoint that a run starts from: in fine-tuning only; in fine-tuning, without effect in
-# evaluation; in both; what concerns a start from scratch only and has no effect with a checkpoint. Others must not.
-FINE_TUNING, TRAINING, ANY, START = "fine-tuning", "training", "any", "start"
+# Whether a resumed run may change a setting.
+FIXED = "fixed"  # no: it affects what is learned or which model is the best
+EVALUATION = "evaluation"  # yes: it affects evaluations only
+FREE = "free"  # yes: it affects no result
+# Whether a setting of the model may differ from the checkpoint that a run starts from; by default it must not.
+FINE_TUNING = "fine-tuning"  # in fine-tuning, not in evaluation
+TRAINING = "training"  # in fine-tuning; evaluation ignores it
+ANY = "any"  # in both
+START = "start"  # it affects initial weights only and is ignored with a checkpoint
 _KEY = "setting"
 _NOTHING = ("null", "None", "none", "~")
 _NESTED_BRACES = '; inside [ ] a text with { } needs quotes of its own: ["FOLDER/x-{000..009}.tar"]'

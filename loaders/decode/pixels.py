@@ -10,7 +10,7 @@ import simplejpeg
 from PIL import Image
 
 from loaders.samples import BadSampleError, Clip, Window
-from sharding.media import MediaError
+from sharding.media.frames import MediaError
 from sharding.media.jpeg import SIDEWAYS, START_OF_IMAGE, has_end, is_plain_jpeg
 from sharding.media.picture import decode_picture, picture_size
 

@@ -118,8 +118,9 @@ def _losses(model: Singularity, case: Case, result: Comparison, step: int, label
     losses = model(*inputs, recorded_choices(case.inputs, f"step{step}_"))
     torch.stack(list(losses.values())).sum().backward()
     for theirs, ours in LOSS_NAMES.items():
-        if f"loss_{ours}" in losses:
-            value = losses[f"loss_{ours}"] / getattr(model.config.loss_weight, ours)
+        weight = getattr(model.config.loss_weight, ours)
+        if weight and f"loss_{ours}" in losses:
+            value = losses[f"loss_{ours}"] / weight
             recorded = case.expected[f"loss_{theirs}"][step]
             result.close(f"{label}loss_{theirs} of step {step}", value, recorded, 0, LOSS_TOLERANCE)
     result.close(f"{label}temperature of step {step}", model.temp.squeeze(), case.expected["temp_used"][step])

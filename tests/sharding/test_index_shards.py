@@ -18,13 +18,14 @@ import pytest
 import simplejpeg
 import webdataset
 from object_stores import Store
+from packed import contents
 from places import ROOT
 
 from loaders.samples import whole_sample
 from loaders.shards import CorpusReader
 from sharding.build import build_corpus
 from sharding.index import main
-from sharding.media import pack_video
+from sharding.media.video import pack_video
 from sharding.shards.failures import read_failures
 from sharding.shards.indexing import index_shards
 from sharding.shards.schema import read_corpus, read_index
@@ -90,10 +91,6 @@ def media(shapes) -> list[Path]:
 def rows_of(url: str) -> list[dict]:
     corpus = read_corpus(url)
     return [row for shard in range(len(corpus.shards)) for row in read_index(corpus, shard).to_pylist()]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("where", ["local", "s3", "gcs"])

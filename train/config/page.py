@@ -40,7 +40,7 @@ def page() -> str:
     rows: dict[str, list[str]] = {title: [] for title in PARTS}
     defaults = flatten(RunConfig())
     for key, declared in declarations(RunConfig).items():
-        choices = f": {', '.join(declared.choices)}" if declared.choices else ""
+        choices = f" ({', '.join(declared.choices)})" if declared.choices else ""
         cells = [f"`{key}`", f"`{_as_yaml(defaults[key])}`", RESUMED[declared.resumed or FIXED]]
         cells += [CHECKPOINT[declared.checkpoint], f"{declared.help}{choices}"]
         name = key.partition(".")[0]

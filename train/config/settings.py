@@ -41,7 +41,7 @@ class SchedulerConfig:
     """Linear warm-up, then cosine decay to `min_lr_multi` times the learning rate."""
 
     epochs: int = setting(10, "traversals of the corpora", least=1)
-    warmup_epochs: float = setting(1.0, "linear warm-up; then cosine decay", least=0)
+    warmup_epochs: float = setting(1.0, "epochs of linear warm-up, before cosine decay", least=0)
     min_lr_multi: float = setting(0.01, "the schedule's lowest learning rate over optimizer.lr, 0 to 1")
 
 
@@ -52,7 +52,7 @@ class WandbConfig:
     enable: bool = setting(False, "log to Weights & Biases")
     project: str = setting("singularity", "project of Weights & Biases")
     entity: str | None = setting(None, "user or team of Weights & Biases")
-    mode: str = setting("online", "mode of Weights & Biases; offline needs no network", choices=WANDB_MODES)
+    mode: str = setting("online", "mode of Weights & Biases; offline works without a network", choices=WANDB_MODES)
 
 
 @dataclass
@@ -82,7 +82,7 @@ class RunConfig(ModelSettings, EvalRunConfig):
     pretrained_path: str | None = fixed(
         None, "weights to start from: a run folder, a weights folder or an official .pth"
     )
-    checkpoint: str | None = free(None, "weights to evaluate; the same forms")
+    checkpoint: str | None = free(None, "weights to evaluate, in the same forms as pretrained_path")
     expected_tensors: list[str] = fixed(list, "tensors of those weights that need not fit, such as itm_head.*")
     stop_key: str | None = fixed(None, "split whose metric chooses the best checkpoint; null: the last one is used")
     log_every: int = free(10, "steps between log lines", least=1)

@@ -16,7 +16,7 @@ from loaders.decode.cpu import CpuDecoder
 from loaders.decode.dali import DaliDecoder
 from loaders.decode.decoder import Decoder
 from loaders.samples import Clip, Window
-from sharding.media import MediaError
+from sharding.media.frames import MediaError
 from sharding.media.picture import decode_picture
 from sharding.shards.indexing import index_shards
 from sharding.shards.schema import read_corpus, read_index
