@@ -27,10 +27,10 @@ import numpy as np
 import torch
 
 from loaders.config import LoaderConfig
-from loaders.decode.decoder import BATCHES_AT_ONCE, Decoder, make_decoder, usable_threads
-from loaders.decode.pixels import Clip
+from loaders.decode.choice import make_decoder, usable_threads
+from loaders.decode.decoder import BATCHES_AT_ONCE, Decoder
 from loaders.evaluation import VisualSet
-from loaders.order.choices import BadSampleError, Window
+from loaders.samples import Clip, Window, whole_sample
 
 LARGEST_MEAN = 2.0  # grey levels: the kernels differ, DALI's is Catmull-Rom's; of photos they do by 0.7
 
@@ -40,17 +40,17 @@ def read_clips(url: str, count: int) -> list[Clip]:
     visuals, random = VisualSet(url, LoaderConfig()), np.random.default_rng(0)
     clips = []
     for visual in range(min(count, visuals.num_visuals)):
-        shard, row = visuals.place(visual)
+        shard, row = visuals.locate(visual)
         record = visuals.reader.index(shard).record(row)
-        (jpegs,) = visuals.reader.read([(shard, record, np.zeros(1, np.int64))])
-        if isinstance(jpegs, BadSampleError):
+        (sample,) = visuals.reader.read([whole_sample(record, np.zeros(1, np.int64))])
+        if sample.reason:
             continue
         height, width = (
             int(side * share) for side, share in zip((record.height, record.width), random.uniform(0.7, 1, 2))
         )
         top, left = random.integers(record.height - height + 1), random.integers(record.width - width + 1)
         window = Window(int(top), int(left), height, width, flip=bool(random.integers(2)))
-        clips.append(Clip(jpegs, record.height, record.width, window))
+        clips.append(Clip(sample.jpegs, record.height, record.width, window))
     visuals.close()
     return clips
 

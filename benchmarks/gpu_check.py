@@ -32,8 +32,9 @@ import torch
 
 from benchmarks.decoding import LARGEST_MEAN, cpu_decoder, dali_decoder, deviation, read_clips
 from benchmarks.model import SIZES, make_batch, ours
-from loaders.decode.decoder import Decoder, usable_threads
-from loaders.decode.pixels import Clip
+from loaders.decode.choice import usable_threads
+from loaders.decode.decoder import Decoder
+from loaders.samples import Clip
 from model.singularity import Singularity
 from train.job.devices import choose_kernels, driver_version
 

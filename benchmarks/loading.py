@@ -32,7 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from loading_peers import PEERS, serve
 
 from loaders.config import LoaderConfig, PerMedia
-from loaders.decode.pixels import Clip, odd_room
+from loaders.decode.pixels import odd_buffer
+from loaders.samples import Clip
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader
 from loaders.vocab import learn_vocabulary
@@ -47,14 +48,15 @@ CLIPS_REPEATED = 200  # a few dozen clips make an epoch of several thousand
 
 
 def open_loader(options: argparse.Namespace) -> TrainLoader:
-    """Our loader over the packed corpus, with texts, as training uses it."""
+    """Our loader over the packed corpus, with texts as training uses it, or without."""
     config = LoaderConfig(
         batch_size=PerMedia(**BATCH),
         decode="cpu",
         threads=options.threads,
         corpus_weights={"video": CLIPS_REPEATED} if options.kind == "video" else {},
     )
-    return TrainLoader([f"{options.work}/{options.kind}"], Tokenizer.load(f"{options.work}/vocab.txt"), config)
+    tokenizer = None if options.no_texts else Tokenizer.load(f"{options.work}/vocab.txt")
+    return TrainLoader([f"{options.work}/{options.kind}"], tokenizer, config)
 
 
 def ours(options: argparse.Namespace) -> Iterator[int]:
@@ -69,20 +71,20 @@ def bare(options: argparse.Namespace, into_batches: bool) -> Iterator[int]:
     """Sizes of batches that are decoded and cropped from memory in a bare loop."""
     loader = open_loader(options)
     clips: list[Clip] = []
-    for step in islice(loader.fetch_steps(0, 0), 2000 // BATCH[options.kind]):
-        clips += [draw.clip(jpegs) for draw, jpegs in zip(step.draws, step.jpegs, strict=True)]
+    for _, samples in islice(loader.read_steps(0, 0), 2000 // BATCH[options.kind]):
+        clips += [sample.clip() for sample in samples]
     loader.close()
     batch = BATCH[options.kind]
     memory = np.zeros((8 if into_batches else 1, batch, 224, 224, 3), np.uint8)  # as many as our loader has at once
 
     def work(thread: int, begin: int, slot: int) -> None:
         largest = max(clip.height * clip.width for clip in clips)
-        room, own = odd_room(largest * 3), np.empty((224, 224, 3), np.uint8)
+        buffer, own = odd_buffer(largest * 3), np.empty((224, 224, 3), np.uint8)
         for number in range(thread, batch, options.threads):
             clip = clips[(begin + number) % len(clips)]
             top, left, height, width, flip = clip.window
             out = memory[slot, number] if into_batches else own
-            pixels = simplejpeg.decode_jpeg(clip.jpegs[0], "RGB", fastdct=False, fastupsample=False, buffer=room)
+            pixels = simplejpeg.decode_jpeg(clip.jpegs[0], "RGB", fastdct=False, fastupsample=False, buffer=buffer)
             crop = pixels[top : top + height, left : left + width]
             cv2.resize(crop, (224, 224), dst=out, interpolation=cv2.INTER_CUBIC)
             if flip:
@@ -106,7 +108,8 @@ def prepare(options: argparse.Namespace) -> None:
         if source and not Path(options.work, kind, "corpus.json").exists():
             build_corpus([source[0]], source[1], kind, str(Path(options.work, kind)), fps=2, progress=True)
     packed = [str(folder.parent) for folder in Path(options.work).glob("*/corpus.json")]
-    learn_vocabulary(packed, 8000, Path(options.work) / "vocab.txt")
+    if not options.no_texts:
+        learn_vocabulary(packed, 8000, Path(options.work) / "vocab.txt")
     python = Path(options.peers) / "bin" / "python"
     if not python.exists():
         if not options.make_peers:
@@ -122,7 +125,7 @@ class Contender:
         source, folder = (options.photos if kind == "image" else options.clips), Path(__file__).parent
         if name in ("ours", "bare", "bare-batches"):
             command = [sys.executable, folder / "loading.py", "--run", name, "--kind", kind]
-            command += ["--threads", str(options.threads)]
+            command += ["--threads", str(options.threads), *(["--no-texts"] if options.no_texts else [])]
         else:
             command = [Path(options.peers) / "bin" / "python", folder / "loading_peers.py", name]
             command += ["--annotations", source[0], "--media", source[1], "--tars", f"{options.work}/{kind}"]
@@ -200,6 +203,7 @@ def main() -> None:
     add("--rounds", type=int, default=5)
     add("--seconds", type=float, default=4.0)
     add("--threads", type=int, default=2, help="decoding threads, or worker processes (default: %(default)s)")
+    add("--no-texts", action="store_true", help="frames only, of corpora that need no texts")
     add("--only", nargs="*", help="only these loaders; ours must be one")
     add("--run", help=argparse.SUPPRESS)
     add("--kind", help=argparse.SUPPRESS)

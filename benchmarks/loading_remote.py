@@ -140,10 +140,10 @@ def rate(url: str, address: str, vocab: Path, options: argparse.Namespace) -> tu
         if options.cache:
             break
     seconds, cpu = time.perf_counter() - began, cpu_seconds() - cpu
-    figures = loader.figures()
+    counters = loader.counters()
     loader.close()
     shutil.rmtree(folder)
-    return samples / seconds, samples / cpu, figures
+    return samples / seconds, samples / cpu, counters
 
 
 def main() -> None:

@@ -48,7 +48,7 @@ for path in open(sys.argv[1]).read().split("\\n"):
 """
 CONVERTING = """
 import sys, cv2
-from sharding.media import pack_image
+from sharding.media.image import pack_image
 cv2.setNumThreads(1)
 for path in open(sys.argv[1]).read().split("\\n"):
     pack_image(open(path, "rb").read(), {size}, {quality})

@@ -30,7 +30,7 @@ CORPORA = (0.7, 0.3)  # shares of the shards that belong to two corpora
 def ours(shards: int, each: int, stripes: int, window: int) -> np.ndarray:
     """Sample numbers in the shard sequence, in epoch order."""
     plan = EpochPlan((each,) * shards, seed=1, epoch=0, stripes=stripes, window_shards=window)
-    places, units, _ = plan.at(np.arange(plan.units))
+    places, units, _ = plan.locate(np.arange(plan.units))
     return places * each + units
 
 

@@ -36,8 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from loaders.batch import Batch, normalize
-from loaders.config import LoaderConfig, PerMedia, VideoInput
-from loaders.decode.decoder import BACKENDS
+from loaders.config import BACKENDS, LoaderConfig, PerMedia, VideoInput
 from loaders.shards import CorpusReader
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader

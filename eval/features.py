@@ -17,6 +17,7 @@ from eval.cache import Block, CachedBlocks, entry_name, model_digest, read_entry
 from eval.config import EvalConfig
 from loaders.batch import normalize
 from loaders.evaluation import VisualSet
+from loaders.text import Tokenizer
 from model.encoders import Encoders
 from model.singularity import Singularity
 from runtime.activity import progress
@@ -188,6 +189,23 @@ def encode_texts(
         mask,
         gather_rows(torch.cat(embeddings), ranks.world_size),
     )
+
+
+def encode_test_set(
+    model: Singularity,
+    dataset: VisualSet,
+    tokenizer: Tokenizer,
+    texts: list[str],
+    config: EvalConfig,
+    num_frames: int,
+    ranks: Ranks,
+    device: torch.device | str,
+) -> tuple[VisualFeatures, TextFeatures]:
+    """The features of a test set's visuals and of `texts`."""
+    blocks = visual_blocks(model, dataset, config, num_frames, ranks, device)
+    visuals = collect_visuals(model, blocks, dataset.num_visuals, config, ranks)
+    length = int(getattr(dataset.config.max_txt_l, dataset.media_type))
+    return visuals, encode_texts(model, *tokenizer.encode(texts, length), ranks)
 
 
 def _slices(first: int, last: int, step: int) -> Iterator[slice]:

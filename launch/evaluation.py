@@ -1,4 +1,4 @@
-"""The course of an evaluation: check, load, join the other processes, evaluate all splits, write the folder."""
+"""Runs an evaluation: check, load, join the other processes, evaluate all splits, write the results."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ REMEDY = "run the same command to evaluate again"
 
 
 def evaluate(settings: Settings, ranks: Ranks) -> None:
-    """Evaluate `checkpoint` on all splits; the results come to OUTPUT_DIR/evaluation/LABEL, metrics.json, report.html.
+    """Evaluate `checkpoint` on all splits; writes OUTPUT_DIR/evaluation/LABEL, metrics.json and report.html.
 
-    With `eval_num_frames` once for each number of frames; metrics.json is then that of the largest.
+    With `eval_num_frames` once for each number of frames; metrics.json is that of the largest.
     """
     device = device_for(ranks)
     choose_kernels(settings.config.deterministic)
@@ -65,6 +65,6 @@ def evaluate(settings: Settings, ranks: Ranks) -> None:
     if ranks.is_first:
         shutil.copyfile(folder / "metrics.json", output / "metrics.json")
         write_report(list(folders.values()), output / "report.html")
-        log.info("%s and report.html beside it are of this evaluation now", output / "metrics.json")
+        log.info("This evaluation's metrics and report: %s, %s", output / "metrics.json", output / "report.html")
     barrier(ranks.world_size)
     watchdog.close()

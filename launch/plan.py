@@ -5,22 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from loaders.config import LoaderConfig, PerMedia
-from loaders.text import Tokenizer
 from loaders.train import TrainLoader
-from loaders.vocab import corpus_texts, learn_from_texts
 from runtime.errors import UserError, command
 from runtime.units import data_size, duration
 
-TEXTS_TO_LEARN_FROM = 5000
 NODES = (1, 2, 4, 8, 16, 32, 64)
 MONTH = 30 * 86400.0
 STEP_PARTS = ("GPU", "all-reduce")
@@ -154,18 +148,14 @@ def measure(corpora: Sequence[str], config: LoaderConfig) -> tuple[Medium, float
     Raises:
         FileNotFoundError, ValueError: as TrainLoader.
     """
-    with tempfile.TemporaryDirectory(prefix="singularity-plan-") as folder:
-        texts = (text for url in corpora for text in corpus_texts(url, config))
-        learn_from_texts(islice(texts, TEXTS_TO_LEARN_FROM), 2000, Path(folder) / "vocab.txt")
-        tokenizer = Tokenizer.load(folder)
-    loader = TrainLoader(corpora, tokenizer, config)
+    loader = TrainLoader(corpora, None, config)  # frames only: texts are read with the indices
     try:
-        before = loader.figures()
+        before = loader.counters()
         began = time.perf_counter()
         samples = sum(len(batch.keys) for batch in loader)
         seconds = time.perf_counter() - began
-        counts = {name: count - before.get(name, 0.0) for name, count in loader.figures().items()}
-        shards = [shard for line in loader.lines.values() for reader in line.readers for shard in reader.corpus.shards]
+        counts = {name: count - before.get(name, 0.0) for name, count in loader.counters().items()}
+        shards = [shard for reader in loader.readers for shard in reader.corpus.shards]
     finally:
         loader.close()
     stored = sum(shard.bytes for shard in shards) / sum(shard.samples for shard in shards)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
+
+from loaders.config import LoaderConfig
+from loaders.samples import DecodedSamples, SampleSpec
+from loaders.text import Tokenizer, clean_text
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,38 @@ class Batch:
         if answers is not None:
             answers = Answers(*(_copied(value, torch.device(device)) for value in vars(answers).values()))
         return replace(self, **tensors, answers=answers)
+
+
+def collate(
+    samples: DecodedSamples, tokenizer: Tokenizer | None, config: LoaderConfig, media_type: str, epoch: int, step: int
+) -> Batch:
+    """The last stage: a step's samples as one batch, with their tokens; without a tokenizer texts are (B, 0)."""
+    asks = config.epoch_unit == "questions"
+    answers = None
+    input_ids = attention_mask = torch.zeros(len(samples.specs), 0, dtype=torch.int64)
+    if tokenizer is not None:
+        length = config.max_q_len if asks else getattr(config.max_txt_l, media_type)
+        input_ids, attention_mask = tokenizer.encode([clean_text(spec.text) for spec in samples.specs], length)
+        if asks:
+            answers = _answers(samples.specs, tokenizer, getattr(config.max_a_len, media_type))
+    return Batch(
+        media_type=media_type,
+        epoch=epoch,
+        step=step,
+        frames=samples.frames,
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        idx=torch.tensor([spec.visual for spec in samples.specs]),
+        keys=tuple(spec.name for spec in samples.specs),
+        answers=answers,
+    )
+
+
+def _answers(specs: Sequence[SampleSpec], tokenizer: Tokenizer, length: int) -> Answers:
+    texts = [f"{answer} [SEP]" for spec in specs for answer, _ in spec.answers]
+    input_ids, attention_mask = tokenizer.encode(texts, length)
+    weights = torch.tensor([weight for spec in specs for _, weight in spec.answers])
+    return Answers(input_ids, attention_mask, weights, torch.tensor([len(spec.answers) for spec in specs]))
 
 
 def _copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -7,38 +7,33 @@ import gc
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from itertools import islice
-from pathlib import Path
 
 import psutil
 import torch
 
 from loaders.batch import Batch, normalize
-from loaders.config import LoaderConfig, PerMedia, VideoInput
-from loaders.decode.decoder import usable_threads, usual_device
-from loaders.shards import CorpusReader
+from loaders.config import BACKENDS, LoaderConfig, PerMedia, VideoInput
+from loaders.decode.choice import usable_threads, usual_device
+from loaders.shards import describe
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader
-from loaders.vocab import corpus_texts, learn_from_texts
 from runtime.errors import UserError, command
 from runtime.flags import positive
 
-TEXTS_TO_LEARN_FROM = 5000
-GUILTY = 0.3  # share of the time that decoding waits for reading, from which reading is to blame
-UNNOTICED = 0.02  # share of the time that a loop waits for batches, below which nobody cares
+READ_BOUND_SHARE = 0.3  # share of the time that decoding waits for reading, from which reading is the bottleneck
+NEGLIGIBLE_WAIT = 0.02  # share of the time that the loop waits for batches, below which loading costs nothing
 REPLAYED = 8  # batches kept for the replay
 HALF = (0.5, 0.5, 0.5)
-LARGER = 1.5  # stored frames over shown ones, from which packing them smaller is worth while
+OVERSIZE = 1.5  # stored size over shown size of frames, from which packing them smaller is worth while
 
 
 @dataclass(frozen=True)
-class Figures:
-    """What a benchmark found; shares are of the measured time."""
+class Results:
+    """What a benchmark measured; shares are of the measured time."""
 
     samples: int
     seconds: float
@@ -48,7 +43,7 @@ class Figures:
     first_batch_seconds: float  # from opening the corpora
     read_share: float  # the reading stage was at work
     decode_share: float  # the decoding stage was at work
-    decode_wait_share: float  # the decoding stage waited for the reading one
+    decode_wait_share: float  # the decoding stage waited for the reading stage
     decode_alone_per_second: float  # samples of one batch, decoded from memory again and again
     wait_share: float  # the loop waited for a batch
     replayed_per_second: float  # the same loop over batches kept in memory: the most that any loader gives
@@ -57,7 +52,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Setup:
-    """What advice depends on besides the figures."""
+    """What advice depends on besides the results."""
 
     threads: int
     cores: int
@@ -68,51 +63,51 @@ class Setup:
 
 
 def measure(
-    corpora: Sequence[str], config: LoaderConfig, seconds: float, step_seconds: float = 0.0
-) -> tuple[Figures, Setup]:
+    corpora: Sequence[str],
+    config: LoaderConfig,
+    seconds: float,
+    step_seconds: float = 0.0,
+    tokenizer: Tokenizer | None = None,
+) -> tuple[Results, Setup]:
     """Take batches for that long, a step of `step_seconds` after each; then decode one from memory, then replay some.
+
+    tokenizer: None measures frames only.
 
     Raises:
         FileNotFoundError, ValueError: as TrainLoader.
     """
     started = time.perf_counter()
-    readers = [CorpusReader(url, config.storage) for url in corpora]
-    with tempfile.TemporaryDirectory(prefix="singularity-bench-") as folder:
-        texts = (text for url in corpora for text in corpus_texts(url, config))
-        learn_from_texts(islice(texts, TEXTS_TO_LEARN_FROM), 2000, Path(folder) / "vocab.txt")
-        tokenizer = Tokenizer.load(folder)
-    learned = time.perf_counter() - started
     loader = TrainLoader(corpora, tokenizer, config, device=usual_device())
     try:
         next(iter(loader))
-        first = time.perf_counter() - started - learned
+        first = time.perf_counter() - started
         settle(loader)
-        figures = take_batches(loader, seconds, first, step_seconds)
+        results = take_batches(loader, seconds, first, step_seconds)
     finally:
         loader.close()
     setup = Setup(
         threads=usable_threads(config.threads, 1),
         cores=len(os.sched_getaffinity(0)),
         backend=loader.decoder.name,
-        remote=not all(reader.local for reader in readers),
-        stored_size=max(int(reader.corpus.settings.get("size", 0)) for reader in readers),
+        remote=not all(reader.local for reader in loader.readers),
+        stored_size=max(int(reader.corpus.settings.get("size", 0)) for reader in loader.readers),
         shown_size=config.image_res,
     )
-    return figures, setup
+    return results, setup
 
 
 def settle(loader: TrainLoader) -> None:
-    """Take batches until decode=auto has chosen a decoder: those of its trial are of both."""
+    """Take batches until decode=auto has chosen a decoder: those of its trial come from both."""
     while loader.decoder.name == "auto":
         for _ in loader:
             if loader.decoder.name != "auto":
                 break
 
 
-def take_batches(loader: TrainLoader, seconds: float, first_batch_seconds: float, step_seconds: float) -> Figures:
-    """The figures of that many seconds of batches, epoch after epoch."""
-    loader.counters.clear()
-    samples, waited, began, cpu = 0, 0.0, time.perf_counter(), cpu_seconds()
+def take_batches(loader: TrainLoader, seconds: float, first_batch_seconds: float, step_seconds: float) -> Results:
+    """The results of that many seconds of batches, epoch after epoch."""
+    before, cpu, began = loader.counters(), cpu_seconds(), time.perf_counter()
+    samples, waited = 0, 0.0
     kept: list[Batch] = []
     while time.perf_counter() - began < seconds:
         asked = time.perf_counter()
@@ -125,17 +120,17 @@ def take_batches(loader: TrainLoader, seconds: float, first_batch_seconds: float
                 break
             asked = time.perf_counter()
     elapsed, cpu = time.perf_counter() - began, cpu_seconds() - cpu
-    counters = loader.counters
-    return Figures(
+    taken = {name: value - before.get(name, 0) for name, value in loader.counters().items()}
+    return Results(
         samples=samples,
         seconds=elapsed,
         samples_per_second=samples / elapsed,
-        megabytes_per_second=counters["bytes_read"] / 1e6 / elapsed,
+        megabytes_per_second=taken["bytes_read"] / 1e6 / elapsed,
         cpu_milliseconds_per_sample=cpu * 1000 / samples,
         first_batch_seconds=first_batch_seconds,
-        read_share=min(1.0, counters["read_seconds"] / elapsed),
-        decode_share=min(1.0, counters["decode_seconds"] / elapsed),
-        decode_wait_share=min(1.0, counters["decode_wait_seconds"] / elapsed),
+        read_share=min(1.0, taken["read_seconds"] / elapsed),
+        decode_share=min(1.0, taken["decode_seconds"] / elapsed),
+        decode_wait_share=min(1.0, taken["decode_wait_seconds"] / elapsed),
         decode_alone_per_second=decode_alone(loader, min(3.0, seconds / 2)),
         wait_share=min(1.0, waited / elapsed),
         replayed_per_second=replay(kept, min(2.0, seconds / 2), step_seconds),
@@ -155,7 +150,7 @@ def cpu_seconds() -> float:
 
 
 def step(batch: Batch, seconds: float) -> None:
-    """What stands for a training step: the bytes made pixels on the device, then a wait."""
+    """A simulated training step: bytes to pixels on the device, then a wait."""
     if seconds:
         normalize(batch.to(usual_device()).frames, HALF, HALF, torch.bfloat16)
         time.sleep(seconds)
@@ -173,8 +168,8 @@ def replay(batches: Sequence[Batch], seconds: float, step_seconds: float) -> flo
 
 def decode_alone(loader: TrainLoader, seconds: float) -> float:
     """Samples a second when the same batch is decoded from memory: what faster reading would give at most."""
-    step = next(loader.fetch_steps(0, 0))
-    clips = [draw.clip(jpegs) for draw, jpegs in zip(step.draws, step.jpegs, strict=True)]
+    _, samples = next(loader.read_steps(0, 0))
+    clips = [sample.clip() for sample in samples]
     loader.decoder.decode(clips)
     began, done = time.perf_counter(), 0
     while time.perf_counter() - began < seconds:
@@ -183,55 +178,48 @@ def decode_alone(loader: TrainLoader, seconds: float) -> float:
     return done / (time.perf_counter() - began)
 
 
-def advice(figures: Figures, setup: Setup) -> list[str]:
-    """What would make it faster, most telling first."""
-    found = []
-    if figures.wait_share < UNNOTICED:
-        share = figures.samples_per_second / figures.replayed_per_second
-        return [f"Loading holds nothing up: the steps get {share:.0%} of what batches kept in memory would give."]
-    if figures.decode_wait_share > GUILTY:
-        where = "copy the shards to a local disk, or start more prefetch" if setup.remote else "use a faster disk"
-        found.append(
-            f"Decoding waits for reading {figures.decode_wait_share:.0%} of the time: {where}. "
-            f"With the bytes at hand it would reach {figures.decode_alone_per_second:,.0f} samples/s."
-        )
-        return found
-    if setup.threads < setup.cores and setup.backend == "cpu":
-        found.append(f"Decoding is the limit, on {setup.threads} of {setup.cores} cores: raise threads.")
+def advice(results: Results, setup: Setup) -> list[str]:
+    """What would make it faster, most important first."""
+    if results.wait_share < NEGLIGIBLE_WAIT:
+        share = results.samples_per_second / results.replayed_per_second
+        return [f"Loading is no bottleneck: the loop runs at {share:.0%} of its speed with batches kept in memory."]
+    if results.decode_wait_share > READ_BOUND_SHARE:
+        remedy = "copy the shards to a local disk, or raise prefetch" if setup.remote else "use a faster disk"
+        return [
+            f"Reading is the bottleneck: decoding waits for it {results.decode_wait_share:.0%} of the time: {remedy}. "
+            f"Without that wait it would reach {results.decode_alone_per_second:,.0f} samples/s."
+        ]
+    found = ["Decoding by DALI is the bottleneck."]
+    if setup.backend == "cpu" and setup.threads < setup.cores:
+        found = [f"Decoding is the bottleneck, on {setup.threads} of {setup.cores} cores: raise threads."]
     elif setup.backend == "cpu":
-        found.append(f"Decoding is the limit, on all {setup.cores} cores: more cores help, or a GPU (decode=dali).")
-    else:
-        found.append("DALI's decoding is the limit.")
-    if setup.stored_size > LARGER * setup.shown_size:
+        found = [f"Decoding is the bottleneck, on all {setup.cores} cores: use more cores, or a GPU (decode=dali)."]
+    if setup.stored_size > OVERSIZE * setup.shown_size:
         found.append(
-            f"Frames are stored at {setup.stored_size} pixels and shown at {setup.shown_size}: packed with "
-            f"--size {round(setup.shown_size * 8 / 7)} there is less to read and to decode."
+            f"Frames are stored at {setup.stored_size} pixels and shown at {setup.shown_size}: pack them with "
+            f"--size {round(setup.shown_size * 8 / 7)}, so that there is less to read and to decode."
         )
-    if figures.quarantined:
-        found.append(f"{figures.quarantined} samples are bad: see `python -m sharding.verify`.")
+    if results.quarantined:
+        found.append(f"{results.quarantined} samples are bad: see `python -m sharding.verify`.")
     return found
 
 
-def table(figures: Figures, setup: Setup) -> str:
-    """The figures as a person reads them."""
+def table(results: Results, setup: Setup) -> str:
+    """The results for people."""
     rows = [
-        ("samples/s", f"{figures.samples_per_second:,.0f}", f"{figures.samples:,} in {figures.seconds:.1f} s"),
-        ("MB/s", f"{figures.megabytes_per_second:.1f}", "of stored frames"),
-        ("first batch", f"{figures.first_batch_seconds:.2f} s", "after opening the corpora"),
-        ("reading", f"{figures.read_share:.0%}", "of the time the reading stage was at work"),
-        ("decoding", f"{figures.decode_share:.0%}", f"{setup.threads} threads, {setup.backend}"),
-        ("waiting", f"{figures.decode_wait_share:.0%}", "of the time decoding waited for reading"),
-        (
-            "decoding alone",
-            f"{figures.decode_alone_per_second:,.0f}/s",
-            "from memory: the most that faster reading gives",
-        ),
-        ("step waits", f"{figures.wait_share:.0%}", "of the time the loop waited for a batch"),
-        ("replayed", f"{figures.replayed_per_second:,.0f}/s", "the loop over batches in memory: no loader gives more"),
-        ("CPU", f"{figures.cpu_milliseconds_per_sample:.2f} ms", "a sample, over all threads and decoding processes"),
+        ("samples/s", f"{results.samples_per_second:,.0f}", f"{results.samples:,} in {results.seconds:.1f} s"),
+        ("MB/s", f"{results.megabytes_per_second:.1f}", "of stored frames"),
+        ("first batch", f"{results.first_batch_seconds:.2f} s", "after opening the corpora"),
+        ("reading", f"{results.read_share:.0%}", "of the time the reading stage worked"),
+        ("decoding", f"{results.decode_share:.0%}", f"of the time; {setup.threads} threads, {setup.backend}"),
+        ("waiting", f"{results.decode_wait_share:.0%}", "of the time decoding waited for reading"),
+        ("decoding alone", f"{results.decode_alone_per_second:,.0f}/s", "from memory: the limit of faster reading"),
+        ("step waits", f"{results.wait_share:.0%}", "of the time the loop waited for a batch"),
+        ("replayed", f"{results.replayed_per_second:,.0f}/s", "the loop over batches in memory: the limit of loading"),
+        ("CPU", f"{results.cpu_milliseconds_per_sample:.2f} ms", "a sample, all threads and decoding processes"),
     ]
     lines = [f"{name:<15}{value:>12}   {note}" for name, value, note in rows]
-    return "\n".join([*lines, "", *advice(figures, setup)])
+    return "\n".join([*lines, "", *advice(results, setup)])
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, str]:
@@ -253,47 +241,48 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--size", type=positive, default=224, help="pixels of a frame as shown (default: %(default)s)")
     result.add_argument("--frames", type=positive, default=1, help="frames of a clip (default: %(default)s)")
     result.add_argument("--threads", type=int, default=0, help="decoding threads or processes (default: the cores)")
-    result.add_argument("--decode", default="auto", choices=("auto", "dali", "cpu"), help="(default: %(default)s)")
+    result.add_argument("--decode", default="auto", choices=BACKENDS, help="(default: %(default)s)")
     result.add_argument("--prefetch", type=positive, default=3, help="batches made ahead (default: %(default)s)")
     result.add_argument("--step-ms", type=float, default=0, help="time of a training step (default: none)")
     result.add_argument("--seconds", type=float, default=10, help="how long to measure (default: %(default)s)")
     result.add_argument("--storage", nargs="*", default=[], metavar="KEY=VALUE", help="fsspec options of the URLs")
-    result.add_argument("--json", action="store_true", help="print the figures as JSON")
+    result.add_argument("--tokenizer", metavar="NAME", help="tokenize texts too: vocab.txt, its folder, or a hub name")
+    result.add_argument("--json", action="store_true", help="print the results as JSON")
     return result
 
 
 def configuration(options: argparse.Namespace) -> LoaderConfig:
     """The loader's settings for a benchmark; batches are no larger than the corpora allow."""
-    storage = parse_options(options.storage)
-    corpora = [CorpusReader(url, storage).corpus for url in options.corpora]
-    unit = "samples" if all(sum(corpus.counts("captions")) for corpus in corpora) else "questions"
-    sizes = {"image": 0, "video": 0}
-    for corpus in corpora:
-        sizes[corpus.media_type] += sum(corpus.counts(unit))
-    return LoaderConfig(
-        batch_size=PerMedia(**{kind: min(options.batch_size, count) for kind, count in sizes.items()}),
+    config = LoaderConfig(
         image_res=options.size,
-        epoch_unit=unit,
         video_input=VideoInput(num_frames=options.frames),
         threads=options.threads,
         decode=options.decode,
         prefetch=options.prefetch,
-        storage=storage,
+        storage=parse_options(options.storage),
         max_bad_share=1.0,
     )
+    corpora = [describe(url, config) for url in options.corpora]
+    if options.tokenizer and not all(sum(corpus.counts("captions")) for corpus in corpora):
+        config.epoch_unit = "questions"
+    sizes = {"image": 0, "video": 0}
+    for corpus in corpora:
+        sizes[corpus.media_type] += sum(corpus.counts(config.epoch_unit))
+    config.batch_size = PerMedia(**{kind: min(options.batch_size, count) for kind, count in sizes.items()})
+    return config
 
 
 @command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = parser().parse_args(arguments)
+    config = configuration(options)
+    tokenizer = Tokenizer.load(options.tokenizer) if options.tokenizer else None
     gc.collect()
     gc.freeze()  # as training does
-    figures, setup = measure(options.corpora, configuration(options), options.seconds, options.step_ms / 1000)
-    if options.json:
-        sys.stdout.write(json.dumps({**asdict(figures), **asdict(setup)}) + "\n")
-    else:
-        sys.stdout.write(table(figures, setup) + "\n")
+    results, setup = measure(options.corpora, config, options.seconds, options.step_ms / 1000, tokenizer)
+    text = json.dumps({**asdict(results), **asdict(setup)}) if options.json else table(results, setup)
+    sys.stdout.write(text + "\n")
     return 0
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from runtime.errors import UserError
 from runtime.settings import FINE_TUNING, check_declared, evaluation, fixed, free, setting
 from storage.limits import RemoteReads
+
+BACKENDS = ("auto", "dali", "cpu")  # decoders
 
 
 @dataclass
@@ -50,6 +54,7 @@ class LoaderConfig:
     epoch_unit: str = fixed(
         "samples",
         "an item of an epoch: samples (one of its captions is drawn), captions (each an item of its own) or questions",
+        choices=("samples", "captions", "questions"),
         renamed_from="unit",
     )
     paragraph: bool = fixed(False, "join all captions of a sample to one text (DiDeMo, ActivityNet)")
@@ -64,7 +69,7 @@ class LoaderConfig:
     augment: bool = fixed(True, "random resized crop and flip; false: resize only")
     flip: bool = fixed(True, "horizontal flips; set false where left and right carry meaning")
     antialias: bool = fixed(False, "antialiasing when resizing; the official transform has none")
-    decode: str = free("auto", "decoder; auto takes the faster one", choices=("auto", "dali", "cpu"))
+    decode: str = free("auto", "decoder; auto takes the faster one", choices=BACKENDS)
     deterministic: bool = free(False, "bit-identical results on the same machine and GPU; slower")
     threads: int = free(0, "decoding threads, with decode=cpu processes; 0: from the cores that this rank may use")
     prefetch: int = free(3, "batches made ahead of the step", least=1)
@@ -76,6 +81,15 @@ class LoaderConfig:
     stall_timeout: float = free(
         300.0, "seconds without a batch until the loader fails; 0: never", least=0, renamed_from="patience"
     )
+
+
+def check_weights(config: LoaderConfig, names: Sequence[str]) -> None:
+    """Raise ValueError for a weight that is not above 0, or of none of the corpora with these names."""
+    for name, weight in config.corpus_weights.items():
+        if name not in names:
+            raise UserError(f"corpus_weights names {name!r}, the corpora are {', '.join(sorted(set(names)))}")
+        if not 0 < weight < math.inf:
+            raise UserError(f"corpus_weights.{name} is {weight}, must be above 0: traversals of the corpus an epoch")
 
 
 def check_storage(config: LoaderConfig) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from sharding.shards.schema import Corpus, ShardInfo, corpus_at, description_url, is_whole, no_corpus, no_index
+from sharding.shards.schema import Corpus, corpus_at, description_url, is_whole, no_corpus, no_index
 from storage.cache import DiskCache, start_ticks
 from storage.ranges import ByteRange
 from storage.remote import RemoteStore
@@ -21,19 +21,21 @@ from storage.urls import join_url
 
 log = logging.getLogger("loaders")
 
-Thing = TypeVar("Thing")
+Item = TypeVar("Item")
 
 FRESH = 600.0  # seconds for which a description may be handed from process to process
-REFETCHES = 3  # of bytes that came damaged: a bad line may spoil them more than once
-FETCHERS = 8  # threads that bring indices to the cache
+REFETCHES = 3  # of bytes that came damaged: a bad line may damage them more than once
+FETCHERS = 8  # threads that fetch indices to the cache
 
-READ: dict[str, float] = {}  # when this process has last read a description, by its name in the cache
+LAST_READ: dict[str, float] = {}  # when this process has last read a description, by its name in the cache
+
+IsSound = Callable[[bytes], bool]
 
 
 class SharedFiles:
     """`corpus.json` and the index files of one remote folder; without a cache each process fetches its own.
 
-    A process that wants a file holds its lock while it looks and fetches, so that the others of the node find it in the
+    A process that wants a file locks it while it looks and fetches, so that the others of the node find it in the
     cache; a lock ends with its process. Nobody waits longer than `remote.try_seconds` for another one.
     counters: files_shared (got by waiting for another process or thread), refetched (came damaged).
     """
@@ -45,38 +47,38 @@ class SharedFiles:
         self._waiting: dict[int, tuple[str, float]] = {}
 
     def corpus(self, url: str) -> Corpus:
-        """The description, as it was when this process read it last or began, or later.
+        """The description, not older than this process' last reading of it, or its start.
 
         Raises FileNotFoundError or ValueError when there is no corpus.
         """
         name = content_name(description_url(url), 0, "")
-        since = READ.get(name) or process_began()
-        look, fetch = lambda: self._kept_description(name, since), lambda: self._fetch_description(name)
+        since = LAST_READ.get(name) or process_began()
         try:
-            data = self._once(name, "corpus.json", look, fetch)
+            data = self._read(ByteRange("corpus.json"), name, lambda data: is_whole(text_of(data)), since)
         except FileNotFoundError:
             raise no_corpus(url, self.folder.options) from None
-        READ[name] = time.time()
+        LAST_READ[name] = time.time()
         return corpus_at(url, text_of(data))
 
     def index(self, corpus: Corpus, shard: int) -> bytes:
         """A shard's index file. Its reader says what is wrong with it when it stays damaged."""
         info = corpus.shards[shard]
-        name = index_name(corpus, shard)
-        look, fetch = lambda: self._kept_index(name, info.index_sha256), lambda: self._fetch_index(name, info)
+        wanted = ByteRange(info.index_name, 0, info.index_bytes)
         try:
-            return self._once(name, info.index_name, look, fetch)
+            return self._read(
+                wanted, index_name(corpus, shard), lambda data: hashlib.sha256(data).hexdigest() == info.index_sha256
+            )
         except FileNotFoundError:
             raise no_index(corpus, shard) from None
 
-    def bring_indices(self, corpus: Corpus, place: float) -> None:
-        """Fetch all indices to the cache, several at a time; the first is the one at `place` in [0, 1) of them."""
+    def bring_indices(self, corpus: Corpus, start: float) -> None:
+        """Fetch all indices to the cache, several at a time; the first is the one at `start` in [0, 1) of them."""
         if self.cache is None or sum(shard.index_bytes for shard in corpus.shards) > self.cache.budget / 2:
             return
         absent = [n for n in range(len(corpus.shards)) if not self.cache.has(index_name(corpus, n))]
         if absent:
             with ThreadPoolExecutor(min(FETCHERS, len(absent)), thread_name_prefix="indices") as pool:
-                list(pool.map(lambda shard: self.index(corpus, shard), turned(absent, place)))
+                list(pool.map(lambda shard: self.index(corpus, shard), rotated(absent, start)))
 
     def pending(self) -> list[str]:
         """What is waited for that another process fetches."""
@@ -90,79 +92,67 @@ class SharedFiles:
         """End the waiting for other processes; who waits gets CancelledError."""
         self._cancelled += 1
 
-    def _once(self, name: str, file: str, look: Callable[[], bytes | None], fetch: Callable[[], bytes]) -> bytes:
-        """What `look` finds, now or after another process has fetched it, or else `fetch`."""
-        data = look()
-        if data is not None or self.cache is None:
-            return fetch() if data is None else data
+    def _read(self, wanted: ByteRange, name: str, is_sound: IsSound, since: float | None = None) -> bytes:
+        """A file: from the cache, if need be after another process has fetched it, or else from the store.
+
+        since: its copy in the cache has a time stamp, and must have been fetched after that time.
+        """
+        if self.cache is None:
+            return self._fetch_sound(wanted, is_sound)
+        data = self._cached(self.cache, name, is_sound, since)
+        if data is not None:
+            return data
         cancelled, thread = self._cancelled, threading.get_ident()
-        path = self.cache.folder / "locks" / name[:3]  # one of 4096 files: two items may have the same
-        self._waiting[thread] = file, time.monotonic()
+        path = self.cache.folder / "locks" / name[:3]  # one of 4096 files, which files of different names may share
+        self._waiting[thread] = wanted.name, time.monotonic()
         try:
             with process_lock(path, self.folder.settings.try_seconds, lambda: self._cancelled != cancelled) as waited:
                 del self._waiting[thread]
-                data = look()
+                data = self._cached(self.cache, name, is_sound, since)
                 if data is None:
-                    return fetch()
+                    return self._fetch(self.cache, wanted, name, is_sound, stamped=since is not None)
                 self.counters["files_shared"] += waited
                 return data
         finally:
             self._waiting.pop(thread, None)
 
-    def _kept_description(self, name: str, since: float) -> bytes | None:
-        kept = self.cache.read(name) if self.cache is not None else None
-        if kept is None:
-            return None
-        stamp, _, data = kept.partition(b"\n")
-        now = time.time()
-        try:
-            fresh = max(since, now - FRESH) <= float(stamp) <= now
-        except ValueError:
-            return None
-        return data if fresh and is_whole(text_of(data)) else None
+    def _cached(self, cache: DiskCache, name: str, is_sound: IsSound, since: float | None) -> bytes | None:
+        data = cache.read(name)
+        if data is not None and since is not None:
+            stamp, _, data = data.partition(b"\n")
+            if not is_fresh(stamp, since):
+                return None
+        return data if data is not None and is_sound(data) else None
 
-    def _fetch_description(self, name: str) -> bytes:
-        began = time.time()
-        data = self._fetch_sound(ByteRange("corpus.json"), lambda data: is_whole(text_of(data)))
-        if self.cache is not None:
-            stamped = f"{began!r}\n".encode() + data
-            self.cache.drop([name])
-            if self.cache.reserve({name: len(stamped)})[name]:
-                self.cache.put(name, stamped)
+    def _fetch(self, cache: DiskCache, wanted: ByteRange, name: str, is_sound: IsSound, stamped: bool) -> bytes:
+        """A file from the store, kept in the cache if there is room."""
+        if cache.has(name):  # damaged, or too old
+            cache.drop([name])
+        kept = f"{time.time()!r}\n".encode() if stamped else b""
+        data = self._fetch_sound(wanted, is_sound)
+        kept += data
+        if cache.reserve({name: len(kept)})[name]:
+            cache.put(name, kept)
         return data
 
-    def _kept_index(self, name: str, checksum: str) -> bytes | None:
-        data = self.cache.read(name) if self.cache is not None else None
-        if data is not None and hashlib.sha256(data).hexdigest() != checksum:
-            assert self.cache is not None
-            self.cache.drop([name])
-            return None
-        return data
-
-    def _fetch_index(self, name: str, info: ShardInfo) -> bytes:
-        reserved = self.cache is not None and self.cache.reserve({name: info.index_bytes})[name]
-        try:
-            data = self._fetch_sound(
-                ByteRange(info.index_name, 0, info.index_bytes),
-                lambda data: hashlib.sha256(data).hexdigest() == info.index_sha256,
-            )
-        except BaseException:
-            if reserved and self.cache is not None:
-                self.cache.drop([name])
-            raise
-        if reserved and self.cache is not None:
-            self.cache.put(name, data)
-        return data
-
-    def _fetch_sound(self, part: ByteRange, is_sound: Callable[[bytes], bool]) -> bytes:
+    def _fetch_sound(self, wanted: ByteRange, is_sound: IsSound) -> bytes:
         """A file, fetched again when it comes damaged; after REFETCHES as it is."""
-        (data,) = self.folder.read_ranges([part])
+        (data,) = self.folder.read_ranges([wanted])
         for _ in range(REFETCHES):
             if is_sound(data):
                 break
             self.counters["refetched"] += 1
-            (data,) = self.folder.read_ranges([part])
+            (data,) = self.folder.read_ranges([wanted])
         return data
+
+
+def is_fresh(stamp: bytes, since: float) -> bool:
+    """Whether a file with this time stamp was fetched after `since` and less than FRESH seconds ago."""
+    now = time.time()
+    try:
+        return max(since, now - FRESH) <= float(stamp) <= now
+    except ValueError:
+        return False
 
 
 def text_of(data: bytes) -> str:
@@ -181,10 +171,10 @@ def content_name(url: str, size: int, checksum: str) -> str:
     return hashlib.sha256(f"{url}\n{size}\n{checksum}".encode()).hexdigest()[:40]
 
 
-def turned(things: Sequence[Thing], place: float) -> list[Thing]:
-    """The things from the one at `place` in [0, 1) on, and then the others."""
-    first = int(place * len(things))
-    return [*things[first:], *things[:first]]
+def rotated(items: Sequence[Item], start: float) -> list[Item]:
+    """The items from the one at `start` in [0, 1) on, and then the others."""
+    first = int(start * len(items))
+    return [*items[first:], *items[:first]]
 
 
 def process_began() -> float:

@@ -1,4 +1,4 @@
-"""Test sets: every visual exactly once over all ranks, with the texts, questions or options that go with it."""
+"""Test sets: every visual (image or video) exactly once over all ranks, with its texts, questions or options."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import numpy as np
 import torch
 
 from loaders.config import LoaderConfig
-from loaders.decode.decoder import Decoder, make_decoder, usable_threads
-from loaders.decode.pixels import Clip
-from loaders.index import Record, ShardIndex
-from loaders.order.choices import BadSampleError, Window, check_sample_type, choose_frames
+from loaders.decode.choice import make_decoder, usable_threads
+from loaders.decode.decoder import Decoder, decode_samples
+from loaders.index import ShardIndex
+from loaders.order.choices import check_sample_type, choose_frames
 from loaders.prefetch import Prefetcher
+from loaders.samples import SampleSpec, whole_sample
 from loaders.shards import open_corpus
 from loaders.text import clean_text
 from runtime.activity import progress
@@ -34,7 +35,7 @@ class VisualBatch:
 
 
 class VisualSet:
-    """The visuals of a packed corpus in the order of its shards; `missing` lists those that do not decode.
+    """The visuals of a packed corpus in the order of its shards; `missing` holds the reasons of those without pixels.
 
     Raises:
         FileNotFoundError, ValueError: as `sharding.shards.schema.read_corpus`; or no such sample_type_test.
@@ -55,10 +56,10 @@ class VisualSet:
 
     @property
     def digest(self) -> str:
-        """A name for the corpus' contents, which its description holds the checksums of."""
+        """A name for the contents of the corpus, whose description holds all checksums."""
         return corpus_digest(self.reader.corpus)
 
-    def place(self, visual: int) -> tuple[int, int]:
+    def locate(self, visual: int) -> tuple[int, int]:
         """(shard, row) of a visual."""
         shard = int(np.searchsorted(self._first, visual, side="right")) - 1
         return shard, visual - int(self._first[shard])
@@ -107,42 +108,26 @@ class VisualSet:
             decoder.close()
 
     def _batch(self, decoder: Decoder, visuals: np.ndarray, num_frames: int) -> VisualBatch:
-        found: list[tuple[int, Clip]] = []
-        records = [self._record(visual, num_frames) for visual in visuals.tolist()]
-        for visual, (_, record, _), jpegs in zip(visuals.tolist(), records, self.reader.read(records), strict=True):
-            if isinstance(jpegs, BadSampleError):
-                self.missing[visual] = str(jpegs)
-            else:
-                found.append((visual, whole_clip(record, jpegs)))
-        if not found:
-            return VisualBatch(torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.int64), ())
-        frames, bad = decoder.decode([clip for _, clip in found])
-        self.missing.update({found[number][0]: reason for number, reason in bad.items()})
-        if bad:
-            found = [pair for number, pair in enumerate(found) if number not in bad]
-            frames = frames[
-                torch.tensor([number for number in range(len(frames)) if number not in bad], dtype=torch.int64)
-            ]
-        keys = dict(zip(visuals.tolist(), (record.key for _, record, _ in records), strict=True))
-        indices = torch.tensor([visual for visual, _ in found], dtype=torch.int64)
-        return VisualBatch(frames, indices, tuple(keys[visual] for visual, _ in found))
+        samples = decode_samples(decoder, self.reader.read([self._spec(v, num_frames) for v in visuals.tolist()]))
+        self.missing.update({int(visuals[row]): reason for row, reason in samples.reasons.items()})
+        rows = [row for row in range(len(visuals)) if row not in samples.reasons]
+        frames = samples.frames[torch.tensor(rows, dtype=torch.int64)] if samples.reasons else samples.frames
+        keys = tuple(samples.specs[row].record.key for row in rows)
+        return VisualBatch(frames, torch.from_numpy(visuals[rows]), keys)
 
-    def _record(self, visual: int, num_frames: int) -> tuple[int, Record, np.ndarray]:
-        """A visual's shard, its place there, and which of its frames are shown."""
-        shard, row = self.place(visual)
+    def _spec(self, visual: int, num_frames: int) -> SampleSpec:
+        """A visual and which of its frames are shown; images have one, whatever `num_frames` is."""
+        shard, row = self.locate(visual)
         record = self.reader.index(shard).record(row)
-        return shard, record, self.frame_numbers(len(record.sizes), record.fps, num_frames)
-
-    def frame_numbers(self, length: int, fps: float, num_frames: int) -> np.ndarray:
-        """Which stored frames are shown; images have one, whatever `num_frames` is."""
         if self.media_type == "image":
-            return np.zeros(1, np.int64)
-        return choose_frames(self.config.video_input.sample_type_test, num_frames, length, fps)
+            return whole_sample(record, np.zeros(1, np.int64))
+        sample_type, length = self.config.video_input.sample_type_test, max(1, len(record.sizes))
+        return whole_sample(record, choose_frames(sample_type, num_frames, length, record.fps))
 
     def thumbnail(self, visual: int, num_frames: int = 4) -> list[bytes]:
         """JPEG bytes of a visual's frames, for reports; empty when they cannot be read."""
-        (jpegs,) = self.reader.read([self._record(visual, num_frames)])
-        return [] if isinstance(jpegs, BadSampleError) else jpegs
+        (sample,) = self.reader.read([self._spec(visual, num_frames)])
+        return list(sample.jpegs)
 
     def close(self) -> None:
         """Close the files."""
@@ -150,13 +135,8 @@ class VisualSet:
 
 
 def corpus_digest(corpus: Corpus) -> str:
-    """A name for a corpus' contents, wherever it lies."""
+    """A name for the contents of a corpus, wherever it is."""
     return hashlib.sha256(corpus.to_json().encode()).hexdigest()
-
-
-def whole_clip(record: Record, jpegs: list[bytes]) -> Clip:
-    """A clip of which everything is shown, whatever its aspect."""
-    return Clip(jpegs, record.height, record.width, Window(0, 0, record.height, record.width))
 
 
 class RetrievalSet(VisualSet):

@@ -1,9 +1,8 @@
-"""One shard's index in memory: where each frame's bytes are, and the texts, without objects per sample."""
+"""The index of a shard in memory: where the bytes of each frame are, and the texts, as flat arrays."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -12,10 +11,11 @@ import pyarrow.compute as pc
 UNITS = ("samples", "captions", "questions", "choices")
 
 
-@dataclass(slots=True)  # not frozen: those take twice as long to make
-class Record:
-    """A sample's place in its tar and its shape; arrays (F,) over its frames."""
+class Record(NamedTuple):
+    """Where a sample is, and its shape; arrays (F,) over its frames."""
 
+    shard: int
+    row: int
     key: str
     offsets: np.ndarray
     sizes: np.ndarray
@@ -24,12 +24,20 @@ class Record:
     height: int
     fps: float  # 1 for images
 
+    @property
+    def reason(self) -> str:
+        """Why the sample cannot be shown; empty for a sound record."""
+        if len(self.sizes) and min(self.height, self.width) > 0:
+            return ""
+        return f"{len(self.sizes)} frames of {self.width}x{self.height} pixels in the index"
+
 
 class ShardIndex:
-    """The rows of a shard's index; frame columns are flat arrays with a pointer a row."""
+    """The rows of a shard's index; frame columns are flat arrays with an offset for each row."""
 
-    def __init__(self, table: pa.Table) -> None:
+    def __init__(self, table: pa.Table, shard: int) -> None:
         table = table.combine_chunks()
+        self._shard = shard
         self._keys = column(table, "key")
         frames = column(table, "offsets")
         self._first = frames.offsets.to_numpy()  # (rows + 1,)
@@ -54,6 +62,8 @@ class ShardIndex:
         """Where a sample's frames are."""
         span = slice(self._first[row], self._first[row + 1])
         return Record(
+            shard=self._shard,
+            row=row,
             key=self.key(row),
             offsets=self._offsets[span],
             sizes=self._sizes[span],
@@ -68,7 +78,7 @@ class ShardIndex:
         return self._keys[row].as_py()
 
     def locate(self, unit: str, number: int) -> tuple[int, int]:
-        """(row, place among the row's texts) of a shard's unit `number`; of samples: (number, 0)."""
+        """(row, number of the text in it) of a shard's unit `number`; of samples: (number, 0)."""
         if unit == "samples":
             return number, 0
         first = self._text_first[unit]

@@ -1,4 +1,4 @@
-"""Runs an iterator in a thread of its own, a bounded number of items ahead of whoever takes them."""
+"""Runs a stage of the loader in a thread, a bounded number of items ahead of its consumer."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class StalledError(RuntimeError):
 
 
 class Prefetcher(Iterator[Item], Generic[Item]):
-    """The items of `source`, made by a thread at most `depth` ahead; its errors are raised where the items are taken.
+    """The items of `source`, made by a thread at most `depth` ahead; its errors are raised in the consumer.
 
-    waited: seconds that the taker has waited for items so far.
-    stall_timeout: seconds without an item until StalledError is raised; 0: never. pending: what is waited for then.
+    waited: seconds that the consumer has waited for items so far.
+    stall_timeout: seconds without an item until StalledError is raised; 0: never. pending: names what is waited for.
     """
 
     def __init__(
@@ -78,14 +78,14 @@ class Prefetcher(Iterator[Item], Generic[Item]):
                 if not self._put(item):
                     break
             self._source.close()
-        except BaseException as raised:  # handed to the taker
+        except BaseException as raised:  # for the consumer
             error = raised
         with self._changed:
             self._ended, self._error = True, error
             self._changed.notify_all()
 
     def _put(self, item: Item) -> bool:
-        """Wait for room and add an item; False when nobody wants it any more."""
+        """Wait for room and add an item; False after `stop`."""
         with self._changed:
             while len(self._items) >= self._depth and not self._stopped:
                 self._changed.wait()
@@ -97,7 +97,7 @@ class Prefetcher(Iterator[Item], Generic[Item]):
             return not self._stopped
 
     def readiness(self) -> float:
-        """The share of the time, since the start, in which there was an item to take."""
+        """The share of the time since the start in which an item was ready."""
         with self._changed:
             now = time.perf_counter()
             empty = self._empty_seconds + (0 if self._items else now - self._empty_since)
@@ -124,7 +124,7 @@ class Prefetcher(Iterator[Item], Generic[Item]):
 def overlapped(
     work: Callable[[Item], Result], items: Iterable[Item], pool: Executor, at_once: int
 ) -> Generator[Result, None, None]:
-    """`work` of each item, in order; the pool is at `at_once` of them at the same time."""
+    """`work` of each item, in order; the pool works on `at_once` of them at the same time."""
     running: deque[Future[Result]] = deque()
     try:
         for item in items:
@@ -140,7 +140,7 @@ def overlapped(
 
 
 def stalled(name: str, seconds: float, pending: Sequence[str]) -> StalledError:
-    """Log every thread's stack; the error that says what is being waited for."""
+    """Log the stack of every thread; returns the error that names what is waited for."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     stacks = (
         f"thread {names.get(number, number)}:\n{''.join(traceback.format_stack(frame))}"

@@ -1,4 +1,4 @@
-"""Samples that cannot be used: each once with its reason, in the log and in a file, and never too many."""
+"""The quarantine: samples that cannot be used, with their reasons; too many of them end the run."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from loaders.order.mixture import SampleSpec
+from loaders.samples import SampleSpec
 from runtime.errors import UserError
 
 log = logging.getLogger("loaders")
 
-ENOUGH_TO_JUDGE = 200  # samples read before the share of bad ones is looked at
-CERTAIN = 3  # standard deviations above the permitted share: a few bad samples early on end no run
+MIN_SAMPLES = 200  # read before the share of bad ones is checked
+TOLERANCE = 3  # standard deviations above the permitted share: a few bad samples early on do not end the run
 
 
 class Quarantine:
-    """What one rank could not use. Safe to use from several threads.
+    """The bad samples that one rank met. Safe to use from several threads.
 
     file: JSON lines are appended to it: sample, tar, row, frames, reason, epoch, step; none when empty.
     reasons: sample -> why, in the order they were met.
@@ -34,19 +34,20 @@ class Quarantine:
     def __len__(self) -> int:
         return len(self.reasons)
 
-    def known(self, draw: SampleSpec) -> str | None:
-        """Why these frames of a sample were unusable before; None when nothing is known against them."""
-        return self._unusable.get(draw.pixels) if self._unusable else None
+    def marked(self, spec: SampleSpec) -> SampleSpec:
+        """The same sample, with the reason where its frames are known to be unusable."""
+        reason = self._unusable.get(spec.pixels) if self._unusable else None
+        return spec if reason is None else spec._replace(reason=reason)
 
-    def add(self, draw: SampleSpec, tar: str, reason: str, epoch: int, step: int) -> None:
-        """Note an unusable sample; the first time it is logged and written down."""
+    def add(self, spec: SampleSpec, tar: str, reason: str, epoch: int, step: int) -> None:
+        """Note a bad sample; the first time it is logged, and written to the file."""
         with self._lock:
-            self._unusable[draw.pixels] = reason
-            if draw.name in self.reasons:
+            self._unusable[spec.pixels] = reason
+            if spec.name in self.reasons:
                 return
-            self.reasons[draw.name] = reason
-            log.warning("rank %d: %s of %s is left out: %s", self.rank, draw.name, tar, reason)
-            where = {"sample": draw.name, "tar": tar, "row": draw.row, "frames": draw.frames.tolist()}
+            self.reasons[spec.name] = reason
+            log.warning("rank %d: %s of %s is left out: %s", self.rank, spec.name, tar, reason)
+            where = {"sample": spec.name, "tar": tar, "row": spec.record.row, "frames": spec.frames.tolist()}
             self._write({**where, "reason": reason, "epoch": epoch, "step": step, "rank": self.rank})
 
     def _write(self, line: dict[str, Any]) -> None:
@@ -60,10 +61,10 @@ class Quarantine:
             log.warning("%s cannot be written (%s): see this log for the samples left out", self.file, error)
             self.file = None
 
-    def judge(self, seen: float) -> None:
-        """Raise ValueError when more of the samples seen are unusable than `max_share`, beyond what chance explains."""
+    def check_share(self, seen: float) -> None:
+        """Raise UserError when more than `max_share` of the samples seen are bad, beyond what chance explains."""
         spread = math.sqrt(seen * self.max_share * max(0.0, 1 - self.max_share))
-        if seen >= ENOUGH_TO_JUDGE and len(self) > self.max_share * seen + CERTAIN * spread:
+        if seen >= MIN_SAMPLES and len(self) > self.max_share * seen + TOLERANCE * spread:
             name, reason = list(self.reasons.items())[-1]
             raise UserError(
                 f"{len(self)} of {seen:.0f} samples are unusable, more than max_bad_share={self.max_share}; "

@@ -1,4 +1,4 @@
-"""Bytes of single frames from local tars or fsspec URLs, and the shards' indices, a bounded number at a time."""
+"""Reads a packed corpus: the indices of its shards, and the bytes of single frames, from disks or stores."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from loaders.config import LoaderConfig, check_storage
 from loaders.descriptions import REFETCHES, SharedFiles, content_name
 from loaders.index import Record, ShardIndex
-from loaders.order.choices import BadSampleError
+from loaders.samples import RawSample, SampleSpec
 from runtime.errors import MissingError, UserError
 from runtime.ranks import Ranks, current_ranks
 from sharding.shards.schema import Corpus, named_shards, parse_index, read_corpus, read_index
@@ -57,28 +55,32 @@ class CorpusReader:
         check_no_credentials(url, self.options)
         self.remote = remote or RemoteReads()
         self.cache = cache
-        self._folder = self._connect(named_shards(url)[0])
-        self._shared = None if self._folder is None else SharedFiles(self._folder, cache)
+        self._indices = LastUsed(self._load_index, open_shards)
+        self._stores: list[RemoteStore] = []  # that are open
+        folder = self._connect(named_shards(url)[0])
+        self._shared = None if folder is None else SharedFiles(folder, cache)
         try:
             self.corpus: Corpus = read_corpus(url, self.options) if self._shared is None else self._shared.corpus(url)
         except BaseException:
-            if self._folder is not None:
-                self._folder.close()
+            for store in self._stores:
+                store.close()
             raise
         tars = self.corpus.tars or self.corpus.url
-        self._tar_folder = self._folder if tars == self.corpus.url else self._connect(tars)
-        self.local = self._tar_folder is None
+        remote_tars = folder if tars == self.corpus.url else self._connect(tars)
+        self.local = remote_tars is None
         self._uncached: Store = LocalStore(tars, min(open_shards, OPEN_TARS))
         self._cached: CachedStore | None = None
-        if self._tar_folder is not None:
-            self._uncached = CoalescedStore(self._tar_folder, self.remote.gap_kb * 1024, LARGEST_REQUEST)
+        if remote_tars is not None:
+            self._uncached = CoalescedStore(remote_tars, self.remote.gap_kb * 1024, LARGEST_REQUEST)
             if cache is not None and self.corpus.media_type in keep:
-                self._cached = CachedStore(self._tar_folder, self._uncached, cache, cached_objects(self.corpus))
-        self._indices = LastUsed(self._load_index, open_shards)
+                self._cached = CachedStore(remote_tars, self._uncached, cache, cached_objects(self.corpus))
         self._refetched = 0
 
     def _connect(self, url: str) -> RemoteStore | None:
-        return None if is_local(url, self.options) else RemoteStore(url, self.options, self.remote)
+        if is_local(url, self.options):
+            return None
+        self._stores.append(RemoteStore(url, self.options, self.remote))
+        return self._stores[-1]
 
     @property
     def keeps(self) -> bool:
@@ -93,52 +95,49 @@ class CorpusReader:
         """Whether the index of a shard is in memory."""
         return shard in self._indices
 
-    def read(self, wanted: Sequence[tuple[int, Record, np.ndarray]]) -> list[list[bytes] | BadSampleError]:
-        """JPEG bytes of the chosen frames of several samples, given as (shard, record, frames).
+    def read(self, specs: Sequence[SampleSpec]) -> list[RawSample]:
+        """JPEG bytes of the frames of several samples, or why there are none.
 
-        Each frame is read once, all those of remote shards at the same time, and checked against its CRC-32. What is
-        different is fetched again from a store, up to REFETCHES times; what is missing or still different is a
-        BadSampleError in the sample's place.
+        Each frame is read once, all those of remote shards at the same time, and checked against its CRC-32. Damaged
+        ones are fetched again from a store, up to REFETCHES times; a sample with one that stays damaged is a bad one.
 
         Raises:
             FileNotFoundError: a tar is missing. OSError: it cannot be read.
         """
-        plans = [self._spans(shard, record, chosen) for shard, record, chosen in wanted]
-        spans = [span for plan in plans if not isinstance(plan, BadSampleError) for span in plan.values()]
-        data = iter(self.read_ranges(spans))
-        read = [{} if isinstance(plan, BadSampleError) else dict(zip(plan, data)) for plan in plans]
-        for _ in range(0 if self.local else REFETCHES):
-            damaged = [
-                (number, frame)
-                for number, frames in enumerate(read)
-                for frame in frames
-                if is_damaged(frames[frame], wanted[number][1], frame)
-            ]
-            if not damaged:
-                break
-            spans = [plans[number][frame] for number, frame in damaged]  # type: ignore[index]
-            for (number, frame), data_again in zip(damaged, self._fetch_again(spans), strict=True):
-                read[number][frame] = data_again
-        found: list[list[bytes] | BadSampleError] = []
-        for (_, record, chosen), plan, frames in zip(wanted, plans, read, strict=True):
-            bad = next((frame for frame in frames if is_damaged(frames[frame], record, frame)), None)
-            if isinstance(plan, BadSampleError):
-                found.append(plan)
-            else:
-                found.append([frames[f] for f in chosen.tolist()] if bad is None else mismatch(frames, record, bad))
-        return found
+        reasons = [spec.reason or self._misplaced(spec) for spec in specs]
+        wanted = [
+            (row, frame)
+            for row, spec in enumerate(specs)
+            if not reasons[row]
+            for frame in dict.fromkeys(spec.frames.tolist())
+        ]
+        ranges = [self._range(specs[row].record, frame) for row, frame in wanted]
+        found = dict(zip(wanted, self.read_ranges(ranges), strict=True))
+        damaged = wanted
+        for tries_left in reversed(range(1 if self.local else REFETCHES + 1)):
+            damaged = [(row, frame) for row, frame in damaged if is_damaged(found[row, frame], specs[row], frame)]
+            if damaged and tries_left:
+                data = self._fetch_again([self._range(specs[row].record, frame) for row, frame in damaged])
+                found.update(zip(damaged, data, strict=True))
+        for row, frame in reversed(damaged):
+            reasons[row] = mismatch(found[row, frame], specs[row], frame)
+        return [
+            RawSample(spec, [] if reasons[row] else [found[row, frame] for frame in spec.frames.tolist()], reasons[row])
+            for row, spec in enumerate(specs)
+        ]
 
-    def _spans(self, shard: int, record: Record, chosen: np.ndarray) -> dict[int, ByteRange] | BadSampleError:
-        """Where each distinct frame is, or why the index cannot be right."""
-        info, spans = self.corpus.shards[shard], {}
-        for frame in chosen.tolist():
+    def _range(self, record: Record, frame: int) -> ByteRange:
+        first = int(record.offsets[frame])
+        return ByteRange(self.corpus.shards[record.shard].name, first, first + int(record.sizes[frame]))
+
+    def _misplaced(self, spec: SampleSpec) -> str:
+        """Why the index cannot be right about where a sample's frames are."""
+        record, end = spec.record, self.corpus.shards[spec.record.shard].bytes
+        for frame in spec.frames.tolist():
             offset, size = int(record.offsets[frame]), int(record.sizes[frame])
-            if size <= 0 or offset < 0 or offset + size > info.bytes:
-                return BadSampleError(
-                    f"frame {frame}: the index says {size} bytes at {offset} of a tar of {info.bytes}"
-                )
-            spans[frame] = ByteRange(info.name, offset, offset + size)
-        return spans
+            if size <= 0 or offset < 0 or offset + size > end:
+                return f"frame {frame}: the index says {size} bytes at {offset} of a tar of {end}"
+        return ""
 
     def read_ranges(self, ranges: Sequence[ByteRange]) -> list[bytes]:
         """The bytes of ranges of the shards' tars."""
@@ -156,46 +155,38 @@ class CorpusReader:
 
     def _load_index(self, shard: int) -> ShardIndex:
         if self._shared is None:
-            return ShardIndex(read_index(self.corpus, shard, self.options))
-        return ShardIndex(parse_index(self.corpus, shard, self._shared.index(self.corpus, shard)))
+            return ShardIndex(read_index(self.corpus, shard, self.options), shard)
+        return ShardIndex(parse_index(self.corpus, shard, self._shared.index(self.corpus, shard)), shard)
 
-    def bring_indices(self, place: float) -> None:
-        """Have all indices of a remote corpus brought to the node's cache, from the one at `place` in [0, 1) on."""
+    def bring_indices(self, start: float) -> None:
+        """Have all indices of a remote corpus brought to the node's cache, from the one at `start` in [0, 1) on."""
         if self._shared is not None:
-            self._shared.bring_indices(self.corpus, place)
+            self._shared.bring_indices(self.corpus, start)
 
     def counters(self) -> Counter[str]:
         """What reading from a store and the cache took so far."""
         total = Counter({"refetched": self._refetched})
-        for folder in {id(f): f for f in (self._folder, self._tar_folder) if f is not None}.values():
-            total.update(folder.counters)
-        if self._shared is not None:
-            total.update(self._shared.counters)
-        if self._cached is not None:
-            total.update(self._cached.counters)
-        if self.cache is not None:
-            total.update(self.cache.counters)
+        for part in (*self._stores, self._shared, self._cached, self.cache):
+            if part is not None:
+                total.update(part.counters)
         return total
 
     def pending(self) -> list[str]:
         """What of a store is being waited for."""
-        folders = {id(folder): folder for folder in (self._folder, self._tar_folder) if folder is not None}
         shared = self._shared.pending() if self._shared is not None else []
-        return [line for folder in folders.values() for line in folder.pending()] + shared
+        return [line for store in self._stores for line in store.pending()] + shared
 
     def cancel(self) -> None:
         """End reads from a store that are under way: their callers get CancelledError."""
-        for folder in (self._folder, self._tar_folder):
-            if folder is not None:
-                folder.cancel()
+        for store in self._stores:
+            store.cancel()
         if self._shared is not None:
             self._shared.cancel()
 
     def close(self) -> None:
         """Close files and connections, and forget the indices; reading opens them again."""
-        for folder in (self._folder, self._tar_folder):
-            if folder is not None:
-                folder.close()
+        for store in self._stores:
+            store.close()
         if self.cache is not None:
             self.cache.close()
         if isinstance(self._uncached, LocalStore):
@@ -206,7 +197,7 @@ class CorpusReader:
 def open_corpus(
     url: str, config: LoaderConfig, open_shards: int = OPEN_SHARDS, ranks: Ranks | None = None
 ) -> CorpusReader:
-    """A reader with the settings of a run; raises as CorpusReader, and ValueError for settings that cannot be meant.
+    """A reader with the settings of a run; raises as CorpusReader, and UserError for settings without a meaning.
 
     ranks: whose process this is; else as the environment tells.
     """
@@ -232,7 +223,7 @@ def describe(url: str, config: LoaderConfig) -> Corpus:
 
 
 def index_cache(megabytes: int) -> DiskCache | None:
-    """A cache in the temporary folder, of this user alone; None where there can be none, or it is not wanted."""
+    """A cache in the temporary folder, of this user alone; None where it is turned off or cannot be made."""
     folder = Path(tempfile.gettempdir()) / f"singularity-{os.getuid()}"
     if not megabytes:
         return None
@@ -247,7 +238,7 @@ def index_cache(megabytes: int) -> DiskCache | None:
 
 
 def check_cache(readers: Sequence[CorpusReader], config: LoaderConfig, stripes_here: int) -> None:
-    """Raise ValueError when the cache cannot hold what a node's stripes are at; with less it would be read anew."""
+    """Raise UserError when the cache cannot hold what the stripes of a node read at a time, and so would be useless."""
     need = 0.0
     for reader in readers:
         shards = reader.corpus.shards
@@ -269,14 +260,13 @@ def cached_objects(corpus: Corpus) -> dict[str, tuple[int, str]]:
     }
 
 
-def is_damaged(data: bytes, record: Record, frame: int) -> bool:
+def is_damaged(data: bytes, spec: SampleSpec, frame: int) -> bool:
     """Whether a frame's bytes are not those that were packed."""
-    return zlib.crc32(data) != int(record.crc32s[frame])
+    return zlib.crc32(data) != int(spec.record.crc32s[frame])
 
 
-def mismatch(frames: dict[int, bytes], record: Record, frame: int) -> BadSampleError:
+def mismatch(data: bytes, spec: SampleSpec, frame: int) -> str:
     """What the log says of a frame whose bytes are not those that were packed."""
-    size, wanted = len(frames[frame]), int(record.sizes[frame])
-    return BadSampleError(
-        f"frame {frame}: CRC-32 does not match the index" + (f" ({size} of {wanted} bytes)" if size != wanted else "")
-    )
+    size = int(spec.record.sizes[frame])
+    cut = f" ({len(data)} of {size} bytes)" if len(data) != size else ""
+    return f"frame {frame}: CRC-32 does not match the index{cut}"

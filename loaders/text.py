@@ -19,7 +19,7 @@ from runtime.errors import MissingError, UserError
 
 DELETED = re.compile(r"[,.'!?\"()*#:;~]")
 ID = np.dtype(np.int32)
-WORDS_KEPT = 200_000  # of which the ids are remembered
+WORDS_KEPT = 200_000  # whose ids are cached
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -83,13 +83,13 @@ class Tokenizer:
         return torch.from_numpy(input_ids), torch.from_numpy(mask.astype(np.int64))
 
     def _known(self, texts: Sequence[Sequence[str]]) -> dict[str, bytes]:
-        """The ids of each word, at least of those of the texts; words between spaces do not influence each other.
+        """The ids of each word of the texts, and of earlier ones; words between spaces do not influence each other.
 
         Encoding a caption takes as long as reading its photo, and nearly all its words have been seen before.
         """
         known = self._words
         new = list({word for words in texts for word in words if word not in known})
-        if len(known) + len(new) > WORDS_KEPT:  # another thread may be reading the old ones
+        if len(known) + len(new) > WORDS_KEPT:  # a new dictionary: another thread may be reading the old one
             known = {}
             new = list({word for words in texts for word in words})
         encodings = self._tokenizer.encode_batch_fast(new, add_special_tokens=False) if new else []

@@ -15,7 +15,6 @@ from tokenizers.pre_tokenizers import BertPreTokenizer, WhitespaceSplit
 from tokenizers.trainers import WordPieceTrainer
 
 from loaders.config import LoaderConfig
-from loaders.index import ShardIndex
 from loaders.shards import open_corpus
 from loaders.text import SPECIAL, clean_text
 from runtime.errors import UserError, command
@@ -31,23 +30,19 @@ def corpus_texts(url: str, config: LoaderConfig) -> Iterator[str]:
     reader = open_corpus(url, config, open_shards=1)
     try:
         for shard in range(len(reader.corpus.shards)):
-            yield from index_texts(reader.index(shard))
+            index = reader.index(shard)
+            for row in range(len(index)):
+                yield from map(clean_text, index.texts("captions", row))
+                for question in index.texts("questions", row):
+                    yield from map(clean_text, [question["question"], *question["answers"]])
+                for choice in index.texts("choices", row):
+                    yield from map(clean_text, choice["options"])
     finally:
         reader.close()
 
 
-def index_texts(index: ShardIndex) -> Iterator[str]:
-    """Those of one shard."""
-    for row in range(len(index)):
-        yield from map(clean_text, index.texts("captions", row))
-        for question in index.texts("questions", row):
-            yield from map(clean_text, [question["question"], *question["answers"]])
-        for choice in index.texts("choices", row):
-            yield from map(clean_text, choice["options"])
-
-
 def learn_vocabulary(corpora: Sequence[str], size: int, output: str | Path) -> int:
-    """Write a BERT `vocab.txt` of at most `size` entries; returns how many it has.
+    """Write a BERT `vocab.txt` of at most `size` entries for all texts of corpora; returns how many it has.
 
     Raises:
         FileNotFoundError, ValueError: as `sharding.shards.schema.read_corpus`, or the corpora hold no text.
@@ -57,10 +52,7 @@ def learn_vocabulary(corpora: Sequence[str], size: int, output: str | Path) -> i
 
 
 def learn_from_texts(texts: Iterable[str], size: int, output: str | Path, source: str = "the texts") -> int:
-    """Write a BERT `vocab.txt` of at most `size` entries for these texts; returns how many it has.
-
-    The same texts give the same file, in whichever order they come. Raises UserError when `source` holds no text.
-    """
+    """The same for any texts, in whichever order they come; raises UserError when `source` holds none."""
     if size < SMALLEST:
         raise UserError(f"--size {size} is too small for a vocabulary: give at least {SMALLEST}")
     counts = count_words(texts)
@@ -88,8 +80,8 @@ def learn_entries(counts: Mapping[str, int], size: int) -> list[str]:
     """The entries of a WordPiece vocabulary for these words: special tokens, characters, then pieces as learned.
 
     The trainer numbers the characters within words ("##a") in the random order of a hash table, and breaks ties
-    between equally frequent pieces by those numbers. Giving it all characters in order, as special tokens, fixes both
-    the order of the entries and which of them there are.
+    between equally frequent pieces by those numbers. So it gets all characters in order, as special tokens: this fixes
+    the entries and their order.
     """
     frequency: Counter[str] = Counter()
     for word, count in counts.items():

@@ -1,4 +1,4 @@
-"""Tasks dealt out to processes, one at a time: how many processes there are changes speed and nothing else."""
+"""Runs tasks in processes; their number changes speed and nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far long work has come: a bar on a terminal, a line of JSON in the log every so often elsewhere."""
+"""Progress of long work: a bar on a terminal, elsewhere a line of JSON in the log every LOG_EVERY seconds."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from runtime.units import data_size
 
 LOG_EVERY = 30.0  # seconds
 
-log = logging.getLogger("sharding")
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 
 def counted(rows: Iterable[T], log_every: float = LOG_EVERY, stage: str = "annotations") -> Iterator[T]:
-    """Pass rows on and show how many there were, as `Progress` does where it is not known how many there will be."""
+    """Pass rows on and show their number, as `Progress` does, where the total is unknown."""
     terminal = sys.stderr.isatty()
     logged = time.monotonic()
     with tqdm(rows, unit="row", desc=stage, disable=not terminal, dynamic_ncols=True) as bar:
@@ -38,7 +38,7 @@ class Progress:
 
     On a terminal it is a bar with rate, bytes, failures and time left. Elsewhere each `log_every` seconds, and at the
     end, it logs one JSON object on one line: `stage`, `done`, `total`, `good` under its name (such as packed),
-    `failed`, `bytes`, `items_per_s`, `eta_s` (null until it can be told). `log_every` 0 logs nothing.
+    `failed`, `bytes`, `items_per_s`, `eta_s` (null while unknown). `log_every` 0 logs nothing.
     """
 
     def __init__(
@@ -59,17 +59,17 @@ class Progress:
 
     @property
     def done(self) -> int:
-        """Items done, well or badly."""
+        """Items done, failed ones included."""
         return self.good + self.bad
 
     def skip(self, good: int, bad: int, size: int) -> None:
-        """Count what an earlier run did; it says nothing about the rate of this one."""
+        """Count what an earlier run did; it does not enter the rate."""
         self.before += good + bad
         self.bar.initial = self.before
         self.advance(good, bad, size)
 
     def advance(self, good: int, bad: int, size: int) -> None:
-        """Count more items that went well, more that failed, more bytes."""
+        """Count more items that succeeded, that failed, and their bytes."""
         self.good, self.bad, self.bytes = self.good + good, self.bad + bad, self.bytes + size
         failed = f", {self.bad:,} failed" if self.bad else ""
         self.bar.set_postfix_str(f"{data_size(self.bytes)}{failed}", refresh=False)
@@ -78,7 +78,7 @@ class Progress:
             self.write_line()
 
     def write_line(self) -> None:
-        """Log how far it has come."""
+        """Log the progress."""
         self.logged = time.monotonic()
         fresh, seconds = self.done - self.before, self.logged - self.started
         rate = fresh / seconds if seconds > 0 else 0.0

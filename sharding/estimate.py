@@ -1,4 +1,4 @@
-"""What a build would give and take, from a sample of its media packed for real: `sharding.build --dry-run`."""
+"""Estimates size and time of a build by packing a sample of its media: `sharding.build --dry-run`."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from storage.parquet import read_table
 from storage.urls import join_url
 
 SAMPLE = {"image": 128, "video": 24}  # media
-SURE = 1.96  # standard errors to either side: 95 % of the time
+Z_95 = 1.96  # standard errors to either side: 95 % of the time
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The account of a build that was not made."""
+    """What a build would write and take."""
 
     staged: Staged
     shards: int
@@ -46,7 +46,7 @@ class Estimate:
         if failed > max_failures * self.sampled:
             raise TooManyFailures(
                 f"{failed} of the {self.sampled} media tried failed ({failed / self.sampled:.1%}, at most "
-                f"{max_failures:.1%} allowed): a build would end so, too: mend them, or raise --max-failures"
+                f"{max_failures:.1%} allowed): the build would fail, too: repair them, or raise --max-failures"
             )
 
     def lines(self) -> Iterator[str]:
@@ -88,7 +88,7 @@ def estimate_build(staged: Staged, tasks: list[Task], workers: int) -> Estimate:
         sampled=count,
         failures=dict(Counter(kind_of(failure["reason"]) for failure in shard.failures)),
         bytes=(shard.info.bytes + shard.info.index_bytes) * share,
-        margin=0.0 if count == staged.items else SURE * spread / math.sqrt(count) * staged.items,
+        margin=0.0 if count == staged.items else Z_95 * spread / math.sqrt(count) * staged.items,
         frames=shard.info.frames * share,
         seconds=seconds * share,
         workers=min(workers, len(tasks)),
@@ -97,7 +97,7 @@ def estimate_build(staged: Staged, tasks: list[Task], workers: int) -> Estimate:
 
 
 def free_bytes(output: str) -> int | None:
-    """Bytes free where the output is to lie; None for a remote one."""
+    """Bytes free on the output's disk; None for a remote one."""
     if "://" in output:
         return None
     folder = Path(output).absolute()

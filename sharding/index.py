@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         type=folder_of_shards,
         help="folder or URL that holds the .tar files, or some of them: 'FOLDER/x-{000..009}.tar'",
     )
-    add("--fps", type=float, default=0.0, help="rate of clips' frames where the shards do not say it")
+    add("--fps", type=float, default=0.0, help="frame rate of clips where the shards do not state it")
     add("--output", default="", metavar="URL", help="folder of the indices, where those of the tars cannot be written")
     add("--workers", type=positive, default=os.cpu_count() or 1, help="processes (default: one a core)")
     add("--max-failures", type=float, default=0.05, metavar="SHARE", help="of the samples (default: %(default)s)")

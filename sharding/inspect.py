@@ -55,26 +55,26 @@ def write_gallery(corpus: Corpus, file: Path, count: int, shards: int, statistic
 
 def inspect(options: argparse.Namespace) -> None:
     """Do what the command line asks; raises OSError or ValueError where that cannot be."""
-    say: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     lines: list[str] = []
     url = local_form(options.url)
     if options.failures:  # also of a build that ended without corpus.json
         kinds, first = failures_of(named_shards(url)[0])
-        say["failures"] = {"kinds": dict(kinds.most_common()), "first": first}
+        result["failures"] = {"kinds": dict(kinds.most_common()), "first": first}
         lines.append(failures_text(kinds, first))
     asked = options.stats or options.sheet or options.html
     if not options.failures or asked or options.sample:
         corpus = read_corpus(url)
-        say["corpus"] = summary(corpus)
+        result["corpus"] = summary(corpus)
         lines.insert(0, summary_text(corpus))
         if (options.sample or not asked) and corpus.samples:
-            say["sample"] = sample_facts(corpus, options.sample or "0", options.frame, True)
-            lines.append(sample_text(say["sample"]))
+            result["sample"] = sample_facts(corpus, options.sample or "0", options.frame, True)
+            lines.append(sample_text(result["sample"]))
         if options.stats or options.html:
             number = min(options.stats_shards or len(corpus.shards), len(corpus.shards))
             with Progress(number, "reading indices", True, "shard", "read", options.log_every) as progress:
                 statistics = measure(corpus, number, progress)
-            say["statistics"] = statistics.to_json()
+            result["statistics"] = statistics.to_json()
             lines += [statistics_text(statistics, corpus)] if options.stats else []
         if options.sheet:
             sheet = sample_sheet(corpus, options.count or SHEET_SAMPLES, options.shards)
@@ -84,7 +84,7 @@ def inspect(options: argparse.Namespace) -> None:
         if options.html:
             write_gallery(corpus, Path(options.html), options.count or GALLERY_SAMPLES, options.shards, statistics)
             lines.append(f"gallery: {options.html}")
-    sys.stdout.write((json.dumps(say) if options.json else "\n".join(lines)) + "\n")
+    sys.stdout.write((json.dumps(result) if options.json else "\n".join(lines)) + "\n")
 
 
 def png_file(text: str) -> Path:

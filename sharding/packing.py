@@ -157,6 +157,6 @@ def check_failures(failed: int, media: int, settings: BuildSettings) -> None:
     if failed > settings.max_failures * media:
         raise TooManyFailures(
             f"{failed} of {media} media failed ({failed / media:.1%}, at most {settings.max_failures:.1%} allowed): "
-            f"see `python -m sharding.inspect {settings.output} --failures`; mend them and run this again with "
+            f"see `python -m sharding.inspect {settings.output} --failures`; repair them and run the same command with "
             "--retry-failed, or raise --max-failures"
         )

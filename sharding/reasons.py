@@ -7,10 +7,10 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-KINDS = 1000  # kinds of reasons told apart; a reason of text without a pattern must not fill the memory
+KINDS = 1000  # kinds that are counted; reasons of free text must not fill the memory
 
 STATUS = re.compile(r"(?:^|(?<=HTTP )|(?<=status )|(?<=errno )|(?<=code ))\d+", re.IGNORECASE)
-PARTICULARS = (  # what differs between two failures of one kind, and what stands for it
+PARTICULARS = (  # what differs between two failures of one kind, and its replacement
     (re.compile(r"\b\w+://\S+"), "URL"),
     (re.compile(r"'[^']*'|\"[^\"]*\""), "'…'"),
     (re.compile(r"(?<![\w.])/\S+"), "PATH"),

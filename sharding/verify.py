@@ -67,8 +67,8 @@ def outcome(url: str, faults: list[Fault], done: list[str], left: list[Fault], r
     tars = sorted({fault.file for fault in left if fault.file.endswith(".tar")})
     if tars:
         lines.append(
-            f"damaged or missing tars, such as {tars[0]}, can only be made again: delete the .parquet beside each and "
-            "run the same sharding.build again, or fetch the tars anew"
+            f"damaged or missing tars, such as {tars[0]}, cannot be repaired: delete the .parquet beside each and "
+            "run the same sharding.build again, or download the tars again"
         )
     elif left and not repaired:
         lines.append("all of this can be made again: run this with --repair")

@@ -1,4 +1,4 @@
-"""Where the objects of S3, GCS and web servers are asked for over HTTP, and with what rights."""
+"""HTTP addresses of objects in S3, GCS and on web servers, with signature, credentials and proxy."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ KEPT_FOR = 600  # seconds that a signed address is used: credentials for a time 
 
 @dataclass(frozen=True)
 class Address:
-    """An address that needs nothing more; headers to send; the proxy to go through; good until this monotonic time.
+    """What a request needs, valid until a time of `time.monotonic`.
 
-    headers: one at least, or a handle of libcurl would keep those it sent before.
+    headers: at least one, or a handle of libcurl would keep those of its last request.
     """
 
     url: str
@@ -30,7 +30,7 @@ class Address:
 
 
 async def sign(filesystem: Any, path: str) -> Address | None:
-    """The address of an object of a file system of fsspec; None where only the file system itself can read it."""
+    """The address of an object in a file system of fsspec; None where only the file system itself can read it."""
     kind = filesystem.protocol if isinstance(filesystem.protocol, str) else filesystem.protocol[0]
     if kind == "s3" and not (filesystem.req_kw or filesystem.s3_additional_kwargs):
         return address(await filesystem._url(path, expires=SIGNED_FOR), {}, KEPT_FOR)

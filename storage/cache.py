@@ -35,7 +35,7 @@ FOLDER = "singularity-cache-1"  # inside the folder of the user: nothing else is
 POLL = 0.02  # seconds between looks whether another process has fetched an item
 RECORD_SECONDS = 5.0  # between two records of which items were used
 ITEMS_CHECKED = 1000  # items whose files and rows are compared when a cache is opened
-AFTER = chr(0x10FFFF)  # sorts after whatever a name may go on with
+AFTER = chr(0x10FFFF)  # sorts after any character of a name
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS items (
     name TEXT PRIMARY KEY, size INTEGER NOT NULL, used REAL NOT NULL,
@@ -53,7 +53,7 @@ CREATE TRIGGER IF NOT EXISTS removed AFTER DELETE ON items BEGIN UPDATE total SE
 
 
 class DiskCache:
-    """Items by name, `budget` bytes of them at most. Safe to use from several threads and processes.
+    """Items by name, at most `budget` bytes. Safe for threads and processes.
 
     counters: cache_hits, cache_misses, cache_evictions.
     """
@@ -144,7 +144,7 @@ class DiskCache:
             mine = database.execute(
                 "UPDATE items SET owner = NULL WHERE name = ? AND owner = ?", (name, this_process())
             )
-            if not mine.rowcount:  # taken for dead: nobody counts this file
+            if not mine.rowcount:  # this process was taken for dead: no row counts the file
                 self._path(name).unlink(missing_ok=True)
 
     def drop(self, names: Sequence[str]) -> None:
@@ -159,7 +159,7 @@ class DiskCache:
             return self._total(database)
 
     def close(self) -> None:
-        """Record what was used, and close the database; it opens again when it is needed."""
+        """Record what was used, and close the database; the next use reopens it."""
         with self._tolerating_errors(), self._transaction() as database:
             self._recorded = -RECORD_SECONDS
             self._record_use(database)
@@ -169,12 +169,12 @@ class DiskCache:
 
     @contextlib.contextmanager
     def _tolerating_errors(self) -> Iterator[None]:
-        """Where the database cannot be changed, as on a full disk, reading goes on without the cache."""
+        """Where the database cannot be changed, as on a full disk, reads continue without the cache."""
         try:
             yield
         except sqlite3.Error as error:
             self._warn(f"SQLite: {error}")
-        except OSError as error:  # the database is opened again after a fork
+        except OSError as error:  # the database is reopened after a fork
             self._warn(error.strerror)
 
     def _warn(self, reason: str | None) -> None:
@@ -284,14 +284,14 @@ class DiskCache:
 
 
 def this_process() -> str:
-    """This process, told apart from later ones with its number."""
+    """This process, distinct from later ones with the same number."""
     return f"{os.getpid()} {start_ticks(os.getpid())}"
 
 
 def is_alive(owner: str) -> bool:
     """Whether the process that `this_process` described still runs."""
-    process, _, begun = owner.partition(" ")
-    return start_ticks(int(process)) == begun
+    process, _, ticks = owner.partition(" ")
+    return start_ticks(int(process)) == ticks
 
 
 def start_ticks(process: int) -> str:

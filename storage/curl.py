@@ -44,7 +44,7 @@ class AsyncCurl:
         self.loop, self.multi = loop, pycurl.CurlMulti()
         self._epoll = select.epoll()
         self._ended: dict[pycurl.Curl, Callable[[int, str], None]] = {}
-        self._due: float | None = None  # when libcurl wants to be called
+        self._due: float | None = None  # when libcurl is to be called
         self._timer: asyncio.TimerHandle | None = None  # not later than that
         self.multi.setopt(pycurl.M_SOCKETFUNCTION, self._watch)
         self.multi.setopt(pycurl.M_TIMERFUNCTION, self._set_timer)
@@ -71,7 +71,7 @@ class AsyncCurl:
         self._epoll.close()
 
     def _watch(self, what: int, descriptor: int, *_: object) -> None:
-        """Called by libcurl: what it wants to know of a socket."""
+        """Called by libcurl: which events of a socket to watch."""
         with contextlib.suppress(OSError, ValueError):  # the socket, or the epoll, may be closed already
             if what == pycurl.POLL_REMOVE:
                 self._epoll.unregister(descriptor)
@@ -82,7 +82,7 @@ class AsyncCurl:
                 self._epoll.modify(descriptor, INTERESTS[what])
 
     def _set_timer(self, milliseconds: int) -> None:
-        """Called by libcurl: when it wants to be called. A timer that comes too early is kept: most never count."""
+        """Called by libcurl: when to call it. An earlier timer is kept, since most are replaced before they fire."""
         if milliseconds < 0:
             self._due = None
             return

@@ -25,7 +25,7 @@ def temporary_path(path: Path, writer: str = "") -> Path:
 
 
 def remove_temporary(folder: Path) -> None:
-    """Remove what writers that were killed have left in a folder; nobody may be writing there."""
+    """Remove what killed writers left in a folder; no process may be writing there."""
     for left in folder.glob(".*.part"):
         if left.is_dir() and not left.is_symlink():
             shutil.rmtree(left, ignore_errors=True)
@@ -73,9 +73,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)  # of a writer that was killed
             temporary.mkdir(parents=True)
             yield temporary
-            if path.is_dir():
-                shutil.rmtree(path)
-            temporary.rename(path)
+            replace_folder(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -102,7 +100,7 @@ def recover_folders(parent: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder under another name, so that nobody sees it with files missing."""
+    """Rename a folder and remove it, so that no reader sees it with files missing."""
     temporary = temporary_path(path)
     shutil.rmtree(temporary, ignore_errors=True)
     os.replace(path, temporary)

@@ -16,7 +16,7 @@ from storage.curl import AsyncCurl, error_of, new_handle
 from storage.policy import StoreError, describe_error
 
 CONNECT_SECONDS = 10.0  # at most, of a try
-LARGEST_OBJECT = 2**30  # bytes, where a whole object is asked for: a description, an index
+LARGEST_OBJECT = 2**30  # bytes of a request for a whole object, such as a description
 
 
 class Response(asyncio.Future[bytes], ABC):
@@ -46,7 +46,7 @@ class Transfer(Response):
     def __init__(self, client: HttpClient, address: Address, size: int | None) -> None:
         super().__init__(loop=client.loop)
         self.client, self.address, self.size = client, address, size
-        self.curl: pycurl.Curl | None = None  # while it is under way
+        self.curl: pycurl.Curl | None = None  # while it runs
         self.chunks: list[bytes] = []
 
     def stop(self) -> None:
@@ -68,9 +68,9 @@ class HttpClient:
         self._running: set[Transfer] = set()
 
     def get(self, address: Address, start: int = 0, end: int | None = None) -> Response:
-        """Ask for bytes [start, end), all where there is no end; fewer come where the object ends before.
+        """Request bytes [start, end), all where there is no end; fewer come where the object ends before.
 
-        Raises StoreError where the address is none.
+        Raises StoreError for an invalid address.
         """
         curl = self._idle.pop() if self._idle else self._new_handle()
         transfer = Transfer(self, address, None if end is None else end - start)
@@ -78,7 +78,7 @@ class HttpClient:
             curl.setopt(pycurl.URL, address.url)
             curl.setopt(pycurl.PROXY, address.proxy)
             curl.setopt(pycurl.HTTPHEADER, address.headers)
-        except (ValueError, pycurl.error):  # characters that cannot stand there
+        except (ValueError, pycurl.error):  # invalid characters
             self._idle.append(curl)
             raise StoreError("no valid address") from None
         curl.setopt(pycurl.RANGE, None if end is None else f"{start}-{end - 1}")
@@ -90,7 +90,7 @@ class HttpClient:
         return transfer
 
     def release(self, transfer: Transfer) -> None:
-        """End a transfer; its handle can be used again."""
+        """End a transfer and reuse its handle."""
         curl, transfer.curl = transfer.curl, None
         assert curl is not None
         self._running.discard(transfer)
@@ -151,7 +151,7 @@ class HttpClient:
         return error_of(curl, code, message, transfer.address.url) or StoreError(f"status {status}")
 
     def _look_up(self, transfer: Transfer, error: Exception) -> None:
-        """Whether a host's name is wrong, or the name server had no answer: libcurl does not tell them apart."""
+        """Find out whether a host does not exist or the name server failed: libcurl has one code for both."""
 
         def look_up() -> None:
             found = error
@@ -167,6 +167,6 @@ class HttpClient:
                 transfer.set_exception(found)
 
         try:
-            threading.Thread(target=look_up, daemon=True).start()  # a name server may take long, and holds up nobody
+            threading.Thread(target=look_up, daemon=True).start()  # a name server may take long
         except RuntimeError:  # there are too many threads
             finish(error)

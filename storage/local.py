@@ -29,7 +29,7 @@ class LocalStore:
         return [os.pread(file.descriptor, each.size, each.start) for file, each in zip(files, ranges, strict=True)]
 
     def close(self) -> None:
-        """Close the files; reading opens them again."""
+        """Close the files; the next read reopens them."""
         self._files.clear()
 
     def _open(self, name: str) -> OpenFile:
@@ -40,7 +40,7 @@ class LocalStore:
 
 
 class OpenFile:
-    """A file that closes when nobody uses it any more."""
+    """A file that is closed when the last reference to it goes."""
 
     def __init__(self, path: str) -> None:
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

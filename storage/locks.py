@@ -105,7 +105,7 @@ class Lock:
     def _open(self) -> None:
         while True:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):  # whoever had it removed the folder just now
+            with contextlib.suppress(FileNotFoundError):  # its holder has just removed the folder
                 # For writing: NFS gives no exclusive lock on what is open for reading, as folders are.
                 self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
                 return

@@ -1,4 +1,4 @@
-"""One policy for all stores and web servers: which errors are transient, when to retry, and what users are told."""
+"""One policy for all stores and web servers: which errors are transient, when to retry, and which error users get."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ class BucketError(MissingError):
 
 
 class StoreError(Exception):
-    """Why a store or a web server did not give what was asked for, in words without secrets.
+    """Why a request to a store or a web server failed, in words without secrets.
 
-    kind: the error that users get. retry_after: seconds that the server asks to wait.
+    kind: the error that users get. retry_after: seconds.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class RetryPolicy:
 def retry(
     function: Callable[..., Result], *arguments: Any, attempts: int = ATTEMPTS, stop: threading.Event | None = None
 ) -> Result:
-    """`function(*arguments)`, called again after a transient error as RetryPolicy says; `stop` ends the attempts."""
+    """Call `function(*arguments)`, again after transient errors as RetryPolicy says; `stop` ends the attempts."""
     policy, stop = RetryPolicy(attempts), stop or threading.Event()
     for attempt in itertools.count(1):
         try:
@@ -117,7 +117,7 @@ def describe_error(error: BaseException) -> StoreError:
 
 
 def status_error(status: int, wait: float = 0.0) -> StoreError:
-    """The error that an HTTP status means; wait: seconds that the server asks for."""
+    """The error that an HTTP status means; wait: seconds of its Retry-After."""
     if status == HTTPStatus.NOT_FOUND:
         return StoreError("file not found", FileNotFoundError)
     phrase = HTTPStatus(status).phrase if status in set(HTTPStatus) else ""
@@ -197,12 +197,12 @@ def status_of(error: BaseException) -> int | None:
 
 
 def _is_garbled(error: BaseException) -> bool:
-    """Whether aiohttp could not make out an answer."""
+    """Whether aiohttp could not parse a response."""
     return isinstance(error.__cause__, HttpProcessingError)
 
 
 def retry_after(headers: Mapping[str, str]) -> float:
-    """Seconds that a Retry-After header asks for, given as a number or as a date; 0 without one."""
+    """Seconds of a Retry-After header, given as a number or as a date; 0 without one."""
     value = next((headers[name] for name in headers if name.lower() == "retry-after"), "")
     if re.fullmatch(r"\d+(\.\d+)?", value.strip()):
         return float(value)

@@ -35,7 +35,7 @@ class Store(Protocol):
 
 
 class CoalescedStore:
-    """Another store, asked for ranges that lie near to each other in one request."""
+    """A layer that joins nearby ranges into one request to another store."""
 
     def __init__(self, store: Store, gap: int, limit: int) -> None:
         """gap, limit: see `coalesce`."""

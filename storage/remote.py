@@ -32,7 +32,7 @@ LATENCIES = 256  # last requests of a size class from which the percentile is ta
 MIN_LATENCIES, UPDATE_EVERY = 20, 16  # requests before the first percentile, and between two of them
 WARN_SECONDS = 5.0  # without a byte range until the log has a warning, and between two warnings
 MIN_HEDGE_SECONDS = 0.05  # before a second request, however fast the store
-MAX_HEDGED_SHARE, FREE_HEDGES = 0.1, 16  # hedged requests at most: a store slow as a whole is not asked twice as much
+MAX_HEDGED_SHARE, FREE_HEDGES = 0.1, 16  # hedged requests at most: a store that is slow as a whole gets no more
 
 # Clients that a fork brought from the parent: collected as garbage, they would end the parent's connections.
 _inherited: list[tuple[Any, ...]] = []
@@ -81,8 +81,8 @@ class RemoteStore:
         return self._run(self._read_all(ranges)) if ranges else []
 
     def cancel(self) -> None:
-        """End all reads under way; their callers get CancelledError."""
-        with self._lock:  # a call that has begun is known: `_run` adds it before it lets go
+        """Cancel all reads; their callers get CancelledError."""
+        with self._lock:  # `_run` registers each call under the same lock
             calls = list(self._calls)
         for call in calls:
             call.cancel()
@@ -101,7 +101,7 @@ class RemoteStore:
         return join_url(self.url, str(wanted))
 
     def close(self) -> None:
-        """End reads and connections; a later read makes new ones."""
+        """Cancel reads and close connections; a later read opens new ones."""
         with self._lock:
             calls = list(self._calls)
             if self._process != os.getpid():
@@ -236,7 +236,7 @@ class RemoteStore:
     def _hedge(
         self, wanted: ByteRange, address: Address | None, first: Response, second: list[asyncio.Task[bytes]]
     ) -> None:
-        """Send the second request, unless the store is slow as a whole; what it brings replaces the first one's."""
+        """Send the second request, unless the store is slow as a whole; its result replaces the first one's."""
         few = self.counters["hedges"] < FREE_HEDGES + MAX_HEDGED_SHARE * self.counters["requests"]
         if first.done() or not (few and self._limiter.is_free()):
             return
@@ -287,7 +287,7 @@ class RemoteStore:
             raise describe_error(error) from None
 
     async def _address(self, name: str) -> Address | None:
-        """Where to ask for an object over HTTP; None where only fsspec knows."""
+        """The HTTP address of an object; None where only fsspec can read it."""
         known = self._addresses.get(name)
         if known is not None and time.monotonic() < known.until:
             return known

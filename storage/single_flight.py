@@ -73,7 +73,7 @@ class LastUsed(Generic[Key, Value]):
         self._flight: SingleFlight[Key, Value] = SingleFlight()
 
     def get(self, key: Key) -> Value:
-        """The value of a key; an error of `make` is raised, and it is tried again the next time."""
+        """The value of a key; an error of `make` is raised, and the next call tries again."""
         with self._lock:
             if key in self._values:
                 self._values.move_to_end(key)
@@ -106,8 +106,8 @@ def process_lock(
 ) -> Iterator[bool]:
     """Hold the lock of a file against other processes and threads, or have waited `seconds` for it.
 
-    Yields whether another one held it. On a full disk, or a file system without locks, nobody waits. A lock ends with
-    its process. Raises CancelledError when `cancelled` becomes true while it waits.
+    Yields whether another one held it. On a full disk, or a file system without locks, there is no waiting. A lock ends
+    with its process. Raises CancelledError when `cancelled` becomes true while it waits.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

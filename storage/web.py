@@ -26,7 +26,7 @@ SLOWEST = 1000  # bytes a second of a body, over `timeout` seconds
 LARGEST_MB = {"image": 128, "video": 4096}  # images are fetched to memory, clips to disk
 LONGEST = {"image": 600.0, "video": 7200.0}  # seconds that a transfer may take, with the usual timeout
 USUAL_TIMEOUT = 30.0
-STRANGE = re.compile(r"[^\x21-\x7e]")  # what an address must have quoted
+STRANGE = re.compile(r"[^\x21-\x7e]")  # characters that an address must quote
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class WebClient:
         return asyncio.run_coroutine_threadsafe(self._fetch(transfer), self._loop)
 
     def close(self) -> None:
-        """End the thread with whatever is under way."""
+        """Cancel all transfers and end the thread."""
         if self.thread.is_alive():
             self._loop.call_soon_threadsafe(self._loop.stop)
             self.thread.join(timeout=5)
@@ -148,7 +148,7 @@ class WebClient:
     def _run(self) -> None:
         self._loop.run_forever()
         tasks = asyncio.all_tasks(self._loop)
-        for task in tasks:  # nobody is to wait for what will not come
+        for task in tasks:  # so that no caller waits for ever
             task.cancel()
         if tasks:
             self._loop.run_until_complete(asyncio.wait(tasks))
@@ -192,7 +192,7 @@ def handle_for_media(timeout: float) -> pycurl.Curl:
     """A handle that takes any address of an annotation file; proxies are those of the environment."""
     curl = new_handle(timeout)
     options = {
-        pycurl.ACCEPT_ENCODING: "",  # whatever libcurl can unpack
+        pycurl.ACCEPT_ENCODING: "",  # all that libcurl can decode
         pycurl.NETRC: pycurl.NETRC_OPTIONAL,
         pycurl.LOW_SPEED_LIMIT: SLOWEST,  # over
         pycurl.LOW_SPEED_TIME: max(1, round(timeout)),  # seconds

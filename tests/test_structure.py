@@ -76,3 +76,12 @@ def test_every_file_says_its_job_and_is_one_room(path: Path) -> None:
 def test_packing_starts_without_torch() -> None:
     program = "import sys, sharding.build, sharding.inspect, sharding.verify; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_folders_of_sharding_import_one_way(number: int) -> None:
+    folders = ("shapes", "annotations", "media", "shards", "executors", "report")
+    above = {f"sharding.{folder}" for folder in folders[number + 1 :]}
+    for path in (ROOT / "sharding" / folders[number]).rglob("*.py"):
+        imports = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        assert not above & {".".join((node.module or "").split(".")[:2]) for node in imports}, path

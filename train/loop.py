@@ -230,7 +230,7 @@ class Trainer:
             "grad_norm": _number(self.guard.norm),
             **({"grad_scale": self.guard.loss_scale.value} if self.run.precision == "fp16" else {}),
             **self._clock.metrics(self.device, self.ranks.world_size),
-            **{f"loader/{name}": round(value, 4) for name, value in sorted(self.loader.figures().items())},
+            **{f"loader/{name}": round(value, 4) for name, value in sorted(self.loader.counters().items())},
             **({"skipped": self.guard.skipped} if self.guard.skipped else {}),
         }
         self._clock.restart()

@@ -94,7 +94,7 @@ class Stepper:
         self._device, self._dtype = device, DTYPES[precision]
         self._seed, self._rank, self._accumulate = seed, rank, accumulate
         # The model's forward clamps what it computes with; this is the copy that AdamW changes.
-        self._temperatures = [part for part in fragments(engine) if part.name == "temp"]
+        self._temperatures = [part for part in fragments(engine) if part.name == "temp" and part.trained]
 
     def __call__(self, batch: Batch, step: int) -> Losses:
         """Step number `step` on this rank's part of a global batch; returns its losses (), still on the device."""

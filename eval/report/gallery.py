@@ -14,7 +14,7 @@ from eval.ranking import row_blocks, top_items
 from loaders.evaluation import VisualSet
 from runtime.activity import progress
 from runtime.errors import AccessError
-from sharding.media import MediaError
+from sharding.media.frames import MediaError
 from sharding.media.picture import decode_picture
 from sharding.report.contact_sheet import jpeg, side_by_side, square
 

@@ -17,8 +17,6 @@ COLUMNS = [*(f"img_r{k}" for k in RECALL_AT), *(f"txt_r{k}" for k in RECALL_AT),
 LOSSES = {
     "loss": "total", "loss_itc": "VTC", "loss_itm": "VTM", "loss_mlm": "MLM", "loss_qa": "answers",
 }  # fmt: skip
-OF_TYPE = {"answer_type/": "answers", "question_type/": "questions"}
-BY_FRAMES = {"retrieval": "img_r_mean", "qa": "overall", "choice": "overall"}
 
 
 def tables(test_sets: Sequence[TestSet]) -> list[dict[str, Any]]:
@@ -99,10 +97,8 @@ def _type_columns(rows: Sequence[dict[str, Any]], prefix: str) -> list[str]:
 
 
 def _label(column: str) -> str:
-    for prefix in OF_TYPE:
-        if column.startswith(prefix):
-            return column.removeprefix(prefix)
-    return {"r_mean": "mean", "overall": "all"}.get(column, f"R@{column.rpartition('r')[2]}")
+    of_type = column.partition("/")[2]
+    return of_type or {"r_mean": "mean", "overall": "all"}.get(column, f"R@{column.rpartition('r')[2]}")
 
 
 def bars(all_tables: Sequence[dict[str, Any]], task: str) -> list[dict[str, Any]]:
@@ -144,21 +140,22 @@ def frame_curves(test_sets: Sequence[TestSet]) -> list[dict[str, Any]]:
     runs = {member.evaluation.run for test_set in test_sets for member in test_set.members}
     for test_set in test_sets:
         lines: dict[str, dict[int, float]] = {}
-        task = test_set.details["task"]
+        ranked = test_set.details["task"] == "retrieval"
+        metric = "img_r_mean" if ranked else "overall"
         if test_set.details["media_type"] != "video":
             continue
         for row in _rows(test_set):
             evaluation = row["member"].evaluation
             words = [evaluation.run_name] if len(runs) > 1 else []
             words += [evaluation.details["settings"]["eval_frame_ensemble"]]
-            words += [row["ranking"]] if task == "retrieval" else []
-            lines.setdefault(", ".join(words), {})[row["details"]["num_frames"]] = row["values"][BY_FRAMES[task]]
+            words += [row["ranking"]] if ranked else []
+            lines.setdefault(", ".join(words), {})[row["details"]["num_frames"]] = row["values"][metric]
         several = {name: sorted(points.items()) for name, points in lines.items() if len(points) > 1}
         drawn = [
             Curve(name, points, color=number, markers=True) for number, (name, points) in enumerate(several.items())
         ]
         if drawn:
-            what = "mean of R@1, 5, 10, text to clip" if task == "retrieval" else "accuracy"
+            what = "mean of R@1, 5, 10, text to clip" if ranked else "accuracy"
             chart = panel_svg(Panel(drawn, x_label="test frames"))
             curves.append({"title": test_set.title, "what": what, "chart": chart, "names": list(several)})
     return curves

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from eval.search.server import SearchServer
 from eval.search.visual_search import VisualSearch, hits_table, search_sheet
-from loaders.decode.decoder import usual_device
+from loaders.decode.choice import usual_device
 from runtime.errors import AccessError, UserError, command
 from sharding.shards.outside import check_outside_corpora
 

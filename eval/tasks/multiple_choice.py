@@ -10,15 +10,7 @@ import numpy as np
 import torch
 
 from eval.config import EvalConfig, EvalRunConfig
-from eval.features import (
-    TextFeatures,
-    VisualFeatures,
-    collect_visuals,
-    encode_texts,
-    evaluating,
-    missing_visuals,
-    visual_blocks,
-)
+from eval.features import TextFeatures, VisualFeatures, encode_test_set, evaluating, missing_visuals
 from eval.matching import match_marked
 from eval.metrics import NOT_FINITE
 from eval.outputs import SplitOutput
@@ -66,14 +58,13 @@ class MultipleChoiceTask:
     ) -> MultipleChoiceResult:
         """Choose the option with the highest match logit."""
         start = time.perf_counter()
-        length = int(getattr(dataset.config.max_txt_l, dataset.media_type))
         options = [choice.options for choice in dataset.choices]
         numbers = {text: i for i, text in enumerate(dict.fromkeys(text for texts in options for text in texts))}
         items = [(choice.visual, [numbers[text] for text in choice.options]) for choice in dataset.choices]
         with evaluating(model, config):
-            blocks = visual_blocks(model, dataset, config, num_frames, ranks, device)
-            visuals = collect_visuals(model, blocks, dataset.num_visuals, config, ranks)
-            texts = encode_texts(model, *tokenizer.encode(list(numbers), length), ranks)
+            visuals, texts = encode_test_set(
+                model, dataset, tokenizer, list(numbers), config, num_frames, ranks, device
+            )
             scores = score_options(model, visuals, texts, items, config, ranks)
         if any(np.isnan(row).any() for row in scores):
             raise UserError(NOT_FINITE)

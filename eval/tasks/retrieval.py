@@ -11,15 +11,7 @@ import numpy as np
 import torch
 
 from eval.config import EvalConfig, EvalRunConfig
-from eval.features import (
-    TextFeatures,
-    VisualFeatures,
-    collect_visuals,
-    encode_texts,
-    evaluating,
-    missing_visuals,
-    visual_blocks,
-)
+from eval.features import TextFeatures, VisualFeatures, encode_test_set, evaluating, missing_visuals
 from eval.matching import match_marked
 from eval.metrics import chance_metrics, retrieval_metrics, true_ranks
 from eval.outcomes import Outcomes, outcomes_of_ranks
@@ -82,11 +74,10 @@ class RetrievalTask:
     ) -> RetrievalResult:
         """Score all pairs by the dual encoder, and each query's `k_test` best by VTM."""
         start = time.perf_counter()
-        length = int(getattr(dataset.config.max_txt_l, dataset.media_type))
         with evaluating(model, config):
-            blocks = visual_blocks(model, dataset, config, num_frames, ranks, device)
-            visuals = collect_visuals(model, blocks, dataset.num_visuals, config, ranks)
-            texts = encode_texts(model, *tokenizer.encode(dataset.texts, length), ranks)
+            visuals, texts = encode_test_set(
+                model, dataset, tokenizer, dataset.texts, config, num_frames, ranks, device
+            )
             encoded = time.perf_counter()
             scores = score(model, visuals, texts, config, ranks)
         missing = missing_visuals(dataset, visuals.present, ranks)

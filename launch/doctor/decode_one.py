@@ -14,9 +14,10 @@ import numpy as np
 import simplejpeg
 import torch
 
-from loaders.decode.decoder import CpuDecoder, Decoder, make_decoder
-from loaders.decode.pixels import Clip
-from loaders.order.choices import Window
+from loaders.decode.choice import make_decoder
+from loaders.decode.cpu import CpuDecoder
+from loaders.decode.decoder import Decoder
+from loaders.samples import Clip, Window
 
 SHOWN = 224
 HEIGHT, WIDTH = 320, 448  # of the picture; its window is cut to a square of 224

@@ -206,7 +206,7 @@ class Probe:
         """Read the indices of some shards and frames of them, checked: {"samples", "mb_per_second", "shards"}."""
         import numpy as np
 
-        from loaders.order.choices import BadSampleError
+        from loaders.samples import whole_sample
 
         reader = _open(url, storage)
         try:
@@ -216,11 +216,10 @@ class Probe:
                 index = reader.index(shard)
                 rows = np.linspace(0, corpus.shards[shard].samples - 1, FRAMES_READ).astype(int)
                 records = [index.record(int(row)) for row in sorted(set(rows.tolist()))]
-                frames = reader.read([(shard, record, np.zeros(1, np.int64)) for record in records])
-                for record, data in zip(records, frames):
-                    if isinstance(data, BadSampleError):
-                        raise ValueError(f"{corpus.tar_url(shard)}: {record.key}: {data}")
-                    read += len(data[0])
+                for sample in reader.read([whole_sample(record, np.zeros(1, np.int64)) for record in records]):
+                    if sample.reason:
+                        raise ValueError(f"{corpus.tar_url(shard)}: {sample.spec.record.key}: {sample.reason}")
+                    read += len(sample.jpegs[0])
             seconds = time.perf_counter() - began
         finally:
             reader.close()

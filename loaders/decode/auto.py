@@ -1,4 +1,4 @@
-"""decode=auto on a GPU: tries both decoders while training starts and keeps the one that training waits less for."""
+"""decode=auto on a GPU: measures both decoders while training starts, and keeps the faster one."""
 
 from __future__ import annotations
 
@@ -8,28 +8,25 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
-from loaders.decode.pixels import Clip
-
-if TYPE_CHECKING:
-    from loaders.decode.decoder import Decoder
+from loaders.decode.decoder import Decoder
+from loaders.samples import Clip
 
 log = logging.getLogger("loaders")
 
 TURN = 8  # batches in a row by the same decoder
-TURNS = 8  # of both together; the first of each is not counted: the queue fills, kernels and pipelines are made
-LEAD = 0.97  # of the CPU path's time that DALI must stay below: the CPU path leaves the GPU to training
+TURNS = 8  # of both together; the first of each is not counted, because queues fill and kernels are compiled
+LEAD = 0.97  # DALI must take less than this share of the time of the CPU path, which leaves the GPU to training
 
 
 class AutoDecoder:
-    """See loaders.decode.decoder.Decoder: two of them in turns, and then the faster one.
+    """See loaders.decode.decoder.Decoder: two decoders in turns, then the faster one; the other is closed.
 
-    What is compared is the time from batch to batch: in the long run batches are asked for as fast as training takes
-    them, so it holds the waiting as well as what the decoder takes from the step. The median of the turns is taken,
-    because one of them may hold an evaluation or a checkpoint.
+    The time from batch to batch is compared: training asks for batches as fast as it takes them, so it holds both the
+    waiting and what the decoder slows the step down. It is the median over turns, because one of them may contain an
+    evaluation or a checkpoint.
     """
 
     def __init__(self, cpu: Decoder, dali: Decoder, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -55,7 +52,7 @@ class AutoDecoder:
         try:
             return decoder.decode(clips)
         except RuntimeError as error:
-            if not self._gives_up_dali(decoder, error):
+            if not self._drop_dali(decoder, error):
                 raise
         finally:
             with self._lock:
@@ -66,11 +63,11 @@ class AutoDecoder:
                 unused.close()
         return self._order[0].decode(clips)
 
-    def _gives_up_dali(self, decoder: Decoder, error: RuntimeError) -> bool:
-        """Whether an error of a decoder only means that the CPU path decodes: DALI's, while both are tried.
+    def _drop_dali(self, decoder: Decoder, error: RuntimeError) -> bool:
+        """Whether the CPU path can go on after this error: DALI failed while both are measured.
 
-        As a rule the GPU has not enough memory for DALI beside training. An error of a broken device comes back at the
-        next training step.
+        In most cases the GPU lacks the memory for DALI beside training. A broken device fails in the next training step
+        as well.
         """
         cpu, dali = self._order
         with self._lock:
@@ -85,8 +82,8 @@ class AutoDecoder:
         """The decoder of the next batch."""
         if self._chosen is not None:
             return self._chosen
-        turn, place = divmod(self._batches, TURN)
-        if place == 0:
+        turn, number = divmod(self._batches, TURN)
+        if number == 0:
             now = self._clock()
             if turn > len(self._order):
                 self._seconds[self._decoder(turn - 1).name].append((now - self._turn_began) / TURN)
@@ -104,8 +101,8 @@ class AutoDecoder:
         on_cpu, by_dali = (statistics.median(self._seconds[decoder.name]) for decoder in self._order)
         self._chosen, self._loser = (dali, cpu) if by_dali < LEAD * on_cpu else (cpu, dali)
         log.info(
-            "decode=auto: a batch took %.1f ms with %s, %.1f ms with %s, the training step included: %s decodes from "
-            "here on",
+            "decode=auto: a batch took %.1f ms with %s, %.1f ms with %s (training step included): "
+            "%s decodes from here on",
             on_cpu * 1000, cpu.name, by_dali * 1000, dali.name, self._chosen.name,
         )  # fmt: skip
         return self._chosen

@@ -1,4 +1,4 @@
-"""JPEG bytes to cropped 8-bit frames by DALI: nvJPEG on a GPU, the same graph on the CPU without one."""
+"""decode=dali: nvJPEG on a GPU, the same graph on the CPU without one."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from nvidia.dali.backend import ReleaseUnusedMemory  # type: ignore[attr-defined
 
 from loaders.decode.dali_graph import CopyStream, GraphSettings, build_pipeline, feed
 from loaders.decode.decoder import BATCHES_AT_ONCE
-from loaders.decode.pixels import Clip, Scratch, decode_clip, header_fault
-from loaders.order.choices import BadSampleError, Window
+from loaders.decode.pixels import Scratch, decode_clip, header_fault
+from loaders.samples import BadSampleError, Clip, Window
 from sharding.media.picture import is_upright_jpeg
 
 log = logging.getLogger("loaders")
 
 SOUND_SIDE = 64
-SOUND = Clip(  # that decodes wherever anything does
+SOUND = Clip(  # decodes wherever anything does
     [simplejpeg.encode_jpeg(np.full((SOUND_SIDE, SOUND_SIDE, 3), 128, np.uint8), colorspace="RGB")],
     SOUND_SIDE,
     SOUND_SIDE,
     Window(0, 0, SOUND_SIDE, SOUND_SIDE),
 )
-# How DALI words failures that no image can be the cause of; nvImageCodec's are numbers of its nvimgcodecStatus_t.
+# Messages of failures that no image can cause; those of nvImageCodec are numbers of its nvimgcodecStatus_t.
 _DEVICE = re.compile(r"cuda|alloc|out of memory|driver|nvjpeg_status_(?!bad_jpeg|jpeg_not_supported)", re.IGNORECASE)
 _CODEC = re.compile(r"nvImageCodec failure: '#(\d+)'")
-_CODEC_BLAMES_IMAGE = {3, 4, 9, 13, 14, 18, 19}  # bad or incomplete stream, not supported
+_IMAGE_FAILURES = {3, 4, 9, 13, 14, 18, 19}  # bad or incomplete stream, not supported
 
 
 class _ImageError(RuntimeError):
@@ -40,15 +40,14 @@ class _ImageError(RuntimeError):
 
 
 class DaliDecoder:
-    """See loaders.decode.decoder.Decoder; one image that fails costs its batch a search by halves.
+    """See loaders.decode.decoder.Decoder; a batch with an image that fails is halved until that image stands alone.
 
-    As many batches are decoded at once as the loader makes, each by a pipeline, a thread and a CUDA stream of its own,
-    so that a run that fails harms no other. A second pipeline is built when a second batch comes, and takes as much
-    memory as the first.
+    As many batches are decoded at once as the loader makes, each by its own pipeline, thread and CUDA stream, so that a
+    run that fails harms no other. The second pipeline is built for the second batch, and takes as much memory again.
 
     device: number of the GPU; None runs the graph on the CPU.
-    hw_decoder_load: see GraphSettings; 0 leaves out the JPEG engines, so that a picture's bits do not depend on its
-        place in the batch.
+    hw_decoder_load: see GraphSettings; with 0, without the JPEG engines, the bits of a picture do not depend on its
+        row in the batch.
 
     Raises:
         RuntimeError: DALI cannot decode on this device.
@@ -61,7 +60,7 @@ class DaliDecoder:
     ) -> None:
         settings = GraphSettings(size, threads, antialias, device, hw_decoder_load)
         self._workers = [DaliWorker(settings) for _ in range(BATCHES_AT_ONCE)]
-        self._free: LifoQueue[DaliWorker] = LifoQueue()  # the last one used first: evaluation builds one pipeline
+        self._free: LifoQueue[DaliWorker] = LifoQueue()  # last in, first out: evaluation builds one pipeline only
         for worker in self._workers:
             self._free.put(worker)
         try:
@@ -83,16 +82,16 @@ class DaliDecoder:
             self._free.put(worker)
 
     def close(self) -> None:
-        """See Decoder; DALI's pools give what they no longer use back to the GPU."""
+        """See Decoder; DALI's memory pools return what they do not use to the GPU."""
         for worker in self._workers:
             worker.close()
         ReleaseUnusedMemory()
 
 
 class DaliWorker:
-    """One pipeline and its thread; used from several threads, be it in turn, a pipeline crashes after a failed run.
+    """One pipeline and its thread; a pipeline that several threads use, even in turn, crashes after a failed run.
 
-    With `exec_dynamic` a pipeline lives through a failed run, whatever DALI's message says (pinned by a test).
+    With `exec_dynamic` a pipeline survives a failed run, whatever DALI's message says (there is a test for it).
     """
 
     def __init__(self, settings: GraphSettings) -> None:
@@ -100,7 +99,7 @@ class DaliWorker:
         self.pipeline: Pipeline | None = None
         self._capacity = 0
         self._copies = CopyStream(settings.device)
-        self._told = False
+        self._warned = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="dali")
         self._others = ThreadPoolExecutor(settings.threads, thread_name_prefix="others")
 
@@ -121,42 +120,42 @@ class DaliWorker:
         others = [row for row, plain in enumerate(is_plain) if not plain]
         bad = {plain[number]: fault for number, fault in header_faults([clips[row] for row in plain]).items()}
         rows = [row for row in plain if row not in bad]
-        parts = self._search(clips, rows, bad) if rows else []
-        parts += self._decode_others(clips, others, bad)
-        if len(parts) == 1 and not bad and not others:
-            return parts[0][1].view(shape), {}
-        return self._copies.assembled(shape, parts), bad
+        decoded = self._search(clips, rows, bad) if rows else []
+        decoded += self._decode_others(clips, others, bad)
+        if len(decoded) == 1 and not bad and not others:
+            return decoded[0][1].view(shape), {}
+        return self._copies.assembled(shape, decoded), bad
 
     def _search(
         self, clips: Sequence[Clip], rows: list[int], bad: dict[int, str]
     ) -> list[tuple[list[int], torch.Tensor]]:
-        """Parts of the rows with their frames, halved until those that fail stand alone; the bad ones go to `bad`."""
-        parts, waiting = [], [rows]
+        """Groups of the rows with their frames, halved until images that fail stand alone; bad rows go to `bad`."""
+        decoded, waiting = [], [rows]
         while waiting:
-            part = waiting.pop()
+            group = waiting.pop()
             try:
-                parts.append((part, self._run([clips[row] for row in part])))
+                decoded.append((group, self._run([clips[row] for row in group])))
             except _ImageError as error:
-                if len(part) > 1:
-                    waiting += [part[: len(part) // 2], part[len(part) // 2 :]]
+                if len(group) > 1:
+                    waiting += [group[: len(group) // 2], group[len(group) // 2 :]]
                     continue
                 try:
-                    parts.append((part, self._second_opinion(clips[part[0]], str(error))))
+                    decoded.append((group, self._decode_refused(clips[group[0]], str(error))))
                 except BadSampleError as fault:
-                    bad[part[0]] = str(fault)
-        return parts
+                    bad[group[0]] = str(fault)
+        return decoded
 
     def _decode_others(
         self, clips: Sequence[Clip], rows: list[int], bad: dict[int, str]
     ) -> list[tuple[list[int], torch.Tensor]]:
         """Frames of the rows with images that DALI does not show as packing would store them, by the CPU path."""
-        parts = []
+        decoded = []
         for row, result in zip(rows, self._others.map(self._by_cpu, [clips[row] for row in rows])):
             if isinstance(result, BadSampleError):
                 bad[row] = str(result)
             else:
-                parts.append(([row], result))
-        return parts
+                decoded.append(([row], result))
+        return decoded
 
     def _by_cpu(self, clip: Clip) -> torch.Tensor | BadSampleError:
         """A clip's frames (T, S, S, 3) by the CPU path, or why there are none."""
@@ -167,20 +166,20 @@ class DaliWorker:
             return error
         return torch.from_numpy(frames)
 
-    def _second_opinion(self, clip: Clip, dali_says: str) -> torch.Tensor:
-        """The frames of a clip that DALI does not decode, by the CPU path: both refuse the same samples then.
+    def _decode_refused(self, clip: Clip, message: str) -> torch.Tensor:
+        """The frames of a clip that DALI does not decode, by the CPU path, so that both refuse the same samples.
 
-        Raises BadSampleError where the CPU path refuses it too: nothing else makes a sample a bad one.
+        Raises BadSampleError where the CPU path refuses it too: only then is a sample bad.
         """
         frames = self._by_cpu(clip)
         if isinstance(frames, BadSampleError):
             raise frames
-        if not self._told:
-            self._told = True
+        if not self._warned:
+            self._warned = True
             log.warning(
                 "DALI does not decode an image that libjpeg-turbo or Pillow decodes (%s): such images are decoded on "
                 "the CPU, which takes longer; if there are many, set decode=cpu",
-                dali_says,
+                message,
             )
         return frames
 
@@ -189,7 +188,7 @@ class DaliWorker:
 
         Raises:
             _ImageError: some of the images do not decode.
-            RuntimeError: the device fails; never to be taken for bad samples.
+            RuntimeError: the device fails; that is never taken for a bad sample.
         """
         pipeline = self._built(sum(len(clip.jpegs) for clip in clips))
         feed(pipeline, clips)
@@ -224,14 +223,14 @@ class DaliWorker:
     def _built(self, frames: int) -> Pipeline:
         """The pipeline, rebuilt when a batch is larger than any before."""
         if self.pipeline is None or frames > self._capacity:
-            self.pipeline = None  # before there is another one: together they may not fit the GPU
+            self.pipeline = None  # first: two may not fit the GPU
             self._capacity = max(frames, self._capacity)
             self.pipeline = build_pipeline(self.settings, self._capacity)
         return self.pipeline
 
 
 def header_faults(clips: Sequence[Clip]) -> dict[int, str]:
-    """What is wrong with clips at a glance; a failed run costs time, and a cut JPEG may harm a GPU's context."""
+    """Faults that the headers tell; a failed run costs time, and a truncated JPEG may harm the context of a GPU."""
     return {
         number: fault
         for number, clip in enumerate(clips)
@@ -241,16 +240,16 @@ def header_faults(clips: Sequence[Clip]) -> dict[int, str]:
 
 
 def is_device_failure(error: RuntimeError) -> bool:
-    """Whether DALI's message says that memory, CUDA or the driver failed, which no image can be the cause of."""
+    """Whether DALI's message says that memory, CUDA or the driver failed, which no image can cause."""
     text = encountered(error)
     status = _CODEC.search(text)
     if status is not None:
-        return int(status[1]) not in _CODEC_BLAMES_IMAGE
+        return int(status[1]) not in _IMAGE_FAILURES
     return _DEVICE.search(text) is not None
 
 
 def encountered(error: RuntimeError) -> str:
-    """DALI's message without where in our code the graph was made, and without its own stack."""
+    """DALI's message without its stack, and without the place in our code where the graph was made."""
     text = str(error)
     return (text.partition("encountered:")[2] or text).partition("Stacktrace")[0]
 

@@ -1,4 +1,4 @@
-"""What DALI runs for a batch of images, and how PyTorch comes by its output."""
+"""The DALI graph for a batch of images, and the copy of its output to PyTorch."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn, types
 
-from loaders.decode.pixels import Clip
+from loaders.samples import Clip
 
-# Iterations in flight in one pipeline. Several batches at once are several pipelines': a run that fails harms no other.
-QUEUE = 1
+# Batches in flight in one pipeline. Batches at the same time take several pipelines: a failed run harms no other.
+QUEUE_DEPTH = 1
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def build_pipeline(settings: GraphSettings, capacity: int) -> Pipeline:
         batch_size=capacity,
         num_threads=settings.threads,
         device_id=settings.device,
-        prefetch_queue_depth=QUEUE,
+        prefetch_queue_depth=QUEUE_DEPTH,
         exec_dynamic=True,
     )
     with pipeline:
@@ -71,7 +71,7 @@ def build_pipeline(settings: GraphSettings, capacity: int) -> Pipeline:
 
 
 def feed(pipeline: Pipeline, clips: Sequence[Clip]) -> None:
-    """Give a pipeline the B*T frames of the next run; the numbers as one array each, which takes DALI half the time."""
+    """Give a pipeline the B*T frames of the next run; numbers as one array each, which halves the time in DALI."""
     pipeline.feed_input("jpegs", [np.frombuffer(data, np.uint8) for clip in clips for data in clip.jpegs])
     windows = np.repeat(np.array([clip.window for clip in clips], np.int32), len(clips[0].jpegs), axis=0)  # (B*T, 5)
     pipeline.feed_input("anchors", np.ascontiguousarray(windows[:, :2]))
@@ -82,8 +82,8 @@ def feed(pipeline: Pipeline, clips: Sequence[Clip]) -> None:
 class CopyStream:
     """Copies DALI's output into memory of PyTorch's, on a CUDA stream of its own; plain copies without a GPU.
 
-    DALI uses the memory of an output again as soon as nobody refers to it. Its DLPack hand-over makes the reader's
-    stream wait for DALI, and nothing makes DALI wait for the reader. So a copy must be finished before the output is
+    DALI reuses the memory of an output as soon as nothing refers to it. Its DLPack export makes the reader's stream
+    wait for DALI, but nothing makes DALI wait for the reader. So a copy must be finished before the output is
     released; on PyTorch's default stream it would be queued behind the training step.
 
     device: number of the GPU; None without one.
@@ -101,12 +101,12 @@ class CopyStream:
         # `from_dlpack` tells DALI the current stream, which is this one within `_finished`.
         return self._finished(lambda: torch.from_dlpack(tensor).clone())
 
-    def assembled(self, shape: tuple[int, ...], parts: Sequence[tuple[Sequence[int], torch.Tensor]]) -> torch.Tensor:
-        """Frames of that shape, (B, T, S, S, 3) uint8, from parts of them: (rows, their frames); other rows are 0."""
+    def assembled(self, shape: tuple[int, ...], decoded: Sequence[tuple[Sequence[int], torch.Tensor]]) -> torch.Tensor:
+        """Frames of that shape, (B, T, S, S, 3) uint8, from pairs of (rows, their frames); other rows are 0."""
 
         def assemble() -> torch.Tensor:
             frames = torch.zeros(shape, dtype=torch.uint8, device=self.device)
-            for rows, pixels in parts:
+            for rows, pixels in decoded:
                 for row, visual in zip(rows, pixels.view(len(rows), *shape[1:]), strict=True):
                     frames[row].copy_(visual)
             return frames
@@ -122,6 +122,6 @@ class CopyStream:
                 frames = make()
         finally:
             self._stream.synchronize()  # for this stream only: the step's is not waited for
-        # Freed, its memory is this stream's again at once, unless PyTorch knows of its use on the step's stream.
+        # Without it PyTorch would give the memory, once freed, to this stream while the step's stream still uses it.
         frames.record_stream(torch.cuda.default_stream(self.device))
         return frames

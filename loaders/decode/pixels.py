@@ -1,4 +1,4 @@
-"""From JPEG bytes to the window that is shown, on a CPU: libjpeg-turbo, and OpenCV's bicubic."""
+"""From the bytes of a clip to the window that is shown, on a CPU: libjpeg-turbo, OpenCV's bicubic."""
 
 from __future__ import annotations
 
@@ -9,28 +9,18 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from loaders.order.choices import BadSampleError, Window
-from sharding.media import MediaError
+from loaders.samples import BadSampleError, Clip, Window
+from sharding.media.frames import MediaError
 from sharding.media.jpeg import SIDEWAYS, START_OF_IMAGE, has_end, is_plain_jpeg
 from sharding.media.picture import decode_picture, picture_size
 
-cv2.setNumThreads(0)  # pictures are decoded side by side; threads within one only get in the way
+cv2.setNumThreads(0)  # pictures are decoded in parallel; threads within one would compete with them
 
-
-# With antialiasing a JPEG much larger than what is shown is decoded at half, a quarter or an eighth. The window is then
-# still this many times what is shown: on photos 0.4 grey levels of 255 from decoding whole, and 2x as fast at 1,024
-# pixels; at 1 instead of 2 it would be 0.9 to 1.6 (docs/streaming.md). Without antialiasing the picture would change.
-SPARE = 2
-EVEN_SUBSAMPLINGS = {"444", "420", "Gray"}  # libjpeg reduces colours of the others unlike their brightness
-
-
-class Clip(NamedTuple):
-    """What is to be decoded: T frames' bytes, their size in the index, and the part to show."""
-
-    jpegs: list[bytes]
-    height: int
-    width: int
-    window: Window
+# With antialiasing, a JPEG much larger than what is shown is decoded at 1/2, 1/4 or 1/8 of its size, if its window is
+# then still this many times what is shown. Photos differ by 0.4 grey levels of 255 from decoding whole, and decode
+# 2x as fast at 1,024 pixels; with 1 instead of 2 they would differ by 0.9 to 1.6 (docs/streaming.md).
+OVERSAMPLING = 2
+EVEN_SUBSAMPLINGS = {"444", "420", "Gray"}  # of the others libjpeg reduces colours in another way than brightness
 
 
 class Frame(NamedTuple):
@@ -42,23 +32,23 @@ class Frame(NamedTuple):
 
 
 class Scratch:
-    """Memory for pixels on their way, used again: fresh pages cost as much as decoding. For one thread."""
+    """Reused memory for pixels: fresh pages cost as much as decoding. For one thread."""
 
     def __init__(self) -> None:
-        self._rooms: dict[int, np.ndarray] = {}
+        self._buffers: dict[int, np.ndarray] = {}
 
-    def room(self, number: int, size: int) -> np.ndarray:
-        """Room `number`, of `size` bytes or more."""
-        if number not in self._rooms or self._rooms[number].size < size:
-            self._rooms[number] = odd_room(size)
-        return self._rooms[number]
+    def buffer(self, number: int, size: int) -> np.ndarray:
+        """Buffer `number`, of `size` bytes or more."""
+        if number not in self._buffers or self._buffers[number].size < size:
+            self._buffers[number] = odd_buffer(size)
+        return self._buffers[number]
 
 
-def odd_room(size: int) -> np.ndarray:
+def odd_buffer(size: int) -> np.ndarray:
     """So many bytes at an odd address.
 
-    libjpeg-turbo writes rows that begin at a multiple of 32 past the caches, and whoever reads them then waits for the
-    memory: up to a quarter of a photo's time where a row's bytes are a multiple of 16 (benchmarks/RESULTS.md).
+    libjpeg-turbo writes rows that begin at a multiple of 32 around the caches, and reading them then waits for memory:
+    up to 25 % of a photo's time where a row's bytes are a multiple of 16 (benchmarks/RESULTS.md).
     """
     memory = np.empty(size + 32, np.uint8)
     first = (1 - memory.ctypes.data) % 32
@@ -68,27 +58,27 @@ def odd_room(size: int) -> np.ndarray:
 def decode_clip(clip: Clip, out: np.ndarray, antialias: bool, scratch: Scratch) -> None:
     """Write a clip's frames into `out` (T, S, S, 3) uint8; raises BadSampleError naming the frame that fails."""
     size = out.shape[1]
-    as_it_is = clip.height == clip.width == size and clip.window == (0, 0, size, size, False)
-    room = None if as_it_is else scratch.room(0, clip.height * clip.width * 3)
+    unchanged = clip.height == clip.width == size and clip.window == (0, 0, size, size, False)
+    buffer = None if unchanged else scratch.buffer(0, clip.height * clip.width * 3)
     for number, data in enumerate(clip.jpegs):
         if number and data is clip.jpegs[number - 1]:  # a repeated frame is decoded once
             out[number] = out[number - 1]
             continue
         try:
-            frame = decode_frame(data, clip, out[number] if room is None else room, size if antialias else None)
+            frame = decode_frame(data, clip, out[number] if buffer is None else buffer, size if antialias else None)
         except BadSampleError as error:
             raise BadSampleError(f"frame {number} of those shown: {error}") from None
-        if room is not None or not np.may_share_memory(frame.pixels, out):  # else it was decoded into its place
+        if buffer is not None or not np.may_share_memory(frame.pixels, out):  # else it was decoded into its place
             if frame.fraction > 1:
                 show_fraction(frame.pixels, frame.window, out[number], frame.fraction)
             else:
-                show(frame.pixels, frame.window, out[number], antialias, scratch.room(1, size * size * 3))
+                show(frame.pixels, frame.window, out[number], antialias, scratch.buffer(1, size * size * 3))
 
 
 def jpeg_fraction(data: bytes, clip: Clip, size: int) -> int:
-    """The n of the fraction 1/n, 1 to 8, at which a JPEG is decoded: its window is still SPARE times what is shown."""
+    """The n, 1 to 8, for which a JPEG is decoded at 1/n of its size; see OVERSAMPLING."""
     least = min(clip.window.height, clip.window.width)
-    fraction = max(n for n in (1, 2, 4, 8) if n == 1 or least >= SPARE * n * size)
+    fraction = max(n for n in (1, 2, 4, 8) if n == 1 or least >= OVERSAMPLING * n * size)
     if fraction == 1 or data[:2] != START_OF_IMAGE:
         return 1
     try:
@@ -98,8 +88,8 @@ def jpeg_fraction(data: bytes, clip: Clip, size: int) -> int:
     return fraction if (height, width) == (clip.height, clip.width) and subsampling in EVEN_SUBSAMPLINGS else 1
 
 
-def decode_frame(data: bytes, clip: Clip, room: np.ndarray, size: int | None) -> Frame:
-    """The pixels of one of a clip's frames, in `room` where they are a plain JPEG's.
+def decode_frame(data: bytes, clip: Clip, buffer: np.ndarray, size: int | None) -> Frame:
+    """The pixels of one of a clip's frames, in `buffer` where they are a plain JPEG's.
 
     size: what is shown of it, where it may be decoded at a fraction of its own; None: never.
 
@@ -112,7 +102,7 @@ def decode_frame(data: bytes, clip: Clip, room: np.ndarray, size: int | None) ->
     height, width = -(-clip.height // fraction), -(-clip.width // fraction)
     least = {"min_height": height, "min_width": width} if fraction > 1 else {}
     try:
-        pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False, buffer=room, **least)
+        pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False, buffer=buffer, **least)
     except ValueError as error:  # damaged, of another size, or sound and of a kind that only Pillow decodes
         return decode_other(data, clip, str(error))
     if pixels.shape[:2] != (height, width):
@@ -138,7 +128,7 @@ def decode_other(data: bytes, clip: Clip, warning: str = "") -> Frame:
 
 
 def header_fault(data: bytes, clip: Clip) -> str | None:
-    """What the header of a plain image already tells against it, by some bytes of it; None when nothing."""
+    """Why an image cannot be decoded, as far as its header and last bytes tell; None when they are sound."""
     try:
         width, height = picture_size(data)
     except MediaError as error:
@@ -150,13 +140,13 @@ def header_fault(data: bytes, clip: Clip) -> str | None:
     return None
 
 
-def show(pixels: np.ndarray, window: Window, out: np.ndarray, antialias: bool, room: np.ndarray) -> None:
-    """Write a picture's window into `out` (S, S, 3), resized bicubically, mirrored if it says so; room: S*S*3 bytes."""
+def show(pixels: np.ndarray, window: Window, out: np.ndarray, antialias: bool, buffer: np.ndarray) -> None:
+    """Write a window into `out` (S, S, 3): resized bicubically, flipped if it says so. buffer: S*S*3 bytes."""
     top, left, height, width, flip = window
     size = out.shape[0]
     crop = pixels[top : top + height, left : left + width]
     if (height, width) != (size, size):
-        target = room[: out.size].reshape(out.shape) if flip else out
+        target = buffer[: out.size].reshape(out.shape) if flip else out
         if antialias:  # Pillow's kernel is that of PyTorch's antialiased bicubic, OpenCV's that of the plain one
             crop = np.asarray(Image.fromarray(crop).resize((size, size), Image.Resampling.BICUBIC))
         else:

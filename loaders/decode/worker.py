@@ -1,6 +1,6 @@
-"""A process that decodes for a loader: what to decode comes in over sockets, bytes and pixels are in shared memory.
+"""A decoding process of decode=cpu: work comes over sockets, bytes and pixels are in shared memory.
 
-Started by loaders.decode.pool as `python -m loaders.decode.worker ANTIALIAS SOCKET...`; it needs neither torch nor the
+loaders.decode.cpu starts it as `python -m loaders.decode.worker ANTIALIAS SOCKET...`; it needs neither torch nor the
 loader, so it is there within a tenth of a second and small.
 """
 
@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from loaders.decode.pixels import Clip, Scratch, decode_clip
-from loaders.order.choices import BadSampleError, Window
+from loaders.decode.pixels import Scratch, decode_clip
+from loaders.samples import BadSampleError, Clip, Window
 
 
 class Work(NamedTuple):
@@ -27,16 +27,14 @@ class Work(NamedTuple):
 
     memory: int  # number of the batch's memory: its pixels, then the bytes to decode
     is_new: bool  # its file descriptor comes after this
-    gone: list[int]  # memories that are no more
+    freed: list[int]  # memories that are no longer used
     shape: tuple[int, ...]  # (B, T, S, S, 3) of the whole batch
     rows: range  # of the batch, R of them
-    clips: (
-        np.ndarray
-    )  # (R, 7 + 2 T) int64: height, width, window, and each frame's first byte and the one after its last
+    clips: np.ndarray  # (R, 7 + 2 T) int64: height, width, window, and first and end byte of each frame
 
 
-class Place:
-    """One socket and the memories that came over it; work is done in the order in which it comes."""
+class Slot:
+    """A socket and the memories that came over it; work is done in the order in which it comes."""
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
@@ -45,7 +43,7 @@ class Place:
     def take(self) -> Work:
         """The next work; raises EOFError when there will be no more."""
         work: Work = self.connection.recv()
-        for number in work.gone:
+        for number in work.freed:
             del self._memories[number]
         if work.is_new:
             descriptor = recv_handle(self.connection)
@@ -66,7 +64,7 @@ class Place:
 
 
 def packed(clips: Sequence[Clip], begin: int) -> tuple[bytes, np.ndarray]:
-    """Bytes of the frames of B clips, for a memory's byte `begin`, and what `Work.clips` says of them."""
+    """The bytes of the frames of B clips, to be put at byte `begin` of a memory, and their `Work.clips`."""
     found, rows, end = [], [], begin
     for clip in clips:
         row = [clip.height, clip.width, *clip.window]
@@ -90,11 +88,11 @@ def unpacked(numbers: Sequence[int], memory: mmap.mmap) -> Clip:
     return Clip(jpegs, height, width, Window(top, left, window_height, window_width, bool(flip)))
 
 
-def serve(places: Sequence[Place], antialias: bool) -> None:
+def serve(slots: Sequence[Slot], antialias: bool) -> None:
     """Decode what comes, and answer, until a socket is closed."""
     scratch, selector = Scratch(), selectors.PollSelector()
-    for place in places:
-        selector.register(place.connection, selectors.EVENT_READ, place)
+    for slot in slots:
+        selector.register(slot.connection, selectors.EVENT_READ, slot)
     while True:
         for key, _ in selector.select():
             try:
@@ -105,4 +103,4 @@ def serve(places: Sequence[Place], antialias: bool) -> None:
 
 if __name__ == "__main__":
     wants_antialias, *sockets = map(int, sys.argv[1:])
-    serve([Place(Connection(number)) for number in sockets], bool(wants_antialias))
+    serve([Slot(Connection(number)) for number in sockets], bool(wants_antialias))

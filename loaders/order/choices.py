@@ -1,32 +1,56 @@
-"""What of a sample a step sees: frames, crop, flip and caption, drawn by a counter-based generator."""
+"""Random choices for a sample: frames, crop, flip and caption, by a counter-based generator."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from loaders.config import VideoInput
+from loaders.index import Record
+from loaders.samples import Window
 from runtime.errors import UserError
 
 CROP_AREA = (0.5, 1.0)
 CROP_ASPECT = (3 / 4, 4 / 3)
 CROP_TRIES = 10
-FLIP, TEXT, CROP, FRAMES = 0, 1, 2, 64  # which of a sample's random numbers are for what
+FLIP, TEXT, CROP, FRAMES = 0, 1, 2, 64  # first random number of a sample for each choice
+ONE_FRAME = np.zeros(1, np.int64)
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-class BadSampleError(Exception):
-    """A sample whose bytes cannot be used; the message is the reason that the log shows."""
+class RandomChoices(NamedTuple):
+    """What is shown of B samples this time: frames (T,) and a window of each; numbers (B,) in [0, 1) pick captions."""
+
+    frames: Sequence[np.ndarray]
+    windows: Sequence[Window]
+    captions: np.ndarray
 
 
-class Window(NamedTuple):
-    """The part of a frame that is shown, in pixels, and whether it is mirrored."""
+def random_choices(
+    records: Sequence[Record], keys: np.ndarray, video: VideoInput | None, augment: bool, flip: bool
+) -> RandomChoices:
+    """The choices for B samples with these keys (B,) of `sample_keys`; video is None for images, of one frame each."""
+    heights, widths = (np.array([getattr(record, side) for record in records]) for side in ("height", "width"))
+    windows = (
+        random_windows(heights, widths, keys, flip)
+        if augment
+        else [Window(0, 0, record.height, record.width) for record in records]
+    )
+    frames = [ONE_FRAME] * len(records) if video is None else clip_frames(records, keys, video)
+    return RandomChoices(frames, windows, random_numbers(keys, TEXT, 1)[:, 0])
 
-    top: int
-    left: int
-    height: int
-    width: int
-    flip: bool = False
+
+def clip_frames(records: Sequence[Record], keys: np.ndarray, video: VideoInput) -> list[np.ndarray]:
+    """Which frames of each clip are shown, (T,) each."""
+    lengths = np.array([max(1, len(record.sizes)) for record in records])
+    if video.sample_type == "rand":
+        return list(random_frames(video.num_frames, lengths, random_numbers(keys, FRAMES, video.num_frames)))
+    return [
+        choose_frames(video.sample_type, video.num_frames, length, record.fps)
+        for length, record in zip(lengths.tolist(), records, strict=True)
+    ]
 
 
 def choose_frames(
@@ -97,13 +121,13 @@ def frames_at_rate(rate: float, length: int, fps: float) -> np.ndarray:
 def random_windows(heights: np.ndarray, widths: np.ndarray, keys: np.ndarray, flip: bool) -> list[Window]:
     """A random resized crop (area 0.5-1, aspect 3/4-4/3) of each of B frames and, if wanted, a flip for half of them.
 
-    heights, widths: (B,) pixels; keys: (B,) of `sample_keys`. Where no crop fits in ten tries, it is the middle.
+    heights, widths: (B,) pixels; keys: (B,) of `sample_keys`. Where none of ten crops fits, it is the middle one.
     """
     mirrored = (random_numbers(keys, FLIP, 1)[:, 0] < 0.5) & flip
     w = np.where(widths > heights, np.minimum(widths, np.rint(heights * CROP_ASPECT[1])), widths)
     h = np.where(heights >= widths, np.minimum(heights, np.rint(widths / CROP_ASPECT[0])), heights)
     middle = np.stack([(heights - h) // 2, (widths - w) // 2, h, w], axis=1)
-    # All tries at once, (B, CROP_TRIES): a batch is small, and calls cost more than numbers.
+    # All tries at once, (B, CROP_TRIES): for a batch the calls cost more than the numbers.
     numbers = random_numbers(keys, CROP, 4 * CROP_TRIES).reshape(len(keys), CROP_TRIES, 4)
     for_area, for_aspect, for_top, for_left = np.moveaxis(numbers, 2, 0)
     height, width = heights[:, None], widths[:, None]
@@ -120,7 +144,7 @@ def random_windows(heights: np.ndarray, widths: np.ndarray, keys: np.ndarray, fl
 def sample_keys(
     seed: int, corpora: np.ndarray, shards: np.ndarray, units: np.ndarray, traversals: np.ndarray
 ) -> np.ndarray:
-    """(B,) uint64: what decides everything random about B samples, each in one traversal of its corpus; arrays (B,)."""
+    """(B,) uint64: the key of all random choices for a sample in one traversal of its corpus; arrays (B,)."""
     key = scrambled(np.full(len(units), seed, np.uint64) + GOLDEN)
     for part in (corpora, shards, units, traversals):
         key = scrambled((key + GOLDEN) ^ np.asarray(part).astype(np.uint64))
@@ -128,7 +152,7 @@ def sample_keys(
 
 
 def random_numbers(keys: np.ndarray, first: int, count: int) -> np.ndarray:
-    """Numbers `first` to `first + count` of each key's endless sequence, (B, count) float64 in [0, 1)."""
+    """Numbers `first` to `first + count` of the random sequence of each key, (B, count) float64 in [0, 1)."""
     counters = np.arange(first + 1, first + count + 1, dtype=np.uint64) * GOLDEN
     return (scrambled(keys[:, None] + counters) >> np.uint64(11)) * 2.0**-53
 

@@ -1,17 +1,27 @@
-"""The order of an epoch: a pure function of (units per shard, seed, epoch), the same for any number of ranks."""
+"""The order of an epoch: pure functions of (units of each shard, seed, epoch), the same for any number of ranks.
+
+A unit is what an epoch counts: a sample, a caption or a question. Shards, or pieces of them where a corpus has few, are
+permuted and laid end to end. The sequence is cut into `stripes` equal pieces. Within its stripe a unit is shuffled in a
+window of `window_shards` shards' worth of units. Position p of the epoch is unit p // stripes of stripe p % stripes.
+Memory and time grow with the number of shards and the size of the window, not with the number of units.
+
+A corpus of weight w is traversed w times an epoch: epoch e holds units e*n to (e+1)*n of its endless sequence of
+traversals, where n is w times its units, rounded. A traversal holds each unit once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, lru_cache, partial
 
 import numpy as np
 
 from runtime.errors import UserError
 
 CHUNKS_PER_STRIPE = 8  # a corpus of few shards is cut finer, so that it mixes well too
-SHARD_ORDER, WINDOW_ORDER, MEDIA_ORDER, PASS_ORDER = 1, 2, 3, 4  # what a generator is for; part of its key
+# What a generator is for; part of its key.
+SHARD_ORDER, WINDOW_ORDER, MEDIA_ORDER, TRAVERSAL_ORDER = 1, 2, 3, 4
 NOTHING = np.zeros(0, np.int64)
 
 
@@ -22,17 +32,10 @@ def generator(seed: int, *counters: int) -> np.random.Generator:
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """One epoch's order over the units of a line of shards.
+    """One epoch's order; see the top of this file.
 
-    Shards (of small corpora: pieces of shards) are permuted and form a line, which is cut into `stripes` equal pieces.
-    Within its stripe a unit moves inside a window of `window_shards` shards' worth. Position p of the epoch is unit
-    p // stripes of stripe p % stripes. Memory and time grow with shards and window, not with units.
-
-    A corpus of weight w is passed over w times an epoch: epoch e holds the units e*n to (e+1)*n of its endless
-    sequence of whole passes, where n is w times its units, rounded. Each pass holds each of its units once.
-
-    counts: units in each shard, (S,). corpora: how many of the shards belong to each corpus; () means one corpus.
-    weights: passes over each corpus an epoch; () means 1.
+    counts: units of each shard, (S,). corpora: shards of each corpus, () for one corpus of all.
+    weights: traversals of each corpus an epoch, () for 1 each.
     """
 
     counts: tuple[int, ...]
@@ -42,43 +45,43 @@ class EpochPlan:
     window_shards: int = 4
     corpora: tuple[int, ...] = ()
     weights: tuple[float, ...] = ()
-    units: int = field(init=False)  # in the epoch
-    window: int = field(init=False)  # units that a window holds
-    chunks: Chunks = field(init=False, repr=False, compare=False)  # in the order of the line
-    starts: np.ndarray = field(init=False, repr=False, compare=False)  # (C,) place on the line of each chunk
 
-    def __post_init__(self) -> None:
-        """Lay the permuted chunks on the line."""
+    @cached_property
+    def chunks(self) -> Chunks:
+        """The chunks of the epoch, C of them, in their order."""
         counts = np.asarray(self.counts, np.int64)
-        mean = int(counts.sum()) / max(1, int(np.count_nonzero(counts)))
-        object.__setattr__(self, "window", max(1, round(self.window_shards * mean)))
-        chunks = self._chunks(counts)
-        order = generator(self.seed, self.epoch, SHARD_ORDER).permutation(len(chunks.sizes))
-        object.__setattr__(self, "chunks", chunks.at(order))
-        object.__setattr__(self, "units", int(chunks.sizes.sum()))
-        object.__setattr__(self, "starts", np.cumsum(self.chunks.sizes) - self.chunks.sizes)
-        object.__setattr__(self, "_window", lru_cache(maxsize=2 * self.stripes)(self._permute_window))
-
-    def _chunks(self, counts: np.ndarray) -> Chunks:
-        """The chunks of the epoch's part of each corpus' passes."""
         pieces = max(1, -(-CHUNKS_PER_STRIPE * self.stripes // max(1, int(np.count_nonzero(counts)))))
         found, first_shard = [], 0
         for corpus, shards in enumerate(self.corpora or (len(counts),)):
             chunks = cut_chunks(counts[first_shard : first_shard + shards], pieces, first_shard)
             first_shard += shards
-            units = int(chunks.sizes.sum())
-            share = epoch_units(units, self.weights[corpus] if self.weights else 1.0)
-            for number in range(self.epoch * share // max(1, units), -(-(self.epoch + 1) * share // max(1, units))):
-                begin, end = self.epoch * share - number * units, (self.epoch + 1) * share - number * units
-                part = replace(chunks, passes=np.full(len(chunks.sizes), number, np.int64))
-                if begin > 0 or end < units:  # the pass reaches over several epochs: its own order decides which part
-                    order = generator(self.seed, number, PASS_ORDER, corpus).permutation(len(part.sizes))
-                    part = part.at(order).between(max(0, begin), min(units, end))
-                found.append(part)
-        return Chunks.joined(found)
+            share = epoch_units(int(chunks.sizes.sum()), self.weights[corpus] if self.weights else 1.0)
+            found += traversals(chunks, corpus, share, self.seed, self.epoch)
+        chunks = Chunks.joined(found)
+        return chunks.at(generator(self.seed, self.epoch, SHARD_ORDER).permutation(len(chunks.sizes)))
 
-    def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(shard, unit in the shard, pass over its corpus) of each position of the epoch; all arrays (P,) int64.
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """How many units precede each chunk, (C,) int64."""
+        return np.cumsum(self.chunks.sizes) - self.chunks.sizes
+
+    @cached_property
+    def units(self) -> int:
+        """Units of the epoch."""
+        return int(self.chunks.sizes.sum())
+
+    @cached_property
+    def window(self) -> int:
+        """Units that a window holds."""
+        mean = sum(self.counts) / max(1, int(np.count_nonzero(self.counts)))
+        return max(1, round(self.window_shards * mean))
+
+    @cached_property
+    def _window_order(self) -> Callable[[int, int, int], np.ndarray]:
+        return lru_cache(maxsize=2 * self.stripes)(partial(window_order, self.seed, self.epoch))
+
+    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(shard, unit in the shard, traversal of its corpus) of positions (P,) of the epoch; each (P,) int64.
 
         Raises:
             IndexError: a position is not in 0 .. units - 1.
@@ -86,32 +89,32 @@ class EpochPlan:
         positions = np.asarray(positions, np.int64)
         if positions.size and (positions.min() < 0 or positions.max() >= self.units):
             raise IndexError(f"positions must be in 0 .. {self.units - 1}")
-        lines = self._lines(positions % self.stripes, positions // self.stripes)
-        places = np.searchsorted(self.starts, lines, side="right") - 1
-        units = self.chunks.firsts[places] + lines - self.starts[places]
-        return self.chunks.shards[places], units, self.chunks.passes[places]
+        shuffled = np.array([self._shuffled(position) for position in positions.tolist()], np.int64)
+        numbers = np.searchsorted(self.starts, shuffled, side="right") - 1
+        chunks = self.chunks.at(numbers)
+        return chunks.shards, chunks.firsts + shuffled - self.starts[numbers], chunks.traversals
+
+    def _shuffled(self, position: int) -> int:
+        """Which unit of the sequence of chunks is at a position."""
+        step, stripe = divmod(position, self.stripes)
+        number, offset = divmod(step, self.window)
+        first, end = self.stripe_bounds(stripe)
+        begin = first + number * self.window
+        return begin + int(self._window_order(stripe, number, min(self.window, end - begin))[offset])
 
     def stripe_bounds(self, stripe: int) -> tuple[int, int]:
-        """First place on the line of a stripe, and the first one past it; stripes differ by one unit at most."""
+        """First unit of a stripe in the sequence of chunks, and the one past its last; sizes differ by one at most."""
         short, longer = divmod(self.units, self.stripes)
         first = stripe * short + min(stripe, longer)
         return first, first + short + (stripe < longer)
 
-    def _lines(self, stripes: np.ndarray, steps: np.ndarray) -> np.ndarray:
-        """Places on the line of unit number `steps` of each stripe; all arrays (P,)."""
-        numbers, places = np.divmod(steps, self.window)
-        lines = np.empty(len(stripes), np.int64)
-        for row, (stripe, number, place) in enumerate(
-            zip(stripes.tolist(), numbers.tolist(), places.tolist(), strict=True)
-        ):
-            first, end = self.stripe_bounds(stripe)
-            begin = first + number * self.window
-            order = self._window(stripe, number, min(self.window, end - begin))  # type: ignore[attr-defined]
-            lines[row] = begin + order[place]
-        return lines
-
-    def _permute_window(self, stripe: int, number: int, size: int) -> np.ndarray:
-        return generator(self.seed, self.epoch, WINDOW_ORDER, stripe, number).permutation(size).astype(np.int32)
+    def replacement(self, position: int, tried: int) -> int:
+        """The position whose sample replaces `tried` bad ones: the following ones of the stripe, around its end."""
+        stripe = position % self.stripes
+        first, end = self.stripe_bounds(stripe)
+        if end - first <= tried:  # the stripe is too short: take any other
+            return (position + tried) % self.units
+        return stripe + self.stripes * ((position // self.stripes + tried) % (end - first))
 
 
 @dataclass(frozen=True)
@@ -121,14 +124,14 @@ class Chunks:
     shards: np.ndarray
     firsts: np.ndarray  # unit in the shard
     sizes: np.ndarray  # units
-    passes: np.ndarray  # over their corpus
+    traversals: np.ndarray  # of their corpus
 
     def at(self, order: np.ndarray) -> Chunks:
         """The chunks of these numbers, in this order."""
         return Chunks(*(values[order] for values in vars(self).values()))
 
     def between(self, begin: int, end: int) -> Chunks:
-        """What lies from the unit number `begin` to before `end` when the chunks stand in a row."""
+        """The part from unit `begin` to before `end` of the chunks laid end to end."""
         ends = np.cumsum(self.sizes)
         starts = ends - self.sizes
         lost = np.maximum(begin - starts, 0)
@@ -148,12 +151,30 @@ def epoch_units(units: int, weight: float) -> int:
 
 
 def cut_chunks(counts: np.ndarray, pieces: int, first_shard: int) -> Chunks:
-    """Each shard in so many equal pieces, fewer where it has fewer units; pass 0."""
+    """Each shard of counts (S,) in so many equal pieces, fewer where it has fewer units; traversal 0."""
     each = np.minimum(pieces, counts)
     rows = np.repeat(np.arange(len(counts)), each)
-    places = np.arange(len(rows)) - np.repeat(np.cumsum(each) - each, each)
-    firsts, ends = (number * counts[rows] // each[rows] for number in (places, places + 1))
+    numbers = np.arange(len(rows)) - np.repeat(np.cumsum(each) - each, each)
+    firsts, ends = (number * counts[rows] // each[rows] for number in (numbers, numbers + 1))
     return Chunks(rows + first_shard, firsts, ends - firsts, np.zeros(len(rows), np.int64))
+
+
+def traversals(chunks: Chunks, corpus: int, share: int, seed: int, epoch: int) -> list[Chunks]:
+    """What an epoch of `share` units holds of each traversal of a corpus of these chunks."""
+    units, found = int(chunks.sizes.sum()), []
+    begin, end = epoch * share, (epoch + 1) * share
+    for number in range(begin // max(1, units), -(-end // max(1, units))):
+        part = replace(chunks, traversals=np.full(len(chunks.sizes), number, np.int64))
+        if begin > number * units or end < (number + 1) * units:  # in parts over several epochs, in an order of its own
+            part = part.at(generator(seed, number, TRAVERSAL_ORDER, corpus).permutation(len(part.sizes)))
+            part = part.between(max(0, begin - number * units), min(units, end - number * units))
+        found.append(part)
+    return found
+
+
+def window_order(seed: int, epoch: int, stripe: int, number: int, size: int) -> np.ndarray:
+    """A permutation (size,) int32 of the units of window `number` of a stripe."""
+    return generator(seed, epoch, WINDOW_ORDER, stripe, number).permutation(size).astype(np.int32)
 
 
 def rank_positions(step: int, batch_size: int, rank: int, world_size: int) -> np.ndarray:

@@ -12,10 +12,10 @@ from typing import Any
 
 from runtime.errors import UserError
 from sharding.annotations.files import Record
-from sharding.annotations.items import Row, identifier, part_of, plain, question_of
+from sharding.annotations.items import Row, identifier, plain, question_of, segment_suffix
 from sharding.reasons import kind_of
 
-ABSENT: Any = object()  # what a record says about a column that it does not have; null is a value
+ABSENT: Any = object()  # the value of a column that a record does not have; null is a value
 QUOTED = re.compile(r'("[^"]*")')  # a column's name in a reason
 Finder = Callable[[Mapping[str, Any]], Any]
 
@@ -36,11 +36,11 @@ class RowError(UserError):
 
 @dataclass
 class Columns:
-    """Where a record says what. The defaults are those of Singularity's own JSON.
+    """Which columns hold what. The defaults are those of Singularity's own JSON.
 
     Each is a column's name, or a template of several such as "{page_dir}/{videoid}.mp4", or a list of such of which
     the first that a record has counts; "sentences.raw" reaches into objects, and into each object of a list.
-    Empty: the records do not say it.
+    Empty: there is none.
     """
 
     media: Any = field(default_factory=lambda: ["image", "video"])  # path below --media-root, or URL
@@ -94,9 +94,9 @@ class RowMaker:
             raise RowError(record, f"media must be {error}") from None
         if not name:
             return Row(filtered="no media path")
-        return self.with_texts(name + self.part(record), record)
+        return self.with_texts(name + self.segment(record), record)
 
-    def fits(self, record: Record) -> bool:
+    def matches(self, record: Record) -> bool:
         """Whether the record has media or texts where these columns say, and Singularity's own JSON has not."""
         usual = Columns()
         if self.columns.media == usual.media and self.columns.caption == usual.caption:
@@ -163,7 +163,7 @@ class RowMaker:
         name = "" if number is ABSENT or number is None else identifier(number)
         return {"question_id": name, "options": [str(option) for option in options], "answer": right}
 
-    def part(self, record: Record) -> str:
+    def segment(self, record: Record) -> str:
         """`#t=START,END` (seconds) of a record with a start or an end; else nothing."""
         start, end = self.find["start"](record.fields), self.find["end"](record.fields)
         no_start, no_end = start is ABSENT or start is None, end is ABSENT or end is None
@@ -179,7 +179,7 @@ class RowMaker:
                 f'"start" {None if no_start else start!r} and "end" {None if no_end else end!r} '
                 "must be seconds, start first",
             )
-        return part_of(first, last)
+        return segment_suffix(first, last)
 
     def missing(self, record: Record, wanted: Any, remedy: str) -> RowError:
         """The error for a record without a column."""
@@ -188,10 +188,10 @@ class RowMaker:
 
 
 def media_name(value: Any) -> str:
-    """The path or URL that a value is; "" where it says nothing.
+    """The path or URL that a value is; "" where it is empty.
 
     Raises:
-        ValueError: it is something else; the message says what it must be instead.
+        ValueError: it is something else; the message names what it must be.
     """
     if isinstance(value, str):
         return value.strip()
@@ -241,7 +241,7 @@ def finder(spec: Any) -> Finder:
     if "{" in spec:
         return template(spec)
     if "." in spec:
-        return lambda record: reach(record, spec, spec.split("."))
+        return lambda record: value_at(record, spec, spec.split("."))
     return lambda record: record.get(spec, ABSENT)
 
 
@@ -258,14 +258,14 @@ def first_of(finders: list[Finder]) -> Finder:
     return find
 
 
-def reach(record: Mapping[str, Any], whole: str, path: list[str]) -> Any:
+def value_at(record: Mapping[str, Any], whole: str, path: list[str]) -> Any:
     """The value at a dotted path, through each object of a list; a column that has the dots in its name comes first."""
     if whole in record:
         return record[whole]
     value: Any = record
     for number, name in enumerate(path):
         if isinstance(value, list):
-            found = [reach(each, "", path[number:]) for each in value if isinstance(each, Mapping)]
+            found = [value_at(each, "", path[number:]) for each in value if isinstance(each, Mapping)]
             return [each for each in found if each is not ABSENT]
         if not isinstance(value, Mapping) or name not in value:
             return ABSENT

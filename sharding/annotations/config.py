@@ -1,4 +1,4 @@
-"""How a corpus is read, as its YAML in configs/corpora and the flags of `python -m sharding.build` say it."""
+"""How annotation files are read: settings, their flags, and the YAMLs of configs/corpora."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def parse_pairs(flag: str, pairs: list[str]) -> dict[str, str]:
 
 
 def with_columns(columns: Columns, pairs: dict[str, str]) -> Columns:
-    """`columns` with some replaced by those of the command line; `a|b` stands for a list of which one is taken."""
+    """`columns` with those of the command line instead; `a|b` is a list of alternatives."""
     known = [each.name for each in fields(columns)]
     for name in pairs:
         if name not in known:

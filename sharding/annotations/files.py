@@ -46,7 +46,7 @@ class Record:
     columns: tuple[str, ...] = ()  # of its file, where only some of them are read
 
     def value(self, key: str) -> Any:
-        """What it says under a key; raises ValueError when it says nothing."""
+        """The value under a key; raises ValueError without one."""
         if key not in self.fields:
             raise UserError(f'{self.place}: no "{key}"; its columns are {self.names}: check --corpus')
         return self.fields[key]
@@ -58,7 +58,7 @@ class Record:
 
     @property
     def place(self) -> str:
-        """Where it stands, for messages."""
+        """File and number, for messages."""
         return f"{self.file}, record {self.number}"
 
 
@@ -201,12 +201,12 @@ def reading_errors(file: str) -> Iterator[None]:
         with storage_errors(file, "read annotations from"):
             yield
     except DAMAGED as error:
-        raise UserError(undone(file, error)) from None
+        raise UserError(decompression_error(file, error)) from None
     except BucketError:
         raise
     except OSError as error:
         if infer_compression(file) and type(error) in (OSError, gzip.BadGzipFile) and error.errno is None:
-            raise UserError(undone(file, error)) from None
+            raise UserError(decompression_error(file, error)) from None
         absent = any(isinstance(cause, FileNotFoundError) for cause in causes(error))
         if absent and status_of(error) in (None, 404):
             raise MissingError(f"annotation file {file} does not exist: check --annotations") from None
@@ -223,6 +223,6 @@ def check_exists(file: str) -> None:
             raise IsADirectoryError(file)
 
 
-def undone(file: str, error: Exception) -> str:
-    """What is said of a compressed file that cannot be decompressed."""
+def decompression_error(file: str, error: Exception) -> str:
+    """The message for a compressed file that cannot be decompressed."""
     return f"annotation file {file} cannot be decompressed ({error}): is it complete, and compressed as its name says?"

@@ -1,4 +1,4 @@
-"""What annotations come to: a row says something about one image or video, an item is that media with all its rows."""
+"""Rows and items: a row is one annotation of an image or video, an item is that medium with all its rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
-PART = re.compile(r"#t=(\d+(?:\.\d+)?)(?:,(\d+(?:\.\d+)?))?$")  # the W3C's form of a part of a clip
+SEGMENT = re.compile(r"#t=(\d+(?:\.\d+)?)(?:,(\d+(?:\.\d+)?))?$")  # a W3C media fragment
 
 FLOAT_TEXT = re.compile(r"[0-9]+\.0+|[0-9](?:\.[0-9]+)?e\+[0-9]{2}")  # whole numbers as tables of floats write them
 
@@ -19,8 +19,8 @@ FLOAT_TEXT = re.compile(r"[0-9]+\.0+|[0-9](?:\.[0-9]+)?e\+[0-9]{2}")  # whole nu
 class Row:
     """One annotation row: captions, or a question, or a choice about the media `source`.
 
-    source: path or URL, with `#t=START,END` where the row is about a part of a clip.
-    filtered: the reason why the row is left out, empty when it is not; the rest then says nothing.
+    source: path or URL, with `#t=START,END` where the row is about a segment of a clip.
+    filtered: the reason why the row is left out, empty when it is not.
     """
 
     source: str = ""
@@ -49,8 +49,8 @@ class Item:
                 entries.append({**entry, "question_id": entry["question_id"] or f"{self.source}#{len(entries)}"})
 
 
-def part_of(start: float, end: float) -> str:
-    """`#t=START,END` (seconds) of a part of a clip; `end` is infinite where the part reaches the clip's end."""
+def segment_suffix(start: float, end: float) -> str:
+    """`#t=START,END` (seconds) of a segment; `end` is infinite where that reaches the clip's end."""
     return f"#t={seconds(start)}" + ("" if math.isinf(end) else f",{seconds(end)}")
 
 
@@ -59,9 +59,9 @@ def seconds(value: float) -> str:
     return f"{value:.3f}".rstrip("0").rstrip(".")
 
 
-def split_part(source: str) -> tuple[str, float, float]:
-    """(media path, start, end) of a source; 0 and infinity where it names no part."""
-    match = PART.search(source)
+def split_segment(source: str) -> tuple[str, float, float]:
+    """(media path, start, end) of a source; 0 and infinity without a segment."""
+    match = SEGMENT.search(source)
     if match is None:
         return source, 0.0, math.inf
     return source[: match.start()], float(match[1]), float(match[2] or math.inf)

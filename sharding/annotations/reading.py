@@ -19,7 +19,7 @@ from sharding.annotations.columns import Columns, RowError, RowMaker
 from sharding.annotations.config import Reading
 from sharding.annotations.files import AnnotationFile, Record, check_exists
 from sharding.annotations.formats.captions import coco_records, flickr_records, sbu_records, something_records
-from sharding.annotations.formats.json_files import first_record, first_sign, is_json_lines, json_records
+from sharding.annotations.formats.json_files import first_character, first_record, is_json_lines, json_records
 from sharding.annotations.formats.msrvtt import msrvtt_records
 from sharding.annotations.formats.questions import activitynet_qa_records, vqa_records
 from sharding.annotations.formats.tables import (
@@ -49,7 +49,7 @@ def json_or_lines(file: AnnotationFile, reading: Reading) -> Iterator[Record]:
 
 def lines_or_json(file: AnnotationFile, reading: Reading) -> Iterator[Record]:
     """Records of JSON lines, or of a JSON list under a name for lines."""
-    return json_records(file) if first_sign(file) == b"[" else jsonl_records(file, reading)
+    return json_records(file) if first_character(file) == b"[" else jsonl_records(file, reading)
 
 
 ENDINGS: dict[str, FileReader] = {
@@ -64,7 +64,7 @@ PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
 
 def by_ending(file: AnnotationFile, reading: Reading) -> Iterator[Record]:
-    """Records of a file whose form its name tells; raises ValueError when it does not."""
+    """Records of a file, read as the ending of its name says; raises ValueError for an unknown one."""
     name = file.name.lower()
     for packed in PACKED:
         name = name.removesuffix(packed)
@@ -72,7 +72,7 @@ def by_ending(file: AnnotationFile, reading: Reading) -> Iterator[Record]:
     if ending not in ENDINGS:
         formats = ", ".join((*READERS, *JOINING))
         raise UserError(
-            f"annotation file {file.name}: its name does not tell its form; set --format to one of {formats}"
+            f"annotation file {file.name}: its name does not show its format; set --format to one of {formats}"
         )
     return ENDINGS[ending](file, reading)
 
@@ -158,7 +158,7 @@ def is_official(file: AnnotationFile, maker: RowMaker) -> bool:
     first = first_record(file)
     if first is None or not any(isinstance(first.fields.get(key), str) for key in ("image", "video")):
         return False
-    return ("caption" in first.fields or "question" in first.fields) and not maker.fits(first)
+    return ("caption" in first.fields or "question" in first.fields) and not maker.matches(first)
 
 
 def expanded(patterns: Sequence[str]) -> list[str]:

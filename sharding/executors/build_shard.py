@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from runtime.process_pool import Advance
-from sharding.annotations.items import Item, split_part
-from sharding.media import Frames, MediaError, pack_image, pack_video
+from sharding.annotations.items import Item, split_segment
+from sharding.media.frames import Frames, MediaError
+from sharding.media.image import pack_image
 from sharding.media.sources import Media, opened
+from sharding.media.video import pack_video
 from sharding.shards.plan import ShardSettings, Task
 from sharding.shards.writing import FinishedShard, ShardWriter
 from storage.policy import storage_errors
@@ -38,7 +40,7 @@ def build_shard(task: Task, advance: Advance) -> FinishedShard:
 
 def packed(task: Task, scratch: Path) -> Iterator[tuple[int, Outcome]]:
     """(number of the item, what became of it) as media come; a clip that several items are parts of is read once."""
-    parts = [(number, *split_part(item.source)) for number, item in enumerate(task.items)]
+    parts = [(number, *split_segment(item.source)) for number, item in enumerate(task.items)]
     files = [list(group) for _, group in itertools.groupby(parts, key=lambda part: part[1])]
     with Media(task.media_root, task.settings.media_type, scratch, task.fetching) as media:
         for place, found in media.fetched([file[0][1] for file in files]):

@@ -126,7 +126,7 @@ def finished(tasks: list[Task]) -> Iterator[tuple[Task, FinishedShard]]:
 
 
 def unpublish(tasks: list[Task]) -> None:
-    """Before shards are built anew: what describes older ones goes first, so that nothing looks complete."""
+    """Remove what describes shards before they are built again, so that nothing looks complete."""
     remove(join_url(tasks[0].output, "corpus.json"))
     with ThreadPoolExecutor(LOOKUPS) as pool:
         indices = [join_url(task.output, task.name.removesuffix(".tar") + ".parquet") for task in tasks]

@@ -1,4 +1,4 @@
-"""Media inside tar and zip archives, local or remote: one pass lists the members, then each is one ranged read."""
+"""Media inside tar and zip archives, local or remote: one traversal lists the members, then each is one ranged read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ import fsspec
 import pyarrow as pa
 
 from runtime.errors import UserError
-from sharding.media import MediaError
+from sharding.media.frames import MediaError
 from sharding.media.links import LinkError, follow
 from sharding.media.tar import Damage, TarStream, compression_of
 from storage.files import atomic_file
@@ -34,10 +34,19 @@ LOCAL_HEADER = 30  # bytes before name and extra field in front of a zip's membe
 ENTRY = 46  # and in its directory
 EXTRA = 1024  # bytes read for name and extra field
 BATCH = 10_000  # members
-PLAIN = -1  # instead of a zip's method, in a tar
+IN_TAR = -1  # instead of a zip's method, in a tar
 ZSTD = 93
 METHODS = {1: "shrink", 6: "implode", 9: "deflate64", 94: "MP3", 95: "xz", 96: "JPEG", 97: "WavPack", 98: "PPMd"}
-SPELLINGS = ("utf-8", "cp437", "cp1252", "gb18030", "cp932", "cp949", "big5", "cp1251")  # of names, the likely first
+NAME_ENCODINGS = (
+    "utf-8",
+    "cp437",
+    "cp1252",
+    "gb18030",
+    "cp932",
+    "cp949",
+    "big5",
+    "cp1251",
+)  # the likely first
 
 SCHEMA = pa.schema(
     [
@@ -45,11 +54,11 @@ SCHEMA = pa.schema(
         ("offset", pa.int64()),  # of the data in a tar, of the local header in a zip
         ("stored", pa.int64()),  # bytes in the archive
         ("size", pa.int64()),  # bytes of the member
-        ("method", pa.int16()),  # of compression in a zip; PLAIN in a tar
+        ("method", pa.int16()),  # of compression in a zip; IN_TAR in a tar
         ("crc32", pa.uint32()),
         ("link", pa.binary()),  # of a link: where it leads
         ("hard", pa.bool_()),
-        ("unfit", pa.string()),  # why the member cannot be read
+        ("unreadable", pa.string()),  # why the member cannot be read
     ]
 )
 
@@ -68,7 +77,7 @@ class Member:
     crc32: int
     link: bytes = b""
     hard: bool = False
-    unfit: str = ""
+    unreadable: str = ""
 
 
 def split_archive(url: str) -> tuple[str, str] | None:
@@ -93,10 +102,10 @@ class Archive:
         make_listing(url, listing)
         with pa.memory_map(str(listing)) as file:
             self.table = pa.ipc.open_stream(file).read_all().combine_chunks()
-        said = {key.decode(): value.decode() for key, value in (self.table.schema.metadata or {}).items()}
-        if said["error"]:
-            raise ValueError(said["error"])
-        self.damage = said["damage"]
+        notes = {key.decode(): value.decode() for key, value in (self.table.schema.metadata or {}).items()}
+        if notes["error"]:
+            raise ValueError(notes["error"])
+        self.damage = notes["damage"]
 
     def find(self, path: bytes, before: int | None = None) -> Member | None:
         """The last member of a path, or the last one that lies before an offset."""
@@ -111,7 +120,7 @@ class Archive:
 
     def member(self, name: str) -> Member:
         """The file of that name, links followed; raises MediaError when there is none."""
-        for path in spellings(name, is_zip(self.url)):
+        for path in encoded_names(name, is_zip(self.url)):
             try:
                 return follow(path, self.find)
             except KeyError:
@@ -124,15 +133,17 @@ class Archive:
     def read(self, name: str) -> bytes:
         """A member's bytes; raises MediaError when there is no such member, or it cannot be read or is damaged."""
         member = self.member(name)
-        if member.unfit:
-            raise MediaError(f"{name} in {self.name} {member.unfit}: unpack the archive first")
-        data = self.bytes_at(member.offset, member.stored if member.method == PLAIN else ahead_of(member))
-        if member.method != PLAIN:
+        if member.unreadable:
+            raise MediaError(f"{name} in {self.name} {member.unreadable}: unpack the archive first")
+        data = self.bytes_at(member.offset, member.stored if member.method == IN_TAR else read_size(member))
+        if member.method != IN_TAR:
             missing = LOCAL_HEADER + lengths_in(data) + member.stored - len(data)
             data = unpack(data if missing <= 0 else data + self.bytes_at(member.offset + len(data), missing), member)
         if len(data) != member.size:
-            said = f"{len(data)} bytes instead of {member.size} from the archive {self.name}"
-            raise MediaError(f"{said}: cut, or no ranges")
+            raise MediaError(
+                f"{len(data)} bytes instead of {member.size} from the archive {self.name}: it is truncated, or its "
+                "server ignores ranges"
+            )
         return data
 
     def bytes_at(self, offset: int, size: int) -> bytes:
@@ -145,7 +156,7 @@ def is_zip(url: str) -> bool:
     return url.lower().endswith(".zip")
 
 
-def spellings(name: str, in_zip: bool) -> Iterator[bytes]:
+def encoded_names(name: str, in_zip: bool) -> Iterator[bytes]:
     """The paths that a member of this name may have in an archive: in UTF-8, composed or not, in older encodings."""
     name = posixpath.normpath(name.replace("\\", "/") if in_zip else name)
     if name.isascii():
@@ -154,14 +165,14 @@ def spellings(name: str, in_zip: bool) -> Iterator[bytes]:
     yield name.encode("utf-8", "surrogateescape")
     for composed in (unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)):
         yield composed.encode("utf-8", "surrogateescape")
-    for encoding in SPELLINGS:
+    for encoding in NAME_ENCODINGS:
         try:
             yield name.encode(encoding)
         except UnicodeEncodeError:
             continue
 
 
-def ahead_of(member: Member) -> int:
+def read_size(member: Member) -> int:
     """Bytes to read of a zip's member, from its local header on: more than it takes but for very long extra fields."""
     return LOCAL_HEADER + len(member.name) + EXTRA + member.stored
 
@@ -186,7 +197,7 @@ def unpack(data: bytes, member: Member) -> bytes:
 
 
 def decompress(body: bytes, member: Member) -> bytes:
-    """What a zip's member was before it was compressed; no more than a byte beyond the size that the zip says."""
+    """A zip's member, decompressed to at most one byte more than its directory states."""
     if member.method == zipfile.ZIP_DEFLATED:
         return zlib.decompressobj(-zlib.MAX_WBITS).decompress(body, member.size + 1)
     if member.method == zipfile.ZIP_BZIP2:
@@ -278,8 +289,8 @@ def tar_members(file: BinaryIO, damages: list[Damage]) -> Iterator[Member]:
                 damages.append(found)
         else:
             empty = False
-            place = found.offset, found.size, found.size, PLAIN, 0
-            yield Member(found.path, *place, found.link, found.hard, found.unfit)
+            place = found.offset, found.size, found.size, IN_TAR, 0
+            yield Member(found.path, *place, found.link, found.hard, found.unreadable)
     if empty and damages:
         raise EOFError(f"{damages[0].reason} at byte {damages[0].offset}, and no sound one")
 
@@ -312,10 +323,10 @@ def zip_members(file: BinaryIO) -> Iterator[Member]:
             if name.endswith((b"/", b"\\")):
                 continue
             readable = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA, ZSTD)
-            unfit = ""
+            unreadable = ""
             if info.flag_bits & 1:
-                unfit = "is encrypted"
+                unreadable = "is encrypted"
             elif info.compress_type not in readable:
-                unfit = f"is compressed with {METHODS.get(info.compress_type, f'method {info.compress_type}')}"
+                unreadable = f"is compressed with {METHODS.get(info.compress_type, f'method {info.compress_type}')}"
             place = info.header_offset, info.compress_size, info.file_size, info.compress_type, info.CRC
-            yield Member(path, *place, unfit=unfit)
+            yield Member(path, *place, unreadable=unreadable)

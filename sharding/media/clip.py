@@ -218,7 +218,7 @@ class Clip:
             self.broken = self.broken or "a stream begins in the middle"
 
     def decoded(self) -> Iterator[av.VideoFrame]:
-        """Frames in the order of the decoder; broken packets are passed over."""
+        """Frames in the order of the decoder; broken packets are skipped."""
         decode = self.stream.codec_context.decode
         for packet in itertools.chain(self.packets(), [None]):  # None: what the decoder still holds
             try:
@@ -228,7 +228,7 @@ class Clip:
 
 
 def complete(frame: av.VideoFrame) -> bool:
-    """Whether a frame owes nothing to those before it; streams that refresh a part at a time have places without."""
+    """Whether a frame depends on no earlier one; streams with gradual refresh have stretches without such frames."""
     return frame.key_frame or frame.pict_type not in (PictureType.P, PictureType.B)
 
 

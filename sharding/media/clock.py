@@ -70,7 +70,7 @@ class Clock:
 
 
 class FrameTimes:
-    """The time stamps of decoded frames: their own, or those of decoding where that runs truer (as in H.264 in AVI)."""
+    """The time stamps of decoded frames: their own, or the decoder's where those are more consistent (H.264 in AVI)."""
 
     def __init__(self) -> None:
         self.own = self.decoding = -math.inf  # of the frame before

@@ -1,4 +1,4 @@
-"""What a JPEG's bytes tell before they are decoded: where its picture begins, whether it ends, how it is turned."""
+"""Facts of a JPEG without decoding it: where its picture begins, whether it ends, its orientation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 
 START_OF_IMAGE = b"\xff\xd8"
 UPRIGHT = 1
-TURNED = {2, 3, 4, 5, 6, 7, 8}  # what EXIF's orientation says of other pictures
+TURNED = {2, 3, 4, 5, 6, 7, 8}  # EXIF's orientations of pictures that are not
 SIDEWAYS = {5, 6, 7, 8}  # width and height change places
 
 _ORIENTATION = 0x0112
@@ -29,7 +29,7 @@ def has_end(jpeg: bytes) -> bool:
     """Whether a JPEG's picture has its end-of-image marker.
 
     In compressed data 0xFF is followed by a zero, a restart marker or another 0xFF, so the first such marker after the
-    picture's begin is its end. Bytes after it are of no account: a phone's Motion Photo has its clip there. The start
+    picture's begin is its end. Bytes after it are ignored: a phone's Motion Photo has its clip there. The start
     of another image before it means that the marker is the other image's, and this one is cut.
     """
     border = _NEXT_BORDER.search(jpeg, read_header(jpeg)[0])
@@ -72,7 +72,7 @@ def known_orientation(exif: Image.Exif) -> int:
 def read_header(jpeg: bytes) -> tuple[int, int, bytes]:
     """(first byte of a JPEG's first scan, or the length without one; its channels; its EXIF block, empty without one).
 
-    Segments are passed over by their length: a thumbnail in one has markers of its own.
+    Segments are skipped by their length: a thumbnail in one has markers of its own.
     """
     place, last, channels, exif = 2, len(jpeg) - 10, 0, b""
     while place <= last:

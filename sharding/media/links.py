@@ -35,32 +35,34 @@ class LinkError(ValueError):
     """A link that leads to no file."""
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
     """Where a member of a tar lies, or leads to."""
 
     offset: int
     size: int
     link: bytes
     hard: bool
-    unfit: str
+    unreadable: str
 
 
-class Places:
+class Locations:
     """Where the members of one tar lie, by path."""
 
     def __init__(self) -> None:
-        self._places: dict[bytes, list[Place]] = defaultdict(list)
+        self._locations: dict[bytes, list[Location]] = defaultdict(list)
 
     def add(self, member: Member) -> None:
         """Note the next member."""
-        self._places[member.path].append(Place(member.offset, member.size, member.link, member.hard, member.unfit))
+        self._locations[member.path].append(
+            Location(member.offset, member.size, member.link, member.hard, member.unreadable)
+        )
 
-    def find(self, path: bytes, before: int | None) -> Place | None:
+    def find(self, path: bytes, before: int | None) -> Location | None:
         """The last member of a path, or the last one that lies before an offset."""
-        found = self._places.get(path, [])
+        found = self._locations.get(path, [])
         return next((place for place in reversed(found) if before is None or place.offset < before), None)
 
-    def target(self, link: Member) -> Place:
+    def target(self, link: Member) -> Location:
         """The file that a link leads to; raises LinkError when that is none."""
         try:
             return follow(link.link, self.find, link.offset if link.hard else None)

@@ -80,7 +80,7 @@ def decode_picture(data: bytes, size: int = 0) -> Picture:
 
 
 def picture_size(data: bytes) -> tuple[int, int]:
-    """(width, height) of an upright picture, by its header; what is damaged behind that, decoding tells.
+    """(width, height) of an upright picture, by its header; damage behind that shows only in decoding.
 
     Raises:
         MediaError: the bytes are no image.
@@ -91,7 +91,7 @@ def picture_size(data: bytes) -> tuple[int, int]:
     if header is not None:
         check_pixels(header.width, header.height)
         return header.upright_size
-    with naming_faults(), open_by_pillow(data) as image:
+    with media_errors(), open_by_pillow(data) as image:
         return (image.height, image.width) if exif_orientation(image, data) in SIDEWAYS else image.size
 
 
@@ -188,7 +188,7 @@ def open_by_pillow(data: bytes) -> Image.Image:
 
 def decode_by_pillow(data: bytes) -> Picture:
     """Any image Pillow reads, in full."""
-    with naming_faults(), open_by_pillow(data) as image:
+    with media_errors(), open_by_pillow(data) as image:
         if data[:2] == START_OF_IMAGE:
             check_jpeg(data)
         image.load()
@@ -198,7 +198,7 @@ def decode_by_pillow(data: bytes) -> Picture:
 
 
 @contextmanager
-def naming_faults() -> Iterator[None]:
+def media_errors() -> Iterator[None]:
     """Within it Pillow does not warn, and what its parsers raise, of any kind, becomes a MediaError with the reason."""
     try:
         with warnings.catch_warnings():
@@ -239,7 +239,7 @@ def rgb_pixels(image: Image.Image, data: bytes) -> np.ndarray:
     """RGB pixels (H, W, 3) uint8 of a loaded image: 16 bits to 8, transparency over white.
 
     Raises:
-        MediaError: it does not say which of its numbers are black and white.
+        MediaError: its range of brightness is not known.
     """
     depth = data[24] if image.format == "PNG" else 8  # bits of a sample
     clear = image.info.get("transparency")
@@ -272,7 +272,7 @@ def grey_of_wide_numbers(image: Image.Image) -> np.ndarray:
         grey = (np.asarray(image) >> 8).astype(np.uint8)
     else:
         kind = "integers of 32 bits, or with a sign" if whole else "floating-point numbers"
-        raise MediaError(f"its pixels are {kind}, whose range it does not tell: convert it to 8 or 16 bits")
+        raise MediaError(f"its pixels are {kind}, without a stated range: convert it to 8 or 16 bits")
     return np.repeat(grey[..., None], 3, axis=2)
 
 

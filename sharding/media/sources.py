@@ -21,14 +21,14 @@ from urllib.parse import quote, unquote
 import fsspec
 
 from runtime.errors import AccessError, MissingError, UserError
-from sharding.media import MediaError
 from sharding.media.archives import Archive, split_archive
+from sharding.media.frames import MediaError
 from storage.policy import StoreError, check_bucket, describe_error, retry, storage_errors
 from storage.urls import join_url, plain_scheme
 from storage.web import Fetching, web_client
 
 WINDOW = {"image": 1024, "video": 64}  # media: how far finished ones may run ahead of one that is slow to come
-AHEAD = 2  # media under way or waiting to be decoded, for each connection
+PREFETCHED = 2  # media under way or waiting to be decoded, for each connection
 OPEN_ARCHIVES = 8
 COMPRESSED_TAR = re.compile(r"\.(tar\.\w+|tgz|tbz2|txz)$", re.IGNORECASE)
 WEB = ("http://", "https://")
@@ -62,7 +62,7 @@ class Media:
         """(place in `sources`, media or why it cannot be read), local files in order, distant ones as they come.
 
         Raises:
-            PermissionError: the store refuses the credentials, so that no source would be better off.
+            PermissionError: the store refuses the credentials, for all sources.
         """
         places = iter(range(len(sources)))
         local = (self.location(source).startswith("/") for source in sources)
@@ -80,11 +80,11 @@ class Media:
                     while (
                         few
                         and following is not None
-                        and len(pending) < AHEAD * self.fetching.connections
+                        and len(pending) < PREFETCHED * self.fetching.connections
                         and following - min(pending, default=following) < window
                     ):
                         pending[following] = self.start(pool, sources[following])
-                        pending[following].add_done_callback(functools.partial(hand_over, done, following))
+                        pending[following].add_done_callback(functools.partial(put_result, done, following))
                         following = next(places, None)
                     place, future = done.get()
                     del pending[place]
@@ -105,7 +105,7 @@ class Media:
         return pool.submit(self.fetch, source)
 
     def outcome(self, future: Future[Any], source: str) -> Fetched | MediaError:
-        """What came of a source; raises what would befall all others, too."""
+        """The media or why it cannot be read; raises errors that all other sources would meet."""
         try:
             found = future.result()
         except StoreError as error:
@@ -163,7 +163,7 @@ def web_address(root: str, name: str) -> str:
     return url[:outer] + quote(archive[outer:]) + ("/" + member if member else "")
 
 
-def hand_over(done: queue.SimpleQueue[tuple[int, Future[Any]]], place: int, future: Future[Any]) -> None:
+def put_result(done: queue.SimpleQueue[tuple[int, Future[Any]]], place: int, future: Future[Any]) -> None:
     """Tell who waits at a queue that a source is there."""
     done.put((place, future))
 
@@ -221,7 +221,7 @@ def opened(media: Fetched) -> Iterator[bytes | mmap.mmap]:
 
 
 def check_root(root: str) -> None:
-    """Make sure that the place that media paths start from is there, as far as that can be told.
+    """Check that the folder, archive or store that media paths start from exists, where that can be known.
 
     Raises:
         FileNotFoundError: it does not exist. ValueError: it is a compressed tar. PermissionError, OSError: it is remote

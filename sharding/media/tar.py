@@ -1,4 +1,4 @@
-"""Walks through a tar from end to end: every member with its place and bytes, and whatever is damaged on the way."""
+"""Traverses a tar from start to end: every member with its offset and bytes, and all damage."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ class Member:
     """
 
     name: str
-    header: bytes  # the tar header before it; empty when that is damaged and the index told what follows
+    header: bytes  # the tar header before it; empty when that is damaged and `known` names the file
     offset: int
     size: int
     data: bytes | None
     path: bytes = b""
     link: bytes = b""  # of a link: the path of what it leads to
     hard: bool = False  # a hard link, which leads to a member before it
-    unfit: str = ""  # why the bytes at `offset` are not the file's
+    unreadable: str = ""  # why the bytes at `offset` are not the file's
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ class Damage:
 class TarStream:
     """Reads an open file once from its start, counting and hashing its bytes."""
 
-    def __init__(self, file: BinaryIO, heard: Callable[[int], None] | None = None, skips: bool = False) -> None:
-        """`heard` is called with the number of bytes of each read; with `skips` only what is wanted is read.
+    def __init__(self, file: BinaryIO, on_read: Callable[[int], None] | None = None, skips: bool = False) -> None:
+        """`on_read` is called with the number of bytes of each read; with `skips` only what is wanted is read.
 
         Then the SHA-256 is of nothing.
         """
-        self.file, self.heard, self.skips = file, heard or (lambda _: None), skips
+        self.file, self.on_read, self.skips = file, on_read or (lambda _: None), skips
         self.sha256 = hashlib.sha256()
         self.position = 0
         self.head = b""  # the first bytes
@@ -79,7 +79,7 @@ class TarStream:
                 self.head = part[:8]
             self.sha256.update(part)
             self.position += len(part)
-            self.heard(len(part))
+            self.on_read(len(part))
             size -= len(part)
             if keep:
                 parts.append(part)
@@ -101,7 +101,7 @@ class TarStream:
         the next place that `known` (offset of the data: name and size) or a sound header shows.
         """
         known = known or {}
-        for_all: dict[str, bytes] = {}  # what members say of all that follow
+        for_all: dict[str, bytes] = {}  # what members describe of all that follow
         for_next: dict[str, bytes] = {}  # and of the next one
         ended = False  # the end mark was passed
         while True:
@@ -130,16 +130,16 @@ class TarStream:
                 if info is None:
                     return
             if info.type in PAX or info.type in LONG:
-                said = self.description(info)
-                if said is None:
+                described = self.description(info)
+                if described is None:
                     yield Damage(start, "damaged description of the next member")
-                (for_all if info.type == tarfile.XGLTYPE else for_next).update(said or {})
+                (for_all if info.type == tarfile.XGLTYPE else for_next).update(described or {})
             else:
                 yield from self.entry(info, header, for_all | for_next, wanted)
                 for_next = {}
 
     def description(self, info: tarfile.TarInfo) -> dict[str, bytes] | None:
-        """What a PAX or GNU member says of others; None when it is damaged."""
+        """What a PAX or GNU member describes of others; None when it is damaged."""
         data = self.read(info.size, info.size <= LONGEST)
         self.read(-info.size % BLOCK)
         if info.type in LONG:
@@ -147,39 +147,39 @@ class TarStream:
         return pax_records(data) if len(data) == info.size else None
 
     def entry(
-        self, info: tarfile.TarInfo, header: bytes, said: Mapping[str, bytes], wanted: Callable[[str], bool]
+        self, info: tarfile.TarInfo, header: bytes, described: Mapping[str, bytes], wanted: Callable[[str], bool]
     ) -> Iterator[Member | Damage]:
-        """What a header, with what was `said` of it before, stands for; nothing for folders and devices."""
-        name = said.get("GNU.sparse.name") or said.get("path") or info.name.encode("utf-8", "surrogateescape")
-        digits = said.get("size", b"")
+        """The member of a header and its earlier descriptions; nothing for folders and devices."""
+        name = described.get("GNU.sparse.name") or described.get("path") or info.name.encode("utf-8", "surrogateescape")
+        digits = described.get("size", b"")
         size = int(digits) if digits.isdigit() and len(digits) <= 20 else info.size
         if info.type in (tarfile.LNKTYPE, tarfile.SYMTYPE):
             hard = info.type == tarfile.LNKTYPE
-            link = said.get("linkpath") or info.linkname.encode("utf-8", "surrogateescape")
+            link = described.get("linkpath") or info.linkname.encode("utf-8", "surrogateescape")
             place = link if hard else posixpath.join(posixpath.dirname(name), link)
             yield Member(shown(name), header, self.position, 0, None, plain(name), plain(place), hard)
         elif info.type in NO_FILE:
             self.read(size + -size % BLOCK, keep=False)
         elif info.type not in NO_DATA:
-            unfit = "begins in another volume" if info.type == OTHER_VOLUME else ""
-            if info.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in said):
-                unfit = "is stored as a sparse file"
+            unreadable = "begins in another volume" if info.type == OTHER_VOLUME else ""
+            if info.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in described):
+                unreadable = "is stored as a sparse file"
             more = header[482:483] if info.type == tarfile.GNUTYPE_SPARSE else b""
             while more.strip(b"\0"):  # blocks with more of the map of its parts
                 more = self.read(BLOCK)[504:505]
-            yield from self.file_at(name, size, header, wanted, unfit)
+            yield from self.file_at(name, size, header, wanted, unreadable)
 
     def file_at(
-        self, name: bytes, size: int, header: bytes, wanted: Callable[[str], bool], unfit: str = ""
+        self, name: bytes, size: int, header: bytes, wanted: Callable[[str], bool], unreadable: str = ""
     ) -> Iterator[Member | Damage]:
         """The file whose data start here."""
         text = shown(name)
-        offset, keep = self.position, not unfit and wanted(text)
+        offset, keep = self.position, not unreadable and wanted(text)
         data = self.read(size, keep)
         if self.position < offset + size:
             yield Damage(self.position, f"the tar ends inside {text}: it was cut off", cut=text)
             return
-        yield Member(text, header, offset, size, data if keep else None, plain(name), unfit=unfit)
+        yield Member(text, header, offset, size, data if keep else None, plain(name), unreadable=unreadable)
         place = self.position
         padding = self.read(-size % BLOCK)
         if any(padding):

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps
 
-from sharding.media import MediaError
+from sharding.media.frames import MediaError
 from sharding.media.picture import decode_picture
 
 GAP, FRAME_GAP, LINE, TITLE = 8, 2, 15, 34  # pixels

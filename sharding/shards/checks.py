@@ -1,4 +1,4 @@
-"""Checks one shard: its tar byte by byte against its index, its checksums, and what corpus.json says of both."""
+"""Checks one shard: its tar byte by byte against its index, its checksums, and corpus.json."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any
 import pyarrow as pa
 
 from runtime.process_pool import Advance
-from sharding.media import MediaError
-from sharding.media.links import LinkError, Places
+from sharding.media.frames import MediaError
+from sharding.media.links import LinkError, Locations
 from sharding.media.picture import decode_picture
 from sharding.media.tar import Damage, Member, TarStream, open_stream
 from sharding.shards.foreign import PICTURES, split_name
@@ -45,7 +45,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Check:
-    """A shard to check: URLs of both files, what corpus.json says (None: nothing that could be trusted)."""
+    """A shard to check: URLs of both files, its line of corpus.json (None: not to be trusted)."""
 
     number: int
     tar: str
@@ -65,7 +65,7 @@ class Report:
     index_is_sound: bool = False
     info: ShardInfo | None = None  # of a sound shard, from the files themselves
     media_type: str = ""
-    failures: list[dict[str, Any]] = field(default_factory=list)  # as the index tells them
+    failures: list[dict[str, Any]] = field(default_factory=list)  # as the index lists them
 
 
 def check_shard(check: Check, advance: Advance) -> Report:
@@ -79,24 +79,24 @@ def check_shard(check: Check, advance: Advance) -> Report:
     expected = check.info or (ShardInfo(tar_name, **note["facts"], index_bytes=0, index_sha256="") if note else None)
     report.faults += faults
 
-    def walk_through() -> Walk:
+    def traverse() -> TarCheck:
         with open_stream(check.tar) as file:
             stream = TarStream(file, lambda part: advance(0, 0, part))
-            walk = Walk(check, tar_name, table, rows, stream)
+            walk = TarCheck(check, tar_name, table, rows, stream)
             walk.run(None if expected is None else expected.bytes)
             return walk
 
     try:
-        walk = retry(walk_through)
+        walk = retry(traverse)
     except Exception as error:  # each store has errors of its own
         report.faults.append(Fault(tar_name, unread(error)))
     else:
         sha256 = walk.stream.sha256.hexdigest()
         as_written = expected is None or sha256 == expected.sha256
-        found = walk.faults + ([] if as_written else walk.doubts)
-        report.faults += found if as_written or found else [unnamed(tar_name)]
+        found = walk.faults + ([] if as_written else walk.minor)
+        report.faults += found if as_written or found else [undetected(tar_name)]
         report.tar_is_sound = as_written and not walk.damaged
-        report.index_is_sound = table is not None and not faults and not (walk.misfits and as_written)
+        report.index_is_sound = table is not None and not faults and not (walk.mismatches and as_written)
         if report.index_is_sound and table is not None:
             report.failures = note.get("failures", [])
             report.media_type = media_type_of(table)
@@ -109,7 +109,7 @@ def check_shard(check: Check, advance: Advance) -> Report:
     return report
 
 
-def unnamed(tar_name: str) -> Fault:
+def undetected(tar_name: str) -> Fault:
     """The fault of a tar that differs from what was written, though no reader would notice."""
     return Fault(tar_name, "its SHA-256 is not the recorded one, though every member is sound")
 
@@ -162,23 +162,23 @@ class Frame:
     crc32: int
 
 
-class Walk:
-    """One walk through a tar: `faults`, and `doubts` that count only if the tar's SHA-256 is wrong."""
+class TarCheck:
+    """One traversal of a tar: `faults`, and `minor` ones that count only if the tar's SHA-256 is wrong."""
 
     def __init__(
         self, check: Check, name: str, table: pa.Table | None, rows: list[dict[str, Any]], stream: TarStream
     ) -> None:
         self.check, self.name, self.table, self.rows, self.stream = check, name, table, rows, stream
         self.faults: list[Fault] = []
-        self.doubts: list[Fault] = []
-        self.damaged = self.misfits = 0  # faults of the tar itself; places where the index does not fit it
+        self.minor: list[Fault] = []
+        self.damaged = self.mismatches = 0  # faults of the tar itself; places where the index does not fit it
         self.number_of = {row["key"]: number for number, row in enumerate(self.rows)}
         self.frames: dict[int, list[Frame]] = defaultdict(list)  # links let several samples share a file
         for number, row in enumerate(self.rows):
             for frame, (offset, size, crc32) in enumerate(zip(row["offsets"], row["sizes"], row["crc32s"])):
                 self.frames[offset].append(Frame(number, frame, size, crc32))
         self.texts: dict[int, dict[str, Any]] = {}
-        self.places = Places()
+        self.locations = Locations()
         self.links: list[Member] = []
         self.elsewhere: list[tuple[Member, Frame]] = []  # frames in the file of another sample: is it a link?
 
@@ -189,17 +189,17 @@ class Walk:
         for found in self.stream.walk(lambda _: True, known):
             if isinstance(found, Damage):
                 fault = Fault(self.name, found.reason, offset=found.offset)
-                (self.faults if found.certain else self.doubts).append(fault)
+                (self.faults if found.certain else self.minor).append(fault)
                 self.damaged += found.certain
                 cut = cut or "cut off" in found.reason
             else:
-                self.see(found)
+                self.check_member(found)
         if size is not None and size != self.stream.position:
             self.damaged += 1
             reason = f"{self.stream.position} bytes, {size} expected"
             self.faults.append(Fault(self.name, reason, offset=min(self.stream.position, size)))
-        self.see_links()
-        self.not_seen(cut)
+        self.check_links()
+        self.check_unseen(cut)
         self.compare_texts()
 
     def name_of(self, frame: Frame) -> str:
@@ -207,50 +207,50 @@ class Walk:
         row = self.rows[frame.row]
         return f"{row['key']}.jpg" if row["fps"] is None else f"{row['key']}.{frame.number:03d}.jpg"
 
-    def see(self, member: Member) -> None:
+    def check_member(self, member: Member) -> None:
         """Check one member against the index."""
         key, ending = split_name(member.name)
         if not self.check.own:
-            self.places.add(member)
+            self.locations.add(member)
         if member.link:
             self.links.append(member)
             return
         frames = self.frames.pop(member.offset, [])
         if self.check.own and member.header and member.header != tar_header(member.name, member.size):
-            self.doubts.append(Fault(self.name, "its tar header is not as written", key, member.offset - 512))
+            self.minor.append(Fault(self.name, "its tar header is not as written", key, member.offset - 512))
         for frame in frames:
             if self.check.own or is_key(key, self.rows[frame.row]["key"]):
-                self.see_frame(member, frame)
+                self.check_frame(member, frame)
             else:
                 self.elsewhere.append((member, frame))
         if frames:
             return
         if self.check.own and self.table is not None and ending.rsplit(".", 1)[-1] in PICTURES:
-            self.misfit(f"{member.name} is not in the index", key, member.offset)
+            self.mismatch(f"{member.name} is not in the index", key, member.offset)
         elif self.check.own and ending == "json" and member.data is not None:
-            self.see_text(member, key)
+            self.note_text(member, key)
 
-    def see_links(self) -> None:
+    def check_links(self) -> None:
         """Check frames in files of other names: links must lead there."""
         linked = set()
         for link in self.links:
             with suppress(LinkError):
-                linked.add((split_name(link.name)[0], self.places.target(link).offset))
+                linked.add((split_name(link.name)[0], self.locations.target(link).offset))
         for member, frame in self.elsewhere:
             row = self.rows[frame.row]
             if (row["key"], member.offset) in linked:
-                self.see_frame(member, frame)
+                self.check_frame(member, frame)
             else:
-                self.misfit(f"frame {frame.number}: the tar has {member.name} here", row["key"], member.offset)
+                self.mismatch(f"frame {frame.number}: the tar has {member.name} here", row["key"], member.offset)
 
-    def see_frame(self, member: Member, frame: Frame) -> None:
+    def check_frame(self, member: Member, frame: Frame) -> None:
         """Check a frame's name, size, CRC-32, and with `decode` its pixels."""
         row, data = self.rows[frame.row], member.data or b""
         where = f"frame {frame.number}"
         if self.check.own and member.name != self.name_of(frame):
-            self.misfit(f"{where}: the tar has {member.name} here", row["key"], member.offset)
+            self.mismatch(f"{where}: the tar has {member.name} here", row["key"], member.offset)
         elif member.size != frame.size:
-            self.misfit(f"{where}: {member.size} bytes, the index says {frame.size}", row["key"], member.offset)
+            self.mismatch(f"{where}: {member.size} bytes, the index says {frame.size}", row["key"], member.offset)
         elif zlib.crc32(data) != frame.crc32:
             self.damaged += 1
             reason = f"{where}: CRC-32 does not match the index"
@@ -260,13 +260,13 @@ class Walk:
             if reason:
                 self.faults.append(Fault(self.name, f"{where}: {reason}", row["key"], member.offset))
 
-    def see_text(self, member: Member, key: str) -> None:
+    def note_text(self, member: Member, key: str) -> None:
         """Note a sample's JSON, to be compared with the index."""
         number = self.number_of.get(key)
         if self.table is None:
             return
         if number is None:
-            self.misfit(f"{member.name} is not in the index", key, member.offset)
+            self.mismatch(f"{member.name} is not in the index", key, member.offset)
             return
         try:
             self.texts[number] = json.loads(member.data or b"")
@@ -274,13 +274,13 @@ class Walk:
             self.damaged += 1
             self.faults.append(Fault(self.name, "its JSON cannot be read", key, member.offset))
 
-    def misfit(self, reason: str, key: str, offset: int) -> None:
+    def mismatch(self, reason: str, key: str, offset: int) -> None:
         """Note that index and tar contradict each other."""
-        self.misfits += 1
+        self.mismatches += 1
         self.faults.append(Fault(self.name, reason, key, offset))
 
-    def not_seen(self, cut: bool) -> None:
-        """Frames of the index that the tar has not; of a tar that was cut off only their number is told."""
+    def check_unseen(self, cut: bool) -> None:
+        """Frames of the index that the tar lacks; of a tar that was cut off only their number is reported."""
         left = [(offset, frame) for offset, frames in self.frames.items() for frame in frames]
         if cut and left:
             lost = {self.rows[frame.row]["key"]: None for _, frame in left}
@@ -290,7 +290,7 @@ class Walk:
             return
         for offset, frame in left:
             reason = f"frame {frame.number}: the index says it begins here, the tar has no file here"
-            self.misfit(reason, self.rows[frame.row]["key"], offset)
+            self.mismatch(reason, self.rows[frame.row]["key"], offset)
 
     def compare_texts(self) -> None:
         """Compare the JSON of every sample with its row of the index."""
@@ -311,7 +311,7 @@ class Walk:
             other = [column for column in columns if here[column] != there[column]]
             if other:
                 key = self.rows[numbers[place]]["key"]
-                self.misfit(f"its JSON and the index differ in {', '.join(other)}", key, -1)
+                self.mismatch(f"its JSON and the index differ in {', '.join(other)}", key, -1)
 
 
 def is_key(key: str, indexed: str) -> bool:

@@ -47,7 +47,7 @@ class FailureLog:
         """Note the failures (source, rows, reason) of one shard."""
         if not failures:
             return
-        pq.write_table(pa.Table.from_pylist(failures, schema=SCHEMA), self._part(shard))
+        pq.write_table(pa.Table.from_pylist(failures, schema=SCHEMA), self._shard_file(shard))
         self.shards.append(shard)
         self.count += len(failures)
         self.rows += sum(failure["rows"] for failure in failures)
@@ -59,7 +59,7 @@ class FailureLog:
         with pq.ParquetWriter(path, SCHEMA) as writer:
             held: list[pa.Table] = []
             for shard in sorted(self.shards):
-                held.append(read_table(self._part(shard)))
+                held.append(read_table(self._shard_file(shard)))
                 if sum(table.num_rows for table in held) >= ROW_GROUP:
                     writer.write_table(pa.concat_tables(held))
                     held = []
@@ -68,7 +68,7 @@ class FailureLog:
         publish(path, join_url(output, FILE))
         return {FILE: digest}
 
-    def _part(self, shard: int) -> Path:
+    def _shard_file(self, shard: int) -> Path:
         return self.scratch / f"failures-{shard:06d}.parquet"
 
 

@@ -8,17 +8,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-from sharding.media import MediaError
-from sharding.media.links import LinkError, Places
+from sharding.media.frames import MediaError
+from sharding.media.links import LinkError, Locations
 from sharding.media.picture import picture_size
 from sharding.media.tar import Damage, Member, TarStream, compression_of
 from sharding.shards.foreign_texts import (
     SampleError,
     captions_of,
     choices_of,
+    json_fields,
     number_of,
     questions_of,
-    said_by,
     times_of,
 )
 
@@ -33,18 +33,18 @@ NO_ENDING = "file without an ending: no part of a sample"
 class Sample:
     """What a tar holds under one key: its pictures by ending, its texts, endings of other files.
 
-    doubled: how many more files of an ending there are, with other contents. broken: why it cannot be indexed.
+    duplicates: how many more files of an ending there are, with other contents. broken: why it cannot be indexed.
     """
 
     key: str
     pictures: dict[str, Picture] = field(default_factory=dict)
     texts: dict[str, bytes] = field(default_factory=dict)
     others: list[str] = field(default_factory=list)
-    doubled: Counter[str] = field(default_factory=Counter)
+    duplicates: Counter[str] = field(default_factory=Counter)
     broken: str = ""
 
     @property
-    def shown(self) -> list[str]:
+    def frame_endings(self) -> list[str]:
         """Endings of the frames of a clip in order (999.jpg before 1000.jpg), or of the one picture; empty without."""
         ranked = sorted(self.pictures, key=lambda ending: (PICTURES.index(ending.rsplit(".", 1)[-1]), ending))
         if self.is_clip:
@@ -91,13 +91,13 @@ class Contents:
 class Reader:
     """Collects the samples of one tar."""
 
-    def __init__(self, file: BinaryIO, heard: Callable[[int], None] | None) -> None:
-        self.file, self.stream = file, TarStream(file, heard)
+    def __init__(self, file: BinaryIO, on_read: Callable[[int], None] | None) -> None:
+        self.file, self.stream = file, TarStream(file, on_read)
         self.samples: dict[str, Sample] = {}
         self.failures: list[dict[str, Any]] = []
         self.damages: list[Damage] = []
         self.remarks: Counter[str] = Counter()
-        self.places = Places()
+        self.locations = Locations()
         self.links: list[Member] = []
 
     def run(self) -> None:
@@ -109,7 +109,7 @@ class Reader:
                 self.note(found, last)
             else:
                 empty = False
-                self.places.add(found)
+                self.locations.add(found)
                 last = self.see(found) or last
         if empty and self.damages:
             raise ValueError(f"no plain tar: {self.damages[0].reason}")
@@ -143,8 +143,8 @@ class Reader:
         sample = self.samples.setdefault(key, Sample(key))
         if member.link:
             self.links.append(member)
-        elif member.unfit and is_wanted(member.name):
-            sample.broken = sample.broken or f"{member.name} {member.unfit}: pack the tar again without that"
+        elif member.unreadable and is_wanted(member.name):
+            sample.broken = sample.broken or f"{member.name} {member.unreadable}: pack the tar again without that"
         else:
             take(sample, ending, member.data, member.offset)
         return key
@@ -155,9 +155,9 @@ class Reader:
         for link in self.links:
             key, ending = split_name(link.name)
             try:
-                target = self.places.target(link)
-                if target.unfit:
-                    raise LinkError(f"is a link to a file that {target.unfit}")
+                target = self.locations.target(link)
+                if target.unreadable:
+                    raise LinkError(f"is a link to a file that {target.unreadable}")
                 found.append((target.offset, target.size, self.samples[key], ending, is_wanted(link.name)))
             except LinkError as error:
                 if is_wanted(link.name):
@@ -170,13 +170,13 @@ class Reader:
             take(sample, ending, data, offset)
 
 
-def read_contents(file: BinaryIO, fps: float, heard: Callable[[int], None] | None = None) -> Contents:
+def read_contents(file: BinaryIO, fps: float, on_read: Callable[[int], None] | None = None) -> Contents:
     """Index rows of a tar's samples in order; fps: rate of clips' frames where their JSON does not say it.
 
     Raises:
         ValueError: it is no plain tar, or holds whole videos instead of frames.
     """
-    reader = Reader(file, heard)
+    reader = Reader(file, on_read)
     reader.run()
     return contents_of(reader, fps)
 
@@ -204,8 +204,8 @@ def contents_of(reader: Reader, fps: float) -> Contents:
             continue
         rows.append(row)
         assumed = assumed or guessed
-        if sample.doubled:
-            more = max(sample.doubled.values())
+        if sample.duplicates:
+            more = max(sample.duplicates.values())
             reason = f"is in the tar {more + 1} times, with different contents: the first is indexed"
             failures.append({"source": sample.key, "rows": more, "reason": reason})
         remarks.update(remark_on(sample))
@@ -215,15 +215,15 @@ def contents_of(reader: Reader, fps: float) -> Contents:
 
 
 def remark_on(sample: Sample) -> list[str]:
-    """What is said of the pictures and texts of a sample that are not taken; empty when there are none."""
+    """Remarks on the pictures and texts of a sample that are left out."""
     texts = sorted(ending for ending in sample.others if ending.rsplit(".", 1)[-1] in TEXTS)
-    said = [
+    remarks = [
         f"{ending}: not read, as a key ends at the first dot of a name; texts are KEY.txt, KEY.json" for ending in texts
     ]
-    if left := sorted(set(sample.pictures) - set(sample.shown)):
-        taken = "the numbered frames are" if sample.is_clip else f"{sample.shown[0]} is"
-        said.append(f"{', '.join(left)} in the same sample: {taken} taken")
-    return said
+    if left := sorted(set(sample.pictures) - set(sample.frame_endings)):
+        taken = "the numbered frames are" if sample.is_clip else f"{sample.frame_endings[0]} is"
+        remarks.append(f"{', '.join(left)} in the same sample: {taken} taken")
+    return remarks
 
 
 def is_wanted(name: str) -> bool:
@@ -255,15 +255,15 @@ def take(sample: Sample, ending: str, data: bytes | None, offset: int) -> None:
     if data is not None and ending.rsplit(".", 1)[-1] in PICTURES:
         picture = picture_of(data, offset)
         first = sample.pictures.setdefault(ending, picture)
-        sample.doubled[ending] += (first.size, first.crc32) != (picture.size, picture.crc32)
+        sample.duplicates[ending] += (first.size, first.crc32) != (picture.size, picture.crc32)
     elif data is not None and ending in TEXTS:
-        sample.doubled[ending] += sample.texts.setdefault(ending, data) != data
+        sample.duplicates[ending] += sample.texts.setdefault(ending, data) != data
     else:
         sample.others.append(ending)
 
 
 def picture_of(data: bytes, offset: int) -> Picture:
-    """Place and size of a picture, as it is shown; only its header is read."""
+    """Location and size of a picture, as it is shown; only its header is read."""
     try:
         (width, height), broken = picture_size(data), ""
     except MediaError as error:
@@ -274,15 +274,15 @@ def picture_of(data: bytes, offset: int) -> Picture:
 
 def row_of(sample: Sample, is_video: bool, fps: float) -> tuple[dict[str, Any], bool]:
     """A sample's row of the index, and whether its frame rate was guessed; raises SampleError."""
-    check_doubled(sample)
-    frames = [sample.pictures[ending] for ending in sample.shown]
+    check_duplicates(sample)
+    frames = [sample.pictures[ending] for ending in sample.frame_endings]
     if not frames:
         raise SampleError(f"no picture among its files ({', '.join([*sample.texts, *sample.others])})")
     for number, frame in enumerate(frames):
         if frame.broken:
             raise SampleError(f"frame {number}: {frame.broken}" if is_video else frame.broken)
-    said = said_by(sample.texts)
-    rate = (number_of(said.get("fps")) or fps or 1.0) if is_video else None
+    stated = json_fields(sample.texts)
+    rate = (number_of(stated.get("fps")) or fps or 1.0) if is_video else None
     row = {
         "key": sample.key,
         "offsets": [frame.offset for frame in frames],
@@ -291,24 +291,24 @@ def row_of(sample: Sample, is_video: bool, fps: float) -> tuple[dict[str, Any], 
         "width": frames[0].width,
         "height": frames[0].height,
         "fps": rate,
-        "duration": None if rate is None else number_of(said.get("duration")) or len(frames) / rate,
-        "frame_times": [] if rate is None else times_of(said, len(frames), rate),
-        "source": str(said.get("source") or said.get("url") or sample.key),
-        "captions": captions_of(sample.texts, said),
-        "questions": questions_of(said, sample.key),
-        "choices": choices_of(said),
+        "duration": None if rate is None else number_of(stated.get("duration")) or len(frames) / rate,
+        "frame_times": [] if rate is None else times_of(stated, len(frames), rate),
+        "source": str(stated.get("source") or stated.get("url") or sample.key),
+        "captions": captions_of(sample.texts, stated),
+        "questions": questions_of(stated, sample.key),
+        "choices": choices_of(stated),
     }
-    return row, rate is not None and not number_of(said.get("fps")) and not fps
+    return row, rate is not None and not number_of(stated.get("fps")) and not fps
 
 
-def check_doubled(sample: Sample) -> None:
+def check_duplicates(sample: Sample) -> None:
     """Raise SampleError where a sample cannot be indexed, or files of one name leave open which belong together."""
-    sample.doubled = +sample.doubled
+    sample.duplicates = +sample.duplicates
     if sample.broken:
         raise SampleError(sample.broken)
-    times = {1 + sample.doubled[ending] for ending in (*sample.pictures, *sample.texts)}
+    times = {1 + sample.duplicates[ending] for ending in (*sample.pictures, *sample.texts)}
     if len(times) > 1:
         raise SampleError(
-            f"{', '.join(sorted(sample.doubled))} more than once in the tar, with different contents: which files "
-            "belong together cannot be told"
+            f"{', '.join(sorted(sample.duplicates))} more than once in the tar, with different contents: it is unclear "
+            "which files belong together"
         )

@@ -1,4 +1,4 @@
-"""The texts of a sample in another tool's tar: what its KEY.json and KEY.txt say."""
+"""The texts of a sample in another tool's tar: its KEY.json and KEY.txt."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ class SampleError(Exception):
     """A sample that cannot be indexed; the message is the reason that the report shows."""
 
 
-def said_by(texts: Mapping[str, bytes]) -> dict[str, Any]:
-    """What KEY.json says, without its nulls."""
+def json_fields(texts: Mapping[str, bytes]) -> dict[str, Any]:
+    """The fields of KEY.json, without nulls."""
     if "json" not in texts:
         return {}
     try:
-        said = json.loads(decoded(texts["json"], "json"))
+        fields = json.loads(decoded(texts["json"], "json"))
     except (ValueError, RecursionError) as error:
         raise SampleError(f"its JSON cannot be read: {error}") from None
-    if not isinstance(said, dict):
+    if not isinstance(fields, dict):
         raise SampleError("its JSON is no object")
-    return {key: value for key, value in said.items() if not is_null(value)}
+    return {key: value for key, value in fields.items() if not is_null(value)}
 
 
 def decoded(data: bytes, ending: str) -> str:
@@ -49,7 +49,7 @@ def decoded(data: bytes, ending: str) -> str:
 
 
 def is_null(value: Any) -> bool:
-    """Whether a value says nothing: null, or the NaN that tables have in its place."""
+    """Whether a value is null, or the NaN that tables have in its place."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
@@ -62,10 +62,10 @@ def number_of(value: Any) -> float:
     return number if 0 < number < 1e300 else 0.0
 
 
-def captions_of(texts: Mapping[str, bytes], said: Mapping[str, Any]) -> list[str]:
+def captions_of(texts: Mapping[str, bytes], fields: Mapping[str, Any]) -> list[str]:
     """A sample's captions; those in its JSON count before KEY.txt."""
     for key in CAPTION_KEYS:
-        given = said.get(key)
+        given = fields.get(key)
         captions: list[Any] = [text for text in (given if isinstance(given, list) else [given]) if not is_null(text)]
         if not all(isinstance(text, str) for text in captions):
             raise SampleError(f"its caption is no text but {str(given)[:60]!r}")
@@ -75,18 +75,18 @@ def captions_of(texts: Mapping[str, bytes], said: Mapping[str, Any]) -> list[str
     return [text] if text else []
 
 
-def times_of(said: Mapping[str, Any], count: int, rate: float) -> list[float]:
+def times_of(fields: Mapping[str, Any], count: int, rate: float) -> list[float]:
     """Seconds at which a clip's frames are shown: those in its JSON where there are as many, else by their rate."""
-    times = said.get("frame_times")
+    times = fields.get("frame_times")
     numbers = isinstance(times, list) and all(type(time) in (int, float) and abs(time) < 1e300 for time in times)
     if isinstance(times, list) and numbers and len(times) == count:
         return times
     return [number / rate for number in range(count)]
 
 
-def questions_of(said: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+def questions_of(fields: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
     """The questions in a sample's JSON, with their answers."""
-    given = said.get("questions") or [said]
+    given = fields.get("questions") or [fields]
     if not isinstance(given, list):
         raise SampleError(f"its questions are no list but {str(given)[:60]!r}")
     found = []
@@ -98,7 +98,7 @@ def questions_of(said: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
         if not isinstance(question, str):
             raise SampleError(f"its question is no text but {str(question)[:60]!r}")
         if question.strip():
-            found.append(with_answers(record, key if given == [said] else f"{key}#{number}"))
+            found.append(with_answers(record, key if given == [fields] else f"{key}#{number}"))
     return found
 
 
@@ -115,9 +115,9 @@ def with_answers(record: dict[str, Any], default_id: str) -> dict[str, Any]:
     return counted
 
 
-def choices_of(said: Mapping[str, Any]) -> list[dict[str, Any]]:
+def choices_of(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The multiple-choice questions in a sample's JSON: options and the number of the right one, -1 where unknown."""
-    given = said.get("choices") or []
+    given = fields.get("choices") or []
     if not isinstance(given, list):
         raise SampleError(f"its choices are no list but {str(given)[:60]!r}")
     found = []

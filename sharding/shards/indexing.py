@@ -57,7 +57,7 @@ class IndexTask:
     output: str
     scratch: str
     fps: float
-    anew: bool = False  # whether an index that is there is made again
+    anew: bool = False  # index it again even if an index is there
 
 
 @dataclass(frozen=True)
@@ -137,10 +137,10 @@ def tars_at(url: str) -> list[tuple[str, int]]:
     compressed = [name for name in there if any(fnmatchcase(name, kind) for kind in COMPRESSED_TARS)]
     if compressed:
         such = f"{len(compressed)} compressed tars, such as {min(compressed)}"
-        said = f"{such}: samples cannot be read from them, unpack them first"
+        problem = f"{such}: samples cannot be read from them, unpack them first"
         if not found:
-            raise UserError(f"{url} holds {said}")
-        log.warning("left out %s", said)
+            raise UserError(f"{url} holds {problem}")
+        log.warning("left out %s", problem)
     if not found:
         raise MissingError(f"{url} holds no .tar files: nothing to index")
     filesystem, root = fsspec.url_to_fs(url)
@@ -198,7 +198,7 @@ def index_shard(task: IndexTask, advance: Advance) -> IndexedShard:
     try:
         with storage_errors(join_url(task.tars, task.name), "read"):
             contents = retry(read)
-        move_unfit(contents)
+        reject_unstorable(contents)
         if not contents.rows and not contents.damages:
             reasons = ", ".join(sorted({failure["reason"] for failure in contents.failures})[:3])
             raise ValueError("holds no pictures that could be indexed" + (f" ({reasons})" if reasons else ""))
@@ -212,7 +212,7 @@ def index_shard(task: IndexTask, advance: Advance) -> IndexedShard:
     return shard
 
 
-def move_unfit(contents: Contents) -> None:
+def reject_unstorable(contents: Contents) -> None:
     """Samples whose texts do not fit the index's columns become failures."""
     try:
         pa.Table.from_pylist(contents.rows, schema=INDEX_SCHEMA)
@@ -314,14 +314,14 @@ def report(corpus: Corpus, shards: dict[str, IndexedShard], failures: FailureLog
     for line in summary(remarks):
         log.info("%s", line)
     if any(shard.rate_assumed for shard in shards.values()):
-        log.info("the shards do not say the rate of their frames: 1 a second assumed; say it with --fps and run again")
+        log.info("the shards do not state their frame rate: 1 frame a second is assumed; set --fps and run again")
     damaged = {name: shard for name, shard in shards.items() if shard.damages}
     for name, shard in damaged.items():
         log.info("%s: %s%s", name, shard.damages[0], "; its sound samples are indexed" if shard.info else "")
     if damaged:
         raise TooManyFailures(
             f"{len(damaged)} of {len(shards)} tars of {corpus.tars or corpus.url} are damaged, the first is "
-            f"{next(iter(damaged))}: get them again, and run this again"
+            f"{next(iter(damaged))}: download them again, and run the same command"
         )
     total = corpus.samples + failures.count
     if failures.count > max_failures * total:

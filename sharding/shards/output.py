@@ -25,7 +25,7 @@ from storage.locks import HeldError, Lock
 from storage.policy import check_bucket, retry, storage_errors
 from storage.urls import join_url
 
-BUILD = "build.json"  # says what a build writes there
+BUILD = "build.json"  # the plan of the build that writes there
 PARTIAL = ".partial"  # folder inside a local output that holds unfinished files
 LOCK = "lock"  # file in it
 CLEARING = 5.0  # seconds that the last part of a build may take to clear up
@@ -36,7 +36,7 @@ STAGED = "rows-*.sqlite"  # files in it that an interrupted build leaves to the 
 def open_output(output: str, among_others: bool = False, part: str = "") -> Iterator[Path]:
     """Hold `output` for one build; yields a local folder for unfinished files, removed at the end.
 
-    among_others: files that no build of this tool made may lie there.
+    among_others: files of other origin may be there.
     part: this is one of several jobs, such as 2/8, that write there at the same time.
 
     Raises:
@@ -183,7 +183,7 @@ def check_claim(output: str, plan: dict[str, Any]) -> bool:
 
 
 def read_claim(url: str) -> dict[str, Any] | None:
-    """What `build.json` says; None where there is none."""
+    """The contents of `build.json`; None where there is none."""
     with storage_errors(url, "read"):
         filesystem, path = fsspec.url_to_fs(url)
         try:

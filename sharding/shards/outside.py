@@ -7,7 +7,7 @@ from pathlib import Path
 from runtime.errors import UserError
 from sharding.shards.schema import FORMAT
 
-HEAD = 4096  # bytes of a corpus.json that tell it
+HEAD = 4096  # bytes of a corpus.json that identify it
 
 
 def check_outside_corpora(path: str | Path, setting: str) -> None:

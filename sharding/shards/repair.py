@@ -1,4 +1,4 @@
-"""Makes again what can be made from sound tars: indices, corpus.json, failures.parquet."""
+"""Repairs a corpus: indices, corpus.json and failures.parquet are made again from sound tars."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from storage.urls import join_url
 
 
 def repair(url: str, corpus: Corpus | None, reports: list[Report]) -> list[str]:
-    """Mend a corpus of which `reports` tell all shards; returns what was done, a line each.
+    """Repair a corpus by the `reports` on its shards; returns what was done, a line each.
 
     corpus: what corpus.json says, None when that cannot be trusted. What depends on a damaged tar is left as it is.
 
@@ -31,33 +31,33 @@ def repair(url: str, corpus: Corpus | None, reports: list[Report]) -> list[str]:
         shards: list[ShardInfo] = []
         kinds: set[str] = set()
         failures = FailureLog(scratch)
-        told = True  # whether the indices still tell all failures
+        failures_known = True  # whether the sound indices list all failures
         for number, report in enumerate(reports):
             known = corpus.shards[number] if corpus else None
             info, kind = report.info, report.media_type
             if not report.index_is_sound and report.tar_is_sound:
                 info, kind = new_index(url, report, scratch)
                 done.append(f"{info.index_name} made again from {info.name}")
-                told = False
+                failures_known = False
             elif not report.index_is_sound:
-                told = False
+                failures_known = False
             failures.add(number, report.failures)
             kept = known if known and not report.tar_is_sound else info or known
             if kept:
                 shards.append(kept)
             kinds |= {kind} - {""}
         files = dict(corpus.files) if corpus else {}
-        files |= small_files(url, files, failures if told else None, done)
-        mended = described(url, corpus, tuple(shards), kinds, files)
-        text = mended.to_json()
+        files |= small_files(url, files, failures if failures_known else None, done)
+        repaired = described(url, corpus, tuple(shards), kinds, files)
+        text = repaired.to_json()
         if corpus is None or text != corpus.to_json():
             write_text(join_url(url, "corpus.json"), text, scratch)
-            done.append(f"corpus.json made again: {len(shards)} shards, {mended.samples} samples")
+            done.append(f"corpus.json made again: {len(shards)} shards, {repaired.samples} samples")
     return done
 
 
 def new_index(url: str, report: Report, scratch: Path) -> tuple[ShardInfo, str]:
-    """Index a sound tar anew; returns its line of corpus.json and its media type."""
+    """Index a sound tar again; returns its line of corpus.json and its media type."""
     tars, name = report.check.tar.rsplit("/", 1)
     filesystem, path = fsspec.url_to_fs(report.check.tar)
     task = IndexTask(report.check.number, tars, name, filesystem.size(path), url, str(scratch), 0.0, anew=True)

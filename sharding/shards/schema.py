@@ -21,7 +21,7 @@ from storage.urls import join_url
 FORMAT = "singularity-shards"
 VERSION = 1
 MEDIA_TYPES = ("image", "video")
-CHECKSUM = ',\n "sha256": "'  # begins the last line of corpus.json: of all that stands before
+CHECKSUM = ',\n "sha256": "'  # begins the last line of corpus.json: of all text before it
 UNREADABLE = (OSError, ValueError, pa.ArrowException)  # what reading a damaged parquet file may raise
 
 QUESTION = pa.struct(
@@ -94,14 +94,14 @@ class Corpus:
     shards: tuple[ShardInfo, ...]
     settings: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)  # SHA-256 of other files beside corpus.json
-    tars: str = ""  # folder of the tars, where they lie elsewhere than the indices
+    tars: str = ""  # folder of the tars, where it is not that of the indices
 
     def tar_url(self, shard: int) -> str:
-        """Where a shard's tar lies."""
+        """URL of a shard's tar."""
         return join_url(self.tars or self.url, self.shards[shard].name)
 
     def index_url(self, shard: int) -> str:
-        """Where a shard's index lies."""
+        """URL of a shard's index."""
         return join_url(self.url, self.shards[shard].index_name)
 
     @property
@@ -157,7 +157,7 @@ def named_shards(url: str) -> tuple[str, list[str]]:
 
 
 def brace_list(url: str) -> list[str]:
-    """What a brace list stands for; in the name of a local folder braces mean themselves."""
+    """The names of a brace list; braces in the name of a local folder are literal."""
     folder, _, name = url.rpartition("/")
     if folder and "://" not in url and os.path.isdir(folder):
         return [f"{folder}/{each}" for each in braceexpand(name)]
@@ -179,7 +179,7 @@ def read_corpus(url: str, storage_options: dict[str, Any] | None = None) -> Corp
 
 
 def description_url(url: str) -> str:
-    """Where the `corpus.json` lies that describes a folder, or tars."""
+    """URL of the `corpus.json` that describes a folder, or tars."""
     return join_url(named_shards(url)[0], "corpus.json")
 
 
@@ -203,7 +203,7 @@ def with_shards(corpus: Corpus, names: Sequence[str]) -> Corpus:
 
 
 def no_corpus(url: str, storage_options: Mapping[str, Any] | None = None) -> MissingError:
-    """What is said where there is no corpus; raises BucketError where there is not even a bucket."""
+    """The error where there is no corpus; raises BucketError where there is not even a bucket."""
     check_bucket(url, storage_options)
     named = f" '{url}'" if named_shards(url)[1] else ""
     return MissingError(
@@ -213,7 +213,7 @@ def no_corpus(url: str, storage_options: Mapping[str, Any] | None = None) -> Mis
 
 
 def is_whole(text: str) -> bool:
-    """Whether the text of a `corpus.json` is as it was written; True where it carries no checksum to tell it by."""
+    """Whether the text of a `corpus.json` is as it was written; True where it carries no checksum."""
     before, mark, after = text.rpartition(CHECKSUM)
     return not mark or after == hashlib.sha256(before.encode()).hexdigest() + '"\n}\n'
 
@@ -268,7 +268,7 @@ def read_index(corpus: Corpus, shard: int, storage_options: dict[str, Any] | Non
 
 
 def files_at(url: str) -> dict[str, int | None]:
-    """Names of the files in a folder and their bytes, where the store's listing tells them; empty without a folder."""
+    """Names of the files in a folder and their bytes, where the store lists them; empty without a folder."""
     filesystem, root = fsspec.url_to_fs(url)
     try:
         entries = filesystem.ls(root, detail=True)  # glob would give meaning to characters of the folder's name
@@ -298,7 +298,7 @@ def read_file(url: str, storage_options: dict[str, Any] | None = None) -> bytes:
 
 
 def no_index(corpus: Corpus, shard: int) -> MissingError:
-    """What is said where a shard's index is missing."""
+    """The error where a shard's index is missing."""
     return MissingError(
         f"{corpus.index_url(shard)} is missing: make it again with `python -m sharding.verify {corpus.url} --repair`"
     )

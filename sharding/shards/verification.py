@@ -1,4 +1,4 @@
-"""Checks a packed corpus as a whole: corpus.json, each shard in processes side by side, and what else lies there."""
+"""Checks a packed corpus as a whole: corpus.json, each shard in processes side by side, and the other files."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def planned_checks(url: str, corpus: Corpus | None, tars: list[str], names: list
 
 
 def other_files(url: str, corpus: Corpus | None, names: list[str], checks: list[Check]) -> list[Fault]:
-    """Faults of what lies beside the shards: files of another content, shards too much, gaps in their numbers."""
+    """Faults beside the shards: changed files, shards that are not listed, gaps in their numbers."""
     faults = []
     for name, digest in (corpus.files if corpus else {}).items():
         if name not in names:

@@ -7,8 +7,7 @@ import torch
 
 from benchmarks import decoding
 from benchmarks.gpu_check import TOLERANCES, Outcome, compare, faults, race, survival
-from loaders.decode.pixels import Clip
-from loaders.order.choices import Window
+from loaders.samples import Clip, Window
 
 
 def clip(grey):

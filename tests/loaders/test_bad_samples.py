@@ -10,11 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from test_train_loader import texts_by_key
 
 from loaders.config import LoaderConfig, PerMedia, VideoInput
-from loaders.text import Tokenizer, clean_text
+from loaders.text import Tokenizer
 from loaders.train import TrainLoader
-from sharding.shards.schema import INDEX_SCHEMA, read_corpus, read_index
+from sharding.shards.schema import INDEX_SCHEMA, read_corpus
 from storage.limits import RemoteReads
 
 
@@ -24,16 +25,10 @@ def config(**settings) -> LoaderConfig:
     return LoaderConfig(**options | settings)
 
 
-def texts_by_key(url: str) -> dict[str, list[str]]:
-    corpus = read_corpus(url)
-    rows = [row for shard in range(len(corpus.shards)) for row in read_index(corpus, shard).to_pylist()]
-    return {f"{corpus.name}/{row['key']}": [clean_text(text) for text in row["captions"]] for row in rows}
-
-
-def spoil(source: str, folder: Path, damage: dict[int, bytes], frame: int = 0, mend_crc: bool = True) -> list[str]:
+def spoil(source: str, folder: Path, damage: dict[int, bytes], frame: int = 0) -> list[str]:
     """Copy a corpus and overwrite a frame of the given samples, in order, padded to its size; returns their names.
 
-    mend_crc: the index agrees with the new bytes, so that only the decoder can find them.
+    The index agrees with the new bytes, so that only the decoder can find them.
     """
     shutil.copytree(source, folder)
     corpus = read_corpus(str(folder))
@@ -46,59 +41,12 @@ def spoil(source: str, folder: Path, damage: dict[int, bytes], frame: int = 0, m
                 size = row["sizes"][frame]
                 data = damage[number].ljust(size, b"\0")[:size]
                 tar[row["offsets"][frame] : row["offsets"][frame] + size] = data
-                if mend_crc:
-                    row["crc32s"][frame] = zlib.crc32(data)
+                row["crc32s"][frame] = zlib.crc32(data)
                 names.append(f"{corpus.name}/{row['key']}")
             number += 1
         (folder / info.name).write_bytes(tar)
         pq.write_table(pa.Table.from_pylist(rows, INDEX_SCHEMA), folder / info.index_name)
     return names
-
-
-def check_texts(batches, tokenizer: Tokenizer, own: dict[str, list[str]]) -> None:
-    for batch in batches:
-        for key, ids in zip(batch.keys, batch.input_ids, strict=True):
-            assert tokenizer.decode(ids.tolist()) in own[key]
-
-
-def test_bad_samples_are_quarantined_and_replaced_with_their_text(shapes, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    url = str(tmp_path / "bad")
-    bad = spoil(shapes.url("images_train"), tmp_path / "bad", dict.fromkeys([0, 3, 4], b"flipped"), mend_crc=False)
-    own = texts_by_key(url)
-    loader = TrainLoader([url], tokenizer, config(max_bad_share=0.1))
-    batches = [batch for _ in range(3) for batch in loader]
-    assert len(batches) == 36
-    assert set(loader.quarantine.reasons) == set(bad)
-    assert loader.counters["quarantined"] == 3
-    assert all("CRC-32" in reason for reason in loader.quarantine.reasons.values())
-    assert not {key for batch in batches for key in batch.keys} & set(bad)
-    check_texts(batches, tokenizer, own)
-
-
-@pytest.mark.parametrize("decode", ["cpu", "dali"])
-def test_what_only_the_decoder_finds_is_replaced_too(shapes, tokenizer: Tokenizer, tmp_path, decode: str) -> None:
-    damage = {3: b"", 20: b"<html>no such key</html>", 55: b"\xff\xd8\xff", 56: b"GIF89a", 90: b"\x89PNG"}
-    bad = spoil(shapes.url("images_train"), tmp_path / "bad", damage)
-    loader = TrainLoader([str(tmp_path / "bad")], tokenizer, config(decode=decode))
-    batches = [batch for _ in range(2) for batch in loader]
-    loader.close()
-    assert len(batches) == 24
-    assert set(loader.quarantine.reasons) <= set(bad)
-    assert len(loader.quarantine) >= 4  # an epoch leaves out some samples
-    assert all(reason and "CRC" not in reason for reason in loader.quarantine.reasons.values())
-    assert not {key for batch in batches for key in batch.keys} & set(bad)
-    check_texts(batches, tokenizer, texts_by_key(str(tmp_path / "bad")))
-
-
-def test_good_samples_are_all_delivered_beside_bad_ones(shapes, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    good = list(TrainLoader([shapes.url("images_train")], tokenizer, config()))
-    bad = set(spoil(shapes.url("images_train"), tmp_path / "bad", {5: b"x", 77: b"y", 140: b"z"}, mend_crc=False))
-    mended = list(TrainLoader([str(tmp_path / "bad")], tokenizer, config()))
-    for before, after in zip(good, mended, strict=True):
-        for row, key in enumerate(before.keys):
-            if key not in bad:
-                assert after.keys[row] == key
-                assert torch.equal(after.frames[row], before.frames[row])
 
 
 def test_batches_wholly_bad_are_survived(shapes, tokenizer: Tokenizer, tmp_path: Path) -> None:

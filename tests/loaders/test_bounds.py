@@ -40,7 +40,7 @@ print("ready", flush=True)
 for _ in range(2):
     for batch in loader:
         print(json.dumps([batch.keys, zlib.crc32(batch.frames.numpy().tobytes())]), flush=True)
-print(json.dumps(dict(loader.figures())))
+print(json.dumps(dict(loader.counters())))
 assert not len(loader.quarantine)
 loader.close()
 """
@@ -117,7 +117,7 @@ def test_what_is_read_ahead_stays_within_its_bytes(
     batches = iter(loader)
     next(batches)
     time.sleep(4)
-    fetched, decoded = loader.figures()["bytes_fetched"], loader.figures()["samples"] / (2 * BATCH)
+    fetched, decoded = loader.counters()["bytes_fetched"], loader.counters()["samples"] / (2 * BATCH)
     frames = [(seen.at, *map(int, re.findall(r"\d+", seen.range))) for seen in proxy.log if ".tar" in seen.path]
     at_first = sum(last - begin + 1 for at, begin, last in frames if at < frames[0][0] + 1.4)  # before any answer
     loader.close()

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from test_train_loader import texts_by_key
 
 from loaders.config import LoaderConfig, PerMedia
 from loaders.text import Tokenizer
@@ -96,6 +97,7 @@ def test_all_bad_samples_are_written_down_and_all_others_arrive(
     large: Path, damaged, tokenizer: Tokenizer, tmp_path: Path, decode: str
 ) -> None:
     url, spoiled = damaged
+    own = texts_by_key(url)
     assert set(spoiled.values()) == set(WAYS)
     notes = tmp_path / "run" / "quarantine-{rank}.jsonl"
     settings = {"batch_size": PerMedia(48), "image_res": 32, "decode": decode, "threads": 2, "max_bad_share": 0.02}
@@ -104,14 +106,19 @@ def test_all_bad_samples_are_written_down_and_all_others_arrive(
     loader.close()
     written = [json.loads(line) for line in Path(str(notes).format(rank=0)).read_text().splitlines()]
     assert {line["sample"] for line in written} == set(spoiled) == set(loader.quarantine.reasons)
-    assert len(written) == len(spoiled) == loader.counters["quarantined"]
-    assert all(line["reason"] and line["tar"].endswith(".tar") and line["epoch"] == 0 for line in written)
+    assert len(written) == len(spoiled) == loader.counters()["quarantined"]
+    assert all(line["tar"].endswith(".tar") and line["epoch"] == 0 for line in written)
+    found_by_crc = {"flipped bytes", "cut short", "a wrong offset"}
+    assert all(
+        line["reason"] and ("CRC-32" in line["reason"]) == (spoiled[line["sample"]] in found_by_crc) for line in written
+    )
 
     sound = TrainLoader([str(large)], tokenizer, LoaderConfig(**settings))
     for batch, expected in zip(batches, sound, strict=True):
         for row, key in enumerate(expected.keys):
             if key in spoiled:
                 assert batch.keys[row] not in spoiled
+                assert tokenizer.decode(batch.input_ids[row].tolist()) in own[batch.keys[row]]
             else:
                 assert batch.keys[row] == key
                 assert torch.equal(batch.frames[row], expected.frames[row])
@@ -119,14 +126,14 @@ def test_all_bad_samples_are_written_down_and_all_others_arrive(
     sound.close()
 
 
-def test_a_replacement_comes_from_the_same_lane(damaged, tokenizer: Tokenizer) -> None:
+def test_a_replacement_comes_from_the_same_stripe(damaged, tokenizer: Tokenizer) -> None:
     """So that a rank that owns a stripe reads no other rank's shards."""
     url, spoiled = damaged
     config = LoaderConfig(batch_size=PerMedia(48), image_res=32, decode="cpu", threads=1, max_bad_share=0.02, stripes=8)
     loader = TrainLoader([url], tokenizer, config)
-    line = loader.lines["image"]
-    plan = line.plan(0)
-    names = [draw.name for draw in line.draw(plan, torch.arange(plan.units).numpy())]
+    mixture = loader.mixtures["image"]
+    plan = mixture.plan(0)
+    names = [spec.name for spec in mixture.specs(plan, torch.arange(plan.units).numpy())]
     checked = 0
     for batch in loader:
         for row, key in enumerate(batch.keys):

@@ -33,15 +33,9 @@ def test_texts_know_their_visuals(shapes) -> None:
 
 
 def test_captions_shared_by_clips_are_one_text(shapes, tmp_path) -> None:
-    build_corpus(
-        [str(shapes.folder / "ssv2_test.json")],
-        str(shapes.folder / "media"),
-        "video",
-        str(tmp_path / "x"),
-        size=48,
-        fps=2,
-    )
-    dataset = RetrievalSet(str(tmp_path / "x"), CONFIG)
+    target = str(tmp_path / "x")
+    build_corpus([str(shapes.folder / "ssv2_test.json")], str(shapes.folder / "media"), "video", target, size=48, fps=2)
+    dataset = RetrievalSet(target, CONFIG)
     assert len(dataset.texts) < 24
     assert sum(len(visuals) for visuals in dataset.visuals_of_text) == 24
 

@@ -20,7 +20,7 @@ import simplejpeg
 import torch
 
 from loaders.config import LoaderConfig, PerMedia, VideoInput
-from loaders.decode.pool import MemoryPool
+from loaders.decode.cpu import MemoryPool
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader
 from sharding.shards.schema import INDEX_SCHEMA, Corpus, ShardInfo

@@ -1,10 +1,7 @@
 """Reading frames: the bytes that were packed, from anywhere, or a reason."""
 
 import shutil
-import threading
 import zlib
-from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -12,8 +9,8 @@ import numpy as np
 import pytest
 import webdataset
 
-from loaders.order.choices import BadSampleError
-from loaders.shards import CorpusReader, LastUsed
+from loaders.samples import whole_sample
+from loaders.shards import CorpusReader
 
 
 @pytest.fixture
@@ -30,8 +27,8 @@ def everything(reader: CorpusReader) -> dict[str, list[bytes]]:
     for shard in range(len(reader.corpus.shards)):
         index = reader.index(shard)
         records = [index.record(row) for row in range(len(index))]
-        data = reader.read([(shard, record, np.arange(len(record.sizes))) for record in records])
-        found |= dict(zip((record.key for record in records), data, strict=True))
+        samples = reader.read([whole_sample(record, np.arange(len(record.sizes))) for record in records])
+        found |= {sample.spec.record.key: sample.jpegs for sample in samples}
     return found
 
 
@@ -55,10 +52,10 @@ def test_frames_come_in_the_order_asked_for_each_read_once(shapes, monkeypatch: 
     reader = CorpusReader(shapes.url("clips_train"))
     record = reader.index(0).record(2)
     asked = []
-    ranges = reader.ranges
-    monkeypatch.setattr(reader, "ranges", lambda spans: asked.extend(spans) or ranges(spans))
-    (frames,) = reader.read([(0, record, np.array([3, 1, 1, 3]))])
-    assert [zlib.crc32(data) for data in frames] == record.crc32s[[3, 1, 1, 3]].tolist()
+    ranges = reader.read_ranges
+    monkeypatch.setattr(reader, "read_ranges", lambda wanted: asked.extend(wanted) or ranges(wanted))
+    (sample,) = reader.read([whole_sample(record, np.array([3, 1, 1, 3]))])
+    assert [zlib.crc32(data) for data in sample.jpegs] == record.crc32s[[3, 1, 1, 3]].tolist()
     assert len(asked) == 2
 
 
@@ -67,17 +64,18 @@ def test_what_the_index_cannot_mean_is_one_bad_sample(shapes, in_memory: str, wh
     reader = CorpusReader(in_memory if where == "memory" else shapes.url("clips_train"))
     good = reader.index(0).record(0)
     wrong = {
-        "CRC-32": replace(good, crc32s=good.crc32s + np.uint32(1)),
-        "says 0 bytes": replace(good, sizes=good.sizes * 0),
-        "says -5 bytes": replace(good, sizes=good.sizes * 0 - 5),
-        "of a tar of": replace(good, offsets=good.offsets + 10**12),
-        "does not match the index": replace(good, offsets=good.offsets + 100),
+        "CRC-32": good._replace(crc32s=good.crc32s + np.uint32(1)),
+        "says 0 bytes": good._replace(sizes=good.sizes * 0),
+        "says -5 bytes": good._replace(sizes=good.sizes * 0 - 5),
+        "of a tar of": good._replace(offsets=good.offsets + 10**12),
+        "does not match the index": good._replace(offsets=good.offsets + 100),
     }
-    found = reader.read([(0, record, np.array([0])) for record in [*wrong.values(), good]])
-    assert isinstance(found[-1], list)
-    for message, reason in zip(wrong, found, strict=False):
-        assert isinstance(reason, BadSampleError)
-        assert message in str(reason)
+    *bad, sound = reader.read([whole_sample(record, np.array([0])) for record in [*wrong.values(), good]])
+    assert sound.jpegs
+    assert not sound.reason
+    for message, sample in zip(wrong, bad, strict=True):
+        assert not sample.jpegs
+        assert message in sample.reason
 
 
 @pytest.mark.parametrize("where", ["disk", "memory"])
@@ -91,7 +89,7 @@ def test_a_missing_tar_is_named(shapes, tmp_path: Path, where: str) -> None:
         url = "memory://without"
     reader = CorpusReader(url)
     with pytest.raises(FileNotFoundError, match=r"\.tar is missing, though .*corpus\.json lists it"):
-        reader.read([(0, reader.index(0).record(0), np.array([0]))])
+        reader.read([whole_sample(reader.index(0).record(0), np.array([0]))])
 
 
 def test_few_files_stay_open(shapes) -> None:
@@ -102,41 +100,3 @@ def test_few_files_stay_open(shapes) -> None:
     assert len(list(Path("/proc/self/fd").iterdir())) <= before + 1
     reader.close()
     assert len(list(Path("/proc/self/fd").iterdir())) <= before
-
-
-def test_threads_that_want_the_same_value_wait_for_one_making() -> None:
-    made: Counter[int] = Counter()
-    begun = threading.Event()
-
-    def make(key: int) -> str:
-        made[key] += 1
-        begun.wait(5)
-        return f"value {key}"
-
-    values = LastUsed(make, 2)
-    found: list[str] = []
-    threads = [threading.Thread(target=lambda: found.append(values.get(1))) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    begun.set()
-    for thread in threads:
-        thread.join()
-    assert found == ["value 1"] * 4
-    assert made == {1: 1}
-    assert [values.get(2), values.get(3)] == ["value 2", "value 3"]
-    assert 1 not in values
-
-
-def test_a_making_that_fails_is_tried_again() -> None:
-    answers = iter([OSError("not now"), "there"])
-
-    def make(_: int) -> str:
-        answer = next(answers)
-        if isinstance(answer, OSError):
-            raise answer
-        return answer
-
-    values = LastUsed(make, 2)
-    with pytest.raises(OSError, match="not now"):
-        values.get(0)
-    assert values.get(0) == "there"

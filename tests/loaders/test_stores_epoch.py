@@ -25,7 +25,7 @@ def config(**settings) -> LoaderConfig:
 def epoch_of(corpora: list[str], tokenizer: Tokenizer, settings: LoaderConfig):
     loader = TrainLoader(corpora, tokenizer, settings)
     try:
-        return list(loader), loader.figures(), loader.quarantine
+        return list(loader), loader.counters(), loader.quarantine
     finally:
         loader.close()
 
@@ -75,7 +75,7 @@ def test_with_a_cache_the_second_epoch_asks_for_nothing(
     second = sorted(key for batch in loader for key in batch.keys)
     assert first == second
     assert len(proxy.log) == asked
-    assert loader.figures()["cache_hits"] > len(second)
+    assert loader.counters()["cache_hits"] > len(second)
     loader.close()
 
 

@@ -96,7 +96,7 @@ def test_captions_are_the_samples_own_and_change_between_epochs(shapes, tokenize
 
 def test_each_caption_or_question_can_be_an_item_of_its_own(shapes, tokenizer: Tokenizer) -> None:
     loader = TrainLoader([shapes.url("images_train")], tokenizer, config(epoch_unit="captions"))
-    assert sum(loader.lines["image"].counts) == 450
+    assert sum(loader.mixtures["image"].counts) == 450
     pairs = [pair for batch in loader for pair in zip(batch.keys, map(tuple, batch.input_ids.tolist()), strict=True)]
     assert len(pairs) == 450 // 12 * 12
     questions = TrainLoader([shapes.url("qa_train")], tokenizer, config(epoch_unit="questions"))
@@ -240,12 +240,12 @@ def test_batches_in_use_are_not_written_over(shapes, tokenizer: Tokenizer) -> No
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"image_res": 0}, "image_res is 0, must be at least 1"),
-        ({"stripes": 0}, "stripes is 0, must be at least 1"),
-        ({"video_input": VideoInput(num_frames=0)}, "video_input.num_frames is 0"),
+        ({"image_res": 0}, "image_res is 0: must be at least 1"),
+        ({"stripes": 0}, "stripes is 0: must be at least 1"),
+        ({"video_input": VideoInput(num_frames=0)}, "video_input.num_frames is 0: must be at least 1"),
         ({"video_input": VideoInput(sample_type="center")}, "sample_type is 'center', must be rand, middle or fps"),
-        ({"decode": "gpu"}, "decode is 'gpu'"),
-        ({"epoch_unit": "words"}, "epoch_unit is 'words', must be one of samples, captions"),
+        ({"decode": "gpu"}, "decode is 'gpu': must be one of auto, dali, cpu"),
+        ({"epoch_unit": "words"}, "epoch_unit is 'words': must be one of samples, captions, questions"),
         ({"seed": -1}, "seed is -1"),
     ],
 )

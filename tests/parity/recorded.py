@@ -25,9 +25,9 @@ from eval.tasks.answers import (
     without_punctuation,
 )
 from loaders.batch import normalize
-from loaders.decode.decoder import CpuDecoder
-from loaders.decode.pixels import Clip
-from loaders.order.choices import Window, choose_frames, frames_at_rate
+from loaders.decode.cpu import CpuDecoder
+from loaders.order.choices import choose_frames, frames_at_rate
+from loaders.samples import Clip, Window
 from loaders.text import Tokenizer, clean_text
 from model.checkpoints.files import VOCABULARY
 from model.checkpoints.positions import resize_relative

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import simplejpeg
 import webdataset
+from packed import contents, pack, write_photos
 from PIL import Image
 from places import ROOT
 
@@ -27,27 +28,11 @@ def photo(path: Path, seed: int, size: tuple[int, int] = (90, 70)) -> None:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    records = []
-    for number in range(200):
-        photo(folder / f"{number}.jpg", number)
-        records.append({"image": f"{number}.jpg", "caption": [f"photo {number}", "noise"]})
-    (tmp_path / "photos.json").write_text(json.dumps(records))
-    return folder
-
-
-def build(photos: Path, output: Path, **settings):
-    options = {"size": 48, "workers": 1} | settings
-    return build_corpus([str(photos.parent / "photos.json")], str(photos), "image", str(output), **options)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return write_photos(tmp_path, 200, (8, 8), (90, 70))
 
 
 def test_offsets_and_checksums_are_those_of_the_tar(photos: Path, tmp_path: Path) -> None:
-    corpus = build(photos, tmp_path / "out")
+    corpus = pack(photos, tmp_path / "out")
     assert len(corpus.shards) == 4
     assert corpus == read_corpus(str(tmp_path / "out"))
     seen = []
@@ -66,7 +51,7 @@ def test_offsets_and_checksums_are_those_of_the_tar(photos: Path, tmp_path: Path
 
 
 def test_the_webdataset_library_reads_the_shards(photos: Path, tmp_path: Path, shapes) -> None:
-    build(photos, tmp_path / "out")
+    pack(photos, tmp_path / "out")
     tars = sorted(str(path) for path in (tmp_path / "out").glob("*.tar"))
     samples = list(webdataset.WebDataset(tars, shardshuffle=False).decode("rgb8"))
     assert [sample["json"]["source"] for sample in samples] == [f"{number}.jpg" for number in range(200)]
@@ -79,8 +64,8 @@ def test_the_webdataset_library_reads_the_shards(photos: Path, tmp_path: Path, s
 
 
 def test_any_number_of_workers_gives_the_same_bytes(photos: Path, tmp_path: Path) -> None:
-    build(photos, tmp_path / "one", name="x", workers=1)
-    build(photos, tmp_path / "three", name="x", workers=3)
+    pack(photos, tmp_path / "one", name="x", workers=1)
+    pack(photos, tmp_path / "three", name="x", workers=3)
     assert contents(tmp_path / "one") == contents(tmp_path / "three")
 
 
@@ -89,7 +74,7 @@ def test_broken_files_are_counted_with_their_reasons_and_the_rest_is_packed(phot
     (photos / "5.jpg").write_text("<html>404</html>")
     (photos / "7.jpg").unlink()
     (photos / "9.jpg").write_bytes(b"")
-    corpus = build(photos, tmp_path / "out")
+    corpus = pack(photos, tmp_path / "out")
     failures = {
         row["source"]: row["reason"] for row in pq.read_table(tmp_path / "out" / "failures.parquet").to_pylist()
     }
@@ -98,7 +83,7 @@ def test_broken_files_are_counted_with_their_reasons_and_the_rest_is_packed(phot
     assert failures["7.jpg"] == "file not found"
     assert failures["9.jpg"] == "empty file"
     with pytest.raises(ValueError, match=r"4 of 200 media failed \(2.0%, at most 1.0% allowed\)"):
-        build(photos, tmp_path / "strict", max_failures=0.01)
+        pack(photos, tmp_path / "strict", max_failures=0.01)
     assert not (tmp_path / "strict" / "corpus.json").exists()
 
 
@@ -144,14 +129,14 @@ def test_wrong_input_gets_one_line(photos: Path, tmp_path: Path, change: dict[st
 
 
 def test_an_output_with_other_settings_or_other_files_is_refused(photos: Path, tmp_path: Path) -> None:
-    build(photos, tmp_path / "out")
-    assert build(photos, tmp_path / "out").samples == 200
+    pack(photos, tmp_path / "out")
+    assert pack(photos, tmp_path / "out").samples == 200
     with pytest.raises(ValueError, match="built with another size"):
-        build(photos, tmp_path / "out", size=32)
+        pack(photos, tmp_path / "out", size=32)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
     with pytest.raises(ValueError, match="holds no build of this tool"):
-        build(photos, tmp_path / "mine")
+        pack(photos, tmp_path / "mine")
 
 
 @pytest.mark.parametrize(
@@ -172,7 +157,7 @@ def test_annotations_that_are_none_name_the_record(tmp_path: Path, records, mess
 
 
 def test_another_version_is_named(photos: Path, tmp_path: Path) -> None:
-    build(photos, tmp_path / "out")
+    pack(photos, tmp_path / "out")
     file = tmp_path / "out" / "corpus.json"
     file.write_text(file.read_text().replace('"version": 1', '"version": 9'))
     with pytest.raises(ValueError, match="shards of version 9, this program reads version 1"):

@@ -4,15 +4,13 @@ import json
 import os
 import pty
 import subprocess
-import sys
 import termios
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from packed import build_command, write_photos
 from places import ROOT
 
 from sharding.build import build_corpus
@@ -23,28 +21,17 @@ from sharding.shards.failures import FailureLog, read_failures
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     """200 photos, a tenth of them missing, two of them no pictures."""
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for number in range(200):
-        if number % 10 != 3:
-            noise = np.random.default_rng(number).integers(0, 255, (60, 80, 3), np.uint8)
-            Image.fromarray(noise).save(folder / f"{number}.jpg")
-    (folder / "7.jpg").write_text("<html>404</html>")
-    (folder / "150.jpg").write_text("<html>404</html>")
-    records = [{"image": f"{number}.jpg", "caption": "noise"} for number in range(200)]
-    (tmp_path / "photos.json").write_text(json.dumps(records))
+    folder = write_photos(tmp_path, 200, (80, 60))
+    for number in range(3, 200, 10):
+        (folder / f"{number}.jpg").unlink()
+    for number in (7, 150):
+        (folder / f"{number}.jpg").write_text("<html>404</html>")
     return folder
-
-
-def command(photos: Path, output: Path, *more: str) -> list[str]:
-    words = [sys.executable, "-m", "sharding.build", "--annotations", str(photos.parent / "photos.json")]
-    words += ["--media-root", str(photos), "--media-type", "image", "--output", str(output), "--size", "48"]
-    return [*words, *more]
 
 
 @pytest.mark.parametrize(("share", "code"), [("0.1", 1), ("0.11", 0), ("1", 0), ("0", 1), ("5", 2), ("-0.1", 2)])
 def test_the_share_of_failures_decides_the_exit_code(photos: Path, tmp_path: Path, share: str, code: int) -> None:
-    words = command(photos, tmp_path / "out", "--max-failures", share, "--workers", "1")
+    words = build_command(photos, tmp_path / "out", "--max-failures", share, "--workers", "1")
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == code, done.stderr
     assert (tmp_path / "out" / "corpus.json").exists() == (code == 0)
@@ -73,7 +60,7 @@ def test_every_failure_is_in_the_table_in_order_of_the_annotations(photos: Path,
 
 
 def test_where_there_is_no_terminal_the_log_has_lines_of_json(photos: Path, tmp_path: Path) -> None:
-    words = command(photos, tmp_path / "out", "--workers", "2", "--log-every", "0.1", "--max-failures", "1")
+    words = build_command(photos, tmp_path / "out", "--workers", "2", "--log-every", "0.1", "--max-failures", "1")
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     lines = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
     assert len(lines) >= 2
@@ -90,7 +77,7 @@ def test_where_there_is_no_terminal_the_log_has_lines_of_json(photos: Path, tmp_
 
 
 def test_log_every_zero_is_silent(photos: Path, tmp_path: Path) -> None:
-    words = command(photos, tmp_path / "out", "--log-every", "0", "--max-failures", "1")
+    words = build_command(photos, tmp_path / "out", "--log-every", "0", "--max-failures", "1")
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert not [line for line in done.stderr.splitlines() if line.startswith("{")]
 
@@ -98,7 +85,7 @@ def test_log_every_zero_is_silent(photos: Path, tmp_path: Path) -> None:
 def test_a_terminal_shows_a_bar_with_rate_bytes_failures_and_time_left(photos: Path, tmp_path: Path) -> None:
     parent, child = pty.openpty()
     termios.tcsetwinsize(child, (24, 110))
-    words = command(photos, tmp_path / "out", "--workers", "1", "--max-failures", "1")
+    words = build_command(photos, tmp_path / "out", "--workers", "1", "--max-failures", "1")
     process = subprocess.Popen(words, cwd=ROOT, stderr=child, stdout=child)
     os.close(child)
     shown = b""

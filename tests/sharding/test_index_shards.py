@@ -18,12 +18,14 @@ import pytest
 import simplejpeg
 import webdataset
 from object_stores import Store
+from packed import contents
 from places import ROOT
 
+from loaders.samples import whole_sample
 from loaders.shards import CorpusReader
 from sharding.build import build_corpus
 from sharding.index import main
-from sharding.media import pack_video
+from sharding.media.video import pack_video
 from sharding.shards.failures import read_failures
 from sharding.shards.indexing import index_shards
 from sharding.shards.schema import read_corpus, read_index
@@ -91,10 +93,6 @@ def rows_of(url: str) -> list[dict]:
     return [row for shard in range(len(corpus.shards)) for row in read_index(corpus, shard).to_pylist()]
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 @pytest.mark.parametrize("where", ["local", "s3", "gcs"])
 @pytest.mark.parametrize("layout", ["img2dataset", "video2dataset"])
 def test_shards_of_other_tools_are_indexed_in_place(
@@ -119,9 +117,10 @@ def test_shards_of_other_tools_are_indexed_in_place(
     filesystem, root = fsspec.url_to_fs(url)
     assert {name: filesystem.cat_file(f"{root}/{name}") for name in before} == before
     with CorpusReading(url) as reader:
-        for shard, record in reader.records():
-            (frames,) = reader.read([(shard, record, np.arange(len(record.offsets)))])
-            assert all(simplejpeg.decode_jpeg(frame).shape == (48, 48, 3) for frame in frames)
+        for record in reader.records():
+            (sample,) = reader.read([whole_sample(record, np.arange(len(record.offsets)))])
+            assert not sample.reason
+            assert all(simplejpeg.decode_jpeg(frame).shape == (48, 48, 3) for frame in sample.jpegs)
 
 
 class CorpusReading(CorpusReader):
@@ -130,7 +129,7 @@ class CorpusReading(CorpusReader):
     def records(self):
         for shard, info in enumerate(self.corpus.shards):
             index = self.index(shard)
-            yield from ((shard, index.record(row)) for row in range(info.samples))
+            yield from (index.record(row) for row in range(info.samples))
 
     def __enter__(self):
         return self
@@ -196,7 +195,7 @@ def test_a_place_that_cannot_be_written_keeps_its_tars_and_the_index_goes_elsewh
     assert rows_of(str(tmp_path / "index")) == rows_of(same.url)
     assert not verify_corpus(str(tmp_path / "index"), decode=True)
     with CorpusReading(str(tmp_path / "index")) as reader:
-        assert sum(1 for shard, record in reader.records() if reader.read([(shard, record, np.arange(8))])) == 40
+        assert sum(1 for record in reader.records() if reader.read([whole_sample(record, np.arange(8))])[0].jpegs) == 40
 
 
 def test_a_local_output_finds_the_tars_from_any_folder(shapes, tmp_path: Path, monkeypatch) -> None:

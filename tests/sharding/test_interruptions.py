@@ -1,23 +1,19 @@
 """Builds that are cut off, run twice, mended, or sent to a remote store: nothing is lost, nothing is half there."""
 
-import json
 import os
 import random
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import fsspec
-import numpy as np
 import pytest
-from PIL import Image
+from packed import build_command, contents, pack, write_photos
 from places import ROOT
 
-from sharding.build import build_corpus
 from sharding.shards.output import open_output
 from sharding.shards.schema import read_corpus, read_index
 from sharding.shards.verification import verify_corpus
@@ -28,30 +24,11 @@ COUNT = 256  # four shards of 64
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("interruptions")
-    folder = root / "photos"
-    folder.mkdir()
-    for number in range(COUNT):
-        noise = np.random.default_rng(number).integers(0, 255, (9, 12, 3), np.uint8)
-        Image.fromarray(noise).resize((1200, 900)).save(folder / f"{number}.jpg", quality=85)
-    records = [{"image": f"{number}.jpg", "caption": f"photo {number}"} for number in range(COUNT)]
-    (root / "photos.json").write_text(json.dumps(records))
-    return folder
-
-
-def build(photos: Path, output: Path | str, **settings):
-    options = {"size": 48, "workers": 1, "name": "x"} | settings
-    return build_corpus([str(photos.parent / "photos.json")], str(photos), "image", str(output), **options)
+    return write_photos(tmp_path_factory.mktemp("interruptions"), COUNT, (12, 9), (1200, 900))
 
 
 def command(photos: Path, output: Path, workers: int) -> list[str]:
-    words = [sys.executable, "-m", "sharding.build", "--annotations", str(photos.parent / "photos.json")]
-    words += ["--media-root", str(photos), "--media-type", "image", "--output", str(output)]
-    return [*words, "--name", "x", "--size", "48", "--workers", str(workers)]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    return build_command(photos, output, "--name", "x", "--workers", str(workers))
 
 
 def killed(words: list[str], moment: float, alone: bool) -> bool:
@@ -103,10 +80,10 @@ def test_killed_builds_end_in_the_same_bytes(photos: Path, tmp_path: Path, worke
 
 
 def test_shards_that_are_there_are_not_built_again(photos: Path, tmp_path: Path) -> None:
-    corpus = build(photos, tmp_path / "out")
+    corpus = pack(photos, tmp_path / "out")
     (tmp_path / "out" / corpus.shards[2].index_name).unlink()
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tar")}
-    assert build(photos, tmp_path / "out") == corpus
+    assert pack(photos, tmp_path / "out") == corpus
     after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tar")}
     assert [name for name in before if before[name] != after[name]] == [corpus.shards[2].name]
 
@@ -130,8 +107,8 @@ def test_control_c_ends_at_once_with_one_line(photos: Path, tmp_path: Path, wait
 def test_two_builds_do_not_write_to_one_folder(photos: Path, tmp_path: Path) -> None:
     with open_output(str(tmp_path / "out")):
         with pytest.raises(ValueError, match="another build is writing to"):
-            build(photos, tmp_path / "out")
-    assert build(photos, tmp_path / "out").samples == COUNT
+            pack(photos, tmp_path / "out")
+    assert pack(photos, tmp_path / "out").samples == COUNT
 
 
 def test_the_last_part_to_end_clears_up_and_no_other(tmp_path: Path) -> None:
@@ -156,33 +133,33 @@ def test_a_part_waits_for_the_one_that_clears_up(tmp_path: Path) -> None:
 
 def test_mended_files_are_packed_on_demand(photos: Path, tmp_path: Path) -> None:
     photos = Path(shutil.copytree(photos.parent, tmp_path / "mine")) / "photos"
-    whole = build(photos, tmp_path / "whole")
+    whole = pack(photos, tmp_path / "whole")
     good = (photos / "70.jpg").read_bytes()
     (photos / "70.jpg").write_bytes(good[:5000])
-    with pytest.raises(ValueError, match="run this again with --retry-failed"):
-        build(photos, tmp_path / "out", max_failures=0.0)
+    with pytest.raises(ValueError, match="run the same command with --retry-failed"):
+        pack(photos, tmp_path / "out", max_failures=0.0)
     assert not (tmp_path / "out" / "corpus.json").exists()
-    assert build(photos, tmp_path / "out").samples == COUNT - 1
+    assert pack(photos, tmp_path / "out").samples == COUNT - 1
     (photos / "70.jpg").write_bytes(good)
-    assert build(photos, tmp_path / "out").samples == COUNT - 1
-    again = build(photos, tmp_path / "out", retry_failed=True)
+    assert pack(photos, tmp_path / "out").samples == COUNT - 1
+    again = pack(photos, tmp_path / "out", retry_failed=True)
     assert again.shards == whole.shards
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_a_remote_output_holds_the_same_and_is_resumed(photos: Path, tmp_path: Path) -> None:
-    local = build(photos, tmp_path / "out")
+    local = pack(photos, tmp_path / "out")
     store = fsspec.filesystem("memory")
-    remote = build(photos, "memory://bucket/out")
+    remote = pack(photos, "memory://bucket/out")
     assert remote.shards == local.shards == read_corpus("memory://bucket/out").shards
     assert not verify_corpus("memory://bucket/out", decode=True)
     store.rm(f"/bucket/out/{local.shards[1].index_name}")
     store.rm("/bucket/out/corpus.json")
-    assert build(photos, "memory://bucket/out").shards == local.shards
+    assert pack(photos, "memory://bucket/out").shards == local.shards
     assert read_index(remote, 1).num_rows == 64
-    assert build(photos, f"file://{tmp_path}/other").shards == local.shards
+    assert pack(photos, f"file://{tmp_path}/other").shards == local.shards
     with pytest.raises(ValueError, match="built with another size"):
-        build(photos, "memory://bucket/out", size=64)
+        pack(photos, "memory://bucket/out", size=64)
 
 
 def test_an_output_that_cannot_be_written_is_named(photos: Path, tmp_path: Path) -> None:

@@ -1,21 +1,17 @@
 """Packing from and to stores that have a bad day, and onto disks that are full: the same bytes, or a clear end."""
 
-import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import fsspec
-import numpy as np
 import pytest
 from faulty_proxy import Faults
 from needs import lacks, leave_out
 from object_stores import MakeFaulty, Store
-from PIL import Image
+from packed import build_command, contents, pack, write_photos
 from places import ROOT
 
-from sharding.build import build_corpus
 from sharding.shards.verification import verify_corpus
 from storage.web import Fetching
 
@@ -25,28 +21,11 @@ BAD_DAY = Faults(error=0.05, throttle=0.03, cut=0.05, slow=0.02, slow_seconds=0.
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("stores")
-    (root / "photos").mkdir()
-    for number in range(COUNT):
-        noise = np.random.default_rng(number).integers(0, 255, (48, 64, 3), np.uint8)
-        Image.fromarray(noise).save(root / "photos" / f"{number}.jpg", quality=90)
-    records = [{"image": f"{number}.jpg", "caption": f"photo {number}"} for number in range(COUNT)]
-    (root / "photos.json").write_text(json.dumps(records))
-    return root / "photos"
+    return write_photos(tmp_path_factory.mktemp("stores"), COUNT, (64, 48))
 
 
 def build(photos: Path, root: str, output: str, **settings):
-    options = {"size": 48, "workers": 1, "name": "x", "fetching": Fetching(timeout=5)} | settings
-    return build_corpus([str(photos.parent / "photos.json")], root, "image", output, **options)
-
-
-def words(photos: Path, root: str, output: str) -> list[str]:
-    head = [sys.executable, "-m", "sharding.build", "--annotations", str(photos.parent / "photos.json")]
-    return [*head, "--media-root", root, "--media-type", "image", "--output", output, "--size", "48", "--name", "x"]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    return pack(photos, output, media_root=root, fetching=Fetching(timeout=5), **settings)
 
 
 def stored(url: str) -> dict[str, bytes]:
@@ -111,7 +90,7 @@ def test_without_credentials_there_is_one_line_that_names_the_place(s3: Store, p
     environment |= {key: value for key, value in os.environ.items() if "ENDPOINT" in key}
     environment |= {"AWS_EC2_METADATA_DISABLED": "true", "HOME": "/nonexistent"}
     done = subprocess.run(
-        words(photos, str(photos), s3.url("out")), cwd=ROOT, env=environment, capture_output=True, text=True
+        build_command(photos, s3.url("out"), "--name", "x"), cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 2, done.stderr
     line = done.stderr.strip().splitlines()[-1]
@@ -138,7 +117,9 @@ def test_a_full_disk_is_named_and_nothing_is_lost(photos: Path, tmp_path: Path, 
     (small_disk / "ballast").write_bytes(b"x" * (2**20 - size * 2 // 3))
     with pytest.raises(OSError, match=f"No space left on device.*{small_disk}/out|staged in {small_disk}/out"):
         build(photos, str(photos), str(small_disk / "out"), workers=workers)
-    told = subprocess.run(words(photos, str(photos), str(small_disk / "out")), cwd=ROOT, capture_output=True, text=True)
+    told = subprocess.run(
+        build_command(photos, str(small_disk / "out"), "--name", "x"), cwd=ROOT, capture_output=True, text=True
+    )
     assert told.returncode == 2
     assert told.stderr.strip().endswith("free some, and run the same command again to go on")
     assert not (small_disk / "out" / "corpus.json").exists()
@@ -149,7 +130,9 @@ def test_a_full_disk_is_named_and_nothing_is_lost(photos: Path, tmp_path: Path, 
 
 def test_a_disk_that_cannot_be_written_to_is_named(photos: Path, small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    done = subprocess.run(words(photos, str(photos), str(small_disk / "out")), cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        build_command(photos, str(small_disk / "out"), "--name", "x"), cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert f"Read-only file system: '{small_disk}/out'" in done.stderr
     assert "Traceback" not in done.stderr

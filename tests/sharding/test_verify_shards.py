@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from packed import contents
 from PIL import Image
 
 from sharding.build import build_corpus
@@ -50,10 +51,6 @@ def flip(file: Path, place: int, bit: int = 0) -> None:
     data = bytearray(file.read_bytes())
     data[place] ^= 1 << bit
     file.write_bytes(data)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_a_sound_corpus_has_no_faults(clips: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,6 +38,7 @@ import json, sys
 sys.path.insert(0, {str(ROOT)!r})
 import numpy as np
 from loaders.config import CacheConfig, LoaderConfig
+from loaders.samples import whole_sample
 from storage.limits import RemoteReads
 from loaders.shards import open_corpus
 url, cache, remote, frames = json.loads(sys.argv[1])
@@ -47,8 +48,8 @@ sys.stdin.readline()
 reader = open_corpus(url, config)
 indices = [reader.index(shard) for shard in range(len(reader.corpus.shards))]
 if frames:
-    records = [(n, index.record(row)) for n, index in enumerate(indices[:frames]) for row in range(len(index))]
-    assert all(isinstance(x, list) for x in reader.read([(n, record, np.zeros(1, int)) for n, record in records]))
+    records = [index.record(row) for index in indices[:frames] for row in range(len(index))]
+    assert all(x.jpegs for x in reader.read([whole_sample(record, np.zeros(1, int)) for record in records]))
 print(json.dumps([sum(map(len, indices)), dict(reader.counters())]))
 reader.close()
 """

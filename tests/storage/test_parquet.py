@@ -18,7 +18,7 @@ from places import ROOT
 from sharding.build import build_corpus
 from storage.parquet import ParquetError, parquet_file, read_batches, read_schema, read_table
 
-FOLDERS = ("sharding", "loaders", "model", "train", "eval", "launch", "benchmarks")
+FOLDERS = ("runtime", "storage", "sharding", "loaders", "model", "train", "eval", "launch", "benchmarks")
 READING = {  # each starts threads, unless told otherwise
     "ParquetDataset", "ParquetFile", "dataset", "group_by", "open_file", "read_csv", "read_feather", "read_json",
     "read_metadata", "read_parquet", "read_schema", "read_table",

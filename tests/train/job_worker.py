@@ -40,7 +40,9 @@ def run_job(job, ranks):
     except Exception:
         return traceback.format_exc()
     finally:
-        for logger in map(logging.getLogger, ("launch", "train", "eval", "loaders", "model", "sharding")):
+        for logger in map(
+            logging.getLogger, ("launch", "train", "eval", "loaders", "model", "sharding", "storage", "runtime")
+        ):
             for handler in [h for h in logger.handlers if isinstance(h, logging.FileHandler)]:
                 logger.removeHandler(handler)
         gc.collect()

@@ -36,7 +36,7 @@ def settings(shapes, weights, tmp_path):
 
 
 def test_weights_without_a_vocabulary_take_the_one_that_is_named(settings, shapes):
-    assert prepare_evaluation(settings(f"tokenizer={shapes.vocab}"))[1].path == shapes.vocab
+    assert prepare_evaluation(settings(f"tokenizer={shapes.vocab}"))[-1].path == shapes.vocab
 
 
 def test_weights_without_a_vocabulary_ask_for_it(settings, weights, tmp_path, monkeypatch):

@@ -30,7 +30,7 @@ def test_the_progress_line_says_how_a_run_is_doing(watched):
     line = re.compile(
         rf"step (\d)/6 epoch 0 (?:image|video) \| loss {number} \(itc {number} itm {number} mlm {number}\) "
         rf"\| lr \d\.\d\de-\d\d \| temp {number} \| grad {number} \| \d+/s \| wait \d+% \| {number} GB "
-        r"\| \d+:\d\d:\d\d left"
+        r"\| [\d.]+ (?:s|min) left"
     )
     assert line.findall(shown) == list("123456")
     assert line.findall((folder / "log.txt").read_text()) == list("123456")

@@ -52,15 +52,23 @@ class Fragment:
         A frozen weight is as it was before it was rounded to the precision of training, unless it has changed since.
         """
         value = self.read(kind).detach().cpu()
-        exact = getattr(self.parameter, EXACT, value)
-        return (exact if torch.equal(exact.to(value.dtype), value) else value).to(torch.float32, copy=True)
+        exact = getattr(self.parameter, EXACT, None)
+        if exact is None or not torch.equal(exact.to(value.dtype), value):
+            exact = value
+        return exact.to(torch.float32, copy=True)
 
 
 class _Partition(Fragment):
     """A trained fragment under ZeRO 3, by DeepSpeed's own access; with CPU offload on a GPU it hands out copies."""
 
     def read(self, kind: str) -> torch.Tensor:
-        return self._padded(kind)[: self.length]
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+        if kind == WEIGHT:
+            padded = safe_get_local_fp32_param(self.parameter)
+        else:
+            padded = safe_get_local_optimizer_state(self.parameter, kind)
+        return padded.detach()[: self.length]
 
     def write(self, kind: str, value: torch.Tensor) -> None:
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
@@ -70,13 +78,6 @@ class _Partition(Fragment):
             safe_set_local_fp32_param(self.parameter, padded)
         else:
             safe_set_local_optimizer_state(self.parameter, padded, kind)
-
-    def _padded(self, kind: str) -> torch.Tensor:
-        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
-
-        if kind == WEIGHT:
-            return safe_get_local_fp32_param(self.parameter)
-        return safe_get_local_optimizer_state(self.parameter, kind)
 
 
 def fragments(engine: DeepSpeedEngine) -> Iterator[Fragment]:

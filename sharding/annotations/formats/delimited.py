@@ -1,4 +1,4 @@
-"""Rows of a CSV or TSV: the fields of each, or why it has none. A quote that is not closed costs its own row alone."""
+"""Rows of a CSV or TSV: the fields of each, or why it is unusable; an unclosed quote makes only its own row so."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ DELIMITERS = ",;\t|"
 LONGEST_FIELD = 2**24  # characters; an unclosed quote reaches it soon
 UNDECODED = re.compile(r"[\udc80-\udcff]")  # what surrogateescape makes of bytes that are not in the encoding
 UNCLOSED = "a quote is opened and never closed: close it, or double it where it is part of the text"
-UNDOUBLED = 'a quote inside a quoted field must be doubled (""): mend it, or set --format tsv, where quotes are text'
+UNDOUBLED = 'a quote inside a quoted field must be doubled (""): correct it, or set --format tsv, where quotes are text'
 SWALLOWED = "a quote is opened, and closed only in a later row: close it, or double it where it is part of the text"
 
 
 def delimited_rows(handle: IO[bytes], encoding: str, delimiter: str, quoting: int) -> Iterator[tuple[list[str], str]]:
-    """(fields, fault) of each row that is not empty; a fault tells why the fields are not to be used.
+    """(fields, fault) of each row that is not empty; a fault is the reason why the fields are unusable.
 
     Raises:
         UnicodeDecodeError: bytes are not in an encoding that does not tell where the next character begins.
@@ -31,7 +31,7 @@ def delimited_rows(handle: IO[bytes], encoding: str, delimiter: str, quoting: in
         reader = None
         while True:
             if reader is None:
-                lines = recorded(text, again, row)
+                lines = noted_lines(text, again, row)
                 reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)  # type: ignore[arg-type]
             row.clear()
             try:
@@ -39,7 +39,7 @@ def delimited_rows(handle: IO[bytes], encoding: str, delimiter: str, quoting: in
             except StopIteration:
                 return
             except csv.Error as error:
-                fields, fault = understood(row, delimiter, error)
+                fields, fault = repaired_fields(row, delimiter, error)
             if len(row) > 1 and not fault and holds_rows(row, delimiter, columns or len(fields)):
                 fields, fault = [], SWALLOWED
             if fault:
@@ -55,7 +55,7 @@ def delimited_rows(handle: IO[bytes], encoding: str, delimiter: str, quoting: in
                 yield fields, fault
 
 
-def recorded(text: Iterable[str], again: deque[str], row: list[str]) -> Iterator[str]:
+def noted_lines(text: Iterable[str], again: deque[str], row: list[str]) -> Iterator[str]:
     """The lines of `again`, then those of `text`; each is noted in `row`."""
     while again:
         row.append(again.popleft())
@@ -65,7 +65,7 @@ def recorded(text: Iterable[str], again: deque[str], row: list[str]) -> Iterator
         yield line
 
 
-def understood(row: list[str], delimiter: str, error: csv.Error) -> tuple[list[str], str]:
+def repaired_fields(row: list[str], delimiter: str, error: csv.Error) -> tuple[list[str], str]:
     """(fields, fault) of a row that is not written as it should be.
 
     Text behind a closing quote does no harm within a line, and is read as spreadsheets and pandas do; in a row of
@@ -91,12 +91,12 @@ def holds_rows(lines: list[str], delimiter: str, columns: int) -> bool:
     first, last = [each[0] for each in cells], [each[-1] for each in cells]
     blanks = [each[1].startswith(" ") for each in cells if len(each) > 1]
     at_start = all(blanks) or not any(blanks)
-    return (at_start and alike(first[0], first[1:], cells[1:], columns)) or alike(
+    return (at_start and same_kind(first[0], first[1:], cells[1:], columns)) or same_kind(
         last[-1], last[:-1], cells[:-1], columns
     )
 
 
-def alike(own: str, others: list[str], cells: list[list[str]], columns: int) -> bool:
+def same_kind(own: str, others: list[str], cells: list[list[str]], columns: int) -> bool:
     """Whether a row's name is a whole field, and lines cut into `cells` have one of its kind, and all columns."""
     kind = "" if own.count('"') % 2 else kind_of_name(own)
     return kind != "" and all(

@@ -12,7 +12,7 @@ import ijson
 
 from runtime.errors import UserError
 from sharding.annotations.files import AnnotationFile, Record
-from sharding.annotations.formats.json_text import Located, Mended, Plain, Unparsable
+from sharding.annotations.formats.json_text import CheckedJson, Located, RepairedJson, Unparsable
 
 LONGEST_LINE = 2**20  # bytes of a line of JSON that is looked at to tell lines from an object
 NOT_JSON = (ijson.JSONError, Unparsable, UnicodeDecodeError)  # the last of half a pair of surrogates
@@ -48,7 +48,7 @@ def json_records(file: AnnotationFile, place: str = "") -> Iterator[Record]:
 
 
 def parsed(file: AnnotationFile, parse: Callable[[Any], Iterator[Found]]) -> Iterator[Found]:
-    """What `parse` finds in a JSON file; from what it refuses on, in the file's contents as Mended.
+    """What `parse` finds in a JSON file; from what it refuses on, in the file's contents as RepairedJson.
 
     Raises:
         ValueError: the file is no JSON.
@@ -56,14 +56,14 @@ def parsed(file: AnnotationFile, parse: Callable[[Any], Iterator[Found]]) -> Ite
     done = 0
     with file.opened() as handle:
         try:
-            for found in parse(Plain(handle)):
+            for found in parse(CheckedJson(handle)):
                 yield found
                 done += 1
             return
         except NOT_JSON:
             pass
     with file.opened() as handle:
-        stream = Located(Mended(handle), math.inf)
+        stream = Located(RepairedJson(handle), math.inf)
         try:
             for number, found in enumerate(parse(stream)):
                 if number >= done:
@@ -75,10 +75,10 @@ def parsed(file: AnnotationFile, parse: Callable[[Any], Iterator[Found]]) -> Ite
 
 
 def not_json(file: AnnotationFile, parse: Callable[[Any], Iterator[Found]], slow: int) -> UserError:
-    """What is said of a file that is no JSON, and where, found by reading it again, from byte `slow` on one by one."""
+    """The error of a file that is no JSON, with the position: it is parsed again, from byte `slow` on one by one."""
     number = 0
     with file.opened() as handle:
-        stream = Located(Mended(handle), slow)
+        stream = Located(RepairedJson(handle), slow)
         try:
             for _ in parse(stream):
                 number += 1
@@ -104,7 +104,7 @@ def json_reason(error: Exception) -> str:
     )
 
 
-def first_sign(file: AnnotationFile) -> bytes:
+def first_character(file: AnnotationFile) -> bytes:
     """The first character of a file that is not blank."""
     with file.opened() as handle:
         return handle.read(4096).lstrip()[:1]
@@ -124,11 +124,11 @@ def is_json_lines(file: AnnotationFile) -> bool:
 
 def first_record(file: AnnotationFile) -> Record | None:
     """The first object of a JSON list; None where there is no such."""
-    return next(json_records(file), None) if first_sign(file) == b"[" else None
+    return next(json_records(file), None) if first_character(file) == b"[" else None
 
 
 def json_value(file: AnnotationFile, key: str) -> Any:
-    """A value of a JSON object that stands before its long lists; None where it has none of that name."""
+    """A value of a JSON object, which comes before its long lists; None where it has none of that name."""
     return next(parsed(file, lambda handle: ijson.items(handle, key, use_float=True)), None)
 
 

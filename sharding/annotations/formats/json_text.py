@@ -24,7 +24,7 @@ class Unparsable(Exception):
     """What the parser would do wrong with this JSON."""
 
 
-class Plain:
+class CheckedJson:
     """A file as it is; raises Unparsable where parsers fill the memory, or misread half a pair of surrogates."""
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -44,7 +44,7 @@ class Plain:
         return data
 
 
-class Mended:
+class RepairedJson:
     """A file in which NaN and infinity are null, half a pair of surrogates is "?", and numbers too large are texts."""
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -62,13 +62,13 @@ class Mended:
             end = len(text) if not data or len(text) > LONGEST_TOKEN else last_end(text)
             self.held = text[end:]
             if end or not data:
-                return TOKEN.sub(mended, text[:end])
+                return TOKEN.sub(repaired, text[:end])
 
 
 class Located:
     """A stream that knows how far the parser has come: after `slow` bytes it hands over one at a time."""
 
-    def __init__(self, stream: Plain | Mended, slow: float) -> None:
+    def __init__(self, stream: CheckedJson | RepairedJson, slow: float) -> None:
         self.stream, self.slow = stream, slow
         self.seen = self.last = 0  # bytes handed over; those before the last piece
         self.line, self.column = 1, 0
@@ -110,20 +110,20 @@ def last_end(text: bytes) -> int:
     return end
 
 
-def mended(match: re.Match[bytes]) -> bytes:
+def repaired(match: re.Match[bytes]) -> bytes:
     """A token as parsers accept it."""
     token = match[0]
     if token[:1] != b'"':
-        return NUMBER.sub(small, NOT_A_NUMBER.sub(b"null", token))
-    return HALF.sub(whole, token) if b"\\u" in token else token
+        return NUMBER.sub(storable_number, NOT_A_NUMBER.sub(b"null", token))
+    return HALF.sub(keep_pair, token) if b"\\u" in token else token
 
 
-def whole(match: re.Match[bytes]) -> bytes:
+def keep_pair(match: re.Match[bytes]) -> bytes:
     """A pair of surrogates, or a backslash, as it is; "?" for half a pair."""
     return match[0] if match[1] or match[0] == b"\\\\" else b"?"
 
 
-def small(match: re.Match[bytes]) -> bytes:
+def storable_number(match: re.Match[bytes]) -> bytes:
     """A number; as text where it does not fit into 64 bits."""
     number = match[0]
     if number.lstrip(b"-").isdigit():

@@ -19,7 +19,7 @@ from sharding.annotations.files import AnnotationFile, Record
 from sharding.annotations.formats.delimited import delimited_rows, guessed_delimiter
 from storage.parquet import ParquetError, parquet_file, read_batches
 
-DECODER = json.JSONDecoder(parse_constant=lambda _: None)  # NaN and infinity say nothing
+DECODER = json.JSONDecoder(parse_constant=lambda _: None)  # NaN and infinity become None
 UNCONVERTED = (ValueError, TypeError, KeyError, OverflowError, pa.ArrowException)  # of Arrow's values to Python's
 
 
@@ -58,8 +58,8 @@ def table_records(file: AnnotationFile, reading: Reading, delimiter: str, quotin
                 number += 1
                 if not fault and len(values) != len(names):
                     fault = (
-                        f"has {len(values)} fields where {len(names)} columns are expected ({', '.join(names)}): mend "
-                        "the row, or set --delimiter or --header"
+                        f"has {len(values)} fields where {len(names)} columns are expected ({', '.join(names)}): "
+                        "correct the row, or set --delimiter or --header"
                     )
                 yield Record(file.name, number, dict(zip(names, values, strict=False)), fault=fault)
         except UnicodeDecodeError as error:

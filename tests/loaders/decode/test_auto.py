@@ -4,16 +4,16 @@ import logging
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 from test_decoder import SIZE, clips
 
-from loaders.config import LoaderConfig, PerMedia
 from loaders.decode.auto import TURN, TURNS, AutoDecoder
+from loaders.decode.cpu import CpuDecoder
 from loaders.decode.dali import DaliDecoder
-from loaders.decode.decoder import CpuDecoder
-from loaders.text import Tokenizer
-from loaders.train import TrainLoader
+from loaders.index import Record
+from loaders.samples import DecodedSamples, whole_sample
 
 
 class Clock:
@@ -160,25 +160,16 @@ def test_the_real_ones_in_turns_give_the_same_pictures() -> None:
     auto.close()
 
 
-def test_a_replacement_by_the_other_decoder_is_brought_to_the_batch(shapes, tokenizer: Tokenizer) -> None:
-    """One's frames are on the GPU, the other's in pinned memory."""
-    settings = LoaderConfig(batch_size=PerMedia(6), image_res=SIZE, decode="cpu", threads=1, max_bad_share=0.9)
-    loader = TrainLoader([shapes.url("images_train")], tokenizer, settings)
-    decode, calls, brought = loader.decoder.decode, [], []
-
-    def first_is_bad(clips):
-        is_first = not calls
-        calls.append(len(clips))
-        frames, bad = decode(clips)
-        if is_first:
-            return frames, {2: "bad"}
-        plain = frames.to
-        frames.to = lambda device: brought.append(device) or plain(device)
-        return frames, bad
-
-    loader.decoder.decode = first_is_bad  # type: ignore[method-assign]
-    next(iter(loader))
-    loader.close()
-    assert calls[:1] == [6]
-    assert 1 in calls
-    assert torch.device("cpu") in brought
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+)
+def test_a_replacement_by_the_other_decoder_is_brought_to_the_batch(device: str) -> None:
+    """Frames of DALI are on the GPU, those of the CPU path in pinned memory."""
+    record = Record(0, 0, "", *[np.zeros(1, np.int64)] * 3, SIZE, SIZE, 1.0)
+    first, other = (whole_sample(record, np.array([number])) for number in range(2))
+    batch = DecodedSamples([first] * 3, torch.zeros(3, 1, 2, 2, 3, dtype=torch.uint8), {0: "bad", 2: "bad"})
+    others = DecodedSamples([other] * 2, torch.full((2, 1, 2, 2, 3), 7, dtype=torch.uint8, device=device), {1: "too"})
+    mended = batch.with_rows([0, 2], others)
+    assert [spec.frames.tolist() for spec in mended.specs] == [[1], [0], [1]]
+    assert mended.reasons == {2: "too"}
+    assert mended.frames[:, 0, 0, 0, 0].tolist() == [7, 0, 7]

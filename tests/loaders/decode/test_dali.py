@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from test_decoder import SIZE, clips, picture
@@ -15,11 +14,11 @@ from test_decoder import SIZE, clips, picture
 from loaders.config import LoaderConfig, PerMedia
 from loaders.decode import dali, dali_graph
 from loaders.decode.auto import AutoDecoder
+from loaders.decode.choice import make_decoder
+from loaders.decode.cpu import CpuDecoder
 from loaders.decode.dali import SOUND, DaliDecoder, DaliWorker, is_device_failure, reason
 from loaders.decode.dali_graph import GraphSettings, build_pipeline, feed
-from loaders.decode.decoder import CpuDecoder, make_decoder
-from loaders.decode.pixels import Clip
-from loaders.order.choices import Window
+from loaders.samples import Clip, Window
 from loaders.train import TrainLoader
 
 IMAGE_FAILS = (
@@ -278,7 +277,7 @@ def test_auto_says_why_dali_is_not_used(monkeypatch, caplog) -> None:
 def test_dali_and_pytorch_of_other_cuda_majors_are_refused(monkeypatch, caplog) -> None:
     names = ["numpy", "nvidia_dali_cuda120"]
     monkeypatch.setattr(
-        "loaders.decode.decoder.distributions", lambda: [SimpleNamespace(metadata={"Name": name}) for name in names]
+        "loaders.decode.choice.distributions", lambda: [SimpleNamespace(metadata={"Name": name}) for name in names]
     )
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     said = "NVIDIA DALI is installed for CUDA 12 and PyTorch for CUDA 13: install DALI with `pip install .[cuda13]`"
@@ -343,14 +342,3 @@ def test_determinism_leaves_out_what_depends_on_time_or_place(monkeypatch, decod
         assert isinstance(decoder, CpuDecoder if deterministic else AutoDecoder)
     else:
         assert made == [0.0 if deterministic else 0.65]
-
-
-def test_numbers_are_fed_as_arrays(monkeypatch) -> None:
-    fed = {}
-    pipeline = SimpleNamespace(feed_input=lambda name, data: fed.update({name: data}))
-    batch = clips(3, 2)
-    feed(pipeline, batch)
-    assert len(fed["jpegs"]) == 6
-    assert np.array_equal(fed["anchors"], [(clip.window.top, clip.window.left) for clip in batch for _ in range(2)])
-    assert np.array_equal(fed["shapes"], [(clip.window.height, clip.window.width) for clip in batch for _ in range(2)])
-    assert np.array_equal(fed["flips"], [clip.window.flip for clip in batch for _ in range(2)])

@@ -9,10 +9,11 @@ import simplejpeg
 import torch
 from PIL import Image
 
+from loaders.decode.choice import make_decoder
+from loaders.decode.cpu import CpuDecoder
 from loaders.decode.dali import DaliDecoder, header_faults
-from loaders.decode.decoder import CpuDecoder, make_decoder
-from loaders.decode.pixels import Clip, Scratch, decode_clip, jpeg_fraction
-from loaders.order.choices import BadSampleError, Window
+from loaders.decode.pixels import Scratch, decode_clip, jpeg_fraction
+from loaders.samples import BadSampleError, Clip, Window
 from sharding.media.jpeg import has_end
 
 SIZE = 32
@@ -138,11 +139,6 @@ def test_repeated_frames_are_the_same_picture(decoder) -> None:
     data = picture(1)
     frames, _ = decoder.decode([Clip([data, data, data], 60, 80, Window(0, 0, 60, 80))])
     assert torch.equal(frames[0, 0], frames[0, 2])
-
-
-def test_unknown_back_ends_are_named() -> None:
-    with pytest.raises(ValueError, match="decode is 'gpu', must be one of auto, dali, cpu"):
-        make_decoder("gpu", SIZE, 1, antialias=False, device=CPU)
 
 
 def jpeg_kinds() -> dict[str, bytes]:

@@ -21,7 +21,7 @@ from loaders.order.choices import (
 
 
 def keys(count: int, **other: int) -> np.ndarray:
-    part = {"corpora": 0, "shards": 3, "passes": 2} | other
+    part = {"corpora": 0, "shards": 3, "traversals": 2} | other
     return sample_keys(1, units=np.arange(count), **{name: np.full(count, value) for name, value in part.items()})
 
 
@@ -95,7 +95,7 @@ def test_windows_are_those_of_the_official_crop_in_distribution() -> None:
             assert abs(np.quantile(ours[:, column], share) - np.quantile(theirs[:, column], share)) <= 6
 
 
-def test_what_is_random_is_a_function_of_seed_pass_and_unit() -> None:
+def test_what_is_random_is_a_function_of_seed_traversal_and_unit() -> None:
     def number(seed: int, *parts: int) -> float:
         return float(random_numbers(sample_keys(seed, *(np.array([part]) for part in parts)), TEXT, 1)[0, 0])
 

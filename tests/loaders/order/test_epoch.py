@@ -16,7 +16,7 @@ PLANS = st.builds(
 
 
 def order(plan: EpochPlan) -> list[tuple[int, int]]:
-    shards, units, passes = plan.at(np.arange(plan.units))
+    shards, units, passes = plan.locate(np.arange(plan.units))
     assert (passes == plan.epoch).all() or plan.weights
     return list(zip(shards.tolist(), units.tolist(), strict=True))
 
@@ -49,7 +49,7 @@ def test_global_batches_do_not_depend_on_the_world_size(plan: EpochPlan, world_s
         assert all(len(part) == share for part in parts)
         joined = np.sort(np.concatenate(parts))
         assert joined.tolist() == list(range(step * batch_size, (step + 1) * batch_size))
-        got = list(zip(*(values.tolist() for values in plan.at(joined)[:2]), strict=True))
+        got = list(zip(*(values.tolist() for values in plan.locate(joined)[:2]), strict=True))
         assert got == whole[step * batch_size : (step + 1) * batch_size]
 
 
@@ -66,7 +66,7 @@ def test_interruptions_and_other_world_sizes_in_mid_epoch_lose_and_repeat_nothin
         again = EpochPlan(plan.counts, plan.seed, plan.epoch, plan.stripes, plan.window_shards)  # a new process
         for number in range(step, until):
             parts = [rank_positions(number, batch_size, rank, world_size) for rank in range(world_size)]
-            served += zip(*(values.tolist() for values in again.at(np.concatenate(parts))[:2]), strict=True)
+            served += zip(*(values.tolist() for values in again.locate(np.concatenate(parts))[:2]), strict=True)
         step = until
     assert len(served) == len(set(served)) == steps * batch_size
     assert set(served) == set(order(plan)[: len(served)])
@@ -79,7 +79,7 @@ def test_weights_are_whole_passes_over_each_corpus(mixture, epochs: int) -> None
     corpora, settings = mixture
     plans = [EpochPlan(epoch=epoch, **settings) for epoch in range(epochs)]
     assert len({plan.units for plan in plans}) == 1
-    seen = [tuple(values.tolist() for values in plan.at(np.arange(plan.units))) for plan in plans]
+    seen = [tuple(values.tolist() for values in plan.locate(np.arange(plan.units))) for plan in plans]
     owner = np.repeat(np.arange(len(corpora)), [len(counts) for counts in corpora])
     for corpus, counts in enumerate(corpora):
         total, first = sum(counts), int(np.flatnonzero(owner == corpus)[0])
@@ -108,7 +108,7 @@ def test_weights_of_one_are_no_weights(mixture) -> None:
 
 def test_corpora_are_spread_over_every_part_of_an_epoch() -> None:
     plan = EpochPlan((500,) * 40, seed=1, epoch=0, corpora=(30, 10), weights=(1.0, 2.0))
-    shards, _, _ = plan.at(np.arange(plan.units))
+    shards, _, _ = plan.locate(np.arange(plan.units))
     second = (shards >= 30).reshape(25, -1).mean(axis=1)
     assert second.mean() == 0.4
     assert np.abs(second - 0.4).max() < 0.1
@@ -138,20 +138,20 @@ def test_a_large_corpus_costs_nothing_to_open_anywhere() -> None:
     plan = EpochPlan(counts, seed=0, epoch=3)
     for share in (0.01, 0.5, 0.99):
         positions = np.arange(int(share * plan.units), int(share * plan.units) + 512)
-        shards, units, _ = plan.at(positions)
+        shards, units, _ = plan.locate(positions)
         assert len({(s, u) for s, u in zip(shards.tolist(), units.tolist(), strict=True)}) == 512
         assert len(np.unique(shards)) >= 64  # a batch comes from many shards
 
 
 def test_a_lane_reads_few_shards_at_a_time() -> None:
     plan = EpochPlan(tuple([100] * 640), seed=0, epoch=0, stripes=64, window_shards=2)
-    shards, _, _ = plan.at(np.arange(0, 64 * 200, 64))  # the first 200 samples of lane 0
+    shards, _, _ = plan.locate(np.arange(0, 64 * 200, 64))  # the first 200 samples of lane 0
     assert len(np.unique(shards)) <= 3
 
 
 def test_neighbours_in_a_small_corpus_are_mixed() -> None:
     plan = EpochPlan((6000,), seed=0, epoch=0)
-    _, units, _ = plan.at(np.arange(plan.units))
+    _, units, _ = plan.locate(np.arange(plan.units))
     assert np.abs(np.diff(units)).mean() > 1000  # 2,000 for a perfect shuffle
 
 
@@ -166,7 +166,7 @@ def test_the_schedule_holds_each_medium_as_often_as_it_has_batches() -> None:
 
 def test_positions_beyond_the_epoch_are_refused() -> None:
     with pytest.raises(IndexError):
-        EpochPlan((5,), 0, 0).at(np.array([5]))
+        EpochPlan((5,), 0, 0).locate(np.array([5]))
 
 
 def test_a_world_size_that_does_not_fit_names_sizes_that_do() -> None:

@@ -72,7 +72,7 @@ def sources(path: Path, **reading) -> list[str]:
         ),
         ("a.csv", b"image,caption\n1.jpg,x\n", {"encoding": "utf-9"}, "--encoding utf-9: there is no such encoding"),
         ("a.parquet", b"PAR1 no", {}, "a.parquet is no Parquet file, or damaged"),
-        ("a.dat", b"x", {}, "its name does not tell its form; set --format to one of auto, json"),
+        ("a.dat", b"x", {}, "its name does not show its format; set --format to one of auto, json"),
         ("a.json", b"[]", {"format": "jsno"}, "--format jsno: there is no such format, nearest are json"),
         (
             "a.json",

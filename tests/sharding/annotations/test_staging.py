@@ -91,7 +91,7 @@ def test_a_full_disk_is_named_and_leaves_nothing_half_read(photos: Path, tmp_pat
 
 
 def test_reading_shows_its_progress_where_there_is_no_terminal(caplog) -> None:
-    caplog.set_level("INFO", "sharding")
+    caplog.set_level("INFO", "runtime")
     rows = [Row("a", ("x",))] * 10_000
     assert list(counted(rows, log_every=1e-9)) == rows
     assert [json.loads(record.message) for record in caplog.records] == [

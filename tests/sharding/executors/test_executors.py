@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from needs import module
+from packed import contents
 from places import ROOT
 
 from sharding.build import build_corpus
@@ -42,10 +43,6 @@ def arguments(drawn: Path, output: Path, **settings) -> list[str]:
 def build(drawn: Path, output: Path, **settings):
     options = {"name": "x", "size": 32, "workers": 1} | settings
     return build_corpus([str(drawn / "images_train.json")], str(drawn / "media"), "image", str(output), **options)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 @pytest.fixture

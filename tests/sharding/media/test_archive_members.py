@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from sharding.media import MediaError
 from sharding.media.archives import Archive
+from sharding.media.frames import MediaError
 from sharding.media.sources import Media
 from storage.web import Fetching
 

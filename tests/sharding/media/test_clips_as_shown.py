@@ -15,8 +15,9 @@ from ffmpeg_frames import difference, ffmpeg, shown_frames
 from PIL import Image
 
 from sharding.build import build_corpus
-from sharding.media import MediaError, pack_video
 from sharding.media.clock import Clock
+from sharding.media.frames import MediaError
+from sharding.media.video import pack_video
 from sharding.shards.schema import read_index
 
 SECONDS = 12

@@ -8,7 +8,7 @@ import pytest
 import simplejpeg
 from ffmpeg_frames import difference, ffmpeg, shown_frames, step_of
 
-from sharding.media import pack_video
+from sharding.media.video import pack_video
 
 RATE, SECONDS = 10, 12
 

@@ -12,11 +12,11 @@ import pytest
 from pictures import photo, saved
 from PIL import Image
 
+from loaders.decode.cpu import CpuDecoder
 from loaders.decode.dali import DaliDecoder
-from loaders.decode.decoder import CpuDecoder, Decoder
-from loaders.decode.pixels import Clip
-from loaders.order.choices import Window
-from sharding.media import MediaError
+from loaders.decode.decoder import Decoder
+from loaders.samples import Clip, Window
+from sharding.media.frames import MediaError
 from sharding.media.picture import decode_picture
 from sharding.shards.indexing import index_shards
 from sharding.shards.schema import read_corpus, read_index

@@ -8,7 +8,8 @@ import simplejpeg
 from ffmpeg_frames import difference, shown_frames, step_of
 from places import SHARED
 
-from sharding.media import MediaError, pack_video
+from sharding.media.frames import MediaError
+from sharding.media.video import pack_video
 
 DATA = SHARED / "data"
 FOLDERS = ["clips/videos", "videos/media", "videos/odd", "odd"]

@@ -10,9 +10,9 @@ import pytest
 import simplejpeg
 from PIL import Image
 
-from sharding.media import MediaError, pack_image, pack_video
-from sharding.media.frames import stored_size
-from sharding.media.image import shrink
+from sharding.media.frames import MediaError, stored_size
+from sharding.media.image import pack_image, shrink
+from sharding.media.video import pack_video
 
 RED, GREEN = (220, 30, 30), (30, 160, 60)
 

@@ -16,9 +16,10 @@ import pytest
 from pictures import TURNS, photo, saved
 from PIL import Image
 
-from loaders.decode.pixels import Clip, Scratch, decode_clip
-from loaders.order.choices import BadSampleError, Window
-from sharding.media import MediaError, pack_image
+from loaders.decode.pixels import Scratch, decode_clip
+from loaders.samples import BadSampleError, Clip, Window
+from sharding.media.frames import MediaError
+from sharding.media.image import pack_image
 from sharding.media.picture import decode_picture
 
 NAMED = ("unreadable image: ", "truncated JPEG", "broken JPEG: ", "its pixels are ", "empty file")

@@ -23,7 +23,8 @@ SLOWEST = 20  # seconds that one clip may take
 # Packs files named on its input, one after the other; says what became of each on one line.
 CHILD = """
 import mmap, sys
-from sharding.media import MediaError, pack_video
+from sharding.media.frames import MediaError
+from sharding.media.video import pack_video
 for line in sys.stdin:
     name, start = line.split()
     with open(name, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:

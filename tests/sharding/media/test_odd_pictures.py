@@ -12,7 +12,8 @@ import simplejpeg
 from pictures import TURNS, photo, saved
 from PIL import Image
 
-from sharding.media import MediaError, pack_image
+from sharding.media.frames import MediaError
+from sharding.media.image import pack_image
 from sharding.media.jpeg import has_end, orientation_of
 from sharding.media.picture import decode_picture
 from sharding.shards.checks import undecodable
@@ -272,7 +273,7 @@ def test_sixteen_bits_become_eight_whatever_the_file() -> None:
     ],
 )
 def test_numbers_without_a_range_are_refused_by_name(values: np.ndarray) -> None:
-    with pytest.raises(MediaError, match="range it does not tell: convert it to 8 or 16 bits"):
+    with pytest.raises(MediaError, match="without a stated range: convert it to 8 or 16 bits"):
         pack_image(saved(Image.fromarray(values), "TIFF"), 40, 90)
 
 

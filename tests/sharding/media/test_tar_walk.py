@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sharding.media.links import LinkError, Places
+from sharding.media.links import LinkError, Locations
 from sharding.media.tar import Damage, TarStream
 from sharding.shards.foreign import read_contents
 
@@ -49,7 +49,7 @@ def tar_of(members: list[tuple], form: int) -> bytes:
 @given(MEMBERS, FORMS)
 def test_links_lead_where_tarfile_says(members: list[tuple], form: int) -> None:
     data = tar_of(members, form)
-    places, links = Places(), []
+    places, links = Locations(), []
     for found in TarStream(io.BytesIO(data)).walk(lambda _: False):
         assert not isinstance(found, Damage)
         places.add(found)
@@ -107,7 +107,7 @@ def is_picture(found) -> bool:
 
 
 def targets(data: bytes) -> list[int]:
-    places, links = Places(), []
+    places, links = Locations(), []
     for found in TarStream(io.BytesIO(data)).walk(lambda _: False):
         if not isinstance(found, Damage):
             places.add(found)

@@ -19,11 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from places import ROOT
 
-from loaders.decode.decoder import CpuDecoder
-from loaders.decode.pixels import Clip, Scratch
-from loaders.decode.pool import NOT_FOR_THEM, MemoryPool
+from loaders.decode.cpu import BLOCKED_SIGNALS, CpuDecoder, MemoryPool
+from loaders.decode.pixels import Scratch
 from loaders.decode.worker import packed, unpacked
-from loaders.order.choices import Window
+from loaders.samples import Clip, Window
 
 SIZE = 32
 
@@ -92,7 +91,7 @@ def test_any_number_of_processes_gives_the_same(decoder: CpuDecoder) -> None:
         other.close()
 
 
-@pytest.mark.parametrize("number", NOT_FOR_THEM)
+@pytest.mark.parametrize("number", BLOCKED_SIGNALS)
 def test_signals_that_stop_a_run_do_not_stop_its_decoding(number: int) -> None:
     """They reach a whole process group or job step; the run still needs batches until it has saved."""
     decoder = CpuDecoder(SIZE, 1)
@@ -138,9 +137,9 @@ def test_pictures_are_decoded_to_odd_addresses(side: tuple[int, int]) -> None:
     """Rows that begin at a multiple of 32 are written past the caches."""
     scratch = Scratch()
     for number in (0, 1):
-        room = scratch.room(number, 3 * side[0] * side[1])
-        assert room.size == 3 * side[0] * side[1]
-        assert room.ctypes.data % 32 == 1
+        buffer = scratch.buffer(number, 3 * side[0] * side[1])
+        assert buffer.size == 3 * side[0] * side[1]
+        assert buffer.ctypes.data % 32 == 1
 
 
 def test_a_process_that_is_halted_does_not_keep_the_decoder_from_closing() -> None:
@@ -176,8 +175,8 @@ def test_they_end_with_the_process_that_started_them(tmp_path: Path) -> None:
     program = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
-sys.path.insert(0, {str(ROOT / "tests" / "loaders" / "decode")!r})
-from test_pool import CpuDecoder, SIZE, clips
+sys.path[:0] = [{str(ROOT / "tests")!r}, {str(ROOT / "tests" / "loaders" / "decode")!r}]
+from test_cpu import CpuDecoder, SIZE, clips
 decoder = CpuDecoder(SIZE, 2)
 decoder.decode(clips())
 print("decoded", flush=True)
