@@ -27,10 +27,11 @@ import numpy as np
 import torch
 
 from loaders.config import LoaderConfig
-from loaders.decode.choice import make_decoder, usable_threads
+from loaders.decode.choice import make_decoder
 from loaders.decode.decoder import BATCHES_AT_ONCE, Decoder
 from loaders.evaluation import VisualSet
 from loaders.samples import Clip, Window, whole_sample
+from runtime.ranks import cores_per_process
 
 LARGEST_MEAN = 2.0  # grey levels: the kernels differ, DALI's is Catmull-Rom's; of photos they do by 0.7
 
@@ -152,7 +153,7 @@ def main() -> int:
     options = parser().parse_args()
     clips = read_clips(options.corpus, options.images)
     batches = [clips[first : first + options.batch] for first in range(0, len(clips), options.batch)]
-    threads = usable_threads(options.threads, 1)
+    threads = options.threads or cores_per_process(1)
     decoders, failed = make_decoders(options, threads, batches[0])
     grey = {name: deviation(each, decoders["cpu"], batches) for name, each in decoders.items() if name != "cpu"}
     medians = {name: round(statistics.median(each)) for name, each in measure(decoders, batches, options).items()}

@@ -32,10 +32,10 @@ import torch
 
 from benchmarks.decoding import LARGEST_MEAN, cpu_decoder, dali_decoder, deviation, read_clips
 from benchmarks.model import SIZES, make_batch, ours
-from loaders.decode.choice import usable_threads
 from loaders.decode.decoder import Decoder
 from loaders.samples import Clip
 from model.singularity import Singularity
+from runtime.ranks import cores_per_process
 from train.job.devices import choose_kernels, driver_version
 
 PACKAGES = (
@@ -160,7 +160,7 @@ def pictures(options: argparse.Namespace) -> dict[str, Any]:
     batches = [clips[first : first + options.batch] for first in range(0, len(clips), options.batch)]
     if len(batches) < 2 or len(batches[-1]) < options.batch:
         batches = batches[:-1] if len(batches) > 2 else [clips[: len(clips) // 2], clips[len(clips) // 2 :]]
-    threads = usable_threads(0, 1)
+    threads = cores_per_process(1)
     dali, cpu = dali_decoder(options.pixels, threads, batches[0]), cpu_decoder(options.pixels, threads)
     grey = deviation(dali, cpu, batches)
     on_gpu = torch.cuda.is_available()
@@ -210,7 +210,7 @@ def survival(decoder: Decoder, batch: list[Clip], damage: Callable[[bytes], byte
 def damaged(options: argparse.Namespace) -> dict[str, Any]:
     """DALI's result for each kind of damage."""
     batch = read_clips(options.corpus, options.batch)
-    decoder = dali_decoder(options.pixels, usable_threads(0, 1), batch)
+    decoder = dali_decoder(options.pixels, cores_per_process(1), batch)
     found = {name: survival(decoder, batch, damage) for name, damage in DAMAGES.items()}
     decoder.close()
     return {"device": "cuda" if torch.cuda.is_available() else "cpu", "damaged": found}

@@ -30,8 +30,8 @@ CORPORA = (0.7, 0.3)  # shares of the shards that belong to two corpora
 def ours(shards: int, each: int, stripes: int, window: int) -> np.ndarray:
     """Sample numbers in the shard sequence, in epoch order."""
     plan = EpochPlan((each,) * shards, seed=1, epoch=0, stripes=stripes, window_shards=window)
-    places, units, _ = plan.locate(np.arange(plan.units))
-    return places * each + units
+    numbers, units, _ = plan.locate(np.arange(plan.units))
+    return numbers * each + units
 
 
 def webdataset_order(shards: int, each: int, buffer: int, workers: int) -> np.ndarray:

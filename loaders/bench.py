@@ -17,12 +17,13 @@ import torch
 
 from loaders.batch import Batch, normalize
 from loaders.config import BACKENDS, LoaderConfig, PerMedia, VideoInput
-from loaders.decode.choice import usable_threads, usual_device
+from loaders.decode.choice import usual_device
 from loaders.shards import describe
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader
 from runtime.errors import UserError, command
 from runtime.flags import positive
+from runtime.ranks import cores_per_process
 
 READ_BOUND_SHARE = 0.3  # share of the time that decoding waits for reading, from which reading is the bottleneck
 NEGLIGIBLE_WAIT = 0.02  # share of the time that the loop waits for batches, below which loading costs nothing
@@ -86,7 +87,7 @@ def measure(
     finally:
         loader.close()
     setup = Setup(
-        threads=usable_threads(config.threads, 1),
+        threads=config.threads or cores_per_process(1),
         cores=len(os.sched_getaffinity(0)),
         backend=loader.decoder.name,
         remote=not all(reader.local for reader in loader.readers),

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from loaders.config import LoaderConfig
-from loaders.decode.choice import make_decoder, usable_threads
+from loaders.decode.choice import make_decoder
 from loaders.decode.decoder import Decoder, decode_samples
 from loaders.index import ShardIndex
 from loaders.order.choices import check_sample_type, choose_frames
@@ -21,7 +21,7 @@ from loaders.shards import open_corpus
 from loaders.text import clean_text
 from runtime.activity import progress
 from runtime.errors import UserError
-from runtime.ranks import current_ranks, processes_on_node
+from runtime.ranks import cores_per_process, current_ranks, processes_on_node
 from sharding.shards.schema import Corpus
 
 
@@ -92,7 +92,7 @@ class VisualSet:
         metrics must not depend on which was faster.
         """
         config = self.config
-        threads = usable_threads(config.threads, processes_on_node(world_size))
+        threads = config.threads or cores_per_process(processes_on_node(world_size))
         decoder = make_decoder(
             config.decode, config.image_res, threads, config.antialias, torch.device(device), deterministic=True
         )

@@ -21,7 +21,7 @@ import torch
 
 from loaders.batch import Batch, collate
 from loaders.config import LoaderConfig, check_weights
-from loaders.decode.choice import make_decoder, usable_threads
+from loaders.decode.choice import make_decoder
 from loaders.decode.decoder import BATCHES_AT_ONCE, decode_samples
 from loaders.order.epoch import EpochPlan, check_world_size, media_schedule, rank_positions
 from loaders.order.mixture import Mixture
@@ -31,7 +31,7 @@ from loaders.samples import DecodedSamples, RawSample
 from loaders.shards import check_cache, open_corpus
 from loaders.text import Tokenizer
 from runtime.errors import UserError
-from runtime.ranks import ranks_of
+from runtime.ranks import cores_per_process, ranks_of
 from runtime.settings import check_declared
 
 log = logging.getLogger("loaders")
@@ -92,7 +92,7 @@ class TrainLoader:
         self.media_steps = {media_type: self._count_steps(media_type) for media_type in self.mixtures}
         self._steps_at_once, self._steps_kept = self._steps_ahead()
         self._step_pool = ThreadPoolExecutor(self._steps_at_once, thread_name_prefix="step")
-        threads = usable_threads(config.threads, ranks_here or world_size)
+        threads = config.threads or cores_per_process(ranks_here or world_size)
         self.decoder = make_decoder(
             config.decode, config.image_res, threads, config.antialias, torch.device(device), config.deterministic
         )

@@ -17,7 +17,7 @@ _INITIALIZER_RANGE = "standard deviation of random initial matrices; narrower mo
 class VisionConfig:
     """The vision transformer. Defaults: BEiT-B/16 as published."""
 
-    type: str = fixed("beit", "beit, vit, deit, or the name of another timm vision transformer")
+    type: str = fixed("beit", "beit, vit, deit, or the name of another vision transformer of timm")
     pretrained: str | None = fixed(None, "initial weights: a hub name or a local folder", checkpoint=START)
     patch_size: int = fixed(16, "height and width of a patch in pixels")
     width: int = fixed(768, "width of the tokens")

@@ -31,16 +31,17 @@ def step_flops(config: ModelConfig, pairs: int, frames: int, text_length: int) -
     texts, matched, read = (2 if mlm else 1) * pairs, 3 * pairs, pairs if mlm else 0
     width, inner, length, source = text.width, text.intermediate, text_length, tokens * frames
     result["text"] = texts * text.fusion_layer * layer_flops(length, width, inner, length)
-    attend = 8 * length * width**2 + 4 * length**2 * width
-    look = 4 * width**2 + 4 * source * width + 4 * width * inner  # of one token
+    self_attention = 8 * length * width**2 + 4 * length**2 * width
+    cross_attention = 4 * width**2 + 4 * source * width + 4 * width * inner  # of one token
     layers = text.layers - text.fusion_layer
     keys = layers * pairs * 4 * source * vision.width * width
     # The first layer's self-attention runs once for a text; the last layer computes one token of the matched pairs.
-    lower = max(0, layers - 1) * (matched + read) * length * look + max(0, layers - 2) * (matched + read) * attend
-    last = matched * look + read * length * look
+    all_rows = matched + read
+    lower = max(0, layers - 1) * all_rows * length * cross_attention + max(0, layers - 2) * all_rows * self_attention
+    last = matched * cross_attention + read * length * cross_attention
     if layers > 1:
-        last += matched * (4 * length * width**2 + 4 * width**2 + 4 * length * width) + read * attend
-    result["fusion"] = keys + texts * attend + lower + last if layers else 0
+        last += matched * (4 * length * width**2 + 4 * width**2 + 4 * length * width) + read * self_attention
+    result["fusion"] = keys + texts * self_attention + lower + last if layers else 0
     if mlm:
         chosen = max_masked(pairs * text_length, config.mlm_prob)
         result["mlm"] = chosen * (2 * text.width**2 + 2 * text.width * text.vocab_size)

@@ -80,8 +80,7 @@ class Singularity(Encoders):
         """Two-way logits (P, 2), column 1 for a match, of P pairs of a text and one of N visuals.
 
         text_states (P, Lt, D) of `encode_text`, text_mask (P, Lt). visual: tokens (N, S, D), or their `visual_keys`.
-        Without `index` row g·N + n looks at visual n (N = P: row by row); with `index` (P,) row p looks at visual
-        index[p].
+        Without `index` row g·N + n belongs to visual n (N = P: row by row); with `index` (P,) row p to visual index[p].
         """
         keys = self.visual_keys(visual) if isinstance(visual, torch.Tensor) else visual
         return self.match_attended(self.text_encoder.attend_texts(text_states, text_mask), text_mask, keys, index)

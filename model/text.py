@@ -200,7 +200,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         if not 0 <= config.fusion_layer <= config.layers:
             raise UserError(
-                f"text_encoder.fusion_layer is {config.fusion_layer}: must lie between 0 and "
+                f"text_encoder.fusion_layer is {config.fusion_layer}: must be between 0 and "
                 f"text_encoder.layers {config.layers}"
             )
         bert = bert_config(config, pad_id=pad_id)

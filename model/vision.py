@@ -24,7 +24,7 @@ from model.torchvision_cpu import (
 from runtime.errors import UserError
 
 TIMM_RANGE = 0.02
-ROW = 8  # the rows of an attention mask are padded to a multiple of so many elements
+ROW = 8  # rows of an attention mask are padded to a multiple of 8 elements
 VISION_TYPES = ("beit", "vit", "deit")
 _HALF = (0.5, 0.5, 0.5)
 PIXEL_STATISTICS = {  # mean and standard deviation of the pixels in [0, 1] that the published weights expect
@@ -46,7 +46,7 @@ def check_vision(config: VisionConfig, image_res: int) -> None:
     """Raise UserError when the sizes of a vision transformer do not fit together."""
     if config.type not in VISION_TYPES and not is_model(config.type):
         raise UserError(
-            f"vision_encoder.type is {config.type!r}: must be one of {', '.join(VISION_TYPES)}, or a timm name"
+            f"vision_encoder.type is {config.type!r}: must be one of {', '.join(VISION_TYPES)}, or a model of timm"
         )
     if image_res % config.patch_size:
         raise UserError(
@@ -147,7 +147,7 @@ class FrameEncoder(nn.Module):
         super().__init__()
         vision = config.vision_encoder
         self.transformer = build_vision(vision, config.image_res, pooler=not config.answer_decoder.enable)
-        # The extra norm has this eps whatever the transformer's own is.
+        # The official code's extra norm has this eps, independent of the transformer's own.
         self.layernorm = nn.LayerNorm(vision.width, eps=1e-12) if vision.type == "beit" else nn.Identity()
         self._official = vision.type in VISION_TYPES
         self._leads = self._official or self.transformer.num_prefix_tokens > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -153,6 +154,8 @@ def smooth(values: Sequence[float]) -> list[float]:
 
 
 def _figure(width: float, height: float) -> Figure:
+    # matplotlib warns where it cannot write its cache, as on a read-only home.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")

@@ -97,6 +97,11 @@ def processes_on_node(world_size: int) -> int:
     return ranks.local_world_size if ranks.world_size == world_size else world_size
 
 
+def cores_per_process(local_world_size: int) -> int:
+    """One process' share of the cores that it may run on."""
+    return max(1, len(os.sched_getaffinity(0)) // max(1, local_world_size))
+
+
 def _of_launcher(environment: Mapping[str, str]) -> tuple[str, str, str, str] | None:
     """Rank, world size, local rank and local world size in the variables of MPI or Slurm."""
     for names in OF_LAUNCHERS.values():

@@ -147,7 +147,7 @@ def read_layers(kind: Any, path: str | Path, overrides: Sequence[str] = ()) -> d
 def build(kind: type[T], given: Mapping[str, Any]) -> T:
     """Dataclass `kind` with the values of `read_layers`.
 
-    Raises UserError for an unknown key (naming the nearest, or as `kind.explained` says), a renamed one (naming the new
+    Raises UserError for an unknown key (naming the nearest, or by `kind.explained`), a renamed one (naming the new
     name), a wrong type (naming key, value and what is expected), or a rule that the dataclass checks.
     """
     schema = OmegaConf.structured(kind)
@@ -236,7 +236,7 @@ def _read_with_bases(kind: Any, path: Path, chain: tuple[Path, ...]) -> DictConf
         raise MissingError(_missing(f"{path.parent / base}, the base of {path},"))
     earlier = _read_with_bases(kind, found, (*chain, path))
     for key, value in flatten(OmegaConf.to_container(own, resolve=False)).items():
-        # Null for what must have a value takes back what an earlier layer sets.
+        # Null for a setting that must have a value removes what an earlier layer sets.
         if (value is None or value in _NOTHING) and not _may_be_null(kind, key):
             earlier, own = _without(earlier, key), _without(own, key)
     return _merge(kind, earlier, own)
@@ -269,7 +269,7 @@ def _merge(kind: Any, earlier: DictConfig, later: DictConfig, replaced: Collecti
 
 
 def _without(merged: DictConfig, key: str) -> DictConfig:
-    """The configuration as if nobody had set `key`."""
+    """The configuration without `key`."""
     section: Any = merged
     *sections, name = key.split(".")
     for each in sections:
@@ -289,7 +289,7 @@ def _converted(kind: Any, layer: DictConfig) -> DictConfig:
 
 
 def _parse_overrides(kind: Any, overrides: Sequence[str]) -> list[tuple[str, DictConfig | None]]:
-    """Key and layer of each override; no layer where `null` takes back what a file sets, as that must have a value."""
+    """Key and layer of each override; None for `null` where a value is required: it removes what a file sets."""
     for text in overrides:
         key, sign, _ = text.partition("=")
         if not sign or not key or key.startswith("-"):
@@ -327,7 +327,7 @@ def _may_be_null(kind: Any, key: str) -> bool:
 
 
 def _none_strings_to_none(value: Any) -> Any:
-    """Official YAMLs write None for nothing; YAML itself knows null. Lists keep the word, as there."""
+    """Official YAMLs write None instead of YAML's null. Lists keep the string, as in the official code."""
     if isinstance(value, dict):
         return {key: _none_strings_to_none(item) for key, item in value.items()}
     return None if value in ("None", "none") else value

@@ -103,7 +103,7 @@ def test_an_editable_installation_gives_this_folder(sources: Path, tmp_path: Pat
 
 
 def test_a_wheel_and_its_checkout_are_the_same_code_to_the_doctor(site: Path, environment: dict[str, str]) -> None:
-    program = ("python", "-c", "from launch import probe; print(probe.__file__, probe.code_hash())")
+    program = ("python", "-c", "from launch.doctor import probe; print(probe.__file__, probe.code_hash())")
     path, code = run(environment, site.parent, *program).split()
     assert Path(path).is_relative_to(site)
     assert run({**environment, "PYTHONPATH": str(ROOT)}, site.parent, *program).split()[1] == code

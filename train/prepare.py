@@ -21,7 +21,7 @@ from model.checkpoints.pretrained import new_model
 from model.config import with_changes
 from runtime.activity import progress
 from runtime.errors import MissingError, UserError
-from runtime.ranks import Ranks
+from runtime.ranks import Ranks, cores_per_process
 from sharding.shards.outside import check_outside_corpora
 from train.checkpoints.copies import RemoteCheckpoints
 from train.checkpoints.writing import WEIGHTS, check_checkpoint, complete_checkpoints, special_ids
@@ -138,7 +138,7 @@ def prepare_evaluation(settings: Settings) -> tuple[Task[Any, Any], Model, Token
 def share_cores(ranks: Ranks) -> None:
     """Limit each process on a node to its share of the cores, unless OMP_NUM_THREADS is set."""
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size))
+        torch.set_num_threads(cores_per_process(ranks.local_world_size))
 
 
 def _model(settings: Settings) -> tuple[Model, Tokenizer]:

@@ -22,6 +22,10 @@ from runtime.units import duration
 from train.config.files import load_settings
 from train.config.settings import RunConfig
 
+REACH_ADVICE = (
+    "make `ssh HOST` work from here without a password, and have the repository and its environment at the same path "
+    "on every host"
+)
 TRIAL_WARM_UP = 3  # steps of a trial that do not count
 KEEP_ALIVE = "-o ServerAliveInterval=10 -o ServerAliveCountMax=3"
 
@@ -239,7 +243,7 @@ def examine(options: argparse.Namespace) -> list[Finding]:
     nodes = [start(name, slots, way) for name, slots in hosts.items()]
     try:
         _, failures = ask_all(nodes, lambda node: node.ask("clock", seconds=60))
-        found = findings.unreachable(failures)
+        found = findings.failed("reach", failures, REACH_ADVICE)
         nodes = [node for node in nodes if node.name not in failures]
         found += [] if failures else [Finding("reach", "all", OK, f"{len(nodes)} hosts answer")]
         if not nodes:

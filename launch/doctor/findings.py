@@ -29,17 +29,8 @@ class Finding:
     advice: str = ""
 
 
-def unreachable(failures: Mapping[str, str]) -> list[Finding]:
-    """Hosts on which the doctor's program could not be started."""
-    advice = (
-        "make `ssh HOST` work from here without a password, and have the repository and its environment at the same "
-        "path on every host"
-    )
-    return [Finding("reach", host, BAD, reason, advice) for host, reason in failures.items()]
-
-
 def failed(check: str, failures: Mapping[str, str], advice: str) -> list[Finding]:
-    """Hosts that could not do what was asked of them."""
+    """A problem for each host that gave no answer."""
     return [Finding(check, host, BAD, reason, advice) for host, reason in failures.items()]
 
 
@@ -95,7 +86,7 @@ def gpus(facts: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
 
 
 def _dali(host: str, fact: Mapping[str, Any]) -> list[Finding]:
-    """Whether DALI is built for the CUDA of PyTorch, as the distribution's name tells it."""
+    """Whether DALI is built for the CUDA of PyTorch, by the name of its distribution."""
     built = [name for name in fact["versions"] if name.startswith("nvidia-dali-cuda")]
     cuda = int(fact["versions"].get("CUDA of torch", "0").split(".")[0])
     install = f"`make clean`, `make DALI=cuda{cuda}`"

@@ -1,4 +1,4 @@
-"""The doctor's way to the nodes: a program on each, over ssh, Slurm or directly, that answers questions."""
+"""Starts launch/doctor/probe.py on every node, over ssh, Slurm or directly, and asks it questions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class NodeError(Exception):
 
 
 class Node:
-    """A host of the cluster with the doctor's program running on it."""
+    """A host of the cluster on which the probe runs."""
 
     def __init__(self, name: str, slots: int, command: Sequence[str]) -> None:
         """slots: processes that a job has there."""
@@ -32,15 +32,15 @@ class Node:
         self.address = address_in_slurm(name) if command[0] == "srun" else name
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
-        self._said: list[str] = []
+        self._stderr_lines: list[str] = []
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
 
     def _listen(self) -> None:
-        """Keep the last of what the program and ssh complain about."""
+        """Keep the last lines of stderr, of the probe and of ssh."""
         assert self._process.stderr is not None
         for line in self._process.stderr:
-            self._said = [*self._said[-5:], line.strip()]
+            self._stderr_lines = [*self._stderr_lines[-5:], line.strip()]
 
     def ask(self, question: str, *arguments: Any, seconds: float = 120.0) -> Any:
         """A method of launch.doctor.probe.Probe. Raises NodeError, also when there is no response within `seconds`."""
@@ -59,7 +59,11 @@ class Node:
         if not line:
             self._listener.join(2)
             late = not alarm.is_alive() and self._process.poll() == -9
-            reason = f"no response within {seconds:.0f} s" if late else " ".join(self._said[-1:]) or "no reason given"
+            reason = (
+                f"no response within {seconds:.0f} s"
+                if late
+                else " ".join(self._stderr_lines[-1:]) or "no reason given"
+            )
             raise NodeError(reason)
         answer = json.loads(line)
         if "error" in answer:
@@ -90,39 +94,41 @@ def find_nodes(hostfile: str | None) -> tuple[dict[str, int], str]:
             raise UserError(f"--hostfile {hostfile} has no hosts: write one per line, such as `node1 slots=8`")
         return dict(found), "ssh"
     if "SLURM_JOB_NODELIST" in os.environ:
-        words = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
-        names = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
+        names = _scontrol("show", "hostnames", os.environ["SLURM_JOB_NODELIST"])
         slots = int(os.environ.get("TASKS_PER_NODE") or os.environ.get("SLURM_GPUS_ON_NODE") or 1)
         return dict.fromkeys(names, slots), "srun"
     return {"localhost": 0}, ""
 
 
 def address_in_slurm(name: str) -> str:
-    """Where Slurm itself reaches a node."""
-    words = ["scontrol", "--oneliner", "show", "node", name]
-    told = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
-    return next((word.split("=", 1)[1] for word in told if word.startswith("NodeAddr=")), name)
+    """The address at which Slurm reaches a node."""
+    words = _scontrol("--oneliner", "show", "node", name)
+    return next((word.split("=", 1)[1] for word in words if word.startswith("NodeAddr=")), name)
+
+
+def _scontrol(*arguments: str) -> list[str]:
+    return subprocess.run(["scontrol", *arguments], capture_output=True, text=True, check=True).stdout.split()
 
 
 def start(name: str, slots: int, way: str) -> Node:
-    """The doctor's program on a host, with the environment that `deepspeed` would give its processes there."""
+    """Start the probe on a host, with the environment that `deepspeed` would give its processes there."""
     path = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}".rstrip(":")
     words = ["env", f"PYTHONPATH={path}", sys.executable, "-u", "-m", "launch.doctor.probe"]
     if way == "srun":
         words = ["srun", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={name}", *words]
     elif way == "ssh":
-        exports = [f"export {key}={shlex.quote(value)};" for key, value in passed_on().items()]
+        exports = [f"export {key}={shlex.quote(value)};" for key, value in exported_variables().items()]
         return Node(name, slots, [*SSH, name, *exports, f"cd {shlex.quote(os.getcwd())}; exec {shlex.join(words)}"])
     return Node(name, slots, words)
 
 
-def passed_on() -> dict[str, str]:
-    """The variables that `deepspeed` takes to other hosts: those of some beginnings, and those of .deepspeed_env."""
+def exported_variables() -> dict[str, str]:
+    """The variables that `deepspeed` exports to other hosts: by their prefixes, and those of .deepspeed_env."""
     from deepspeed.accelerator import get_accelerator
     from deepspeed.launcher.runner import DEEPSPEED_ENVIRONMENT_NAME, DEEPSPEED_ENVIRONMENT_PATHS, EXPORT_ENVS
 
-    beginnings = tuple(EXPORT_ENVS + get_accelerator().export_envs())
-    found = {key: value for key, value in os.environ.items() if key.startswith(beginnings) and key != "PYTHONPATH"}
+    prefixes = tuple(EXPORT_ENVS + get_accelerator().export_envs())
+    found = {key: value for key, value in os.environ.items() if key.startswith(prefixes) and key != "PYTHONPATH"}
     for folder in DEEPSPEED_ENVIRONMENT_PATHS:
         path = Path(folder) / DEEPSPEED_ENVIRONMENT_NAME
         if path.is_file():
@@ -132,7 +138,7 @@ def passed_on() -> dict[str, str]:
 
 
 def ask_all(nodes: Sequence[Node], question: Callable[[Node], Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Every node at the same time: host -> answer, and host -> reason for those that have none."""
+    """Ask all nodes at once: host -> answer, and host -> reason of those without one."""
     answers: dict[str, Any] = {}
     failures: dict[str, str] = {}
 

@@ -82,8 +82,3 @@ def _check_cuda_majors() -> None:
 def usual_device() -> str:
     """The device of a program outside a job: the GPU if PyTorch finds one and DS_ACCELERATOR is not cpu."""
     return "cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu" else "cpu"
-
-
-def usable_threads(asked: int, ranks_here: int) -> int:
-    """Decoding threads or processes of a rank: as configured, or its share of the cores this process may run on."""
-    return asked or max(1, len(os.sched_getaffinity(0)) // max(1, ranks_here))

@@ -72,7 +72,7 @@ def resolve_weights(path: str | Path) -> Path:
     """The folder or official file that `path` means: itself, a checkpoint's weights, or those of a run folder.
 
     Of a run the best checkpoint (checkpoints/best) is taken where there is one, otherwise the newest complete one.
-    Raises FileNotFoundError, saying what was looked for.
+    Raises MissingError with the paths that were tried.
     """
     path = Path(path)
     if path.is_file():

@@ -108,10 +108,9 @@ class View(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Fill `buffer` as far as there is something."""
-        data = self.file.read_at(self.position, len(buffer))
-        buffer[: len(data)] = data
-        self.position += len(data)
-        return len(data)
+        count = self.file.read_into(buffer, self.position)
+        self.position += count
+        return count
 
 
 class AnnotationFile:
@@ -133,18 +132,19 @@ class AnnotationFile:
         """Close it; a copy goes with that."""
         self._file.close()
 
-    def read_at(self, position: int, size: int) -> bytes:
-        """Up to `size` bytes from `position` on."""
-        data = os.pread(self._file.fileno(), size, position)
-        if self.digest and position <= self.hashed < position + len(data):
-            self.digest.update(data[self.hashed - position :])
-            self.hashed = position + len(data)
-        return data
+    def read_into(self, buffer: Any, position: int) -> int:
+        """Fill `buffer` from `position` on; returns how many bytes there were."""
+        count = os.preadv(self._file.fileno(), [buffer], position)
+        if self.digest and position <= self.hashed < position + count:
+            self.digest.update(memoryview(buffer)[self.hashed - position : count])
+            self.hashed = position + count
+        return count
 
     def finish(self, digest: Any) -> None:
         """Let `digest` have taken in the whole file."""
         self.digest = digest
-        while self.read_at(self.hashed, BLOCK):
+        buffer = bytearray(BLOCK)
+        while self.read_into(buffer, self.hashed):
             pass
 
     @contextmanager

@@ -100,16 +100,13 @@ def jpeg(picture: Image.Image) -> bytes:
 
 
 def _fit_text(text: str, font: Any, width: int, lines: int) -> list[str]:
-    """A text in up to `lines` lines of about `width` pixels, cut where it is longer."""
-    if not text:
-        return []
-    letters = max(8, int(width * len(text) / font.getlength(text)))
-    while letters > 8:
+    """A text in up to `lines` lines of `width` pixels, cut where it is longer."""
+    found: list[str] = []
+    for letters in range(max(8, int(1.2 * width * len(text) / max(1, font.getlength(text)))), 7, -1):
         found = textwrap.wrap(text, letters, max_lines=lines, placeholder=" …")
         if all(font.getlength(line) <= width for line in found):
             break
-        letters -= 1
-    return textwrap.wrap(text, letters, max_lines=lines, placeholder=" …")
+    return found
 
 
 def _fit_name(name: str, font: Any, width: int) -> list[str]:

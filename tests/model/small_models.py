@@ -9,7 +9,7 @@ PAD, CLS, MASK, VOCAB = 0, 2, 4, 60
 
 
 def small_config(layers=4, **changes):
-    """Half of the `layers` see text only, the others fuse; half as many make up the vision encoder."""
+    """`layers` of text, the upper half with fusion; half as many vision layers."""
     config = ModelConfig(
         vision_encoder=VisionConfig(patch_size=8, width=48, depth=layers // 2, heads=3, drop_path=0.0),
         text_encoder=TextConfig(

@@ -1,4 +1,4 @@
-"""Other vision transformers of timm's, by name, with any patch size and resolution."""
+"""Other vision transformers of timm, by name, with any patch size and resolution."""
 
 import pytest
 import torch
@@ -68,11 +68,11 @@ def test_pixels_are_normalised_as_the_backbone_wants_it():
     assert model.mean == pytest.approx((0.481, 0.458, 0.408), abs=1e-3)
 
 
-def test_what_cannot_be_a_backbone_says_what_to_set():
+def test_an_unsuitable_backbone_is_an_error_with_the_remedy():
     for name, message in {
         "resnet18": "resnet18 is not a vision transformer with patches",
         "swin_tiny_patch4_window7_224": "is not a vision transformer with patches",
-        "vit_huge_potato": "'vit_huge_potato': must be one of beit, vit, deit, or a timm name",
+        "vit_huge_potato": "'vit_huge_potato': must be one of beit, vit, deit, or a model of timm",
         "vit_small_patch16_224": "set vision_encoder.width=384 vision_encoder.depth=12",
     }.items():
         with pytest.raises(ValueError, match=message):

@@ -138,7 +138,7 @@ def compare_hub_start(folder: Path) -> Comparison:
 def _compare_fresh(
     result: Comparison, kind: str, ours: dict[str, torch.Tensor], recorded: dict[str, dict[str, float]]
 ) -> None:
-    """Newly initialised tensors: constants exactly, spreads within what chance allows for so many numbers."""
+    """Newly initialised tensors: constants exactly, standard deviations within the sampling error of their size."""
     for name, statistics in recorded.items():
         size = statistics["numel"]
         if name.endswith(_REBUILT) or name not in ours:

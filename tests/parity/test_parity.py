@@ -1,4 +1,4 @@
-"""The official code's recorded numbers, where they lie beside the checkout; and the command that compares them."""
+"""The recorded cases of the official code, where they are beside the checkout, and the command that compares them."""
 
 import json
 import shutil

@@ -131,39 +131,3 @@ def test_images_and_clips_in_turn_teach_the_temporal_encoder_the_same_in_every_a
         }
         for key, value in encoder.items():
             assert (value - weights(tmp_path / "zero0", 16)[key]).abs().max() < 2e-3, (name, key)
-
-
-def test_a_run_whose_disk_is_lost_goes_on_from_the_copies(recipe, tmp_path):
-    run, copies = tmp_path / "run", tmp_path / "copies"
-    settings = (
-        f"output_dir={run}",
-        f"checkpoint_url=file://{copies}",
-        zero("zero1"),
-        "keep_checkpoints=2",
-        "scheduler.epochs=12",
-    )
-    whole = tmp_path / "whole"
-    jobs = [
-        job(
-            "pretrain",
-            recipe,
-            f"output_dir={whole}",
-            zero("zero1"),
-            "scheduler.epochs=12",
-            "max_steps=12",
-            "save_every=2",
-        ),
-        job("pretrain", recipe, *settings, "max_steps=12", "save_every=2"),
-    ]
-    run_jobs(tmp_path, jobs)
-    assert sorted(path.name for path in copies.glob("step_*")) == ["step_00000010", "step_00000012"]
-    shutil.rmtree(run)
-    shutil.rmtree(copies / "step_00000012/parts")  # as an upload that was cut off leaves it
-    (copies / "step_00000012/state.json").unlink()
-    run_jobs(tmp_path, [jobs[1]])
-    assert [line["step"] for line in learned(run)] == list(range(1, 13))  # the metrics were copied too
-    assert torch.equal(losses(run), losses(whole))
-    shutil.rmtree(run)
-    other = job("pretrain", recipe, *settings, "max_steps=12", "save_every=2", "seed=5")
-    with pytest.raises(AssertionError, match="in use by a run with other settings"):
-        run_jobs(tmp_path, [other])

@@ -1,4 +1,4 @@
-"""Which folder a run may have, and what is told when it may not."""
+"""Which folder a run may use, and the error when it may not."""
 
 import json
 import subprocess
@@ -46,10 +46,17 @@ def test_what_changes_nothing_learned_may_change(tmp_path):
     RunFolder(tmp_path).claim(RunConfig(log_every=50, keep_checkpoints=9, threads=3, data_root="/moved"))
 
 
-def test_other_settings_are_refused_and_named(tmp_path):
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (RunConfig(optimizer=OptimizerConfig(lr=0.5)), r"optimizer\.lr is 0\.0001 there, 0\.5 here.*choose another"),
+        (RunConfig(resume=False), "resume is off"),
+    ],
+)
+def test_an_earlier_run_is_refused_with_other_settings_and_without_resume(tmp_path, config, message):
     started(tmp_path, RunConfig())
-    with pytest.raises(ValueError, match=r"optimizer\.lr is 0\.0001 there, 0\.5 here.*choose another output_dir"):
-        RunFolder(tmp_path).claim(RunConfig(optimizer=OptimizerConfig(lr=0.5)))
+    with pytest.raises(ValueError, match=message):
+        RunFolder(tmp_path).claim(config)
 
 
 def test_a_run_without_a_checkpoint_may_be_replaced(tmp_path):
@@ -64,12 +71,6 @@ def test_a_finished_run_is_refused(tmp_path):
     started(tmp_path, RunConfig()).finish({"step": 5})
     with pytest.raises(ValueError, match=r"finished: choose another output_dir"):
         RunFolder(tmp_path).claim(RunConfig())
-
-
-def test_without_resume_an_earlier_run_is_refused(tmp_path):
-    started(tmp_path, RunConfig())
-    with pytest.raises(ValueError, match="resume is off"):
-        RunFolder(tmp_path).claim(RunConfig(resume=False))
 
 
 def test_anything_else_is_refused(tmp_path):

@@ -48,22 +48,20 @@ class RemoteCheckpoints:
         """Names of the complete ones, oldest first."""
         return self._folders("step_", STATE)
 
-    def _folders(self, beginning: str, marker: str) -> list[str]:
+    def _folders(self, prefix: str, marker: str) -> list[str]:
         """Names of the folders that begin so and hold `marker`, in order; without patterns, which URLs may contain."""
         try:
             paths = self._files.ls(self._root, detail=False)
         except FileNotFoundError:
             return []
         names = sorted(path.rstrip("/").rpartition("/")[-1] for path in paths)
-        return [
-            n for n in names if n.startswith(beginning) and self._files.exists(join_url(self._root, f"{n}/{marker}"))
-        ]
+        return [n for n in names if n.startswith(prefix) and self._files.exists(join_url(self._root, f"{n}/{marker}"))]
 
     def upload(self, path: Path, settings: Path, keep: int) -> bool:
         """Copy a complete checkpoint with the best model that it names, the run's settings and its metrics so far.
 
-        The newest `keep` are kept. What this process has copied before is not copied again but for what may have
-        changed. A failure is logged, no more; returns whether all is there.
+        The newest `keep` are kept. Of a checkpoint that was copied before, only files that may have changed are copied
+        again. A failure is only logged; returns whether everything was copied.
         """
         self._failed = None
         try:
@@ -74,16 +72,18 @@ class RemoteCheckpoints:
         return self._failed is None
 
     def retry(self) -> None:
-        """Try again, at the end of a run, what failed at last."""
+        """Repeat the last upload at the end of a run, if it failed."""
         if self._failed is None or self.upload(*self._failed):
             return
-        log.error("The run ends, and %s is not in %s: copy it there, and %s_*", self._failed[0], self._url, BEST)
+        log.error("The run has ended, and %s is not in %s: copy it and %s_* there", self._failed[0], self._url, BEST)
 
     def _upload(self, path: Path, settings: Path, keep: int) -> None:
         target = join_url(self._root, path.name)
         if self._copied != path.name and not self._holds(path):
             self._copied = ""
-            self._remove_if_there(join_url(target, STATE))  # of a run that went on from an earlier one: not complete
+            self._remove_if_there(
+                join_url(target, STATE)
+            )  # of a run that was resumed from an earlier checkpoint: it is incomplete now
             self._put_files(path, target, but=STATE)
         step = _best_step((path / STATE).read_bytes())
         if step is not None:
@@ -96,7 +96,7 @@ class RemoteCheckpoints:
         self._prune(path.name, keep)
 
     def _holds(self, path: Path) -> bool:
-        """Whether an earlier process has copied this checkpoint whole."""
+        """Whether an earlier process has copied all of this checkpoint."""
         state = join_url(self._root, f"{path.name}/{STATE}")
         return bool(self._files.exists(state)) and self._files.cat_file(state) == (path / STATE).read_bytes()
 
@@ -119,7 +119,7 @@ class RemoteCheckpoints:
                 self._files.put_file(str(path), join_url(target, name), callback=_Reporting(f"uploading {name}"))
 
     def _put_whole(self, path: Path, target: str) -> None:
-        """Copy a file so that it is whole or absent, as objects in a bucket are by themselves."""
+        """Copy a file atomically, as buckets do by themselves."""
         self._files.makedirs(target.rpartition("/")[0], exist_ok=True)
         if self._url.partition("://")[0] in BUCKETS:
             self._files.put_file(str(path), target)
@@ -145,7 +145,7 @@ class RemoteCheckpoints:
             self._remove_folder(name)
 
     def _remove_folder(self, name: str) -> None:
-        """Remove a folder with all below it; fsspec's own `rm` takes names for patterns."""
+        """Remove a folder and its contents; fsspec's own `rm` reads names as patterns."""
         folder = join_url(self._root, name)
         if isinstance(self._files, LocalFileSystem):
             shutil.rmtree(folder)
@@ -154,7 +154,7 @@ class RemoteCheckpoints:
             self._files.rm_file(path)
 
     def fetch(self, folder: Path) -> None:
-        """Bring the newest checkpoint, its best model, the settings and the metrics to a run's folder without one.
+        """Fetch the newest checkpoint, its best model, the settings and the metrics to a run's folder without any.
 
         Raises AccessError where the copies cannot be read.
         """
@@ -165,8 +165,8 @@ class RemoteCheckpoints:
                 self._fetch(name, folder)
         except Exception as error:  # each store has errors of its own
             raise AccessError(
-                f"checkpoint_url={self._url}: cannot download it to {folder} ({reason(error)}): fix "
-                "the connection, or start a new run with another checkpoint_url or none"
+                f"checkpoint_url={self._url}: its copies cannot be fetched to {folder} ({reason(error)}): restore the "
+                "access, or start a new run with another checkpoint_url or without one"
             ) from error
 
     def _fetch(self, name: str, folder: Path) -> None:
@@ -186,7 +186,7 @@ class RemoteCheckpoints:
         os.replace(temporary, final)
 
     def _fetch_folder(self, name: str, final: Path) -> Path:
-        """Bring a folder to the place where it is to be renamed to `final`; returns that place."""
+        """Fetch a folder to a temporary one, to be renamed to `final`; returns it."""
         temporary = temporary_path(final)
         shutil.rmtree(temporary, ignore_errors=True)
         source = join_url(self._root, name)
@@ -201,7 +201,7 @@ def _best_step(state: bytes) -> int | None:
     """The version of the best model that a checkpoint's state names."""
     try:
         return json.loads(state).get("best_step")
-    except (ValueError, AttributeError):  # damaged, which is told when it is loaded
+    except (ValueError, AttributeError):  # damaged, which is reported when it is loaded
         return None
 
 
@@ -214,11 +214,11 @@ class _Reporting(fsspec.Callback):
         progress(what)
 
     def relative_update(self, inc: int = 1) -> None:
-        """`inc` bytes more are there."""
+        """Count `inc` more bytes."""
         super().relative_update(inc)
         progress(f"{self._what}, {data_size(self.value)}")
 
 
 def reason(error: Exception) -> str:
-    """An error in words that have no secrets."""
+    """The text of an error without secrets."""
     return f"{type(error).__name__}: {hide_secrets(str(error))}"

@@ -16,7 +16,7 @@ from train.config.settings import RunConfig
 
 # What neither tensors nor settings of an official file show, and its name in the JSON files beside it.
 _NOT_IN_OFFICIAL = {"heads": "num_attention_heads", "layer_norm_eps": "layer_norm_eps"}
-_DEPTH = "answer_decoder.num_layers"  # means nothing to a model without an answer decoder
+_DEPTH = "answer_decoder.num_layers"  # without effect for a model without an answer decoder
 
 
 def fresh_architecture(settings: Settings, tokenizer: Tokenizer) -> ModelConfig:
@@ -35,7 +35,7 @@ def fresh_architecture(settings: Settings, tokenizer: Tokenizer) -> ModelConfig:
 
 
 def _decoder_depth(settings: Settings, config: ModelConfig) -> int:
-    """Layers of a new answer decoder: as many as there are fusion layers, which it begins as, unless set."""
+    """Layers of a new answer decoder: as many as fusion layers, whose weights it starts from, unless set."""
     text = config.text_encoder
     depth = text.layers - text.fusion_layer
     if _DEPTH in settings.explicit:
@@ -46,10 +46,10 @@ def _decoder_depth(settings: Settings, config: ModelConfig) -> int:
 
 
 def changes_to(settings: Settings, stored: ModelConfig, source: str, training: bool) -> dict[str, Any]:
-    """What the settings ask to be otherwise than in the checkpoint `source`: dotted ModelConfig keys and values.
+    """Dotted ModelConfig keys and values by which the settings differ from the checkpoint `source`.
 
     Only keys that the user has set count. For evaluation nothing that needs training may change.
-    Raises ValueError when a set value contradicts the checkpoint.
+    Raises UserError when a set value contradicts the checkpoint.
     """
     wanted, there = flatten(ModelConfig.of(settings.config, stored.num_frames)), flatten(stored)
     changes: dict[str, Any] = {}
@@ -86,7 +86,7 @@ def _contradiction(key: str, value: Any, stored: Any, source: str, policy: str |
 
 
 def _is_same(key: str, value: Any, stored: ModelConfig) -> bool:
-    """Whether a setting that differs from the checkpoint's describes the same model all the same."""
+    """Whether a setting describes the same model although its value differs from the checkpoint's."""
     vision = stored.vision_encoder
     if key == "vision_encoder.layer_scale":  # an initial value; 0: there is none
         return vision.type != "beit" or bool(value) == bool(vision.layer_scale)

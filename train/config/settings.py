@@ -1,4 +1,4 @@
-"""Every setting of a run, checked: what a YAML may hold, and the values it has when it says nothing."""
+"""Every setting of a run: its default, its help and its rules."""
 
 from __future__ import annotations
 

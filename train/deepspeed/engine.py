@@ -129,7 +129,7 @@ def start_engine(
                 module.weights_in_layers = True
     parameters = dict(model.named_parameters())
     groups = trainable_groups(model, run)
-    # The schedule sets the learning rate at every step; 0 until then: some DeepSpeed optimisers begin with a step.
+    # The schedule sets the learning rate at every step; 0 until then, for the step that DeepSpeed may begin with.
     wanted = [
         {"params": [parameters[name] for name in group.names], "lr": 0.0, "weight_decay": group.weight_decay}
         for group in groups
@@ -142,6 +142,8 @@ def start_engine(
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     if exact:
         keep_exact(engine, exact)
+    # Workaround (DeepSpeed 0.19.8; deepspeedai/DeepSpeed#5104 is for ZeRO only): without ZeRO, bf16 and fp16 begin with
+    # an empty step, which shifts AdamW's bias correction.
     set_optimizer_step(engine, 0)
     return engine, groups
 

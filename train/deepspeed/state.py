@@ -73,7 +73,8 @@ class _Partition(Fragment):
     def write(self, kind: str, value: torch.Tensor) -> None:
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
-        padded = functional.pad(value, (0, self.parameter.ds_tensor.numel() - self.length))
+        padding = self.parameter.ds_tensor.numel() - self.length
+        padded = functional.pad(value, (0, padding)) if padding else value
         if kind == WEIGHT:
             safe_set_local_fp32_param(self.parameter, padded)
         else:

@@ -98,7 +98,7 @@ def _unusable() -> str:
 
 
 def _reason() -> str:
-    """What PyTorch says when it is made to use the GPU."""
+    """The error of PyTorch when it initialises CUDA."""
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:

@@ -16,8 +16,8 @@ PLANS = st.builds(
 
 
 def order(plan: EpochPlan) -> list[tuple[int, int]]:
-    shards, units, passes = plan.locate(np.arange(plan.units))
-    assert (passes == plan.epoch).all() or plan.weights
+    shards, units, traversals = plan.locate(np.arange(plan.units))
+    assert (traversals == plan.epoch).all() or plan.weights
     return list(zip(shards.tolist(), units.tolist(), strict=True))
 
 
@@ -74,8 +74,8 @@ def test_interruptions_and_other_world_sizes_in_mid_epoch_lose_and_repeat_nothin
 
 @given(mixtures(), st.integers(1, 5))
 @settings(max_examples=80, deadline=None)
-def test_weights_are_whole_passes_over_each_corpus(mixture, epochs: int) -> None:
-    """Over the epochs each corpus is passed over again and again, each pass holding each unit once."""
+def test_weights_are_whole_traversals_of_each_corpus(mixture, epochs: int) -> None:
+    """Over the epochs each corpus is traversed again and again, each traversal holding each unit once."""
     corpora, settings = mixture
     plans = [EpochPlan(epoch=epoch, **settings) for epoch in range(epochs)]
     assert len({plan.units for plan in plans}) == 1
@@ -85,15 +85,15 @@ def test_weights_are_whole_passes_over_each_corpus(mixture, epochs: int) -> None
         total, first = sum(counts), int(np.flatnonzero(owner == corpus)[0])
         share = max(1, round(total * settings["weights"][corpus]))
         found: dict[int, list[tuple[int, int]]] = {}
-        for shards, units, passes in seen:
+        for shards, units, traversals in seen:
             mine = [row for row, shard in enumerate(shards) if owner[shard] == corpus]
             assert len(mine) == share
             for row in mine:
-                found.setdefault(passes[row], []).append((shards[row] - first, units[row]))
+                found.setdefault(traversals[row], []).append((shards[row] - first, units[row]))
         whole = [(shard, unit) for shard, count in enumerate(counts) for unit in range(count)]
         for number in range(epochs * share // total):
             assert sorted(found.pop(number)) == whole
-        for rest in found.values():  # the pass that is not over yet
+        for rest in found.values():  # the traversal that is not over yet
             assert len(rest) == len(set(rest)) == epochs * share % total
 
 
@@ -116,7 +116,7 @@ def test_corpora_are_spread_over_every_part_of_an_epoch() -> None:
 
 @given(PLANS)
 @settings(max_examples=50, deadline=None)
-def test_lanes_are_equal_pieces_and_own_their_positions(plan: EpochPlan) -> None:
+def test_stripes_are_equal_pieces_and_own_their_positions(plan: EpochPlan) -> None:
     bounds = [plan.stripe_bounds(stripe) for stripe in range(plan.stripes)]
     assert bounds[0][0] == 0
     assert bounds[-1][1] == plan.units
@@ -143,9 +143,9 @@ def test_a_large_corpus_costs_nothing_to_open_anywhere() -> None:
         assert len(np.unique(shards)) >= 64  # a batch comes from many shards
 
 
-def test_a_lane_reads_few_shards_at_a_time() -> None:
+def test_a_stripe_reads_few_shards_at_a_time() -> None:
     plan = EpochPlan(tuple([100] * 640), seed=0, epoch=0, stripes=64, window_shards=2)
-    shards, _, _ = plan.locate(np.arange(0, 64 * 200, 64))  # the first 200 samples of lane 0
+    shards, _, _ = plan.locate(np.arange(0, 64 * 200, 64))  # the first 200 samples of stripe 0
     assert len(np.unique(shards)) <= 3
 
 

@@ -125,9 +125,7 @@ def test_bad_rows_are_counted_on_demand(tmp_path: Path) -> None:
 def test_the_account_of_bad_rows_names_the_column_and_the_message_names_the_flag(tmp_path: Path) -> None:
     records = [{"image": "1.jpg", "caption": 5}, {"image": "2.jpg", "text": "x"}, {"image": "3.jpg", "y": "it's"}]
     (tmp_path / "a.json").write_text(json.dumps([*CAPTIONED, *records]))
-    with pytest.raises(
-        ValueError, match=r'record 3: "caption" must be .*; --skip-bad-rows skips and counts such records'
-    ):
+    with pytest.raises(ValueError, match=r'record 3: "caption" must be .*; --skip-bad-rows skips and counts such'):
         sources(tmp_path / "a.json")
     rows = list(read_rows([str(tmp_path / "a.json")], Reading(skip_bad_rows=True)))
     assert Counter(row.filtered for row in rows if row.filtered) == {

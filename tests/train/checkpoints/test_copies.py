@@ -58,7 +58,7 @@ def test_a_store_that_has_gone_does_not_end_a_run_but_is_told_at_its_start(
     copies = RemoteCheckpoints(s3.url("copies"), {})
     upload(copies, checkpoint)
     assert f"{checkpoint} was not copied to {s3.url('copies')} (EndpointConnectionError: Could not" in caplog.text
-    with pytest.raises(AccessError, match=rf"checkpoint_url={s3.url('copies')}: what lies there cannot be brought"):
+    with pytest.raises(AccessError, match=rf"checkpoint_url={s3.url('copies')}: its copies cannot be fetched"):
         copies.fetch(tmp_path / "elsewhere")
 
 
@@ -99,7 +99,8 @@ def test_a_run_whose_disk_is_lost_goes_on_from_s3_and_is_exported(corpora, s3, t
     run.rename(lost)
     copies = RemoteCheckpoints(s3.url("copies"), {})
     assert copies.steps() == ["step_00000002", "step_00000004"]
-    copies._files.rm_file(f"{copies._root}/step_00000004/{STATE}")  # as an upload that was cut off leaves it
+    for file in ("parts/rank_00000_of_00001.safetensors", STATE):  # as an upload that was cut off leaves it
+        copies._files.rm_file(f"{copies._root}/step_00000004/{file}")
     run_jobs(tmp_path, [job("pretrain", corpora / "tiny.yaml", *settings)], processes=1)
     assert [line["step"] for line in learned(run)] == [1, 2, 3, 4]  # the metrics were copied too
     assert learned(run) == learned(lost)
@@ -108,4 +109,6 @@ def test_a_run_whose_disk_is_lost_goes_on_from_s3_and_is_exported(corpora, s3, t
     official = load_weights(tmp_path / "official.pth").state
     assert official.keys() == weights.keys()
     assert all(torch.equal(official[name], tensor) for name, tensor in weights.items())
-    shutil.rmtree(lost)
+    shutil.rmtree(run)
+    with pytest.raises(AssertionError, match="in use by a run with other settings"):
+        run_jobs(tmp_path, [job("pretrain", corpora / "tiny.yaml", *settings, "seed=5")], processes=1)

@@ -70,28 +70,22 @@ def test_each_process_takes_its_own_gpu(host):
     assert "DS_ACCELERATOR" not in os.environ
 
 
-@pytest.mark.parametrize("environment", [{}, {"CUDA_VISIBLE_DEVICES": "0"}])
-def test_without_a_gpu_it_is_the_cpu(host, environment):
-    host(**environment)
-    assert device_for(Ranks()) == torch.device("cpu")
-    assert os.environ["DS_ACCELERATOR"] == "cpu"
-    assert describe(torch.device("cpu")) == "the CPU; this host has no NVIDIA GPU"
-
-
-def test_a_container_that_was_not_given_the_gpu_says_so(host):
-    host(driver=OPEN_DRIVER)
-    assert device_for(Ranks()) == torch.device("cpu")
-    assert "no GPU is passed to this container" in describe(torch.device("cpu"))
+HIDDEN = [{"CUDA_VISIBLE_DEVICES": hidden} for hidden in ("", "-1", "-1,0", "NoDevFiles")]
 
 
 @pytest.mark.parametrize(
-    "environment",
-    [{"DS_ACCELERATOR": "cpu"}, *({"CUDA_VISIBLE_DEVICES": hidden} for hidden in ("", "-1", "-1,0", "NoDevFiles"))],
+    ("there", "description"),
+    [
+        *(({"files": 1, **chosen}, "excludes this host's GPU") for chosen in ({"DS_ACCELERATOR": "cpu"}, *HIDDEN)),
+        *((chosen, "the CPU; this host has no NVIDIA GPU") for chosen in ({}, {"CUDA_VISIBLE_DEVICES": "0"})),
+        ({"driver": OPEN_DRIVER}, "no GPU is passed to this container"),
+    ],
 )
-def test_the_user_may_choose_the_cpu_beside_a_gpu(host, environment):
-    host(files=1, **environment)
+def test_the_cpu_where_there_is_no_gpu_or_the_user_asks_for_it(host, there, description):
+    host(**there)
     assert device_for(Ranks()) == torch.device("cpu")
-    assert "excludes this host's GPU" in describe(torch.device("cpu"))
+    assert os.environ["DS_ACCELERATOR"] == "cpu"
+    assert description in describe(torch.device("cpu"))
 
 
 def test_a_driver_too_old_for_pytorch_ends_the_run(host):
@@ -114,12 +108,6 @@ def test_other_reasons_are_told_as_pytorch_tells_them(host):
     assert "`nvidia-smi`" in str(error.value)
 
 
-def test_a_pytorch_for_the_cpu_beside_a_gpu_ends_the_run(host):
-    host(files=1, cuda=None)
-    with pytest.raises(ValueError, match="is built for the CPU only: install a CUDA build of torch and torchvision"):
-        device_for(Ranks())
-
-
 def test_a_gpu_of_windows_counts(host, monkeypatch, tmp_path):
     host()
     (tmp_path / "dxg").touch()
@@ -131,12 +119,17 @@ def test_a_gpu_of_windows_counts(host, monkeypatch, tmp_path):
         device_for(Ranks())
 
 
-def test_other_accelerators_are_refused(host):
-    host(DS_ACCELERATOR="xpu")
-    with pytest.raises(ValueError, match="DS_ACCELERATOR=xpu: set it to cuda or cpu"):
-        device_for(Ranks())
-    host(DS_ACCELERATOR="cuda")
-    with pytest.raises(ValueError, match="DS_ACCELERATOR=cuda asks for a GPU, but PyTorch"):
+@pytest.mark.parametrize(
+    ("there", "message"),
+    [
+        ({"files": 1, "cuda": None}, "is built for the CPU only: install a CUDA build of torch and torchvision"),
+        ({"DS_ACCELERATOR": "xpu"}, "DS_ACCELERATOR=xpu: set it to cuda or cpu"),
+        ({"DS_ACCELERATOR": "cuda"}, "DS_ACCELERATOR=cuda asks for a GPU, but PyTorch"),
+    ],
+)
+def test_a_device_that_cannot_be_used_is_refused(host, there, message):
+    host(**there)
+    with pytest.raises(ValueError, match=message):
         device_for(Ranks())
 
 
