@@ -263,7 +263,7 @@ def as_text(names: Sequence[str], comparisons: Sequence[Comparison]) -> str:
     lines = [f"A: {names[0]}", f"B: {names[1]}"]
     for one in comparisons:
         left_out = (
-            f", left out {one.only_first} of A and {one.only_second} of B" if one.only_first + one.only_second else ""
+            f", without {one.only_first} of A and {one.only_second} of B" if one.only_first + one.only_second else ""
         )
         lines += ["", f"{one.metrics}  ({one.shared} queries{left_out})"]
         lines.append(f"  {'':24}{'A':>8}{'B':>8}{'B - A':>8}   {'95 % interval':<18}{'p':>7}")

@@ -51,7 +51,7 @@ def check_replaceable(folder: Path, subject: Subject, config: EvalConfig, splits
     if differences:
         listed = "; ".join(differences[:MAX_LISTED])
         raise UserError(
-            f"{folder} holds another evaluation, which this one would replace ({listed}): choose another name with "
+            f"{folder} has another evaluation, which this one would replace ({listed}): choose another name with "
             "label=NAME, or another output_dir"
         )
 
