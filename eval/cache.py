@@ -44,7 +44,7 @@ class Block:
 
 @dataclass(frozen=True)
 class RankFiles:
-    """What one rank has written: its visuals' numbers in the order of the rows, their embeddings and tokens."""
+    """The cached output of one rank: indices of its visuals in row order, their embeddings and tokens."""
 
     indices: np.ndarray
     embeddings: torch.Tensor | None

@@ -1,4 +1,4 @@
-"""Settings of evaluation, as they stand in a run's YAML."""
+"""Settings of evaluation in a run's YAML."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ACCURACIES = ("exact", "vqa")
 
 @dataclass
 class EvalConfig:
-    """What is evaluated, how scores are computed, and what the report shows."""
+    """Settings of the scores and of the report."""
 
     task: str = fixed("retrieval", "task of fine-tuning and evaluation", choices=TASKS)
     k_test: int = evaluation(
@@ -72,7 +72,7 @@ def name_splits(urls: str | list[Any]) -> dict[str, Any]:
 
 @dataclass
 class EvalRunConfig(LoaderConfig, EvalConfig):
-    """What an evaluation needs of a run's settings: the loader's, those of evaluation, and the test corpora."""
+    """The settings of a run that an evaluation uses: loader, evaluation and test corpora."""
 
     # Corpora are packed ones, by URL or by their name in available_corpus.
     available_corpus: dict[str, Any] = free(dict, "name: URL of a packed corpus, or a list of names and URLs")

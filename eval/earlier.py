@@ -24,7 +24,7 @@ WITHOUT_EFFECT = {
 
 @dataclass(frozen=True)
 class SplitInput:
-    """What a split is evaluated on: its corpus, its contents' digest, its samples, and the frames shown of each."""
+    """The data of a split: its corpus, the digest of its contents, its samples and frames per sample."""
 
     url: str
     sha256: str

@@ -216,7 +216,7 @@ def open_corpus(
 
 
 def describe(url: str, config: LoaderConfig) -> Corpus:
-    """What a corpus holds; raises as `open_corpus`."""
+    """The description of a corpus; raises as `open_corpus`."""
     reader = open_corpus(url, config)
     reader.close()
     return reader.corpus
@@ -238,7 +238,7 @@ def index_cache(megabytes: int) -> DiskCache | None:
 
 
 def check_cache(readers: Sequence[CorpusReader], config: LoaderConfig, stripes_here: int) -> None:
-    """Raise UserError when the cache cannot hold what the stripes of a node read at a time, and so would be useless."""
+    """Raise UserError if the cache is smaller than what the stripes of a node read at a time, so it would never hit."""
     need = 0.0
     for reader in readers:
         shards = reader.corpus.shards
@@ -261,12 +261,12 @@ def cached_objects(corpus: Corpus) -> dict[str, tuple[int, str]]:
 
 
 def is_damaged(data: bytes, spec: SampleSpec, frame: int) -> bool:
-    """Whether a frame's bytes are not those that were packed."""
+    """Whether a frame's bytes differ from the packed ones."""
     return zlib.crc32(data) != int(spec.record.crc32s[frame])
 
 
 def mismatch(data: bytes, spec: SampleSpec, frame: int) -> str:
-    """What the log says of a frame whose bytes are not those that were packed."""
+    """The log message for a frame whose bytes differ from the packed ones."""
     size = int(spec.record.sizes[frame])
     cut = f" ({len(data)} of {size} bytes)" if len(data) != size else ""
     return f"frame {frame}: CRC-32 does not match the index{cut}"

@@ -86,7 +86,7 @@ class Distribution:
         return found[0 if heights[0] else 1 : None if heights[-1] else -1]
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values."""
+        """The same as a dictionary of plain values."""
         places = {f"p{share}": self.percentile(share / 100) for share in (5, 25, 50, 75, 95)}
         ends = {-math.inf: self.low, math.inf: self.high}
         bins = [
@@ -107,7 +107,7 @@ class Statistics:
     distributions: list[Distribution] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values."""
+        """The same as a dictionary of plain values."""
         head = {"shards": self.shards, "samples": self.samples}
         head |= {"samples_without_text": self.without_text, "empty_captions": self.empty_captions}
         return {**head, "distributions": {each.name: each.to_json() for each in self.distributions}}
