@@ -84,11 +84,11 @@ class CorpusReader:
 
     @property
     def keeps(self) -> bool:
-        """Whether the shards' bytes are kept in the cache."""
+        """Whether the bytes of shards are cached."""
         return self._cached is not None
 
     def index(self, shard: int) -> ShardIndex:
-        """The index of a shard, kept among the last used."""
+        """The index of a shard; the last used ones stay in memory."""
         return self._indices.get(shard)
 
     def has_index(self, shard: int) -> bool:
@@ -96,7 +96,7 @@ class CorpusReader:
         return shard in self._indices
 
     def read(self, specs: Sequence[SampleSpec]) -> list[RawSample]:
-        """JPEG bytes of the frames of several samples, or why there are none.
+        """JPEG bytes of the frames of several samples, or the reason why there are none.
 
         Each frame is read once, all those of remote shards at the same time, and checked against its CRC-32. Damaged
         ones are fetched again from a store, up to REFETCHES times; a sample with one that stays damaged is a bad one.
@@ -164,7 +164,7 @@ class CorpusReader:
             self._shared.bring_indices(self.corpus, start)
 
     def counters(self) -> Counter[str]:
-        """What reading from a store and the cache took so far."""
+        """Counters of reads from a store and the cache."""
         total = Counter({"refetched": self._refetched})
         for part in (*self._stores, self._shared, self._cached, self.cache):
             if part is not None:
@@ -172,7 +172,7 @@ class CorpusReader:
         return total
 
     def pending(self) -> list[str]:
-        """What of a store is being waited for."""
+        """Description of the pending reads of a store."""
         shared = self._shared.pending() if self._shared is not None else []
         return [line for store in self._stores for line in store.pending()] + shared
 

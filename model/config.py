@@ -77,7 +77,7 @@ class LossWeights:
 
 @dataclass
 class ModelSettings:
-    """The settings of a model that a run's YAML holds."""
+    """The settings of a model in a run's YAML."""
 
     vision_encoder: VisionConfig = fixed(VisionConfig)
     text_encoder: TextConfig = fixed(TextConfig)

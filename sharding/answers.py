@@ -15,7 +15,7 @@ from storage.files import write_text
 
 
 def count_answers(url: str) -> Counter[str]:
-    """How many questions of a packed corpus have an answer, by the answer. Raises like `read_corpus`."""
+    """The number of questions of a packed corpus for each answer. Raises like `read_corpus`."""
     corpus = read_corpus(url)
     counts: Counter[str] = Counter()
     for shard in range(len(corpus.shards)):

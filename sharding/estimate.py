@@ -27,7 +27,7 @@ Z_95 = 1.96  # standard errors to either side: 95 % of the time
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a build would write and take."""
+    """The estimated size and time of a build."""
 
     staged: Staged
     shards: int

@@ -54,7 +54,7 @@ def write_gallery(corpus: Corpus, file: Path, count: int, shards: int, statistic
 
 
 def inspect(options: argparse.Namespace) -> None:
-    """Do what the command line asks; raises OSError or ValueError where that cannot be."""
+    """Run the command line; raises OSError or ValueError."""
     result: dict[str, Any] = {}
     lines: list[str] = []
     url = local_form(options.url)

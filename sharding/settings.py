@@ -21,7 +21,7 @@ from storage.web import Fetching
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """What is packed, from where, to where and how. Only `shards`, `reading` and the inputs decide the bytes."""
+    """Settings of packing. Only `shards`, `reading` and the inputs decide the bytes."""
 
     annotations: Sequence[str] = flag(
         (),
@@ -80,7 +80,7 @@ def usual_name(output: str) -> str:
 
 
 def read_settings(flags: Mapping[str, Any], corpus: str = "") -> BuildSettings:
-    """The settings that flags give over those of the YAML `corpus`, over the defaults.
+    """The merged settings: flags override the YAML `corpus`, which overrides the defaults.
 
     Raises:
         FileNotFoundError: the YAML does not exist.

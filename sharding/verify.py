@@ -23,7 +23,7 @@ from storage.policy import storage_errors
 
 @command()
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 0 when all is sound, 1 with faults, 2 when nothing could be checked."""
+    """Run the command line; returns 0 if all is intact, 1 with faults, 2 for user errors."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = argparse.ArgumentParser(
         "python -m sharding.verify",
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def outcome(url: str, faults: list[Fault], done: list[str], left: list[Fault], repaired: bool) -> str:
-    """What is printed."""
+    """The report as text."""
     lines = [str(fault) for fault in faults]
     lines.append(f"{url}: {len(faults) or 'no'} fault{'s' if len(faults) != 1 else ''}")
     if repaired and faults:

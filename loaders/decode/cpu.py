@@ -188,7 +188,7 @@ class CpuDecoder:
         return frames.pin_memory() if self.pin else frames, bad
 
     def _decode_into(self, memory: SharedMemory, shape: tuple[int, ...], clips: np.ndarray) -> dict[int, str]:
-        """Decode clips (B, 7 + 2 T), see `Work`, into shared memory (B, T, S, S, 3); returns {row: reason} of bad ones."""
+        """Decode clips (B, 7 + 2 T), see `Work`, into shared memory (B, T, S, S, 3); returns {bad row: reason}."""
         slots = self._free.get()
         try:
             if self._failed:

@@ -36,7 +36,7 @@ class RowError(UserError):
 
 @dataclass
 class Columns:
-    """Which columns hold what. The defaults are those of Singularity's own JSON.
+    """The columns of an annotation file. The defaults are those of Singularity's own JSON.
 
     Each is a column's name, or a template of several such as "{page_dir}/{videoid}.mp4", or a list of such of which
     the first that a record has counts; "sentences.raw" reaches into objects, and into each object of a list.
@@ -231,7 +231,7 @@ def names_in(spec: Any) -> Iterator[str]:
 
 
 def finder(spec: Any) -> Finder:
-    """What looks up a column as `Columns` describes them; it returns ABSENT where the record lacks it."""
+    """A function that looks up a column of `Columns` in a record; it returns ABSENT if the record lacks it."""
     if isinstance(spec, list):
         return first_of([finder(each) for each in spec])
     if spec is None or spec == "":

@@ -26,7 +26,7 @@ def unescape(text: str) -> str:
 
 @dataclass
 class Reading:
-    """What decides which rows annotation files give, besides their contents."""
+    """Settings that decide which rows are read from annotation files."""
 
     format: str = flag("auto", "auto, json, jsonl, csv, tsv, parquet, or a data set's own (default: auto)")
     records: str = flag("", 'JSON: key of the list of records; "*": the entries of an object', metavar="KEY")

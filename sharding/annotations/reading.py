@@ -1,4 +1,4 @@
-"""From a corpus' annotation files to its rows: each file by the reader of its form."""
+"""Reads a corpus' annotation files to rows: each file by the reader of its format."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
 
 def by_ending(file: AnnotationFile, reading: Reading) -> Iterator[Record]:
-    """Records of a file, read as the ending of its name says; raises ValueError for an unknown one."""
+    """Records of a file, in the format of its extension; raises ValueError for an unknown one."""
     name = file.name.lower()
     for packed in PACKED:
         name = name.removesuffix(packed)

@@ -1,4 +1,4 @@
-"""Where shards are built: in processes of this machine or on a Ray cluster, all of them or the part of one job."""
+"""Executors that build shards: processes of this machine or a Ray cluster; all shards or one job part."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ EXECUTORS: dict[str, Run] = {"processes": run_in_processes, "ray": run_on_ray}
 
 @dataclass(frozen=True)
 class Executor:
-    """How shards are built; it changes no byte of them."""
+    """Settings of the executor; they do not change the shards' bytes."""
 
     workers: int | None = flag(None, "worker processes (default: one per core)", type=int)
     engine: str = flag(
@@ -59,11 +59,11 @@ class Executor:
 
     @property
     def processes(self) -> int:
-        """How many processes work at once."""
+        """Number of concurrent processes."""
         return self.workers or os.cpu_count() or 1
 
     def of_this_job(self, tasks: list[Task]) -> list[Task]:
-        """Those of the tasks that this job builds."""
+        """The tasks of this job part."""
         if self.finish:
             return []
         number, jobs = map(int, self.part.split("/")) if self.part else (1, 1)
@@ -116,7 +116,7 @@ def build_shards(
 
 
 def finished(tasks: list[Task]) -> Iterator[tuple[Task, FinishedShard]]:
-    """Those of the tasks whose shards are complete, with these."""
+    """The tasks whose shards are complete, with their shards."""
     if not tasks:
         return
     with ThreadPoolExecutor(LOOKUPS if "://" in tasks[0].output else 1) as pool:

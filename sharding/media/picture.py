@@ -33,7 +33,7 @@ NOT_PICTURES = {"EPS", "IPTC", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
 
 
 class JpegHeader(NamedTuple):
-    """What libjpeg-turbo reads of a JPEG: pixels as they are stored, before they are turned."""
+    """The header of a JPEG by libjpeg-turbo: pixels as stored, before EXIF rotation."""
 
     width: int
     height: int

@@ -41,7 +41,7 @@ class Distribution:
 
     @property
     def count(self) -> int:
-        """How many numbers there are."""
+        """The number of values."""
         return self.counts.total()
 
     @property
@@ -61,7 +61,7 @@ class Distribution:
             self.counts[kind] += number
 
     def percentile(self, share: float) -> float:
-        """The number below which that share of all lies."""
+        """The value below which this share of the values lies."""
         seen = 0
         for value in sorted(self.counts):
             seen += self.counts[value]
@@ -98,7 +98,7 @@ class Distribution:
 
 @dataclass
 class Statistics:
-    """What the indices of `shards` of a corpus hold."""
+    """The statistics of `shards` of a corpus, from their indices."""
 
     shards: int
     samples: int = 0
@@ -134,7 +134,7 @@ OF_CLIPS = ("frames per clip", "seconds per clip")
 
 
 def measure(corpus: Corpus, shards: int = 0, progress: Progress | None = None) -> Statistics:
-    """The distributions over a corpus, or over so many of its shards, evenly spread, without those that are all 0.
+    """The distributions over a corpus, or over so many of its shards, evenly spread, without all-zero ones.
 
     Raises:
         OSError, ValueError: an index cannot be read.
@@ -183,7 +183,7 @@ def in_threads(function: Callable[[int], Value], numbers: Sequence[int]) -> Iter
 
 
 def spread(total: int, count: int) -> list[int]:
-    """`count` of the numbers 0 to `total` - 1, evenly spread; all of them where there are fewer."""
+    """`count` of the numbers 0 to `total` - 1, evenly spread; all if there are fewer."""
     return np.unique(np.linspace(0, max(total - 1, 0), min(count, total)).round().astype(int)).tolist()
 
 

@@ -38,7 +38,7 @@ class Fault:
     offset: int = -1
 
     def __str__(self) -> str:
-        """One line."""
+        """The fault as one line."""
         place = [self.file, self.key, f"byte {self.offset}" if self.offset >= 0 else "", self.reason]
         return ": ".join(part for part in place if part)
 
@@ -57,7 +57,7 @@ class Check:
 
 @dataclass
 class Report:
-    """What was found out about a shard."""
+    """The result of checking a shard."""
 
     check: Check
     faults: list[Fault] = field(default_factory=list)
@@ -134,12 +134,12 @@ def read_checked_table(check: Check, name: str) -> tuple[pa.Table | None, bytes,
 
 
 def unread(error: Exception) -> str:
-    """What is wrong with a file that cannot be read."""
+    """The fault of a file that cannot be read."""
     return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {describe_error(error)}"
 
 
 def index_faults(info: ShardInfo | None, name: str, rows: list[dict[str, Any]]) -> Iterator[Fault]:
-    """Where an index contradicts corpus.json or itself."""
+    """Faults of an index that contradicts corpus.json or itself."""
     if info:
         for unit, count in counts(rows).items():
             if count != getattr(info, unit):
@@ -320,7 +320,7 @@ def is_key(key: str, indexed: str) -> bool:
 
 
 def undecodable(data: bytes, width: int, height: int) -> str:
-    """Why a picture cannot be shown as the index says; empty when it can."""
+    """The reason why a picture does not decode to the index's size; empty if it does."""
     try:
         pixels = decode_picture(data).pixels
     except MediaError as error:

@@ -118,7 +118,7 @@ def index_shards(
 def index_all(
     tasks: list[IndexTask], workers: int, failures: FailureLog, progress: Progress
 ) -> dict[str, IndexedShard]:
-    """What became of each tar, by name and in order; raises ValueError when no tar can be indexed."""
+    """The result for each tar, by name and in order; raises ValueError if no tar can be indexed."""
     shards: dict[str, IndexedShard] = {}
     for task, shard in run_tasks(index_shard, tasks, workers, progress.advance):
         shards[task.name] = shard
@@ -165,7 +165,7 @@ def named_tars(url: str, names: Sequence[str], known: Corpus | None) -> list[tup
 
 @contextmanager
 def writable(output: str) -> Iterator[Path]:
-    """`open_output`, with an error that says what to do where nothing can be written."""
+    """`open_output`, with an error with the remedy if the folder is not writable."""
     if output.startswith(("http://", "https://")):
         raise AccessError(f"cannot write to {output}: choose a folder for the indices with --output")
     with ExitStack() as stack:
@@ -246,7 +246,7 @@ def write_shard(task: IndexTask, index_name: str, contents: Contents) -> Indexed
 
 
 def kept_index(task: IndexTask, index_name: str) -> IndexedShard | None:
-    """What an earlier run, or the build, noted about a tar of this size; None when its index is not there, whole.
+    """The notes of an earlier run or build on a tar of this size; None unless its index is complete.
 
     One that was made by other rules than today's counts as none: it may lack samples, or tell other sizes.
     """
@@ -297,7 +297,7 @@ def describe(
 
 
 def known_corpus(url: str) -> Corpus | None:
-    """What `corpus.json` says, where there is one already."""
+    """The existing `corpus.json`, if there is one."""
     try:
         return read_corpus(url)
     except (FileNotFoundError, ValueError):

@@ -1,4 +1,4 @@
-"""Repairs a corpus: indices, corpus.json and failures.parquet are made again from sound tars."""
+"""Repairs a corpus: rebuilds indices, corpus.json and failures.parquet from intact tars."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def repair(url: str, corpus: Corpus | None, reports: list[Report]) -> list[str]:
 
 
 def new_index(url: str, report: Report, scratch: Path) -> tuple[ShardInfo, str]:
-    """Index a sound tar again; returns its line of corpus.json and its media type."""
+    """Index an intact tar again; returns its line of corpus.json and its media type."""
     tars, name = report.check.tar.rsplit("/", 1)
     filesystem, path = fsspec.url_to_fs(report.check.tar)
     task = IndexTask(report.check.number, tars, name, filesystem.size(path), url, str(scratch), 0.0, anew=True)
@@ -104,7 +104,7 @@ def described(
 
 
 def settings_at(url: str) -> dict[str, Any] | None:
-    """The settings of the build that wrote there."""
+    """The settings of the build that wrote the folder."""
     try:
         with fsspec.open(join_url(url, BUILD), "rb") as file:
             found = json.loads(file.read())

@@ -1,4 +1,4 @@
-"""What a packed corpus is: the columns of a shard's index and the contents of `corpus.json`."""
+"""The schema of a packed corpus: columns of a shard's index, content of `corpus.json`."""
 
 from __future__ import annotations
 
@@ -287,7 +287,7 @@ def is_index(url: str) -> bool | None:
 
 
 def media_type_of(index: pa.Table) -> str:
-    """What a shard holds, by its index: image or video, empty for an empty one."""
+    """The media type of a shard by its index: image or video; empty for an empty shard."""
     return ("image" if index.column("fps").null_count else "video") if index.num_rows else ""
 
 

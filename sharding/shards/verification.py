@@ -47,7 +47,7 @@ def verify_corpus(url: str, decode: bool = False, workers: int = 1) -> list[Faul
 def examine(
     url: str, decode: bool = False, workers: int = 1, progress: bool = False, log_every: float = LOG_EVERY
 ) -> Findings:
-    """`verify_corpus`, with all that a repair needs to know."""
+    """`verify_corpus` with the details that a repair needs."""
     url, named = named_shards(local_form(url))
     names = named or sorted(files_at(url))
     findings = Findings(url, *read_description(url))
