@@ -169,7 +169,7 @@ class DiskCache:
 
     @contextlib.contextmanager
     def _tolerating_errors(self) -> Iterator[None]:
-        """Where the database cannot be changed, as on a full disk, reads continue without the cache."""
+        """If the database cannot be changed, for example on a full disk, reads continue without the cache."""
         try:
             yield
         except sqlite3.Error as error:
@@ -244,7 +244,7 @@ class DiskCache:
         database.execute("DELETE FROM items WHERE name = ?", (name,))
 
     def _reclaim(self, database: sqlite3.Connection) -> None:
-        """Remove what dead processes had reserved or were writing."""
+        """Remove reservations and partial files of dead processes."""
         for name, owner in database.execute("SELECT name, owner FROM items WHERE owner IS NOT NULL").fetchall():
             if not is_alive(owner):
                 self._remove(database, name)
@@ -264,7 +264,7 @@ class DiskCache:
         database.execute("UPDATE checked SET folder = ?", (last,))
 
     def _check(self, database: sqlite3.Connection, folder: str) -> int:
-        """Compare files and rows in one folder; returns how many there are."""
+        """Compare files and rows in one folder; returns their number."""
         within = "SELECT name, owner FROM items WHERE name >= ? AND name < ?"
         rows = dict(database.execute(within, (folder, folder + AFTER)).fetchall())
         there = set(os.listdir(self.folder / "items" / folder))

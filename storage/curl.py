@@ -82,7 +82,7 @@ class AsyncCurl:
                 self._epoll.modify(descriptor, INTERESTS[what])
 
     def _set_timer(self, milliseconds: int) -> None:
-        """Called by libcurl: when to call it. An earlier timer is kept, since most are replaced before they fire."""
+        """libcurl's timer callback. An earlier timer is kept, since most are replaced before they fire."""
         if milliseconds < 0:
             self._due = None
             return
@@ -154,7 +154,7 @@ def host_of(url: str) -> str:
 
 
 def error_of(curl: pycurl.Curl, code: int, message: str, url: str) -> StoreError | None:
-    """What went wrong, when libcurl ended a transfer with `code`; None: nothing."""
+    """The error of a transfer that libcurl ended with `code`; None if it succeeded."""
     status = curl.getinfo(pycurl.RESPONSE_CODE)
     if status >= 400:
         return status_error(status, float(curl.getinfo(pycurl.RETRY_AFTER)))

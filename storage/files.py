@@ -20,12 +20,12 @@ PIECE = 64 << 20  # bytes flushed between two reports of progress, a multiple of
 
 
 def temporary_path(path: Path, writer: str = "") -> Path:
-    """Where the contents of `path` are written first; writers that must not share it give names of their own."""
+    """The temporary path to which `path` is written first; writers that must not share it pass distinct names."""
     return path.with_name(f".{path.name}.{writer}.part" if writer else f".{path.name}.part")
 
 
 def remove_temporary(folder: Path) -> None:
-    """Remove what killed writers left in a folder; no process may be writing there."""
+    """Remove temporary files of killed writers in a folder; no process may be writing there."""
     for left in folder.glob(".*.part"):
         if left.is_dir() and not left.is_symlink():
             shutil.rmtree(left, ignore_errors=True)

@@ -56,10 +56,10 @@ class Transfer(Response):
 
 
 class HttpClient:
-    """Requests byte ranges over connections that are kept; to be used in its loop alone."""
+    """Requests byte ranges over persistent connections; only for use in its event loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, connections: int, try_seconds: float) -> None:
-        """connections: kept for further requests. try_seconds: limit of a request."""
+        """connections: maximum of persistent connections. try_seconds: limit of a request."""
         self.loop, self.try_seconds = loop, try_seconds
         self._bundle = os.environ.get("AWS_CA_BUNDLE")
         self._curl = AsyncCurl(loop)
@@ -68,7 +68,7 @@ class HttpClient:
         self._running: set[Transfer] = set()
 
     def get(self, address: Address, start: int = 0, end: int | None = None) -> Response:
-        """Request bytes [start, end), all where there is no end; fewer come where the object ends before.
+        """Request bytes [start, end), all if there is no end; returns fewer bytes if the object ends before.
 
         Raises StoreError for an invalid address.
         """

@@ -1,4 +1,4 @@
-"""How much of a store one node, and each process of it, may use: requests at a time, requests a second, first reads."""
+"""Limits of a node's use of a store, and of each of its processes: concurrent requests, request rate, first reads."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _waited: list[float] = []  # seconds that this process has waited for its node's
 
 @dataclass
 class RemoteReads:
-    """How objects of S3, GCS and web servers are read. No setting here changes what a batch holds."""
+    """Settings of reads from S3, GCS and web servers. They do not change the content of batches."""
 
     connections: int = setting(128, "concurrent requests of a node, shared equally by its processes", least=1)
     requests_per_second: float = setting(3000.0, "requests per second of a node, likewise; 0: no limit", least=0)
@@ -35,7 +35,7 @@ class RemoteReads:
 
 
 def share_of(settings: RemoteReads, ranks: Ranks) -> RemoteReads:
-    """What one process of the node may ask of the stores: an equal part."""
+    """The equal share of the limits for one process of the node."""
     return replace(
         settings,
         connections=max(1, settings.connections // ranks.local_world_size),

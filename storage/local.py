@@ -40,7 +40,7 @@ class LocalStore:
 
 
 class OpenFile:
-    """A file that is closed when the last reference to it goes."""
+    """A file that is closed with the last reference to it."""
 
     def __init__(self, path: str) -> None:
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

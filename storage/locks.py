@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class HeldError(Exception):
-    """Another process holds a lock; the message says which, as far as it is known."""
+    """Another process holds a lock; the message names it if it is known."""
 
 
 def machine() -> str:
@@ -147,7 +147,7 @@ class Lock:
                     raise HeldError(holder(now))
 
     def _foreign(self, path: Path) -> dict[str, Any]:
-        """The note in a file; empty where there is none, or the kernel shows that its process has ended."""
+        """The note in a file; empty if there is none, or its process has ended."""
         note = read_note(path)
         return {} if self._kernel and note.get("machine") == self._note["machine"] else note
 

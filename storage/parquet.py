@@ -45,7 +45,7 @@ def read_schema(source: Source) -> pa.Schema:
 
 @contextmanager
 def parquet_file(source: Source) -> Iterator[pq.ParquetFile]:
-    """An open file; what Arrow says of a damaged one, also while its rows are read, becomes a ParquetError."""
+    """An open file; Arrow's errors for a damaged one, also while reading rows, become a ParquetError."""
     data = pa.BufferReader(source) if isinstance(source, bytes) else source
     try:
         # pre_buffer would start threads as well

@@ -72,14 +72,14 @@ class StoreError(Exception):
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How often transient errors are retried, with exponential backoff and jitter, or after Retry-After."""
+    """Retries of transient errors, with exponential backoff and jitter, or after Retry-After."""
 
     attempts: int = ATTEMPTS  # 0: no limit
     first_backoff: float = 0.6  # seconds; half of it at least
     longest_retry_after: float = 30.0  # seconds: a longer Retry-After is cut short
 
     def pause(self, error: StoreError, attempts: int) -> float:
-        """Seconds until the next attempt after `attempts` of them; infinite where there is none."""
+        """Seconds until the next attempt after `attempts` attempts; infinite if there is none."""
         if not error.transient or attempts == self.attempts:
             return math.inf
         backoff = min(self.first_backoff * 2.0 ** min(attempts - 1, 30), LONGEST_BACKOFF)
@@ -107,7 +107,7 @@ def retry(
 
 
 def describe_error(error: BaseException) -> StoreError:
-    """What an error of a store's client or of the operating system means."""
+    """The StoreError for an error of a store's client or of the operating system."""
     if isinstance(error, StoreError):
         return error
     answer = answer_of(error)
@@ -160,7 +160,7 @@ def _without_status(error: BaseException) -> tuple[str, bool]:
 
 
 def _credentials_problem(error: BaseException) -> str:
-    """What is wrong with the credentials, where an error is about them; else nothing."""
+    """The fault of the credentials if an error is about them; else ""."""
     if {kind.__name__ for cause in causes(error) for kind in type(cause).__mro__} & NO_CREDENTIALS:
         return f"no credentials ({error})"
     codes = {
@@ -184,7 +184,7 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def answer_of(error: BaseException) -> tuple[int, Mapping[str, str]] | None:
-    """(status, headers) of the HTTP answer behind an error of aiohttp, s3fs, gcsfs; None where there is none."""
+    """(status, headers) of the HTTP response behind an error of aiohttp, s3fs or gcsfs; None if there is none."""
     if isinstance(error, aiohttp.ClientPayloadError | aiohttp.ClientConnectionError) or _is_garbled(error):
         return None  # aiohttp gives these a status of its own making
     for cause in causes(error):
@@ -260,6 +260,6 @@ def storage_errors(url: str, doing: str) -> Iterator[None]:
 
 
 def _is_of_store(error: BaseException) -> bool:
-    """Whether an error is the operating system's or a store's client's, and not one of this program."""
+    """Whether an error is of the operating system or a store's client, not a bug of this program."""
     modules = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
     return isinstance(error, OSError | StoreError) or bool(modules & CLIENTS) or status_of(error) is not None

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 
 class ByteRange(NamedTuple):
-    """Bytes [start, end) of an object; all of it where there is no end."""
+    """Bytes [start, end) of an object; the whole object if there is no end."""
 
     name: str  # below the URL of the store
     start: int = 0
@@ -53,7 +53,7 @@ class CoalescedStore:
 
 
 def coalesce(ranges: Sequence[ByteRange], gap: int, limit: int) -> tuple[list[ByteRange], list[int]]:
-    """Requests that cover all ranges, and for each range the number of the request that holds it.
+    """Requests that cover all ranges, and for each range the index of its request.
 
     Ranges of one object that overlap, touch, or lie at most `gap` bytes apart share a request, as long as it stays
     within `limit` bytes; a range is never cut, so that a larger one is a request by itself.

@@ -199,7 +199,7 @@ class RemoteStore:
         )
 
     async def _try(self, wanted: ByteRange) -> bytes:
-        """One try, or two where the signature of the first may have expired with the credentials behind it."""
+        """One try, or two if the credentials of the first may have expired."""
         address = await self._address(wanted.name)
         try:
             return await self._hedged(wanted, address)
@@ -257,7 +257,7 @@ class RemoteStore:
             first.replace(task.result())
 
     def _request(self, wanted: ByteRange, address: Address | None) -> Response:
-        """One request."""
+        """Send one request."""
         self.counters["requests"] += 1
         if address is None:
             return TaskResponse(asyncio.ensure_future(self._bounded(self._read_by_fsspec(wanted))))
@@ -277,7 +277,7 @@ class RemoteStore:
         return await asyncio.to_thread(self._filesystem.cat_file, path, **limits)
 
     async def _bounded(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """What a file system of fsspec does, within the time of a try. Raises StoreError."""
+        """Await a call of an fsspec file system for at most the time of a try. Raises StoreError."""
         try:
             async with asyncio.timeout(self._try_seconds):
                 return await work
@@ -300,7 +300,7 @@ class RemoteStore:
 
 
 class Latencies:
-    """How long the last requests of a size class took, and after how many seconds one is hedged.
+    """Durations of the last requests of a size class, and the delay after which one is hedged.
 
     hedge_after: None while too few have been seen.
     """

@@ -1,4 +1,4 @@
-"""URLs of stores: joined, written in one form, and shown without the secrets that they may hold."""
+"""URLs of stores: joined, normalized, and shown without secrets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def join_url(folder: str, name: str) -> str:
 
 
 def plain_scheme(url: str) -> str:
-    """A URL with its scheme in lower case, as fsspec knows it: HTTP:// means what http:// does."""
+    """A URL with its scheme in lower case, as fsspec requires."""
     scheme, sign, rest = url.partition("://")
     return scheme.lower() + sign + rest if sign else url
 
@@ -33,7 +33,7 @@ def is_local(url: str, options: Mapping[str, Any]) -> bool:
 
 
 def public_url(url: str) -> str:
-    """A URL as it may stand in logs: without user, password, query and fragment."""
+    """A URL for logs: without user, password, query and fragment."""
     if "://" not in url:
         return url
     parts = urlsplit(url)
@@ -41,12 +41,12 @@ def public_url(url: str) -> str:
 
 
 def hide_secrets(text: str) -> str:
-    """A text as it may stand in logs: its URLs without users, passwords and queries."""
+    """A text for logs: its URLs without users, passwords and queries."""
     return re.sub(r"\w+://[^\s'\"<>]+", lambda match: public_url(match[0]), text)
 
 
 def check_no_credentials(url: str, options: Mapping[str, Any]) -> None:
-    """Raise UserError, without repeating them, where a URL or its options hold credentials.
+    """Raise UserError, without repeating them, if a URL or its options contain credentials.
 
     They would be written to logs and to a run's folder.
     """

@@ -31,7 +31,7 @@ STRANGE = re.compile(r"[^\x21-\x7e]")  # characters that an address must quote
 
 @dataclass(frozen=True)
 class Bounds:
-    """What one transfer may take."""
+    """Limits of one transfer."""
 
     bytes: int
     seconds: float
@@ -39,7 +39,7 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Fetching:
-    """How media are fetched over a network; it changes no byte of the result."""
+    """Settings of downloads of media; they do not change the result."""
 
     connections: int = flag(16, "concurrent connections of each process (default: %(default)s)")
     per_host: int = flag(8, "concurrent connections of each process to one server (default: %(default)s)")
@@ -57,7 +57,7 @@ class Fetching:
     )
 
     def bounds(self, media_type: str) -> Bounds:
-        """What one medium may take: a server's answer may have no end, or come at a byte a second."""
+        """Limits of one medium: a server's response may be endless, or arrive at one byte per second."""
         largest = (self.max_mb or LARGEST_MB[media_type]) * 10**6
         return Bounds(largest, LONGEST[media_type] * max(1.0, self.timeout / USUAL_TIMEOUT))
 
@@ -71,7 +71,7 @@ class Fetching:
 
 @dataclass
 class Transfer:
-    """One address on its way into `file`."""
+    """One download into `file`."""
 
     url: str
     file: BinaryIO
@@ -96,7 +96,7 @@ class Transfer:
         return StoreError(f"larger than {self.bounds.bytes / 1e6:,.0f} MB: raise --max-mb")
 
     def error(self, curl: pycurl.Curl, code: int, message: str) -> Exception | None:
-        """What went wrong, when libcurl ended with `code`."""
+        """The error of a download that libcurl ended with `code`."""
         if curl.getinfo(pycurl.RESPONSE_CODE) < 400:
             if self.fault is not None:
                 return self.fault
@@ -114,7 +114,7 @@ class Transfer:
 
 
 class WebClient:
-    """Fetches addresses side by side in an event loop with a thread of its own; connections are kept and reused."""
+    """Downloads URLs concurrently in an event loop with its own thread; connections are reused."""
 
     def __init__(self, fetching: Fetching) -> None:
         self.fetching = fetching
@@ -129,7 +129,7 @@ class WebClient:
         atexit.register(self.close)
 
     def fetch(self, url: str, file: BinaryIO, bounds: Bounds) -> Future[BinaryIO]:
-        """Begin to fetch an address into an open, empty file; the future gives that file, at its start.
+        """Start a download into an open, empty file; the future returns the file, positioned at its start.
 
         The future raises StoreError, or what writing to the file raised. Cancelling it ends the attempts.
         """
@@ -172,7 +172,7 @@ class WebClient:
         raise AssertionError("unreachable")
 
     async def _attempt(self, transfer: Transfer) -> Exception | None:
-        """One attempt; returns what went wrong."""
+        """Make one attempt; returns its error."""
         curl = self._idle.pop() if self._idle else handle_for_media(self.fetching.timeout)
         curl.setopt(pycurl.URL, transfer.url)
         curl.setopt(pycurl.WRITEFUNCTION, transfer.write)

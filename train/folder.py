@@ -156,7 +156,7 @@ class RunFolder:
 
 
 def _changes(path: Path, config: RunConfig) -> dict[str, list[str]]:
-    """How `config` differs from the resolved configuration at `path`, as text, by what the change affects."""
+    """The differences of `config` from the resolved configuration at `path`, as text, by their effect."""
     there, here = flatten(load_settings(path).config), flatten(config)
     changes: dict[str, list[str]] = {FIXED: [], EVALUATION: [], FREE: []}
     for key in dict.fromkeys([*here, *there]):

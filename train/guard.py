@@ -35,14 +35,14 @@ class _Step:
 
 @dataclass(frozen=True)
 class _Report:
-    """What a rank knows about a skipped step."""
+    """A rank's report on a skipped step."""
 
     loss: float
     keys: tuple[str, ...]
 
 
 def gradient_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
-    """L2 norm () float32 of a gradient of which each rank holds these tensors; all ranks call; no synchronization."""
+    """L2 norm () float32 of a gradient sharded over all ranks; all ranks call; no synchronization with the host."""
     norms = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32))
     squared = norms.square().sum()
     if distributed.get_world_size() > 1:

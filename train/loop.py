@@ -210,7 +210,7 @@ class Trainer:
         return self.state.step >= self.total_steps
 
     def _log(self, batch: Batch, losses: Losses) -> None:
-        """Log the present step, its losses as means over the ranks. Nothing else waits for the device."""
+        """Log the current step with losses averaged over ranks. Nothing else waits for the device."""
         self.guard.inspect()
         values = torch.stack([loss.float() for loss in losses.values()])
         if self.ranks.world_size > 1:

@@ -54,7 +54,7 @@ class Run:
         return ", ".join(f"{value:.4g}{medium}" for medium, value in named.items())
 
     def curves_of(self, metric: str) -> dict[str, Points]:
-        """The curves to be drawn of a metric: one a medium where there are two, else one without a name."""
+        """The curves of a metric: one per medium if there are two, else one without a name."""
         media = self.media.get(metric, {})
         if len(media) > 1 and metric not in ONE_CURVE:
             return media

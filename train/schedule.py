@@ -15,7 +15,7 @@ class Schedule:
     min_multiplier: float
 
     def multiplier(self, step: int) -> float:
-        """What the base learning rates are multiplied by at optimiser step `step` = 0, 1, 2, ...
+        """The factor of the base learning rates at optimiser step `step` = 0, 1, 2, ...
 
         Past the last step it stays at `min_multiplier`.
         """

@@ -35,7 +35,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 def model_inputs(batch: Batch) -> tuple[torch.Tensor, ...]:
-    """What the model's training forward takes after the frames: captions, or questions and their answers."""
+    """The arguments of the model's training forward after the frames: captions, or questions and answers."""
     if batch.answers is None:
         return batch.input_ids, batch.attention_mask, batch.idx
     answers = batch.answers

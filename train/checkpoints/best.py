@@ -1,4 +1,4 @@
-"""The best model of a run so far: a folder for each version, so that a complete one exists at any moment.
+"""The best weights of a run: a folder for each version, so that a complete one exists at any moment.
 
 `checkpoints/best_XXXXXXXX` holds the weights after that step; `checkpoints/best` is a link to the newest version. A
 checkpoint's state names the version that was the best when it was saved. Versions that a kept checkpoint names are
@@ -28,7 +28,7 @@ _NAME = re.compile(r"best_(\d{8,})")
 
 
 def best_version(folder: Path, step: int) -> Path:
-    """Where the weights that were the best after `step` lie below a run's folder of checkpoints."""
+    """The folder of the best weights after `step`, below a run's folder of checkpoints."""
     return folder / f"{BEST}_{step:08d}"
 
 

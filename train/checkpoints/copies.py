@@ -27,7 +27,7 @@ SETTINGS, METRICS = "config.yaml", "metrics.jsonl"
 
 
 class RemoteCheckpoints:
-    """The checkpoints of one run below a URL; each complete or absent there too: its state.json is written last."""
+    """The checkpoints of one run below a URL; each complete or absent: its state.json is written last."""
 
     def __init__(self, url: str, storage: Mapping[str, str]) -> None:
         """storage: fsspec's options. Raises ValueError for credentials in the URL, or a protocol unknown to fsspec."""

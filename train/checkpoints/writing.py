@@ -43,7 +43,7 @@ _NAME = re.compile(r"step_(\d{8,})")
 
 @dataclass
 class TrainingState:
-    """Where training is. Random generators need no state: each step seeds them from (seed, step, rank)."""
+    """The position of training. Random generators need no state: each step seeds them from (seed, step, rank)."""
 
     step: int = 0  # optimiser steps done
     epoch: int = 0  # of the next batch
@@ -198,7 +198,7 @@ class _CollectiveWrite:
         self._final, self._temporary, self._ranks = final, temporary, ranks
 
     def on_first_rank(self, step: Callable[[], object]) -> None:
-        """Do a step on the first rank; all call, and wait for it."""
+        """Run a step on the first rank; all ranks call it and wait."""
         self.on_every_rank(step if self._ranks.is_first else lambda: None)
 
     def on_every_rank(self, step: Callable[[], object]) -> None:

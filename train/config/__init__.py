@@ -1,1 +1,1 @@
-"""The settings of a run: what a YAML may hold, how it is read, which model it describes."""
+"""The settings of a run: keys of the YAML, reading it, the model that it describes."""

@@ -1,4 +1,4 @@
-"""Which model a run trains or evaluates: from its settings, or from the checkpoint it starts from."""
+"""The architecture of a run's model: from its settings, or from the checkpoint it starts from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What DeepSpeed 0.19.8 does not document but training needs: its workarounds, and its gradients and loss scale.
+"""All uses of undocumented parts of DeepSpeed 0.19.8: workarounds, gradients, loss scale.
 
 Each workaround names its cause and the upstream issue; tests/train/deepspeed/test_compat.py fails once DeepSpeed no
 longer needs it. The checkpoint's view of the engine is in `state.py`; no other file reads undocumented attributes.
@@ -106,7 +106,7 @@ def present_gradient_norm(engine: DeepSpeedEngine) -> torch.Tensor:
 
 
 class LossScale:
-    """What the loss is multiplied by before the backward pass, so that small gradients do not vanish; 1 but in fp16.
+    """The loss scale, which keeps small fp16 gradients from underflow; 1 in other precisions.
 
     DeepSpeed divides the gradients by it, halves it when they overflow, and doubles it after 1000 good steps.
     """
@@ -145,7 +145,7 @@ class LossScale:
         return loss * self.value if self._scale_loss else loss
 
     def state(self) -> dict[str, float]:
-        """What a checkpoint holds of it; empty but in fp16."""
+        """Its state in a checkpoint; empty except in fp16."""
         known = {} if self._scaler is None else vars(self._scaler)
         return {key: known[key] for key in _LOSS_SCALE_STATE if key in known}
 

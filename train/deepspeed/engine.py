@@ -100,7 +100,7 @@ def _check_offload(config: dict[str, Any], path: Path) -> None:
 
 
 def _without_waits(config: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
-    """The ZeRO section, without what makes the host wait for the device in a step."""
+    """The ZeRO section, without options that make the host wait for the device in a step."""
     zero = dict(config.get("zero_optimization", {}))
     wide = _get(config, "data_types.grad_accum_dtype") not in (None, "auto")  # then DeepSpeed requires its own norm
     if zero.get("stage") in (1, 2) and not _offloads(config) and not wide:

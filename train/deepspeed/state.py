@@ -33,7 +33,7 @@ class Fragment:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """What there is of it: the weight, and the moments of a trained one."""
+        """Its tensors: the weight, and the moments of a trained parameter."""
         return (WEIGHT, *MOMENTS) if self.trained else (WEIGHT,)
 
     def read(self, kind: str) -> torch.Tensor:
@@ -139,7 +139,7 @@ def base_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
 
 
 def optimizer_step(engine: DeepSpeedEngine) -> int:
-    """How many steps AdamW has taken."""
+    """Number of steps of AdamW."""
     steps = {float(state["step"]) for state in base_optimizer(engine).state.values() if "step" in state}
     assert len(steps) <= 1, steps
     return int(max(steps, default=0))
@@ -218,7 +218,7 @@ def _master_copies(optimizer: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]
 
 
 def _state(base: torch.optim.Optimizer, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A parameter of AdamW and its moments; made, as the first step would make them, where there are none."""
+    """A parameter of AdamW and its moments; created as by the first step if there are none."""
     state = base.state[parameter]
     if not state:
         tensor_step = isinstance(base, torch.optim.AdamW)

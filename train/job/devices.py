@@ -46,7 +46,7 @@ def device_for(ranks: Ranks) -> torch.device:
 
 
 def gpu_fault() -> str:
-    """Why this host's GPU cannot be used; empty where it can, where there is none, or the user asks for the CPU."""
+    """The reason why this host's GPU cannot be used; empty if it can, there is none, or the user asks for the CPU."""
     asked = os.environ.get("DS_ACCELERATOR")
     if asked == "cpu" or torch.cuda.is_available():
         return ""
@@ -54,7 +54,7 @@ def gpu_fault() -> str:
 
 
 def gpu_files() -> list[str]:
-    """The device files of this host's NVIDIA GPUs; there whether or not PyTorch can use them."""
+    """The device files of this host's NVIDIA GPUs; they exist even if PyTorch cannot use the GPUs."""
     found = sorted(str(path) for path in DEVICES.glob("nvidia[0-9]*"))
     wsl = DEVICES / "dxg"  # of any GPU; only NVIDIA's driver brings libcuda
     return found or ([str(wsl)] if wsl.exists() and WSL_DRIVER.exists() else [])
@@ -107,7 +107,7 @@ def _reason() -> str:
 
 
 def _remedy(cuda: int, driver: str) -> str:
-    """What to do so that the driver supports the CUDA build of PyTorch."""
+    """The remedy for a driver that does not support the CUDA build of PyTorch."""
     needed, branch = OLDEST_DRIVER.get(cuda), int(driver.split(".")[0]) if driver else None
     if needed is None or branch is None or branch >= needed:
         return "see whether `nvidia-smi` works here, and whether this job or container was given the GPU"
@@ -139,7 +139,7 @@ def _gpu_number(ranks: Ranks) -> int:
 
 
 def choose_kernels(deterministic: bool) -> None:
-    """Which kernels PyTorch may take, before any has run.
+    """Select PyTorch's kernels; call it before any has run.
 
     deterministic: only those that give the same bits every time; an operator without such a kernel raises
     RuntimeError.

@@ -17,7 +17,7 @@ RANKS_NAMED = 4  # in one message
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """What a rank does, and for how long."""
+    """The activity of a rank and its duration."""
 
     rank: int
     host: str
@@ -36,12 +36,12 @@ class Heartbeat:
 
     @property
     def needs_no_other_rank(self) -> bool:
-        """Whether it does something of its own, and so must report progress."""
+        """Whether it works locally, and so must report progress."""
         return self.phase not in (LOADER, STEP) and not self.collective
 
     @property
     def position(self) -> str:
-        """The last step, and the last report where there is one."""
+        """The last step, and the last report if there is one."""
         step = f"last step {self.step}"
         if self.phase in (LOADER, STEP):
             return step
@@ -102,7 +102,7 @@ def _silent(beat: Heartbeat) -> str:
 
 
 def waiting_for_it(beats: Sequence[Heartbeat]) -> str:
-    """The end of a message: who waits for the rank that it names."""
+    """The end of a message: the ranks that wait for the rank it names."""
     return f"; waiting for it in a collective: {_collectives(beats)}" if beats else ""
 
 

@@ -25,7 +25,7 @@ LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed.run", "torch/distribute
 
 
 class StopRequest:
-    """Notes that this process must stop: after a signal, or because its launcher is gone.
+    """Records a request to stop: after a signal, or because the launcher is gone.
 
     `deepspeed` does not pass SIGTERM on to its processes; killed, it leaves them running, as `torchrun` does. They
     then stop by themselves, so that the next start finds the folder free.
@@ -46,7 +46,7 @@ class StopRequest:
             threading.Thread(target=self._watch, args=(launchers,), name="launcher-watch", daemon=True).start()
 
     def request(self, number: int) -> None:
-        """Ask for a stop as if signal `number` had come."""
+        """Request a stop as if signal `number` had arrived."""
         if not self.signal:
             self.signal = number
             self._on_request()
@@ -105,7 +105,7 @@ def _is_on_node(process: psutil.Process) -> bool:
 
 @dataclass(frozen=True)
 class Decision:
-    """What all ranks do after the present step: stop because of `signal` (0: go on), save."""
+    """The common decision after a step: stop because of `signal` (0: continue), save a checkpoint."""
 
     signal: int = 0
     save: bool = False
@@ -125,7 +125,7 @@ class StopVote:
         self._work: distributed.Work | None = None
 
     def decided(self, save: bool = False) -> Decision:
-        """What all ranks do now: one that must stop or wants to `save` decides for all. All ranks call once a step."""
+        """The common decision: one rank that must stop or wants to `save` decides for all. All call once per step."""
         if self._alone:
             return Decision(self._request.signal, save)
         result = self.close()

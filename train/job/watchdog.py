@@ -105,7 +105,7 @@ class Watchdog:
 
     @contextmanager
     def naming_lost_ranks(self) -> Iterator[None]:
-        """Raise LostRankError where a RuntimeError, such as that of a collective, comes of a rank that is gone."""
+        """Raise LostRankError if a RuntimeError, such as that of a collective, was caused by a rank that is gone."""
         try:
             yield
         except RuntimeError as error:
@@ -114,7 +114,7 @@ class Watchdog:
             raise
 
     def _lost_ranks(self) -> str:
-        """Which ranks are gone, as far as this one can tell."""
+        """Description of the ranks that are known to be gone."""
         time.sleep(0 if self._ranks.is_first else 3 * BEAT_SECONDS)
         rank_0_is_gone = not self._talking.is_alive() and not self._cause
         self._stop_watching()
@@ -161,7 +161,7 @@ class Watchdog:
             log.debug("The watchdog's store: %s", error)
 
     def _listen(self) -> TCPStore:
-        """A store of its own on rank 0: heartbeats must not wait for collectives, nor outlive the watchdog."""
+        """A separate store on rank 0: heartbeats must not wait for collectives, nor outlive the watchdog."""
         store = self._open(0, is_master=True)
         connect(self._ranks, FIRST_SECONDS).set(self._key, str(store.port))
         return store
@@ -172,7 +172,7 @@ class Watchdog:
         return TCPStore(os.environ["MASTER_ADDR"], port, is_master=is_master, wait_for_workers=False, timeout=timeout)
 
     def _unanswered(self) -> str:
-        """That rank 0 or its store does not answer any more, if so."""
+        """The message that rank 0 or its store does not respond, if so."""
         silent = time.monotonic() - self._answered
         if self._ranks.is_first or silent <= silence_limit(self._limit, self._rank_0 is not None):
             return ""
@@ -194,7 +194,7 @@ class Watchdog:
         )  # fmt: skip
 
     def _find_cause(self) -> str:
-        """What rank 0 finds; the others read it from the store."""
+        """The findings of rank 0; the others read them from the store."""
         if self._ranks.is_first:
             return find_hang(self._beats(), self._limit)
         assert self._store is not None

@@ -63,7 +63,7 @@ class Clock:
             yield batch
 
     def _flops(self, batch: Batch) -> int:
-        """Of a step of all ranks, whose texts are taken to be as long as this rank's; 0 where they are not counted."""
+        """FLOP of a step of all ranks, assuming texts as long as this rank's; 0 if they are not counted."""
         if self._config.answer_decoder.enable:
             return 0
         kind = batch.media_type
@@ -84,14 +84,14 @@ class Clock:
 
 
 def memory(device: torch.device) -> int:
-    """Bytes: the most that tensors took on a GPU so far; what the process takes on a CPU."""
+    """Bytes: the peak of tensors on a GPU; the resident size of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return psutil.Process().memory_info().rss
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The device's published FLOP/s, where it is a GPU we know."""
+    """The device's published FLOP/s; None for an unlisted GPU or a CPU."""
     return named_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 

@@ -1,4 +1,4 @@
-"""Where a run's metrics go: metrics.jsonl, the console, and Weights & Biases and TensorBoard when enabled."""
+"""Writes a run's metrics: metrics.jsonl, the console, Weights & Biases and TensorBoard if enabled."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PICTURES = 12  # of an evaluation that Weights & Biases gets
 
 
 def check_tracking(run: RunConfig) -> None:
-    """Raise ValueError when Weights & Biases or TensorBoard is asked for and not installed."""
+    """Raise ValueError if Weights & Biases or TensorBoard is enabled and not installed."""
     for setting, enabled in {"wandb.enable": run.wandb.enable, "tensorboard": run.tensorboard}.items():
         package = setting.partition(".")[0]
         if enabled and importlib.util.find_spec(package) is None:
@@ -128,7 +128,7 @@ def step_line(metrics: dict[str, Any], total_steps: int) -> str:
 
 
 def drop_after(path: Path, step: int, evaluated_epochs: int = 0) -> None:
-    """Remove the lines of a metrics.jsonl that lie beyond `step`, and one that an interruption has cut short.
+    """Remove the lines of a metrics.jsonl after `step`, and an incomplete last line.
 
     Of evaluations those of the first `evaluated_epochs` epochs are kept: the others are made again.
     """
@@ -152,7 +152,7 @@ def evaluated_epoch(label: str) -> float:
 
 
 def _start_tensorboard(folder: RunFolder, step: int) -> Any:
-    """A writer of event files; what they hold beyond `step` is hidden, since those steps are trained again."""
+    """A writer of event files; entries after `step` are hidden, since those steps are trained again."""
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder.path / "tensorboard"), purge_step=step + 1)
