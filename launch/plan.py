@@ -42,7 +42,7 @@ class Medium:
 
 # Bytes: photos and frames of 224 pixels as `sharding.build` writes them, measured (docs/scaling.md). Samples: Table 15
 # of the paper. A clip of WebVid is 18 s long, 36 frames at 2 a second, of which an epoch shows one. A request for each,
-# and some for indices: in a large corpus the samples of a batch lie too far apart to come in one.
+# and some for indices: in a large corpus the samples of a batch are too far apart for one request.
 PHOTO = Medium(0, 7_500, 1.1, 9_200)
 CLIP = Medium(0, 18_000, 1.1, 36 * 15_500)
 SETS = {

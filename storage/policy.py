@@ -230,7 +230,7 @@ def check_bucket(url: str, options: Mapping[str, Any] | None = None) -> None:
         return
     try:
         found = fsspec.filesystem(scheme, **(options or {})).exists(bucket)
-    except Exception:  # each store has errors of its own
+    except Exception:  # each store has its own errors
         return
     if not found:
         raise BucketError(f"{url}: bucket {bucket} does not exist: create it, or check the name")

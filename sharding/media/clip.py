@@ -21,7 +21,7 @@ from sharding.media.frames import MediaError, stored_size
 
 SEEK_BEYOND = 5.0  # seconds; to a start that is nearer a clip is decoded from its beginning
 # Containers with an index and with time stamps that do not depend on what was read before. In all others a seek fails
-# (raw streams), or lands by a clock that may wrap or begin anew (MPEG-TS, MPEG-PS).
+# (raw streams), or lands by a clock that may wrap or restart (MPEG-TS, MPEG-PS).
 SEEKABLE = {"mov", "matroska"}
 GENERATE_TIMES = cast(int, ContainerFlags.gen_pts.value)
 WIDEST_PIXEL = 10  # a sample aspect ratio beyond 1:10 or 10:1 is damage

@@ -162,5 +162,5 @@ def signature(filesystem: Any, path: str) -> str:
     """An address with a signature for an hour; empty where the store gives none."""
     try:
         return str(filesystem.sign(path, expiration=3600))
-    except Exception:  # no signatures there, or no key to sign with: each store has errors of its own
+    except Exception:  # no signatures there, or no key to sign with: each store has its own errors
         return ""

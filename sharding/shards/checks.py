@@ -88,7 +88,7 @@ def check_shard(check: Check, advance: Advance) -> Report:
 
     try:
         walk = retry(traverse)
-    except Exception as error:  # each store has errors of its own
+    except Exception as error:  # each store has its own errors
         report.faults.append(Fault(tar_name, unread(error)))
     else:
         sha256 = walk.stream.sha256.hexdigest()
@@ -118,7 +118,7 @@ def read_checked_table(check: Check, name: str) -> tuple[pa.Table | None, bytes,
     """(the index, or None where it cannot be used; its bytes; its faults)."""
     try:
         data = retry(read_file, check.index)
-    except Exception as error:  # each store has errors of its own
+    except Exception as error:  # each store has its own errors
         return None, b"", [Fault(name, unread(error))]
     digest = hashlib.sha256(data).hexdigest()
     if check.info and digest != check.info.index_sha256:

@@ -21,7 +21,7 @@ from storage.files import remove_folder, temporary_path
 log = logging.getLogger(__name__)
 
 BEST = "best"
-MARKER = "best.json"  # in a version: its step, score and split, and an id of its own
+MARKER = "best.json"  # in a version: its step, score and split, and a unique id
 WEIGHTS = "weights"
 BEFORE_VERSIONS = 0  # stands for the only best model of a run made before December 2026
 _NAME = re.compile(r"best_(\d{8,})")

@@ -66,7 +66,7 @@ class RemoteCheckpoints:
         self._failed = None
         try:
             self._upload(path, settings, keep)
-        except Exception as error:  # each store has errors of its own
+        except Exception as error:  # each store has its own errors
             self._failed = (path, settings, keep)
             log.error("%s was not copied to %s (%s): retrying with the next checkpoint", path, self._url, reason(error))
         return self._failed is None
@@ -163,7 +163,7 @@ class RemoteCheckpoints:
         try:
             for name in self.steps()[-1:]:
                 self._fetch(name, folder)
-        except Exception as error:  # each store has errors of its own
+        except Exception as error:  # each store has its own errors
             raise AccessError(
                 f"checkpoint_url={self._url}: its copies cannot be fetched to {folder} ({reason(error)}): restore the "
                 "access, or start a new run with another checkpoint_url or without one"

@@ -125,7 +125,7 @@ def _gpu_number(ranks: Ranks) -> int:
         return ranks.local_rank
     if count == 1 and visible is not None and "," not in visible:
         # The launcher has bound a GPU to each process (srun --gpus-per-task): each sees its own as number 0. DeepSpeed
-        # takes the number from LOCAL_RANK, and wants Open MPI's variable to say the same.
+        # takes the number from LOCAL_RANK, and requires Open MPI's variable to match.
         for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):
             if name in os.environ:
                 os.environ[name] = "0"
@@ -206,7 +206,7 @@ def start_processes(device: torch.device, stall_seconds: float = 0.0) -> None:
 
     choose_interface()
     timeout = collective_timeout(stall_seconds)
-    # DeepSpeed reduces gradients in a group of its own, and creates groups without a timeout: PyTorch's default (NCCL
+    # DeepSpeed reduces gradients in a separate group, and creates groups without a timeout: PyTorch's default (NCCL
     # 10 minutes, gloo 30) would apply there. PyTorch has no public way to change it.
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
     if device.type == "cuda":
