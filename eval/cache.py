@@ -56,8 +56,8 @@ class CachedBlocks:
 
     def __init__(self, parts: list[RankFiles], batch_size: int, ranks: Ranks) -> None:
         self._parts = parts
-        self._places = {int(v): (p, row) for p, part in enumerate(parts) for row, v in enumerate(part.indices)}
-        mine = sorted(visual for visual in self._places if visual % ranks.world_size == ranks.rank)
+        self._locations = {int(v): (p, row) for p, part in enumerate(parts) for row, v in enumerate(part.indices)}
+        mine = sorted(visual for visual in self._locations if visual % ranks.world_size == ranks.rank)
         self._batches = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
 
     def __len__(self) -> int:
@@ -68,10 +68,10 @@ class CachedBlocks:
 
     def take(self, visuals: Sequence[int]) -> Block:
         """The block of some visuals, at least one."""
-        places = [self._places[visual] for visual in visuals]
-        tokens = torch.stack([self._parts[part].tokens[row] for part, row in places])
-        embeddings = [self._parts[part].embeddings for part, _ in places]
-        rows = [each[row] for each, (_, row) in zip(embeddings, places) if each is not None]
+        locations = [self._locations[visual] for visual in visuals]
+        tokens = torch.stack([self._parts[part].tokens[row] for part, row in locations])
+        embeddings = [self._parts[part].embeddings for part, _ in locations]
+        rows = [each[row] for each, (_, row) in zip(embeddings, locations) if each is not None]
         return Block(np.array(visuals), tokens, torch.stack(rows) if rows else None)
 
 

@@ -145,9 +145,9 @@ def _listed(outcomes: Sequence[Outcomes]) -> str:
 
 def _paired(first: Outcomes, second: Outcomes) -> tuple[Outcomes, Outcomes]:
     """Both with only the queries that they share, in the same order."""
-    keys, places = _numbered(_keys(first)), {key: i for i, key in enumerate(_numbered(_keys(second)))}
-    own = [i for i, key in enumerate(keys) if key in places]
-    return _select(first, own), _select(second, [places[keys[i]] for i in own])
+    keys, row_of_key = _numbered(_keys(first)), {key: i for i, key in enumerate(_numbered(_keys(second)))}
+    own = [i for i, key in enumerate(keys) if key in row_of_key]
+    return _select(first, own), _select(second, [row_of_key[keys[i]] for i in own])
 
 
 def _keys(part: Outcomes) -> list[tuple[str, str]]:

@@ -113,9 +113,9 @@ def check_output(output: str) -> None:
         raise UserError(f"{output} exists already and is not an export: remove it, or choose another name")
     for folder in path.absolute().parents:
         if (folder / "checkpoints").is_dir() and path.absolute().relative_to(folder).parts[0] in RESERVED:
-            raise UserError(f"{output} would be taken for a checkpoint of the run {folder}: choose another place")
+            raise UserError(f"{output} would be taken for a checkpoint of the run {folder}: choose another path")
         if folder.exists() and not folder.is_dir():
-            raise UserError(f"{output} cannot be created: {folder} is a file, choose another place")
+            raise UserError(f"{output} cannot be created: {folder} is a file, choose another path")
 
 
 def without_vocabulary(output: str, vocabulary: Path | None) -> str:

@@ -146,7 +146,7 @@ def run_in_worker(function: Callable[[Task, Advance], Result], task: Task) -> Re
 
     def advance(good: int, bad: int, size: int) -> None:
         with _counts.get_lock():
-            for place, more in enumerate((good, bad, size)):
-                _counts[place] += more
+            for index, more in enumerate((good, bad, size)):
+                _counts[index] += more
 
     return function(task, advance)

@@ -29,7 +29,7 @@ from sharding.shards.output import (
     has_staged_rows,
     open_output,
     plan_of,
-    staging_place,
+    staging_folder,
     write_text,
 )
 from sharding.shards.plan import Task, plan_shards
@@ -99,13 +99,13 @@ def staged_rows(settings: BuildSettings, scratch: Path) -> tuple[Staged, str]:
         found = digest_of(settings.annotations)
         plan = plan_of(settings.shards, settings.reading, found)
         check_claim(output, plan)
-        if (place := staging_place(output, scratch, plan)).exists():
+        if (staged_rows := staging_folder(output, scratch, plan)).exists():
             log.info("annotations: read by an earlier run")
-            return open_staged(place), found
+            return open_staged(staged_rows), found
     staged = stage_annotations(settings, scratch, digest)
     plan = plan_of(settings.shards, settings.reading, digest.hexdigest())
     check_claim(output, plan)
-    return move_staged(staged, staging_place(output, scratch, plan)), digest.hexdigest()
+    return move_staged(staged, staging_folder(output, scratch, plan)), digest.hexdigest()
 
 
 def stage_annotations(settings: BuildSettings, scratch: Path, digest: Any = None) -> Staged:

@@ -130,8 +130,8 @@ def _margins(scores: np.ndarray, truth: Truth, queries: np.ndarray) -> np.ndarra
 def _query(query: int, scores: np.ndarray, truth: Truth, rank: int, unranked: float) -> Query:
     row = scores[query]
     top = [
-        Hit(int(item), place + 1, round(float(row[item]), 4), bool(item in truth[query]))
-        for place, item in enumerate(top_items(row, SHOWN))
+        Hit(int(item), position + 1, round(float(row[item]), 4), bool(item in truth[query]))
+        for position, item in enumerate(top_items(row, SHOWN))
         if row[item] > unranked
     ]
     best_true = int(max(truth[query], key=lambda item: (row[item], -item)))

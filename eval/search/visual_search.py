@@ -139,7 +139,7 @@ def search_sheet(search: VisualSearch, query: str, hits: Sequence[Found]) -> Ima
 def hits_table(hits: Sequence[Found]) -> str:
     """The hits as a plain table."""
     lines = [f"{'rank':>4}  {'match':>8}  {'similarity':>10}  name"]
-    for place, hit in enumerate(hits, start=1):
+    for rank, hit in enumerate(hits, start=1):
         match = "-" if hit.match is None else f"{hit.match:.3f}"
-        lines.append(f"{place:>4}  {match:>8}  {hit.similarity:>10.3f}  {hit.source}")
+        lines.append(f"{rank:>4}  {match:>8}  {hit.similarity:>10.3f}  {hit.source}")
     return "\n".join(lines)

@@ -28,9 +28,9 @@ CONTRACTED = """
     wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 """
 CONTRACTIONS = {
-    form[:place] + form[place + 1 :]: form
+    form[:position] + form[position + 1 :]: form
     for form in CONTRACTED.split()
-    for place, character in enumerate(form)
+    for position, character in enumerate(form)
     if character == "'"
 } | {"somebody'd": "somebodyd"}
 

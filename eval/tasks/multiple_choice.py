@@ -122,8 +122,8 @@ def _item(choice: Choice, source: str, chosen: int, scores: np.ndarray) -> dict[
     answered = chosen != NO_CHOICE
     shares = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum() if answered else np.zeros(len(scores))
     top = [
-        {"text": text, "score": round(float(share), 4), "correct": place == choice.answer}
-        for place, (text, share) in enumerate(zip(choice.options, shares))
+        {"text": text, "score": round(float(share), 4), "correct": position == choice.answer}
+        for position, (text, share) in enumerate(zip(choice.options, shares))
     ]
     return {
         "visual": choice.visual,

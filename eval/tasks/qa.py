@@ -191,7 +191,7 @@ def rank_for_block(
     """
     device = model.temporal_embeddings.device
     tokens = block.tokens.to(device)
-    place = {int(visual): row for row, visual in enumerate(block.indices)}
+    row_of_visual = {int(visual): row for row, visual in enumerate(block.indices)}
     mine = np.flatnonzero(np.isin(owners, block.indices))
     answer_ids, answer_mask = (part.to(device) for part in candidates)
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -199,7 +199,7 @@ def rank_for_block(
         progress(f"answering about {len(block.indices)} visuals, question {start} of {len(mine)}")
         numbers = mine[start : start + QUESTIONS_AT_ONCE]
         ids, mask = (part[torch.from_numpy(numbers)].to(device) for part in questions)
-        seen = tokens[[place[int(owners[number])] for number in numbers]]
+        seen = tokens[[row_of_visual[int(owners[number])] for number in numbers]]
         states = model.frame_states(seen, ids, mask)
         best, probability = model.rank_answers(
             states, mask, answer_ids, answer_mask, config.k_test, config.eval_frame_ensemble

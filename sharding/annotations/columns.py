@@ -25,13 +25,13 @@ class RowError(UserError):
 
     def __init__(self, record: Record, reason: str) -> None:
         self.reason = " ".join(reason.split())  # in one line, whatever the names of columns are
-        super().__init__(f"{record.place}: {self.reason}; --skip-bad-rows skips and counts such records")
+        super().__init__(f"{record.location}: {self.reason}; --skip-bad-rows skips and counts such records")
 
     @property
     def kind(self) -> str:
         """The reason without its remedy and particulars; names of columns, in double quotes, stay."""
         parts = QUOTED.split(self.reason.partition(";")[0])
-        return "".join(part if place % 2 else kind_of(part) for place, part in enumerate(parts))[:200]
+        return "".join(part if position % 2 else kind_of(part) for position, part in enumerate(parts))[:200]
 
 
 @dataclass

@@ -48,7 +48,7 @@ class Record:
     def value(self, key: str) -> Any:
         """The value under a key; raises ValueError without one."""
         if key not in self.fields:
-            raise UserError(f'{self.place}: no "{key}"; its columns are {self.names}: check --corpus')
+            raise UserError(f'{self.location}: no "{key}"; its columns are {self.names}: check --corpus')
         return self.fields[key]
 
     @property
@@ -57,7 +57,7 @@ class Record:
         return ", ".join(self.columns or self.fields)
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """File and number, for messages."""
         return f"{self.file}, record {self.number}"
 

@@ -141,7 +141,7 @@ def rows_of(files: Sequence[AnnotationFile], reading: Reading) -> Iterator[Row]:
                     raise
                 yield Row(filtered=f"bad row: {error.kind}")
             except RecursionError:
-                raise UserError(f"{record.place}: it is nested too deeply to be read") from None
+                raise UserError(f"{record.location}: it is nested too deeply to be read") from None
 
 
 def records_of(files: Sequence[AnnotationFile], reading: Reading) -> Iterator[Record]:

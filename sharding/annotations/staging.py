@@ -72,8 +72,8 @@ def read_items(path: str, first: int, end: int) -> tuple[Item, ...]:
     with closing(connect(path)) as database:
         items = []
         for _, rows in groupby(database.execute(query, (first, end)), key=lambda row: row[0]):
-            for place, (_, source, texts) in enumerate(rows):
-                if not place:
+            for position, (_, source, texts) in enumerate(rows):
+                if not position:
                     items.append(Item(source))
                 items[-1].add(*json.loads(texts))
     return tuple(items)

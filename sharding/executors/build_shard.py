@@ -43,12 +43,12 @@ def packed(task: Task, scratch: Path) -> Iterator[tuple[int, Outcome]]:
     parts = [(number, *split_segment(item.source)) for number, item in enumerate(task.items)]
     files = [list(group) for _, group in itertools.groupby(parts, key=lambda part: part[1])]
     with Media(task.media_root, task.settings.media_type, scratch, task.fetching) as media:
-        for place, found in media.fetched([file[0][1] for file in files]):
+        for index, found in media.fetched([file[0][1] for file in files]):
             if isinstance(found, MediaError):
-                yield from ((number, found) for number, *_ in files[place])
+                yield from ((number, found) for number, *_ in files[index])
                 continue
             with opened(found) as data:
-                for number, _, start, end in files[place]:
+                for number, _, start, end in files[index]:
                     yield number, pack_media(data, task.settings, start, end)
 
 

@@ -110,12 +110,12 @@ class Archive:
     def find(self, path: bytes, before: int | None = None) -> Member | None:
         """The last member with a path, or the last one before an offset."""
         names = self.table["name"]
-        place = bisect.bisect_right(range(len(names)), path, key=lambda row: names[row].as_py()) - 1
-        while place >= 0 and names[place].as_py() == path:
-            member = Member(**self.table.slice(place, 1).to_pylist()[0])
+        position = bisect.bisect_right(range(len(names)), path, key=lambda row: names[row].as_py()) - 1
+        while position >= 0 and names[position].as_py() == path:
+            member = Member(**self.table.slice(position, 1).to_pylist()[0])
             if before is None or member.offset < before:
                 return member
-            place -= 1
+            position -= 1
         return None
 
     def member(self, name: str) -> Member:
@@ -289,8 +289,8 @@ def tar_members(file: BinaryIO, damages: list[Damage]) -> Iterator[Member]:
                 damages.append(found)
         else:
             empty = False
-            place = found.offset, found.size, found.size, IN_TAR, 0
-            yield Member(found.path, *place, found.link, found.hard, found.unreadable)
+            position = found.offset, found.size, found.size, IN_TAR, 0
+            yield Member(found.path, *position, found.link, found.hard, found.unreadable)
     if empty and damages:
         raise EOFError(f"{damages[0].reason} at byte {damages[0].offset}, and no intact one")
 
@@ -307,10 +307,10 @@ class RawNames:
     def read(self, size: int = -1) -> bytes:
         """The next bytes, with another flag in every entry of the directory."""
         data = bytearray(self.file.read(size))
-        place = 0
-        while data[place : place + 4] == b"PK\1\2" and len(data) >= place + ENTRY:
-            data[place + 9] &= 0xF7
-            place += ENTRY + sum(struct.unpack_from("<3H", data, place + 28))  # name, extra field, comment
+        position = 0
+        while data[position : position + 4] == b"PK\1\2" and len(data) >= position + ENTRY:
+            data[position + 9] &= 0xF7
+            position += ENTRY + sum(struct.unpack_from("<3H", data, position + 28))  # name, extra field, comment
         return bytes(data)
 
 
@@ -328,5 +328,5 @@ def zip_members(file: BinaryIO) -> Iterator[Member]:
                 unreadable = "is encrypted"
             elif info.compress_type not in readable:
                 unreadable = f"is compressed with {METHODS.get(info.compress_type, f'method {info.compress_type}')}"
-            place = info.header_offset, info.compress_size, info.file_size, info.compress_type, info.CRC
-            yield Member(path, *place, unreadable=unreadable)
+            position = info.header_offset, info.compress_size, info.file_size, info.compress_type, info.CRC
+            yield Member(path, *position, unreadable=unreadable)

@@ -74,22 +74,22 @@ def read_header(jpeg: bytes) -> tuple[int, int, bytes]:
 
     Segments are skipped by their length: a thumbnail in one has markers of its own.
     """
-    place, last, channels, exif = 2, len(jpeg) - 10, 0, b""
-    while place <= last:
-        mark, marker, length = _SEGMENT(jpeg, place)
+    position, last, channels, exif = 2, len(jpeg) - 10, 0, b""
+    while position <= last:
+        mark, marker, length = _SEGMENT(jpeg, position)
         if mark != 0xFF:
-            place = jpeg.find(b"\xff", place)
-            if place < 0:
+            position = jpeg.find(b"\xff", position)
+            if position < 0:
                 break
         elif marker in _NO_LENGTH:
-            place += 1 if marker == 0xFF else 2
+            position += 1 if marker == 0xFF else 2
         elif marker == _START_OF_SCAN:
-            return place + 2 + length, channels, exif
+            return position + 2 + length, channels, exif
         else:
-            if marker == _EXIF and jpeg.startswith(_EXIF_NAME, place + 4):
-                begin = place + 4 + (len(_EXIF_NAME) if exif else 0)  # a large block comes in several segments
-                exif += jpeg[begin : place + 2 + length]
+            if marker == _EXIF and jpeg.startswith(_EXIF_NAME, position + 4):
+                begin = position + 4 + (len(_EXIF_NAME) if exif else 0)  # a large block comes in several segments
+                exif += jpeg[begin : position + 2 + length]
             elif marker in _FRAMES:
-                channels = jpeg[place + 9]
-            place += 2 + length
+                channels = jpeg[position + 9]
+            position += 2 + length
     return len(jpeg), channels, exif

@@ -60,7 +60,7 @@ class Locations:
     def find(self, path: bytes, before: int | None) -> Location | None:
         """The last member with a path, or the last one before an offset."""
         found = self._locations.get(path, [])
-        return next((place for place in reversed(found) if before is None or place.offset < before), None)
+        return next((entry for entry in reversed(found) if before is None or entry.offset < before), None)
 
     def target(self, link: Member) -> Location:
         """The file that a link leads to; raises LinkError when that is none."""
@@ -98,8 +98,8 @@ def follow(path: bytes, find: Find[Found], before: int | None = None) -> Found:
 
 def through_folder(path: bytes, find: Find[Found]) -> bytes | None:
     """Another path to the same, where a folder of it is a link; None where none is."""
-    for place in (place for place, byte in enumerate(path) if byte == ord("/")):
-        folder = find(path[:place], None)
+    for slash in (slash for slash, byte in enumerate(path) if byte == ord("/")):
+        folder = find(path[:slash], None)
         if folder is not None and folder.link:
-            return plain(folder.link + path[place:])
+            return plain(folder.link + path[slash:])
     return None

@@ -64,16 +64,16 @@ class Media:
         Raises:
             PermissionError: the store refuses the credentials, for all sources.
         """
-        places = iter(range(len(sources)))
+        indices = iter(range(len(sources)))
         local = (self.location(source).startswith("/") for source in sources)
         if all(local):
-            yield from ((place, self.fetch(sources[place])) for place in places)
+            yield from ((index, self.fetch(sources[index])) for index in indices)
             return
         window = WINDOW[self.media_type]
         done: queue.SimpleQueue[tuple[int, Future[Fetched | MediaError]]] = queue.SimpleQueue()
         with ThreadPoolExecutor(self.fetching.connections) as pool:
             pending: dict[int, Future[Any]] = {}
-            following = next(places, None)
+            following = next(indices, None)
             try:
                 while pending or following is not None:
                     few = len(pending) <= self.fetching.connections  # many begun together cost less than one by one
@@ -85,10 +85,10 @@ class Media:
                     ):
                         pending[following] = self.start(pool, sources[following])
                         pending[following].add_done_callback(functools.partial(put_result, done, following))
-                        following = next(places, None)
-                    place, future = done.get()
-                    del pending[place]
-                    yield place, self.outcome(future, sources[place])
+                        following = next(indices, None)
+                    index, future = done.get()
+                    del pending[index]
+                    yield index, self.outcome(future, sources[index])
             finally:
                 self.stop.set()
                 for future in pending.values():
@@ -163,9 +163,9 @@ def web_address(root: str, name: str) -> str:
     return url[:outer] + quote(archive[outer:]) + ("/" + member if member else "")
 
 
-def put_result(done: queue.SimpleQueue[tuple[int, Future[Any]]], place: int, future: Future[Any]) -> None:
+def put_result(done: queue.SimpleQueue[tuple[int, Future[Any]]], index: int, future: Future[Any]) -> None:
     """Notify the consumer of a queue that a source is ready."""
-    done.put((place, future))
+    done.put((index, future))
 
 
 def open_archive(url: str, folder: Path) -> Archive:
@@ -230,12 +230,12 @@ def check_root(root: str) -> None:
     if COMPRESSED_TAR.search(root):
         raise UserError(f"media root {root} is compressed as a whole, single files cannot be read from it: gunzip it")
     inside = split_archive(root)
-    place = plain_scheme(inside[0] if inside else root).removeprefix("file://")
-    if not root or place.startswith(WEB):
+    base = plain_scheme(inside[0] if inside else root).removeprefix("file://")
+    if not root or base.startswith(WEB):
         return  # sources are URLs of their own; web servers do not list folders
-    with storage_errors(place, "read"):
-        filesystem, path = fsspec.url_to_fs(place)
+    with storage_errors(base, "read"):
+        filesystem, path = fsspec.url_to_fs(base)
         found = retry(filesystem.exists, path)
     if not found:
-        check_bucket(place)
+        check_bucket(base)
         raise MissingError(f"media root {root} does not exist: check --media-root")

@@ -156,8 +156,8 @@ class TarStream:
         if info.type in (tarfile.LNKTYPE, tarfile.SYMTYPE):
             hard = info.type == tarfile.LNKTYPE
             link = described.get("linkpath") or info.linkname.encode("utf-8", "surrogateescape")
-            place = link if hard else posixpath.join(posixpath.dirname(name), link)
-            yield Member(shown(name), header, self.position, 0, None, plain(name), plain(place), hard)
+            target = link if hard else posixpath.join(posixpath.dirname(name), link)
+            yield Member(shown(name), header, self.position, 0, None, plain(name), plain(target), hard)
         elif info.type in NO_FILE:
             self.read(size + -size % BLOCK, keep=False)
         elif info.type not in NO_DATA:
@@ -180,11 +180,11 @@ class TarStream:
             yield Damage(self.position, f"the tar ends inside {text}: it was cut off", cut=text)
             return
         yield Member(text, header, offset, size, data if keep else None, plain(name), unreadable=unreadable)
-        place = self.position
+        begin = self.position
         padding = self.read(-size % BLOCK)
         if any(padding):
             byte = len(padding) - len(padding.lstrip(b"\0"))
-            yield Damage(place + byte, f"the padding after {text} is not zero", certain=False)
+            yield Damage(begin + byte, f"the padding after {text} is not zero", certain=False)
 
     def next_header(self, known: Mapping[int, tuple[str, int]]) -> tuple[tarfile.TarInfo | None, bytes]:
         """Read until after a valid header, or to a known position."""

@@ -51,8 +51,8 @@ def contact_sheet(
         pen.text((size[0] - GAP, GAP + 6), note, MUTED, font, anchor="ra")
     for number, cell in enumerate(cells):
         left, top = GAP + number % columns * width, GAP + head + number // columns * height
-        for place, picture in enumerate(cell.pictures):
-            sheet.paste(square(picture, side), (left + place * (side + FRAME_GAP), top))
+        for column, picture in enumerate(cell.pictures):
+            sheet.paste(square(picture, side), (left + column * (side + FRAME_GAP), top))
         below = [*_fit_name(cell.name, font, width - GAP), *_fit_text(cell.text, font, width - GAP, lines)]
         texts = [(cell.label, MUTED), *((line, INK) for line in below)]
         for line, (text, color) in enumerate((text, color) for text, color in texts if text):
@@ -87,8 +87,8 @@ def side_by_side(pictures: Sequence[Image.Image]) -> Image.Image:
     """Pictures of one size in a row."""
     width, height = pictures[0].size
     row = Image.new("RGB", (width * len(pictures), height))
-    for place, picture in enumerate(pictures):
-        row.paste(picture, (place * width, 0))
+    for column, picture in enumerate(pictures):
+        row.paste(picture, (column * width, 0))
     return row
 
 

@@ -41,12 +41,12 @@ def pick(corpus: Corpus, count: int, shards: int = SHARDS, frames: int = FRAMES)
         OSError, ValueError: an index cannot be read. Frames that cannot be read are None.
     """
     filled = [shard for shard, info in enumerate(corpus.shards) if info.samples]
-    chosen = [filled[place] for place in spread(len(filled), min(shards, count))]
+    chosen = [filled[index] for index in spread(len(filled), min(shards, count))]
     sizes = [corpus.shards[shard].samples for shard in chosen]
     starts = np.concatenate([[0], np.cumsum(sizes)])
-    places = np.array(spread(int(starts[-1]), count))
+    positions = np.array(spread(int(starts[-1]), count))
     wanted = {
-        shard: places[(places >= first) & (places < last)] - first
+        shard: positions[(positions >= first) & (positions < last)] - first
         for shard, first, last in zip(chosen, starts[:-1], starts[1:])
     }
 
@@ -123,10 +123,10 @@ def find(corpus: Corpus, name: str, shown: bool = False) -> tuple[int, dict[str,
     with Progress(len(shards), "searching", shown, "shard", "searched") as progress:
         for shard, table in zip(shards, in_threads(lambda n: columns_of(corpus, n, ("key", "source")), shards)):
             same = pc.or_(pc.equal(table["key"], name), pc.equal(table["source"], name))
-            place = pc.index(same, True).as_py()
+            index = pc.index(same, True).as_py()
             progress.advance(1, 0, 0)
-            if place >= 0:
-                return shard, columns_of(corpus, shard, INDEX_SCHEMA.names).slice(place, 1).to_pylist()[0]
+            if index >= 0:
+                return shard, columns_of(corpus, shard, INDEX_SCHEMA.names).slice(index, 1).to_pylist()[0]
     raise UserError(f"--sample {name}: no sample of {corpus.url} has this key, source or number")
 
 

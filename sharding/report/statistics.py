@@ -87,13 +87,13 @@ class Distribution:
 
     def to_json(self) -> dict[str, Any]:
         """The same as a dictionary of plain values."""
-        places = {f"p{share}": self.percentile(share / 100) for share in (5, 25, 50, 75, 95)}
+        percentiles = {f"p{share}": self.percentile(share / 100) for share in (5, 25, 50, 75, 95)}
         ends = {-math.inf: self.low, math.inf: self.high}
         bins = [
             {"from": ends.get(low, low), "to": ends.get(high, high), "count": count} for low, high, count in self.bins()
         ]
         head = {"count": self.count, "mean": self.mean, "min": self.low, "max": self.high}
-        return {**head, **places, "histogram": bins}
+        return {**head, **percentiles, "histogram": bins}
 
 
 @dataclass

@@ -102,11 +102,11 @@ def move(thing: Thing, motion: Motion, lane: float, share: float) -> list[Thing]
     x, y = across, across
     for number, (dx, dy) in enumerate(ways):
         passed = min(1.0, max(0.0, share * len(ways) - number))
-        place = NEAR + (FAR - NEAR) * passed
+        position = NEAR + (FAR - NEAR) * passed
         if dx:
-            x = place if dx > 0 else 1 - place
+            x = position if dx > 0 else 1 - position
         if dy:
-            y = place if dy > 0 else 1 - place
+            y = position if dy > 0 else 1 - position
     return [replace(thing, x=x, y=y)]
 
 
@@ -135,8 +135,8 @@ def image_scene(seed: int, split: int, number: int) -> Scene:
     shape, colour = draw_kind(rng)
     size = pick(rng, tuple(SIZES))
     if form < 0.3:
-        places = ((0.22, 0.22), (0.78, 0.22), (0.22, 0.78), (0.78, 0.78), (0.5, 0.5))
-        x, y = places[int(rng.integers(len(places)))] + rng.uniform(-0.04, 0.04, 2)
+        centres = ((0.22, 0.22), (0.78, 0.22), (0.22, 0.78), (0.78, 0.78), (0.5, 0.5))
+        x, y = centres[int(rng.integers(len(centres)))] + rng.uniform(-0.04, 0.04, 2)
         return Scene(background, (Thing(shape, colour, size, float(x), float(y)),))
     if form < 0.5:
         spots = np.array([(0.2, 0.25), (0.5, 0.25), (0.8, 0.25), (0.2, 0.72), (0.5, 0.72), (0.8, 0.72)])

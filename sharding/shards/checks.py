@@ -39,8 +39,8 @@ class Fault:
 
     def __str__(self) -> str:
         """The fault as one line."""
-        place = [self.file, self.key, f"byte {self.offset}" if self.offset >= 0 else "", self.reason]
-        return ": ".join(part for part in place if part)
+        parts = [self.file, self.key, f"byte {self.offset}" if self.offset >= 0 else "", self.reason]
+        return ": ".join(part for part in parts if part)
 
 
 @dataclass(frozen=True)
@@ -307,10 +307,10 @@ class TarCheck:
             return
         if found.equals(wanted):
             return
-        for place, (here, there) in enumerate(zip(found.to_pylist(), wanted.to_pylist())):
+        for index, (here, there) in enumerate(zip(found.to_pylist(), wanted.to_pylist())):
             other = [column for column in columns if here[column] != there[column]]
             if other:
-                key = self.rows[numbers[place]]["key"]
+                key = self.rows[numbers[index]]["key"]
                 self.mismatch(f"its JSON and the index differ in {', '.join(other)}", key, -1)
 
 

@@ -150,14 +150,14 @@ def tars_at(url: str) -> list[tuple[str, int]]:
 def named_tars(url: str, names: Sequence[str], known: Corpus | None) -> list[tuple[str, int]]:
     """(name, bytes) of the tars of these names and of those in a corpus, in order; FileNotFoundError without one."""
     filesystem, root = fsspec.url_to_fs(url)
-    places = [join_url(root, name) for name in names]
+    urls = [join_url(root, name) for name in names]
     with storage_errors(url, "read"):
         try:
-            sizes = retry(filesystem.sizes, places)
+            sizes = retry(filesystem.sizes, urls)
         except FileNotFoundError:
             sizes = []
     if not sizes:
-        missing = next((name for name, place in zip(names, places) if not filesystem.exists(place)), names[0])
+        missing = next((name for name, tar_url in zip(names, urls) if not filesystem.exists(tar_url)), names[0])
         raise MissingError(f"{join_url(url, missing)} does not exist: name existing tars")
     earlier = {shard.name: shard.bytes for shard in known.shards} if known else {}
     return sorted((earlier | {name: size or 0 for name, size in zip(names, sizes, strict=True)}).items())
@@ -176,10 +176,10 @@ def writable(output: str) -> Iterator[Path]:
         yield scratch
 
 
-def read_only(place: str, error: Exception) -> OSError:
-    """The error of a place where an index cannot be written."""
+def read_only(folder: str, error: Exception) -> OSError:
+    """The error of a folder where an index cannot be written."""
     reason = getattr(error, "strerror", None) or error
-    return PermissionError(f"{place} cannot be written ({reason}): choose a folder for the indices with --output")
+    return PermissionError(f"{folder} cannot be written ({reason}): choose a folder for the indices with --output")
 
 
 def index_shard(task: IndexTask, advance: Advance) -> IndexedShard:

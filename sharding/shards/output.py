@@ -134,7 +134,7 @@ def has_staged_rows(output: str) -> bool:
     return "://" not in output and any((Path(output) / PARTIAL).glob(STAGED))
 
 
-def staging_place(output: str, scratch: Path, plan: dict[str, Any]) -> Path:
+def staging_folder(output: str, scratch: Path, plan: dict[str, Any]) -> Path:
     """The staging folder of a plan's rows: inside a local output, so that a resumed build finds them."""
     digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
     folder = scratch if "://" in output else Path(output) / PARTIAL

@@ -18,10 +18,10 @@ def check_outside_corpora(path: str | Path, setting: str) -> None:
     """
     if "://" in str(path):
         return
-    place = Path(path).absolute()
-    for folder in (place, place.parent):
+    absolute = Path(path).absolute()
+    for folder in (absolute, absolute.parent):
         if _is_corpus(folder):
-            where = "is" if folder == place else "lies in"
+            where = "is" if folder == absolute else "lies in"
             raise UserError(f"{setting} {path} {where} the packed corpus {folder}: choose a folder outside of it")
 
 

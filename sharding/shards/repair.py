@@ -71,10 +71,10 @@ def small_files(url: str, files: dict[str, str], failures: FailureLog | None, do
     """SHA-256 of the files beside the shards; failures.parquet is made again from the indices where it is damaged."""
     found = {}
     for name in (BUILD, FILE):
-        place = join_url(url, name)
-        filesystem, path = fsspec.url_to_fs(place)
+        tar_url = join_url(url, name)
+        filesystem, path = fsspec.url_to_fs(tar_url)
         there = filesystem.exists(path)
-        digest = digest_of([place]) if there else ""
+        digest = digest_of([tar_url]) if there else ""
         if digest and files.get(name, digest) == digest:
             found[name] = digest
         elif name == FILE and failures is not None and (there or files or failures.count):

@@ -109,7 +109,7 @@ def other_files(url: str, corpus: Corpus | None, names: list[str], checks: list[
             faults.append(Fault(name, "is missing"))
         elif digest_of([join_url(url, name)]) != digest:
             faults.append(Fault(name, "its SHA-256 differs from the one in corpus.json"))
-    listed = {place.rsplit("/", 1)[-1] for check in checks for place in (check.tar, check.index)}
+    listed = {url.rsplit("/", 1)[-1] for check in checks for url in (check.tar, check.index)}
     for name in names:
         if name.endswith(".tar") and name not in listed and not (corpus and corpus.settings.get("selected")):
             faults.append(Fault(name, "is not in corpus.json"))

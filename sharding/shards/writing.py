@@ -164,13 +164,13 @@ def counts(rows: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def publish(path: Path, target: str) -> None:
-    """Move a finished file to its place: a rename on local disk, an upload elsewhere."""
-    filesystem, place = fsspec.url_to_fs(target)
+    """Move a finished file to its target: a rename on local disk, an upload elsewhere."""
+    filesystem, target_path = fsspec.url_to_fs(target)
     if "file" in (filesystem.protocol if isinstance(filesystem.protocol, tuple) else (filesystem.protocol,)):
-        os.replace(path, place)
+        os.replace(path, target_path)
     else:
         with storage_errors(target, "write"):
-            retry(filesystem.put_file, str(path), place)
+            retry(filesystem.put_file, str(path), target_path)
         path.unlink()
 
 

@@ -20,31 +20,33 @@ NOT_JSON = (ijson.JSONError, Unparsable, UnicodeDecodeError)  # the last of half
 Found = TypeVar("Found")
 
 
-def json_records(file: AnnotationFile, place: str = "") -> Iterator[Record]:
-    """Records of the JSON list at `place`: "" the file itself, "images" a list in an object, "*" an object's entries.
+def json_records(file: AnnotationFile, location: str = "") -> Iterator[Record]:
+    """Records of the JSON list at `location`: "" the file, "images" a list in an object, "*" an object's entries.
 
     An entry KEY: VALUE becomes a record of KEY under "key" and VALUE's own fields, or "value" if it is not an object.
 
     Raises:
         ValueError: the file is not JSON, or of another form.
     """
-    check_form(file, "list" if place == "" else "object")
-    if place == "*":
+    check_form(file, "list" if location == "" else "object")
+    if location == "*":
         entries = parsed(file, lambda handle: ijson.kvitems(handle, "", use_float=True))
         for number, (key, value) in enumerate(entries, 1):
             yield Record(file.name, number, {"key": key, **(value if isinstance(value, dict) else {"value": value})})
         return
     found = False
-    values = parsed(file, lambda handle: ijson.items(handle, f"{place}.item" if place else "item", use_float=True))
+    values = parsed(
+        file, lambda handle: ijson.items(handle, f"{location}.item" if location else "item", use_float=True)
+    )
     for number, value in enumerate(values, 1):
         found = True
         if isinstance(value, dict):
             yield Record(file.name, number, value)
         else:
             yield Record(file.name, number, {}, fault=f"must be an object, not {str(value)[:60]!r}")
-    if place and not found and place.split(".")[0] not in list(json_keys(file)):
+    if location and not found and location.split(".")[0] not in list(json_keys(file)):
         has = first_keys(file) or "nothing"
-        raise UserError(f'annotation file {file.name} has no "{place}", but {has}: check --corpus and --records')
+        raise UserError(f'annotation file {file.name} has no "{location}", but {has}: check --corpus and --records')
 
 
 def parsed(file: AnnotationFile, parse: Callable[[Any], Iterator[Found]]) -> Iterator[Found]:
@@ -86,8 +88,8 @@ def not_json(file: AnnotationFile, parse: Callable[[Any], Iterator[Found]], slow
         except NOT_JSON as error:
             reason = json_reason(error)
     after = f", after entry {number}" if number else ""
-    place = f"line {stream.line}, column {max(stream.column, 1)}{after}"
-    return UserError(f"annotation file {file.name} is not JSON ({reason}): {place}")
+    location = f"line {stream.line}, column {max(stream.column, 1)}{after}"
+    return UserError(f"annotation file {file.name} is not JSON ({reason}): {location}")
 
 
 def json_reason(error: Exception) -> str:

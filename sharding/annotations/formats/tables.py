@@ -90,12 +90,12 @@ def parquet_rows(file: str, names: tuple[str, ...], batches: Iterable[pa.RecordB
     """The rows of batches as records; those with a value that cannot be read have a fault."""
     number = 0
     for batch in batches:
-        faults: dict[int, str] = {}  # place in the batch -> what is wrong with that row
+        faults: dict[int, str] = {}  # position in the batch -> what is wrong with that row
         columns = {name: values_of(name, batch.column(name), faults) for name in batch.schema.names}
-        for place in range(batch.num_rows):
+        for position in range(batch.num_rows):
             number += 1
-            values = {name: column[place] for name, column in columns.items()}
-            yield Record(file, number, values, fault=faults.get(place, ""), columns=names)
+            values = {name: column[position] for name, column in columns.items()}
+            yield Record(file, number, values, fault=faults.get(position, ""), columns=names)
 
 
 def values_of(name: str, column: pa.Array, faults: dict[int, str]) -> list[Any]:
@@ -106,15 +106,15 @@ def values_of(name: str, column: pa.Array, faults: dict[int, str]) -> list[Any]:
         return column.to_pylist()
     except UNCONVERTED:
         values: list[Any] = []
-        for place, scalar in enumerate(column):
+        for position, scalar in enumerate(column):
             try:
                 values.append(value_of(scalar))
             except UnicodeDecodeError as error:
                 values.append(None)
-                faults[place] = f'"{name}" is not in UTF-8 (byte {error.object[error.start]:#04x}): write it again'
+                faults[position] = f'"{name}" is not in UTF-8 (byte {error.object[error.start]:#04x}): write it again'
             except UNCONVERTED as error:
                 values.append(None)
-                faults[place] = f'"{name}" cannot be read ({" ".join(str(error).split())}): write it as text'
+                faults[position] = f'"{name}" cannot be read ({" ".join(str(error).split())}): write it as text'
         return values
 
 
@@ -167,11 +167,11 @@ def jsonl_records(file: AnnotationFile, reading: Reading) -> Iterator[Record]:
                 yield Record(file.name, number, {}, fault=fault)
                 continue
             except (ValueError, RecursionError) as error:
-                place, reason = f"line {row}", str(error)
+                position, reason = f"line {row}", str(error)
                 if isinstance(error, json.JSONDecodeError):
                     column = min(error.pos, len(error.doc.rstrip())) + 1
-                    place, reason = f"line {row}, column {column}", error.msg
-                yield Record(file.name, number, {}, fault=f"{place} is not JSON ({reason})")
+                    position, reason = f"line {row}, column {column}", error.msg
+                yield Record(file.name, number, {}, fault=f"{position} is not JSON ({reason})")
                 continue
             if not isinstance(fields, dict):
                 yield Record(file.name, number, {}, fault=f"must be an object, not {str(fields)[:60]!r}")
