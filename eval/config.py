@@ -44,7 +44,7 @@ class EvalConfig:
     gallery_frames: int = free(4, "frames per clip shown in the report")
 
     def __post_init__(self) -> None:
-        """Check the values; raises ValueError naming the key."""
+        """Check the values; raises ValueError with the key."""
         check_declared(self)
         if self.benchmark is not None and self.benchmark not in benchmarks():
             near = nearest(self.benchmark, benchmarks()) or benchmarks()
@@ -84,7 +84,7 @@ class EvalRunConfig(LoaderConfig, EvalConfig):
     label: str | None = free(None, "name of the evaluation's folder; default: from frames and ensemble")
 
     def __post_init__(self) -> None:
-        """Check the values; raises ValueError naming the key, the value and the rule."""
+        """Check the values; raises ValueError with the key, the value and the rule."""
         super().__post_init__()
         for name in self.test_corpus:  # folders and files are named by it, and entries of metrics.json
             if not name or name.startswith(".") or Path(name).name != name:

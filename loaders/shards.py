@@ -199,7 +199,7 @@ def open_corpus(
 ) -> CorpusReader:
     """A reader with the settings of a run; raises as CorpusReader, and UserError for settings without a meaning.
 
-    ranks: whose process this is; else as the environment tells.
+    ranks: of this process; by default from the environment.
     """
     check_storage(config)
     check_no_credentials(url, config.storage)

@@ -118,7 +118,7 @@ def config_from_dict(data: dict[str, Any]) -> ModelConfig:
 def with_changes(config: ModelConfig, changes: dict[str, Any]) -> ModelConfig:
     """A copy with dotted keys changed, for example {"num_frames": 4, "temporal_vision_encoder.enable": True}.
 
-    Raises UserError, naming the nearest keys, when a key does not exist.
+    Raises UserError, with the nearest keys, if a key does not exist.
     """
     result, known = deepcopy(config), flatten(config)
     for key, value in changes.items():

@@ -147,8 +147,8 @@ def read_layers(kind: Any, path: str | Path, overrides: Sequence[str] = ()) -> d
 def build(kind: type[T], given: Mapping[str, Any]) -> T:
     """Dataclass `kind` with the values of `read_layers`.
 
-    Raises UserError for an unknown key (naming the nearest, or by `kind.explained`), a renamed one (naming the new
-    name), a wrong type (naming key, value and what is expected), or a rule that the dataclass checks.
+    Raises UserError for an unknown key (with the nearest, or `kind.explained`), a renamed one (with the new
+    name), a wrong type (with key, value and what is expected), or a rule that the dataclass checks.
     """
     schema = OmegaConf.structured(kind)
     for key, value in explicit_values(kind, given):
@@ -205,7 +205,7 @@ def _missing(what: str | Path) -> str:
 
 
 def read_yaml(path: Path) -> DictConfig:
-    """A YAML of `key: value` lines. Raises UserError, naming the file and the line, when it is none."""
+    """A YAML of `key: value` lines. Raises UserError, with the file and the line, if it is not valid."""
     try:
         content = OmegaConf.load(path)
     except yaml.YAMLError as error:

@@ -9,7 +9,7 @@ from sharding.shards.schema import named_shards
 
 
 def folder_of_shards(text: str) -> str:
-    """The URL of a corpus, or of tars in it, of the command line; another file's URL is a mistake worth naming."""
+    """The URL of a corpus, or of tars in it, of the command line; the URL of another file is an error."""
     try:
         named_shards(text)
     except ValueError as error:

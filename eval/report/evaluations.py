@@ -65,7 +65,7 @@ def _with_unique_names(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
 
 
 def read_evaluation(folder: str | Path) -> Evaluation:
-    """One evaluation folder; raises ValueError naming a file that is missing, not JSON, or of another version."""
+    """One evaluation folder; raises ValueError with the file that is missing, not JSON, or of another version."""
     folder = Path(folder)
     parts = []
     for name in ("metrics.json", "evaluation.json", "gallery.json"):

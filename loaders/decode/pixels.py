@@ -56,7 +56,7 @@ def odd_buffer(size: int) -> np.ndarray:
 
 
 def decode_clip(clip: Clip, out: np.ndarray, antialias: bool, scratch: Scratch) -> None:
-    """Write a clip's frames into `out` (T, S, S, 3) uint8; raises BadSampleError naming the frame that fails."""
+    """Write a clip's frames into `out` (T, S, S, 3) uint8; raises BadSampleError with the frame that fails."""
     size = out.shape[1]
     unchanged = clip.height == clip.width == size and clip.window == (0, 0, size, size, False)
     buffer = None if unchanged else scratch.buffer(0, clip.height * clip.width * 3)

@@ -127,7 +127,7 @@ def weights_fault(folder: Path) -> str:
 
 
 def read_weights(folder: Path) -> Weights:
-    """Read what `write_weights` wrote. Raises ValueError, naming the file and what is wrong."""
+    """Read what `write_weights` wrote. Raises ValueError, with the file and its fault."""
     path = folder / DESCRIPTION
     if fault := weights_fault(folder):
         raise UserError(f"{fault}: the file is damaged, take another checkpoint")

@@ -83,7 +83,7 @@ def load_corpus(path: str) -> CorpusConfig:
 
 
 def parse_pairs(flag: str, pairs: list[str]) -> dict[str, str]:
-    """`name=value` arguments of a flag; raises ValueError naming one that is none."""
+    """`name=value` arguments of a flag; raises ValueError with one that is invalid."""
     for pair in pairs:
         if "=" not in pair.lstrip("="):
             raise UserError(f"{flag} {pair}: must be NAME=VALUE")

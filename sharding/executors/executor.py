@@ -126,7 +126,7 @@ def finished(tasks: list[Task]) -> Iterator[tuple[Task, FinishedShard]]:
 
 
 def unpublish(tasks: list[Task]) -> None:
-    """Remove what describes shards before they are built again, so that nothing looks complete."""
+    """Remove the descriptions of shards before these are rebuilt, so that nothing looks complete."""
     remove(join_url(tasks[0].output, "corpus.json"))
     with ThreadPoolExecutor(LOOKUPS) as pool:
         indices = [join_url(task.output, task.name.removesuffix(".tar") + ".parquet") for task in tasks]

@@ -57,7 +57,7 @@ class IndexTask:
     output: str
     scratch: str
     fps: float
-    anew: bool = False  # index it again even if an index is there
+    rebuild: bool = False  # index it again even if an index exists
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def index_shard(task: IndexTask, advance: Advance) -> IndexedShard:
     """Index one tar, or keep the index that an earlier run made."""
     beside = task.tars == task.output
     index_name = free_index_name(task.output, task.name) if beside else task.name.removesuffix(".tar") + ".parquet"
-    kept = None if task.anew else kept_index(task, index_name)
+    kept = None if task.rebuild else kept_index(task, index_name)
     if kept:
         advance(1, 0, task.bytes)
         return kept

@@ -60,7 +60,7 @@ def new_index(url: str, report: Report, scratch: Path) -> tuple[ShardInfo, str]:
     """Index an intact tar again; returns its line of corpus.json and its media type."""
     tars, name = report.check.tar.rsplit("/", 1)
     filesystem, path = fsspec.url_to_fs(report.check.tar)
-    task = IndexTask(report.check.number, tars, name, filesystem.size(path), url, str(scratch), 0.0, anew=True)
+    task = IndexTask(report.check.number, tars, name, filesystem.size(path), url, str(scratch), 0.0, rebuild=True)
     shard = index_shard(task, lambda good, bad, size: None)
     if shard.info is None:
         raise UserError(f"{report.check.tar}: {shard.damages[0]}")

@@ -26,12 +26,12 @@ def delimited_rows(handle: IO[bytes], encoding: str, delimiter: str, quoting: in
     csv.field_size_limit(LONGEST_FIELD)
     with io.TextIOWrapper(handle, encoding=encoding, errors="surrogateescape", newline="") as text:
         row: list[str] = []  # lines of the row at hand
-        again: deque[str] = deque()  # lines that are to be read once more
+        replayed: deque[str] = deque()  # lines to be parsed a second time
         columns = 0
         reader = None
         while True:
             if reader is None:
-                lines = noted_lines(text, again, row)
+                lines = noted_lines(text, replayed, row)
                 reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)  # type: ignore[arg-type]
             row.clear()
             try:
@@ -43,7 +43,7 @@ def delimited_rows(handle: IO[bytes], encoding: str, delimiter: str, quoting: in
             if len(row) > 1 and not fault and holds_rows(row, delimiter, columns or len(fields)):
                 fields, fault = [], SWALLOWED
             if fault:
-                again.extendleft(reversed(row[1:]))
+                replayed.extendleft(reversed(row[1:]))
                 del row[1:]
                 reader = None
             columns = columns or len(fields)
@@ -55,10 +55,10 @@ def delimited_rows(handle: IO[bytes], encoding: str, delimiter: str, quoting: in
                 yield fields, fault
 
 
-def noted_lines(text: Iterable[str], again: deque[str], row: list[str]) -> Iterator[str]:
-    """The lines of `again`, then those of `text`; each is noted in `row`."""
-    while again:
-        row.append(again.popleft())
+def noted_lines(text: Iterable[str], replayed: deque[str], row: list[str]) -> Iterator[str]:
+    """The lines of `replayed`, then those of `text`; each is appended to `row`."""
+    while replayed:
+        row.append(replayed.popleft())
         yield row[-1]
     for line in text:
         row.append(line)
