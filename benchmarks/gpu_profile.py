@@ -157,8 +157,8 @@ class Waits:
 
     def warned(self, message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
         """Replaces `warnings.showwarning`; runs in the thread that warns."""
-        tells = "called a synchronizing CUDA operation" in str(message)
-        if tells and not self._noted and threading.get_ident() == self._thread:
+        matches = "called a synchronizing CUDA operation" in str(message)
+        if matches and not self._noted and threading.get_ident() == self._thread:
             self.found[f"{shortened(filename)}:{lineno}"] += 1
 
 

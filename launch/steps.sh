@@ -1,10 +1,10 @@
 # Sourced by the scripts that run a chain of commands on Shapes (demo.sh, study.sh); they set `out`, the folder of results.
-# Every command is printed as it is run, so that it can be copied. Run again after an interruption, a chain goes on.
+# Every command is printed before it runs, so that it can be copied. After an interruption, run the chain again: it resumes.
 mkdir -p "$out/steps"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
 
 # Two processes on a CPU, one a GPU where there are any, also such as PyTorch cannot use: the first command says why. A
-# port of its own, so that two chains can run on one machine.
+# separate port, so that two chains can run on one machine.
 port=$((20000 + RANDOM % 12000))
 has_gpu() {
   [ "${DS_ACCELERATOR:-}" != cpu ] && [[ ! "${CUDA_VISIBLE_DEVICES-0}" =~ ^(-1)?$ ]] &&

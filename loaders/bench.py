@@ -45,7 +45,7 @@ class Results:
     read_share: float  # the reading stage was at work
     decode_share: float  # the decoding stage was at work
     decode_wait_share: float  # the decoding stage waited for the reading stage
-    decode_alone_per_second: float  # samples of one batch, decoded from memory again and again
+    decode_alone_per_second: float  # samples of one batch, repeatedly decoded from memory
     wait_share: float  # the loop waited for a batch
     replayed_per_second: float  # the same loop over batches kept in memory: the most that any loader gives
     quarantined: int

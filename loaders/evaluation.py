@@ -98,13 +98,13 @@ class VisualSet:
         )
         mine = np.arange(rank, self.num_visuals, world_size)
         parts = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
-        ahead = Prefetcher(
+        prefetcher = Prefetcher(
             (self._batch(decoder, part, num_frames) for part in parts), config.prefetch, "loader-evaluation"
         )
         try:
-            yield from (batch for batch in ahead if len(batch.keys))
+            yield from (batch for batch in prefetcher if len(batch.keys))
         finally:
-            ahead.close()
+            prefetcher.close()
             decoder.close()
 
     def _batch(self, decoder: Decoder, visuals: np.ndarray, num_frames: int) -> VisualBatch:

@@ -25,7 +25,7 @@ class StalledError(RuntimeError):
 class Prefetcher(Iterator[Item], Generic[Item]):
     """The items of `source`, made by a thread at most `depth` ahead; its errors are raised in the consumer.
 
-    waited: seconds that the consumer has waited for items so far.
+    waited: total seconds that the consumer has waited for items.
     stall_timeout: seconds without an item until StalledError is raised; 0: never. pending: names what is waited for.
     """
 

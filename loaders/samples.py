@@ -57,7 +57,7 @@ class SampleSpec(NamedTuple):
     name: str = ""  # corpus and key, for logs
     text: str = ""
     answers: tuple[tuple[str, float], ...] = ()  # with their weights
-    reason: str = ""  # why it cannot be used, as its index already tells
+    reason: str = ""  # the reason why it cannot be used, known from its index
 
     @property
     def visual(self) -> int:

@@ -63,7 +63,7 @@ def waiting(collective: str) -> Iterator[None]:
 
 @contextmanager
 def keep_alive(position: str) -> Iterator[None]:
-    """While a library works that reports no progress and has timeouts of its own, such as a download."""
+    """A block in which a library reports no progress and has its own timeouts, such as a download."""
     done = threading.Event()
 
     def report() -> None:

@@ -97,7 +97,7 @@ def _number_behind(error: BaseException | None) -> int | None:
 def os_error_number(error: BaseException) -> int | None:
     """The operating system's number of an error, also where a library in Rust has wrapped it; None where it has none.
 
-    safetensors, for one, raises an error of its own that reads "... No space left on device (os error 28)".
+    safetensors, for one, raises its own error, which reads "... No space left on device (os error 28)".
     """
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno

@@ -41,7 +41,7 @@ def master_port(ranks: Ranks, seconds: float) -> int:
 
 
 def connect(ranks: Ranks, seconds: float) -> TCPStore:
-    """A connection of its own to the store, for the calling thread."""
+    """A separate connection to the store, for the calling thread."""
     port, timeout = master_port(ranks, seconds), timedelta(seconds=seconds)
     return TCPStore(os.environ["MASTER_ADDR"], port, is_master=False, timeout=timeout)
 

@@ -28,7 +28,7 @@ from storage.urls import local_form
 
 SHEET_SAMPLES = 64
 GALLERY_SAMPLES = 96
-LISTED = 100  # failures that are listed, unless more are asked for
+LISTED = 100  # failures listed by default
 
 
 def failures_of(url: str) -> tuple[Counter[str], list[dict[str, Any]]]:

@@ -168,7 +168,7 @@ def _credentials_problem(error: BaseException) -> str:
         for cause in causes(error)
         if isinstance(response := getattr(cause, "response", None), dict)
     }
-    forbidden = str(error).startswith(("Forbidden", "Unauthorized"))  # gcsfs says it in words only
+    forbidden = str(error).startswith(("Forbidden", "Unauthorized"))  # gcsfs has it only in the message
     denied = isinstance(error, PermissionError) and not error.filename
     if codes & REFUSED or status_of(error) in (401, 403) or forbidden or denied:
         return f"access refused ({' '.join(str(error).split())})"
@@ -186,7 +186,7 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 def answer_of(error: BaseException) -> tuple[int, Mapping[str, str]] | None:
     """(status, headers) of the HTTP response behind an error of aiohttp, s3fs or gcsfs; None if there is none."""
     if isinstance(error, aiohttp.ClientPayloadError | aiohttp.ClientConnectionError) or _is_garbled(error):
-        return None  # aiohttp gives these a status of its own making
+        return None  # aiohttp invents a status for these
     for cause in causes(error):
         response = getattr(cause, "response", None)
         metadata = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}

@@ -164,7 +164,7 @@ class RemoteStore:
                 read.tries += 1
                 began = time.monotonic()
                 try:
-                    # The first try has a limit of its own, and a timer costs as much as a tenth of a request.
+                    # The first try has its own limit, and a timer costs as much as a tenth of a request.
                     async with asyncio.timeout(left) if read.tries > 1 else contextlib.nullcontext():
                         return await self._try(read.wanted)
                 except TimeoutError:

@@ -49,7 +49,7 @@ class Fetching:
         "seconds almost without data before a connection is closed (default: %(default)s)",
         metavar="SECONDS",
     )
-    max_mb: int = flag(  # of one body, decompressed; 0: as LARGEST_MB says
+    max_mb: int = flag(  # of one body, decompressed; 0: LARGEST_MB
         0,
         "maximum size of a response (default: {image} for images, {video} for videos)".format(**LARGEST_MB),
         type=positive,
@@ -100,7 +100,7 @@ class Transfer:
         if curl.getinfo(pycurl.RESPONSE_CODE) < 400:
             if self.fault is not None:
                 return self.fault
-            if code == pycurl.E_FILESIZE_EXCEEDED:  # by the length that the server says
+            if code == pycurl.E_FILESIZE_EXCEEDED:  # by the server's Content-Length
                 return self.too_large()
             if code == pycurl.E_OPERATION_TIMEDOUT and curl.getinfo(pycurl.TOTAL_TIME) >= self.bounds.seconds:
                 return StoreError(f"not complete after {self.bounds.seconds:g} seconds: raise --timeout")

@@ -246,7 +246,7 @@ class Trainer:
             raise TrainingInterrupted(decision.signal, self.state.step)
 
     def _after_epoch(self, evaluate: Evaluate | None) -> None:
-        """Evaluate `stop_key`, and keep the weights when they are the best so far."""
+        """Evaluate `stop_key`, and keep the weights if they are the best."""
         key, epoch = self.run.stop_key, self.state.epoch
         if evaluate is None or key is None:
             return

@@ -19,7 +19,7 @@ from sharding.shards.outside import check_outside_corpora
 FIRST = ("loss", "loss_itc", "loss_itm", "loss_mlm", "loss_qa", "grad_norm", "temperature", "lr")
 LAST = ("samples_per_second", "data_wait", "memory_gb", "mfu")
 ONE_CURVE = ("lr", "temperature", "memory_gb")  # for both media
-SUMMARIES = ("/r_mean", "/overall")  # the metrics of evaluations that are drawn unless others are asked for
+SUMMARIES = ("/r_mean", "/overall")  # the metrics of evaluations that are drawn by default
 NOT_DRAWN = ("step", "epoch", "media_type", "skipped")
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{{ title }}</title><style>body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:75rem;

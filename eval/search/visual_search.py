@@ -84,7 +84,7 @@ class VisualSearch:
             assert isinstance(blocks, CachedBlocks)
             self.visuals = collect_visuals(self.model, blocks, self.dataset.num_visuals, self.config)
         self._blocks = blocks
-        self._busy = threading.Lock()  # a web page asks from several threads
+        self._busy = threading.Lock()  # a web page calls this from several threads
 
     def find(self, query: str, count: int = 12, candidates: int = 32) -> list[Found]:
         """The `count` best visuals for a text: the most similar `candidates` ordered by the match score.

@@ -46,7 +46,7 @@ def examine_nodes(nodes: Sequence[Node]) -> list[Finding]:
 
 
 def _clock_offset(node: Node) -> float:
-    """Seconds that a node's clock is ahead, from the quickest of some questions."""
+    """Offset of a node's clock in seconds, from the fastest of several requests."""
     tries = []
     for _ in range(5):
         asked = time.time()
@@ -127,7 +127,7 @@ def examine_collective(nodes: Sequence[Node], port: int) -> list[Finding]:
 
 
 def examine_decoding(nodes: Sequence[Node]) -> list[Finding]:
-    """Every node decodes a picture, in a process of its own: on the CPU, and with DALI where there is a GPU."""
+    """Every node decodes a picture, in a separate process: on the CPU, and with DALI where there is a GPU."""
     answers, failures = ask_all(nodes, lambda node: node.ask("decode_one", seconds=180))
     advice = "run `python launch/doctor/decode_one.py` there to see more, or set decode=cpu"
     return findings.failed("decoding", failures, advice) + findings.decoding(answers)

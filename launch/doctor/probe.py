@@ -167,7 +167,7 @@ class Probe:
         return json.loads(_last_line(outputs[0][0]))
 
     def decode_one(self) -> dict[str, Any]:
-        """Decode a picture in a process of its own, which a faulty GPU or driver may end; see decode_one.py."""
+        """Decode a picture in a separate process, which a faulty GPU or driver may crash; see decode_one.py."""
         words = [sys.executable, str(DECODE_ONE)]
         try:
             result = subprocess.run(words, capture_output=True, text=True, timeout=DECODE_SECONDS)

@@ -30,7 +30,7 @@ from loaders.samples import Clip
 
 QUEUE_DEPTH = 2  # batches sent to a process at a time: when it has done its part of one, that of the next is there
 SECONDS_TO_END = 5.0  # for a process that has closed its sockets
-# A run that is told to stop needs batches until it has saved. The decoding processes end when it does.
+# A run that must stop needs batches until it has saved. The decoding processes end when it does.
 BLOCKED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -214,7 +214,7 @@ class CpuDecoder:
         """Kill the processes; a thread that waits for one gets a RuntimeError."""
         self._failed = self._failed or "the decoder is closed"
         self._end_processes()
-        rows = [self._free.get() for _ in range(QUEUE_DEPTH)]  # nobody waits for an answer any more
+        rows = [self._free.get() for _ in range(QUEUE_DEPTH)]  # no caller waits for an answer any more
         for slots in rows:
             for slot in slots:
                 slot.connection.close()

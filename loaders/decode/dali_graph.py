@@ -80,7 +80,7 @@ def feed(pipeline: Pipeline, clips: Sequence[Clip]) -> None:
 
 
 class CopyStream:
-    """Copies DALI's output into memory of PyTorch's, on a CUDA stream of its own; plain copies without a GPU.
+    """Copies DALI's output into memory of PyTorch's, on a separate CUDA stream; plain copies without a GPU.
 
     DALI reuses the memory of an output as soon as nothing refers to it. Its DLPack export makes the reader's stream
     wait for DALI, but nothing makes DALI wait for the reader. So a copy must be finished before the output is

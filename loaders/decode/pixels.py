@@ -83,7 +83,7 @@ def jpeg_fraction(data: bytes, clip: Clip, size: int) -> int:
         return 1
     try:
         height, width, _, subsampling = simplejpeg.decode_jpeg_header(data)
-    except (ValueError, KeyError):  # decoding says what is wrong with it
+    except (ValueError, KeyError):  # decoding reports the fault
         return 1
     return fraction if (height, width) == (clip.height, clip.width) and subsampling in EVEN_SUBSAMPLINGS else 1
 
@@ -103,7 +103,7 @@ def decode_frame(data: bytes, clip: Clip, buffer: np.ndarray, size: int | None) 
     least = {"min_height": height, "min_width": width} if fraction > 1 else {}
     try:
         pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False, buffer=buffer, **least)
-    except ValueError as error:  # damaged, of another size, or sound and of a kind that only Pillow decodes
+    except ValueError as error:  # damaged, of another size, or of a kind that only Pillow decodes
         return decode_other(data, clip, str(error))
     if pixels.shape[:2] != (height, width):
         raise BadSampleError(f"{pixels.shape[1]}x{pixels.shape[0]} pixels, the index has {clip.width}x{clip.height}")

@@ -165,7 +165,7 @@ def traversals(chunks: Chunks, corpus: int, share: int, seed: int, epoch: int) -
     begin, end = epoch * share, (epoch + 1) * share
     for number in range(begin // max(1, units), -(-end // max(1, units))):
         part = replace(chunks, traversals=np.full(len(chunks.sizes), number, np.int64))
-        if begin > number * units or end < (number + 1) * units:  # in parts over several epochs, in an order of its own
+        if begin > number * units or end < (number + 1) * units:  # in parts over several epochs, in a separate order
             part = part.at(generator(seed, number, TRAVERSAL_ORDER, corpus).permutation(len(part.sizes)))
             part = part.between(max(0, begin - number * units), min(units, end - number * units))
         found.append(part)

@@ -84,7 +84,7 @@ class Resuming(io.RawIOBase):
 
 
 class View(io.RawIOBase):
-    """An open annotation file with a position of its own; closing it leaves the file open."""
+    """An open annotation file with its own position; closing it leaves the file open."""
 
     def __init__(self, file: AnnotationFile) -> None:
         self.file, self.position = file, 0

@@ -83,7 +83,7 @@ def stage(rows: Iterable[Row], path: Path, scratch: Path, limit: int = 0) -> Sta
     """Sort rows into a file at `path`, by media in the order of first appearance, and count them.
 
     The file appears whole or not at all; `scratch` is a folder for what is unfinished, on the same disk.
-    limit: at most so many media are kept, 0 for all; rows about others are counted as filtered.
+    limit: maximum number of media, 0 for all; rows about others are counted as filtered.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written to.

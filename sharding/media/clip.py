@@ -28,7 +28,7 @@ WIDEST_PIXEL = 10  # a sample aspect ratio beyond 1:10 or 10:1 is damage
 
 
 class Reader:
-    """A file object over bytes or a mapped file, with a position of its own; nothing is copied as a whole."""
+    """A file object over bytes or a mapped file, with its own position; nothing is copied as a whole."""
 
     def __init__(self, data: bytes | mmap.mmap) -> None:
         self.data = data

@@ -13,8 +13,8 @@ JUMP, NONSENSE, BACK = 10, 30 * 3600, 0.1
 class Clock:
     """Makes the time stamps of a stream's packets continuous by the rules of the ffmpeg program.
 
-    In containers whose clock may begin anew (MPEG-TS, MPEG-PS) a jump of more than 10 seconds, or back, goes on where
-    the packet before ended. A frame that was read before and is shown after it tells of a real pause: where frames are
+    In containers whose clock may restart (MPEG-TS, MPEG-PS) a jump of more than 10 seconds, or back, goes on where
+    the packet before ended. A frame that was read before and is shown after it shows a real pause: where frames are
     reordered, the ffmpeg program tears that one from the others. In all other containers a pause is real, and only a
     time stamp 30 hours off is dropped.
     """

@@ -1,4 +1,4 @@
-"""The stored form of an image or a clip: JPEG frames whose shorter side is at most so many pixels."""
+"""The stored form of an image or a clip: JPEG frames with a maximum shorter side."""
 
 from __future__ import annotations
 

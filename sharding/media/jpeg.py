@@ -65,14 +65,14 @@ def known_orientation(exif: Image.Exif) -> int:
     try:
         value: Any = exif.get(_ORIENTATION, UPRIGHT)
         return int(value) if value in TURNED else UPRIGHT
-    except Exception:  # tags are parsed when they are asked for
+    except Exception:  # tags are parsed on access
         return UPRIGHT
 
 
 def read_header(jpeg: bytes) -> tuple[int, int, bytes]:
     """(first byte of a JPEG's first scan, or the length without one; its channels; its EXIF block, empty without one).
 
-    Segments are skipped by their length: a thumbnail in one has markers of its own.
+    Segments are skipped by their length: a thumbnail in one has its own markers.
     """
     position, last, channels, exif = 2, len(jpeg) - 10, 0, b""
     while position <= last:

@@ -16,7 +16,8 @@ from PIL import Image
 from sharding.media.frames import MediaError
 from sharding.media.jpeg import SIDEWAYS, START_OF_IMAGE, UPRIGHT, has_end, known_orientation, orientation_of
 
-DETAIL, HALVED = 2.0, 1.5  # times the stored size: a JPEG is decoded no smaller, at one half of its own no smaller
+# Smallest size at which a JPEG is decoded, as a multiple of the stored size; HALVED: at half of its own size.
+DETAIL, HALVED = 2.0, 1.5
 BLOCK_PIXELS = 64  # of a JPEG that take one bit at least
 MOST_PIXELS = 2 * 89_478_485  # that are decoded: Pillow's own limit, kept for all decoders
 
@@ -142,7 +143,7 @@ def check_damage(jpeg: bytes, warning: str) -> None:
 
 
 def check_enormous(header: JpegHeader, least: int, size: int) -> None:
-    """Raise a MediaError for a JPEG of so many bytes that cannot hold its pixels, or of too many at `least`."""
+    """Raise a MediaError for a JPEG with too few bytes for its pixels, or with too many pixels at `least`."""
     width, height = header.width, header.height
     if width * height > BLOCK_PIXELS * 8 * size:
         raise MediaError(f"truncated JPEG: {width}x{height} pixels need more than {size} bytes")

@@ -27,7 +27,7 @@ from storage.policy import StoreError, check_bucket, describe_error, retry, stor
 from storage.urls import join_url, plain_scheme
 from storage.web import Fetching, web_client
 
-WINDOW = {"image": 1024, "video": 64}  # media: how far finished ones may run ahead of one that is slow to come
+WINDOW = {"image": 1024, "video": 64}  # media: how far finished ones may precede a slow one
 PREFETCHED = 2  # media under way or waiting to be decoded, for each connection
 OPEN_ARCHIVES = 8
 COMPRESSED_TAR = re.compile(r"\.(tar\.\w+|tgz|tbz2|txz)$", re.IGNORECASE)

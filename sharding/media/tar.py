@@ -97,8 +97,8 @@ class TarStream:
     ) -> Iterator[Member | Damage]:
         """Files, links and damages in order, to the end of the tar.
 
-        `wanted` tells from a file's name whether its bytes are returned. After a damaged header the walk goes on at
-        the next place that `known` (offset of the data: name and size) or a sound header shows.
+        `wanted` tells from a file's name whether its bytes are returned. After a damaged header the walk continues at
+        the next place that `known` (offset of the data: name and size) or a valid header shows.
         """
         known = known or {}
         for_all: dict[str, bytes] = {}  # what members describe of all that follow

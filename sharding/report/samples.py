@@ -19,7 +19,7 @@ from sharding.report.contact_sheet import Cell, contact_sheet, read_picture
 from sharding.report.statistics import columns_of, in_threads, spread
 from sharding.shards.schema import INDEX_SCHEMA, Corpus
 
-SHARDS = 16  # of a corpus that pictures are taken from, unless more are asked for
+SHARDS = 16  # of a corpus that pictures are taken from by default
 FRAMES = 8  # of a clip that are shown, at most
 TILE = 160  # pixels of a picture's side on the contact sheet
 SHEET_WIDTH = 8  # pictures a row
@@ -35,7 +35,7 @@ class Picked:
 
 
 def pick(corpus: Corpus, count: int, shards: int = SHARDS, frames: int = FRAMES) -> list[Picked]:
-    """`count` samples evenly spread over so many shards, each with up to `frames` of its frames.
+    """`count` samples evenly spread over `shards` shards, each with up to `frames` of its frames.
 
     Raises:
         OSError, ValueError: an index cannot be read. Frames that cannot be read are None.

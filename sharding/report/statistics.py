@@ -72,7 +72,7 @@ class Distribution:
     def bins(self) -> list[tuple[float, float, int]]:
         """(from, to, how many) of a histogram with round limits, from the 1 % to the 99 %.
 
-        What lies beyond has bins of its own, from -inf and to inf, so that the ends are not peaks.
+        Values beyond are counted in two more bins, from -inf and to inf, so that the ends are not peaks.
         """
         low, high = self.percentile(0.01), self.percentile(0.99)
         whole = all(value == int(value) for value in self.counts)
@@ -134,7 +134,7 @@ OF_CLIPS = ("frames per clip", "seconds per clip")
 
 
 def measure(corpus: Corpus, shards: int = 0, progress: Progress | None = None) -> Statistics:
-    """The distributions over a corpus, or over so many of its shards, evenly spread, without all-zero ones.
+    """The distributions over a corpus, or over `shards` of its shards, evenly spread, without all-zero ones.
 
     Raises:
         OSError, ValueError: an index cannot be read.
@@ -170,14 +170,14 @@ def columns_of(corpus: Corpus, shard: int, columns: Sequence[str]) -> pa.Table:
 
 
 def in_threads(function: Callable[[int], Value], numbers: Sequence[int]) -> Iterator[Value]:
-    """`function` of each number, in order, a few ahead of where they are used."""
+    """`function` of each number, in order; a few are computed before they are used."""
     with ThreadPoolExecutor(THREADS) as pool:
-        ahead = deque(pool.submit(function, number) for number in numbers[: 2 * THREADS])
+        pending = deque(pool.submit(function, number) for number in numbers[: 2 * THREADS])
         rest = iter(numbers[2 * THREADS :])
         try:
-            while ahead:
-                yield ahead.popleft().result()
-                ahead.extend(pool.submit(function, number) for number in (next(rest, None),) if number is not None)
+            while pending:
+                yield pending.popleft().result()
+                pending.extend(pool.submit(function, number) for number in (next(rest, None),) if number is not None)
         finally:
             pool.shutdown(cancel_futures=True)
 

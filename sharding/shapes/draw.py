@@ -75,7 +75,7 @@ def mp4(clip: Clip, size: int) -> bytes:
     """A clip as H.264 MP4: FRAMES frames at FPS a second; `size` must be even."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
-        # Without threads and look-ahead: with either, x264 now and then gives other bytes for the same frames.
+        # Without threads and look-ahead: with either, x264 sometimes gives other bytes for the same frames.
         options = {"crf": "18", "preset": "veryfast", "x264-params": "threads=1:rc-lookahead=0:mbtree=0:bframes=0"}
         stream = container.add_stream("libx264", rate=Fraction(FPS), options=options)
         stream.codec_context.thread_count = 1

@@ -63,7 +63,7 @@ class Report:
     faults: list[Fault] = field(default_factory=list)
     tar_is_sound: bool = False
     index_is_sound: bool = False
-    info: ShardInfo | None = None  # of a sound shard, from the files themselves
+    info: ShardInfo | None = None  # of an intact shard, from the files themselves
     media_type: str = ""
     failures: list[dict[str, Any]] = field(default_factory=list)  # as the index lists them
 

@@ -40,7 +40,7 @@ from storage.policy import retry, storage_errors
 from storage.urls import join_url, local_form
 
 COMPRESSED_TARS = ("*.tar.*", "*.tgz", "*.tbz2", "*.txz")
-RULES = 2  # version of the rules by which files become samples and rows; an index made by others is made again
+RULES = 2  # version of the rules by which files become samples and rows; other versions' indices are rebuilt
 MAX_EMPTY_TARS = 16  # if these many tars hold nothing to index, the others are not tried
 
 log = logging.getLogger("sharding")
@@ -217,15 +217,15 @@ def reject_unstorable(contents: Contents) -> None:
     try:
         pa.Table.from_pylist(contents.rows, schema=INDEX_SCHEMA)
     except (pa.ArrowException, TypeError, ValueError):
-        sound = []
+        valid = []
         for row in contents.rows:
             try:
                 pa.Table.from_pylist([row], schema=INDEX_SCHEMA)
-                sound.append(row)
+                valid.append(row)
             except (pa.ArrowException, TypeError, ValueError) as error:
                 reason = f"its texts do not fit the schema of the index: {error}"
                 contents.failures.append({"source": row["key"], "rows": 1, "reason": reason})
-        contents.rows = sound
+        contents.rows = valid
 
 
 def write_shard(task: IndexTask, index_name: str, contents: Contents) -> IndexedShard:
@@ -240,7 +240,7 @@ def write_shard(task: IndexTask, index_name: str, contents: Contents) -> Indexed
     info = shard_info(task.name, facts, index_name, index.read_bytes())
     try:
         publish(index, join_url(task.output, index_name))
-    except Exception as error:  # every store has exceptions of its own
+    except Exception as error:  # every store has its own exceptions
         raise read_only(join_url(task.output, index_name), error) from None
     return IndexedShard(info, media_type, contents.failures, damages, contents.rate_assumed, dict(contents.remarks))
 

@@ -57,7 +57,7 @@ def open_output(output: str, among_others: bool = False, part: str = "") -> Iter
     try:
         with locked(Lock(partial / LOCK, bool(part), beside), output, CLEARING if part else 0) as lock:
             try:
-                refuse_others(folder, among_others)  # once more: nobody else can begin to write from here on
+                refuse_others(folder, among_others)  # once more: no other process can start to write now
                 with part_folder(folder, part) if part else whole_folder(folder) as scratch:
                     yield scratch
             except BaseException:
@@ -145,7 +145,7 @@ def staging_folder(output: str, scratch: Path, plan: dict[str, Any]) -> Path:
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A folder for unfinished files, cleared of what a killed build left."""
     clear_partial(folder / PARTIAL, keep_rows=True)
-    yield Path(tempfile.mkdtemp(dir=folder / PARTIAL))  # a name of its own: no older process writes there
+    yield Path(tempfile.mkdtemp(dir=folder / PARTIAL))  # a unique name: no older process writes there
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from storage.web import Fetching
 FRAMES_PER_CLIP = 24  # assumed when clips are spread over shards, before any is opened
 BYTES_PER_PIXEL = 0.25  # of a JPEG at the usual quality, assumed likewise
 SMALLEST_SHARD = {"image": 64, "video": 8}  # samples
-SPREAD = 16  # a corpus is cut into so many shards, for as many workers, as soon as they are not smaller than that
+SPREAD = 16  # number of shards for small corpora, for as many workers, unless the shards get too small
 
 
 @dataclass(frozen=True)

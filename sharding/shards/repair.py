@@ -31,7 +31,7 @@ def repair(url: str, corpus: Corpus | None, reports: list[Report]) -> list[str]:
         shards: list[ShardInfo] = []
         kinds: set[str] = set()
         failures = FailureLog(scratch)
-        failures_known = True  # whether the sound indices list all failures
+        failures_known = True  # whether the intact indices list all failures
         for number, report in enumerate(reports):
             known = corpus.shards[number] if corpus else None
             info, kind = report.info, report.media_type

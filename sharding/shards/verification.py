@@ -63,7 +63,7 @@ def examine(
     checks = planned_checks(url, corpus, tars, names, decode)
     findings.faults += [] if named else other_files(url, corpus, names, checks)
     processes = min(workers, len(checks))
-    with Progress(len(checks), f"verifying {url}", progress, "shard", "sound", log_every) as shown:
+    with Progress(len(checks), f"verifying {url}", progress, "shard", "intact", log_every) as shown:
         found = {check.number: report for check, report in run_tasks(check_shard, checks, processes, shown.advance)}
     findings.reports = [found[number] for number in sorted(found)]
     return findings

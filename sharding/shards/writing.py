@@ -41,7 +41,7 @@ class FinishedShard:
 class ShardWriter:
     """Collects the samples of one shard in a temporary file; `close` publishes it under its name.
 
-    Use as a context manager: what is unfinished at its end goes. Each writer has a folder of its own in `scratch`,
+    Use as a context manager: unfinished files are removed at its end. Each writer has its own folder in `scratch`,
     because an older attempt at the same shard may still be running on a node that was given up.
     """
 
@@ -50,7 +50,7 @@ class ShardWriter:
         self.folder = Path(tempfile.mkdtemp(dir=scratch))
         self.path = self.folder / name
         self.file = self.path.open("wb", buffering=2**20)
-        self.size = 0  # bytes written so far
+        self.size = 0  # bytes written
         self.rows: list[dict[str, Any]] = []
 
     def __enter__(self) -> ShardWriter:

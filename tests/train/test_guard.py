@@ -37,7 +37,7 @@ def test_a_poisoned_step_changes_nothing_and_is_told(zero, precision, caplog):
     with caplog.at_level("WARNING", "train"):
         guard.inspect()
     assert guard.skipped == 1
-    assert [message for message in caplog.messages if message.startswith("Step ")] == [
+    assert [message for message in caplog.messages if message.startswith("Skipped ")] == [
         "Skipped step 2, its gradient is not finite; samples of rank 0, loss nan: "
         "corpus/2_0, corpus/2_1, corpus/2_2, corpus/2_3"
     ]

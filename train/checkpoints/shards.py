@@ -36,7 +36,7 @@ class StoredFragment:
 
 
 def write_shard(folder: Path, engine: DeepSpeedEngine, ranks: Ranks, moments: bool = True) -> Path:
-    """Write this rank's fragments to a file of its own in `folder`; returns it. Nothing is gathered.
+    """Write this rank's fragments to one file in `folder`; returns it. Nothing is gathered.
 
     moments: also AdamW's; without them the files hold the weights only.
     """

@@ -104,7 +104,7 @@ def save_checkpoint(
     """Write `folder/step_XXXXXXXX`, to be called by all ranks at the same step; keep the newest `keep`.
 
     It is written under another name, flushed to the disk and then renamed, so that a crash at any moment leaves the
-    earlier checkpoints and at most an incomplete folder that nobody takes for one.
+    earlier checkpoints and at most an incomplete folder, which is not taken for one.
     """
     final = folder / f"step_{state.step:08d}"
     temporary = temporary_path(final)

@@ -75,7 +75,7 @@ def changes_to(settings: Settings, stored: ModelConfig, source: str, training: b
 
 def _contradiction(key: str, value: Any, stored: Any, source: str, policy: str | None) -> str:
     """The error for a setting that may not differ from the checkpoint `source`."""
-    remedy = f"remove it from the configuration, or {key}=null: a checkpoint brings its own architecture"
+    remedy = f"remove it from the configuration, or {key}=null: a checkpoint has its own architecture"
     if policy == FINE_TUNING:
         remedy += "; to change it, fine-tune with launch/finetune_retrieval.py first"
     part, _, name = key.rpartition(".")

@@ -47,7 +47,7 @@ class Fragment:
             getattr(self.parameter, EXACT).copy_(value)
 
     def saved(self, kind: str) -> torch.Tensor:
-        """The weight or a moment (n,) in single precision on the CPU, a copy of its own.
+        """The weight or a moment (n,) in single precision on the CPU, as a copy.
 
         A frozen weight is as it was before it was rounded to the precision of training, unless it has changed since.
         """

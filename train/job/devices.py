@@ -56,7 +56,7 @@ def gpu_fault() -> str:
 def gpu_files() -> list[str]:
     """The device files of this host's NVIDIA GPUs; they exist even if PyTorch cannot use the GPUs."""
     found = sorted(str(path) for path in DEVICES.glob("nvidia[0-9]*"))
-    wsl = DEVICES / "dxg"  # of any GPU; only NVIDIA's driver brings libcuda
+    wsl = DEVICES / "dxg"  # of any GPU; only NVIDIA's driver contains libcuda
     return found or ([str(wsl)] if wsl.exists() and WSL_DRIVER.exists() else [])
 
 

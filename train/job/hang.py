@@ -67,7 +67,7 @@ def find_hang(beats: Sequence[Heartbeat], limit: float) -> str:
     if alone:
         idle = (f"{beat.name} made no progress for {beat.seconds:.0f} s, {beat.position}" for beat in alone)
         return few(idle, "; ") + waiting_for_it([beat for beat in waiting if beat.seconds > limit / 2])
-    if not stuck or len(stuck) < len(beats):  # another rank evaluates, saves, or has just gone on
+    if not stuck or len(stuck) < len(beats):  # another rank evaluates, saves, or has just continued
         return ""
     missing = [beat for beat in stuck if not beat.collective]
     if waiting and missing:

@@ -69,7 +69,7 @@ class Watchdog:
 
     def __init__(self, ranks: Ranks, limit: float, folder: Path, remedy: str = REMEDY) -> None:
         """limit: seconds without a step or reported progress. folder: for the stacks of all threads. remedy: what the
-        message tells the user to do. All ranks make theirs in the same order; the constructor waits for none.
+        message tells the user to do. All ranks construct theirs in the same order; the constructor waits for none.
         """
         global _made
         _made += 1

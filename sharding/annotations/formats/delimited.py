@@ -25,7 +25,7 @@ def delimited_rows(handle: IO[bytes], encoding: str, delimiter: str, quoting: in
     """
     csv.field_size_limit(LONGEST_FIELD)
     with io.TextIOWrapper(handle, encoding=encoding, errors="surrogateescape", newline="") as text:
-        row: list[str] = []  # lines of the row at hand
+        row: list[str] = []  # lines of the current row
         replayed: deque[str] = deque()  # lines to be parsed a second time
         columns = 0
         reader = None

@@ -10,7 +10,7 @@ SLICE = 2**12  # bytes that are looked at for nesting at a time
 DEEPEST = 1000  # brackets opened and not closed within a slice; the parser's memory grows with the square of the depth
 LONGEST_TOKEN = 2**26  # bytes of a string that is not closed
 
-# A string, or what stands between two of them. In a string a pair of surrogates has to be taken before a half.
+# A string, or the text between two of them. In a string a pair of surrogates has to be taken before a half.
 TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[^"]+', re.DOTALL)
 HALF = re.compile(rb"\\\\|(\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})|\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 PAIR = 12  # bytes of a pair of surrogates
@@ -37,7 +37,7 @@ class CheckedJson:
         check_depth(data)
         text = self.tail + data
         if b"\\" in text and SURROGATE.search(text):  # the first is quick, and most files have none
-            last = len(text) - PAIR if data else len(text)  # what follows behind it comes with the next bytes
+            last = len(text) - PAIR if data else len(text)  # the rest arrives with the next bytes
             if any(match.start() <= last for match in LONE_HIGH.finditer(text)):
                 raise Unparsable("it holds half a pair of surrogates")
         self.tail = text[-2 * PAIR :]
@@ -49,7 +49,7 @@ class RepairedJson:
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
-        self.held = b""  # the beginning of a token that may go on
+        self.held = b""  # the beginning of a token that may continue
 
     def read(self, size: int = -1) -> bytes:
         """The next bytes, any number of them; none at the end alone."""
