@@ -113,7 +113,7 @@ def prepare(options: argparse.Namespace) -> None:
     python = Path(options.peers) / "bin" / "python"
     if not python.exists():
         if not options.make_peers:
-            raise SystemExit(f"error: {options.peers} is no virtual environment: add --make-peers to make it")
+            raise SystemExit(f"error: {options.peers} is not a virtual environment: add --make-peers to make it")
         subprocess.run([sys.executable, "-m", "venv", options.peers], check=True)
         subprocess.run([python, "-m", "pip", "install", "--quiet", *PEERS], check=True)
 

@@ -258,7 +258,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--warm-up", type=int, default=2, help="steps that are not counted (default: %(default)s)")
     result.add_argument("--steps", type=int, default=8, help="steps of a block (default: %(default)s)")
     result.add_argument("--blocks", type=int, default=7, help="blocks of each variant (default: %(default)s)")
-    result.add_argument("--frames", type=int, default=1, help="frames of a clip (default: %(default)s)")
+    result.add_argument("--frames", type=int, default=1, help="frames per clip (default: %(default)s)")
     result.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="variants to measure")
     result.add_argument("--json", action="store_true", help="print the results as JSON")
     return result

@@ -58,7 +58,7 @@ class EvalConfig:
 def name_splits(urls: str | list[Any]) -> dict[str, Any]:
     """Test corpora by the last part of their URL, `{"photos_test": "data/photos_test"}`; of tars what comes before { }.
 
-    Raises UserError where that is no name, or the name of two.
+    Raises UserError where that is not a name, or names two of them.
     """
     result: dict[str, Any] = {}
     for url in [urls] if isinstance(urls, str) else urls:

@@ -50,7 +50,7 @@ def make_task(run: EvalRunConfig) -> Task[Any, Any]:
     for name, url in run.test_urls().items():
         progress(f"checking {url}")
         if not sum(describe(url, run).counts(task.texts)):
-            raise UserError(f"test_corpus.{name}: {url} holds no {task.texts}, which task={run.task} needs")
+            raise UserError(f"test_corpus.{name}: {url} has no {task.texts}, which task={run.task} needs")
     return task
 
 

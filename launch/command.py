@@ -62,7 +62,7 @@ def parse(script: str, description: str) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", metavar="CONFIG.yaml", help="a configuration, for example one of configs/")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that replace the configuration's")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the configuration")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher's
     return parser.parse_args()
 

@@ -65,6 +65,6 @@ def evaluate(settings: Settings, ranks: Ranks) -> None:
     if ranks.is_first:
         shutil.copyfile(folder / "metrics.json", output / "metrics.json")
         write_report(list(folders.values()), output / "report.html")
-        log.info("This evaluation's metrics and report: %s, %s", output / "metrics.json", output / "report.html")
+        log.info("Wrote metrics and report: %s, %s", output / "metrics.json", output / "report.html")
     barrier(ranks.world_size)
     watchdog.close()

@@ -61,21 +61,21 @@ class Cluster:
     """What a plan is made for."""
 
     gpus: int = _option(8, "GPUs of a node")
-    gpu_rate: float = _option(200.0, "samples a second that a GPU trains on")
-    batch: int = _option(128, "samples of a GPU's batch")
+    gpu_rate: float = _option(200.0, "samples per second that one GPU trains on")
+    batch: int = _option(128, "batch size of one GPU")
     parameters: float = _option(202e6, "parameters of the model")
-    decode_rate: float = _option(16_000.0, "samples a second that a node decodes")
+    decode_rate: float = _option(16_000.0, "samples per second that one node decodes")
     node_gbit: float = _option(25.0, "Gbit/s of a node's network")
     overlap: bool = field(default=False, metadata={"help": "the DeepSpeed JSON sets overlap_comm"})
-    store_requests: float = _option(5_500.0, "requests a second under one prefix of the store")
-    node_requests: float = _option(3_000.0, "requests a second that one node may send (remote.requests_per_second)")
+    store_requests: float = _option(5_500.0, "requests per second for each prefix of the store")
+    node_requests: float = _option(3_000.0, "requests per second that one node may send (remote.requests_per_second)")
     prefixes: int = _option(1, "prefixes of the store that the corpora are spread over")
     store_gbit: float = _option(0.0, "Gbit/s of the store altogether, 0 for no limit")
     epochs: int = _option(10, "epochs of the run")
-    gpu_hour: float = _option(2.0, "dollars for a GPU-hour")
-    egress_gb: float = _option(0.0, "dollars for a GB out of the store")
-    requests_1000: float = _option(0.0004, "dollars for 1,000 requests")
-    storage_gb_month: float = _option(0.023, "dollars for a GB stored for a month")
+    gpu_hour: float = _option(2.0, "dollars per GPU-hour")
+    egress_gb: float = _option(0.0, "dollars per GB read from the store")
+    requests_1000: float = _option(0.0004, "dollars per 1,000 requests")
+    storage_gb_month: float = _option(0.023, "dollars per GB stored for a month")
 
 
 @dataclass(frozen=True)
@@ -164,8 +164,8 @@ def measure(corpora: Sequence[str], config: LoaderConfig) -> tuple[Medium, float
 
 
 ADVICE = {
-    "GPU": "The GPUs are the bottleneck, as they should be: more of them make it faster.",
-    "all-reduce": "The network between nodes is the bottleneck: a larger batch a GPU, faster links, fewer nodes, or "
+    "GPU": "The GPUs are the bottleneck, as intended: more nodes shorten the epoch.",
+    "all-reduce": "The network between nodes is the bottleneck: a larger batch per GPU, faster links, fewer nodes, or "
     "overlap_comm in the DeepSpeed JSON (deepspeed_configs/zero2.json has it; --overlap).",
     "decode": "Decoding is the bottleneck: decode on the GPU (decode=dali), add cores, or pack smaller frames.",
     "network": "The network of the nodes is the bottleneck: a cache (cache.folder), or smaller frames (--size).",
@@ -207,9 +207,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--set", choices=SETS, help="a training set of the paper")
     result.add_argument("--measure", nargs="+", metavar="URL", help="read an epoch of these corpora and count instead")
     result.add_argument(
-        "--scale-to", type=int, help="samples of the planned set, where measured corpora are a part of it"
+        "--scale-to", type=int, help="number of samples to plan for, if the measured corpora are a sample"
     )
-    result.add_argument("--cached", action="store_true", help="photos come in blocks of 1 MiB (cache.folder is set)")
+    result.add_argument("--cached", action="store_true", help="read images in blocks of 1 MiB (cache.folder is set)")
     result.add_argument("--nodes", type=int, nargs="+", default=list(NODES), help="(default: %(default)s)")
     result.add_argument("--json", action="store_true", help="print the plans as JSON")
     for option in fields(Cluster):

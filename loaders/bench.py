@@ -183,12 +183,12 @@ def advice(results: Results, setup: Setup) -> list[str]:
     """What would make it faster, most important first."""
     if results.wait_share < NEGLIGIBLE_WAIT:
         share = results.samples_per_second / results.replayed_per_second
-        return [f"Loading is no bottleneck: the loop runs at {share:.0%} of its speed with batches kept in memory."]
+        return [f"The loader is not a bottleneck: the loop has {share:.0%} of its speed with batches in memory."]
     if results.decode_wait_share > READ_BOUND_SHARE:
         remedy = "copy the shards to a local disk, or raise prefetch" if setup.remote else "use a faster disk"
         return [
             f"Reading is the bottleneck: decoding waits for it {results.decode_wait_share:.0%} of the time: {remedy}. "
-            f"Without that wait it would reach {results.decode_alone_per_second:,.0f} samples/s."
+            f"Decoding alone reaches {results.decode_alone_per_second:,.0f} samples/s."
         ]
     found = ["Decoding by DALI is the bottleneck."]
     if setup.backend == "cpu" and setup.threads < setup.cores:
@@ -198,7 +198,7 @@ def advice(results: Results, setup: Setup) -> list[str]:
     if setup.stored_size > OVERSIZE * setup.shown_size:
         found.append(
             f"Frames are stored at {setup.stored_size} pixels and shown at {setup.shown_size}: pack them with "
-            f"--size {round(setup.shown_size * 8 / 7)}, so that there is less to read and to decode."
+            f"--size {round(setup.shown_size * 8 / 7)} to read and decode less."
         )
     if results.quarantined:
         found.append(f"{results.quarantined} samples are bad: see `python -m sharding.verify`.")
@@ -211,13 +211,21 @@ def table(results: Results, setup: Setup) -> str:
         ("samples/s", f"{results.samples_per_second:,.0f}", f"{results.samples:,} in {results.seconds:.1f} s"),
         ("MB/s", f"{results.megabytes_per_second:.1f}", "of stored frames"),
         ("first batch", f"{results.first_batch_seconds:.2f} s", "after opening the corpora"),
-        ("reading", f"{results.read_share:.0%}", "of the time the reading stage worked"),
+        ("reading", f"{results.read_share:.0%}", "of the time the reading stage was busy"),
         ("decoding", f"{results.decode_share:.0%}", f"of the time; {setup.threads} threads, {setup.backend}"),
         ("waiting", f"{results.decode_wait_share:.0%}", "of the time decoding waited for reading"),
-        ("decoding alone", f"{results.decode_alone_per_second:,.0f}/s", "from memory: the limit of faster reading"),
+        (
+            "decoding alone",
+            f"{results.decode_alone_per_second:,.0f}/s",
+            "from memory: the bound for faster reading",
+        ),
         ("step waits", f"{results.wait_share:.0%}", "of the time the loop waited for a batch"),
-        ("replayed", f"{results.replayed_per_second:,.0f}/s", "the loop over batches in memory: the limit of loading"),
-        ("CPU", f"{results.cpu_milliseconds_per_sample:.2f} ms", "a sample, all threads and decoding processes"),
+        (
+            "replayed",
+            f"{results.replayed_per_second:,.0f}/s",
+            "loop over batches in memory: the bound for loading",
+        ),
+        ("CPU", f"{results.cpu_milliseconds_per_sample:.2f} ms", "per sample, all threads and decoding processes"),
     ]
     lines = [f"{name:<15}{value:>12}   {note}" for name, value, note in rows]
     return "\n".join([*lines, "", *advice(results, setup)])
@@ -235,17 +243,22 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(
         "python -m loaders.bench",
-        description="Measure how fast packed corpora become batches on this machine, and say where the time goes.",
+        description="Measure loader throughput on this machine and name the bottleneck.",
     )
     result.add_argument("corpora", nargs="+", metavar="URL", help="folders or URLs of packed corpora")
-    result.add_argument("--batch-size", type=positive, default=128, help="samples a batch (default: %(default)s)")
-    result.add_argument("--size", type=positive, default=224, help="pixels of a frame as shown (default: %(default)s)")
-    result.add_argument("--frames", type=positive, default=1, help="frames of a clip (default: %(default)s)")
+    result.add_argument("--batch-size", type=positive, default=128, help="samples per batch (default: %(default)s)")
+    result.add_argument(
+        "--size",
+        type=positive,
+        default=224,
+        help="pixels of a cropped frame's side (default: %(default)s)",
+    )
+    result.add_argument("--frames", type=positive, default=1, help="frames per clip (default: %(default)s)")
     result.add_argument("--threads", type=int, default=0, help="decoding threads or processes (default: the cores)")
     result.add_argument("--decode", default="auto", choices=BACKENDS, help="(default: %(default)s)")
-    result.add_argument("--prefetch", type=positive, default=3, help="batches made ahead (default: %(default)s)")
-    result.add_argument("--step-ms", type=float, default=0, help="time of a training step (default: none)")
-    result.add_argument("--seconds", type=float, default=10, help="how long to measure (default: %(default)s)")
+    result.add_argument("--prefetch", type=positive, default=3, help="batches prefetched (default: %(default)s)")
+    result.add_argument("--step-ms", type=float, default=0, help="simulated time of a training step (default: none)")
+    result.add_argument("--seconds", type=float, default=10, help="duration of the measurement (default: %(default)s)")
     result.add_argument("--storage", nargs="*", default=[], metavar="KEY=VALUE", help="fsspec options of the URLs")
     result.add_argument("--tokenizer", metavar="NAME", help="tokenize texts too: vocab.txt, its folder, or a hub name")
     result.add_argument("--json", action="store_true", help="print the results as JSON")

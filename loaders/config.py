@@ -25,9 +25,9 @@ class PerMedia:
 class VideoInput:
     """How the frames of a clip are sampled."""
 
-    num_frames: int = fixed(1, "frames of a clip in training", checkpoint=FINE_TUNING, least=1)
-    sample_type: str = fixed("rand", "frames in training: rand (one of each segment), middle, or fpsX (X a second)")
-    num_frames_test: int = evaluation(4, "frames of a clip in evaluation", least=1)
+    num_frames: int = fixed(1, "frames per clip in training", checkpoint=FINE_TUNING, least=1)
+    sample_type: str = fixed("rand", "frames in training: rand (one of each segment), middle, or fpsX (X per second)")
+    num_frames_test: int = evaluation(4, "frames per clip in evaluation", least=1)
     sample_type_test: str = evaluation("middle", "frames in evaluation; the same forms as sample_type")
 
 
@@ -37,29 +37,29 @@ class CacheConfig:
 
     folder: str = setting("", "folder on a local disk; empty: shard indices only, in TMPDIR")
     gb: float = setting(0.0, "maximum size of the cache in gigabytes")
-    index_mb: int = setting(512, "megabytes of shard indices cached without a folder, at most; 0: none", least=0)
-    clips: bool = setting(False, "cache whole clips, although few of their frames are used at a time")
+    index_mb: int = setting(512, "maximum megabytes of shard indices cached without a folder; 0: none", least=0)
+    clips: bool = setting(False, "cache whole clips, although a batch uses few of their frames")
 
 
 @dataclass
 class LoaderConfig:
     """Everything that decides what a batch holds, and how it is made."""
 
-    batch_size: PerMedia = fixed(lambda: PerMedia(128, 96), "pairs of an optimiser step, over all ranks together")
+    batch_size: PerMedia = fixed(lambda: PerMedia(128, 96), "pairs per optimiser step, over all ranks together")
     image_res: int = fixed(224, "height and width of a frame in pixels", least=1)
     video_input: VideoInput = setting(VideoInput)
-    max_txt_l: PerMedia = fixed(lambda: PerMedia(32, 32), "tokens of a caption, at most")
-    max_q_len: int = fixed(25, "tokens of a question, at most")
-    max_a_len: PerMedia = fixed(lambda: PerMedia(6, 5), "tokens of an answer, at most")
+    max_txt_l: PerMedia = fixed(lambda: PerMedia(32, 32), "maximum tokens of a caption")
+    max_q_len: int = fixed(25, "maximum tokens of a question")
+    max_a_len: PerMedia = fixed(lambda: PerMedia(6, 5), "maximum tokens of an answer")
     epoch_unit: str = fixed(
         "samples",
-        "an item of an epoch: samples (one of its captions is drawn), captions (each an item of its own) or questions",
+        "item of an epoch: samples (with one random caption), captions (each its own item) or questions",
         choices=("samples", "captions", "questions"),
         renamed_from="unit",
     )
-    paragraph: bool = fixed(False, "join all captions of a sample to one text (DiDeMo, ActivityNet)")
+    paragraph: bool = fixed(False, "join all captions of a sample into one text (DiDeMo, ActivityNet)")
     corpus_weights: dict[str, float] = fixed(
-        dict, "name of a corpus: its traversals in an epoch; default 1", replaced=True
+        dict, "name of a corpus: its traversals per epoch; default 1", replaced=True
     )
     seed: int = fixed(42, "seed of the sample order, all random choices and the initial weights", least=0)
     stripes: int = fixed(
@@ -72,14 +72,14 @@ class LoaderConfig:
     decode: str = free("auto", "decoder; auto takes the faster one", choices=BACKENDS)
     deterministic: bool = free(False, "bit-identical results on the same machine and GPU; slower")
     threads: int = free(0, "decoding threads, with decode=cpu processes; 0: from the cores that this rank may use")
-    prefetch: int = free(3, "batches made ahead of the step", least=1)
-    max_bad_share: float = free(0.01, "the run fails when more than this share of the samples read is bad")
-    quarantine_file: str = free("", "bad samples are appended to it as JSON lines; {rank} is filled in")
+    prefetch: int = free(3, "batches prefetched before the step", least=1)
+    max_bad_share: float = free(0.01, "the run fails if a larger share of the samples is bad")
+    quarantine_file: str = free("", "file for skipped samples (JSON lines); {rank} is replaced by the rank")
     storage: dict[str, str] = free(dict, "fsspec options for the corpora; no credentials", replaced=True)
     remote: RemoteReads = free(RemoteReads)
     cache: CacheConfig = free(CacheConfig)
     stall_timeout: float = free(
-        300.0, "seconds without a batch until the loader fails; 0: never", least=0, renamed_from="patience"
+        300.0, "seconds without a batch before the loader fails; 0: never", least=0, renamed_from="patience"
     )
 
 
@@ -89,7 +89,7 @@ def check_weights(config: LoaderConfig, names: Sequence[str]) -> None:
         if name not in names:
             raise UserError(f"corpus_weights names {name!r}, the corpora are {', '.join(sorted(set(names)))}")
         if not 0 < weight < math.inf:
-            raise UserError(f"corpus_weights.{name} is {weight}, must be above 0: traversals of the corpus an epoch")
+            raise UserError(f"corpus_weights.{name} is {weight}, must be above 0: traversals of the corpus per epoch")
 
 
 def check_storage(config: LoaderConfig) -> None:

@@ -84,7 +84,7 @@ class SharedFiles:
         """What is waited for that another process fetches."""
         now = time.monotonic()
         return [
-            f"{join_url(self.folder.url, name)}: {now - since:.1f} s, for another process of this node"
+            f"{join_url(self.folder.url, name)}: {now - since:.1f} s, downloaded by another process of this node"
             for name, since in list(self._waiting.values())
         ]
 

@@ -149,7 +149,7 @@ class RetrievalSet(VisualSet):
     def __init__(self, url: str, config: LoaderConfig, paragraph: bool = False) -> None:
         super().__init__(url, config)
         if not sum(self.reader.corpus.counts("captions")):
-            raise UserError(f"{url} holds no captions: it is no retrieval set")
+            raise UserError(f"{url} has no captions: it is not a retrieval set")
         numbers: dict[str, int] = {}
         self.texts: list[str] = []
         self.visuals_of_text: list[list[int]] = []
@@ -198,7 +198,7 @@ class QASet(VisualSet):
             for item in index.texts("questions", row)
         ]
         if not self.questions:
-            raise UserError(f"{url} holds no questions: it is no question-answering set")
+            raise UserError(f"{url} has no questions: it is not a question-answering set")
 
 
 @dataclass(frozen=True)
@@ -222,4 +222,4 @@ class ChoiceSet(VisualSet):
             for item in index.texts("choices", row)
         ]
         if not self.choices:
-            raise UserError(f"{url} holds no options: it is no multiple-choice set")
+            raise UserError(f"{url} has no options: it is not a multiple-choice set")

@@ -146,6 +146,6 @@ def stalled(name: str, seconds: float, pending: Sequence[str]) -> StalledError:
         f"thread {names.get(number, number)}:\n{''.join(traceback.format_stack(frame))}"
         for number, frame in sys._current_frames().items()
     )
-    log.critical("%s has given nothing for %.0f s; all threads:\n%s", name, seconds, "\n".join(stacks))
-    what = "; ".join(pending) or "no read is under way: see the threads' stacks in the log"
-    return StalledError(f"{name} has given nothing for stall_timeout={seconds:g} s; waiting for: {what}")
+    log.critical("%s produced nothing for %.0f s; thread stacks:\n%s", name, seconds, "\n".join(stacks))
+    what = "; ".join(pending) or "no read is in progress: see the threads' stacks in the log"
+    return StalledError(f"{name} produced nothing for stall_timeout={seconds:g} s; waiting for: {what}")

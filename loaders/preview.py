@@ -42,24 +42,24 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(
         "python -m loaders.preview",
-        description="Draw the first batch of an epoch as the model will see it, for a look before training.",
+        description="Draw the first batch of an epoch as the model sees it.",
     )
     result.add_argument("corpus", metavar="URL", help="a packed corpus")
     result.add_argument("--tokenizer", required=True, help="vocab.txt, a folder that holds one, or a hub name")
-    result.add_argument("--output", required=True, metavar="FILE", help="the picture to write, .png or .jpg")
-    result.add_argument("--count", type=positive, default=24, help="samples, at most (default: %(default)s)")
+    result.add_argument("--output", required=True, metavar="FILE", help="image file to write, .png or .jpg")
+    result.add_argument("--count", type=positive, default=24, help="maximum number of samples (default: %(default)s)")
     result.add_argument("--columns", type=positive, default=6, help="samples side by side (default: %(default)s)")
     result.add_argument("--size", type=positive, default=224, help="image_res (default: %(default)s)")
-    result.add_argument("--frames", type=positive, default=1, help="frames of a clip (default: %(default)s)")
+    result.add_argument("--frames", type=positive, default=1, help="frames per clip (default: %(default)s)")
     result.add_argument("--sample-type", default="rand", help="rand, middle or fpsX (default: %(default)s)")
-    result.add_argument("--length", type=positive, default=32, help="tokens of a text (default: %(default)s)")
+    result.add_argument("--length", type=positive, default=32, help="maximum tokens of a text (default: %(default)s)")
     result.add_argument("--epoch", type=int, default=0, help="(default: %(default)s)")
     result.add_argument("--seed", type=int, default=42, help="(default: %(default)s)")
     result.add_argument("--no-augment", action="store_true", help="plain resize, as in evaluation")
     result.add_argument(
         "--unit",
         choices=("samples", "captions", "questions"),
-        help="(default: samples; questions where the corpus holds no captions)",
+        help="(default: samples; questions if the corpus has no captions)",
     )
     return result
 

@@ -46,7 +46,7 @@ class Quarantine:
             if spec.name in self.reasons:
                 return
             self.reasons[spec.name] = reason
-            log.warning("rank %d: %s of %s is left out: %s", self.rank, spec.name, tar, reason)
+            log.warning("rank %d: skipped %s of %s: %s", self.rank, spec.name, tar, reason)
             where = {"sample": spec.name, "tar": tar, "row": spec.record.row, "frames": spec.frames.tolist()}
             self._write({**where, "reason": reason, "epoch": epoch, "step": step, "rank": self.rank})
 
@@ -58,7 +58,7 @@ class Quarantine:
             with self.file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
         except OSError as error:
-            log.warning("%s cannot be written (%s): see this log for the samples left out", self.file, error)
+            log.warning("%s cannot be written (%s): see this log for the skipped samples", self.file, error)
             self.file = None
 
     def check_share(self, seen: float) -> None:

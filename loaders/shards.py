@@ -136,7 +136,7 @@ class CorpusReader:
         for frame in spec.frames.tolist():
             offset, size = int(record.offsets[frame]), int(record.sizes[frame])
             if size <= 0 or offset < 0 or offset + size > end:
-                return f"frame {frame}: the index says {size} bytes at {offset} of a tar of {end}"
+                return f"frame {frame}: the index has {size} bytes at {offset} of a tar of {end}"
         return ""
 
     def read_ranges(self, ranges: Sequence[ByteRange]) -> list[bytes]:
@@ -233,7 +233,7 @@ def index_cache(megabytes: int) -> DiskCache | None:
             raise ValueError(f"{folder} belongs to another user")
         return DiskCache(str(folder), megabytes * 2**20)
     except (OSError, ValueError) as error:
-        log.info("indices are kept in no cache, each process fetches its own (%s)", error)
+        log.info("indices are not cached, each process downloads its own (%s)", error)
         return None
 
 

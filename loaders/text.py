@@ -37,9 +37,9 @@ class Tokenizer:
         try:
             missing = set(SPECIAL) - set(self.path.read_text(encoding="utf-8").splitlines())
         except UnicodeDecodeError:
-            raise UserError(f"{vocab} is no text: it is no BERT vocabulary, give a vocab.txt") from None
+            raise UserError(f"{vocab} is not a text file, so it is not a BERT vocabulary: give a vocab.txt") from None
         if missing:
-            raise UserError(f"{vocab} lacks {', '.join(sorted(missing))}: it is no BERT vocabulary")
+            raise UserError(f"{vocab} lacks {', '.join(sorted(missing))}: it is not a BERT vocabulary")
         self._tokenizer = tokenizers.Tokenizer(WordPiece.from_file(str(vocab), unk_token="[UNK]"))
         self._tokenizer.add_special_tokens(list(SPECIAL))
         self._tokenizer.normalizer = BertNormalizer(lowercase=True)
@@ -56,7 +56,7 @@ class Tokenizer:
 
         Raises:
             FileNotFoundError: none of these is there.
-            ValueError: the file is no BERT vocabulary.
+            ValueError: the file is not a BERT vocabulary.
         """
         path = Path(name)
         if path.is_dir() and (path / "vocab.txt").exists():
@@ -65,7 +65,7 @@ class Tokenizer:
             return cls(path)
         if path.suffix == ".txt" or len(path.parts) > 2 or path.is_dir():
             raise MissingError(
-                f"tokenizer: {name} is no vocabulary file and no folder with a vocab.txt: "
+                f"tokenizer: {name} is neither a vocabulary file nor a folder with a vocab.txt: "
                 "give the one that the model was trained with"
             )
         return cls(hub_vocabulary(name))
@@ -126,6 +126,6 @@ def hub_vocabulary(name: str) -> str:
             return str(Path(snapshot_download(name, allow_patterns=["vocab.txt"])) / "vocab.txt")
     except Exception as error:  # the hub client raises many kinds; all mean: not to be had
         raise MissingError(
-            f"tokenizer={name} is no local file or folder, and the Hugging Face hub did not give it "
+            f"tokenizer={name} is not a local file or folder, and the download from the Hugging Face hub failed "
             f"({type(error).__name__}): check the name and the network, or set tokenizer=/path/to/vocab.txt"
         ) from None

@@ -156,7 +156,7 @@ class TrainLoader:
             for media_type, mixture in self.mixtures.items():
                 steps, size, units = self.media_steps[media_type], self.batch_size[media_type], mixture.units
                 left_out = f"{units % size} of {units}"
-                log.debug("epoch %d: %d %s batches of %d, %s left out", epoch, steps, media_type, size, left_out)
+                log.debug("epoch %d: %d %s batches of %d, %s dropped", epoch, steps, media_type, size, left_out)
         read = Prefetcher(self.read_steps(epoch, start_step), self._steps_kept, "loader-read")
         batches = Prefetcher(
             self._make_batches(read), self.config.prefetch, "loader-decode", self.config.stall_timeout, self.pending

@@ -17,13 +17,13 @@ _INITIALIZER_RANGE = "standard deviation of random initial matrices; narrower mo
 class VisionConfig:
     """The vision transformer. Defaults: BEiT-B/16 as published."""
 
-    type: str = fixed("beit", "beit, vit, deit, or the name of another vision transformer of timm")
+    type: str = fixed("beit", "beit, vit, deit, or the name of another timm vision transformer")
     pretrained: str | None = fixed(None, "initial weights: a hub name or a local folder", checkpoint=START)
     patch_size: int = fixed(16, "height and width of a patch in pixels")
     width: int = fixed(768, "width of the tokens")
     depth: int = fixed(12, "layers")
-    heads: int = fixed(12, "attention heads of a layer")
-    mlp_ratio: float = fixed(4.0, "width of the MLP's hidden layer over that of the tokens")
+    heads: int = fixed(12, "attention heads per layer")
+    mlp_ratio: float = fixed(4.0, "hidden width of the MLP, as a multiple of width")
     layer_scale: float = fixed(0.1, "initial value of the layer scale, BEiT only; 0: none")
     drop_path: float = fixed(0.1, "stochastic depth of the last block; grows linearly from 0", checkpoint=TRAINING)
     layer_norm_eps: float = fixed(1e-12, "epsilon of the layer norms")
@@ -39,8 +39,8 @@ class TextConfig:
     width: int = fixed(768, "width of the states")
     layers: int = fixed(12, "layers, of both kinds")
     fusion_layer: int = fixed(9, "index of the first layer with cross-attention to the visual")
-    heads: int = fixed(12, "attention heads of a layer")
-    intermediate: int = fixed(3072, "width of the feed-forward part's hidden layer")
+    heads: int = fixed(12, "attention heads per layer")
+    intermediate: int = fixed(3072, "hidden width of the feed-forward layers")
     max_positions: int = fixed(512, "position embeddings: the longest text in tokens")
     dropout: float = fixed(0.1, "dropout of states and attention", checkpoint=TRAINING)
     layer_norm_eps: float = fixed(1e-12, "epsilon of the layer norms")
@@ -90,7 +90,7 @@ class ModelSettings:
     itm_hard_neg: bool = fixed(True, "sample VTM's negatives by similarity; false: uniformly", checkpoint=TRAINING)
     gather_negatives: bool = fixed(
         False,
-        "negatives from all ranks, for the memory and the transfer of their tokens; the published models have none",
+        "negatives from all ranks; costs memory and communication; not used in the published models",
         checkpoint=TRAINING,
     )
     mlm_prob: float = fixed(0.5, "share of the tokens that MLM masks", checkpoint=TRAINING)

@@ -81,7 +81,7 @@ def write_official(weights: Weights, path: str | Path) -> None:
     """
     path, kind = Path(path), weights.config.vision_encoder.type
     if kind not in VISION_TYPES:
-        raise UserError(f"{path}: vision_encoder.type={kind} has no official form, give a folder to write to")
+        raise UserError(f"{path}: vision_encoder.type={kind} has no official format, give a folder to write to")
     content = {
         "model": official_state(weights),
         "optimizer": {},
@@ -103,19 +103,19 @@ def check_output(output: str) -> None:
     official = path.suffix.lower() in OFFICIAL_SUFFIXES
     if path.suffix.lower() in OTHER_SUFFIXES:
         raise UserError(
-            f"{output}: no {path.suffix} file is written, give NAME.pth for an official checkpoint or a folder such as "
+            f"{output}: {path.suffix} is not a format, give NAME.pth for an official checkpoint or a folder such as "
             f"{path.with_suffix('')}, which gets {TENSORS}, {DESCRIPTION} and {VOCABULARY}"
         )
     if official and (output.endswith("/") or path.is_dir()):
-        raise UserError(f"{output} is a folder by its form and a file by its name: give NAME{path.suffix} or a folder")
+        raise UserError(f"{output} is a folder with the suffix of a file: give NAME{path.suffix} or another folder")
     exported = {TENSORS, DESCRIPTION, VOCABULARY}
     if (path.is_file() and not official) or (path.is_dir() and {each.name for each in path.iterdir()} - exported):
-        raise UserError(f"{output} exists already and is no export: remove it, or choose another name")
+        raise UserError(f"{output} exists already and is not an export: remove it, or choose another name")
     for folder in path.absolute().parents:
         if (folder / "checkpoints").is_dir() and path.absolute().relative_to(folder).parts[0] in RESERVED:
             raise UserError(f"{output} would be taken for a checkpoint of the run {folder}: choose another place")
         if folder.exists() and not folder.is_dir():
-            raise UserError(f"{output} cannot be made: {folder} is a file, choose another place")
+            raise UserError(f"{output} cannot be created: {folder} is a file, choose another place")
 
 
 def without_vocabulary(output: str, vocabulary: Path | None) -> str:
@@ -123,7 +123,7 @@ def without_vocabulary(output: str, vocabulary: Path | None) -> str:
     found = f" ({vocabulary})" if vocabulary else ""
     remedy = "" if Path(output).suffix.lower() in OFFICIAL_SUFFIXES else f"copy it to {Path(output) / VOCABULARY}, or "
     return (
-        f"{output} holds no vocabulary; where it is used {remedy}name the one that it was trained with{found}: "
+        f"{output} has no vocabulary; where it is used {remedy}name the one that it was trained with{found}: "
         "tokenizer=FILE for training and evaluation, --tokenizer FILE for eval.search"
     )
 

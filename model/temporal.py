@@ -38,7 +38,7 @@ class TemporalEncoder(nn.Module):
         text, width = config.text_encoder, config.vision_encoder.width
         if width * text.heads % text.width:
             raise UserError(
-                f"temporal_vision_encoder: vision_encoder.width {width} is no multiple of the text heads' width "
+                f"temporal_vision_encoder: vision_encoder.width {width} is not a multiple of the text heads' width "
                 f"{text.width // text.heads}: change vision_encoder.width or text_encoder.heads"
             )
         bert = bert_config(text, width=width, heads=width * text.heads // text.width)

@@ -46,7 +46,7 @@ def check_vision(config: VisionConfig, image_res: int) -> None:
     """Raise UserError when the sizes of a vision transformer do not fit together."""
     if config.type not in VISION_TYPES and not is_model(config.type):
         raise UserError(
-            f"vision_encoder.type is {config.type!r}: must be one of {', '.join(VISION_TYPES)}, or a model of timm"
+            f"vision_encoder.type is {config.type!r}: must be one of {', '.join(VISION_TYPES)}, or a timm name"
         )
     if image_res % config.patch_size:
         raise UserError(
@@ -112,13 +112,13 @@ def _named(config: VisionConfig, image_res: int) -> Any:
         vision = create_model(config.type, pretrained=False, **named_options(config, image_res))
     if not hasattr(vision, "num_prefix_tokens") or not hasattr(vision, "blocks"):
         raise UserError(
-            f"vision_encoder.type={config.type} is no vision transformer with patches: take one, such as "
+            f"vision_encoder.type={config.type} is not a vision transformer with patches: choose one, such as "
             "vit_small_patch16_224 or eva02_base_patch14_224"
         )
     sizes = {"width": vision.num_features, "depth": len(vision.blocks)}
     if any(getattr(config, name) != value for name, value in sizes.items()):
         actual = " ".join(f"vision_encoder.{name}={value}" for name, value in sizes.items())
-        raise UserError(f"the sizes of vision_encoder.type={config.type} are others: set {actual}")
+        raise UserError(f"the sizes of vision_encoder.type={config.type} differ: set {actual}")
     return vision
 
 

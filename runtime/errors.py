@@ -58,7 +58,7 @@ def user_message(error: BaseException) -> str | None:
         return None
     filename = getattr(error, "filename", None)
     named = f": {filename!r}" if filename else ""
-    remedy = ": free some, and run the same command again to go on" if number in FULL else ""
+    remedy = ": free some space and run the same command again to continue" if number in FULL else ""
     return f"{os.strerror(number)}{named}{remedy}"
 
 

@@ -68,7 +68,7 @@ def run_tasks(
                 except BrokenProcessPool:
                     raise WorkerError(
                         "a worker process died (out of memory, killed, or crashed in a decoder); finished shards "
-                        "are kept: run the same command again to go on, with fewer --workers if memory is short"
+                        "are kept: run the same command again to continue, with fewer --workers if memory is short"
                     ) from None
             pending |= submit(2 * workers - len(pending))
 

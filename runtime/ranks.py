@@ -66,7 +66,7 @@ def ranks_from_environment() -> Ranks:
             environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
         elif "MASTER_ADDR" not in environment:
             raise UserError(
-                "MASTER_ADDR is not set: export the address of the first host to all processes, and MASTER_PORT"
+                "MASTER_ADDR is not set: export it (the address of the first host) and MASTER_PORT in all processes"
             )
         environment.setdefault("MASTER_PORT", "29500")
     return current_ranks()

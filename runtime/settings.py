@@ -35,7 +35,7 @@ ANY = "any"  # in both
 START = "start"  # it affects initial weights only and is ignored with a checkpoint
 _KEY = "setting"
 _NOTHING = ("null", "None", "none", "~")
-_NESTED_BRACES = '; inside [ ] a text with { } needs quotes of its own: ["FOLDER/x-{000..009}.tar"]'
+_NESTED_BRACES = '; inside [ ], quote a text that contains { }: ["FOLDER/x-{000..009}.tar"]'
 _ANYTHING = "anything"
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
@@ -133,7 +133,7 @@ def read_layers(kind: Any, path: str | Path, overrides: Sequence[str] = ()) -> d
     winning; references such as ${data_root} are kept.
 
     A path that does not exist may be the name of a packaged recipe, such as configs/pretrain.yaml; so may a base.
-    Raises MissingError for a missing file, UserError for a file that is no YAML or an override that is no setting.
+    Raises MissingError for a missing file, UserError for a file that is not YAML or an override that is not a setting.
     """
     found = find_file(path)
     if found is None:
@@ -172,7 +172,7 @@ def _values(root: Any, kind: Any, given: Mapping[str, Any], prefix: str) -> Iter
     for name, value in given.items():
         key = f"{prefix}{name}"
         if name in renamed:
-            raise UserError(f"{key} is called {prefix}{renamed[name]} now: use the new name")
+            raise UserError(f"{key} is renamed to {prefix}{renamed[name]}: use the new name")
         if name not in names:
             raise UserError(_unknown(root, key))
         if not is_dataclass(hints[name]):
@@ -201,7 +201,7 @@ def _unknown(kind: Any, key: str) -> str:
 
 
 def _missing(what: str | Path) -> str:
-    return f"the configuration {what} does not exist; {packaged_folder('configs')} holds those that come along"
+    return f"the configuration {what} does not exist; {packaged_folder('configs')} has the included ones"
 
 
 def read_yaml(path: Path) -> DictConfig:
@@ -211,17 +211,17 @@ def read_yaml(path: Path) -> DictConfig:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}:" if mark else ""
-        raise UserError(f"{path} is no valid YAML:{where} {getattr(error, 'problem', error)}") from None
+        raise UserError(f"{path} is not valid YAML:{where} {getattr(error, 'problem', error)}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not in UTF-8 ({error}): save it as UTF-8") from None
     if not isinstance(content, DictConfig):
-        raise UserError(f"{path} is no configuration: it must hold `key: value` lines")
+        raise UserError(f"{path} is not a configuration: write `key: value` lines")
     return content
 
 
 def _read_with_bases(kind: Any, path: Path, chain: tuple[Path, ...]) -> DictConfig:
     if path.resolve() in [earlier.resolve() for earlier in chain]:
-        raise UserError(f"{path} is its own base, by way of {chain[-1]}: remove one `base:` line")
+        raise UserError(f"{path} is its own base, through {chain[-1]}: remove one `base:` line")
     own = read_yaml(path)
     if _is_record(path):
         own = OmegaConf.create(_with_new_names(kind, typing.cast(Any, OmegaConf.to_container(own, resolve=False))))
@@ -293,12 +293,12 @@ def _parse_overrides(kind: Any, overrides: Sequence[str]) -> list[tuple[str, Dic
     for text in overrides:
         key, sign, _ = text.partition("=")
         if not sign or not key or key.startswith("-"):
-            raise UserError(f"{text!r} is no setting: write key=value, for example optimizer.lr=1e-5")
+            raise UserError(f"{text!r} is not a setting: write key=value, for example optimizer.lr=1e-5")
     tars = Counter(text.partition("=")[0] for text in overrides if text.endswith((".tar", ".tar]")))
     for key, times in tars.items():
         if times > 1:
             raise UserError(
-                f"{key} names a tar {times} times, and only the last would count: quote a list in braces for the "
+                f"{key} gives {times} tars, and only the last one would be used: quote a list in braces for the "
                 f"shell, '{key}=FOLDER/x-{{000..009}}.tar'"
             )
     return [_parse_override(kind, text) for text in overrides]
@@ -312,7 +312,7 @@ def _parse_override(kind: Any, text: str) -> tuple[str, DictConfig | None]:
         return key, _converted(kind, OmegaConf.from_dotlist([text]))
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         remedy = _NESTED_BRACES if "[" in text and "{" in text else ""
-        raise UserError(f"the setting {text} cannot be read: {_first_line(error)}{remedy}") from None
+        raise UserError(f"cannot parse the setting {text}: {_first_line(error)}{remedy}") from None
 
 
 def _may_be_null(kind: Any, key: str) -> bool:

@@ -50,7 +50,7 @@ class BuildSettings:
     retry_failed: bool = flag(False, "build the shards again that miss media, after mending those")
     log_every: float = flag(
         LOG_EVERY,
-        f"where the output is no terminal, log a line of JSON so often (default: {LOG_EVERY:g}; 0: never)",
+        f"where the output is not a terminal, log a line of JSON so often (default: {LOG_EVERY:g}; 0: never)",
         metavar="SECONDS",
     )
     progress: bool = False  # show how far the build has come

@@ -147,7 +147,7 @@ class HttpClient:
         if status < 400 and code == pycurl.E_OPERATION_TIMEDOUT:
             if not curl.getinfo(pycurl.REQUEST_SIZE):  # nothing was sent
                 return StoreError(f"no connection within {curl.getinfo(pycurl.TOTAL_TIME):.0f} s", transient=True)
-            return StoreError(f"no answer within {self.try_seconds:g} s (remote.try_seconds)", transient=True)
+            return StoreError(f"no response within {self.try_seconds:g} s (remote.try_seconds)", transient=True)
         return error_of(curl, code, message, transfer.address.url) or StoreError(f"status {status}")
 
     def _look_up(self, transfer: Transfer, error: Exception) -> None:

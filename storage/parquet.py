@@ -19,14 +19,14 @@ Source = str | Path | bytes | BinaryIO  # a local path, a file's contents, an op
 
 
 class ParquetError(ValueError):
-    """A file is no Parquet file, or damaged; the message is the reason, in one line."""
+    """A file is not a Parquet file, or damaged; the message is the reason, in one line."""
 
 
 def read_table(source: Source, columns: Sequence[str] | None = None) -> pa.Table:
     """A whole file, or some of its columns; checksums of its pages are verified where it has them.
 
     Raises:
-        OSError: it cannot be read. ParquetError: it is no Parquet file, or damaged.
+        OSError: it cannot be read. ParquetError: it is not a Parquet file, or damaged.
     """
     with parquet_file(source) as file:
         return file.read(None if columns is None else list(columns), use_threads=False)

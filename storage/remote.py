@@ -282,7 +282,9 @@ class RemoteStore:
             async with asyncio.timeout(self._try_seconds):
                 return await work
         except TimeoutError:
-            raise StoreError(f"no answer within {self._try_seconds:g} s (remote.try_seconds)", transient=True) from None
+            raise StoreError(
+                f"no response within {self._try_seconds:g} s (remote.try_seconds)", transient=True
+            ) from None
         except Exception as error:
             raise describe_error(error) from None
 

@@ -66,7 +66,7 @@ class RunFolder:
         existing = self.settings.is_file()
         others = self.path.is_dir() and any(not _is_expected(entry.name) for entry in self.path.iterdir())
         if not existing and others:
-            raise UserError(f"output_dir={self.path} holds files that are not of a run: choose another output_dir")
+            raise UserError(f"output_dir={self.path} is not empty and is not a run folder: choose another output_dir")
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock_or_raise()
         recover_folders(self.checkpoints)
@@ -115,7 +115,7 @@ class RunFolder:
                 time.sleep(0.5)
                 waited += 0.5
             except OSError as error:  # a file system without locks
-                log.warning("%s cannot be locked (%s): make sure that no other run uses it", self.path, error)
+                log.warning("%s could not be locked (%s): make sure that no other run uses it", self.path, error)
                 break
         self._lock = handle
         _write_note(handle, "running")
@@ -134,7 +134,7 @@ class RunFolder:
         steps = [checkpoint_step(path) for path in complete_checkpoints(self.checkpoints)]
         if not self.settings.read_bytes().strip(b"\0 \n"):
             log.warning(
-                "%s is empty, as after a power failure: the run takes the settings of this command", self.settings
+                "%s is empty, probably after a power failure: using the settings of this command", self.settings
             )
             return
         changes = _changes(self.settings, config)
@@ -146,7 +146,7 @@ class RunFolder:
             )
         if changes[EVALUATION] and steps and config.stop_key is not None:
             log.warning(
-                "Another evaluation chose the best checkpoint so far (%s): later scores may not be comparable",
+                "Other evaluation settings chose the best checkpoint so far (%s): later scores may not be comparable",
                 "; ".join(changes[EVALUATION][:3]),
             )
         if steps:
@@ -161,7 +161,7 @@ def _changes(path: Path, config: RunConfig) -> dict[str, list[str]]:
     changes: dict[str, list[str]] = {FIXED: [], EVALUATION: [], FREE: []}
     for key in dict.fromkeys([*here, *there]):
         if there.get(key) != here.get(key):
-            text = f"{key} is {there.get(key)!r} there, {here.get(key)!r} here"
+            text = f"{key} is {there.get(key)!r} in that run, {here.get(key)!r} here"
             changes[change_on_resume(RunConfig, key) or FIXED].append(text)
     return changes
 

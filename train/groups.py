@@ -33,7 +33,7 @@ def parameter_groups(dimensions: Mapping[str, int], config: OptimizerConfig) -> 
             known = {name.rsplit(".", depth)[0] for name in dimensions for depth in range(1, 6)} | set(dimensions)
             near = nearest(module, sorted(known)) or sorted({name.split(".")[0] for name in dimensions})
             raise UserError(
-                f"optimizer.different_lr.module_names names {module!r}, which holds no parameter of this model: "
+                f"optimizer.different_lr.module_names names {module!r}, which matches no parameter of this model: "
                 f"nearest are {', '.join(near)}"
             )
     groups: dict[tuple[float, float], list[str]] = {}

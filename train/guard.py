@@ -130,8 +130,8 @@ class StepGuard:
             if self._row >= self._limit:
                 raise UserError(
                     f"{self._row} steps in a row, the last one {each.step}, have no finite gradient "
-                    f"(max_bad_steps={self._limit}): lower optimizer.lr, set optimizer.max_grad_norm, or take "
-                    "precision=bf16 or fp32; the log names the samples; the last checkpoint is from before"
+                    f"(max_bad_steps={self._limit}): lower optimizer.lr, set optimizer.max_grad_norm, or use "
+                    "precision=bf16 or fp32; the log names the samples; the last checkpoint precedes them"
                 )
 
     def _report(self, each: _Step) -> bool:
@@ -146,5 +146,5 @@ class StepGuard:
         causes = [number for number, good in enumerate(finite) if not good] or list(range(len(reports)))
         if self._ranks.is_first:
             samples = "; ".join(f"rank {n}, loss {reports[n].loss:.4g}: {', '.join(reports[n].keys)}" for n in causes)
-            log.warning("Step %d is skipped, its gradient is not finite; samples of %s", each.step, samples)
+            log.warning("Skipped step %d, its gradient is not finite; samples of %s", each.step, samples)
         return True

@@ -68,7 +68,7 @@ def read_run(folder: Path) -> Run:
     """
     path = folder / "metrics.jsonl" if folder.is_dir() else folder
     if not path.is_file():
-        raise MissingError(f"{folder} holds no metrics.jsonl: give the folder of a run")
+        raise MissingError(f"{folder} has no metrics.jsonl: give the folder of a run")
     run = Run(path.parent.name, weights=loss_weights(path.parent))
     for line in read_metrics(path):
         for metric, value in line.items():
@@ -81,7 +81,7 @@ def read_run(folder: Path) -> Run:
                     steps.append(int(line["step"]))
                     values.append(float(value))
     if not run.curves:
-        raise UserError(f"{path} holds no step yet: wait until the run has logged one (log_every)")
+        raise UserError(f"{path} has no step yet: wait until the run has logged one (log_every)")
     return run
 
 

@@ -37,7 +37,7 @@ def find_evaluations(paths: Sequence[str | Path]) -> list[Evaluation]:
     """The evaluations of run folders, or single evaluation folders, in the given order, those of a run by time.
 
     Raises:
-        FileNotFoundError: a path holds no evaluation.
+        FileNotFoundError: a path has no evaluation.
         ValueError: a file in it cannot be read.
     """
     found: list[Evaluation] = []
@@ -46,7 +46,7 @@ def find_evaluations(paths: Sequence[str | Path]) -> list[Evaluation]:
         folders = [folder for folder in folders if (folder / "evaluation.json").is_file()]
         if not folders:
             raise MissingError(
-                f"{path} holds no evaluation (no evaluation/LABEL/evaluation.json): "
+                f"{path} has no evaluation (no evaluation/LABEL/evaluation.json): "
                 "evaluate it first with launch/evaluate.py"
             )
         found += sorted(map(read_evaluation, folders), key=lambda e: (e.details["created"], e.folder.name))

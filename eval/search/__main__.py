@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="most similar visuals re-ranked by VTM; 0: none (default: %(default)s)",
     )
-    result.add_argument("--frames", type=int, default=4, metavar="N", help="frames of a clip (default: %(default)s)")
+    result.add_argument("--frames", type=int, default=4, metavar="N", help="frames per clip (default: %(default)s)")
     result.add_argument("--output", default="hits.jpg", metavar="FILE", help="contact sheet (default: %(default)s)")
     result.add_argument("--tokenizer", metavar="VOCAB", help="vocabulary, where the checkpoint has none")
     result.add_argument(

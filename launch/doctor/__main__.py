@@ -27,12 +27,16 @@ def parser() -> argparse.ArgumentParser:
         "python -m launch.doctor", description=__doc__, epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    result.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="the job's; without it storage is left out")
-    result.add_argument("settings", nargs="*", metavar="key=value", help="the job's settings")
-    result.add_argument("--hostfile", help="as for `deepspeed`: a line a host, `node1 slots=8`")
-    result.add_argument("--port", type=int, default=29500, help="where ranks meet (default: %(default)s)")
-    result.add_argument("--least-gbit", type=float, default=1.0, help="of a good link (default: %(default)s)")
-    result.add_argument("--seconds", type=float, default=5.0, help="to measure loading for (default: %(default)s)")
+    result.add_argument(
+        "config", nargs="?", metavar="CONFIG.yaml", help="the job's configuration; without it storage is not checked"
+    )
+    result.add_argument("settings", nargs="*", metavar="key=value", help="overrides of the job")
+    result.add_argument("--hostfile", help="hostfile of deepspeed: one `node1 slots=8` per line")
+    result.add_argument("--port", type=int, default=29500, help="rendezvous port (default: %(default)s)")
+    result.add_argument("--least-gbit", type=float, default=1.0, help="minimum Gbit/s of a link (default: %(default)s)")
+    result.add_argument(
+        "--seconds", type=float, default=5.0, help="duration of the loader's measurement (default: %(default)s)"
+    )
     result.add_argument("--trial-steps", type=int, default=0, help="real steps of the job to measure (default: none)")
     result.add_argument("--json", action="store_true", help="print the findings as JSON")
     return result

@@ -64,7 +64,7 @@ def check_product(device: torch.device) -> None:
     found = (one.to(device) @ other.to(device)).cpu().double()
     error = float((found - exact).abs().max() / exact.abs().max())
     if not error < LARGEST_ERROR:  # nor a number at all
-        raise RuntimeError(f"{device} on {socket.gethostname()}: a product of bf16 matrices is wrong by {error:.2%}")
+        raise RuntimeError(f"{device} on {socket.gethostname()}: bf16 matrix product deviates by {error:.2%}")
 
 
 def _tflops(device: torch.device) -> float:

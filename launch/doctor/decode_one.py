@@ -60,7 +60,7 @@ def decoded(decoder: Decoder, clip: Clip) -> np.ndarray:
     frames, bad = decoder.decode([clip])
     decoder.close()
     if bad:
-        raise ValueError(f"a sound picture does not decode: {bad[0]}")
+        raise ValueError(f"an intact image cannot be decoded: {bad[0]}")
     return frames[0, 0].cpu().numpy().copy()
 
 

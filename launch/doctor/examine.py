@@ -70,7 +70,7 @@ def examine_links(nodes: Sequence[Node], port: int, least_gbit: float) -> list[F
     found = findings.failed("ports", failures, "check the network of this host")
     for host, answer in listening.items():
         if answer["error"]:
-            found.append(Finding("ports", host, BAD, answer["error"], "end what uses it, or take another --port"))
+            found.append(Finding("ports", host, BAD, answer["error"], "stop its process, or choose another --port"))
     reached = _connections(nodes, listening)
     found += findings.ports(reached, port)
     speeds: dict[tuple[str, str], float] = {}
@@ -174,7 +174,7 @@ def examine_output(nodes: Sequence[Node], run: RunConfig) -> list[Finding]:
     except NodeError as error:
         return [Finding("output_dir", nodes[0].name, BAD, str(error), "choose an output_dir that can be written to")]
     answers, failures = ask_all(nodes, lambda node: node.ask("read", path))
-    apart = {host: "cannot see what the first host has written" for host, text in answers.items() if text != token}
+    apart = {host: "cannot see the file that the first host wrote" for host, text in answers.items() if text != token}
     nodes[0].ask("remove", path)
     advice = "put output_dir on a file system that all hosts mount: every rank writes its shard of a checkpoint there"
     found = findings.failed("output_dir", {**apart, **failures}, advice)
@@ -189,8 +189,8 @@ def examine_ssh(names: Sequence[str]) -> list[Finding]:
             "PDSH_SSH_ARGS_APPEND", ""
         ):
             advice = f'export PDSH_SSH_ARGS_APPEND="{KEEP_ALIVE}", or set both in ~/.ssh/config'
-            return [Finding("ssh", name, WARNING, "a host that dies would leave `deepspeed` waiting", advice)]
-    return [Finding("ssh", "all", OK, "notices that a host dies")]
+            return [Finding("ssh", name, WARNING, "`deepspeed` would wait forever for a dead host", advice)]
+    return [Finding("ssh", "all", OK, "detects a dead host")]
 
 
 def estimate(nodes: Sequence[Node], options: argparse.Namespace, run: RunConfig, samples: int) -> list[Finding]:

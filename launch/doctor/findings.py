@@ -128,7 +128,13 @@ def clocks(offsets: Mapping[str, float]) -> list[Finding]:
     """Clocks that differ from this host's, in seconds."""
     advice = "set the clock (chrony, ntpd): stores refuse requests signed minutes ago, and logs do not fit together"
     found = [
-        Finding("clock", host, BAD if abs(offset) > CLOCK_BAD else WARNING, f"{offset:+.1f} s from here", advice)
+        Finding(
+            "clock",
+            host,
+            BAD if abs(offset) > CLOCK_BAD else WARNING,
+            f"{offset:+.1f} s from this clock",
+            advice,
+        )
         for host, offset in offsets.items()
         if abs(offset) > CLOCK_WARNING
     ]
@@ -147,7 +153,7 @@ def ports(reached: Mapping[tuple[str, str, int], str], chosen_by_user: int) -> l
                 "over ports that the system chooses"
             )
             found.append(Finding("ports", f"{source} -> {target}", BAD, f"{which}: {reason}", advice))
-    return found or [Finding("ports", "all", OK, f"{len(reached)} connections open")]
+    return found or [Finding("ports", "all", OK, f"{len(reached)} connections are possible")]
 
 
 def links(gbit: Mapping[tuple[str, str], float], least: float) -> list[Finding]:
@@ -156,7 +162,7 @@ def links(gbit: Mapping[tuple[str, str], float], least: float) -> list[Finding]:
     found = [
         Finding(
             "link", f"{source} -> {target}", BAD, f"{speed:.3g} Gbit/s, the median is {middle:.3g}",
-            f"repair the link (at least --least-gbit {least:g} and half of the median is wanted): every step's "
+            f"repair the link (at least --least-gbit {least:g} and half of the median is required): every step's "
             "all-reduce waits for the slowest; see `ethtool` and the switch's counters, or take the node out",
         )
         for (source, target), speed in gbit.items()

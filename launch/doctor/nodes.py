@@ -43,7 +43,7 @@ class Node:
             self._stderr_lines = [*self._stderr_lines[-5:], line.strip()]
 
     def ask(self, question: str, *arguments: Any, seconds: float = 120.0) -> Any:
-        """A method of launch.doctor.probe.Probe. Raises NodeError, also when there is no answer within `seconds`."""
+        """A method of launch.doctor.probe.Probe. Raises NodeError, also when there is no response within `seconds`."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         alarm = threading.Timer(seconds, self._process.kill)
@@ -60,7 +60,9 @@ class Node:
             self._listener.join(2)
             late = not alarm.is_alive() and self._process.poll() == -9
             reason = (
-                f"no answer within {seconds:.0f} s" if late else " ".join(self._stderr_lines[-1:]) or "no reason given"
+                f"no response within {seconds:.0f} s"
+                if late
+                else " ".join(self._stderr_lines[-1:]) or "no reason given"
             )
             raise NodeError(reason)
         answer = json.loads(line)
@@ -89,7 +91,7 @@ def find_nodes(hostfile: str | None) -> tuple[dict[str, int], str]:
 
         found = fetch_hostfile(hostfile) if Path(hostfile).is_file() else None
         if not found:
-            raise UserError(f"--hostfile {hostfile} names no hosts: one a line, such as `node1 slots=8`")
+            raise UserError(f"--hostfile {hostfile} has no hosts: write one per line, such as `node1 slots=8`")
         return dict(found), "ssh"
     if "SLURM_JOB_NODELIST" in os.environ:
         names = _scontrol("show", "hostnames", os.environ["SLURM_JOB_NODELIST"])

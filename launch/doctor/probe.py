@@ -113,7 +113,7 @@ class Probe:
             try:
                 socket.create_connection((host, port), CONNECT_SECONDS).close()
             except OSError as error:
-                return "no answer" if isinstance(error, TimeoutError) else str(error.strerror or error)
+                return "no response" if isinstance(error, TimeoutError) else str(error.strerror or error)
             return ""
 
         with ThreadPoolExecutor(max(1, len(targets))) as pool:

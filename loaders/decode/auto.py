@@ -74,7 +74,7 @@ class AutoDecoder:
             if decoder is not dali or self._chosen is dali:
                 return False
             if self._chosen is None:
-                log.warning("decode=auto: images are decoded on the CPU from here on, because %s", error)
+                log.warning("decode=auto: switching to the CPU decoder, because %s", error)
                 self._chosen, self._loser = cpu, dali
         return True
 
@@ -102,7 +102,7 @@ class AutoDecoder:
         self._chosen, self._loser = (dali, cpu) if by_dali < LEAD * on_cpu else (cpu, dali)
         log.info(
             "decode=auto: a batch took %.1f ms with %s, %.1f ms with %s (training step included): "
-            "%s decodes from here on",
+            "%s was chosen",
             on_cpu * 1000, cpu.name, by_dali * 1000, dali.name, self._chosen.name,
         )  # fmt: skip
         return self._chosen

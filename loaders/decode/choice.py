@@ -37,7 +37,7 @@ def make_decoder(
     except _UnusableError as error:
         if backend == "dali":
             raise UserError(f"decode=dali, but {error}, or set decode=cpu") from None
-        log.warning("decode=auto: images are decoded on the CPU, because %s", error)
+        log.warning("decode=auto: using the CPU decoder, because %s", error)
         return CpuDecoder(size, threads, antialias, pin=on_gpu)
     return dali if backend == "dali" else AutoDecoder(CpuDecoder(size, threads, antialias, pin=on_gpu), dali)
 

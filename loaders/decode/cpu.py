@@ -124,10 +124,10 @@ class Slot:
         try:
             code = self.process.wait(SECONDS_TO_END)
             cause = signal.Signals(-code).name if code < 0 else f"exit code {code}, see its message above"
-            cause += ", perhaps for want of memory" if code == -signal.SIGKILL else ""
+            cause += ", possibly out of memory" if code == -signal.SIGKILL else ""
         except subprocess.TimeoutExpired:
             cause = "it closed its socket"
-        return RuntimeError(f"decoding process {self.process.pid} has ended: {cause}")
+        return RuntimeError(f"decoding process {self.process.pid} exited: {cause}")
 
 
 class CpuDecoder:

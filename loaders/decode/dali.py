@@ -216,7 +216,7 @@ class DaliWorker:
     def _device_error(self, error: RuntimeError) -> RuntimeError:
         where = "the CPU" if self.settings.device is None else f"cuda:{self.settings.device}"
         return RuntimeError(
-            f"DALI fails on {where}, and no image is the cause: {reason(error)}. If GPU memory is short, set "
+            f"DALI fails on {where}, not caused by an image: {reason(error)}. If GPU memory is short, set "
             "decode=cpu or a smaller batch_size"
         )
 

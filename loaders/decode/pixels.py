@@ -67,7 +67,7 @@ def decode_clip(clip: Clip, out: np.ndarray, antialias: bool, scratch: Scratch) 
         try:
             frame = decode_frame(data, clip, out[number] if buffer is None else buffer, size if antialias else None)
         except BadSampleError as error:
-            raise BadSampleError(f"frame {number} of those shown: {error}") from None
+            raise BadSampleError(f"frame {number}: {error}") from None
         if buffer is not None or not np.may_share_memory(frame.pixels, out):  # else it was decoded into its place
             if frame.fraction > 1:
                 show_fraction(frame.pixels, frame.window, out[number], frame.fraction)
@@ -106,12 +106,12 @@ def decode_frame(data: bytes, clip: Clip, buffer: np.ndarray, size: int | None) 
     except ValueError as error:  # damaged, of another size, or sound and of a kind that only Pillow decodes
         return decode_other(data, clip, str(error))
     if pixels.shape[:2] != (height, width):
-        raise BadSampleError(f"{pixels.shape[1]}x{pixels.shape[0]} pixels, the index says {clip.width}x{clip.height}")
+        raise BadSampleError(f"{pixels.shape[1]}x{pixels.shape[0]} pixels, the index has {clip.width}x{clip.height}")
     return Frame(pixels, clip.window, fraction)
 
 
 def decode_other(data: bytes, clip: Clip, warning: str = "") -> Frame:
-    """An image that is no plain JPEG, as packing would store it: foreign shards hold PNG, WebP, turned photos.
+    """An image that is not a plain JPEG, as packing would store it: foreign shards hold PNG, WebP, turned photos.
 
     warning: what libjpeg-turbo said of it; the reason where packing refuses it as well.
     """
@@ -124,7 +124,7 @@ def decode_other(data: bytes, clip: Clip, warning: str = "") -> Frame:
     if (width, height) == (clip.height, clip.width) and orientation in SIDEWAYS:
         top, left, window_height, window_width, flip = clip.window  # of an index with the size before turning
         return Frame(pixels, Window(left, top, window_width, window_height, flip))
-    raise BadSampleError(f"{width}x{height} pixels, the index says {clip.width}x{clip.height}")
+    raise BadSampleError(f"{width}x{height} pixels, the index has {clip.width}x{clip.height}")
 
 
 def header_fault(data: bytes, clip: Clip) -> str | None:
@@ -134,9 +134,9 @@ def header_fault(data: bytes, clip: Clip) -> str | None:
     except MediaError as error:
         return str(error)
     if (height, width) != (clip.height, clip.width):
-        return f"{width}x{height} pixels, the index says {clip.width}x{clip.height}"
+        return f"{width}x{height} pixels, the index has {clip.width}x{clip.height}"
     if data[:2] == START_OF_IMAGE and not has_end(data):
-        return f"broken image: {len(data)} bytes of a JPEG that is cut short: it has no end-of-image marker"
+        return f"broken image: {len(data)} bytes of a truncated JPEG without an end-of-image marker"
     return None
 
 

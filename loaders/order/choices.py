@@ -100,13 +100,13 @@ def check_sample_type(sample_type: str) -> None:
 
 
 def parse_rate(sample_type: str) -> float:
-    """X of `fpsX`; raises ValueError when it is no positive number."""
+    """X of `fpsX`; raises ValueError when it is not a positive number."""
     try:
         rate = float(sample_type[3:])
     except ValueError:
         rate = 0.0
     if rate <= 0:
-        raise UserError(f"sample_type is {sample_type!r}: after fps stands a positive number, such as fps0.5")
+        raise UserError(f"sample_type is {sample_type!r}: fps must be followed by a positive number, such as fps0.5")
     return rate
 
 

@@ -44,7 +44,7 @@ class Mixture:
         text_kind = "questions" if config.epoch_unit == "questions" else "captions"
         for reader in readers:
             if with_texts and not sum(reader.corpus.counts(text_kind)):
-                raise UserError(f"{reader.corpus.url} holds no {text_kind}: this task cannot train on it")
+                raise UserError(f"{reader.corpus.url} has no {text_kind}: this task cannot train on it")
         self.units = self.plan(0).units  # in every epoch
         # (S, 2): corpus, and shard of the corpus, of each shard of the mixture
         self._shards = np.array(

@@ -79,7 +79,7 @@ def resolve_weights(path: str | Path) -> Path:
         if path.suffix.lower() in OFFICIAL_SUFFIXES:
             return path
         raise UserError(
-            f"{path} is no model: give a folder with {DESCRIPTION}, a run folder, or an official checkpoint (.pth)"
+            f"{path} is not a model: give a folder with {DESCRIPTION}, a run folder, or an official checkpoint (.pth)"
         )
     if not path.exists():
         raise MissingError(
@@ -92,7 +92,7 @@ def resolve_weights(path: str | Path) -> Path:
         if (folder / DESCRIPTION).is_file():
             return folder
     raise MissingError(
-        f"{path} holds no model: neither {DESCRIPTION}, nor weights/{DESCRIPTION}, nor a complete checkpoint under "
+        f"{path} has no model: neither {DESCRIPTION}, nor weights/{DESCRIPTION}, nor a complete checkpoint under "
         "checkpoints/; has the run written one yet?"
     )
 
@@ -152,5 +152,5 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         return load_file(str(path))
     except SafetensorError as error:
         raise UserError(
-            f"{path} cannot be read ({error}): it is truncated or no safetensors file; copy it again"
+            f"{path} cannot be read ({error}): it is truncated or not a safetensors file; copy it again"
         ) from None

@@ -40,7 +40,7 @@ class FitReport:
 
     def __str__(self) -> str:
         parts = [f"{name} {len(names)} ({_shortened(names)})" for name, names in vars(self).items() if names]
-        return "; ".join(parts) or "all tensors taken as they are"
+        return "; ".join(parts) or "all tensors loaded unchanged"
 
 
 def _shortened(names: list[str], limit: int = 6) -> str:
@@ -116,9 +116,9 @@ def fit_weights(
 ) -> FitReport:
     """Copy `weights` into `model`, adapted to the size, length and task of its configuration.
 
-    expected: names of tensors, or patterns such as "itm_head.*", that may be missing or of another shape (the model
+    expected: names of tensors, or patterns such as "itm_head.*", that may be missing or with another shape (the model
     keeps its own) or unexpected (they are dropped).
-    Raises UserError, listing the tensors, when any other is missing, unexpected or of another shape, or when an
+    Raises UserError, listing the tensors, when any other is missing, unexpected or with another shape, or when an
     expected one fits after all.
     """
     report = FitReport()
@@ -134,7 +134,7 @@ def fit_weights(
     problems = {
         "missing": sorted(set(missing) - set(report.fresh)),
         "unexpected": sorted(set(surplus) - set(report.dropped)),
-        "of another shape": [
+        "with another shape": [
             name for name, tensor in target.items() if name in state and state[name].shape != tensor.shape
         ],
     }
@@ -144,15 +144,15 @@ def fit_weights(
     if any(problems.values()):
         shapes = {
             name: f" {tuple(state[name].shape)} for {tuple(target[name].shape)}"
-            for name in problems["of another shape"]
+            for name in problems["with another shape"]
         }
         named = {what: [name + shapes.get(name, "") for name in names] for what, names in problems.items()}
         listed = "; ".join(f"{what}: {_shortened(names, 20)}" for what, names in named.items() if names)
         raise UserError(
             f"{source} does not fit the model ({listed}): take its architecture from the checkpoint and change only "
             "image_res, num_frames, temporal_vision_encoder, loss_weight or answer_decoder; the vocabulary has "
-            f"{weights.config.text_encoder.vocab_size} tokens there and {model.config.text_encoder.vocab_size} here. "
-            "List tensors that need not fit in expected_tensors"
+            f"{weights.config.text_encoder.vocab_size} tokens in the checkpoint and "
+            f"{model.config.text_encoder.vocab_size} in the model. List tensors that may differ in expected_tensors"
         )
     model.load_state_dict({name: state[name] for name in target if name in state}, strict=False)
     return report

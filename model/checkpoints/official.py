@@ -63,11 +63,11 @@ def read_official_file(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} {what} and is refused: loading it could run code; get the checkpoint from its authors"
         ) from None
-    except Exception as error:  # torch.load raises many types for a file that is no checkpoint
+    except Exception as error:  # torch.load raises many types for a file that is not a checkpoint
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} cannot be read ({reason}): truncated or no PyTorch file; copy it again") from None
+        raise UserError(f"{path} cannot be read ({reason}): truncated or not a PyTorch file; copy it again") from None
     if not isinstance(content, dict) or not {"model", "config"} <= content.keys():
-        raise UserError(f"{path} is no official checkpoint: it has no entries `model` and `config`")
+        raise UserError(f"{path} is not an official checkpoint: it has no entries `model` and `config`")
     config = content["config"]
     if isinstance(config, omegaconf.DictConfig):
         content["config"] = omegaconf.OmegaConf.to_container(config, resolve=False)
@@ -169,7 +169,7 @@ def recognise(path: Path, state: dict[str, torch.Tensor], settings: dict[str, An
     try:
         vision, text = _vision_config(path, state, settings), _text_config(path, state, prefix, settings)
     except KeyError as error:
-        raise UserError(f"{path} is no Singularity checkpoint: it has no tensor {error}") from None
+        raise UserError(f"{path} is not a Singularity checkpoint: it has no tensor {error}") from None
     temporal = settings.get("temporal_vision_encoder", {})
     decoder_layers = _count(state, r"text_decoder\.bert\.encoder\.layer\.(\d+)\.")
     temporal_layers = _count(state, r"temporal_vision_encoder\.layer\.(\d+)\.")

@@ -62,10 +62,10 @@ def _fill(model: Singularity | SingularityQA, state: dict[str, torch.Tensor], so
     ]
     if missing or other:
         listed = "; ".join(", ".join(names[:10]) for names in (missing, other) if names)
-        raise UserError(f"{source} does not fit the sizes under {part} (missing or of another shape: {listed})")
+        raise UserError(f"{source} does not fit the sizes under {part} (missing or with another shape: {listed})")
     used = {name: tensor for name, tensor in state.items() if name in target}
     model.load_state_dict(used, strict=False)
-    logger.info("%s: %d tensors taken", source, len(used))
+    logger.info("%s: %d tensors loaded", source, len(used))
 
 
 def find_folder(name: str, key: str) -> Path:
@@ -81,12 +81,12 @@ def find_folder(name: str, key: str) -> Path:
     from huggingface_hub import snapshot_download  # slow to import, needed for hub names only
 
     try:
-        with keep_alive(f"fetching {name}"):  # gigabytes over a slow line are no hang
+        with keep_alive(f"fetching {name}"):  # a download of gigabytes over a slow line is not a hang
             return Path(snapshot_download(name, allow_patterns=_FILES))
     except Exception as error:  # of many kinds: no network, no such name, no permission
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"{key}: {name} is no local folder and could not be fetched from the Hugging Face hub "
+            f"{key}: {name} is not a local folder and could not be fetched from the Hugging Face hub "
             f"({reason[:150]}); {remedy}"
         ) from None
 

@@ -21,7 +21,7 @@ Finder = Callable[[Mapping[str, Any]], Any]
 
 
 class RowError(UserError):
-    """A record that is no row; the message names file, record and `reason`, which has the remedy."""
+    """A record that is not a row; the message names file, record and `reason`, which has the remedy."""
 
     def __init__(self, record: Record, reason: str) -> None:
         self.reason = " ".join(reason.split())  # in one line, whatever the names of columns are
@@ -137,7 +137,7 @@ class RowMaker:
         return Row(source, kept) if kept else Row(filtered="no caption")
 
     def question_record(self, record: Record) -> dict[str, Any]:
-        """The parts of a question under their own names; raises RowError where one is no text."""
+        """The parts of a question under their own names; raises RowError where one is not a text."""
         names = ("question", "answer", "question_id", "question_type", "answer_type")
         found = {name: self.find[name](record.fields) for name in names}
         for name, value in found.items():
@@ -147,7 +147,7 @@ class RowMaker:
         return {name: value for name, value in found.items() if value is not ABSENT and value is not None}
 
     def choice(self, record: Record, options: Any, answer: Any) -> dict[str, Any]:
-        """A multiple choice; raises RowError when the answer is no number of an option."""
+        """A multiple choice; raises RowError when the answer is not the number of an option."""
         number = self.find["question_id"](record.fields)
         try:
             right = -1 if answer is ABSENT or answer is None else int(identifier(answer))

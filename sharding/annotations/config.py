@@ -68,12 +68,12 @@ def load_corpus(path: str) -> CorpusConfig:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is no YAML, or a key is unknown (the nearest are named) or has a wrong type.
+        ValueError: it is not YAML, or a key is unknown (the nearest are named) or has a wrong type.
     """
     found = find_file(path)
     if found is None:
         raise MissingError(
-            f"--corpus {path} does not exist; {packaged_folder('configs/corpora')} holds those that come along"
+            f"--corpus {path} does not exist; {packaged_folder('configs/corpora')} has the included ones"
         )
     given = OmegaConf.to_container(read_yaml(found), resolve=False)
     try:

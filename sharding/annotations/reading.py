@@ -184,7 +184,7 @@ def expanded(patterns: Sequence[str]) -> list[str]:
 
 
 def matching(filesystem: Any, path: str) -> list[str]:
-    """The files that match a pattern, in order of name; parts of it that are there as they stand are no patterns."""
+    """The files that match a pattern, in order of name; parts of it that are there as they stand are not patterns."""
     parts = path.split("/")
     known = 1
     while known < len(parts) and (not MAGIC & set(parts[known]) or filesystem.exists("/".join(parts[: known + 1]))):

@@ -222,7 +222,7 @@ def decompress_lzma(body: bytes, size: int) -> bytes:
 def make_listing(url: str, target: Path) -> None:
     """List an archive's members, sorted by name, in an Arrow file, unless that is done; processes take turns.
 
-    Its metadata say why it is no archive, so that it is not read for each of its members, and where it is damaged.
+    Its metadata say why it is not an archive, so that it is not read for each of its members, and where it is damaged.
     Raises OSError when it cannot be read.
     """
     with process_lock(target.with_suffix(".lock")):
@@ -254,7 +254,7 @@ def listed(url: str, damages: list[Damage]) -> Iterator[pa.RecordBatch]:
     """The members of an archive, in its order; what is damaged in it is added to `damages`.
 
     Raises:
-        ValueError: it is no archive, or cannot be read at random.
+        ValueError: it is not an archive, or cannot be read at random.
     """
     with fsspec.open(url, "rb") as file:
         found = zip_members(cast(BinaryIO, file)) if is_zip(url) else tar_members(cast(BinaryIO, file), damages)

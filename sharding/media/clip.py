@@ -54,7 +54,7 @@ class Reader:
 
 
 def open_container(data: bytes | mmap.mmap) -> av.container.InputContainer:
-    """Open a video file's bytes. Nothing else is opened, whatever they name: a playlist is no video.
+    """Open a video file's bytes. Nothing else is opened, whatever they name: a playlist is not a video.
 
     Raises:
         MediaError: FFmpeg knows no such container.

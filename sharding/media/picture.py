@@ -68,7 +68,7 @@ def decode_picture(data: bytes, size: int = 0) -> Picture:
     lost. 0: in full.
 
     Raises:
-        MediaError: the bytes are no complete image, or its range of brightness is not known.
+        MediaError: the bytes are not a complete image, or its range of brightness is not known.
     """
     if not data:
         raise MediaError("empty file")
@@ -83,7 +83,7 @@ def picture_size(data: bytes) -> tuple[int, int]:
     """(width, height) of an upright picture, by its header; damage behind that shows only in decoding.
 
     Raises:
-        MediaError: the bytes are no image.
+        MediaError: the bytes are not an image.
     """
     if not data:
         raise MediaError("empty file")

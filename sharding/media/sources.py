@@ -179,7 +179,7 @@ def open_archive(url: str, folder: Path) -> Archive:
 
 
 def read_local(path: str, whole: bool) -> Fetched:
-    """A file's bytes, or the open file; raises MediaError for what is no file: pipes and devices have no end."""
+    """A file's bytes, or the open file; raises MediaError for what is not a file: pipes and devices have no end."""
     file = open(path, "rb", opener=open_at_once)  # noqa: SIM115 (an open clip is closed by who decodes it)
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()

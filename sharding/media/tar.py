@@ -222,7 +222,7 @@ def pax_records(data: bytes) -> dict[str, bytes] | None:
 
 
 def shown(name: bytes) -> str:
-    """A name that can be printed and stored, with bytes that are no UTF-8 as \\xe9."""
+    """A name that can be printed and stored, with bytes that are not UTF-8 as \\xe9."""
     return name.decode("utf-8", "backslashreplace")
 
 

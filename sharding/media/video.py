@@ -29,7 +29,7 @@ def pack_video(
     `max_frames` 0: no limit; what lies behind the last frame wanted is not decoded.
 
     Raises:
-        MediaError: the bytes hold no video, or less than half of what the file promises decodes.
+        MediaError: the bytes have no video, or less than half of what the file promises decodes.
     """
     if not len(data):
         raise MediaError("empty file")

@@ -127,7 +127,7 @@ def find(corpus: Corpus, name: str, shown: bool = False) -> tuple[int, dict[str,
             progress.advance(1, 0, 0)
             if place >= 0:
                 return shard, columns_of(corpus, shard, INDEX_SCHEMA.names).slice(place, 1).to_pylist()[0]
-    raise UserError(f"--sample {name}: no sample of {corpus.url} has this key or source, and it is no sample's number")
+    raise UserError(f"--sample {name}: no sample of {corpus.url} has this key, source or number")
 
 
 def fetch_command(url: str, offset: int, size: int, target: str, signed: bool = False) -> str:

@@ -72,7 +72,7 @@ class Distribution:
     def bins(self) -> list[tuple[float, float, int]]:
         """(from, to, how many) of a histogram with round limits, from the 1 % to the 99 %.
 
-        What lies beyond has bins of its own, from -inf and to inf, so that the ends are no peaks.
+        What lies beyond has bins of its own, from -inf and to inf, so that the ends are not peaks.
         """
         low, high = self.percentile(0.01), self.percentile(0.99)
         whole = all(value == int(value) for value in self.counts)

@@ -127,7 +127,7 @@ def read_checked_table(check: Check, name: str) -> tuple[pa.Table | None, bytes,
     try:
         table = read_table(data)
     except UNREADABLE as error:
-        return None, data, [Fault(name, f"is no readable index: {error}")]
+        return None, data, [Fault(name, f"is not a readable index: {error}")]
     if not table.schema.equals(INDEX_SCHEMA):
         return None, data, [Fault(name, "has other columns than an index")]
     return table, data, []

@@ -101,7 +101,7 @@ class Reader:
         self.links: list[Member] = []
 
     def run(self) -> None:
-        """Read the tar to its end; raises ValueError when it is no plain tar."""
+        """Read the tar to its end; raises ValueError when it is not a plain tar."""
         last = ""
         empty = True
         for found in self.stream.walk(is_wanted):
@@ -174,7 +174,7 @@ def read_contents(file: BinaryIO, fps: float, on_read: Callable[[int], None] | N
     """Index rows of a tar's samples in order; fps: rate of clips' frames where their JSON does not say it.
 
     Raises:
-        ValueError: it is no plain tar, or holds whole videos instead of frames.
+        ValueError: it is not a plain tar, or holds whole videos instead of frames.
     """
     reader = Reader(file, on_read)
     reader.run()

@@ -32,7 +32,7 @@ def json_fields(texts: Mapping[str, bytes]) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise SampleError(f"its JSON cannot be read: {error}") from None
     if not isinstance(fields, dict):
-        raise SampleError("its JSON is no object")
+        raise SampleError("its JSON is not an object")
     return {key: value for key, value in fields.items() if not is_null(value)}
 
 
@@ -42,7 +42,7 @@ def decoded(data: bytes, ending: str) -> str:
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
-        raise SampleError(f"its {ending} is no {error.encoding.upper()} at byte {error.start}: convert it") from None
+        raise SampleError(f"its {ending} is not {error.encoding.upper()} at byte {error.start}: convert it") from None
     if "\0" in text:
         raise SampleError(f"its {ending} holds NUL characters, as UTF-16 without a byte order mark does: convert it")
     return text
@@ -68,7 +68,7 @@ def captions_of(texts: Mapping[str, bytes], fields: Mapping[str, Any]) -> list[s
         given = fields.get(key)
         captions: list[Any] = [text for text in (given if isinstance(given, list) else [given]) if not is_null(text)]
         if not all(isinstance(text, str) for text in captions):
-            raise SampleError(f"its caption is no text but {str(given)[:60]!r}")
+            raise SampleError(f"its caption is not a text but {str(given)[:60]!r}")
         if any(text.strip() for text in captions):
             return [text for text in captions if text.strip()]
     text = decoded(texts["txt"], "txt").strip() if "txt" in texts else ""
@@ -88,15 +88,15 @@ def questions_of(fields: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
     """The questions in a sample's JSON, with their answers."""
     given = fields.get("questions") or [fields]
     if not isinstance(given, list):
-        raise SampleError(f"its questions are no list but {str(given)[:60]!r}")
+        raise SampleError(f"its questions are not a list but {str(given)[:60]!r}")
     found = []
     for number, record in enumerate(record for record in given if not is_null(record)):
         if not isinstance(record, dict):
-            raise SampleError(f"its question is no object but {str(record)[:60]!r}")
+            raise SampleError(f"its question is not an object but {str(record)[:60]!r}")
         record = {name: value for name, value in record.items() if not is_null(value)}
         question = record.get("question", "")
         if not isinstance(question, str):
-            raise SampleError(f"its question is no text but {str(question)[:60]!r}")
+            raise SampleError(f"its question is not a text but {str(question)[:60]!r}")
         if question.strip():
             found.append(with_answers(record, key if given == [fields] else f"{key}#{number}"))
     return found
@@ -107,7 +107,7 @@ def with_answers(record: dict[str, Any], default_id: str) -> dict[str, Any]:
     answers = record.get("answers") if "answers" in record else record.get("answer", [])
     answers = [answer for answer in (answers if isinstance(answers, list) else [answers]) if not is_null(answer)]
     if not all(isinstance(answer, str | int | float) for answer in answers):
-        raise SampleError(f"its answer is no text but {str(answers)[:60]!r}")
+        raise SampleError(f"its answer is not a text but {str(answers)[:60]!r}")
     counted = question_of({**record, "answer": answers}, default_id)
     weights = record.get("weights")
     if isinstance(weights, list) and len(weights) == len(answers) and all(number_of(weight) for weight in weights):
@@ -119,7 +119,7 @@ def choices_of(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The multiple-choice questions in a sample's JSON: options and the number of the right one, -1 where unknown."""
     given = fields.get("choices") or []
     if not isinstance(given, list):
-        raise SampleError(f"its choices are no list but {str(given)[:60]!r}")
+        raise SampleError(f"its choices are not a list but {str(given)[:60]!r}")
     found = []
     for record in given:
         if is_null(record):

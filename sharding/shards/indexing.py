@@ -142,7 +142,7 @@ def tars_at(url: str) -> list[tuple[str, int]]:
             raise UserError(f"{url} holds {problem}")
         log.warning("left out %s", problem)
     if not found:
-        raise MissingError(f"{url} holds no .tar files: nothing to index")
+        raise MissingError(f"{url} has no .tar files: nothing to index")
     filesystem, root = fsspec.url_to_fs(url)
     return sorted((name, size or filesystem.size(join_url(root, name))) for name, size in found.items())
 
@@ -201,7 +201,7 @@ def index_shard(task: IndexTask, advance: Advance) -> IndexedShard:
         reject_unstorable(contents)
         if not contents.rows and not contents.damages:
             reasons = ", ".join(sorted({failure["reason"] for failure in contents.failures})[:3])
-            raise ValueError("holds no pictures that could be indexed" + (f" ({reasons})" if reasons else ""))
+            raise ValueError("has no pictures that could be indexed" + (f" ({reasons})" if reasons else ""))
     except AccessError:
         raise  # the storage's, not the tar's
     except ValueError as error:

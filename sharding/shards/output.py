@@ -80,7 +80,7 @@ def refuse_others(folder: Path, among_others: bool) -> None:
         return
     others = any(path.name != PARTIAL for path in folder.iterdir())
     if others and not (folder / BUILD).exists():  # in this order: a part may just write it
-        raise UserError(f"{folder} is not empty and holds no build of this tool: choose another --output")
+        raise UserError(f"{folder} is not empty and is not a corpus: choose another --output")
 
 
 def missing_folders(folder: Path) -> list[Path]:

@@ -207,7 +207,7 @@ def no_corpus(url: str, storage_options: Mapping[str, Any] | None = None) -> Mis
     check_bucket(url, storage_options)
     named = f" '{url}'" if named_shards(url)[1] else ""
     return MissingError(
-        f"{description_url(url)} does not exist: {named_shards(url)[0]} is no packed corpus; pack it with "
+        f"{description_url(url)} does not exist: {named_shards(url)[0]} is not a packed corpus; pack it with "
         f"`python -m sharding.build`, or index existing webdataset shards with `python -m sharding.index{named}`"
     )
 

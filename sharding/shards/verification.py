@@ -57,7 +57,7 @@ def examine(
     tars = [name for name in names if name.endswith(".tar")]
     if corpus is None and not tars:
         raise MissingError(
-            f"{url} holds no corpus.json and no .tar files: it is no packed corpus; pack it with "
+            f"{url} has no corpus.json and no .tar files: it is not a packed corpus; pack it with "
             "`python -m sharding.build`"
         )
     checks = planned_checks(url, corpus, tars, names, decode)

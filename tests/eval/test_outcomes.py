@@ -142,4 +142,4 @@ def test_command_line(tmp_path, capsys):
     assert main([str(tmp_path / "a"), str(tmp_path / "c")]) == 2
     assert "share no test set: the first has test/, the second test" in capsys.readouterr().err
     assert main([str(tmp_path / "a"), str(tmp_path / "nowhere")]) == 2
-    assert "holds no evaluation" in capsys.readouterr().err
+    assert "has no evaluation" in capsys.readouterr().err

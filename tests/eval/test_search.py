@@ -112,7 +112,7 @@ def test_mistakes_are_one_clear_line(shapes, weights, tokenizer, tmp_path, capsy
     answering = weights_in(tmp_path / "qa", tokenizer, SingularityQA)
     for command, message in (
         ([weights, corpus], "give a QUERY, or --serve"),
-        ([weights, str(tmp_path), "star"], "is no packed corpus"),
+        ([weights, str(tmp_path), "star"], "is not a packed corpus"),
         ([str(tmp_path / "none"), corpus, "star"], "does not exist"),
         ([answering, corpus, "star"], "cannot search"),
         ([weights, corpus, "star", "--top", "0"], "--top and --frames must be at least 1"),

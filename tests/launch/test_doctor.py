@@ -89,7 +89,7 @@ def test_a_host_that_differs_and_cannot_reach_the_store_or_be_reached(hosts, job
     assert told["versions", "node2"] == f"timm 0.0.9; others timm {own}"
     assert told.keys() >= {("code", "node2"), ("ports", "node1 -> node2")}
     assert told["ports", "node1 -> node2"] == "port 29500: no answer"
-    assert told["output_dir", "node2"] == "cannot see what the first host has written"
+    assert told["output_dir", "node2"] == "cannot see the file that the first host wrote"
     assert "was not read within" in told["storage", "node2: s3://doctor/clips_train"]
     assert told["shards", "s3://doctor/images_train"] == f"1 files are missing: {index}"
     assert ("storage", "node1: s3://doctor/clips_train") not in told
@@ -120,4 +120,4 @@ def test_the_table_says_what_to_do(hosts, job):
     assert "- repair the link (at least --least-gbit 1e+09" in result.stdout
     nothing = hosts.run("node1", sys.executable, "-m", "launch.doctor", "--hostfile", "nowhere", cwd=job, check=False)
     assert nothing.returncode == 2
-    assert nothing.stderr == "error: --hostfile nowhere names no hosts: one a line, such as `node1 slots=8`\n"
+    assert nothing.stderr == "error: --hostfile nowhere has no hosts: write one per line, such as `node1 slots=8`\n"

@@ -39,7 +39,7 @@ def test_the_processes_of_one_host_meet(monkeypatch):
     ("program", "reason"),
     [
         ("import os; os.kill(os.getpid(), 11)", "decoding a picture ended with signal 11: no reason given"),
-        ("raise ValueError('a sound picture does not decode')", "ValueError: a sound picture does not decode"),
+        ("raise ValueError('an intact image cannot be decoded')", "ValueError: an intact image cannot be decoded"),
         ("import time; time.sleep(60)", "a picture is not decoded within 1 s"),
     ],
 )
@@ -54,5 +54,5 @@ def test_a_decoder_that_crashes_or_hangs_harms_nothing_else(monkeypatch, tmp_pat
 def test_wrong_products_are_told(monkeypatch):
     all_reduce.check_product(torch.device("cpu"))
     monkeypatch.setattr(all_reduce, "LARGEST_ERROR", 0.0)
-    with pytest.raises(RuntimeError, match=r"cpu on \S+: a product of bf16 matrices is wrong by \d"):
+    with pytest.raises(RuntimeError, match=r"cpu on \S+: bf16 matrix product deviates by \d"):
         all_reduce.check_product(torch.device("cpu"))

@@ -133,6 +133,6 @@ def test_a_checkpoint_of_another_task_is_refused(shapes, checkpoints, tmp_path):
     questions = ("task=qa", f"answer_list={shapes.folder}/answer_list.json")
     result = run("evaluate", recipe, f"checkpoint={checkpoints / 'qa'}", "output_dir=x", *questions, processes=1)
     assert result.returncode == 2
-    assert "holds no questions, which task=qa needs" in result.stderr
+    assert "has no questions, which task=qa needs" in result.stderr
     result = run("evaluate", tmp_path / "qa.yaml", *where, f"answer_list={tmp_path}/none.json", processes=1)
     assert "none.json does not exist" in result.stderr

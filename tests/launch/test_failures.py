@@ -1,4 +1,4 @@
-"""A failure of any rank is told on the console once and in that rank's log; a port in use is no failure."""
+"""A failure of any rank is told on the console once and in that rank's log; a port in use is not a failure."""
 
 import os
 import pty
@@ -154,7 +154,7 @@ def test_ctrl_c_in_a_terminal_says_at_once_what_will_happen(corpora, tmp_path):
             interrupted = True
     text = shown.decode()
     print(text)
-    assert "SIGINT: saving after the present step, then exiting. `deepspeed` itself shows a traceback" in text
+    assert "SIGINT: saving after the current step, then exiting. `deepspeed` itself shows a traceback" in text
     assert text.index("SIGINT: saving") < text.index("Saved ") < text.index("stopped (SIGINT)")
     assert len(list((folder / "checkpoints").glob("step_*"))) == 1
     os.waitpid(child, 0)

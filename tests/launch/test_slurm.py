@@ -101,7 +101,7 @@ def test_a_cancelled_job_saves_and_stays_cancelled(slurm, submit, corpora, tmp_p
 
 
 def test_a_mistake_ends_the_job_at_once(slurm, submit, corpora, tmp_path):
-    # The other node's process is still starting when Slurm ends it: that is no pre-emption.
+    # The other node's process is still starting when Slurm ends it: that is not a preemption.
     (tmp_path / "sitecustomize.py").write_text(
         "import os, time\nif os.environ.get('SLURM_PROCID') == '1': time.sleep(60)\n"
     )

@@ -44,7 +44,7 @@ def test_help_says_how_to_start(script):
 def test_a_precision_that_the_processor_does_not_have(corpora, tmp_path, monkeypatch):
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")  # as if it were an older one
     line = refused("pretrain", corpora / "tiny.yaml", f"output_dir={tmp_path}/run", "precision=fp16")
-    assert "precision=fp16: this CPU has no arithmetic for it" in line
+    assert "precision=fp16: this CPU has no fp16 instructions" in line
     assert "set precision=bf16, or fp32" in line
     assert not (tmp_path / "run").exists()
 
@@ -86,4 +86,4 @@ def test_two_processes_tell_it_once(corpora, tmp_path):
 
 def test_a_folder_of_something_else(corpora):
     line = refused("pretrain", corpora / "tiny.yaml", f"output_dir={ROOT / 'train'}")
-    assert "holds files that are not of a run: choose another output_dir" in line
+    assert "is not empty and is not a run folder: choose another output_dir" in line

@@ -53,9 +53,9 @@ def test_questions_and_options(shapes) -> None:
     assert "?" not in questions.questions[0].question
     choices = ChoiceSet(shapes.url("mc_test"), CONFIG)
     assert {len(item.options) for item in choices.choices} == {5}
-    with pytest.raises(ValueError, match="holds no questions"):
+    with pytest.raises(ValueError, match="has no questions"):
         QASet(shapes.url("images_test"), CONFIG)
-    with pytest.raises(ValueError, match="holds no captions"):
+    with pytest.raises(ValueError, match="has no captions"):
         RetrievalSet(shapes.url("qa_test"), CONFIG)
 
 

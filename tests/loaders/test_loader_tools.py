@@ -58,10 +58,10 @@ def test_advice_names_the_bottleneck() -> None:
     slow = replace(RESULTS, decode_wait_share=0.8)
     assert advice(slow, SETUP) == [
         "Reading is the bottleneck: decoding waits for it 80% of the time: use a faster disk. "
-        "Without that wait it would reach 110 samples/s."
+        "Decoding alone reaches 110 samples/s."
     ]
     assert advice(replace(RESULTS, wait_share=0.01), SETUP) == [
-        "Loading is no bottleneck: the loop runs at 50% of its speed with batches kept in memory."
+        "The loader is not a bottleneck: the loop has 50% of its speed with batches in memory."
     ]
     assert "local disk" in advice(slow, replace(SETUP, remote=True))[0]
 

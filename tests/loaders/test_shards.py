@@ -15,7 +15,7 @@ from loaders.shards import CorpusReader
 
 @pytest.fixture
 def in_memory(shapes):
-    """A packed corpus of clips behind an fsspec URL that is no local path."""
+    """A packed corpus of clips behind an fsspec URL that is not a local path."""
     memory = fsspec.filesystem("memory")
     memory.put(shapes.url("clips_train"), "/clips", recursive=True)
     yield "memory://clips"

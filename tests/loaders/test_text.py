@@ -34,7 +34,7 @@ def test_a_tokenizer_travels_with_a_checkpoint(tokenizer: Tokenizer, tmp_path) -
 
 
 def test_what_cannot_be_loaded_says_what_to_set(tmp_path) -> None:
-    with pytest.raises(FileNotFoundError, match="no vocabulary file"):
+    with pytest.raises(FileNotFoundError, match="neither a vocabulary file"):
         Tokenizer.load(str(tmp_path / "vocab.txt"))
     (tmp_path / "bad.txt").write_text("one\ntwo\n")
     with pytest.raises(ValueError, match=r"lacks \[CLS\], \[MASK\], \[PAD\]"):

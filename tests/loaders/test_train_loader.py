@@ -206,9 +206,9 @@ def test_what_does_not_fit_is_told_at_once(shapes, tokenizer: Tokenizer) -> None
         TrainLoader(corpora(shapes), tokenizer, config(), 0, 5)
     with pytest.raises(ValueError, match="is more than the 40 samples"):
         TrainLoader(corpora(shapes), tokenizer, config(batch_size=PerMedia(12, 64)))
-    with pytest.raises(ValueError, match="holds no captions"):
+    with pytest.raises(ValueError, match="has no captions"):
         TrainLoader([shapes.url("qa_train")], tokenizer, config())
-    with pytest.raises(FileNotFoundError, match="is no packed corpus"):
+    with pytest.raises(FileNotFoundError, match="is not a packed corpus"):
         TrainLoader(["/nowhere"], tokenizer, config())
     with pytest.raises(ValueError, match="train_corpus is empty"):
         TrainLoader([], tokenizer, config())

@@ -45,12 +45,12 @@ def test_an_export_without_a_vocabulary_says_how_to_give_it(tmp_path, weights, c
     pth, folder = tmp_path / "x.pth", tmp_path / "copy"
     assert export([str(weights), str(pth)]) == 0
     assert capsys.readouterr().out.splitlines()[1] == (
-        f"{pth} holds no vocabulary; where it is used name the one that it was trained with ({weights}/vocab.txt): "
+        f"{pth} has no vocabulary; where it is used name the one that it was trained with ({weights}/vocab.txt): "
         "tokenizer=FILE for training and evaluation, --tokenizer FILE for eval.search"
     )
     assert export([str(pth), str(folder)]) == 0
     assert capsys.readouterr().out.splitlines()[1] == (
-        f"{folder} holds no vocabulary; where it is used copy it to {folder}/vocab.txt, or name the one that it was "
+        f"{folder} has no vocabulary; where it is used copy it to {folder}/vocab.txt, or name the one that it was "
         "trained with: tokenizer=FILE for training and evaluation, --tokenizer FILE for eval.search"
     )
     assert sorted(os.listdir(folder)) == ["model.json", "model.safetensors"]
@@ -71,11 +71,11 @@ def test_a_vocabulary_beside_an_official_file_is_its_own_when_it_has_as_many_wor
 @pytest.mark.parametrize(
     ("output", "told"),
     [
-        ("x.safetensors", "no .safetensors file is written, give NAME.pth for an official checkpoint or a folder such"),
-        ("X.CKPT", "no .CKPT file is written"),
-        ("x.pth/", "is a folder by its form and a file by its name"),
-        ("folder.pth", "is a folder by its form and a file by its name"),
-        ("file", "exists already and is no export: remove it, or choose another name"),
+        ("x.safetensors", ".safetensors is not a format, give NAME.pth for an official checkpoint or a folder such"),
+        ("X.CKPT", ".CKPT is not a format"),
+        ("x.pth/", "is a folder with the suffix of a file"),
+        ("folder.pth", "is a folder with the suffix of a file"),
+        ("file", "exists already and is not an export: remove it, or choose another name"),
         ("full", "exists already"),
         ("weights", "is the model to be exported: choose another name"),
         ("run/weights", "would be taken for a checkpoint of the run"),
@@ -171,7 +171,7 @@ def test_a_backbone_without_an_official_form_says_so(tmp_path, capsys):
     config.vision_encoder.type, config.vision_encoder.patch_size = "vit_tiny_patch16_224", 16
     save_model({}, config, tmp_path / "named")
     assert export([str(tmp_path / "named"), str(tmp_path / "x.pth")]) == 2
-    told = "vision_encoder.type=vit_tiny_patch16_224 has no official form, give a folder to write to"
+    told = "vision_encoder.type=vit_tiny_patch16_224 has no official format, give a folder to write to"
     assert capsys.readouterr().err == f"error: {tmp_path}/x.pth: {told}\n"
 
 
@@ -181,4 +181,4 @@ def test_what_holds_no_model_is_told(tmp_path, capsys):
     (tmp_path / "hub" / "config.json").write_text('{"model_type": "bert"}')
     for name in ("run", "hub"):
         assert export([str(tmp_path / name), str(tmp_path / "copy")]) == 2
-        assert f"{tmp_path}/{name} holds no model" in capsys.readouterr().err
+        assert f"{tmp_path}/{name} has no model" in capsys.readouterr().err

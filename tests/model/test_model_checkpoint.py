@@ -120,8 +120,8 @@ def test_tensors_that_do_not_fit_are_listed_unless_named_as_expected(model):
         ValueError, match=r"missing: itm_head\.bias, itm_head\.weight; unexpected: momentum\.weight"
     ) as all_:
         fit_weights(model, foreign_weights(model), "w.pth")
-    assert f"of another shape: {positions} (3, 32) for" in str(all_.value)
-    assert "List tensors that need not fit in expected_tensors" in str(all_.value)
+    assert f"with another shape: {positions} (3, 32) for" in str(all_.value)
+    assert "List tensors that may differ in expected_tensors" in str(all_.value)
     with pytest.raises(ValueError, match=r"w\.pth does not fit the model \(unexpected: momentum.weight\)"):
         fit_weights(model, foreign_weights(model), "w.pth", ["itm_head.*", positions])
     other = small_model(seed=5)
@@ -189,7 +189,7 @@ def test_a_damaged_or_foreign_description_is_named(saved):
 
 
 def test_another_vocabulary_is_an_error_that_says_so(saved):
-    with pytest.raises(ValueError, match="vocabulary has 60 tokens there and 70 here"):
+    with pytest.raises(ValueError, match="vocabulary has 60 tokens in the checkpoint and 70 in the model"):
         load_model(saved, {"text_encoder.vocab_size": 70})
 
 

@@ -169,7 +169,7 @@ def test_broken_and_foreign_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="no entries `model` and `config`"):
         load_weights(path)
     torch.save({"model": {"a": torch.zeros(1)}, "config": {}}, path)
-    with pytest.raises(ValueError, match="is no Singularity checkpoint: it has no tensor"):
+    with pytest.raises(ValueError, match="is not a Singularity checkpoint: it has no tensor"):
         load_weights(path)
 
 

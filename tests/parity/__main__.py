@@ -39,7 +39,7 @@ def find_cases(folder: Path) -> list[Path]:
         return [folder]
     cases = sorted(path.parent for path in folder.glob("*/case.json")) if folder.is_dir() else []
     if not cases:
-        raise MissingError(f"{folder} holds no cases: give a folder whose sub-folders have a case.json")
+        raise MissingError(f"{folder} has no cases: give a folder whose sub-folders have a case.json")
     return cases
 
 

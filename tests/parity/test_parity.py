@@ -66,7 +66,7 @@ def test_true_items_are_recorded_as_numbers_or_as_lists(truth):
 
 def test_a_folder_without_cases_is_named(tmp_path, capsys):
     assert main([str(tmp_path)]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {tmp_path} holds no cases")
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path} has no cases")
 
 
 def test_an_unknown_group_is_named(tmp_path):

@@ -40,7 +40,7 @@ def test_a_bug_shows_its_traceback(error, capsys):
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_says_what_to_do(number, capsys):
     assert ending(OSError(number, os.strerror(number), "/runs/a")) == 2
-    line = f"error: {os.strerror(number)}: '/runs/a': free some, and run the same command again to go on\n"
+    line = f"error: {os.strerror(number)}: '/runs/a': free some space and run the same command again to continue\n"
     assert capsys.readouterr().err == line
 
 

@@ -72,9 +72,9 @@ RECIPES = f"{ROOT}/configs/"
 
 def test_messages_name_the_folder_that_holds_the_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Path(packaged_folder("configs")) == ROOT / "configs"
-    with pytest.raises(FileNotFoundError, match=f"--corpus a.yaml does not exist; {RECIPES}corpora/ holds those"):
+    with pytest.raises(FileNotFoundError, match=f"--corpus a.yaml does not exist; {RECIPES}corpora/ has the included"):
         load_corpus("a.yaml")
-    with pytest.raises(FileNotFoundError, match=f"configuration a.yaml does not exist; {RECIPES} holds those"):
+    with pytest.raises(FileNotFoundError, match=f"configuration a.yaml does not exist; {RECIPES} has the included"):
         load_settings("a.yaml")
     with pytest.raises(FileNotFoundError, match=r"the configuration a.yaml, the base of b.yaml, does not exist"):
         load_settings(write("b.yaml", "base: a.yaml\n"))

@@ -44,7 +44,7 @@ def test_an_earlier_name_is_refused_with_the_new_one(tmp_path, old):
     path = tmp_path / "run.yaml"
     path.write_text(f"{old}: 1\n")
     for refused in (lambda: load_settings(path), lambda: load_settings(ROOT / "configs/base.yaml", [f"{old}=1"])):
-        with pytest.raises(ValueError, match=f"{old} is called {RENAMED[old]} now"):
+        with pytest.raises(ValueError, match=f"{old} is renamed to {RENAMED[old]}"):
             refused()
 
 
@@ -80,7 +80,7 @@ class Outer:
 
 def test_names_in_sections_are_told_with_the_section(tmp_path):
     assert build(Outer, {"inner": {"size": 2}}).inner.size == 2
-    with pytest.raises(ValueError, match=r"inner\.length is called inner\.size now"):
+    with pytest.raises(ValueError, match=r"inner\.length is renamed to inner\.size"):
         build(Outer, {"inner": {"length": 2}})
     with pytest.raises(ValueError, match="gone is gone"):
         build(Outer, {"gone": 2})

@@ -135,7 +135,7 @@ def test_an_output_with_other_settings_or_other_files_is_refused(photos: Path, t
         pack(photos, tmp_path / "out", size=32)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
-    with pytest.raises(ValueError, match="holds no build of this tool"):
+    with pytest.raises(ValueError, match="is not a corpus"):
         pack(photos, tmp_path / "mine")
 
 
@@ -162,5 +162,5 @@ def test_another_version_is_named(photos: Path, tmp_path: Path) -> None:
     file.write_text(file.read_text().replace('"version": 1', '"version": 9'))
     with pytest.raises(ValueError, match="shards of version 9, this program reads version 1"):
         read_corpus(str(tmp_path / "out"))
-    with pytest.raises(FileNotFoundError, match="is no packed corpus"):
+    with pytest.raises(FileNotFoundError, match="is not a packed corpus"):
         read_corpus(str(tmp_path / "nothing"))

@@ -73,7 +73,7 @@ def test_where_there_is_no_terminal_the_log_has_lines_of_json(photos: Path, tmp_
     assert last["eta_s"] == 0
     again = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     (line,) = (json.loads(line) for line in again.stderr.splitlines() if line.startswith("{"))
-    assert (line["done"], line["items_per_s"], line["eta_s"]) == (200, 0, 0)  # an earlier run's work is no rate
+    assert (line["done"], line["items_per_s"], line["eta_s"]) == (200, 0, 0)  # an earlier run's work is not a rate
 
 
 def test_log_every_zero_is_silent(photos: Path, tmp_path: Path) -> None:

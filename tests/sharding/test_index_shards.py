@@ -311,11 +311,11 @@ def test_long_clips_keep_the_order_of_their_frames(shapes, tmp_path: Path) -> No
 
 
 def test_what_cannot_be_indexed_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"holds no \.tar files"):
+    with pytest.raises(FileNotFoundError, match=r"has no \.tar files"):
         index_shards(str(tmp_path))
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         tar.addfile(tarfile.TarInfo("notes.txt"), io.BytesIO())
-    with pytest.raises(ValueError, match="holds no pictures"):
+    with pytest.raises(ValueError, match="has no pictures"):
         index_shards(str(tmp_path))
     (tmp_path / "a.tar").write_bytes(b"\x1f\x8b not a tar")
     with pytest.raises(ValueError, match="no plain tar"):

@@ -121,7 +121,7 @@ def test_a_full_disk_is_named_and_nothing_is_lost(photos: Path, tmp_path: Path, 
         build_command(photos, str(small_disk / "out"), "--name", "x"), cwd=ROOT, capture_output=True, text=True
     )
     assert told.returncode == 2
-    assert told.stderr.strip().endswith("free some, and run the same command again to go on")
+    assert told.stderr.strip().endswith("free some space and run the same command again to continue")
     assert not (small_disk / "out" / "corpus.json").exists()
     (small_disk / "ballast").unlink()
     build(photos, str(photos), str(small_disk / "out"), workers=workers)

@@ -193,7 +193,7 @@ def test_a_proxys_password_is_in_no_message(monkeypatch, remote_store) -> None:
 def test_no_connection_is_told_from_no_answer(remote, remote_store) -> None:
     reading = remote("stuck", try_seconds=0.5, deadline=0.7)
     assert reading.read_ranges(parts(1)) == [DATA[:1500]]
-    with pytest.raises(TimeoutError, match=r"the last: no answer within 0\.5 s \(remote\.try_seconds\)"):
+    with pytest.raises(TimeoutError, match=r"the last: no response within 0\.5 s \(remote\.try_seconds\)"):
         reading.read_ranges(parts(2)[1:])  # over the same connection
     with socket.socket() as full, ExitStack() as waiting:
         full.bind(("127.0.0.1", 0))

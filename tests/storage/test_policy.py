@@ -1,4 +1,4 @@
-"""One policy decides what is transient and how long to wait; messages name the URL and hold no secrets."""
+"""One policy decides what is transient and how long to wait; messages name the URL and have no secrets."""
 
 import math
 import threading

@@ -75,7 +75,7 @@ def test_a_finished_run_is_refused(tmp_path):
 
 def test_anything_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(ValueError, match="not of a run: choose another output_dir"):
+    with pytest.raises(ValueError, match="not a run folder: choose another output_dir"):
         RunFolder(tmp_path).claim(RunConfig())
     with pytest.raises(ValueError, match="is a file"):
         RunFolder(tmp_path / "thesis.tex").claim(RunConfig())

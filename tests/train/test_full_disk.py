@@ -127,7 +127,7 @@ def test_a_trace_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog):
     profiler.before(1)
     profiler.after(1)
     profiler.close()
-    assert "The trace of steps 1 to 1 is lost" in caplog.text
+    assert "Lost the trace of steps 1 to 1" in caplog.text
 
 
 def small_disk(folder, megabytes, words):

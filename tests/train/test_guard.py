@@ -38,7 +38,7 @@ def test_a_poisoned_step_changes_nothing_and_is_told(zero, precision, caplog):
         guard.inspect()
     assert guard.skipped == 1
     assert [message for message in caplog.messages if message.startswith("Step ")] == [
-        "Step 2 is skipped, its gradient is not finite; samples of rank 0, loss nan: "
+        "Skipped step 2, its gradient is not finite; samples of rank 0, loss nan: "
         "corpus/2_0, corpus/2_1, corpus/2_2, corpus/2_3"
     ]
 
@@ -130,7 +130,7 @@ def test_gradients_are_clipped_as_pytorch_does(zero, precision):
         assert float(guard.norm) == pytest.approx(float(norm), rel=near)
         assert norm > 1
     moments = {part.name: part.read("exp_avg") for part in fragments(engine)}  # weights would show no scale
-    used = [name for name in moments if named[name].grad is not None]  # the others are no part of this model's losses
+    used = [name for name in moments if named[name].grad is not None]  # the others are not part of this model's losses
     found = torch.cat([moments[name] for name in used])
     expected = torch.cat([plain.state[named[name]]["exp_avg"].flatten() for name in used])
     assert (found - expected).norm() < 2 * near * expected.norm()

@@ -72,7 +72,7 @@ def test_a_picture_and_a_page(runs, tmp_path, capsys):
 
 def test_mistakes_are_told(runs, tmp_path, capsys):
     assert main([str(tmp_path)]) == 2
-    assert "holds no metrics.jsonl" in capsys.readouterr().err
+    assert "has no metrics.jsonl" in capsys.readouterr().err
     assert main([*runs, "--figures", "los"]) == 2
     assert "no run has logged 'los': there are loss, lr" in capsys.readouterr().err
     assert main([*runs, "--output", "x.pdf"]) == 2

@@ -47,8 +47,10 @@ def test_weights_without_a_vocabulary_ask_for_it(settings, weights, tmp_path, mo
     told = r"name the vocabulary that the model was trained with, tokenizer=vocab\.txt"
     with pytest.raises(UserError, match=rf"tokenizer=bert-base-uncased has 905 words, .*: {told}"):
         prepare_evaluation(settings())
-    told = rf"{weights} has no vocabulary, and tokenizer: {tmp_path} is no vocabulary file and no folder with a vocab"
+    told = rf"{weights} has no vocabulary, and tokenizer: {tmp_path} is neither a vocabulary file nor a folder with"
     with pytest.raises(UserError, match=told):
         prepare_evaluation(settings(f"tokenizer={tmp_path}"))
-    with pytest.raises(UserError, match=r"model\.safetensors is no text: it is no BERT vocabulary, give a vocab\.txt"):
+    with pytest.raises(
+        UserError, match=r"model\.safetensors is not a text file, so it is not a BERT vocabulary: give a vocab\.txt"
+    ):
         prepare_evaluation(settings(f"tokenizer={weights}/model.safetensors"))

@@ -56,7 +56,7 @@ def point_to(folder: Path, step: int) -> None:
     except OSError as error:
         if link.is_symlink():
             link.unlink()  # it points to a version that will be removed
-        log.warning("%s cannot be made a link (%s): the newest %s_* is the best model", link, error.strerror, BEST)
+        log.warning("cannot create the link %s (%s): the newest %s_* has the best weights", link, error.strerror, BEST)
 
 
 def keep_only(folder: Path, steps: Iterable[int]) -> None:
@@ -76,7 +76,7 @@ def restore_best(folder: Path, score: float | None, step: int | None, named: Ite
         step = BEFORE_VERSIONS if step is None else step
         fault = weights_fault(best_version(folder, step) / WEIGHTS)
         if fault:
-            log.warning("The best model so far, score %.2f, is lost (%s): only later scores count", score, fault)
+            log.warning("Lost the best weights (score %.2f, %s): only later scores count", score, fault)
             step = None
     if score is None or step is None:
         (folder / BEST).unlink(missing_ok=True)

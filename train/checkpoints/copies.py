@@ -68,7 +68,7 @@ class RemoteCheckpoints:
             self._upload(path, settings, keep)
         except Exception as error:  # each store has errors of its own
             self._failed = (path, settings, keep)
-            log.error("%s is not copied to %s (%s): the next checkpoint tries again", path, self._url, reason(error))
+            log.error("%s was not copied to %s (%s): retrying with the next checkpoint", path, self._url, reason(error))
         return self._failed is None
 
     def retry(self) -> None:

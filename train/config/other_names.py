@@ -1,4 +1,4 @@
-"""Keys that are no settings: those of the official YAMLs (docs/migrating.md has the whole table), and removed ones."""
+"""Keys that are not settings: those of the official YAMLs (docs/migrating.md has the whole table), and removed ones."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class OptimizerConfig:
 class SchedulerConfig:
     """Linear warm-up, then cosine decay to `min_lr_multi` times the learning rate."""
 
-    epochs: int = setting(10, "traversals of the corpora", least=1)
+    epochs: int = setting(10, "epochs of training", least=1)
     warmup_epochs: float = setting(1.0, "epochs of linear warm-up, before cosine decay", least=0)
     min_lr_multi: float = setting(0.01, "the schedule's lowest learning rate over optimizer.lr, 0 to 1")
 
@@ -83,7 +83,7 @@ class RunConfig(ModelSettings, EvalRunConfig):
         None, "weights to start from: a run folder, a weights folder or an official .pth"
     )
     checkpoint: str | None = free(None, "weights to evaluate, in the same forms as pretrained_path")
-    expected_tensors: list[str] = fixed(list, "tensors of those weights that need not fit, such as itm_head.*")
+    expected_tensors: list[str] = fixed(list, "tensors of those weights that may differ in shape, such as itm_head.*")
     stop_key: str | None = fixed(None, "split whose metric chooses the best checkpoint; null: the last one is used")
     log_every: int = free(10, "steps between log lines", least=1)
     save_every: int = free(1000, "steps between checkpoints; also written at signals and at the end", least=1)

@@ -55,7 +55,7 @@ def deepspeed_config(run: RunConfig, ranks: Ranks) -> dict[str, Any]:
     path = find_deepspeed_config(run.deepspeed)
     try:
         config = json.loads(path.read_text())
-    except ValueError as error:  # also what is no UTF-8
+    except ValueError as error:  # also what is not UTF-8
         raise UserError(f"{path} is not valid JSON ({error})") from None
     _check_offload(config, path)
     largest = max(run.batch_size.image, run.batch_size.video)
@@ -71,7 +71,7 @@ def deepspeed_config(run: RunConfig, ranks: Ranks) -> dict[str, Any]:
         expected = {**own, "bf16.enabled": run.precision == "bf16", "fp16.enabled": run.precision == "fp16"}.get(key)
         if given not in (None, "auto", expected):
             raise UserError(
-                f"{path} sets {key} to {json.dumps(given)}, which the YAML decides ({yaml_key}): remove it there"
+                f"{path} sets {key} to {json.dumps(given)}, but the YAML sets it ({yaml_key}): remove it there"
             )
     if run.compile and _get(config, "zero_optimization.stage") == 3:
         raise UserError(

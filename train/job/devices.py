@@ -174,7 +174,7 @@ def check_precision(precision: str, device: torch.device) -> None:
     """Raise ValueError where the device does not compute in this precision."""
     if precision == "fp16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
         raise UserError(
-            "precision=fp16: this CPU has no arithmetic for it (AVX512-FP16 or AMX-FP16): set precision=bf16, or fp32"
+            "precision=fp16: this CPU has no fp16 instructions (AVX512-FP16 or AMX-FP16): set precision=bf16, or fp32"
         )
 
 
@@ -186,8 +186,8 @@ def slow_precision(precision: str, device: torch.device) -> str:
     if any(there for name, there in can.items() if "bf16" in name):
         return ""
     return (
-        f"precision=bf16: this CPU ({can.get('cpu_name', 'of unknown name')}) has no arithmetic for it (AVX512-BF16 or "
-        "AMX-BF16) and emulates it: steps take about 6 times as long as with precision=fp32: set that"
+        f"precision=bf16: this CPU ({can.get('cpu_name', 'of unknown name')}) has no bf16 instructions (AVX512-BF16 or "
+        "AMX-BF16) and emulates them: steps take about 6 times as long as with precision=fp32: set that"
     )
 
 

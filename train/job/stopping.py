@@ -61,7 +61,7 @@ class StopRequest:
     def _message(self) -> str:
         """Logged at once: saving takes time, and the launcher may exit before."""
         name = "The launcher is gone" if self.signal == signal.SIGHUP else signal.Signals(self.signal).name
-        message = f"{name}: saving after the present step, then exiting"
+        message = f"{name}: saving after the current step, then exiting"
         if self.signal != signal.SIGINT:
             return message
         if self._below_deepspeed:

@@ -44,6 +44,6 @@ class StepProfiler:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             profile.export_chrome_trace(str(self._path))
         except (OSError, RuntimeError) as error:  # a full disk; the run is worth more than its trace
-            log.warning("The trace of steps %d to %d is lost: %s: %s", self._steps[0], self._last, self._path, error)
+            log.warning("Lost the trace of steps %d to %d: %s: %s", self._steps[0], self._last, self._path, error)
             return
         log.info("Trace of steps %d to %d: %s", self._steps[0], self._last, self._path)

@@ -44,7 +44,7 @@ class Tracker:
         weights = {f"loss_{name}": weight for name, weight in vars(run.loss_weight).items() if weight not in (0, 1)}
         if weights and run.task != "qa":
             factors = ", ".join(f"{name} x {weight:g}" for name, weight in weights.items())
-            log.info("Losses are logged times their weights (loss_weight): %s; loss is their sum", factors)
+            log.info("Logged losses are multiplied by loss_weight: %s; loss is their sum", factors)
         drop_after(self._path, step, evaluated_epochs)
         self._file = self._path.open("a", encoding="utf-8")
         self._wandb = _start_wandb(folder, run) if run.wandb.enable else None

@@ -1,4 +1,4 @@
-"""Caption data sets whose files are no plain lists: COCO, Flickr, SBU, Something-Something."""
+"""Caption data sets whose files are not plain lists: COCO, Flickr, SBU, Something-Something."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def coco_records(file: AnnotationFile, reading: Reading) -> Iterator[Record]:
 def flickr_records(file: AnnotationFile, reading: Reading) -> Iterator[Record]:
     """Flickr8k and Flickr30k: "FILE#N<tab>caption" lines, or a JSON object {file: [captions]}; image and caption.
 
-    In the JSON the last of an image's texts may be the path of its file, which is no caption.
+    In the JSON the last of an image's texts may be the path of its file, which is not a caption.
     """
     if ".json" in file.name.lower():
         for record in json_records(file, "*"):

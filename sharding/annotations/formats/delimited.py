@@ -82,10 +82,10 @@ def repaired_fields(row: list[str], delimiter: str, error: csv.Error) -> tuple[l
 
 
 def holds_rows(lines: list[str], delimiter: str, columns: int) -> bool:
-    """Whether all lines of a row are rows themselves: full ones, with a name as the row's own where that stands.
+    """Whether all lines of a row are full rows themselves, with a name where the row has its own.
 
-    Lines of a caption are not, also where they list names or numbers: some are no full rows, or have blanks behind
-    their commas.
+    Lines of a caption are not, even if they list names or numbers: some have too few fields, or blanks after their
+    commas.
     """
     cells = [line.rstrip("\r\n").split(delimiter) for line in lines if line.strip()]
     first, last = [each[0] for each in cells], [each[-1] for each in cells]

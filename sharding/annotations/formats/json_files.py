@@ -23,10 +23,10 @@ Found = TypeVar("Found")
 def json_records(file: AnnotationFile, place: str = "") -> Iterator[Record]:
     """Records of the JSON list at `place`: "" the file itself, "images" a list in an object, "*" an object's entries.
 
-    An entry KEY: VALUE becomes a record of KEY under "key" and VALUE's own fields, or, where it is no object, "value".
+    An entry KEY: VALUE becomes a record of KEY under "key" and VALUE's own fields, or "value" if it is not an object.
 
     Raises:
-        ValueError: the file is no JSON, or of another form.
+        ValueError: the file is not JSON, or of another form.
     """
     check_form(file, "list" if place == "" else "object")
     if place == "*":
@@ -51,7 +51,7 @@ def parsed(file: AnnotationFile, parse: Callable[[Any], Iterator[Found]]) -> Ite
     """What `parse` finds in a JSON file; from what it refuses on, in the file's contents as RepairedJson.
 
     Raises:
-        ValueError: the file is no JSON.
+        ValueError: the file is not JSON.
     """
     done = 0
     with file.opened() as handle:
@@ -75,7 +75,7 @@ def parsed(file: AnnotationFile, parse: Callable[[Any], Iterator[Found]]) -> Ite
 
 
 def not_json(file: AnnotationFile, parse: Callable[[Any], Iterator[Found]], slow: int) -> UserError:
-    """The error of a file that is no JSON, with the position: it is parsed again, from byte `slow` on one by one."""
+    """The error of a file that is not JSON, with the position: it is parsed again, from byte `slow` on one by one."""
     number = 0
     with file.opened() as handle:
         stream = Located(RepairedJson(handle), slow)
@@ -157,7 +157,7 @@ def keys_of(handle: Any) -> Iterator[str]:
 
 
 def check_form(file: AnnotationFile, wanted: str) -> None:
-    """Raise ValueError where a JSON file is no list, or no object, as `wanted`."""
+    """Raise ValueError where a JSON file is not a list or not an object, as `wanted`."""
     with file.opened() as handle:
         start = handle.read(4096).lstrip()
     if not start:

@@ -73,7 +73,7 @@ def parquet_records(file: AnnotationFile, reading: Reading, more: Sequence[str] 
     """Rows of a Parquet file, of which only columns that `reading` may use are read, and those called `more`.
 
     Raises:
-        ValueError: it is no Parquet file, damaged, or two of these columns have one name.
+        ValueError: it is not a Parquet file, damaged, or two of these columns have one name.
     """
     used = used_names(reading.columns, reading.keep).union(more)
     with file.opened() as handle:
@@ -83,7 +83,7 @@ def parquet_records(file: AnnotationFile, reading: Reading, more: Sequence[str] 
                 check_names(file.name, names, used)
                 yield from parquet_rows(file.name, names, read_batches(table, [name for name in names if name in used]))
         except ParquetError as error:
-            raise UserError(f"annotation file {file.name} is no Parquet file, or damaged ({error})") from None
+            raise UserError(f"annotation file {file.name} is not a Parquet file, or damaged ({error})") from None
 
 
 def parquet_rows(file: str, names: tuple[str, ...], batches: Iterable[pa.RecordBatch]) -> Iterator[Record]:
@@ -160,7 +160,7 @@ def jsonl_records(file: AnnotationFile, reading: Reading) -> Iterator[Record]:
             number += 1
             try:
                 fields = DECODER.decode(line.decode())
-                if b"\\ud" in line.lower():  # half of a pair of surrogates is no text that could be stored
+                if b"\\ud" in line.lower():  # half of a pair of surrogates is not text that could be stored
                     fields = json.loads(json.dumps(fields, ensure_ascii=False).encode("utf-8", "replace"))
             except UnicodeDecodeError as error:
                 fault = f"line {row} is not in UTF-8 (byte {error.object[error.start]:#04x}): save the file so"

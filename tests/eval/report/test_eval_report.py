@@ -147,7 +147,7 @@ def test_command_line_merges_runs_and_prints_a_table(run, tmp_path, capsys):
 def test_a_folder_without_an_evaluation_is_one_clear_line(tmp_path, capsys):
     assert main([str(tmp_path), "--output", str(tmp_path / "report.html")]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {tmp_path} holds no evaluation")
+    assert error.startswith(f"error: {tmp_path} has no evaluation")
     assert error.count("\n") == 1
     (tmp_path / "evaluation.json").write_text("{}")
     with pytest.raises(ValueError, match=r"metrics\.json cannot be read"):

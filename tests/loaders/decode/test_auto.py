@@ -78,7 +78,7 @@ def test_the_decoder_that_makes_training_wait_less_is_kept(cpu_seconds, dali_sec
     assert lost.closed
     assert not kept.closed
     said = f"{max(cpu_seconds, step) * 1000:.1f} ms with cpu, {max(dali_seconds, step) * 1000:.1f} ms with dali"
-    assert [said in line and f"{winner} decodes from here on" in line for line in caplog.messages] == [True]
+    assert [said in line and f"{winner} was chosen" in line for line in caplog.messages] == [True]
     auto.close()
     assert kept.closed
 
@@ -122,7 +122,7 @@ def test_a_dali_that_fails_while_both_are_tried_gives_way_to_the_cpu(caplog) -> 
     assert auto.name == "cpu"
     assert cpu.batches == TURN + 3  # the batch that failed among them
     assert dali.closed
-    assert [line for line in caplog.messages if "on the CPU from here on, because DALI fails on cuda:0" in line]
+    assert [line for line in caplog.messages if "switching to the CPU decoder, because DALI fails on cuda:0" in line]
 
 
 @pytest.mark.parametrize("winner", ["cpu", "dali"])

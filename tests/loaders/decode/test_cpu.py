@@ -106,7 +106,7 @@ def test_signals_that_stop_a_run_do_not_stop_its_decoding(number: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "told"), [(signal.SIGKILL, "SIGKILL, perhaps for want of memory"), (signal.SIGSEGV, "SIGSEGV")]
+    ("number", "told"), [(signal.SIGKILL, "SIGKILL, possibly out of memory"), (signal.SIGSEGV, "SIGSEGV")]
 )
 def test_a_process_that_ends_is_told_with_its_signal(decoder: CpuDecoder, number: int, told: str) -> None:
     decoder.decode(clips())

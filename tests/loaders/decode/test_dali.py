@@ -160,7 +160,7 @@ def worker():
 
 def test_a_cuda_error_ends_the_run_at_once_and_nobody_is_bad(monkeypatch, worker: DaliWorker) -> None:
     pipeline = Failing(monkeypatch, worker, OUT_OF_MEMORY)
-    with pytest.raises(RuntimeError, match="no image is the cause: CUDA runtime API error cudaErrorMemoryAlloc"):
+    with pytest.raises(RuntimeError, match="not caused by an image: CUDA runtime API error cudaErrorMemoryAlloc"):
         worker.decode(clips())
     assert pipeline.runs == 1  # no search
 
@@ -168,7 +168,7 @@ def test_a_cuda_error_ends_the_run_at_once_and_nobody_is_bad(monkeypatch, worker
 def test_a_failure_that_a_sound_image_shares_is_the_devices(monkeypatch, worker: DaliWorker) -> None:
     """Whatever its words are."""
     pipeline = Failing(monkeypatch, worker, IMAGE_FAILS + "unspecified launch failure", sticky=True)
-    with pytest.raises(RuntimeError, match="DALI fails on the CPU, and no image is the cause: Failed to decode"):
+    with pytest.raises(RuntimeError, match="DALI fails on the CPU, not caused by an image: Failed to decode"):
         worker.decode(clips())
     assert pipeline.runs == 3  # the batch, and the sound image on this pipeline and on a new one
 
@@ -269,7 +269,7 @@ def test_auto_says_why_dali_is_not_used(monkeypatch, caplog) -> None:
     decoder = make_decoder("auto", SIZE, 1, antialias=False, device=GPU)
     decoder.close()
     assert isinstance(decoder, CpuDecoder)
-    assert "decode=auto: images are decoded on the CPU, because NVIDIA DALI cannot be imported" in caplog.text
+    assert "decode=auto: using the CPU decoder, because NVIDIA DALI cannot be imported" in caplog.text
     with pytest.raises(ValueError, match=r"decode=dali, but NVIDIA DALI cannot be imported .*, or set decode=cpu"):
         make_decoder("dali", SIZE, 1, antialias=False, device=GPU)
 

@@ -71,7 +71,7 @@ def sources(path: Path, **reading) -> list[str]:
             'record 1: no "split"; its columns are image',
         ),
         ("a.csv", b"image,caption\n1.jpg,x\n", {"encoding": "utf-9"}, "--encoding utf-9: there is no such encoding"),
-        ("a.parquet", b"PAR1 no", {}, "a.parquet is no Parquet file, or damaged"),
+        ("a.parquet", b"PAR1 no", {}, "a.parquet is not a Parquet file, or damaged"),
         ("a.dat", b"x", {}, "its name does not show its format; set --format to one of auto, json"),
         ("a.json", b"[]", {"format": "jsno"}, "--format jsno: there is no such format, nearest are json"),
         (
@@ -196,8 +196,8 @@ def test_columns_are_templates_paths_and_alternatives(tmp_path: Path) -> None:
         ("colums: {media: x}", "unknown key 'colums': nearest are columns"),
         ("columns: {captoin: x}", "unknown key 'columns.captoin': nearest are columns.caption"),
         ("limit: many", r"limit is 'many' \(str\), must be a whole number"),
-        ("- a", "is no configuration"),
-        ("a: [", "is no valid YAML: line"),
+        ("- a", "is not a configuration"),
+        ("a: [", "is not valid YAML: line"),
     ],
 )
 def test_a_wrong_yaml_names_the_key_and_the_nearest(tmp_path: Path, text: str, message: str) -> None:
@@ -274,7 +274,7 @@ def test_another_reading_of_the_same_file_is_another_corpus(table: Path) -> None
         (["--columns", "media=file", "captoin=text"], "there is no 'captoin', nearest are caption"),
         (["--columns", "media"], "--columns media: must be NAME=VALUE"),
         (["--columns", "media=file", "caption=text", "--keep", "split=test"], "all 22 rows of .* are filtered"),
-        (["--corpus", "nowhere.yaml"], "--corpus nowhere.yaml does not exist; configs/corpora/ holds those"),
+        (["--corpus", "nowhere.yaml"], "--corpus nowhere.yaml does not exist; configs/corpora/ has the included"),
         (["--columns", "media=file", "caption=text", "--limit", "-1"], "--limit is -1"),
     ],
 )

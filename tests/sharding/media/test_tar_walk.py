@@ -82,7 +82,7 @@ def test_every_picture_is_indexed_or_named(
         del data[cut % len(data) :]
     try:
         contents = read_contents(io.BytesIO(bytes(data)), 1.0)
-    except ValueError:  # it is no tar any more
+    except ValueError:  # it is not a tar any more
         assert bytes(data) != whole or not members
         return
     places = [offset for row in contents.rows for offset in row["offsets"]]

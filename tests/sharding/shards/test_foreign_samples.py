@@ -183,10 +183,10 @@ def test_texts_in_unicode_are_read(form: str) -> None:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        ("café".encode("latin-1"), "its txt is no UTF-8 at byte 3: convert it"),
-        ("日本".encode("gbk"), "its txt is no UTF-8 at byte 0: convert it"),
+        ("café".encode("latin-1"), "its txt is not UTF-8 at byte 3: convert it"),
+        ("日本".encode("gbk"), "its txt is not UTF-8 at byte 0: convert it"),
         ("text".encode("utf-16-le"), "its txt holds NUL characters"),
-        (b"\xff\xfea", "its txt is no UTF-16"),
+        (b"\xff\xfea", "its txt is not UTF-16"),
     ],
 )
 def test_texts_that_cannot_be_told_are_named(data: bytes, reason: str) -> None:

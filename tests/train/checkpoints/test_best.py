@@ -206,7 +206,7 @@ def test_a_score_whose_weights_are_gone_does_not_count(tmp_path, caplog):
     shutil.rmtree(best_version(trainer.folder.checkpoints, 8))
     again = TinyTrainer(tmp_path, save_every=2)
     assert (again.state.best, again.state.best_step) == (None, None)
-    assert "The best model so far, score 40.00, is lost" in caplog.text
+    assert "Lost the best weights (score 40.00, " in caplog.text
     assert weight(tmp_path) == STEPS
 
 

@@ -38,8 +38,8 @@ def test_a_store_that_refuses_is_told_and_the_next_one_tries_again(
     proxy = faulty(store, Faults(permanent="upload|safetensors", permanent_status=403))
     copies = RemoteCheckpoints(store.url("copies"), {})
     upload(copies, checkpoint)
-    assert f"{checkpoint} is not copied to {store.url('copies')}" in caplog.text
-    assert "the next checkpoint tries again" in caplog.text
+    assert f"{checkpoint} was not copied to {store.url('copies')}" in caplog.text
+    assert "retrying with the next checkpoint" in caplog.text
     assert copies.steps() == []
     assert proxy.counts()["permanent"] > 0
     activate(environment_of(store.kind, store.address), monkeypatch)

@@ -71,7 +71,7 @@ WRONG = {
     "splits: [val]": "splits names 'val', test_corpus has none",
     "stop_key: val": "stop_key is 'val', test_corpus has none",
     "data_root: ${oc.env:NOT_SET}": "data_root: the environment variable NOT_SET is not set",
-    "seed: [1": "no valid YAML: line 2: did not find expected",
+    "seed: [1": "not valid YAML: line 2: did not find expected",
     "base: nowhere.yaml": "nowhere.yaml, the base of .*run.yaml, does not exist",
     "base: run.yaml": "is its own base",
     "scheduler: {epochs: 0}": "scheduler.epochs is 0: must be at least 1",

@@ -51,7 +51,7 @@ def test_the_json_may_say_the_same_or_leave_it_open(complete):
     ],
 )
 def test_a_contradiction_is_refused(complete, content, key):
-    with pytest.raises(ValueError, match=rf"zero\.json sets .* which the YAML decides \({key}\): remove it there"):
+    with pytest.raises(ValueError, match=rf"zero\.json sets .* but the YAML sets it \({key}\): remove it there"):
         complete(content)
 
 

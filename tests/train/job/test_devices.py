@@ -56,7 +56,7 @@ def host(monkeypatch, tmp_path):
 def test_a_cpu_that_only_emulates_bf16_is_told(monkeypatch):
     cpu = torch.device("cpu")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": False, "cpu_name": "Old"})
-    assert devices.slow_precision("bf16", cpu).startswith("precision=bf16: this CPU (Old) has no arithmetic for it")
+    assert devices.slow_precision("bf16", cpu).startswith("precision=bf16: this CPU (Old) has no bf16 instructions")
     assert devices.slow_precision("fp32", cpu) == devices.slow_precision("bf16", torch.device("cuda")) == ""
     for name in ("avx512_bf16", "amx_bf16"):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=name: {name: True})

@@ -47,7 +47,7 @@ def test_weights_of_losses_are_told_once_where_they_are_not_1(tmp_path, caplog):
     assert not caplog.messages
     weights = LossWeights(itc=2.0, mlm=0.5)
     Tracker(RunFolder(tmp_path), RunConfig(loss_weight=weights), total_steps=10, step=0).close()
-    told = "Losses are logged times their weights (loss_weight): loss_itc x 2, loss_mlm x 0.5; loss is their sum"
+    told = "Logged losses are multiplied by loss_weight: loss_itc x 2, loss_mlm x 0.5; loss is their sum"
     assert caplog.messages == [told]
 
 
