@@ -44,7 +44,7 @@ class Block:
 
 @dataclass(frozen=True)
 class RankFiles:
-    """What one rank has written: its visuals' numbers in the order of the rows, their embeddings and tokens."""
+    """The cached output of one rank: indices of its visuals in row order, their embeddings and tokens."""
 
     indices: np.ndarray
     embeddings: torch.Tensor | None
@@ -99,7 +99,7 @@ def read_entry(folder: Path, batch_size: int, ranks: Ranks) -> CachedBlocks | No
         try:
             parts = _read_ranks(folder)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            log.warning("%s is damaged (%s): it is written again", folder, error)
+            log.warning("%s is damaged (%s): encoding again", folder, error)
             shutil.rmtree(folder)
     if not broadcast(bool(parts), ranks.world_size):
         return None
@@ -119,7 +119,7 @@ def write_entry(folder: Path, blocks: Iterable[Block], num_visuals: int, batch_s
         os.mkdir(made)  # with usual permissions: others may use the entry
     temporary = Path(broadcast(made, ranks.world_size))
     if not temporary.is_dir():
-        raise UserError(f"feature_cache={folder.parent}: not all processes see the same folder: give a shared one")
+        raise UserError(f"feature_cache={folder.parent}: ranks see different folders: use a shared one")
     try:
         _write_rank(temporary, ranks.rank, blocks)
         written = sum(gather_objects(len(_read_rank(temporary, ranks.rank).indices), ranks.world_size))
@@ -129,7 +129,7 @@ def write_entry(folder: Path, blocks: Iterable[Block], num_visuals: int, batch_s
             (temporary / META).write_text(json.dumps({"version": VERSION, "parts": ranks.world_size}), encoding="utf-8")
             temporary.rename(folder)
         elif ranks.is_first and written < num_visuals:
-            log.warning("%d visuals could not be read: the others are not kept in %s", num_visuals - written, folder)
+            log.warning("%d visuals are unreadable: not caching in %s", num_visuals - written, folder)
     finally:
         if ranks.is_first:
             shutil.rmtree(temporary, ignore_errors=True)

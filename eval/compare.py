@@ -121,7 +121,7 @@ def _counterparts(ours: Sequence[Outcomes], second: Sequence[Outcomes]) -> list[
 
 
 def _ranking(metrics: str) -> str:
-    """The end of an entry's name in metrics.json that says which scores it is made from."""
+    """The suffix of an entry's name in metrics.json that identifies its scores."""
     return next((end for end in ("_emb/", "/") if metrics.endswith(end)), "")
 
 
@@ -213,7 +213,7 @@ def _exchanged(sums: VisualSums, resamples: int) -> dict[str, np.ndarray]:
 
 
 def _gain(first: Outcomes, second: Outcomes) -> np.ndarray:
-    """How much better each query is in the second: in accuracy, or in the logarithm of its rank."""
+    """Improvement of each query in the second evaluation: in accuracy, or in the logarithm of its rank."""
     if first.kind == "accuracy":
         return second.values - first.values
     worst = 2 * max([1.0, *(float(v) for p in (first, second) for v in p.values[np.isfinite(p.values)])])
@@ -263,7 +263,7 @@ def as_text(names: Sequence[str], comparisons: Sequence[Comparison]) -> str:
     lines = [f"A: {names[0]}", f"B: {names[1]}"]
     for one in comparisons:
         left_out = (
-            f", left out {one.only_first} of A and {one.only_second} of B" if one.only_first + one.only_second else ""
+            f", without {one.only_first} of A and {one.only_second} of B" if one.only_first + one.only_second else ""
         )
         lines += ["", f"{one.metrics}  ({one.shared} queries{left_out})"]
         lines.append(f"  {'':24}{'A':>8}{'B':>8}{'B - A':>8}   {'95 % interval':<18}{'p':>7}")

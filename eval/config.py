@@ -1,4 +1,4 @@
-"""Settings of evaluation, as they stand in a run's YAML."""
+"""Settings of evaluation in a run's YAML."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ ACCURACIES = ("exact", "vqa")
 
 @dataclass
 class EvalConfig:
-    """What is evaluated, how scores are computed, and what the report shows."""
+    """Settings of the scores and of the report."""
 
     task: str = fixed("retrieval", "task of fine-tuning and evaluation", choices=TASKS)
     k_test: int = evaluation(
-        128, "re-ranked candidates of a query or question; retrieval: 0 for the dual encoder only", least=0
+        128, "candidates to re-rank for a query or question; retrieval: 0 for the dual encoder only", least=0
     )
     eval_frame_ensemble: str = evaluation(
-        "concat", "concat: early fusion of the frames; others: of the frames' scores", choices=ENSEMBLES
+        "concat", "concat: early fusion of the frames; others: late fusion of the frames' scores", choices=ENSEMBLES
     )
-    eval_x_only: bool = evaluation(False, "the cross-encoder scores every pair")
+    eval_x_only: bool = evaluation(False, "score every pair with the cross-encoder")
     eval_offload: bool = free(False, "keep visual tokens in host memory instead of the device's")
-    feature_cache: str | None = free(None, "folder in which encoded visuals are kept for later evaluations")
-    batch_size_test: PerMedia = free(lambda: PerMedia(64, 16), "visuals encoded at once, for each rank")
-    pair_batch_size: int = free(256, "(text, visual) pairs of a rank that the cross-encoder scores at once", least=1)
+    feature_cache: str | None = free(None, "cache folder of encoded visuals, for later evaluations")
+    batch_size_test: PerMedia = free(lambda: PerMedia(64, 16), "visuals encoded at once, per rank")
+    pair_batch_size: int = free(256, "(text, visual) pairs that the cross-encoder scores at once, per rank", least=1)
     ensemble_skips_temporal: bool = evaluation(
-        False, "as the official code: frames scored one by one do without the temporal modules"
+        False, "score single frames without the temporal modules, as the official code does"
     )
-    eval_num_frames: list[int] = evaluation(list, "several evaluations, each with this many frames of a clip")
+    eval_num_frames: list[int] = evaluation(list, "frames per clip; several values: one evaluation each")
     answer_list: str | None = evaluation(None, "qa: path or URL of a JSON list of the candidate answers")
     accuracy: str = evaluation("exact", "qa: exact match, or the soft accuracy of VQA", choices=ACCURACIES)
-    benchmark: str | None = free(None, "whose published numbers the report shows: a name of eval/report/published.json")
+    benchmark: str | None = free(None, "published numbers that the report shows: a name of eval/report/published.json")
     save_scores: bool = free(False, "write scores.npz after each epoch too, not only at the end")
     gallery: int = free(8, "best, worst and random queries shown in the report, each")
-    gallery_frames: int = free(4, "frames shown of a clip in the report")
+    gallery_frames: int = free(4, "frames per clip shown in the report")
 
     def __post_init__(self) -> None:
         """Check the values; raises ValueError naming the key."""
@@ -64,7 +64,7 @@ def name_splits(urls: str | list[Any]) -> dict[str, Any]:
     for url in [urls] if isinstance(urls, str) else urls:
         name = str(url).rstrip("/").rpartition("/")[2].removesuffix(".tar").partition("{")[0].rstrip("-_.")
         if not name or "$" in name or name in result:
-            why = "is the name of two" if name in result else "gives no name to the split"
+            why = "names two splits" if name in result else "does not name the split"
             raise UserError(f"test_corpus: {name or url} {why}: name each, 'test_corpus={{NAME: URL, OTHER: URL}}'")
         result[name] = url
     return result
@@ -72,7 +72,7 @@ def name_splits(urls: str | list[Any]) -> dict[str, Any]:
 
 @dataclass
 class EvalRunConfig(LoaderConfig, EvalConfig):
-    """What an evaluation needs of a run's settings: the loader's, those of evaluation, and the test corpora."""
+    """The settings of a run that an evaluation uses: loader, evaluation and test corpora."""
 
     # Corpora are packed ones, by URL or by their name in available_corpus.
     available_corpus: dict[str, Any] = free(dict, "name: URL of a packed corpus, or a list of names and URLs")
@@ -109,7 +109,7 @@ class EvalRunConfig(LoaderConfig, EvalConfig):
         for name in self.splits or self.test_corpus:
             urls = resolve_corpora(self.test_corpus[name], self.available_corpus, f"test_corpus.{name}")
             if len(urls) != 1:
-                raise UserError(f"test_corpus.{name} means {len(urls)} corpora: a split is one corpus")
+                raise UserError(f"test_corpus.{name} names {len(urls)} corpora: must be one")
             result[name] = urls[0]
         return result
 

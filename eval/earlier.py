@@ -24,7 +24,7 @@ WITHOUT_EFFECT = {
 
 @dataclass(frozen=True)
 class SplitInput:
-    """What a split is evaluated on: its corpus, its contents' digest, its samples, and the frames shown of each."""
+    """The data of a split: its corpus, the digest of its contents, its samples and frames per sample."""
 
     url: str
     sha256: str
@@ -51,7 +51,7 @@ def check_replaceable(folder: Path, subject: Subject, config: EvalConfig, splits
     if differences:
         listed = "; ".join(differences[:MAX_LISTED])
         raise UserError(
-            f"{folder} holds another evaluation, which this one would replace ({listed}): choose another name with "
+            f"{folder} has another evaluation, which this one would replace ({listed}): choose another name with "
             "label=NAME, or another output_dir"
         )
 

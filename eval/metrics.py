@@ -57,7 +57,7 @@ def true_ranks(scores: np.ndarray, truth: Truth) -> TrueRanks:
         ValueError: scores and truth have different numbers of rows, or scores hold NaN.
     """
     if scores.ndim != 2 or len(scores) != len(truth):
-        raise ValueError(f"scores of shape {scores.shape} do not fit {len(truth)} queries: give a row a query")
+        raise ValueError(f"scores of shape {scores.shape} do not fit {len(truth)} queries: must have one row per query")
     queries = np.array([query for query, items in enumerate(truth) if len(items)], dtype=np.int64)
     by_index, best, worst = (np.full(len(queries), NOT_RANKED) for _ in range(3))
     columns = np.arange(scores.shape[1])

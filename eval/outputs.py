@@ -47,7 +47,7 @@ class SplitOutput:
 
 @dataclass(frozen=True)
 class Subject:
-    """What was evaluated: the evaluation's name in reports (by default run and label), and the weights.
+    """The evaluation's name in reports (by default run and label) and its weights.
 
     checkpoint: their name as given; weights: a digest of them, empty where unknown.
     zero_shot: the weights were not fine-tuned; temporal: the model has a temporal encoder.

@@ -1,4 +1,4 @@
-"""What all entry points share: the command line, logging, and errors shown once, in one line."""
+"""Common code of the entry points: command line, logging, and errors shown once, in one line."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def _option(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True)
 class Cluster:
-    """What a plan is made for."""
+    """The cluster that a plan is for."""
 
     gpus: int = _option(8, "GPUs of a node")
     gpu_rate: float = _option(200.0, "samples per second that one GPU trains on")
@@ -99,7 +99,7 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Of an epoch: reading and decoding run while the GPUs train."""
+        """Seconds of an epoch: reading and decoding overlap with training."""
         return max(self.training, *self.times.values())
 
 
@@ -113,7 +113,7 @@ def training_seconds(gpu: float, all_reduce: float, overlap: bool) -> float:
 
 
 def make_plan(medium: Medium, cluster: Cluster, nodes: int) -> Plan:
-    """The plan for a training set on so many nodes."""
+    """The plan for a training set on `nodes` nodes."""
     gpus = nodes * cluster.gpus
     egress = medium.samples * medium.bytes_shown
     requests = medium.samples * medium.requests

@@ -41,7 +41,7 @@ class Share:
 
 
 def direction_share(scores: np.ndarray, texts: list[str], truth: list[str], ranking: str) -> Share:
-    """In how many clips the true motion scores higher than its reverse.
+    """The share of clips in which the true motion scores higher than its reverse.
 
     scores (N, M) of N clips and M labels `texts`; truth: each clip's label. Ties count half.
     """

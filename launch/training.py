@@ -41,7 +41,7 @@ def finetune(settings: Settings, ranks: Ranks, tasks: Sequence[str]) -> None:
 
 
 def train(settings: Settings, ranks: Ranks, evaluates: bool) -> None:
-    """Train as the settings say; evaluates: `stop_key` after each epoch, all splits at the end."""
+    """Train with these settings; evaluates: `stop_key` after each epoch, all splits at the end."""
     device = device_for(ranks)
     choose_kernels(settings.config.deterministic)
     check_precision(settings.config.precision, device)

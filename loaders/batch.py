@@ -1,4 +1,4 @@
-"""What a training step gets: tensors of one media type, and where they came from."""
+"""The input of a training step: tensors of one media type, and their sources."""
 
 from __future__ import annotations
 

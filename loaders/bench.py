@@ -1,4 +1,4 @@
-"""`python -m loaders.bench`: how fast corpora are read and decoded here, where the time goes, and what would help."""
+"""`python -m loaders.bench`: measures the loader on this machine, names the bottleneck and the remedy."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ OVERSIZE = 1.5  # stored size over shown size of frames, from which packing them
 
 @dataclass(frozen=True)
 class Results:
-    """What a benchmark measured; shares are of the measured time."""
+    """Results of a benchmark; shares are of the measured time."""
 
     samples: int
     seconds: float
@@ -53,7 +53,7 @@ class Results:
 
 @dataclass(frozen=True)
 class Setup:
-    """What advice depends on besides the results."""
+    """Conditions of a benchmark that the advice depends on."""
 
     threads: int
     cores: int
@@ -168,7 +168,7 @@ def replay(batches: Sequence[Batch], seconds: float, step_seconds: float) -> flo
 
 
 def decode_alone(loader: TrainLoader, seconds: float) -> float:
-    """Samples a second when the same batch is decoded from memory: what faster reading would give at most."""
+    """Samples per second when the same batch is decoded from memory: the upper bound for faster reading."""
     _, samples = next(loader.read_steps(0, 0))
     clips = [sample.clip() for sample in samples]
     loader.decoder.decode(clips)
@@ -180,7 +180,7 @@ def decode_alone(loader: TrainLoader, seconds: float) -> float:
 
 
 def advice(results: Results, setup: Setup) -> list[str]:
-    """What would make it faster, most important first."""
+    """Advice on how to speed up loading, most important first."""
     if results.wait_share < NEGLIGIBLE_WAIT:
         share = results.samples_per_second / results.replayed_per_second
         return [f"The loader is not a bottleneck: the loop has {share:.0%} of its speed with batches in memory."]

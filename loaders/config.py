@@ -1,4 +1,4 @@
-"""Settings of the loader, as they stand in a run's YAML."""
+"""Settings of the loader in a run's YAML."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class VideoInput:
 
 @dataclass
 class CacheConfig:
-    """Where a node keeps what it has read from remote shards; all its processes share it."""
+    """The node's cache of data read from remote shards; all processes of the node share it."""
 
     folder: str = setting("", "folder on a local disk; empty: shard indices only, in TMPDIR")
     gb: float = setting(0.0, "maximum size of the cache in gigabytes")
@@ -43,7 +43,7 @@ class CacheConfig:
 
 @dataclass
 class LoaderConfig:
-    """Everything that decides what a batch holds, and how it is made."""
+    """Settings of the content of batches and of how they are loaded."""
 
     batch_size: PerMedia = fixed(lambda: PerMedia(128, 96), "pairs per optimiser step, over all ranks together")
     image_res: int = fixed(224, "height and width of a frame in pixels", least=1)

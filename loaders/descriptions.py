@@ -61,7 +61,7 @@ class SharedFiles:
         return corpus_at(url, text_of(data))
 
     def index(self, corpus: Corpus, shard: int) -> bytes:
-        """A shard's index file. Its reader says what is wrong with it when it stays damaged."""
+        """A shard's index file. If it stays damaged, its reader raises the error."""
         info = corpus.shards[shard]
         wanted = ByteRange(info.index_name, 0, info.index_bytes)
         try:
@@ -81,7 +81,7 @@ class SharedFiles:
                 list(pool.map(lambda shard: self.index(corpus, shard), rotated(absent, start)))
 
     def pending(self) -> list[str]:
-        """What is waited for that another process fetches."""
+        """Description of a file that another process downloads, for progress reports."""
         now = time.monotonic()
         return [
             f"{join_url(self.folder.url, name)}: {now - since:.1f} s, downloaded by another process of this node"
@@ -136,7 +136,7 @@ class SharedFiles:
         return data
 
     def _fetch_sound(self, wanted: ByteRange, is_sound: IsSound) -> bytes:
-        """A file, fetched again when it comes damaged; after REFETCHES as it is."""
+        """A file, downloaded again while it is damaged; after REFETCHES tries returned as it is."""
         (data,) = self.folder.read_ranges([wanted])
         for _ in range(REFETCHES):
             if is_sound(data):
@@ -167,7 +167,7 @@ def index_name(corpus: Corpus, shard: int) -> str:
 
 
 def content_name(url: str, size: int, checksum: str) -> str:
-    """A name for an object's contents: another object, or the same URL written anew, has another one."""
+    """A name for an object's contents: another object, or a rewritten one, has another name."""
     return hashlib.sha256(f"{url}\n{size}\n{checksum}".encode()).hexdigest()[:40]
 
 
@@ -178,6 +178,6 @@ def rotated(items: Sequence[Item], start: float) -> list[Item]:
 
 
 def process_began() -> float:
-    """When this process was started, as time.time() counts."""
+    """The start time of this process on the clock of time.time()."""
     ticks = int(start_ticks(os.getpid())) / os.sysconf("SC_CLK_TCK")
     return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks)

@@ -86,7 +86,7 @@ class VisualSet:
         world_size: int = 1,
         device: torch.device | str = "cpu",
     ) -> Iterator[VisualBatch]:
-        """This rank's visuals (those = rank mod world size), `batch_size` at once, made ahead by a thread.
+        """This rank's visuals (those = rank mod world size), `batch_size` at once, prefetched by a thread.
 
         device: where they are used. decode=auto is the CPU path here: the two decoders' pictures differ a little, and
         metrics must not depend on which was faster.

@@ -26,7 +26,7 @@ class Record(NamedTuple):
 
     @property
     def reason(self) -> str:
-        """Why the sample cannot be shown; empty for a sound record."""
+        """The reason why the sample cannot be decoded; empty for a valid record."""
         if len(self.sizes) and min(self.height, self.width) > 0:
             return ""
         return f"{len(self.sizes)} frames of {self.width}x{self.height} pixels in the index"
@@ -90,7 +90,7 @@ class ShardIndex:
         return self._texts[name][row].as_py() or []
 
     def text_count(self, name: str, row: int) -> int:
-        """How many captions, questions or choices a sample has."""
+        """Number of captions, questions or choices of a sample."""
         return int(self._text_first[name][row + 1] - self._text_first[name][row])
 
     def text(self, name: str, row: int, number: int) -> Any:

@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 
 class StalledError(RuntimeError):
-    """Nothing came for longer than `stall_timeout`; the log holds every thread's stack."""
+    """No batch arrived within `stall_timeout`; the log has every thread's stack."""
 
 
 class Prefetcher(Iterator[Item], Generic[Item]):
@@ -111,7 +111,7 @@ class Prefetcher(Iterator[Item], Generic[Item]):
             self._changed.notify_all()
 
     def ended(self, seconds: float) -> bool:
-        """Whether the thread has ended, or ends within that time."""
+        """Whether the thread ends within that time."""
         self._thread.join(seconds)
         return not self._thread.is_alive()
 

@@ -1,4 +1,4 @@
-"""`python -m loaders.preview`: a contact sheet of what the model will see: frames as cropped, texts as tokens."""
+"""`python -m loaders.preview`: a contact sheet of the model's input: cropped frames, texts as tokens."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def first_batch(options: argparse.Namespace, tokenizer: Tokenizer) -> Batch:
-    """The first batch of the epoch asked for; all of a corpus that holds fewer than `options.count`."""
+    """The first batch of the epoch; the whole corpus if it has fewer samples than `options.count`."""
     corpus = describe(options.corpus, LoaderConfig())
     unit = options.unit or ("samples" if sum(corpus.counts("captions")) else "questions")
     count = min(options.count, sum(corpus.counts(unit)))

@@ -39,7 +39,7 @@ class Window(NamedTuple):
 
 
 class Clip(NamedTuple):
-    """What a decoder gets: the bytes of T frames, their size in the index, and the part to show."""
+    """The input of a decoder: the bytes of T frames, their size in the index, and the window to show."""
 
     jpegs: Sequence[bytes]
     height: int
@@ -66,7 +66,7 @@ class SampleSpec(NamedTuple):
 
     @property
     def pixels(self) -> tuple[str, bytes]:
-        """What decides whether its pixels can be had: the sample and the frames."""
+        """The key of its pixels: the sample and the frames."""
         return self.name, self.frames.tobytes()
 
 
@@ -78,7 +78,7 @@ class RawSample(NamedTuple):
     reason: str = ""
 
     def clip(self) -> Clip:
-        """What the decoder gets; a sample without bytes becomes frames of no bytes, which do not decode."""
+        """The decoder's input; a sample without bytes becomes frames of zero bytes, which cannot be decoded."""
         record = self.spec.record
         return Clip(self.jpegs or [b""] * len(self.spec.frames), record.height, record.width, self.spec.window)
 

@@ -84,11 +84,11 @@ class CorpusReader:
 
     @property
     def keeps(self) -> bool:
-        """Whether the shards' bytes are kept in the cache."""
+        """Whether the bytes of shards are cached."""
         return self._cached is not None
 
     def index(self, shard: int) -> ShardIndex:
-        """The index of a shard, kept among the last used."""
+        """The index of a shard; the last used ones stay in memory."""
         return self._indices.get(shard)
 
     def has_index(self, shard: int) -> bool:
@@ -96,7 +96,7 @@ class CorpusReader:
         return shard in self._indices
 
     def read(self, specs: Sequence[SampleSpec]) -> list[RawSample]:
-        """JPEG bytes of the frames of several samples, or why there are none.
+        """JPEG bytes of the frames of several samples, or the reason why there are none.
 
         Each frame is read once, all those of remote shards at the same time, and checked against its CRC-32. Damaged
         ones are fetched again from a store, up to REFETCHES times; a sample with one that stays damaged is a bad one.
@@ -164,7 +164,7 @@ class CorpusReader:
             self._shared.bring_indices(self.corpus, start)
 
     def counters(self) -> Counter[str]:
-        """What reading from a store and the cache took so far."""
+        """Counters of reads from a store and the cache."""
         total = Counter({"refetched": self._refetched})
         for part in (*self._stores, self._shared, self._cached, self.cache):
             if part is not None:
@@ -172,7 +172,7 @@ class CorpusReader:
         return total
 
     def pending(self) -> list[str]:
-        """What of a store is being waited for."""
+        """Description of the pending reads of a store."""
         shared = self._shared.pending() if self._shared is not None else []
         return [line for store in self._stores for line in store.pending()] + shared
 
@@ -216,7 +216,7 @@ def open_corpus(
 
 
 def describe(url: str, config: LoaderConfig) -> Corpus:
-    """What a corpus holds; raises as `open_corpus`."""
+    """The description of a corpus; raises as `open_corpus`."""
     reader = open_corpus(url, config)
     reader.close()
     return reader.corpus
@@ -238,7 +238,7 @@ def index_cache(megabytes: int) -> DiskCache | None:
 
 
 def check_cache(readers: Sequence[CorpusReader], config: LoaderConfig, stripes_here: int) -> None:
-    """Raise UserError when the cache cannot hold what the stripes of a node read at a time, and so would be useless."""
+    """Raise UserError if the cache is smaller than what the stripes of a node read at a time, so it would never hit."""
     need = 0.0
     for reader in readers:
         shards = reader.corpus.shards
@@ -261,12 +261,12 @@ def cached_objects(corpus: Corpus) -> dict[str, tuple[int, str]]:
 
 
 def is_damaged(data: bytes, spec: SampleSpec, frame: int) -> bool:
-    """Whether a frame's bytes are not those that were packed."""
+    """Whether a frame's bytes differ from the packed ones."""
     return zlib.crc32(data) != int(spec.record.crc32s[frame])
 
 
 def mismatch(data: bytes, spec: SampleSpec, frame: int) -> str:
-    """What the log says of a frame whose bytes are not those that were packed."""
+    """The log message for a frame whose bytes differ from the packed ones."""
     size = int(spec.record.sizes[frame])
     cut = f" ({len(data)} of {size} bytes)" if len(data) != size else ""
     return f"frame {frame}: CRC-32 does not match the index{cut}"

@@ -143,7 +143,7 @@ class TrainLoader:
         yield from self.epoch(self.next_epoch, self.next_step)
 
     def state_dict(self) -> dict[str, int]:
-        """Where the next batch is; O(1), valid on any world size that divides the batch sizes."""
+        """The position of the next batch; O(1), valid on any world size that divides the batch sizes."""
         return {"epoch": self.next_epoch, "step": self.next_step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -219,7 +219,7 @@ class TrainLoader:
             started, waited = time.perf_counter(), read.waited
 
     def _make_batch(self, read: tuple[Step, list[RawSample]]) -> Batch:
-        """One step's batch, from the bytes of its samples."""
+        """The batch of one step, decoded from the bytes of its samples."""
         step, raw = read
         samples = self._replace_bad(step, decode_samples(self.decoder, raw))
         batch = collate(samples, self.tokenizer, self.config, step.media_type, step.plan.epoch, step.number)
@@ -250,7 +250,7 @@ class TrainLoader:
         )
 
     def counters(self) -> dict[str, float]:
-        """All counters so far.
+        """The counters of the loader since its start.
 
         Of the loader: seconds that the stages worked (read_, decode_) and waited for the one before (decode_wait_, and
         wait_ for the training step), steps_read, samples, bytes_read, quarantined, and the share of the time in which a
@@ -268,11 +268,11 @@ class TrainLoader:
             self._readiness[name] = round(stage.readiness(), 4)
 
     def pending(self) -> list[str]:
-        """What of the stores is being waited for: URL, bytes, seconds, tries."""
+        """Description of the pending reads of all stores: URL, bytes, seconds, tries."""
         return [what for reader in self.readers for what in reader.pending()]
 
     def _end(self, stages: Sequence[Prefetcher[Any]]) -> None:
-        """Stop stages and wait for their threads; reads from stores that are under way are cancelled."""
+        """Stop stages and wait for their threads; pending reads from stores are cancelled."""
         self._note_readiness()
         for stage in stages:
             stage.stop()

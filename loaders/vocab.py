@@ -52,7 +52,7 @@ def learn_vocabulary(corpora: Sequence[str], size: int, output: str | Path) -> i
 
 
 def learn_from_texts(texts: Iterable[str], size: int, output: str | Path, source: str = "the texts") -> int:
-    """The same for any texts, in whichever order they come; raises UserError when `source` holds none."""
+    """The same for any texts, independent of their order; raises UserError if `source` has none."""
     if size < SMALLEST:
         raise UserError(f"--size {size} is too small for a vocabulary: give at least {SMALLEST}")
     counts = count_words(texts)
@@ -66,7 +66,7 @@ def learn_from_texts(texts: Iterable[str], size: int, output: str | Path, source
 
 
 def count_words(texts: Iterable[str]) -> Counter[str]:
-    """How often each word occurs, split as `Tokenizer` splits it (punctuation stands alone)."""
+    """The count of each word, split as by `Tokenizer` (punctuation marks are separate words)."""
     normalizer, splitter = BertNormalizer(lowercase=True), BertPreTokenizer()
     between_spaces = Counter(word for text in texts for word in text.split())
     counts: Counter[str] = Counter()

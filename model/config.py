@@ -17,7 +17,7 @@ _INITIALIZER_RANGE = "standard deviation of random initial matrices; narrower mo
 class VisionConfig:
     """The vision transformer. Defaults: BEiT-B/16 as published."""
 
-    type: str = fixed("beit", "beit, vit, deit, or the name of another timm vision transformer")
+    type: str = fixed("beit", "beit, vit, deit, or the name of another vision transformer of timm")
     pretrained: str | None = fixed(None, "initial weights: a hub name or a local folder", checkpoint=START)
     patch_size: int = fixed(16, "height and width of a patch in pixels")
     width: int = fixed(768, "width of the tokens")
@@ -77,7 +77,7 @@ class LossWeights:
 
 @dataclass
 class ModelSettings:
-    """The settings of a model that a run's YAML holds."""
+    """The settings of a model in a run's YAML."""
 
     vision_encoder: VisionConfig = fixed(VisionConfig)
     text_encoder: TextConfig = fixed(TextConfig)

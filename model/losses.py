@@ -43,7 +43,7 @@ def negative_weights(similarity: torch.Tensor, same: torch.Tensor, hard: bool) -
 
 
 def sample_negatives(weights: torch.Tensor) -> torch.Tensor:
-    """One index for each row of (B, N) weights, with probability proportional to them: (B,) int64.
+    """Sample one index for each row of (B, N) weights, with probability proportional to them: (B,) int64.
 
     The minimum of exponential variables, since torch.multinomial synchronises with the device to check its input.
     """

@@ -46,7 +46,7 @@ def check_vision(config: VisionConfig, image_res: int) -> None:
     """Raise UserError when the sizes of a vision transformer do not fit together."""
     if config.type not in VISION_TYPES and not is_model(config.type):
         raise UserError(
-            f"vision_encoder.type is {config.type!r}: must be one of {', '.join(VISION_TYPES)}, or a timm name"
+            f"vision_encoder.type is {config.type!r}: must be one of {', '.join(VISION_TYPES)}, or a model of timm"
         )
     if image_res % config.patch_size:
         raise UserError(

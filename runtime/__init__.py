@@ -1,1 +1,1 @@
-"""What every process of a job shares: errors, progress, settings, ranks, collectives."""
+"""Code that all packages share: errors, progress, settings, ranks, collectives."""

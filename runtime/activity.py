@@ -53,7 +53,7 @@ def progress(position: str) -> None:
 
 @contextmanager
 def waiting(collective: str) -> Iterator[None]:
-    """While the main thread waits for other ranks: no progress is expected of it then."""
+    """A block in which the main thread waits for other ranks: the watchdog expects no progress."""
     _report(collective=collective)
     try:
         yield

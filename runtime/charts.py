@@ -57,7 +57,7 @@ def panel_svg(panel: Panel) -> str:
 
 
 def panels_figure(panels: Sequence[Panel]) -> Figure:
-    """Up to three panels side by side, with a common legend where it tells curves apart."""
+    """Up to three panels side by side, with a common legend if there are several curves."""
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure = _figure(5 * columns, 3 * rows)

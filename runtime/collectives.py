@@ -52,14 +52,14 @@ def broadcast(value: T | None, world_size: int) -> T:
 
 
 def barrier(world_size: int) -> None:
-    """Return when all ranks have come here."""
+    """Barrier: return after all ranks have called it."""
     if world_size > 1:
         with waiting("barrier"):
             distributed.barrier()
 
 
 class _Gather(torch.autograd.Function):
-    """All ranks' rows, one rank after another; backward sums what all ranks want of this rank's rows."""
+    """All ranks' rows, one rank after another; backward sums all ranks' gradients of this rank's rows."""
 
     @staticmethod
     def forward(context: Any, rows: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Command lines made of dataclasses: the name, type, default and help of a flag stand once, at its field."""
+"""Command lines made of dataclasses: the field defines the name, type, default and help of a flag."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def flag(default: Any, help: str, **options: Any) -> Any:
 
 
 def part(kind: Callable[[], Any], group: str = "") -> Any:
-    """A dataclass field that is a dataclass of more flags; `group`: the heading of `--help` below which they stand."""
+    """A dataclass field that is a dataclass of more flags; `group`: their heading in `--help`."""
     return field(default_factory=kind, metadata={_PART: group})
 
 
 def add_flags(parser: argparse.ArgumentParser, kind: Any) -> None:
-    """Add the flags of dataclass `kind`; only those that are given stand in what the parser returns."""
+    """Add the flags of dataclass `kind`; the parser returns only those that are given."""
     groups: dict[str, argparse._ActionsContainer] = {"": parser}
     for heading, name, hint, options in _flags_of(kind, ""):
         if heading not in groups:

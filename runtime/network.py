@@ -22,7 +22,7 @@ def choose_interface() -> None:
 
 
 def interface_towards(host: str) -> str:
-    """Name of the interface that leads to a host; empty where that is this host's loopback, or nothing leads there."""
+    """Name of the network interface to a host; empty if it is the loopback, or there is no route."""
     own = address_towards(host)
     for name, addresses in psutil.net_if_addrs().items():
         if any(address.address == own for address in addresses):
@@ -31,7 +31,7 @@ def interface_towards(host: str) -> str:
 
 
 def address_towards(host: str) -> str:
-    """This host's address as `host` sees it; empty when there is no way. Nothing is sent."""
+    """This host's address as `host` sees it; empty if there is no route. Sends nothing."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:

@@ -1,4 +1,4 @@
-"""Finds the recipes that come with the code, in a checkout and in an installed wheel."""
+"""Finds the included recipes, in a checkout and in an installed wheel."""
 
 from __future__ import annotations
 
@@ -23,6 +23,6 @@ def find_file(name: str | Path) -> Path | None:
 
 
 def packaged_folder(name: str) -> str:
-    """A packaged folder as a message shows it: relative to the current folder where it lies below that."""
+    """A packaged folder for messages: relative to the current folder if it is inside of it."""
     path = (PACKAGED / name).resolve()
     return f"{path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}/"

@@ -142,7 +142,7 @@ def end_with_parent() -> None:
 
 
 def run_in_worker(function: Callable[[Task, Advance], Result], task: Task) -> Result:
-    """`function` in a worker process; what it reports goes to the shared counters."""
+    """Run `function` in a worker process; its reports go to the shared counters."""
 
     def advance(good: int, bad: int, size: int) -> None:
         with _counts.get_lock():

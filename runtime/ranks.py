@@ -12,7 +12,7 @@ from runtime.errors import UserError
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all of the job and among those of its node; each node has as many, in a row."""
+    """The ranks of this process in the job and on its node; nodes have equally many consecutive ranks."""
 
     rank: int = 0
     world_size: int = 1
@@ -36,7 +36,7 @@ class Ranks:
 
     @property
     def offset(self) -> float:
-        """Where in a list that all processes go through this one begins, in [0, 1): others begin elsewhere."""
+        """This process' start in a list that all processes traverse, in [0, 1); other processes start elsewhere."""
         return self.rank / self.world_size
 
 
@@ -73,7 +73,7 @@ def ranks_from_environment() -> Ranks:
 
 
 def current_ranks() -> Ranks:
-    """The ranks that RANK and its like give; without them this is a job of one. Changes nothing."""
+    """The ranks from RANK and similar variables; without them a job of one process. Changes nothing."""
     environment = os.environ
     world_size = int(environment.get("WORLD_SIZE") or 1)
     local_world_size = int(environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or 0)
@@ -92,7 +92,7 @@ def ranks_of(rank: int, world_size: int, local_world_size: int | None = None) ->
 
 
 def processes_on_node(world_size: int) -> int:
-    """How many of a job's `world_size` processes are on this node: all of them where no launcher says otherwise."""
+    """Number of the job's `world_size` processes on this node: all of them unless a launcher sets another."""
     ranks = current_ranks()
     return ranks.local_world_size if ranks.world_size == world_size else world_size
 

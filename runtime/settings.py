@@ -42,7 +42,7 @@ _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 @dataclass(frozen=True)
 class Declaration:
-    """What is declared of a setting, besides its name, type and default."""
+    """The declaration of a setting, besides its name, type and default."""
 
     help: str = ""
     resumed: str | None = None  # FIXED, EVALUATION or FREE
@@ -243,7 +243,7 @@ def _read_with_bases(kind: Any, path: Path, chain: tuple[Path, ...]) -> DictConf
 
 
 def _is_record(path: Path) -> bool:
-    """Whether a YAML is what a run recorded of its own settings: an earlier version may have written it."""
+    """Whether a YAML is the recorded settings of a run, perhaps written by an earlier version."""
     return path.name == "config.yaml" and any((path.parent / name).exists() for name in (".lock", "metrics.jsonl"))
 
 
@@ -350,7 +350,7 @@ def _assign(kind: Any, schema: DictConfig, key: str, value: Any) -> None:
 
 
 def _describe(kind: Any) -> str:
-    """What a setting of this type must be."""
+    """Description of the values of a type, for messages."""
     if kind is Any:
         return _ANYTHING
     options = typing.get_args(kind)

@@ -12,7 +12,7 @@ def duration(seconds: float) -> str:
 
 
 def data_size(num_bytes: float) -> str:
-    """One decimal in the decimal unit that fits: 512 bytes, 4.2 kB, 7.5 MB, 1.2 GB, 3,400.0 TB."""
+    """A size with one decimal in a suitable decimal unit: 512 bytes, 4.2 kB, 7.5 MB, 1.2 GB, 3,400.0 TB."""
     if num_bytes < 1000:
         return f"{num_bytes:.0f} bytes"
     for size, unit in ((1e3, "kB"), (1e6, "MB"), (1e9, "GB")):

@@ -15,7 +15,7 @@ from storage.files import write_text
 
 
 def count_answers(url: str) -> Counter[str]:
-    """How many questions of a packed corpus have an answer, by the answer. Raises like `read_corpus`."""
+    """The number of questions of a packed corpus for each answer. Raises like `read_corpus`."""
     corpus = read_corpus(url)
     counts: Counter[str] = Counter()
     for shard in range(len(corpus.shards)):
@@ -49,9 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Write the answers of packed training corpora as the JSON list that question answering ranks.",
     )
     parser.add_argument("corpora", nargs="+", metavar="CORPUS", help="folders or URLs of packed corpora")
-    parser.add_argument("--size", type=int, default=0, help="at most so many, the most frequent (default: all)")
+    parser.add_argument("--size", type=int, default=0, help="maximum number of answers, by frequency (default: all)")
     parser.add_argument(
-        "--least", type=int, default=1, help="questions that an answer must have (default: %(default)s)"
+        "--least", type=int, default=1, help="minimum number of questions for an answer (default: %(default)s)"
     )
     parser.add_argument("--output", required=True, metavar="FILE", help="the JSON file to write")
     options = parser.parse_args(arguments)

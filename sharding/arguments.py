@@ -1,4 +1,4 @@
-"""What the commands on packed corpora have in common: the URL of a corpus on the command line."""
+"""Command-line argument of the commands on packed corpora: the URL of a corpus."""
 
 from __future__ import annotations
 

@@ -30,13 +30,13 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         "python -m sharding.build",
         description="Pack images or videos with their texts into webdataset shards.",
-        epilog="Exit code: 0 packed; 1 too many media failed; 2 not possible; 130 interrupted.",
+        epilog="Exit code: 0 packed; 1 too many media failed; 2 user error; 130 interrupted.",
     )
     result.add_argument(
         "--corpus",
         default="",
         metavar="YAML",
-        help="how a data set's files are read, see configs/corpora/; flags go before it",
+        help="YAML that describes the files of a data set, see configs/corpora/; flags override it",
     )
     result.add_argument(
         "--dry-run", action="store_true", help="write nothing; estimate size and time from a sample of the media"
@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-@command("interrupted: run the same command again to go on")
+@command("interrupted: run the same command again to continue")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")

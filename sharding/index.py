@@ -16,26 +16,32 @@ from sharding.shards.indexing import index_shards
 from storage.policy import storage_errors
 
 
-@command("interrupted: run the same command again to go on")
+@command("interrupted: run the same command again to continue")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = argparse.ArgumentParser(
         "python -m sharding.index",
-        description="Index existing webdataset shards, local or remote, in place; run again to go on.",
-        epilog="Exit code: 0 indexed; 1 indexed but for damaged tars or too many samples; 2 not possible.",
+        description="Index existing webdataset shards, local or remote, in place; run again to continue.",
+        epilog="Exit code: 0 indexed; 1 indexed but for damaged tars or too many samples; 2 user error.",
     )
     add = parser.add_argument
     add(
         "url",
         metavar="URL",
         type=folder_of_shards,
-        help="folder or URL that holds the .tar files, or some of them: 'FOLDER/x-{000..009}.tar'",
+        help="folder or URL of the .tar files, or some of them: 'FOLDER/x-{000..009}.tar'",
     )
     add("--fps", type=float, default=0.0, help="frame rate of clips where the shards do not state it")
-    add("--output", default="", metavar="URL", help="folder of the indices, where those of the tars cannot be written")
-    add("--workers", type=positive, default=os.cpu_count() or 1, help="processes (default: one a core)")
-    add("--max-failures", type=float, default=0.05, metavar="SHARE", help="of the samples (default: %(default)s)")
+    add("--output", default="", metavar="URL", help="folder for the indices, if you cannot write beside the tars")
+    add("--workers", type=positive, default=os.cpu_count() or 1, help="worker processes (default: one per core)")
+    add(
+        "--max-failures",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="allowed share of failures (default: %(default)s)",
+    )
     add("--log-every", type=float, default=LOG_EVERY, metavar="SECONDS", help="see sharding.build")
     options = vars(parser.parse_args(arguments))
     with storage_errors(options["url"], "read"):

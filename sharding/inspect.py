@@ -54,7 +54,7 @@ def write_gallery(corpus: Corpus, file: Path, count: int, shards: int, statistic
 
 
 def inspect(options: argparse.Namespace) -> None:
-    """Do what the command line asks; raises OSError or ValueError where that cannot be."""
+    """Run the command line; raises OSError or ValueError."""
     result: dict[str, Any] = {}
     lines: list[str] = []
     url = local_form(options.url)
@@ -98,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(
         "python -m sharding.inspect",
-        description="Show what is in a packed corpus, local or remote; without flags a summary and the first sample.",
+        description="Show the content of a packed corpus, local or remote; by default a summary and the first sample.",
     )
     add = result.add_argument
     add("url", metavar="URL", type=folder_of_shards, help="folder or URL of the corpus, or of some of its tars")
@@ -110,7 +110,7 @@ def parser() -> argparse.ArgumentParser:
         "--sheet",
         type=png_file,
         metavar="FILE.png",
-        help=f"write a contact sheet of {SHEET_SAMPLES} samples from all over",
+        help=f"write a contact sheet of {SHEET_SAMPLES} samples",
     )
     add("--html", metavar="FILE.html", help=f"write a page with histograms and {GALLERY_SAMPLES} samples to look at")
     add("--count", type=positive, default=0, metavar="N", help="samples on the sheet and the page")
@@ -119,9 +119,9 @@ def parser() -> argparse.ArgumentParser:
         type=positive,
         default=SHARDS,
         metavar="N",
-        help="shards that pictures come from (default: %(default)s)",
+        help="shards that the pictures are read from (default: %(default)s)",
     )
-    add("--failures", action="store_true", help="what could not be packed, and why")
+    add("--failures", action="store_true", help="show the failures with their reasons")
     add("--json", action="store_true", help="print one JSON object instead of text")
     add("--log-every", type=float, default=LOG_EVERY, metavar="SECONDS", help="see sharding.build")
     return result

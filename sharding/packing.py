@@ -74,7 +74,7 @@ def pack(settings: BuildSettings) -> Corpus:
 
 
 def estimate(settings: BuildSettings) -> Estimate:
-    """What `pack` with these settings would give and take; nothing is written. Raises like it."""
+    """The estimated size and time of `pack` with these settings; nothing is written. Raises like `pack`."""
     settings = settings.prepared()
     with tempfile.TemporaryDirectory(prefix="singularity-estimate-") as folder:
         scratch = Path(folder)
@@ -83,7 +83,7 @@ def estimate(settings: BuildSettings) -> Estimate:
 
 
 def planned_tasks(settings: BuildSettings, staged: Staged, scratch: Path) -> list[Task]:
-    """One task a shard."""
+    """One task per shard."""
     return plan_shards(staged, settings.shards, settings.media_root, settings.output, scratch, settings.fetching)
 
 
@@ -123,7 +123,7 @@ def stage_annotations(settings: BuildSettings, scratch: Path, digest: Any = None
 
 
 def nothing_to_pack(annotations: Sequence[str], staged: Staged) -> str:
-    """Why there is nothing to pack."""
+    """The message that nothing can be packed."""
     files = ", ".join(annotations)
     if not staged.rows:
         return f"no records in {files}: nothing to pack"

@@ -21,7 +21,7 @@ from storage.web import Fetching
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """What is packed, from where, to where and how. Only `shards`, `reading` and the inputs decide the bytes."""
+    """Settings of packing. Only `shards`, `reading` and the inputs decide the bytes."""
 
     annotations: Sequence[str] = flag(
         (),
@@ -37,20 +37,20 @@ class BuildSettings:
         metavar="URL",
     )
     output: str = flag(
-        "", "folder of the packed corpus; run again to go on after an interruption", metavar="URL", required=True
+        "", "folder of the packed corpus; run again to continue after an interruption", metavar="URL", required=True
     )
     shards: ShardSettings = part(ShardSettings)
     executor: Executor = part(Executor)
     fetching: Fetching = part(Fetching, "media from URLs")
     max_failures: float = flag(
         0.05,
-        "exit with 1, and no corpus.json, when a larger share of the media failed (default: %(default)s)",
+        "exit with 1, without corpus.json, if a larger share of the media failed (default: %(default)s)",
         metavar="SHARE",
     )
-    retry_failed: bool = flag(False, "build the shards again that miss media, after mending those")
+    retry_failed: bool = flag(False, "rebuild the shards with failed media, after fixing the media")
     log_every: float = flag(
         LOG_EVERY,
-        f"where the output is not a terminal, log a line of JSON so often (default: {LOG_EVERY:g}; 0: never)",
+        f"where the output is not a terminal, seconds between JSON log lines (default: {LOG_EVERY:g}; 0: never)",
         metavar="SECONDS",
     )
     progress: bool = False  # show how far the build has come
@@ -80,7 +80,7 @@ def usual_name(output: str) -> str:
 
 
 def read_settings(flags: Mapping[str, Any], corpus: str = "") -> BuildSettings:
-    """The settings that flags give over those of the YAML `corpus`, over the defaults.
+    """The merged settings: flags override the YAML `corpus`, which overrides the defaults.
 
     Raises:
         FileNotFoundError: the YAML does not exist.
@@ -97,7 +97,7 @@ def read_settings(flags: Mapping[str, Any], corpus: str = "") -> BuildSettings:
     settings = changed(BuildSettings(), given)
     for name, value in (("annotations", settings.annotations), ("media-type", settings.shards.media_type)):
         if not value:
-            raise UserError(f"--{name} is missing" + ("" if corpus else ": give it, or a --corpus that says it"))
+            raise UserError(f"--{name} is missing" + ("" if corpus else ": give it, or a --corpus that sets it"))
     if settings.reading.limit < 0:
         raise UserError(f"--limit is {settings.reading.limit}, must be 1 or more")
     return settings

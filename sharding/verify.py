@@ -23,18 +23,18 @@ from storage.policy import storage_errors
 
 @command()
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 0 when all is sound, 1 with faults, 2 when nothing could be checked."""
+    """Run the command line; returns 0 if all is intact, 1 with faults, 2 for user errors."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = argparse.ArgumentParser(
         "python -m sharding.verify",
         description="Check a packed corpus byte by byte.",
-        epilog="Exit code: 0 all is sound, or was repaired; 1 faults; 2 nothing could be checked.",
+        epilog="Exit code: 0 intact or repaired; 1 faults; 2 user error.",
     )
     add = parser.add_argument
     add("url", metavar="URL", type=folder_of_shards, help="folder or URL of the corpus, or of some of its tars")
     add("--decode", action="store_true", help="also decode every frame")
-    add("--repair", action="store_true", help="make broken or missing indices, corpus.json and failures.parquet again")
-    add("--workers", type=positive, default=None, help="processes (default: one a core)")
+    add("--repair", action="store_true", help="rebuild broken or missing indices, corpus.json and failures.parquet")
+    add("--workers", type=positive, default=None, help="worker processes (default: one per core)")
     add("--json", action="store_true", help="print one JSON object instead of lines")
     add("--log-every", type=float, default=LOG_EVERY, metavar="SECONDS", help="see sharding.build")
     options = parser.parse_args(arguments)
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def outcome(url: str, faults: list[Fault], done: list[str], left: list[Fault], repaired: bool) -> str:
-    """What is printed."""
+    """The report as text."""
     lines = [str(fault) for fault in faults]
     lines.append(f"{url}: {len(faults) or 'no'} fault{'s' if len(faults) != 1 else ''}")
     if repaired and faults:
@@ -71,7 +71,7 @@ def outcome(url: str, faults: list[Fault], done: list[str], left: list[Fault], r
             "run the same sharding.build again, or download the tars again"
         )
     elif left and not repaired:
-        lines.append("all of this can be made again: run this with --repair")
+        lines.append("all of this can be rebuilt: run this with --repair")
     return "".join(f"{line}\n" for line in lines)
 
 

@@ -164,9 +164,9 @@ def error_of(curl: pycurl.Curl, code: int, message: str, url: str) -> StoreError
     if status == 0 and proxy_status >= 400:
         return StoreError(f"proxy: {status_error(proxy_status)}", transient=proxy_status in TRANSIENT_STATUSES)
     if code == TOO_LARGE or "Too large response headers" in message:
-        return StoreError("its headers have no end")
+        return StoreError("incomplete headers")
     if code in BROKEN_OFF or (code == pycurl.E_UNSUPPORTED_PROTOCOL and "HTTP/0.9" in message):
-        return StoreError("connection broke off", transient=True)
+        return StoreError("connection closed early", transient=True)
     host = host_of(url)
     name = host.rpartition(":")[0]
     reasons = {
@@ -176,7 +176,7 @@ def error_of(curl: pycurl.Curl, code: int, message: str, url: str) -> StoreError
         pycurl.E_COULDNT_RESOLVE_PROXY: ("proxy not found", True),  # the message may hold its password
         pycurl.E_PEER_FAILED_VERIFICATION: (f"no valid certificate: {name}", False),
         pycurl.E_SSL_CONNECT_ERROR: (f"no encrypted connection: {name}", "wrong version number" not in message),
-        pycurl.E_URL_MALFORMAT: ("no valid address", False),
+        pycurl.E_URL_MALFORMAT: ("invalid URL", False),
     }
     reason, transient = reasons.get(code, (f"cannot be fetched: {message}", False))
     return StoreError(reason, transient=transient)

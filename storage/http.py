@@ -80,7 +80,7 @@ class HttpClient:
             curl.setopt(pycurl.HTTPHEADER, address.headers)
         except (ValueError, pycurl.error):  # invalid characters
             self._idle.append(curl)
-            raise StoreError("no valid address") from None
+            raise StoreError("invalid URL") from None
         curl.setopt(pycurl.RANGE, None if end is None else f"{start}-{end - 1}")
         curl.setopt(pycurl.MAXFILESIZE_LARGE, transfer.size or LARGEST_OBJECT)  # a server may send more
         curl.setopt(pycurl.WRITEFUNCTION, transfer.chunks.append)
@@ -138,12 +138,12 @@ class HttpClient:
         if code == pycurl.E_OK and (status == 206 or (status == 200 and not limited)):
             data = transfer.chunks[0] if len(transfer.chunks) == 1 else b"".join(transfer.chunks)
             if limited and len(data) != transfer.size and curl.getinfo(pycurl.CONTENT_LENGTH_DOWNLOAD) < 0:
-                return StoreError("connection broke off", transient=True)  # before the answer had said how long it is
+                return StoreError("connection closed early", transient=True)  # the response had no length
             return data
         if status == 416:
             return b""  # the object ends before: the reader's checksums say what is missing
         if limited and status == 200 and code in (pycurl.E_OK, pycurl.E_FILESIZE_EXCEEDED):
-            return StoreError(f"the server does not answer byte ranges (status {status})")
+            return StoreError(f"the server does not support byte ranges (status {status})")
         if status < 400 and code == pycurl.E_OPERATION_TIMEDOUT:
             if not curl.getinfo(pycurl.REQUEST_SIZE):  # nothing was sent
                 return StoreError(f"no connection within {curl.getinfo(pycurl.TOTAL_TIME):.0f} s", transient=True)

@@ -24,11 +24,11 @@ class RemoteReads:
     """How objects of S3, GCS and web servers are read. No setting here changes what a batch holds."""
 
     connections: int = setting(128, "concurrent requests of a node, shared equally by its processes", least=1)
-    requests_per_second: float = setting(3000.0, "of a node, shared in the same way; 0: no limit", least=0)
-    starts_per_second: float = setting(20.0, "nodes of a job that begin to read each second; 0: all at once", least=0)
-    gap_kb: int = setting(64, "frames of a shard at most this far apart come in one request", least=0)
-    ahead_mb: int = setting(256, "megabytes read ahead of decoding, at most", least=1)
-    ahead_steps: int = setting(8, "steps read ahead of decoding, at most", least=1)
+    requests_per_second: float = setting(3000.0, "requests per second of a node, likewise; 0: no limit", least=0)
+    starts_per_second: float = setting(20.0, "nodes of a job that start to read each second; 0: all at once", least=0)
+    gap_kb: int = setting(64, "maximum kilobytes between frames that one request reads", least=0)
+    ahead_mb: int = setting(256, "maximum megabytes read ahead of decoding", least=1)
+    ahead_steps: int = setting(8, "maximum steps read ahead of decoding", least=1)
     deadline: float = setting(120.0, "seconds for one byte range, all tries together", above=0)
     try_seconds: float = setting(30.0, "seconds for one try", above=0)
     hedge_percentile: float = setting(0.95, "a request slower than this share of others is sent again; 0: never")
@@ -50,7 +50,7 @@ def wait_for_turn(ranks: Ranks, starts_per_second: float) -> None:
     seconds = (ranks.node_rank + random.random()) / starts_per_second
     _waited.append(seconds)
     if seconds > 1:
-        starts = "node %d of %d begins to read in %.1f s (remote.starts_per_second)"
+        starts = "node %d of %d starts to read in %.1f s (remote.starts_per_second)"
         log.info(starts, ranks.node_rank, ranks.num_nodes, seconds)
     time.sleep(seconds)
 

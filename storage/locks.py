@@ -133,7 +133,7 @@ class Lock:
             return
         names = " and ".join(map(holder, found.values()))
         log.info(
-            "%s: watching for %g seconds whether %s is still running",
+            "%s: waiting %g s to see whether %s is still running",
             self.path.parent,
             MISSED_HEARTBEATS * HEARTBEAT,
             names,

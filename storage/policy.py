@@ -148,9 +148,9 @@ def _without_status(error: BaseException) -> tuple[str, bool]:
         case TimeoutError():
             return "timed out", True
         case aiohttp.ClientPayloadError() | aiohttp.ClientConnectionError() | ConnectionError():
-            return "connection broke off", True
+            return "connection closed early", True
     if _is_garbled(error):
-        return "connection broke off", True
+        return "connection closed early", True
     if isinstance(error, aiohttp.ClientError):
         return type(error).__name__, False  # its text may hold a signed URL
     names = {kind.__name__ for cause in causes(error) for kind in type(cause).__mro__}
@@ -253,9 +253,9 @@ def storage_errors(url: str, doing: str) -> Iterator[None]:
         found = describe_error(error)
         if found.kind is FileNotFoundError:
             raise MissingError(f"cannot {doing} {url}: it does not exist; check the name") from error
-        remedy = "nothing is lost: run the same command again to go on"
+        remedy = "run the same command again to continue"
         if found.kind is PermissionError:
-            remedy = "check the credentials in the environment (see docs/packing.md) and the rights on the bucket"
+            remedy = "check the credentials in the environment (see docs/packing.md) and the permissions on the bucket"
         raise AccessError(f"cannot {doing} {url}: {' '.join(str(found).split())}; {remedy}") from error
 
 

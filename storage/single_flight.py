@@ -113,7 +113,7 @@ def process_lock(
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        log.warning("%s cannot be used, each process works for itself (%s)", path, error.strerror)
+        log.warning("%s cannot be used, so processes do not share this work (%s)", path, error.strerror)
         yield False
         return
     try:

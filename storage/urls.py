@@ -53,10 +53,10 @@ def check_no_credentials(url: str, options: Mapping[str, Any]) -> None:
     where = "take credentials from the environment instead (AWS_*, GOOGLE_APPLICATION_CREDENTIALS, ~/.aws, ~/.netrc)"
     parts = urlsplit(url) if "://" in url else None
     if parts is not None and ("@" in parts.netloc or parts.query):
-        raise UserError(f"the URL of {public_url(url)} holds a user, a password or a signature: {where}")
+        raise UserError(f"the URL of {public_url(url)} contains a user, a password or a signature: {where}")
     for name, value in options.items():
         if SECRET_OPTIONS.search(name) and value not in HARMLESS_TOKENS:
-            raise UserError(f"storage.{name} holds credentials: {where}")
+            raise UserError(f"storage.{name} contains credentials: {where}")
 
 
 def local_form(url: str) -> str:

@@ -41,17 +41,17 @@ class Bounds:
 class Fetching:
     """How media are fetched over a network; it changes no byte of the result."""
 
-    connections: int = flag(16, "of each process at once (default: %(default)s)")
-    per_host: int = flag(8, "of these to one web server (default: %(default)s)")
-    attempts: int = flag(ATTEMPTS, "at a request that fails with a transient error (default: %(default)s)")
+    connections: int = flag(16, "concurrent connections of each process (default: %(default)s)")
+    per_host: int = flag(8, "concurrent connections of each process to one server (default: %(default)s)")
+    attempts: int = flag(ATTEMPTS, "tries of a request that fails with a transient error (default: %(default)s)")
     timeout: float = flag(
         USUAL_TIMEOUT,  # seconds without a byte, or with fewer than SLOWEST a second
-        "without a byte, or nearly, until a connection is given up (default: %(default)s)",
+        "seconds almost without data before a connection is closed (default: %(default)s)",
         metavar="SECONDS",
     )
     max_mb: int = flag(  # of one body, decompressed; 0: as LARGEST_MB says
         0,
-        "larger bodies are failures (default: {image} for images, {video} for videos)".format(**LARGEST_MB),
+        "maximum size of a response (default: {image} for images, {video} for videos)".format(**LARGEST_MB),
         type=positive,
         metavar="MB",
     )
@@ -134,7 +134,7 @@ class WebClient:
         The future raises StoreError, or what writing to the file raised. Cancelling it ends the attempts.
         """
         if not self.thread.is_alive():
-            raise RuntimeError("the thread that fetches from web servers has ended")
+            raise RuntimeError("the download thread exited")
         transfer = Transfer(str(URL(url)) if STRANGE.search(url) else url, file, bounds)
         return asyncio.run_coroutine_threadsafe(self._fetch(transfer), self._loop)
 

@@ -25,7 +25,7 @@ KINDS = ("best", "worst", "random")
 
 @dataclass(frozen=True)
 class Hit:
-    """One item that a query found."""
+    """One result of a query."""
 
     item: int
     rank: int  # from 1
@@ -47,7 +47,7 @@ class Query:
     correct_item: int
 
     def to_json(self) -> dict:
-        """As plain values."""
+        """The same as a dictionary of plain values."""
         return asdict(self)
 
 

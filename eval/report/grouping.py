@@ -97,7 +97,7 @@ def recorded_digest(evaluation: Evaluation, split: str) -> str:
 
 
 def read_predictions(evaluation: Evaluation, split: str) -> Any:
-    """What predictions.json holds of a split. Raises OSError, ValueError or KeyError where it cannot be read."""
+    """The content of predictions.json for a split. Raises OSError, ValueError or KeyError where it cannot be read."""
     predictions = json.loads((evaluation.folder / "predictions.json").read_text(encoding="utf-8"))[split]
     if evaluation.details["splits"][split]["task"] == "choice":
         for item in predictions:

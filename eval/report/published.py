@@ -44,7 +44,7 @@ def all_published() -> tuple[Published, ...]:
 
 
 def published(benchmark: str | None, split: str, zero_shot: bool) -> list[Published]:
-    """What the paper reports for a benchmark's split, of models that were or were not fine-tuned for it."""
+    """The paper's results on a benchmark's split, with or without fine-tuning on it."""
     return [
         row for row in all_published() if (row.benchmark, row.split, row.zero_shot) == (benchmark, split, zero_shot)
     ]

@@ -45,7 +45,7 @@ def cache_folder(asked: Path | None) -> Iterator[Path]:
         if asked is not None:
             raise AccessError(f"--cache {asked} cannot be written ({error.strerror}): give another folder") from None
         log.warning(
-            "%s cannot be written (%s): encoded visuals are not kept; --cache FOLDER keeps them",
+            "%s cannot be written (%s): not caching encoded visuals; set --cache FOLDER",
             folder,
             error.strerror,
         )
@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--frames", type=int, default=4, metavar="N", help="frames per clip (default: %(default)s)")
     result.add_argument("--output", default="hits.jpg", metavar="FILE", help="contact sheet (default: %(default)s)")
-    result.add_argument("--tokenizer", metavar="VOCAB", help="vocabulary, where the checkpoint has none")
+    result.add_argument("--tokenizer", metavar="VOCAB", help="vocabulary, if the checkpoint has none")
     result.add_argument(
         "--cache", type=Path, metavar="FOLDER", help=f"folder of encoded visuals (default: {usual_cache()})"
     )

@@ -42,7 +42,7 @@ class SearchServer(ThreadingHTTPServer):
 
     def serve_until_interrupted(self) -> None:
         """Serve the page until Ctrl-C."""
-        sys.stdout.write(f"search page: http://{self.host}:{self.server_port}/   (Ctrl-C ends it)\n")
+        sys.stdout.write(f"search page: http://{self.host}:{self.server_port}/   (Ctrl-C to stop)\n")
         sys.stdout.flush()
         try:
             self.serve_forever()
@@ -55,7 +55,7 @@ def _refused(host: str, port: int, error: OSError | OverflowError) -> str:
     if isinstance(error, OverflowError):
         return f"--port {port}: a port is a number from 1 to 65535, or 0 for any free one"
     if error.errno == errno.EADDRINUSE:
-        return f"port {port} of {host} is in use by another program: give another with --port, 0 for any free one"
+        return f"port {port} of {host} is in use by another program: choose another --port, 0 for any free one"
     if error.errno == errno.EACCES:
         return f"port {port} of {host} needs an administrator's rights: give one from 1024 on with --port"
     return f"--host {host} is not an address of this machine ({error.strerror}): 127.0.0.1 is local only, 0.0.0.0 all"

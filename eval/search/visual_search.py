@@ -74,7 +74,7 @@ class VisualSearch:
         self.tokenizer = Tokenizer.load(str(weights) if tokenizer is None else tokenizer)
         model = load_model(weights)
         if not isinstance(model, Singularity):
-            raise UserError(f"{checkpoint} answers questions and cannot search: give a model for retrieval")
+            raise UserError(f"{checkpoint} is a QA checkpoint without retrieval heads: use a retrieval model")
         self.model = model.to(device)
         video = VideoInput(num_frames_test=num_frames)
         self.dataset = VisualSet(corpus, LoaderConfig(image_res=model.config.image_res, video_input=video))

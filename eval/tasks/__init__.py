@@ -1,1 +1,1 @@
-"""One evaluation task a file: retrieval, question answering, multiple choice."""
+"""One file per evaluation task: retrieval, question answering, multiple choice."""

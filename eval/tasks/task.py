@@ -51,7 +51,7 @@ class Task(Protocol[TestSet, Result]):
         ranks: Ranks = ALONE,
         device: torch.device | str = "cpu",
     ) -> Result:
-        """Evaluate `model`, which lies on `device`, with `num_frames` frames a clip; called by all ranks.
+        """Evaluate `model` on `device` with `num_frames` frames per clip; called by all ranks.
 
         The result does not depend on the number of ranks, nor on the batch sizes, beyond rounding. Raises UserError
         for settings that do not fit the model.
@@ -59,12 +59,12 @@ class Task(Protocol[TestSet, Result]):
         ...
 
     def output(self, result: Result, dataset: TestSet, config: EvalConfig) -> SplitOutput:
-        """What is written of a result; called by rank 0."""
+        """The outputs of a result; called by rank 0."""
         ...
 
 
 def common_details(result: TaskResult, dataset: VisualSet) -> dict[str, Any]:
-    """What evaluation.json says of a test set, whatever the task."""
+    """The entry of a test set in evaluation.json, common to all tasks."""
     return {
         "media_type": dataset.media_type,
         "num_visuals": dataset.num_visuals,

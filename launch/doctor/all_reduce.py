@@ -68,7 +68,7 @@ def check_product(device: torch.device) -> None:
 
 
 def _tflops(device: torch.device) -> float:
-    """Of a product of bf16 matrices; 0 on a CPU."""
+    """TFLOP/s of a product of bf16 matrices; 0 on a CPU."""
     if device.type != "cuda":
         return 0.0
     matrix = torch.ones(SIDE, SIDE, device=device, dtype=torch.bfloat16)

@@ -35,7 +35,7 @@ def failed(check: str, failures: Mapping[str, str], advice: str) -> list[Finding
 
 
 def compare(check: str, values: Mapping[str, Any], advice: str) -> list[Finding]:
-    """Hosts whose value is not that of most (of the first one, where there is no most)."""
+    """Hosts whose value differs from the majority (or from the first host if there is no majority)."""
     counts = Counter(map(str, values.values()))
     most = max(counts, key=lambda value: (counts[value], value == str(next(iter(values.values())))))
     others = [Finding(check, host, BAD, f"{value}; others {most}", advice) for host, value in values.items()
@@ -181,7 +181,7 @@ def lagging(check: str, unit: str, rates: Mapping[str, float], advice: str, verd
 
 
 def missing(url: str, names: Sequence[str]) -> list[Finding]:
-    """Whether all files of a corpus are there, by those that are missing."""
+    """The finding on missing files of a corpus."""
     if not names:
         return [Finding("shards", url, OK, "all files are there")]
     indices = any(name.endswith(".parquet") for name in names)

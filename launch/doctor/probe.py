@@ -69,7 +69,7 @@ class Probe:
         return time.time()
 
     def facts(self) -> dict[str, Any]:
-        """What this node is and what is installed on it."""
+        """Hardware of this node and its installed packages."""
         from train.job.devices import driver_version, gpu_fault
 
         installed = {name: _version(name) for name in (*PACKAGES, *DALI)} | _cuda_versions()
@@ -238,7 +238,7 @@ class Probe:
 
 
 def code_hash() -> str:
-    """Of all Python files and recipes, the same in a checkout and in a wheel of one state."""
+    """Hash of all Python files and recipes; a checkout and a wheel of one state have the same."""
     found = hashlib.sha256()
     for folder in [
         *(PROGRAM / name for name in sorted(ROOMS)),

@@ -64,7 +64,7 @@ class AutoDecoder:
         return self._order[0].decode(clips)
 
     def _drop_dali(self, decoder: Decoder, error: RuntimeError) -> bool:
-        """Whether the CPU path can go on after this error: DALI failed while both are measured.
+        """Whether the CPU path can continue after this error: DALI failed during the trial of both decoders.
 
         In most cases the GPU lacks the memory for DALI beside training. A broken device fails in the next training step
         as well.

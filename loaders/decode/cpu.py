@@ -188,7 +188,7 @@ class CpuDecoder:
         return frames.pin_memory() if self.pin else frames, bad
 
     def _decode_into(self, memory: SharedMemory, shape: tuple[int, ...], clips: np.ndarray) -> dict[int, str]:
-        """Have clips (B, 7 + 2 T), see `Work`, decoded into a memory as (B, T, S, S, 3); {row: reason} of bad ones."""
+        """Decode clips (B, 7 + 2 T), see `Work`, into shared memory (B, T, S, S, 3); returns {bad row: reason}."""
         slots = self._free.get()
         try:
             if self._failed:
@@ -211,7 +211,7 @@ class CpuDecoder:
             process.wait()
 
     def close(self) -> None:
-        """End the processes, whatever they do; a thread that waits for one gets its RuntimeError."""
+        """Kill the processes; a thread that waits for one gets a RuntimeError."""
         self._failed = self._failed or "the decoder is closed"
         self._end_processes()
         rows = [self._free.get() for _ in range(QUEUE_DEPTH)]  # nobody waits for an answer any more

@@ -40,7 +40,7 @@ class _ImageError(RuntimeError):
 
 
 class DaliDecoder:
-    """See loaders.decode.decoder.Decoder; a batch with an image that fails is halved until that image stands alone.
+    """See loaders.decode.decoder.Decoder; a batch that fails is halved until the failing image is isolated.
 
     As many batches are decoded at once as the loader makes, each by its own pipeline, thread and CUDA stream, so that a
     run that fails harms no other. The second pipeline is built for the second batch, and takes as much memory again.
@@ -129,7 +129,7 @@ class DaliWorker:
     def _search(
         self, clips: Sequence[Clip], rows: list[int], bad: dict[int, str]
     ) -> list[tuple[list[int], torch.Tensor]]:
-        """Groups of the rows with their frames, halved until images that fail stand alone; bad rows go to `bad`."""
+        """Groups of the rows with their frames, halved until failing images are isolated; bad rows go to `bad`."""
         decoded, waiting = [], [rows]
         while waiting:
             group = waiting.pop()
@@ -158,7 +158,7 @@ class DaliWorker:
         return decoded
 
     def _by_cpu(self, clip: Clip) -> torch.Tensor | BadSampleError:
-        """A clip's frames (T, S, S, 3) by the CPU path, or why there are none."""
+        """A clip's frames (T, S, S, 3) by the CPU path, or the reason why they cannot be decoded."""
         frames = np.empty((len(clip.jpegs), self.settings.size, self.settings.size, 3), np.uint8)
         try:
             decode_clip(clip, frames, self.settings.antialias, Scratch())
@@ -202,7 +202,7 @@ class DaliWorker:
         return self._copies.copied(output)
 
     def _check_alive(self, error: RuntimeError) -> None:
-        """Raise a RuntimeError unless a sound image still decodes, with a new pipeline if need be."""
+        """Raise a RuntimeError unless an intact image can be decoded, if necessary with a new pipeline."""
         for _ in range(2):
             try:
                 pipeline = self._built(1)
@@ -240,7 +240,7 @@ def header_faults(clips: Sequence[Clip]) -> dict[int, str]:
 
 
 def is_device_failure(error: RuntimeError) -> bool:
-    """Whether DALI's message says that memory, CUDA or the driver failed, which no image can cause."""
+    """Whether DALI's message reports a failure of memory, CUDA or the driver, which no image can cause."""
     text = encountered(error)
     status = _CODEC.search(text)
     if status is not None:
@@ -255,6 +255,6 @@ def encountered(error: RuntimeError) -> str:
 
 
 def reason(error: RuntimeError) -> str:
-    """What DALI's message says it encountered, in one line."""
+    """The cause in DALI's message, in one line."""
     lines = [line.strip(" :") for line in encountered(error).splitlines() if line.strip()]
     return (lines or ["failed"])[0][:200]

@@ -18,7 +18,7 @@ QUEUE_DEPTH = 1
 
 @dataclass(frozen=True)
 class GraphSettings:
-    """What a pipeline is built from.
+    """Parameters of a pipeline.
 
     device: number of the GPU; None runs the graph on the CPU.
     hw_decoder_load: the share of a batch that a GPU's JPEG engines decode, where it has them; CUDA decodes the rest.
@@ -114,7 +114,7 @@ class CopyStream:
         return self._finished(assemble)
 
     def _finished(self, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """The tensor that `make` gives, with its kernels finished, for use on the default stream."""
+        """The tensor of `make` after its kernels finished, for use on the default stream."""
         if self._stream is None:
             return make()
         try:

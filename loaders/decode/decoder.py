@@ -1,4 +1,4 @@
-"""What every decoder does: JPEG bytes of a batch to cropped 8-bit frames."""
+"""The interface of all decoders: JPEG bytes of a batch to cropped 8-bit frames."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the bytes of a clip to the window that is shown, on a CPU: libjpeg-turbo, OpenCV's bicubic."""
+"""Decodes the bytes of a clip to the cropped window on a CPU: libjpeg-turbo, OpenCV's bicubic."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Scratch:
 
 
 def odd_buffer(size: int) -> np.ndarray:
-    """So many bytes at an odd address.
+    """A buffer of `size` bytes at an odd address.
 
     libjpeg-turbo writes rows that begin at a multiple of 32 around the caches, and reading them then waits for memory:
     up to 25 % of a photo's time where a row's bytes are a multiple of 16 (benchmarks/RESULTS.md).
@@ -128,7 +128,7 @@ def decode_other(data: bytes, clip: Clip, warning: str = "") -> Frame:
 
 
 def header_fault(data: bytes, clip: Clip) -> str | None:
-    """Why an image cannot be decoded, as far as its header and last bytes tell; None when they are sound."""
+    """The reason why an image cannot be decoded, from its header and last bytes; None if they are intact."""
     try:
         width, height = picture_size(data)
     except MediaError as error:
@@ -141,7 +141,7 @@ def header_fault(data: bytes, clip: Clip) -> str | None:
 
 
 def show(pixels: np.ndarray, window: Window, out: np.ndarray, antialias: bool, buffer: np.ndarray) -> None:
-    """Write a window into `out` (S, S, 3): resized bicubically, flipped if it says so. buffer: S*S*3 bytes."""
+    """Write a window into `out` (S, S, 3): resized bicubically, and flipped if requested. buffer: S*S*3 bytes."""
     top, left, height, width, flip = window
     size = out.shape[0]
     crop = pixels[top : top + height, left : left + width]

@@ -1,4 +1,4 @@
-"""A decoding process of decode=cpu: work comes over sockets, bytes and pixels are in shared memory.
+"""A decoding process of decode=cpu: receives work over sockets; bytes and pixels are in shared memory.
 
 loaders.decode.cpu starts it as `python -m loaders.decode.worker ANTIALIAS SOCKET...`; it needs neither torch nor the
 loader, so it is there within a tenth of a second and small.
@@ -34,14 +34,14 @@ class Work(NamedTuple):
 
 
 class Slot:
-    """A socket and the memories that came over it; work is done in the order in which it comes."""
+    """A socket and the shared memory received over it; work is done in the order of arrival."""
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
         self._memories: dict[int, mmap.mmap] = {}
 
     def take(self) -> Work:
-        """The next work; raises EOFError when there will be no more."""
+        """The next work item; raises EOFError at the end."""
         work: Work = self.connection.recv()
         for number in work.freed:
             del self._memories[number]
@@ -89,7 +89,7 @@ def unpacked(numbers: Sequence[int], memory: mmap.mmap) -> Clip:
 
 
 def serve(slots: Sequence[Slot], antialias: bool) -> None:
-    """Decode what comes, and answer, until a socket is closed."""
+    """Serve decoding requests until a socket is closed."""
     scratch, selector = Scratch(), selectors.PollSelector()
     for slot in slots:
         selector.register(slot.connection, selectors.EVENT_READ, slot)

@@ -21,7 +21,7 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 class RandomChoices(NamedTuple):
-    """What is shown of B samples this time: frames (T,) and a window of each; numbers (B,) in [0, 1) pick captions."""
+    """The random choices for B samples: frames (T,) and a window of each; numbers (B,) in [0, 1) pick captions."""
 
     frames: Sequence[np.ndarray]
     windows: Sequence[Window]
@@ -43,7 +43,7 @@ def random_choices(
 
 
 def clip_frames(records: Sequence[Record], keys: np.ndarray, video: VideoInput) -> list[np.ndarray]:
-    """Which frames of each clip are shown, (T,) each."""
+    """Indices of the sampled frames of each clip, (T,) each."""
     lengths = np.array([max(1, len(record.sizes)) for record in records])
     if video.sample_type == "rand":
         return list(random_frames(video.num_frames, lengths, random_numbers(keys, FRAMES, video.num_frames)))
@@ -111,7 +111,7 @@ def parse_rate(sample_type: str) -> float:
 
 
 def frames_at_rate(rate: float, length: int, fps: float) -> np.ndarray:
-    """Indices of the frames nearest to 1/2X, 3/2X, 5/2X ... seconds; the middle one where there is none."""
+    """Indices of the frames nearest to 1/2X, 3/2X, 5/2X ... seconds; the middle one if there is none."""
     seconds = np.arange(0.5 / rate, length / fps + 0.5 / rate, 1 / rate)
     found = np.around(seconds * fps).astype(np.int64)
     found = found[found < length]

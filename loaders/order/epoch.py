@@ -62,7 +62,7 @@ class EpochPlan:
 
     @cached_property
     def starts(self) -> np.ndarray:
-        """How many units precede each chunk, (C,) int64."""
+        """Number of units before each chunk, (C,) int64."""
         return np.cumsum(self.chunks.sizes) - self.chunks.sizes
 
     @cached_property
@@ -72,7 +72,7 @@ class EpochPlan:
 
     @cached_property
     def window(self) -> int:
-        """Units that a window holds."""
+        """Number of units in a window."""
         mean = sum(self.counts) / max(1, int(np.count_nonzero(self.counts)))
         return max(1, round(self.window_shards * mean))
 
@@ -95,7 +95,7 @@ class EpochPlan:
         return chunks.shards, chunks.firsts + shuffled - self.starts[numbers], chunks.traversals
 
     def _shuffled(self, position: int) -> int:
-        """Which unit of the sequence of chunks is at a position."""
+        """The unit of the sequence of chunks at a position."""
         step, stripe = divmod(position, self.stripes)
         number, offset = divmod(step, self.window)
         first, end = self.stripe_bounds(stripe)
@@ -151,7 +151,7 @@ def epoch_units(units: int, weight: float) -> int:
 
 
 def cut_chunks(counts: np.ndarray, pieces: int, first_shard: int) -> Chunks:
-    """Each shard of counts (S,) in so many equal pieces, fewer where it has fewer units; traversal 0."""
+    """Each shard of counts (S,) in `pieces` equal pieces, fewer if it has fewer units; traversal 0."""
     each = np.minimum(pieces, counts)
     rows = np.repeat(np.arange(len(counts)), each)
     numbers = np.arange(len(rows)) - np.repeat(np.cumsum(each) - each, each)
@@ -160,7 +160,7 @@ def cut_chunks(counts: np.ndarray, pieces: int, first_shard: int) -> Chunks:
 
 
 def traversals(chunks: Chunks, corpus: int, share: int, seed: int, epoch: int) -> list[Chunks]:
-    """What an epoch of `share` units holds of each traversal of a corpus of these chunks."""
+    """The units of each traversal of a corpus of these chunks in an epoch of `share` units."""
     units, found = int(chunks.sizes.sum()), []
     begin, end = epoch * share, (epoch + 1) * share
     for number in range(begin // max(1, units), -(-end // max(1, units))):

@@ -86,7 +86,7 @@ class Mixture:
         return [found[pair] for pair in wanted]
 
     def _text(self, index: ShardIndex, row: int, number: int, caption: float) -> tuple[str, Answers, str]:
-        """(text, answers, why there is none) of a row: its text `number`, or the caption a number in [0, 1) picks."""
+        """(text, answers, reason if there is none) of a row: its text `number`, or the caption chosen by `caption`."""
         if not self._with_texts:
             return "", (), ""
         if self.config.epoch_unit == "questions":
@@ -102,7 +102,7 @@ class Mixture:
         return index.text("captions", row, chosen), (), ""
 
     def read(self, specs: Sequence[SampleSpec]) -> list[RawSample]:
-        """The bytes of each sample's frames, or why there are none."""
+        """The bytes of each sample's frames, or the reason why there are none."""
         found: dict[int, RawSample] = {}
         for number, reader in enumerate(self.readers):
             rows = [row for row, spec in enumerate(specs) if spec.corpus == number]

@@ -106,7 +106,7 @@ def read_special_ids(vocabulary: Path) -> dict[str, int]:
 
 
 def weights_fault(folder: Path) -> str:
-    """What is wrong with the files of `write_weights`, as after a power cut or an incomplete copy; empty if nothing."""
+    """The fault of the files of `write_weights`, for example after a power failure or an incomplete copy; or ""."""
     path = folder / DESCRIPTION
     try:
         description = json.loads(path.read_text())

@@ -30,7 +30,7 @@ _WITHOUT_ANSWERS = ("vision_proj.", "text_proj.", "itm_head.", "word_head.", "vi
 
 @dataclass
 class FitReport:
-    """How weights were changed to fit a model: names of its tensors."""
+    """Changes to weights so that they fit a model: names of its tensors."""
 
     resized: list[str] = field(default_factory=list)  # position tables and temporal embeddings
     fresh: list[str] = field(default_factory=list)  # of a new part: not in the weights, randomly initialised
@@ -68,7 +68,7 @@ def save_model(
 
 
 def load_weights(path: str | Path) -> Weights:
-    """Architecture and tensors at `path` (see `resolve_weights`), whichever form they are in.
+    """Architecture and tensors at `path` (see `resolve_weights`), in any format.
 
     Raises FileNotFoundError or ValueError that names the file and the remedy.
     """

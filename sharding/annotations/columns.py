@@ -25,7 +25,7 @@ class RowError(UserError):
 
     def __init__(self, record: Record, reason: str) -> None:
         self.reason = " ".join(reason.split())  # in one line, whatever the names of columns are
-        super().__init__(f"{record.place}: {self.reason}; --skip-bad-rows leaves such records out and counts them")
+        super().__init__(f"{record.place}: {self.reason}; --skip-bad-rows skips and counts such records")
 
     @property
     def kind(self) -> str:
@@ -36,7 +36,7 @@ class RowError(UserError):
 
 @dataclass
 class Columns:
-    """Which columns hold what. The defaults are those of Singularity's own JSON.
+    """The columns of an annotation file. The defaults are those of Singularity's own JSON.
 
     Each is a column's name, or a template of several such as "{page_dir}/{videoid}.mp4", or a list of such of which
     the first that a record has counts; "sentences.raw" reaches into objects, and into each object of a list.
@@ -200,7 +200,7 @@ def media_name(value: Any) -> str:
     if value is None or value == []:
         return ""
     if isinstance(value, list):
-        raise ValueError(f"one path or URL, not {len(value)} ({shortened(value)}): give each a record of its own")
+        raise ValueError(f"one path or URL, not {len(value)} ({shortened(value)}): write one record for each")
     if isinstance(value, Mapping) and value.get("bytes") is not None:
         raise ValueError(
             "a path or URL, not the file's bytes in the table, as Hugging Face's datasets stores them: write each to a "
@@ -231,7 +231,7 @@ def names_in(spec: Any) -> Iterator[str]:
 
 
 def finder(spec: Any) -> Finder:
-    """What looks up a column as `Columns` describes them; it returns ABSENT where the record lacks it."""
+    """A function that looks up a column of `Columns` in a record; it returns ABSENT if the record lacks it."""
     if isinstance(spec, list):
         return first_of([finder(each) for each in spec])
     if spec is None or spec == "":

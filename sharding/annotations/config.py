@@ -26,19 +26,19 @@ def unescape(text: str) -> str:
 
 @dataclass
 class Reading:
-    """What decides which rows annotation files give, besides their contents."""
+    """Settings that decide which rows are read from annotation files."""
 
     format: str = flag("auto", "auto, json, jsonl, csv, tsv, parquet, or a data set's own (default: auto)")
-    records: str = flag("", 'JSON: where the list of records is; "*": the entries of an object', metavar="KEY")
+    records: str = flag("", 'JSON: key of the list of records; "*": the entries of an object', metavar="KEY")
     header: list[str] = flag(
         list, "names of the columns, with commas, of a table without a header line", metavar="NAMES", type=split_names
     )
-    delimiter: str = flag("", "of a CSV (default: as its first line looks)", type=unescape)
-    encoding: str = flag("utf-8", "of tables and text files (default: utf-8)")
+    delimiter: str = flag("", "delimiter of a CSV (default: detected)", type=unescape)
+    encoding: str = flag("utf-8", "encoding of tables and text files (default: utf-8)")
     columns: Columns = flag(
         Columns,
-        "where records hold media, caption, question, answer ...: a column, a template such as "
-        '"{folder}/{id:06d}.mp4", or several with | between them',
+        "columns of media, caption, question, answer ...: a name, a template such as "
+        '"{folder}/{id:06d}.mp4", or alternatives separated by |',
         nargs="+",
         metavar="NAME=COLUMN",
     )
@@ -49,7 +49,7 @@ class Reading:
         metavar="COLUMN=VALUES",
     )
     limit: int = flag(0, "only the first N images or clips, for a trial (default: all)", metavar="N")
-    skip_bad_rows: bool = flag(False, "count rows that cannot be understood as filtered")
+    skip_bad_rows: bool = flag(False, "count malformed rows as filtered")
     unanswered: bool = False  # questions may be without answers, as those of a test server are
 
 

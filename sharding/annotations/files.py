@@ -73,7 +73,7 @@ class Resuming(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Fill `buffer` as far as there is something."""
+        """Read up to len(buffer) bytes into `buffer`."""
         data = retry(self._read_at, self.file.tell(), len(buffer))
         buffer[: len(data)] = data
         return len(data)
@@ -98,16 +98,16 @@ class View(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """As of any file."""
+        """See io.RawIOBase."""
         self.position = offset + (0, self.position, self.file.size)[whence]
         return self.position
 
     def tell(self) -> int:
-        """As of any file."""
+        """See io.RawIOBase."""
         return self.position
 
     def readinto(self, buffer: Any) -> int:
-        """Fill `buffer` as far as there is something."""
+        """Read up to len(buffer) bytes into `buffer`."""
         count = self.file.read_into(buffer, self.position)
         self.position += count
         return count
@@ -129,7 +129,7 @@ class AnnotationFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close it; a copy goes with that."""
+        """Close the file; this deletes a copy."""
         self._file.close()
 
     def read_into(self, buffer: Any, position: int) -> int:
@@ -180,7 +180,7 @@ def open_local(name: str) -> IO[bytes]:
 
 
 def download(name: str, scratch: Path | None) -> IO[bytes]:
-    """A copy of a remote file that has no name, so that it goes when it is closed."""
+    """An unlinked copy of a remote file, which is deleted when it is closed."""
     copy = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115
     with retry(fsspec.open(name, "rb").open) as remote:
         shutil.copyfileobj(Resuming(remote), copy, BLOCK)

@@ -85,7 +85,7 @@ def question_of(record: dict[str, Any], default_id: str) -> dict[str, Any]:
 
 
 def plain(value: Any) -> str:
-    """A value as text; a whole number without the ".0" that a column of floats gives it."""
+    """A value as text; a whole number without the ".0" of a column of floats."""
     if isinstance(value, float | Decimal) and math.isfinite(value) and value == int(value):
         return str(int(value))
     return str(value)

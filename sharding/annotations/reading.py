@@ -1,4 +1,4 @@
-"""From a corpus' annotation files to its rows: each file by the reader of its form."""
+"""Reads a corpus' annotation files to rows: each file by the reader of its format."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
 
 def by_ending(file: AnnotationFile, reading: Reading) -> Iterator[Record]:
-    """Records of a file, read as the ending of its name says; raises ValueError for an unknown one."""
+    """Records of a file, in the format of its extension; raises ValueError for an unknown one."""
     name = file.name.lower()
     for packed in PACKED:
         name = name.removesuffix(packed)
@@ -119,11 +119,11 @@ def check_reading(reading: Reading) -> None:
     known = [*READERS, *JOINING]
     if reading.format not in known:
         near = nearest(reading.format, known) or known
-        raise UserError(f"--format {reading.format}: there is no such format, nearest are {', '.join(near)}")
+        raise UserError(f"--format {reading.format}: unknown format, nearest are {', '.join(near)}")
     try:
         codecs.lookup(reading.encoding)
     except LookupError:
-        raise UserError(f"--encoding {reading.encoding}: there is no such encoding") from None
+        raise UserError(f"--encoding {reading.encoding}: unknown encoding") from None
 
 
 def rows_of(files: Sequence[AnnotationFile], reading: Reading) -> Iterator[Row]:

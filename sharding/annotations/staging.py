@@ -117,7 +117,7 @@ def move_staged(staged: Staged, path: Path) -> Staged:
 
 
 def open_staged(path: Path) -> Staged:
-    """What `stage` left at `path`."""
+    """The rows that `stage` wrote to `path`."""
     with closing(connect(str(path))) as database:
         items, rows, filtered = database.execute("SELECT items, rows, filtered FROM account").fetchone()
     return Staged(str(path), items, rows, json.loads(filtered))
@@ -137,7 +137,7 @@ ORDER BY first, number
 
 
 def prepare(database: sqlite3.Connection, scratch: Path, unsorted: Path) -> None:
-    """Create the tables; nothing here needs to outlive a crash, so that nothing waits for the disk."""
+    """Create the tables without flushing to disk: they need not survive a crash."""
     database.execute("ATTACH ? AS new", (str(unsorted),))
     for name in ("main", "new"):
         database.execute(f"PRAGMA {name}.journal_mode = OFF")

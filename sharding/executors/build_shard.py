@@ -39,7 +39,7 @@ def build_shard(task: Task, advance: Advance) -> FinishedShard:
 
 
 def packed(task: Task, scratch: Path) -> Iterator[tuple[int, Outcome]]:
-    """(number of the item, what became of it) as media come; a clip that several items are parts of is read once."""
+    """(item number, result) in order of arrival; a clip shared by several items is read once."""
     parts = [(number, *split_segment(item.source)) for number, item in enumerate(task.items)]
     files = [list(group) for _, group in itertools.groupby(parts, key=lambda part: part[1])]
     with Media(task.media_root, task.settings.media_type, scratch, task.fetching) as media:

@@ -1,4 +1,4 @@
-"""Where shards are built: in processes of this machine or on a Ray cluster, all of them or the part of one job."""
+"""Executors that build shards: processes of this machine or a Ray cluster; all shards or one job part."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ EXECUTORS: dict[str, Run] = {"processes": run_in_processes, "ray": run_on_ray}
 
 @dataclass(frozen=True)
 class Executor:
-    """How shards are built; it changes no byte of them."""
+    """Settings of the executor; they do not change the shards' bytes."""
 
-    workers: int | None = flag(None, "processes (default: one a core)", type=int)
+    workers: int | None = flag(None, "worker processes (default: one per core)", type=int)
     engine: str = flag(
         "processes", "ray: tasks on a running Ray cluster (default: %(default)s)", choices=tuple(EXECUTORS)
     )
     part: str = flag("", "build the I-th of N shares of the shards, as one of N jobs", metavar="I/N")
-    finish: bool = flag(False, "build nothing: describe the corpus once all parts are done")
+    finish: bool = flag(False, "only write corpus.json, after all parts are complete")
 
     def check(self) -> None:
         """Raise ValueError, with the remedy, for settings that cannot work."""
@@ -59,11 +59,11 @@ class Executor:
 
     @property
     def processes(self) -> int:
-        """How many processes work at once."""
+        """Number of concurrent processes."""
         return self.workers or os.cpu_count() or 1
 
     def of_this_job(self, tasks: list[Task]) -> list[Task]:
-        """Those of the tasks that this job builds."""
+        """The tasks of this job part."""
         if self.finish:
             return []
         number, jobs = map(int, self.part.split("/")) if self.part else (1, 1)
@@ -111,12 +111,12 @@ def build_shards(
             f"{' ...' if len(missing) > 5 else ''}): run the parts that build them again, then --finish"
         )
     if missing:
-        log.info("part %s is done; other parts have to build %d of %d shards", executor.part, len(missing), len(tasks))
+        log.info("part %s is complete; other parts build %d of %d shards", executor.part, len(missing), len(tasks))
     return [shards[number] for number in sorted(shards)], rows
 
 
 def finished(tasks: list[Task]) -> Iterator[tuple[Task, FinishedShard]]:
-    """Those of the tasks whose shards are complete, with these."""
+    """The tasks whose shards are complete, with their shards."""
     if not tasks:
         return
     with ThreadPoolExecutor(LOOKUPS if "://" in tasks[0].output else 1) as pool:

@@ -1,4 +1,4 @@
-"""Shards built on a running Ray cluster: one task a shard, those of a node that dies are done again elsewhere."""
+"""Shards built on a running Ray cluster: one task per shard; tasks of a failed node are retried on another."""
 
 from __future__ import annotations
 
@@ -105,4 +105,4 @@ def build_on_node(task: Task) -> FinishedShard:
 
 
 def count_nothing(good: int, bad: int, size: int) -> None:
-    """On a cluster, finished shards are the progress."""
+    """Report progress in finished shards."""

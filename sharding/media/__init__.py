@@ -1,1 +1,1 @@
-"""Where media come from, and how pictures and clips become the JPEG frames that are stored."""
+"""Sources of media, and the conversion of images and clips to JPEG frames."""

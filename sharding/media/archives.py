@@ -67,7 +67,7 @@ log = logging.getLogger("sharding")
 
 @dataclass(frozen=True)
 class Member:
-    """Where a member lies in its archive: a row of SCHEMA."""
+    """The position of a member in its archive: a row of SCHEMA."""
 
     name: bytes
     offset: int
@@ -108,7 +108,7 @@ class Archive:
         self.damage = notes["damage"]
 
     def find(self, path: bytes, before: int | None = None) -> Member | None:
-        """The last member of a path, or the last one that lies before an offset."""
+        """The last member with a path, or the last one before an offset."""
         names = self.table["name"]
         place = bisect.bisect_right(range(len(names)), path, key=lambda row: names[row].as_py()) - 1
         while place >= 0 and names[place].as_py() == path:
@@ -275,7 +275,7 @@ def listed(url: str, damages: list[Damage]) -> Iterator[pa.RecordBatch]:
 
 
 class CompressedError(Exception):
-    """A tar that is compressed as a whole; the message says how."""
+    """A tar that is compressed as a whole; the message has the method."""
 
 
 def tar_members(file: BinaryIO, damages: list[Damage]) -> Iterator[Member]:
@@ -292,7 +292,7 @@ def tar_members(file: BinaryIO, damages: list[Damage]) -> Iterator[Member]:
             place = found.offset, found.size, found.size, IN_TAR, 0
             yield Member(found.path, *place, found.link, found.hard, found.unreadable)
     if empty and damages:
-        raise EOFError(f"{damages[0].reason} at byte {damages[0].offset}, and no sound one")
+        raise EOFError(f"{damages[0].reason} at byte {damages[0].offset}, and no intact one")
 
 
 class RawNames:

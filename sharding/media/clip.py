@@ -82,7 +82,7 @@ def choose_stream(container: av.container.InputContainer) -> av.VideoStream:
 
 
 def stream_rank(stream: av.VideoStream) -> float:
-    """How the ffmpeg program ranks video streams; of equal ones the first is taken."""
+    """The rank of a video stream as in the ffmpeg program; the first of equal ones is used."""
     default = bool(stream.disposition & Disposition.default)
     return stream.width * stream.height + 5_000_000 * default + 100_000_000 * bool(stream.frames)
 
@@ -108,7 +108,7 @@ class Clip:
 
     @property
     def promised(self) -> float:
-        """Seconds that the header says the clip lasts; 0 when it says nothing, or by a clock that jumps."""
+        """The clip's duration in seconds by its header; 0 if it has none, or if time stamps jump."""
         if self.restarts:
             return 0.0
         if self.stream.duration and self.unit:
@@ -199,7 +199,7 @@ class Clip:
         return np.ascontiguousarray(upright(converted.to_ndarray(), frame))
 
     def pixel_shape(self) -> float:
-        """How much wider than high a pixel is: as the container says, else the codec of the frame now decoded."""
+        """The pixel aspect ratio: of the container, else of the codec of the current frame."""
         shape, now = self.stream.sample_aspect_ratio, self.stream.codec_context.sample_aspect_ratio
         if now and shape == self.coded_pixel:
             shape = now
@@ -215,7 +215,7 @@ class Clip:
         except av.FFmpegError as error:
             self.broken = self.broken or str(error.strerror)
         except IndexError:  # PyAV, at the end of a damaged file in which a stream appeared on the way
-            self.broken = self.broken or "a stream begins in the middle"
+            self.broken = self.broken or "the stream starts in the middle"
 
     def decoded(self) -> Iterator[av.VideoFrame]:
         """Frames in the order of the decoder; broken packets are skipped."""

@@ -1,4 +1,4 @@
-"""Where the links inside a tar lead: hard and symbolic ones, chains of them, and links to folders."""
+"""Resolves links inside a tar: hard and symbolic ones, chains of them, and links to folders."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Entry(Protocol):
 
     @property
     def offset(self) -> int:
-        """Where it lies."""
+        """The byte position in the tar."""
 
     @property
     def link(self) -> bytes:
@@ -36,7 +36,7 @@ class LinkError(ValueError):
 
 
 class Location(NamedTuple):
-    """Where a member of a tar lies, or leads to."""
+    """The position of a tar's member, or the target of a link."""
 
     offset: int
     size: int
@@ -46,7 +46,7 @@ class Location(NamedTuple):
 
 
 class Locations:
-    """Where the members of one tar lie, by path."""
+    """The positions of the members of one tar, by path."""
 
     def __init__(self) -> None:
         self._locations: dict[bytes, list[Location]] = defaultdict(list)
@@ -58,7 +58,7 @@ class Locations:
         )
 
     def find(self, path: bytes, before: int | None) -> Location | None:
-        """The last member of a path, or the last one that lies before an offset."""
+        """The last member with a path, or the last one before an offset."""
         found = self._locations.get(path, [])
         return next((place for place in reversed(found) if before is None or place.offset < before), None)
 

@@ -33,7 +33,7 @@ NOT_PICTURES = {"EPS", "IPTC", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
 
 
 class JpegHeader(NamedTuple):
-    """What libjpeg-turbo reads of a JPEG: pixels as they are stored, before they are turned."""
+    """The header of a JPEG by libjpeg-turbo: pixels as stored, before EXIF rotation."""
 
     width: int
     height: int
@@ -145,7 +145,7 @@ def check_enormous(header: JpegHeader, least: int, size: int) -> None:
     """Raise a MediaError for a JPEG of so many bytes that cannot hold its pixels, or of too many at `least`."""
     width, height = header.width, header.height
     if width * height > BLOCK_PIXELS * 8 * size:
-        raise MediaError(f"truncated JPEG: {width}x{height} pixels cannot be in {size} bytes")
+        raise MediaError(f"truncated JPEG: {width}x{height} pixels need more than {size} bytes")
     fraction = max(n for n in (1, 2, 4, 8) if n == 1 or (least and min(width, height) >= n * least))
     check_pixels(width // fraction, height // fraction)
 
@@ -180,7 +180,7 @@ def turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
 def open_by_pillow(data: bytes) -> Image.Image:
     """An image whose pixels Pillow itself can decode; no other program is started and no other file opened."""
     if data.startswith(POSTSCRIPT):
-        raise MediaError("a PostScript program, which is not run: convert it to PNG")
+        raise MediaError("a PostScript program, which is not executed: convert it to PNG")
     Image.preinit()
     Image.init()
     return Image.open(io.BytesIO(data), formats=[name for name in Image.ID if name not in NOT_PICTURES])

@@ -1,4 +1,4 @@
-"""Where media come from: local files, any fsspec URL, web servers, archives; distant ones are fetched ahead."""
+"""Sources of media: local files, any fsspec URL, web servers, archives; remote ones are prefetched."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Media:
         self.stop.set()
 
     def fetched(self, sources: Sequence[str]) -> Iterator[tuple[int, Fetched | MediaError]]:
-        """(place in `sources`, media or why it cannot be read), local files in order, distant ones as they come.
+        """(index in `sources`, media or the reason), local files in order, remote ones in order of arrival.
 
         Raises:
             PermissionError: the store refuses the credentials, for all sources.
@@ -123,7 +123,7 @@ class Media:
         return join_url(self.root, source) if self.root else os.path.abspath(source)
 
     def fetch(self, source: str) -> Fetched | MediaError:
-        """One media's bytes or open file, or why it cannot be read."""
+        """The bytes or the open file of one medium, or the reason why it cannot be read."""
         url = self.location(source)
         try:
             if url.startswith("/"):
@@ -164,7 +164,7 @@ def web_address(root: str, name: str) -> str:
 
 
 def put_result(done: queue.SimpleQueue[tuple[int, Future[Any]]], place: int, future: Future[Any]) -> None:
-    """Tell who waits at a queue that a source is there."""
+    """Notify the consumer of a queue that a source is ready."""
     done.put((place, future))
 
 
@@ -196,7 +196,7 @@ def open_at_once(path: str, flags: int) -> int:
 
 
 def download(filesystem: Any, path: str, scratch: Path) -> BinaryIO:
-    """A distant file as an open local one that has no name any more: it goes when it is closed."""
+    """A remote file as an open, unlinked local one: it is deleted when it is closed."""
     descriptor, name = tempfile.mkstemp(dir=scratch)
     os.close(descriptor)
     try:

@@ -43,7 +43,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Damage:
-    """What is wrong at a byte of a tar; `certain` is False for what no reader minds, such as padding that is not 0."""
+    """A fault at a byte of a tar; `certain` is False if readers ignore it, such as padding that is not 0."""
 
     offset: int
     reason: str
@@ -139,7 +139,7 @@ class TarStream:
                 for_next = {}
 
     def description(self, info: tarfile.TarInfo) -> dict[str, bytes] | None:
-        """What a PAX or GNU member describes of others; None when it is damaged."""
+        """The attributes in a PAX or GNU member; None if it is damaged."""
         data = self.read(info.size, info.size <= LONGEST)
         self.read(-info.size % BLOCK)
         if info.type in LONG:
@@ -187,7 +187,7 @@ class TarStream:
             yield Damage(place + byte, f"the padding after {text} is not zero", certain=False)
 
     def next_header(self, known: Mapping[int, tuple[str, int]]) -> tuple[tarfile.TarInfo | None, bytes]:
-        """Read on until behind a sound header, or to a place that is known."""
+        """Read until after a valid header, or to a known position."""
         while header := self.read(BLOCK):
             info = parse(header)
             if info is not None and info.name and (header[257:262] == b"ustar"):
@@ -232,7 +232,7 @@ def plain(name: bytes) -> bytes:
 
 
 def compression_of(head: bytes) -> str:
-    """What a file with these first bytes is compressed with; empty when it is not."""
+    """The compression of a file with these first bytes; empty if none."""
     return next((kind for mark, kind in COMPRESSED.items() if head.startswith(mark)), "")
 
 

@@ -67,7 +67,7 @@ def sample_clip(clip: Clip, size: int, quality: int, fps: float, max_frames: int
             last = (end if until >= end else min(max(clip.length(end), until), end)) - start
             break
     if not jpegs:
-        raise MediaError("no frame decodes" if start <= 0 else f"no frame at {start:g} seconds or later")
+        raise MediaError("no frame can be decoded" if start <= 0 else f"no frame at {start:g} seconds or later")
     return Frames(jpegs, shape[1], shape[0], fps, last, tuple(times))
 
 

@@ -1,1 +1,1 @@
-"""What is in a packed corpus: statistics, a gallery, a contact sheet."""
+"""Reports on a packed corpus: statistics, a gallery, a contact sheet."""

@@ -1,4 +1,4 @@
-"""One self-contained HTML page to look at a corpus: its distributions, and samples from all over with their texts."""
+"""One self-contained HTML page to look at a corpus: its distributions, and samples with their texts."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def chart(distribution: Distribution) -> dict[str, Any]:
 
 
 def card(corpus: Corpus, sample: Picked) -> dict[str, Any]:
-    """A sample as the page shows it: its pictures as one data URL, side by side where there are several."""
+    """A sample for the page: its frames side by side in one data URL."""
     row = sample.row
     images = [read_picture(data) for data in sample.frames]
     readable = [image for image in images if image is not None]

@@ -93,7 +93,7 @@ def sample_sheet(corpus: Corpus, count: int, shards: int = SHARDS) -> Image.Imag
 
 
 def first_text(row: dict[str, Any]) -> str:
-    """What a sample is about, in one line; empty where it has no text."""
+    """The first text of a sample, in one line; empty if it has none."""
     texts = [*row["captions"], *(question["question"] for question in row["questions"])]
     texts += [" / ".join(choice["options"]) for choice in row["choices"]]
     return " ".join(texts[0].split()) if texts else ""

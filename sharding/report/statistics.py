@@ -41,7 +41,7 @@ class Distribution:
 
     @property
     def count(self) -> int:
-        """How many numbers there are."""
+        """The number of values."""
         return self.counts.total()
 
     @property
@@ -61,7 +61,7 @@ class Distribution:
             self.counts[kind] += number
 
     def percentile(self, share: float) -> float:
-        """The number below which that share of all lies."""
+        """The value below which this share of the values lies."""
         seen = 0
         for value in sorted(self.counts):
             seen += self.counts[value]
@@ -86,7 +86,7 @@ class Distribution:
         return found[0 if heights[0] else 1 : None if heights[-1] else -1]
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values."""
+        """The same as a dictionary of plain values."""
         places = {f"p{share}": self.percentile(share / 100) for share in (5, 25, 50, 75, 95)}
         ends = {-math.inf: self.low, math.inf: self.high}
         bins = [
@@ -98,7 +98,7 @@ class Distribution:
 
 @dataclass
 class Statistics:
-    """What the indices of `shards` of a corpus hold."""
+    """The statistics of `shards` of a corpus, from their indices."""
 
     shards: int
     samples: int = 0
@@ -107,34 +107,34 @@ class Statistics:
     distributions: list[Distribution] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values."""
+        """The same as a dictionary of plain values."""
         head = {"shards": self.shards, "samples": self.samples}
         head |= {"samples_without_text": self.without_text, "empty_captions": self.empty_captions}
         return {**head, "distributions": {each.name: each.to_json() for each in self.distributions}}
 
 
 MEASURES: dict[str, Callable[[pa.Table], pa.Array]] = {
-    "captions a sample": lambda table: pc.list_value_length(table["captions"]),
-    "words a caption": lambda table: words(pc.list_flatten(table["captions"])),
-    "questions a sample": lambda table: pc.list_value_length(table["questions"]),
-    "words a question": lambda table: words(pc.struct_field(pc.list_flatten(table["questions"]), "question")),
-    "answers a question": lambda table: pc.list_value_length(
+    "captions per sample": lambda table: pc.list_value_length(table["captions"]),
+    "words per caption": lambda table: words(pc.list_flatten(table["captions"])),
+    "questions per sample": lambda table: pc.list_value_length(table["questions"]),
+    "words per question": lambda table: words(pc.struct_field(pc.list_flatten(table["questions"]), "question")),
+    "answers per question": lambda table: pc.list_value_length(
         pc.struct_field(pc.list_flatten(table["questions"]), "answers")
     ),
-    "options a choice": lambda table: pc.list_value_length(
+    "options per choice": lambda table: pc.list_value_length(
         pc.struct_field(pc.list_flatten(table["choices"]), "options")
     ),
     "width in pixels": lambda table: table["width"],
     "height in pixels": lambda table: table["height"],
-    "frames a clip": lambda table: pc.list_value_length(table["sizes"]),
-    "seconds a clip": lambda table: table["duration"].drop_null(),
-    "bytes a frame": lambda table: pc.list_flatten(table["sizes"]),
+    "frames per clip": lambda table: pc.list_value_length(table["sizes"]),
+    "seconds per clip": lambda table: table["duration"].drop_null(),
+    "bytes per frame": lambda table: pc.list_flatten(table["sizes"]),
 }
-OF_CLIPS = ("frames a clip", "seconds a clip")
+OF_CLIPS = ("frames per clip", "seconds per clip")
 
 
 def measure(corpus: Corpus, shards: int = 0, progress: Progress | None = None) -> Statistics:
-    """The distributions over a corpus, or over so many of its shards, evenly spread, without those that are all 0.
+    """The distributions over a corpus, or over so many of its shards, evenly spread, without all-zero ones.
 
     Raises:
         OSError, ValueError: an index cannot be read.
@@ -166,7 +166,7 @@ def columns_of(corpus: Corpus, shard: int, columns: Sequence[str]) -> pa.Table:
         reason = "is missing"
     except UNREADABLE as error:
         reason = f"cannot be read ({error})"
-    raise UserError(f"{url} {reason}: `python -m sharding.verify {corpus.url} --repair` makes it again")
+    raise UserError(f"{url} {reason}: `python -m sharding.verify {corpus.url} --repair` rebuilds it")
 
 
 def in_threads(function: Callable[[int], Value], numbers: Sequence[int]) -> Iterator[Value]:
@@ -183,7 +183,7 @@ def in_threads(function: Callable[[int], Value], numbers: Sequence[int]) -> Iter
 
 
 def spread(total: int, count: int) -> list[int]:
-    """`count` of the numbers 0 to `total` - 1, evenly spread; all of them where there are fewer."""
+    """`count` of the numbers 0 to `total` - 1, evenly spread; all if there are fewer."""
     return np.unique(np.linspace(0, max(total - 1, 0), min(count, total)).round().astype(int)).tolist()
 
 

@@ -1,4 +1,4 @@
-"""What is in a packed corpus, as lines of text: a summary, one sample, histograms, what failed."""
+"""Text reports on a packed corpus: a summary, one sample, histograms, failures."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def sample_facts(corpus: Corpus, name: str, frame: int, shown: bool = False) -> 
 
 
 def sample_text(facts: dict[str, Any]) -> str:
-    """One sample in lines."""
+    """Lines that describe one sample."""
     times = ""
     if facts["fps"] is not None:
         times = f", {len(facts['offsets'])} frames, {facts['fps']:g} a second, {facts['duration']:.2f} s"
@@ -81,7 +81,7 @@ def statistics_text(statistics: Statistics, corpus: Corpus) -> str:
 
 
 def failures_text(kinds: Counter[str], first: list[dict[str, Any]]) -> str:
-    """What failed: by kind, then one by one."""
+    """Failures: counts by kind, then one line each."""
     if not kinds:
         return "no failures"
     lines = [f"{kinds.total():,} failures", *failure_lines(kinds, 50)]

@@ -15,7 +15,7 @@ from sharding.shapes.write import write_shapes
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
-        "python -m sharding.shapes", description="Draw a corpus of coloured shapes, with captions."
+        "python -m sharding.shapes", description="Generate a data set of coloured shapes with captions."
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="an empty or new folder")
     parser.add_argument("--images", type=int, default=2000, help="pictures to train on (default: %(default)s)")
@@ -25,7 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--size", type=int, default=96, help="width and height in pixels (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="worker processes (default: one per core)"
+    )
     options = vars(parser.parse_args(arguments))
     folder = write_shapes(options.pop("output"), progress=True, **options)
     sys.stdout.write(f"Shapes in {folder}: media/ and {len(list(folder.glob('*.json')))} annotation files\n")

@@ -1,4 +1,4 @@
-"""Natural wording for what a Shapes scene shows: several ways to say the same, and the specific ones that tests use."""
+"""Captions of a Shapes scene: several wordings of the same content, and the specific ones of the tests."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def plural(thing: Thing) -> str:
 
 
 def relation(first: Thing, second: Thing) -> str:
-    """How the first thing stands to the second."""
+    """The position of the first thing relative to the second."""
     if abs(first.x - second.x) > abs(first.y - second.y):
         return "to the left of" if first.x < second.x else "to the right of"
     return "above" if first.y < second.y else "below"
 
 
 def place(thing: Thing) -> str:
-    """Where in the picture a thing is."""
+    """The position of a thing in the picture."""
     if abs(thing.x - 0.5) < 0.1 and abs(thing.y - 0.5) < 0.1:
         return "in the middle"
     return PLACES[(thing.x > 0.5, thing.y > 0.5)]
@@ -96,7 +96,7 @@ def image_captions(scene: Scene, rng: np.random.Generator, count: int = 3) -> li
 
 
 def motion_words(motion: Motion, wording: int = 0) -> str:
-    """What happens, without saying to what."""
+    """The motion, without the thing that moves."""
     if motion.kind == "slide":
         return SLIDES[motion.direction][wording]
     if motion.kind == "corner":
@@ -108,13 +108,13 @@ def motion_words(motion: Motion, wording: int = 0) -> str:
 
 
 def motion_caption(clip: Clip, wording: int = 0) -> str:
-    """What moves and how; one frame does not show it."""
+    """The thing and its motion, which one frame does not show."""
     mover = clip.scene.things[0]
     return f"{name(mover, size=clip.motion.kind != 'size')} {motion_words(clip.motion, wording)}"
 
 
 def appearance_caption(clip: Clip, wording: int = 0) -> str:
-    """What can be seen in a single frame."""
+    """The content of a single frame."""
     mover, still = clip.scene.things
     sized = clip.motion.kind != "size"
     if wording:

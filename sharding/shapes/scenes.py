@@ -1,4 +1,4 @@
-"""What a Shapes picture or clip shows, as plain values drawn from a seed; nothing is painted here."""
+"""The content of a Shapes picture or clip as plain values, sampled from a seed; draw.py draws it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Motion:
-    """What happens to a clip's first thing; `reverse` shows the same frames in the opposite order."""
+    """The motion of a clip's first thing; `reverse` has the same frames in the opposite order."""
 
     kind: str  # slide | corner | appear | size
     direction: str  # slide: right/left/down/up; corner: two of them; appear: appears/disappears; size: grows/shrinks
@@ -90,7 +90,7 @@ NEAR, FAR = 0.2, 0.8  # where a path begins and ends
 
 
 def move(thing: Thing, motion: Motion, lane: float, share: float) -> list[Thing]:
-    """Where a thing is, as a list that is empty while it cannot be seen."""
+    """The position of a thing as a list, empty while it is hidden."""
     if motion.kind == "appear":
         visible = (share >= 0.5) == (motion.direction == "appears")
         return [thing] if visible else []
@@ -116,7 +116,7 @@ def generator(seed: int, *counters: int) -> np.random.Generator:
 
 
 def pick(rng: np.random.Generator, values: tuple[str, ...] | list[str]) -> str:
-    """One of the values, each as likely."""
+    """A uniform random choice of one value."""
     return values[int(rng.integers(len(values)))]
 
 

@@ -22,13 +22,13 @@ TEXTS = 3  # what a generator is for; part of its key
 
 
 def image_records(path: str, scene: Scene, rng: np.random.Generator, test: bool) -> dict[str, Any]:
-    """A picture's caption record for each annotation file that it stands in."""
+    """A picture's caption record for each annotation file that contains it."""
     captions = [image_caption(scene)] if test else image_captions(scene, rng)
     return {"images": {"image": path, "caption": captions}}
 
 
 def clip_records(path: str, clip: Clip, rng: np.random.Generator, number: int, test: bool) -> dict[str, Any]:
-    """A clip's record for each annotation file that it stands in, by the file's name without its split."""
+    """A clip's record for each annotation file that contains it, by the file's name without its split."""
     question, answer = question_about(clip, rng)
     records: dict[str, Any] = {
         "qa": {"question_id": number, "video": path, "question": question, "answer": answer},

@@ -91,7 +91,7 @@ def make_item(folder: Path, medium: int, split: int, seed: int, size: int, numbe
 
 
 def write_annotations(folder: Path, split: str, parts: Iterator[list[dict[str, Any]]], bar: tqdm) -> None:
-    """Append records to their files as they come; each file is a JSON list."""
+    """Append records to their files, each a JSON list."""
     with ExitStack() as stack:
         files: dict[str, TextIO] = {}
         for part in parts:

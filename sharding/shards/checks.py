@@ -38,7 +38,7 @@ class Fault:
     offset: int = -1
 
     def __str__(self) -> str:
-        """One line."""
+        """The fault as one line."""
         place = [self.file, self.key, f"byte {self.offset}" if self.offset >= 0 else "", self.reason]
         return ": ".join(part for part in place if part)
 
@@ -57,7 +57,7 @@ class Check:
 
 @dataclass
 class Report:
-    """What was found out about a shard."""
+    """The result of checking a shard."""
 
     check: Check
     faults: list[Fault] = field(default_factory=list)
@@ -111,7 +111,7 @@ def check_shard(check: Check, advance: Advance) -> Report:
 
 def undetected(tar_name: str) -> Fault:
     """The fault of a tar that differs from what was written, though no reader would notice."""
-    return Fault(tar_name, "its SHA-256 is not the recorded one, though every member is sound")
+    return Fault(tar_name, "its SHA-256 differs from the recorded one, although every member is intact")
 
 
 def read_checked_table(check: Check, name: str) -> tuple[pa.Table | None, bytes, list[Fault]]:
@@ -123,7 +123,7 @@ def read_checked_table(check: Check, name: str) -> tuple[pa.Table | None, bytes,
     digest = hashlib.sha256(data).hexdigest()
     if check.info and digest != check.info.index_sha256:
         size = "" if len(data) == check.info.index_bytes else f" ({len(data)} bytes, {check.info.index_bytes} expected)"
-        return None, data, [Fault(name, f"its SHA-256 is not the one in corpus.json{size}")]
+        return None, data, [Fault(name, f"its SHA-256 differs from the one in corpus.json{size}")]
     try:
         table = read_table(data)
     except UNREADABLE as error:
@@ -134,22 +134,22 @@ def read_checked_table(check: Check, name: str) -> tuple[pa.Table | None, bytes,
 
 
 def unread(error: Exception) -> str:
-    """What is wrong with a file that cannot be read."""
+    """The fault of a file that cannot be read."""
     return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {describe_error(error)}"
 
 
 def index_faults(info: ShardInfo | None, name: str, rows: list[dict[str, Any]]) -> Iterator[Fault]:
-    """Where an index contradicts corpus.json or itself."""
+    """Faults of an index that contradicts corpus.json or itself."""
     if info:
         for unit, count in counts(rows).items():
             if count != getattr(info, unit):
-                yield Fault(name, f"holds {count} {unit}, corpus.json says {getattr(info, unit)}")
+                yield Fault(name, f"holds {count} {unit}, corpus.json has {getattr(info, unit)}")
     for key, count in Counter(row["key"] for row in rows).items():
         if count > 1:
             yield Fault(name, f"{count} samples have this key", key)
     for row in rows:
         if not len(row["offsets"]) == len(row["sizes"]) == len(row["crc32s"]) or not row["offsets"]:
-            yield Fault(name, "offsets, sizes and CRC-32s do not belong together", row["key"])
+            yield Fault(name, "offsets, sizes and CRC-32s are inconsistent", row["key"])
 
 
 @dataclass
@@ -250,7 +250,7 @@ class TarCheck:
         if self.check.own and member.name != self.name_of(frame):
             self.mismatch(f"{where}: the tar has {member.name} here", row["key"], member.offset)
         elif member.size != frame.size:
-            self.mismatch(f"{where}: {member.size} bytes, the index says {frame.size}", row["key"], member.offset)
+            self.mismatch(f"{where}: {member.size} bytes, the index has {frame.size}", row["key"], member.offset)
         elif zlib.crc32(data) != frame.crc32:
             self.damaged += 1
             reason = f"{where}: CRC-32 does not match the index"
@@ -285,11 +285,11 @@ class TarCheck:
         if cut and left:
             lost = {self.rows[frame.row]["key"]: None for _, frame in left}
             self.damaged += 1
-            reason = f"{len(lost)} samples from here on are cut off"
+            reason = f"{len(lost)} samples from here on are missing"
             self.faults.append(Fault(self.name, reason, next(iter(lost)), min(self.frames)))
             return
         for offset, frame in left:
-            reason = f"frame {frame.number}: the index says it begins here, the tar has no file here"
+            reason = f"frame {frame.number}: the index has its start here, the tar has no file here"
             self.mismatch(reason, self.rows[frame.row]["key"], offset)
 
     def compare_texts(self) -> None:
@@ -302,7 +302,7 @@ class TarCheck:
         try:
             found = pa.Table.from_pylist([self.texts[number] for number in numbers], schema=wanted.schema)
         except (pa.ArrowException, TypeError, ValueError) as error:
-            self.faults.append(Fault(self.name, f"texts in the tar do not fit the index: {error}"))
+            self.faults.append(Fault(self.name, f"texts in the tar differ from the index: {error}"))
             self.damaged += 1
             return
         if found.equals(wanted):
@@ -320,7 +320,7 @@ def is_key(key: str, indexed: str) -> bool:
 
 
 def undecodable(data: bytes, width: int, height: int) -> str:
-    """Why a picture cannot be shown as the index says; empty when it can."""
+    """The reason why a picture does not decode to the index's size; empty if it does."""
     try:
         pixels = decode_picture(data).pixels
     except MediaError as error:
@@ -328,5 +328,5 @@ def undecodable(data: bytes, width: int, height: int) -> str:
     found = (pixels.shape[1], pixels.shape[0])
     if found == (width, height):
         return ""
-    remedy = "; it is turned by its EXIF, index it again" if found == (height, width) else ""
-    return f"{found[0]}x{found[1]} pixels, the index says {width}x{height}{remedy}"
+    remedy = "; EXIF rotates it: index it again" if found == (height, width) else ""
+    return f"{found[0]}x{found[1]} pixels, the index has {width}x{height}{remedy}"

@@ -88,5 +88,5 @@ def read_failures(url: str) -> Iterator[dict[str, Any]]:
         raise MissingError(f"{path} does not exist: {url} was packed without it, or is not done yet") from None
     except ValueError as error:
         raise UserError(
-            f"{path} is damaged ({error}): `python -m sharding.verify {url} --repair` makes it again"
+            f"{path} is damaged ({error}): `python -m sharding.verify {url} --repair` rebuilds it"
         ) from None

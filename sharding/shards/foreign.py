@@ -31,7 +31,7 @@ NO_ENDING = "file without an ending: no part of a sample"
 
 @dataclass
 class Sample:
-    """What a tar holds under one key: its pictures by ending, its texts, endings of other files.
+    """The files of one key in a tar: pictures by ending, texts, endings of other files.
 
     duplicates: how many more files of an ending there are, with other contents. broken: why it cannot be indexed.
     """
@@ -61,7 +61,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Picture:
-    """Where a picture's bytes lie, and its pixels; `broken` is the reason when they are none."""
+    """The position of a picture's bytes, and its size in pixels; `broken` is the reason if it has none."""
 
     offset: int
     size: int
@@ -73,7 +73,7 @@ class Picture:
 
 @dataclass
 class Contents:
-    """What one tar holds: index rows, samples left out with the reason, damages, its SHA-256 and size.
+    """The content of one tar: index rows, skipped samples with the reason, damages, its SHA-256 and size.
 
     remarks: what else was left out, by kind.
     """
@@ -150,7 +150,7 @@ class Reader:
         return key
 
     def read_links(self) -> None:
-        """Take in what links lead to, in the order in which it lies in the tar."""
+        """Read the targets of links, in the order of the tar."""
         found = []
         for link in self.links:
             key, ending = split_name(link.name)
@@ -182,14 +182,14 @@ def read_contents(file: BinaryIO, fps: float, on_read: Callable[[int], None] | N
 
 
 def contents_of(reader: Reader, fps: float) -> Contents:
-    """What all samples of a tar make."""
+    """The content of a tar from all its samples."""
     samples = list(reader.samples.values())
     pictured = [sample for sample in samples if sample.pictures or sample.broken]
     videos = [sample for sample in samples if any(ending in VIDEOS for ending in sample.others)]
     if videos and not pictured:
         file = next(f"{videos[0].key}.{ending}" for ending in videos[0].others if ending in VIDEOS)
         raise ValueError(
-            f"holds whole videos ({file}), and frames cannot be read from those one by one: repack them with "
+            f"contains whole videos ({file}), and frames cannot be read from those one by one: repack them with "
             "`python -m sharding.build --media-type video --media-root FOLDER_OF_THE_TARS`, which reads clips inside "
             f'tars: in the annotations a path is such as "00000.tar/{file}"'
         )

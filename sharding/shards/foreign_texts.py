@@ -76,7 +76,7 @@ def captions_of(texts: Mapping[str, bytes], fields: Mapping[str, Any]) -> list[s
 
 
 def times_of(fields: Mapping[str, Any], count: int, rate: float) -> list[float]:
-    """Seconds at which a clip's frames are shown: those in its JSON where there are as many, else by their rate."""
+    """Seconds at which a clip's frames are shown: those in its JSON if it has one per frame, else by the frame rate."""
     times = fields.get("frame_times")
     numbers = isinstance(times, list) and all(type(time) in (int, float) and abs(time) < 1e300 for time in times)
     if isinstance(times, list) and numbers and len(times) == count:

@@ -118,7 +118,7 @@ def index_shards(
 def index_all(
     tasks: list[IndexTask], workers: int, failures: FailureLog, progress: Progress
 ) -> dict[str, IndexedShard]:
-    """What became of each tar, by name and in order; raises ValueError when no tar can be indexed."""
+    """The result for each tar, by name and in order; raises ValueError if no tar can be indexed."""
     shards: dict[str, IndexedShard] = {}
     for task, shard in run_tasks(index_shard, tasks, workers, progress.advance):
         shards[task.name] = shard
@@ -158,16 +158,16 @@ def named_tars(url: str, names: Sequence[str], known: Corpus | None) -> list[tup
             sizes = []
     if not sizes:
         missing = next((name for name, place in zip(names, places) if not filesystem.exists(place)), names[0])
-        raise MissingError(f"{join_url(url, missing)} does not exist: name the tars that are there")
+        raise MissingError(f"{join_url(url, missing)} does not exist: name existing tars")
     earlier = {shard.name: shard.bytes for shard in known.shards} if known else {}
     return sorted((earlier | {name: size or 0 for name, size in zip(names, sizes, strict=True)}).items())
 
 
 @contextmanager
 def writable(output: str) -> Iterator[Path]:
-    """`open_output`, with an error that says what to do where nothing can be written."""
+    """`open_output`, with an error with the remedy if the folder is not writable."""
     if output.startswith(("http://", "https://")):
-        raise AccessError(f"nothing can be written to {output}: choose a place for the indices with --output")
+        raise AccessError(f"cannot write to {output}: choose a folder for the indices with --output")
     with ExitStack() as stack:
         try:
             scratch = stack.enter_context(open_output(output, among_others=True))
@@ -179,7 +179,7 @@ def writable(output: str) -> Iterator[Path]:
 def read_only(place: str, error: Exception) -> OSError:
     """The error of a place where an index cannot be written."""
     reason = getattr(error, "strerror", None) or error
-    return PermissionError(f"{place} cannot be written ({reason}): choose a place for the indices with --output")
+    return PermissionError(f"{place} cannot be written ({reason}): choose a folder for the indices with --output")
 
 
 def index_shard(task: IndexTask, advance: Advance) -> IndexedShard:
@@ -223,7 +223,7 @@ def reject_unstorable(contents: Contents) -> None:
                 pa.Table.from_pylist([row], schema=INDEX_SCHEMA)
                 sound.append(row)
             except (pa.ArrowException, TypeError, ValueError) as error:
-                reason = f"its texts do not fit the index: {error}"
+                reason = f"its texts do not fit the schema of the index: {error}"
                 contents.failures.append({"source": row["key"], "rows": 1, "reason": reason})
         contents.rows = sound
 
@@ -246,7 +246,7 @@ def write_shard(task: IndexTask, index_name: str, contents: Contents) -> Indexed
 
 
 def kept_index(task: IndexTask, index_name: str) -> IndexedShard | None:
-    """What an earlier run, or the build, noted about a tar of this size; None when its index is not there, whole.
+    """The notes of an earlier run or build on a tar of this size; None unless its index is complete.
 
     One that was made by other rules than today's counts as none: it may lack samples, or tell other sizes.
     """
@@ -297,7 +297,7 @@ def describe(
 
 
 def known_corpus(url: str) -> Corpus | None:
-    """What `corpus.json` says, where there is one already."""
+    """The existing `corpus.json`, if there is one."""
     try:
         return read_corpus(url)
     except (FileNotFoundError, ValueError):
@@ -314,10 +314,10 @@ def report(corpus: Corpus, shards: dict[str, IndexedShard], failures: FailureLog
     for line in summary(remarks):
         log.info("%s", line)
     if any(shard.rate_assumed for shard in shards.values()):
-        log.info("the shards do not state their frame rate: 1 frame a second is assumed; set --fps and run again")
+        log.info("the shards do not state their frame rate: assuming 1 frame per second; set --fps and run again")
     damaged = {name: shard for name, shard in shards.items() if shard.damages}
     for name, shard in damaged.items():
-        log.info("%s: %s%s", name, shard.damages[0], "; its sound samples are indexed" if shard.info else "")
+        log.info("%s: %s%s", name, shard.damages[0], "; its intact samples are indexed" if shard.info else "")
     if damaged:
         raise TooManyFailures(
             f"{len(damaged)} of {len(shards)} tars of {corpus.tars or corpus.url} are damaged, the first is "

@@ -89,7 +89,7 @@ def missing_folders(folder: Path) -> list[Path]:
 
 
 def remove_empty(folders: Sequence[Path]) -> None:
-    """Remove those of the folders, innermost first, that hold nothing."""
+    """Remove the empty ones of the folders, innermost first."""
     for folder in folders:
         with contextlib.suppress(OSError):
             folder.rmdir()
@@ -105,7 +105,7 @@ def locked(lock: Lock, what: str, seconds: float = 0) -> Iterator[Lock]:
         lock.acquire(seconds)
     except HeldError as held:
         raise UserError(
-            f"another build is writing to {what} ({held}): wait until it is done, or choose another --output"
+            f"another build is writing to {what} ({held}): wait for it, or choose another --output"
         ) from None
     try:
         yield lock
@@ -135,7 +135,7 @@ def has_staged_rows(output: str) -> bool:
 
 
 def staging_place(output: str, scratch: Path, plan: dict[str, Any]) -> Path:
-    """Where the rows of a plan are staged: inside a local output, for an interrupted build to find them again."""
+    """The staging folder of a plan's rows: inside a local output, so that a resumed build finds them."""
     digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
     folder = scratch if "://" in output else Path(output) / PARTIAL
     return folder / STAGED.replace("*", digest)
@@ -163,7 +163,7 @@ def part_folder(folder: Path, part: str) -> Iterator[Path]:
 
 
 def plan_of(settings: ShardSettings, reading: Reading, annotations_sha256: str = "") -> dict[str, Any]:
-    """What decides the bytes of a corpus, besides its media; for `build.json`. The annotations may not be read yet."""
+    """The settings that decide a corpus' bytes, for `build.json`; works before annotations are read."""
     annotations = {"annotations_sha256": annotations_sha256} if annotations_sha256 else {}
     return {"version": VERSION, **asdict(settings), **annotations, "reading": asdict(reading)}
 
@@ -176,7 +176,7 @@ def check_claim(output: str, plan: dict[str, Any]) -> bool:
     different = sorted(key for key in plan if plan[key] != found.get(key))
     if different:
         raise UserError(
-            f"{output} holds a corpus built with another {', '.join(different)}: "
+            f"{output} has a corpus built with another {', '.join(different)}: "
             "choose another --output, or delete that folder first"
         )
     return True

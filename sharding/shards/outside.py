@@ -22,7 +22,7 @@ def check_outside_corpora(path: str | Path, setting: str) -> None:
     for folder in (place, place.parent):
         if _is_corpus(folder):
             where = "is" if folder == place else "lies in"
-            raise UserError(f"{setting} {path} {where} the packed corpus {folder}: write somewhere outside of it")
+            raise UserError(f"{setting} {path} {where} the packed corpus {folder}: choose a folder outside of it")
 
 
 def _is_corpus(folder: Path) -> bool:

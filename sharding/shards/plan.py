@@ -1,4 +1,4 @@
-"""Which items go into which shard: a pure function of annotations and settings, so that any worker builds any shard."""
+"""Assigns items to shards: a pure function of annotations and settings, so any worker can build any shard."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ SPREAD = 16  # a corpus is cut into so many shards, for as many workers, as soon
 
 @dataclass(frozen=True)
 class ShardSettings:
-    """What decides the bytes of the shards, besides annotations and media; corpus.json records it."""
+    """The settings that decide the shards' bytes; recorded in corpus.json."""
 
     name: str = flag("", "first part of the shards' file names (default: the output folder's name)")
     media_type: str = flag("", "required unless --corpus says it", choices=MEDIA_TYPES)
     size: int = flag(224, "shorter side of stored frames in pixels (default: as --corpus says, or %(default)s)")
     quality: int = flag(90, "JPEG quality, 1 to 100 (default: %(default)s)")
-    fps: float = flag(2.0, "stored frames a second of video (default: as --corpus says, or 2)")
-    max_frames: int = flag(0, "at most so many frames a clip (default: as --corpus says, or all)")
-    shard_mb: int = flag(256, "aim for shards of this size (default: %(default)s)")
+    fps: float = flag(2.0, "stored frames per second of video (default: as --corpus says, or 2)")
+    max_frames: int = flag(0, "maximum number of frames per clip (default: as --corpus says, or all)")
+    shard_mb: int = flag(256, "target size of a shard (default: %(default)s)")
 
     def check(self) -> None:
         """Raise ValueError, with the remedy, for settings that cannot work."""
@@ -44,13 +44,13 @@ class ShardSettings:
             raise UserError(f"--name {self.name!r} must be 1 to 60 characters without dots and slashes")
 
     def samples_per_shard(self, samples: int) -> int:
-        """How many of `samples` items go into each shard; depends on nothing else."""
+        """Number of items in each shard when `samples` items are packed."""
         frames = 1 if self.media_type == "image" else self.max_frames or FRAMES_PER_CLIP
         by_size = self.shard_mb * 2**20 / (frames * self.size**2 * 4 / 3 * BYTES_PER_PIXEL)
         return max(1, min(int(by_size), max(SMALLEST_SHARD[self.media_type], math.ceil(samples / SPREAD))))
 
     def shares(self, samples: int) -> dict[str, int]:
-        """How `samples` items are shared out, for `build.json`: other numbers mean other shards."""
+        """Description of the assignment of `samples` items to shards, for `build.json`."""
         return {"items": samples, "samples_per_shard": self.samples_per_shard(samples)}
 
 
@@ -79,7 +79,7 @@ class Task:
 def plan_shards(
     staged: Staged, settings: ShardSettings, media_root: str, output: str, scratch: Path, fetching: Fetching
 ) -> list[Task]:
-    """One task a shard; together they hold every item once, in order."""
+    """One task per shard; together they contain every item once, in order."""
     each = settings.samples_per_shard(staged.items)
     return [
         Task(number, staged.between(first, first + each), media_root, output, str(scratch), settings, fetching)

@@ -1,4 +1,4 @@
-"""Repairs a corpus: indices, corpus.json and failures.parquet are made again from sound tars."""
+"""Repairs a corpus: rebuilds indices, corpus.json and failures.parquet from intact tars."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def repair(url: str, corpus: Corpus | None, reports: list[Report]) -> list[str]:
             info, kind = report.info, report.media_type
             if not report.index_is_sound and report.tar_is_sound:
                 info, kind = new_index(url, report, scratch)
-                done.append(f"{info.index_name} made again from {info.name}")
+                done.append(f"{info.index_name} rebuilt from {info.name}")
                 failures_known = False
             elif not report.index_is_sound:
                 failures_known = False
@@ -52,12 +52,12 @@ def repair(url: str, corpus: Corpus | None, reports: list[Report]) -> list[str]:
         text = repaired.to_json()
         if corpus is None or text != corpus.to_json():
             write_text(join_url(url, "corpus.json"), text, scratch)
-            done.append(f"corpus.json made again: {len(shards)} shards, {repaired.samples} samples")
+            done.append(f"corpus.json rebuilt: {len(shards)} shards, {repaired.samples} samples")
     return done
 
 
 def new_index(url: str, report: Report, scratch: Path) -> tuple[ShardInfo, str]:
-    """Index a sound tar again; returns its line of corpus.json and its media type."""
+    """Index an intact tar again; returns its line of corpus.json and its media type."""
     tars, name = report.check.tar.rsplit("/", 1)
     filesystem, path = fsspec.url_to_fs(report.check.tar)
     task = IndexTask(report.check.number, tars, name, filesystem.size(path), url, str(scratch), 0.0, anew=True)
@@ -79,7 +79,7 @@ def small_files(url: str, files: dict[str, str], failures: FailureLog | None, do
             found[name] = digest
         elif name == FILE and failures is not None and (there or files or failures.count):
             found |= failures.publish(url)
-            done.append(f"{FILE} made again: {failures.count} failures")
+            done.append(f"{FILE} rebuilt: {failures.count} failures")
     return found
 
 
@@ -104,7 +104,7 @@ def described(
 
 
 def settings_at(url: str) -> dict[str, Any] | None:
-    """The settings of the build that wrote there."""
+    """The settings of the build that wrote the folder."""
     try:
         with fsspec.open(join_url(url, BUILD), "rb") as file:
             found = json.loads(file.read())

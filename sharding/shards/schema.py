@@ -1,4 +1,4 @@
-"""What a packed corpus is: the columns of a shard's index and the contents of `corpus.json`."""
+"""The schema of a packed corpus: columns of a shard's index, content of `corpus.json`."""
 
 from __future__ import annotations
 
@@ -227,7 +227,7 @@ def parse_corpus(text: str, url: str, also_damaged: bool = False) -> Corpus:
         data = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{url}/corpus.json is not valid JSON ({error}): `python -m sharding.verify {url} --repair` makes it again"
+            f"{url}/corpus.json is not valid JSON ({error}): `python -m sharding.verify {url} --repair` rebuilds it"
         ) from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise UserError(f"{url}/corpus.json is not a {FORMAT} description; pack the corpus again")
@@ -241,7 +241,7 @@ def parse_corpus(text: str, url: str, also_damaged: bool = False) -> Corpus:
     if not also_damaged and not is_whole(text):
         raise UserError(
             f"{url}/corpus.json is damaged (it does not match its own checksum): "
-            f"`python -m sharding.verify {url} --repair` makes it again"
+            f"`python -m sharding.verify {url} --repair` rebuilds it"
         )
     try:
         shards = tuple(ShardInfo(**shard) for shard in data["shards"])
@@ -249,7 +249,7 @@ def parse_corpus(text: str, url: str, also_damaged: bool = False) -> Corpus:
         return Corpus(url, data["name"], data["media_type"], shards, *more)
     except (KeyError, TypeError) as error:
         raise UserError(
-            f"{url}/corpus.json is damaged ({error}): `python -m sharding.verify {url} --repair` makes it again"
+            f"{url}/corpus.json is damaged ({error}): `python -m sharding.verify {url} --repair` rebuilds it"
         ) from None
 
 
@@ -287,7 +287,7 @@ def is_index(url: str) -> bool | None:
 
 
 def media_type_of(index: pa.Table) -> str:
-    """What a shard holds, by its index: image or video, empty for an empty one."""
+    """The media type of a shard by its index: image or video; empty for an empty shard."""
     return ("image" if index.column("fps").null_count else "video") if index.num_rows else ""
 
 
@@ -300,7 +300,7 @@ def read_file(url: str, storage_options: dict[str, Any] | None = None) -> bytes:
 def no_index(corpus: Corpus, shard: int) -> MissingError:
     """The error where a shard's index is missing."""
     return MissingError(
-        f"{corpus.index_url(shard)} is missing: make it again with `python -m sharding.verify {corpus.url} --repair`"
+        f"{corpus.index_url(shard)} is missing: rebuild it with `python -m sharding.verify {corpus.url} --repair`"
     )
 
 
@@ -311,7 +311,7 @@ def parse_index(corpus: Corpus, shard: int, data: bytes) -> pa.Table:
         table = read_table(data)
     except ValueError as error:
         raise UserError(
-            f"{path} is damaged ({error}): make it again with `python -m sharding.verify {corpus.url} --repair`"
+            f"{path} is damaged ({error}): rebuild it with `python -m sharding.verify {corpus.url} --repair`"
         ) from None
     if table.num_rows != info.samples or not table.schema.equals(INDEX_SCHEMA):
         raise UserError(

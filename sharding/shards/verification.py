@@ -47,7 +47,7 @@ def verify_corpus(url: str, decode: bool = False, workers: int = 1) -> list[Faul
 def examine(
     url: str, decode: bool = False, workers: int = 1, progress: bool = False, log_every: float = LOG_EVERY
 ) -> Findings:
-    """`verify_corpus`, with all that a repair needs to know."""
+    """`verify_corpus` with the details that a repair needs."""
     url, named = named_shards(local_form(url))
     names = named or sorted(files_at(url))
     findings = Findings(url, *read_description(url))
@@ -82,7 +82,7 @@ def read_description(url: str) -> tuple[Corpus | None, list[Fault]]:
     if b'"sha256"' not in data[-90:]:
         return None, [Fault(DESCRIPTION, "carries no checksum: damaged, or written by an earlier version")]
     if corpus.to_json().encode() != data:
-        return None, [Fault(DESCRIPTION, "does not match its own checksum, or its totals are not those of its shards")]
+        return None, [Fault(DESCRIPTION, "its checksum or its totals do not match")]
     return corpus, []
 
 
@@ -108,7 +108,7 @@ def other_files(url: str, corpus: Corpus | None, names: list[str], checks: list[
         if name not in names:
             faults.append(Fault(name, "is missing"))
         elif digest_of([join_url(url, name)]) != digest:
-            faults.append(Fault(name, "its SHA-256 is not the one in corpus.json"))
+            faults.append(Fault(name, "its SHA-256 differs from the one in corpus.json"))
     listed = {place.rsplit("/", 1)[-1] for check in checks for place in (check.tar, check.index)}
     for name in names:
         if name.endswith(".tar") and name not in listed and not (corpus and corpus.settings.get("selected")):
@@ -118,7 +118,7 @@ def other_files(url: str, corpus: Corpus | None, names: list[str], checks: list[
     if corpus is None and BUILD in names:
         numbers = {int(check.tar[-10:-4]) for check in checks if check.tar[-10:-4].isdecimal()}
         faults += [
-            Fault(f"shard {number:06d}", "is missing: the numbers of the others leave a gap")
+            Fault(f"shard {number:06d}", "is missing: the shard numbers have a gap")
             for number in sorted(set(range(max(numbers, default=-1) + 1)) - numbers)
         ]
     return faults

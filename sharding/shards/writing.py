@@ -145,7 +145,7 @@ def write_index(path: Path, rows: list[dict[str, Any]], note: dict[str, Any], ke
 
 
 def read_note(schema: pa.Schema) -> dict[str, Any]:
-    """What was noted in an index when it was made, by a build or afterwards; empty for another tool's file."""
+    """The notes in the metadata of an index; empty for another tool's file."""
     metadata = schema.metadata or {}
     return json.loads(metadata.get(INDEXED) or metadata.get(NOTE) or "{}")
 
@@ -181,7 +181,7 @@ def sha256(path: Path) -> str:
 
 
 def finished_shard(output: str, name: str) -> FinishedShard | None:
-    """A shard that an earlier build completed; None when it is not there, whole, with its index."""
+    """A shard that an earlier build completed; None unless the shard and its index are complete."""
     url = join_url(output, name)
     with storage_errors(url, "read"):
         filesystem, tar = fsspec.url_to_fs(url)

@@ -178,7 +178,7 @@ def test_an_address_in_use_is_told_before_anything_is_encoded(shapes, weights, t
         listener.listen()
         port = listener.getsockname()[1]
         for where, message in (
-            (["--port", str(port)], f"port {port} of 127.0.0.1 is in use by another program: give another with --port"),
+            (["--port", str(port)], f"port {port} of 127.0.0.1 is in use by another program: choose another --port"),
             (["--port", "99999"], "--port 99999: a port is a number from 1 to 65535"),
             (["--host", "192.0.2.1", "--port", "0"], "--host 192.0.2.1 is not an address of this machine"),
             (["--host", "no such host"], "--host no such host is not an address of this machine"),
@@ -198,7 +198,7 @@ def test_without_a_home_a_search_goes_on_and_says_how_to_keep_what_it_encodes(
     command = [weights, shapes.url("images_test"), "a star", "--output", str(tmp_path / "hits.jpg")]
     assert main(command) == 0
     assert "cannot be written" in caplog.text
-    assert "--cache FOLDER keeps them" in caplog.text
+    assert "set --cache FOLDER" in caplog.text
     assert main([*command, "--cache", "/proc/nowhere"]) == 2
     error = capfd.readouterr().err
     assert error.splitlines()[-1].startswith("error: --cache /proc/nowhere cannot be written")

@@ -120,5 +120,5 @@ def test_processes_that_do_not_know_where_they_meet_are_told(monkeypatch):
     names = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
     variables = {f"OMPI_COMM_WORLD_{name}": "2" for name in names}
     monkeypatch.setattr(os, "environ", variables)
-    with pytest.raises(ValueError, match=r"MASTER_ADDR is not set: export it .the address of the first host"):
+    with pytest.raises(ValueError, match=r"MASTER_ADDR is not set: export it \(the address of the first host"):
         ranks_from_environment()

@@ -143,7 +143,7 @@ def test_whole_videos_are_refused_with_a_remedy_that_works(media, tmp_path: Path
     before = contents(tmp_path / "v")
     assert main([str(tmp_path / "v")]) == 2
     error = capsys.readouterr().err
-    assert "holds whole videos (00000000.mp4)" in error
+    assert "contains whole videos (00000000.mp4)" in error
     assert '"00000.tar/00000000.mp4"' in error
     assert contents(tmp_path / "v") == before
     records = [{"video": f"00000.tar/{number:08d}.mp4", "caption": f"clip {number}"} for number in range(5)]

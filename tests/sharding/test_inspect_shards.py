@@ -121,15 +121,15 @@ def test_figures_are_those_of_the_index(shapes, capsys) -> None:
         figures = said(capsys, shapes.url(name), "--stats")["statistics"]
         assert (figures["samples"], figures["samples_without_text"]) == (len(rows), 0)
         truth = {
-            "captions a sample": [len(row["captions"]) for row in rows],
-            "words a caption": [len(caption.split()) for row in rows for caption in row["captions"]],
-            "words a question": [len(question["question"].split()) for row in rows for question in row["questions"]],
-            "answers a question": [len(question["answers"]) for row in rows for question in row["questions"]],
-            "options a choice": [len(choice["options"]) for row in rows for choice in row["choices"]],
+            "captions per sample": [len(row["captions"]) for row in rows],
+            "words per caption": [len(caption.split()) for row in rows for caption in row["captions"]],
+            "words per question": [len(question["question"].split()) for row in rows for question in row["questions"]],
+            "answers per question": [len(question["answers"]) for row in rows for question in row["questions"]],
+            "options per choice": [len(choice["options"]) for row in rows for choice in row["choices"]],
             "width in pixels": [row["width"] for row in rows],
-            "bytes a frame": [size for row in rows for size in row["sizes"]],
-            "seconds a clip": [row["duration"] for row in rows if row["duration"]],
-            "frames a clip": [len(row["sizes"]) for row in rows if row["duration"]],
+            "bytes per frame": [size for row in rows for size in row["sizes"]],
+            "seconds per clip": [row["duration"] for row in rows if row["duration"]],
+            "frames per clip": [len(row["sizes"]) for row in rows if row["duration"]],
         }
         for measure_name, values in truth.items():
             if not any(values):

@@ -119,7 +119,7 @@ def test_a_cut_shard_tells_how_many_samples_are_lost(corpus: Path) -> None:
     row = read_index(read_corpus(str(corpus)), 0).to_pylist()[60]
     shard.write_bytes(shard.read_bytes()[: row["offsets"][0] + 3])
     faults = verify_corpus(str(corpus))
-    lost = next(fault for fault in faults if "samples from here on are cut off" in fault.reason)
+    lost = next(fault for fault in faults if "samples from here on are missing" in fault.reason)
     assert (lost.key, lost.offset) == (row["key"], row["offsets"][0])
     assert lost.reason.startswith("3 samples")  # 63 of 64 were packed
     assert len(faults) < 5
@@ -191,7 +191,7 @@ def test_repair_makes_everything_again_that_the_tars_hold(corpus: Path, packed: 
     out = capsys.readouterr().out
     assert "repaired: photos-000000.parquet made again from photos-000000.tar" in out
     assert "repaired: photos-000002.parquet made again from photos-000002.tar" in out
-    assert "repaired: corpus.json made again: 3 shards, 148 samples" in out
+    assert "repaired: corpus.json rebuilt: 3 shards, 148 samples" in out
     before, after = read_corpus(str(packed)), read_corpus(str(corpus))
     for shard in range(3):
         assert read_index(after, shard).equals(read_index(before, shard))

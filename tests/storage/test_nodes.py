@@ -214,7 +214,7 @@ def test_a_cache_that_takes_no_locks_costs_the_sharing_only(
     config = LoaderConfig(cache=CacheConfig(str(tmp_path), 1.0))
     (DiskCache(str(tmp_path), 10**9).folder / "locks").write_text("in the way")
     assert describe(url, config).name == "many0"
-    assert "each process works for itself" in caplog.text
+    assert "processes do not share this work" in caplog.text
 
 
 def test_a_description_that_comes_damaged_is_fetched_again_and_one_that_stays_so_is_refused(

@@ -88,7 +88,7 @@ def test_retrying_ends_with_a_result_with_the_last_attempt_or_when_it_is_stopped
     [
         (FileNotFoundError(), MissingError, "cannot read memory://a: it does not exist; check the name"),
         (PermissionError("no"), AccessError, r"access refused \(no\); check the credentials"),
-        (ConnectionResetError(), AccessError, "connection broke off; nothing is lost: run the same command again"),
+        (ConnectionResetError(), AccessError, "connection closed early; run the same command again"),
         (KeyError("a bug"), KeyError, "a bug"),
     ],
 )

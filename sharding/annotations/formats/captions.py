@@ -64,7 +64,7 @@ def sbu_records(files: Sequence[AnnotationFile], reading: Reading) -> Iterator[R
     urls = [file for file in texts if file not in captions]
     if len(urls) != len(captions):
         raise UserError(
-            f"{file_names(texts)}: each list of addresses (..._urls.txt) needs its list of captions (..._captions.txt)"
+            f"{file_names(texts)}: each list of URLs (..._urls.txt) needs its list of captions (..._captions.txt)"
         )
     for file in files:
         if file not in texts:

@@ -48,7 +48,7 @@ def json_records(file: AnnotationFile, place: str = "") -> Iterator[Record]:
 
 
 def parsed(file: AnnotationFile, parse: Callable[[Any], Iterator[Found]]) -> Iterator[Found]:
-    """What `parse` finds in a JSON file; from what it refuses on, in the file's contents as RepairedJson.
+    """The values that `parse` finds in a JSON file; after a parse error it continues with RepairedJson.
 
     Raises:
         ValueError: the file is not JSON.
@@ -91,12 +91,12 @@ def not_json(file: AnnotationFile, parse: Callable[[Any], Iterator[Found]], slow
 
 
 def json_reason(error: Exception) -> str:
-    """What the JSON library's error means, with the remedy where there is one."""
+    """A message for an error of the JSON library, with the remedy if there is one."""
     reason = str(error).strip().splitlines()[0]
     known = {
         "UTF8": "it is not in UTF-8: save it so",
         "codec": "it is not in UTF-8: save it so",
-        "premature EOF": "it ends too early: is it complete?",
+        "premature EOF": "it is truncated: is it complete?",
         "trailing garbage": "more follows behind its end: JSON lines need --format jsonl, several lists a file each",
     }
     return next(

@@ -21,7 +21,7 @@ NUMBER = re.compile(rb"(?<![\w.+-])-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?(?![\w.+-])")
 
 
 class Unparsable(Exception):
-    """What the parser would do wrong with this JSON."""
+    """JSON that the parser would misread; the message is the reason."""
 
 
 class CheckedJson:
@@ -66,7 +66,7 @@ class RepairedJson:
 
 
 class Located:
-    """A stream that knows how far the parser has come: after `slow` bytes it hands over one at a time."""
+    """A stream that tracks the parser's position: after `slow` bytes it returns one byte at a time."""
 
     def __init__(self, stream: CheckedJson | RepairedJson, slow: float) -> None:
         self.stream, self.slow = stream, slow

@@ -24,7 +24,7 @@ UNCONVERTED = (ValueError, TypeError, KeyError, OverflowError, pa.ArrowException
 
 
 def csv_records(file: AnnotationFile, reading: Reading) -> Iterator[Record]:
-    """Rows of a CSV, its quoted fields free to hold delimiters and line breaks."""
+    """Rows of a CSV; quoted fields may contain delimiters and line breaks."""
     with file.opened() as handle:
         delimiter = reading.delimiter or guessed_delimiter(handle.read(65536), reading.encoding)
     return table_records(file, reading, delimiter, csv.QUOTE_MINIMAL)

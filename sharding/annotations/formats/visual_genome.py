@@ -36,7 +36,7 @@ def visual_genome_records(files: Sequence[AnnotationFile], reading: Reading) -> 
 
 
 def path_of(identity: Any, images: Lookup, about: list[AnnotationFile]) -> str:
-    """An image's path below the folder that holds VG_100K and VG_100K_2; "" where image_data.json lacks it."""
+    """An image's path in the parent folder of VG_100K and VG_100K_2; "" if image_data.json lacks it."""
     if not about:
         return f"{identifier(identity)}.jpg"
     image = images.get(identity) or {}

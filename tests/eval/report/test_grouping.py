@@ -200,7 +200,7 @@ def test_questions_of_one_id_and_visual_are_not_taken_for_each_other(tmp_path, c
     assert "test: the evaluations share no query: evaluate both on one corpus" in capsys.readouterr().err
     part = write(tmp_path / "c/evaluation/x", questions(5, right=1), recorded=recorded)
     assert compare([str(one), str(part), "--resamples", "9"]) == 0
-    assert "test  (5 queries, left out 4 of A and 0 of B)" in capsys.readouterr().out
+    assert "test  (5 queries, without 4 of A and 0 of B)" in capsys.readouterr().out
 
 
 def test_one_test_set_under_two_names_is_compared(tmp_path, capsys):

@@ -113,7 +113,7 @@ def test_a_process_that_ends_is_told_with_its_signal(decoder: CpuDecoder, number
     process = decoding_processes()[-1]
     process.send_signal(number)
     for _ in range(3):  # an answer of the other process may be left in its socket
-        with pytest.raises(RuntimeError, match=f"decoding process {process.pid} has ended: {told}"):
+        with pytest.raises(RuntimeError, match=f"decoding process {process.pid} exited: {told}"):
             decoder.decode(clips())
 
 

@@ -70,10 +70,10 @@ def sources(path: Path, **reading) -> list[str]:
             {"keep": {"split": "val"}},
             'record 1: no "split"; its columns are image',
         ),
-        ("a.csv", b"image,caption\n1.jpg,x\n", {"encoding": "utf-9"}, "--encoding utf-9: there is no such encoding"),
+        ("a.csv", b"image,caption\n1.jpg,x\n", {"encoding": "utf-9"}, "--encoding utf-9: unknown encoding"),
         ("a.parquet", b"PAR1 no", {}, "a.parquet is not a Parquet file, or damaged"),
         ("a.dat", b"x", {}, "its name does not show its format; set --format to one of auto, json"),
-        ("a.json", b"[]", {"format": "jsno"}, "--format jsno: there is no such format, nearest are json"),
+        ("a.json", b"[]", {"format": "jsno"}, "--format jsno: unknown format, nearest are json"),
         (
             "a.json",
             b'{"images": [], "annotations": [{"image_id": 5, "caption": "x"}]}',
@@ -125,7 +125,7 @@ def test_bad_rows_are_counted_on_demand(tmp_path: Path) -> None:
 def test_the_account_of_bad_rows_names_the_column_and_the_message_names_the_flag(tmp_path: Path) -> None:
     records = [{"image": "1.jpg", "caption": 5}, {"image": "2.jpg", "text": "x"}, {"image": "3.jpg", "y": "it's"}]
     (tmp_path / "a.json").write_text(json.dumps([*CAPTIONED, *records]))
-    with pytest.raises(ValueError, match=r'record 3: "caption" must be .*; --skip-bad-rows leaves such records out'):
+    with pytest.raises(ValueError, match=r'record 3: "caption" must be .*; --skip-bad-rows skips and counts such'):
         sources(tmp_path / "a.json")
     rows = list(read_rows([str(tmp_path / "a.json")], Reading(skip_bad_rows=True)))
     assert Counter(row.filtered for row in rows if row.filtered) == {
@@ -265,7 +265,7 @@ def test_another_reading_of_the_same_file_is_another_corpus(table: Path) -> None
     assert build(table, *flags).returncode == 0
     done = build(table, *flags, "--keep", "split=val")
     assert done.returncode == 2
-    assert "holds a corpus built with another reading" in done.stderr
+    assert "has a corpus built with another reading" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -291,7 +291,7 @@ def test_what_has_no_default_is_asked_for(table: Path, capsys) -> None:
     assert main(["--output", str(table / "out")]) == 2
     assert "--annotations is missing" in capsys.readouterr().err
     assert main(["--output", str(table / "out"), "--annotations", "x.json"]) == 2
-    assert "--media-type is missing: give it, or a --corpus that says it" in capsys.readouterr().err
+    assert "--media-type is missing: give it, or a --corpus that sets it" in capsys.readouterr().err
 
 
 def test_a_dry_run_of_what_would_fail_ends_with_an_error(table: Path) -> None:

@@ -84,7 +84,7 @@ def test_lines_and_lists_are_told_apart_whatever_the_name(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (f"[{ZERO}", "ends too early: is it complete"),
+        (f"[{ZERO}", "truncated: is it complete"),
         (f"[{ZERO}, {ONE[:20]}", r"after entry 1"),
         (f"[{ZERO}][{ONE}]", "several lists a file each"),
         (f"[{ZERO},]", "unallowed token"),

@@ -65,7 +65,7 @@ def test_a_text_that_is_not_in_utf_8_costs_its_own_row(tmp_path: Path) -> None:
         ([b"0.jpg"], r"media must be a text, not b'0.jpg'"),
         ([True], "media must be a text, not True"),
         ([datetime.date(2020, 1, 1)], r"media must be a text, not datetime.date"),
-        ([["0.jpg", "1.jpg"]], r"media must be one path or URL, not 2 .*give each a record of its own"),
+        ([["0.jpg", "1.jpg"]], r"media must be one path or URL, not 2 .*write one record for each"),
         ([{"bytes": b"JPEG", "path": "0.jpg"}], r"media must be .* not the file's bytes in the table.*write each to a"),
         ([[{"bytes": b"JPEG", "path": None}]], r"media must be .* not the file's bytes in the table"),
     ],

@@ -324,7 +324,7 @@ def test_a_header_of_enormous_pixels_is_refused_by_name() -> None:
         saved(photo(96, 128).convert("L")).replace(struct.pack(">HH", 96, 128), struct.pack(">HH", 60_000, 60_000)),
     ):
         for size in (224, 50_000):
-            with pytest.raises(MediaError, match="60000x60000 pixels cannot be in"):
+            with pytest.raises(MediaError, match="60000x60000 pixels need more than"):
                 pack_image(data, size, 90)
         with pytest.raises(MediaError, match="60000x60000 pixels are more than"):
             pack_image(data + bytes(8_000_000), 50_000, 90)

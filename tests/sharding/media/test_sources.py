@@ -163,7 +163,7 @@ def test_what_cannot_be_had_is_reported_with_its_reason(web: Web, tmp_path: Path
     found = failures(tmp_path)
     assert found[names[1]] == "HTTP 403 Forbidden"
     assert found[names[2]] == "HTTP 503 Service Unavailable"
-    assert found[names[3]] == "connection broke off"
+    assert found[names[3]] == "connection closed early"
     assert found[names[4]] == "timed out"
     assert found[gone[0]] == "file not found"
     assert found[gone[1]] == "cannot connect to 127.0.0.1:9"

@@ -163,7 +163,7 @@ def test_lists_that_lack_quotes_are_refused_with_the_remedy(tmp_path: Path) -> N
     with pytest.raises(ValueError, match=r"needs quotes of its own"):
         load_settings(tmp_path / "run.yaml", ["train_corpus=[/d/x-{000..003}.tar]"])
     expanded = [f"train_corpus=/d/x-{number}.tar" for number in range(4)]  # as a shell does without quotes
-    with pytest.raises(ValueError, match=r"train_corpus names a tar 4 times.*quote"):
+    with pytest.raises(ValueError, match=r"train_corpus gives 4 tars.*quote"):
         load_settings(tmp_path / "run.yaml", expanded)
 
 

@@ -27,7 +27,7 @@ def test_each_command_refuses_in_one_line(shapes, capsys, main, arguments):
     before = sorted(corpus.iterdir())
     assert main([word.replace("FILE", str(corpus / "file")) for word in arguments]) == 2
     error = capsys.readouterr().err
-    assert f"lies in the packed corpus {corpus}: write somewhere outside of it" in error
+    assert f"lies in the packed corpus {corpus}: choose a folder outside of it" in error
     assert error.count("\n") == 1
     assert sorted(corpus.iterdir()) == before
 

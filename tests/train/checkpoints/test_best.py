@@ -218,7 +218,7 @@ def test_an_upload_that_fails_at_the_end_is_tried_again_and_told(tmp_path, monke
 
     monkeypatch.setattr(trainer._remote._files, "put_file", refuse)
     trainer.train()
-    assert "the next checkpoint tries again" in caplog.text
+    assert "retrying with the next checkpoint" in caplog.text
     assert f"The run has ended, and {trainer.folder.checkpoints}/step_00000010 is not in file://" in caplog.text
     check_end(trainer)
 

@@ -57,7 +57,7 @@ def test_a_store_that_has_gone_does_not_end_a_run_but_is_told_at_its_start(
     activate({**environment_of("s3", f"127.0.0.1:{free_port()}"), "AWS_MAX_ATTEMPTS": "1"}, monkeypatch)
     copies = RemoteCheckpoints(s3.url("copies"), {})
     upload(copies, checkpoint)
-    assert f"{checkpoint} is not copied to {s3.url('copies')} (EndpointConnectionError: Could not" in caplog.text
+    assert f"{checkpoint} was not copied to {s3.url('copies')} (EndpointConnectionError: Could not" in caplog.text
     with pytest.raises(AccessError, match=rf"checkpoint_url={s3.url('copies')}: its copies cannot be fetched"):
         copies.fetch(tmp_path / "elsewhere")
 
@@ -83,7 +83,7 @@ def test_a_bucket_that_does_not_exist_is_told_at_the_start(s3):
 
 
 def test_credentials_in_the_url_are_refused():
-    with pytest.raises(ValueError, match="holds a user, a password or a signature"):
+    with pytest.raises(ValueError, match="contains a user, a password or a signature"):
         RemoteCheckpoints("s3://me:secret@bucket/runs", {})
 
 

@@ -159,9 +159,9 @@ def test_only_corpora_to_choose_from_are_added_to(load, tmp_path):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("test_corpus=[/d/x,/e/x]", r"test_corpus: x is the name of two: name each, 'test_corpus={NAME: URL, OTHER"),
-        ("test_corpus=/", "test_corpus: / gives no name to the split"),
-        ("test_corpus=${data_root}", r"gives no name to the split"),
+        ("test_corpus=[/d/x,/e/x]", r"test_corpus: x names two splits: name each, 'test_corpus={NAME: URL, OTHER"),
+        ("test_corpus=/", "test_corpus: / does not name the split"),
+        ("test_corpus=${data_root}", r"does not name the split"),
         ("test_corpus=3", r"test_corpus is 3 \(int\), must be `name: value` lines"),
         ("splits=[x]", r"test_corpus has val, test: name some of these, or splits=\[\] for all"),
         ("stop_key=x", "test_corpus has val, test: name one of these, or stop_key=null"),
