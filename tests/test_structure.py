@@ -26,10 +26,16 @@ MAY_READ_UNDOCUMENTED = {ROOT / "train/deepspeed/compat.py", ROOT / "train/deeps
 SOURCES = sorted(path for room in MAY_IMPORT for path in (ROOT / room).rglob("*.py"))
 
 
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in SOURCES}
+
+
 def imported_rooms(path: Path) -> set[str]:
-    """The project's top-level packages that a file imports, wherever in the file."""
+    """The project's top-level packages that a file imports or starts, wherever in the file, also by a string."""
     rooms = set()
     for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and "." in node.value:
+            rooms |= {node.value.split(".")[0]} if node.value in MODULES else set()
+        assert not (isinstance(node, ast.Name | ast.Attribute) and "import_module" in ast.unparse(node)), path
         if isinstance(node, ast.Import):
             rooms |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
@@ -41,6 +47,19 @@ def imported_rooms(path: Path) -> set[str]:
 def test_imports_point_one_way(path: Path) -> None:
     room = path.relative_to(ROOT).parts[0]
     assert imported_rooms(path) - {room} <= MAY_IMPORT[room]
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    imports: dict[str, set[str]] = {}
+    for name, path in MODULES.items():
+        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        found = {node.module for node in nodes} | {
+            f"{node.module}.{each.name}" for node in nodes for each in node.names
+        }
+        imports[name] = found & set(MODULES) - {name}
+    while leaves := [name for name, others in imports.items() if not others & imports.keys()]:
+        imports = {name: others for name, others in imports.items() if name not in leaves}
+    assert not imports, "these import each other"
 
 
 def read_attributes(path: Path) -> set[str]:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -162,9 +161,12 @@ class Trainer:
     def _resume(self) -> TrainingState:
         found = complete_checkpoints(self.folder.checkpoints) if self.ranks.is_first else []
         name = broadcast(str(found[-1]) if found else "", self.ranks.world_size)
+        import deepspeed
+        import timm
+        import transformers
+
         # Of the modules themselves: a package that was copied without its metadata has no other version.
-        names = ("torch", "deepspeed", "timm", "transformers")
-        packages = {name: str(import_module(name).__version__) for name in names}
+        packages = {each.__name__: str(each.__version__) for each in (torch, deepspeed, timm, transformers)}
         if not name:
             state = TrainingState(world_size=self.ranks.world_size)
         else:

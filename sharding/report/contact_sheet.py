@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ QUALITY = 80  # of JPEG
 class Cell:
     """Pictures side by side (None: not readable); below them a grey label, and a text or the name of a file.
 
-    A text is cut at its end, a name in its middle: paths differ at the end.
+    A text is cut at its end, a name where the names of the sheet are alike.
     """
 
     pictures: Sequence[Image.Image | None]
@@ -49,11 +49,12 @@ def contact_sheet(
     if title:
         pen.text((GAP, GAP), title, INK, ImageFont.load_default(20))
         pen.text((size[0] - GAP, GAP + 6), note, MUTED, font, anchor="ra")
+    names = short_names([cell.name for cell in cells], lambda name: font.getlength(name) <= width - GAP)
     for number, cell in enumerate(cells):
         left, top = GAP + number % columns * width, GAP + head + number // columns * height
         for column, picture in enumerate(cell.pictures):
             sheet.paste(square(picture, side), (left + column * (side + FRAME_GAP), top))
-        below = [*_fit_name(cell.name, font, width - GAP), *_fit_text(cell.text, font, width - GAP, lines)]
+        below = [names[number], *_fit_text(cell.text, font, width - GAP, lines)]
         texts = [(cell.label, MUTED), *((line, INK) for line in below)]
         for line, (text, color) in enumerate((text, color) for text, color in texts if text):
             pen.text((left, top + side + 2 + LINE * line), text, color, font)
@@ -109,13 +110,22 @@ def _fit_text(text: str, font: Any, width: int, lines: int) -> list[str]:
     return found
 
 
-def _fit_name(name: str, font: Any, width: int) -> list[str]:
-    """A path in up to two lines of `width` pixels, without its middle where it is longer."""
-    first = len(name)
-    while font.getlength(name[:first]) > width:
-        first -= 1
-    rest = kept = name[first:]
-    while font.getlength(kept) > width:
-        rest = rest[1:]
-        kept = "…" + rest
-    return [name[:first], kept]
+def short_names(names: Sequence[str], fits: Callable[[str], bool]) -> list[str]:
+    """Names cut until they fit, at an end or in the middle, so that different ones stay different."""
+    differ = next((i for i, letters in enumerate(zip(*names)) if len(set(letters)) > 1), 0)
+    cuts: list[Callable[[str, int], str]] = [
+        lambda name, kept: f"…{name[-kept:]}",
+        lambda name, kept: f"{name[:kept]}…",
+        lambda name, kept: f"{name[: kept // 2]}…{name[-(kept - kept // 2) :]}",
+        lambda name, kept: f"…{name[differ : differ + kept]}…",
+    ]
+    shortened = list(names)
+    for cut in cuts:
+        shortened = [name if fits(name) else _longest(name, cut, fits) for name in names]
+        if len(set(shortened)) == len(set(names)):
+            break
+    return shortened
+
+
+def _longest(name: str, cut: Callable[[str, int], str], fits: Callable[[str], bool]) -> str:
+    return next((text for kept in range(len(name) - 1, 0, -1) if fits(text := cut(name, kept))), "…")

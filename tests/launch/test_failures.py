@@ -25,7 +25,7 @@ LAUNCHERS = {
     "torchrun": [BIN / "torchrun", "--nproc_per_node", "2"],
     "python": [sys.executable],
 }
-STEP, LOADING = "train.step Stepper._part", "train.prepare share_cores"
+STEP, LOADING = "train.step Stepper._backward", "train.prepare share_cores"
 
 
 def failed(launcher, corpora, folder, fail):

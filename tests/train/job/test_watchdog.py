@@ -110,7 +110,7 @@ def test_a_collective_that_stands_still_is_told_with_the_rank_that_did_not_come(
     folder = tmp_path / "run"
     one = job("pretrain", corpora / "tiny.yaml", f"output_dir={folder}", "stall_seconds=4")
     stacks = [folder / f"stacks_rank_{rank}.txt" for rank in range(2)]
-    found = halted(tmp_path, one, "train.step Stepper._part 1 4 wait", *stacks)
+    found = halted(tmp_path, one, "train.step Stepper._backward 1 4 wait", *stacks)
     assert [line["step"] for line in metrics(folder)] == [1, 2, 3]
     assert re.search(
         r"rank 1 \(.*, process \d+\) has been in a step for \d+ s after step 3 and did not enter "
