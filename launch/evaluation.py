@@ -59,7 +59,7 @@ def evaluate(settings: Settings, ranks: Ranks) -> None:
         start_processes(device, run.stall_seconds)
     model.to(device, dtype)
     watchdog.enter(EVALUATE, 0)
-    with watchdog.naming_lost_ranks():
+    with watchdog.reporting_lost_ranks():
         for frames, folder in folders.items():
             evaluate_splits(task, model, tokenizer, run, ranks, device, run.test_urls(), folder, subject, frames)
     if ranks.is_first:

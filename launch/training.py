@@ -62,7 +62,7 @@ def train(settings: Settings, ranks: Ranks, evaluates: bool) -> None:
     trainer = Trainer(prepared, device, request, watchdog)
     evaluate = partial(_evaluate, prepared, device) if evaluates else None
     interruption: TrainingInterrupted | None = None
-    with watchdog.naming_lost_ranks():
+    with watchdog.reporting_lost_ranks():
         try:
             trainer.train(evaluate)
         except TrainingInterrupted as error:

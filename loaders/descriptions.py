@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from sharding.shards.schema import Corpus, corpus_at, description_url, is_whole, no_corpus, no_index
+from sharding.shards.schema import Corpus, checksum_matches, corpus_at, description_url, no_corpus, no_index
 from storage.cache import DiskCache, start_ticks
 from storage.ranges import ByteRange
 from storage.remote import RemoteStore
@@ -29,7 +29,7 @@ FETCHERS = 8  # threads that fetch indices to the cache
 
 LAST_READ: dict[str, float] = {}  # when this process has last read a description, by its name in the cache
 
-IsSound = Callable[[bytes], bool]
+IsIntact = Callable[[bytes], bool]
 
 
 class SharedFiles:
@@ -54,7 +54,7 @@ class SharedFiles:
         name = content_name(description_url(url), 0, "")
         since = LAST_READ.get(name) or process_began()
         try:
-            data = self._read(ByteRange("corpus.json"), name, lambda data: is_whole(text_of(data)), since)
+            data = self._read(ByteRange("corpus.json"), name, lambda data: checksum_matches(text_of(data)), since)
         except FileNotFoundError:
             raise no_corpus(url, self.folder.options) from None
         LAST_READ[name] = time.time()
@@ -92,14 +92,14 @@ class SharedFiles:
         """End the waiting for other processes; who waits gets CancelledError."""
         self._cancelled += 1
 
-    def _read(self, wanted: ByteRange, name: str, is_sound: IsSound, since: float | None = None) -> bytes:
+    def _read(self, wanted: ByteRange, name: str, is_intact: IsIntact, since: float | None = None) -> bytes:
         """A file: from the cache, if need be after another process has fetched it, or else from the store.
 
         since: its copy in the cache has a time stamp, and must have been fetched after that time.
         """
         if self.cache is None:
-            return self._fetch_sound(wanted, is_sound)
-        data = self._cached(self.cache, name, is_sound, since)
+            return self._fetch_intact(wanted, is_intact)
+        data = self._cached(self.cache, name, is_intact, since)
         if data is not None:
             return data
         cancelled, thread = self._cancelled, threading.get_ident()
@@ -108,38 +108,38 @@ class SharedFiles:
         try:
             with process_lock(path, self.folder.settings.try_seconds, lambda: self._cancelled != cancelled) as waited:
                 del self._waiting[thread]
-                data = self._cached(self.cache, name, is_sound, since)
+                data = self._cached(self.cache, name, is_intact, since)
                 if data is None:
-                    return self._fetch(self.cache, wanted, name, is_sound, stamped=since is not None)
+                    return self._fetch(self.cache, wanted, name, is_intact, stamped=since is not None)
                 self.counters["files_shared"] += waited
                 return data
         finally:
             self._waiting.pop(thread, None)
 
-    def _cached(self, cache: DiskCache, name: str, is_sound: IsSound, since: float | None) -> bytes | None:
+    def _cached(self, cache: DiskCache, name: str, is_intact: IsIntact, since: float | None) -> bytes | None:
         data = cache.read(name)
         if data is not None and since is not None:
             stamp, _, data = data.partition(b"\n")
             if not is_fresh(stamp, since):
                 return None
-        return data if data is not None and is_sound(data) else None
+        return data if data is not None and is_intact(data) else None
 
-    def _fetch(self, cache: DiskCache, wanted: ByteRange, name: str, is_sound: IsSound, stamped: bool) -> bytes:
+    def _fetch(self, cache: DiskCache, wanted: ByteRange, name: str, is_intact: IsIntact, stamped: bool) -> bytes:
         """A file from the store, kept in the cache if there is room."""
         if cache.has(name):  # damaged, or too old
             cache.drop([name])
         kept = f"{time.time()!r}\n".encode() if stamped else b""
-        data = self._fetch_sound(wanted, is_sound)
+        data = self._fetch_intact(wanted, is_intact)
         kept += data
         if cache.reserve({name: len(kept)})[name]:
             cache.put(name, kept)
         return data
 
-    def _fetch_sound(self, wanted: ByteRange, is_sound: IsSound) -> bytes:
+    def _fetch_intact(self, wanted: ByteRange, is_intact: IsIntact) -> bytes:
         """A file, downloaded again while it is damaged; after REFETCHES tries returned as it is."""
         (data,) = self.folder.read_ranges([wanted])
         for _ in range(REFETCHES):
-            if is_sound(data):
+            if is_intact(data):
                 break
             self.counters["refetched"] += 1
             (data,) = self.folder.read_ranges([wanted])

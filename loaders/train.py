@@ -90,7 +90,7 @@ class TrainLoader:
             self.mixtures[media_type] = Mixture(media_type, readers, config, self._read_pool, texts, ranks.offset)
         self.batch_size = {media_type: getattr(config.batch_size, media_type) for media_type in self.mixtures}
         self.media_steps = {media_type: self._count_steps(media_type) for media_type in self.mixtures}
-        self._steps_at_once, self._steps_kept = self._steps_ahead()
+        self._steps_at_once, self._steps_kept = self._read_depth()
         self._step_pool = ThreadPoolExecutor(self._steps_at_once, thread_name_prefix="step")
         threads = config.threads or cores_per_process(ranks_here or world_size)
         self.decoder = make_decoder(
@@ -118,7 +118,7 @@ class TrainLoader:
             )
         return units // size
 
-    def _steps_ahead(self) -> tuple[int, int]:
+    def _read_depth(self) -> tuple[int, int]:
         """(steps read at the same time, steps read and not yet decoded): of stores what `remote.ahead_mb` holds."""
         remote, prefetch = self.config.remote, self.config.prefetch
         if all(reader.local for reader in self.readers):

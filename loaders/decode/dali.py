@@ -22,12 +22,12 @@ from sharding.media.picture import is_upright_jpeg
 
 log = logging.getLogger("loaders")
 
-SOUND_SIDE = 64
-SOUND = Clip(  # decodes wherever anything does
-    [simplejpeg.encode_jpeg(np.full((SOUND_SIDE, SOUND_SIDE, 3), 128, np.uint8), colorspace="RGB")],
-    SOUND_SIDE,
-    SOUND_SIDE,
-    Window(0, 0, SOUND_SIDE, SOUND_SIDE),
+INTACT_SIDE = 64
+INTACT = Clip(  # decodes wherever anything does
+    [simplejpeg.encode_jpeg(np.full((INTACT_SIDE, INTACT_SIDE, 3), 128, np.uint8), colorspace="RGB")],
+    INTACT_SIDE,
+    INTACT_SIDE,
+    Window(0, 0, INTACT_SIDE, INTACT_SIDE),
 )
 # Messages of failures that no image can cause; those of nvImageCodec are numbers of its nvimgcodecStatus_t.
 _DEVICE = re.compile(r"cuda|alloc|out of memory|driver|nvjpeg_status_(?!bad_jpeg|jpeg_not_supported)", re.IGNORECASE)
@@ -64,7 +64,7 @@ class DaliDecoder:
         for worker in self._workers:
             self._free.put(worker)
         try:
-            self.decode([SOUND])
+            self.decode([INTACT])
         except BaseException:
             self.close()
             raise
@@ -206,7 +206,7 @@ class DaliWorker:
         for _ in range(2):
             try:
                 pipeline = self._built(1)
-                feed(pipeline, [SOUND])
+                feed(pipeline, [INTACT])
                 pipeline.run()
                 return
             except RuntimeError:

@@ -7,7 +7,7 @@ import numpy as np
 from sharding.shapes.scenes import Clip, Motion, Scene, Thing, pick
 
 NUMBERS = {2: "two", 3: "three", 4: "four"}
-PLACES = {
+POSITIONS = {
     (False, False): "in the top left corner",
     (True, False): "in the top right corner",
     (False, True): "in the bottom left corner",
@@ -49,18 +49,18 @@ def relation(first: Thing, second: Thing) -> str:
     return "above" if first.y < second.y else "below"
 
 
-def place(thing: Thing) -> str:
+def position(thing: Thing) -> str:
     """The position of a thing in the picture."""
     if abs(thing.x - 0.5) < 0.1 and abs(thing.y - 0.5) < 0.1:
         return "in the middle"
-    return PLACES[(thing.x > 0.5, thing.y > 0.5)]
+    return POSITIONS[(thing.x > 0.5, thing.y > 0.5)]
 
 
 def image_caption(scene: Scene) -> str:
     """The caption that names everything; two pictures with the same one look alike."""
     first = scene.things[0]
     if len(scene.things) == 1:
-        return f"{name(first)} {place(first)} on a {scene.background} background"
+        return f"{name(first)} {position(first)} on a {scene.background} background"
     second = scene.things[1]
     if first.shape == second.shape:
         return f"{NUMBERS[len(scene.things)]} small {plural(first)} on a {scene.background} background"
@@ -73,9 +73,9 @@ def image_captions(scene: Scene, rng: np.random.Generator, count: int = 3) -> li
     wordings = [image_caption(scene)]
     if len(scene.things) == 1:
         wordings += [
-            f"there is {name(first)} {place(first)}",
+            f"there is {name(first)} {position(first)}",
             f"a {scene.background} picture with {name(first)}",
-            f"{name(first, size=False)} {place(first)} of the {scene.background} picture",
+            f"{name(first, size=False)} {position(first)} of the {scene.background} picture",
         ]
     elif first.shape == last.shape:
         number = NUMBERS[len(scene.things)]
@@ -119,7 +119,7 @@ def appearance_caption(clip: Clip, wording: int = 0) -> str:
     sized = clip.motion.kind != "size"
     if wording:
         return f"{name(mover, size=sized)} and {name(still)} before a {clip.scene.background} wall"
-    return f"{name(mover, size=sized)} with {name(still)} {place(still)} on a {clip.scene.background} background"
+    return f"{name(mover, size=sized)} with {name(still)} {position(still)} on a {clip.scene.background} background"
 
 
 def clip_captions(clip: Clip, rng: np.random.Generator) -> list[str]:

@@ -66,16 +66,16 @@ class Motion:
 
 @dataclass(frozen=True)
 class Clip:
-    """A scene whose first thing moves; `lane` is where it crosses the picture, 0 to 1."""
+    """A scene whose first thing moves; `crossing` is where it crosses the picture, 0 to 1."""
 
     scene: Scene
     motion: Motion
-    lane: float
+    crossing: float
 
     def at(self, share: float) -> Scene:
         """The scene when `share` (0 to 1) of the clip has passed."""
         mover, *rest = self.scene.things
-        moved = move(mover, self.motion, self.lane, share)
+        moved = move(mover, self.motion, self.crossing, share)
         return replace(self.scene, things=(*rest, *moved))
 
 
@@ -89,7 +89,7 @@ STEPS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
 NEAR, FAR = 0.2, 0.8  # where a path begins and ends
 
 
-def move(thing: Thing, motion: Motion, lane: float, share: float) -> list[Thing]:
+def move(thing: Thing, motion: Motion, crossing: float, share: float) -> list[Thing]:
     """The position of a thing as a list, empty while it is hidden."""
     if motion.kind == "appear":
         visible = (share >= 0.5) == (motion.direction == "appears")
@@ -98,7 +98,7 @@ def move(thing: Thing, motion: Motion, lane: float, share: float) -> list[Thing]
         large = (share >= 0.5) == (motion.direction == "grows")
         return [replace(thing, size="large" if large else "small")]
     ways = [STEPS[way] for way in motion.direction.split()]
-    across = NEAR + (FAR - NEAR) * lane
+    across = NEAR + (FAR - NEAR) * crossing
     x, y = across, across
     for number, (dx, dy) in enumerate(ways):
         passed = min(1.0, max(0.0, share * len(ways) - number))

@@ -39,7 +39,7 @@ def clip_records(path: str, clip: Clip, rng: np.random.Generator, number: int, t
     options = [motion_caption(clip)]
     others = [clip.motion.reverse, *(MOTIONS[i] for i in rng.permutation(len(MOTIONS)))]
     for motion in others:
-        option = motion_caption(Clip(clip.scene, motion, clip.lane))
+        option = motion_caption(Clip(clip.scene, motion, clip.crossing))
         if option not in options and len(options) < 5:
             options.append(option)
     order = rng.permutation(5)

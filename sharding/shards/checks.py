@@ -61,8 +61,8 @@ class Report:
 
     check: Check
     faults: list[Fault] = field(default_factory=list)
-    tar_is_sound: bool = False
-    index_is_sound: bool = False
+    tar_is_intact: bool = False
+    index_is_intact: bool = False
     info: ShardInfo | None = None  # of an intact shard, from the files themselves
     media_type: str = ""
     failures: list[dict[str, Any]] = field(default_factory=list)  # as the index lists them
@@ -95,9 +95,9 @@ def check_shard(check: Check, advance: Advance) -> Report:
         as_written = expected is None or sha256 == expected.sha256
         found = walk.faults + ([] if as_written else walk.minor)
         report.faults += found if as_written or found else [undetected(tar_name)]
-        report.tar_is_sound = as_written and not walk.damaged
-        report.index_is_sound = table is not None and not faults and not (walk.mismatches and as_written)
-        if report.index_is_sound and table is not None:
+        report.tar_is_intact = as_written and not walk.damaged
+        report.index_is_intact = table is not None and not faults and not (walk.mismatches and as_written)
+        if report.index_is_intact and table is not None:
             report.failures = note.get("failures", [])
             report.media_type = media_type_of(table)
             facts: dict[str, Any] = {**counts(rows), "bytes": walk.stream.position, "sha256": sha256}

@@ -35,14 +35,14 @@ def repair(url: str, corpus: Corpus | None, reports: list[Report]) -> list[str]:
         for number, report in enumerate(reports):
             known = corpus.shards[number] if corpus else None
             info, kind = report.info, report.media_type
-            if not report.index_is_sound and report.tar_is_sound:
+            if not report.index_is_intact and report.tar_is_intact:
                 info, kind = new_index(url, report, scratch)
                 done.append(f"{info.index_name} rebuilt from {info.name}")
                 failures_known = False
-            elif not report.index_is_sound:
+            elif not report.index_is_intact:
                 failures_known = False
             failures.add(number, report.failures)
-            kept = known if known and not report.tar_is_sound else info or known
+            kept = known if known and not report.tar_is_intact else info or known
             if kept:
                 shards.append(kept)
             kinds |= {kind} - {""}

@@ -212,8 +212,8 @@ def no_corpus(url: str, storage_options: Mapping[str, Any] | None = None) -> Mis
     )
 
 
-def is_whole(text: str) -> bool:
-    """Whether the text of a `corpus.json` is as it was written; True where it carries no checksum."""
+def checksum_matches(text: str) -> bool:
+    """Whether the text of a `corpus.json` is as written; True if it has no checksum."""
     before, mark, after = text.rpartition(CHECKSUM)
     return not mark or after == hashlib.sha256(before.encode()).hexdigest() + '"\n}\n'
 
@@ -238,7 +238,7 @@ def parse_corpus(text: str, url: str, also_damaged: bool = False) -> Corpus:
         )
     if data.get("media_type") not in MEDIA_TYPES:
         raise UserError(f"{url}/corpus.json: media_type is {data.get('media_type')!r}, must be one of {MEDIA_TYPES}")
-    if not also_damaged and not is_whole(text):
+    if not also_damaged and not checksum_matches(text):
         raise UserError(
             f"{url}/corpus.json is damaged (it does not match its own checksum): "
             f"`python -m sharding.verify {url} --repair` rebuilds it"

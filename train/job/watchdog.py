@@ -104,7 +104,7 @@ class Watchdog:
         self._talking.join(2 * BEAT_SECONDS)  # longer where the host of rank 0 is gone
 
     @contextmanager
-    def naming_lost_ranks(self) -> Iterator[None]:
+    def reporting_lost_ranks(self) -> Iterator[None]:
         """Raise LostRankError if a RuntimeError, such as that of a collective, was caused by a rank that is gone."""
         try:
             yield

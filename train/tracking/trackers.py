@@ -130,7 +130,7 @@ def step_line(metrics: dict[str, Any], total_steps: int) -> str:
 def drop_after(path: Path, step: int, evaluated_epochs: int = 0) -> None:
     """Remove the lines of a metrics.jsonl after `step`, and an incomplete last line.
 
-    Of evaluations those of the first `evaluated_epochs` epochs are kept: the others are made again.
+    Of evaluations those of the first `evaluated_epochs` epochs are kept: the others are repeated.
     """
     if not path.is_file():
         return
@@ -138,8 +138,8 @@ def drop_after(path: Path, step: int, evaluated_epochs: int = 0) -> None:
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             metrics = json.loads(line)
-            again = "evaluation" in metrics and evaluated_epoch(metrics["evaluation"]) > evaluated_epochs
-            if metrics["step"] <= step and not again:
+            repeated = "evaluation" in metrics and evaluated_epoch(metrics["evaluation"]) > evaluated_epochs
+            if metrics["step"] <= step and not repeated:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError, TypeError):
             continue

@@ -16,7 +16,7 @@ from loaders.decode import dali, dali_graph
 from loaders.decode.auto import AutoDecoder
 from loaders.decode.choice import make_decoder
 from loaders.decode.cpu import CpuDecoder
-from loaders.decode.dali import SOUND, DaliDecoder, DaliWorker, is_device_failure, reason
+from loaders.decode.dali import INTACT, DaliDecoder, DaliWorker, is_device_failure, reason
 from loaders.decode.dali_graph import GraphSettings, build_pipeline, feed
 from loaders.samples import Clip, Window
 from loaders.train import TrainLoader
@@ -100,7 +100,7 @@ def test_dali_memory_is_copied_on_its_own_stream_before_it_is_used_again(monkeyp
     gpu = FakeGPU(monkeypatch)
     worker = DaliWorker(GraphSettings(SIZE, 1, False, 0, 0.65))
     for _ in range(2):
-        assert not worker.decode([SOUND, SOUND])[1]
+        assert not worker.decode([INTACT, INTACT])[1]
     worker.close()
     assert gpu.log == COPIED * 2
 
@@ -109,10 +109,10 @@ def test_a_copy_that_fails_is_waited_for_too_and_is_no_bad_sample(monkeypatch) -
     gpu = FakeGPU(monkeypatch)
     worker = DaliWorker(GraphSettings(SIZE, 1, False, 0, 0.65))
     with pytest.raises(torch.OutOfMemoryError):
-        worker.decode([SOUND] * 3)
+        worker.decode([INTACT] * 3)
     gc.collect()
     assert gpu.log == ["run", "clone on copies", "synchronize", "release"]
-    assert not worker.decode([SOUND])[1]
+    assert not worker.decode([INTACT])[1]
     worker.close()
     assert gpu.log[4:] == COPIED
 
@@ -122,7 +122,7 @@ def test_a_batch_put_together_from_parts_is_finished_too(monkeypatch) -> None:
     made = []
     monkeypatch.setattr(dali_graph.CopyStream, "_finished", lambda self, make: made.append(make) or torch.zeros(1))
     worker = DaliWorker(GraphSettings(SIZE, 1, False, 0, 0.65))
-    _, bad = worker.decode([SOUND, SOUND._replace(jpegs=[b"nothing"])])
+    _, bad = worker.decode([INTACT, INTACT._replace(jpegs=[b"nothing"])])
     worker.close()
     assert set(bad) == {1}
     assert len(made) == 2  # the copy of what was decoded, and the batch with a gap
@@ -140,7 +140,7 @@ class Failing:
 
     def _feed(self, pipeline: object, fed: list[Clip]) -> None:
         self.frames = sum(len(clip.jpegs) for clip in fed)
-        self.probe = fed == [SOUND]
+        self.probe = fed == [INTACT]
         feed(self.real, fed)
 
     def run(self) -> object:
