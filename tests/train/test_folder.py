@@ -49,7 +49,7 @@ def test_what_changes_nothing_learned_may_change(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (RunConfig(optimizer=OptimizerConfig(lr=0.5)), r"optimizer\.lr is 0\.0001 there, 0\.5 here.*choose another"),
+        (RunConfig(optimizer=OptimizerConfig(lr=0.5)), r"optimizer\.lr is 0\.0001 in that run, 0\.5 here.*choose another"),
         (RunConfig(resume=False), "resume is off"),
     ],
 )
@@ -179,5 +179,5 @@ def test_settings_that_a_power_cut_has_emptied_are_written_again(tmp_path, caplo
     folder.begin(RunConfig(seed=3))
     folder.release()
     assert "config.yaml is empty" in caplog.text
-    with pytest.raises(ValueError, match="seed is 3 there"):
+    with pytest.raises(ValueError, match="seed is 3 in that run"):
         RunFolder(tmp_path).claim(RunConfig())
