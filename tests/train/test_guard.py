@@ -69,7 +69,7 @@ def test_overflows_that_no_loss_scale_helps_end_the_run(zero):
     for number in range(1, 5):  # the first one lowers the scale to 1
         step(engine, guard, number, factor=1e30)
     assert guard.loss_scale.value == 1
-    with pytest.raises(ValueError, match=r"3 steps in a row, the last one 4, .*take precision=bf16"):
+    with pytest.raises(ValueError, match=r"3 steps in a row, the last one 4, .*use precision=bf16"):
         guard.inspect()
 
 
