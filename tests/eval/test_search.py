@@ -114,7 +114,7 @@ def test_mistakes_are_one_clear_line(shapes, weights, tokenizer, tmp_path, capsy
         ([weights, corpus], "give a QUERY, or --serve"),
         ([weights, str(tmp_path), "star"], "is not a packed corpus"),
         ([str(tmp_path / "none"), corpus, "star"], "does not exist"),
-        ([answering, corpus, "star"], "cannot search"),
+        ([answering, corpus, "star"], "without retrieval heads"),
         ([weights, corpus, "star", "--top", "0"], "--top and --frames must be at least 1"),
     ):
         assert main([*command, "--cache", str(tmp_path / "cache"), "--output", str(tmp_path / "x.jpg")]) == 2

@@ -80,7 +80,7 @@ def test_a_vocabulary_beside_an_official_file_is_its_own_when_it_has_as_many_wor
         ("weights", "is the model to be exported: choose another name"),
         ("run/weights", "would be taken for a checkpoint of the run"),
         ("run/checkpoints/step_00000100", "would be taken for a checkpoint of the run"),
-        ("file/x.pth", "is a file, choose another place"),
+        ("file/x.pth", "is a file, choose another path"),
     ],
 )
 def test_an_output_that_cannot_be_meant_is_one_line(tmp_path, weights, output, told, capsys):

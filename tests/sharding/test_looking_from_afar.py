@@ -39,7 +39,7 @@ def test_a_damaged_byte_in_a_store_is_found_and_an_index_is_repaired_there(corpu
     filesystem.invalidate_cache()
     assert main([url, "--repair", "--workers", "1", "--log-every", "0"]) == 0
     out = capsys.readouterr().out
-    assert f"repaired: {known.shards[0].index_name} made again" in out
+    assert f"repaired: {known.shards[0].index_name} rebuilt" in out
     assert not verify_corpus(url, decode=True)
     assert [shard.sha256 for shard in read_corpus(url).shards] == [shard.sha256 for shard in known.shards]
 

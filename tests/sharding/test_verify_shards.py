@@ -189,8 +189,8 @@ def test_repair_makes_everything_again_that_the_tars_hold(corpus: Path, packed: 
     flip(corpus / "corpus.json", 100)
     assert main([str(corpus), "--repair", "--workers", str(workers)]) == 0
     out = capsys.readouterr().out
-    assert "repaired: photos-000000.parquet made again from photos-000000.tar" in out
-    assert "repaired: photos-000002.parquet made again from photos-000002.tar" in out
+    assert "repaired: photos-000000.parquet rebuilt from photos-000000.tar" in out
+    assert "repaired: photos-000002.parquet rebuilt from photos-000002.tar" in out
     assert "repaired: corpus.json rebuilt: 3 shards, 148 samples" in out
     before, after = read_corpus(str(packed)), read_corpus(str(corpus))
     for shard in range(3):

@@ -257,7 +257,7 @@ def test_what_is_shown_large_or_without_antialiasing_is_decoded_whole() -> None:
 
 def test_a_fraction_of_a_picture_of_another_size_is_refused() -> None:
     clip = Clip([picture(1, 299, 400)], 300, 400, Window(0, 0, 300, 400))
-    with pytest.raises(BadSampleError, match="400x299 pixels, the index says 400x300"):
+    with pytest.raises(BadSampleError, match="400x299 pixels, the index has 400x300"):
         decode_clip(clip, np.empty((1, 32, 32, 3), np.uint8), antialias=True, scratch=Scratch())
     png = io.BytesIO()
     Image.fromarray(scene(1, 300, 400)).save(png, "PNG")

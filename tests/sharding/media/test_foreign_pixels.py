@@ -111,7 +111,7 @@ def test_an_index_of_sizes_before_turning_still_serves(decoder: Decoder) -> None
         whole = np.asarray(Image.fromarray(crop).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
         assert np.abs(shown - whole).mean() < 3
     _, bad = decoder.decode([clip_of(saved(photo()), old_index=True)])
-    assert "64x48 pixels, the index says 48x64" in bad[0]
+    assert "64x48 pixels, the index has 48x64" in bad[0]
 
 
 def test_the_index_tells_the_upright_size_and_verify_agrees(tmp_path: Path) -> None:

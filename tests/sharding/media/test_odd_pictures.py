@@ -302,7 +302,7 @@ def test_a_picture_starts_no_program(
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # it has not looked for it yet
-    with pytest.raises(MediaError, match="a PostScript program, which is not run"):
+    with pytest.raises(MediaError, match="a PostScript program, which is not executed"):
         pack_image(made(), 40, 90)
     assert "a PostScript program" in picture_of(made(), 0).broken
     assert not (tmp_path / "started").exists()

@@ -160,7 +160,7 @@ def test_lists_pass_through_the_settings_of_a_run(tmp_path: Path, given: str, ur
 
 def test_lists_that_lack_quotes_are_refused_with_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("data_root: /d\n")
-    with pytest.raises(ValueError, match=r"needs quotes of its own"):
+    with pytest.raises(ValueError, match=r"quote a text that contains"):
         load_settings(tmp_path / "run.yaml", ["train_corpus=[/d/x-{000..003}.tar]"])
     expanded = [f"train_corpus=/d/x-{number}.tar" for number in range(4)]  # as a shell does without quotes
     with pytest.raises(ValueError, match=r"train_corpus gives 4 tars.*quote"):
