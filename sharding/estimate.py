@@ -59,7 +59,7 @@ class Estimate:
         if failed:
             yield f"{failed} of {self.sampled} failed:"
             yield from summary(Counter(self.failures))
-        yield f"size: {data_size(self.bytes)}± {data_size(self.margin)}; {self.frames:,.0f} frames"
+        yield f"size: {data_size(self.bytes)} ± {data_size(self.margin)}; {self.frames:,.0f} frames"
         yield f"time: {duration(self.seconds / self.workers)} on {self.workers} cores, {duration(self.seconds)} on one"
         if self.free is not None and self.free < self.bytes + self.margin:
             yield f"the disk of the output has {data_size(self.free)} free: that may be too little"
