@@ -88,7 +88,7 @@ def test_a_host_that_differs_and_cannot_reach_the_store_or_be_reached(hosts, job
     assert code == 1
     assert told["versions", "node2"] == f"timm 0.0.9; others timm {own}"
     assert told.keys() >= {("code", "node2"), ("ports", "node1 -> node2")}
-    assert told["ports", "node1 -> node2"] == "port 29500: no answer"
+    assert told["ports", "node1 -> node2"] == "port 29500: no response"
     assert told["output_dir", "node2"] == "cannot see the file that the first host wrote"
     assert "was not read within" in told["storage", "node2: s3://doctor/clips_train"]
     assert told["shards", "s3://doctor/images_train"] == f"1 files are missing: {index}"

@@ -65,8 +65,8 @@ def test_what_the_index_cannot_mean_is_one_bad_sample(shapes, in_memory: str, wh
     good = reader.index(0).record(0)
     wrong = {
         "CRC-32": good._replace(crc32s=good.crc32s + np.uint32(1)),
-        "says 0 bytes": good._replace(sizes=good.sizes * 0),
-        "says -5 bytes": good._replace(sizes=good.sizes * 0 - 5),
+        "has 0 bytes": good._replace(sizes=good.sizes * 0),
+        "has -5 bytes": good._replace(sizes=good.sizes * 0 - 5),
         "of a tar of": good._replace(offsets=good.offsets + 10**12),
         "does not match the index": good._replace(offsets=good.offsets + 100),
     }
