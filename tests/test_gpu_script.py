@@ -95,7 +95,7 @@ def written_down(folder: Path) -> list[tuple[int, str, list[str]]]:
 def test_without_a_gpu_it_says_what_can_be_had(tmp_path):
     result = gpu_script(tmp_path)
     assert result.returncode == 2
-    assert "finds no GPU here. SMALL=1 tries the same parts on a CPU" in result.stderr
+    assert "finds no GPU here. SMALL=1 runs the same parts on a CPU" in result.stderr
 
 
 def test_a_gpu_that_cannot_be_used_is_told_with_the_reason(tmp_path, program):
@@ -106,7 +106,7 @@ def test_a_gpu_that_cannot_be_used_is_told_with_the_reason(tmp_path, program):
     result = gpu_script(tmp_path / "out", PATH=path, CUDA_VISIBLE_DEVICES="99")
     assert result.returncode == 2
     assert f"this host has an NVIDIA GPU ({tmp_path}/dev/nvidia0), but PyTorch" in result.stderr
-    assert "SMALL=1 tries the same parts on a CPU" in result.stderr
+    assert "SMALL=1 runs the same parts on a CPU" in result.stderr
 
 
 def test_on_a_gpu_every_script_is_given_what_it_takes(tmp_path, on_gpu):

@@ -81,7 +81,7 @@ def test_visuals_that_could_not_be_read_are_tried_again(tmp_path, caplog):
     found = write_entry(tmp_path / "entry", blocks()[:2], 7, 2, ALONE)
     assert [block.indices.tolist() for block in found] == [[0, 1], [2, 3]]  # good for this evaluation
     assert list(tmp_path.iterdir()) == []
-    assert "3 visuals could not be read" in caplog.text
+    assert "3 visuals are unreadable" in caplog.text
 
 
 def evaluate(config, model=None, dataset=None):

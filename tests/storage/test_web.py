@@ -106,7 +106,7 @@ def test_ending_the_client_ends_what_is_under_way(server, client) -> None:
     assert not client.thread.is_alive()
     with pytest.raises(CancelledError):
         future.result(timeout=60)
-    with pytest.raises(RuntimeError, match="has ended"):
+    with pytest.raises(RuntimeError, match="the download thread exited"):
         client.fetch(address(server, "/1"), io.BytesIO(), BOUNDS)
 
 
