@@ -28,7 +28,7 @@ LONGEST = {"launch", "train"}
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The folders whose files take longest first: run last, one of them would keep the other processes waiting."""
-    items.sort(key=lambda item: item.path.parent.name not in LONGEST)
+    items.sort(key=lambda item: not LONGEST & set(item.path.parts))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
