@@ -51,7 +51,8 @@ def run_tasks(
         def submit(number: int) -> dict[Future[Result], Task]:
             return {pool.submit(run_in_worker, function, task): task for task in itertools.islice(waiting, number)}
 
-        with interrupts_held_back():  # a worker that gets Ctrl-C would die noisily; this process ends them
+        # A worker that gets Ctrl-C would die noisily; this process ends them.
+        with interrupts_held_back(), lost_workers():
             pending = submit(2 * workers)
         seen = [0, 0, 0]
         while pending:
@@ -62,15 +63,23 @@ def run_tasks(
             advance(now[0] - seen[0], now[1] - seen[1], now[2] - seen[2])
             seen = now
             for future in done:
-                task = pending.pop(future)
-                try:
-                    yield task, future.result()
-                except BrokenProcessPool:
-                    raise WorkerError(
-                        "a worker process died (out of memory, killed, or crashed in a decoder); finished shards "
-                        "are kept: run the same command again to continue, with fewer --workers if memory is short"
-                    ) from None
-            pending |= submit(2 * workers - len(pending))
+                with lost_workers():
+                    result = future.result()
+                yield pending.pop(future), result
+            with lost_workers():  # one may die between two tasks
+                pending |= submit(2 * workers - len(pending))
+
+
+@contextmanager
+def lost_workers() -> Iterator[None]:
+    """Raise WorkerError when the pool reports that a worker process died."""
+    try:
+        yield
+    except BrokenProcessPool:
+        raise WorkerError(
+            "a worker process died (out of memory, killed, or crashed in a decoder); finished shards are kept: run "
+            "the same command again to continue, with fewer --workers if memory is short"
+        ) from None
 
 
 @contextmanager
