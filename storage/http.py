@@ -13,7 +13,7 @@ import pycurl
 
 from storage.addresses import Address
 from storage.curl import AsyncCurl, error_of, new_handle
-from storage.policy import StoreError, describe_error
+from storage.policy import StoreError
 
 CONNECT_SECONDS = 10.0  # at most, of a try
 LARGEST_OBJECT = 2**30  # bytes of a request for a whole object, such as a description
@@ -124,7 +124,7 @@ class HttpClient:
         try:
             result = self._result(transfer.curl, transfer, code, message)
         except Exception as error:
-            result = describe_error(error)
+            result = error  # a bug, with its traceback; the other transfers continue
         self.release(transfer)
         if isinstance(result, bytes):
             transfer.set_result(result)

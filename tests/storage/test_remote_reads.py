@@ -46,7 +46,7 @@ def test_parts_come_whole_through_every_fault(store: Store, folder: str, faulty:
 
 
 @pytest.mark.parametrize("store", STORES, indirect=True)
-def test_a_store_that_asks_for_patience_gets_it(store: Store, folder: str, faulty: MakeFaulty, remote_store) -> None:
+def test_retry_after_of_a_store_is_honoured(store: Store, folder: str, faulty: MakeFaulty, remote_store) -> None:
     proxy = faulty(store, Faults(throttle=1, retry_after=1))
     with pytest.raises(TimeoutError, match=r"things/shard\.tar bytes 0-1499 .*deadline=4 s .*the last: HTTP 429"):
         remote_store(store.url(folder, proxy), deadline=4).read_ranges(PARTS[:1])
@@ -93,7 +93,7 @@ def test_a_server_that_is_not_there_is_named(store: Store, folder: str, remote_s
         remote_store("http://127.0.0.1:9/things", deadline=1).read_ranges(PARTS[:1])
 
 
-def test_a_store_that_cannot_be_reached_is_told_of_while_it_is_tried(monkeypatch, caplog, remote_store) -> None:
+def test_an_unreachable_store_is_logged_while_reading_is_retried(monkeypatch, caplog, remote_store) -> None:
     monkeypatch.setattr("storage.remote.WARN_SECONDS", 0.2)  # by chance the tries may end soon after half a second
     with pytest.raises(TimeoutError, match=r"the last: cannot connect to 127\.0\.0\.1:9$"):
         remote_store("http://127.0.0.1:9/things", deadline=3).read_ranges(PARTS)
