@@ -15,7 +15,7 @@ from places import ROOT
 LOADS = {
     "a": [
         "versions", "losses", "pretrain", "pretrain_large", "straightforward", "profile", "finetune", "evaluation",
-        "evaluation_large", "host", "compile",
+        "evaluation_large", "compile",
     ],
     "b": ["pictures", "run", "stream_dali", "pretrain_dali", "decoding", "stream_cpu", "damaged"],
 }  # fmt: skip
