@@ -21,6 +21,12 @@ def join_url(folder: str, name: str) -> str:
     return folder.rstrip("/") + "/" + name
 
 
+def plain_scheme(url: str) -> str:
+    """A URL with its scheme in lower case, as fsspec requires."""
+    scheme, sign, rest = url.partition("://")
+    return scheme.lower() + sign + rest if sign else url
+
+
 def is_local(url: str, options: Mapping[str, Any]) -> bool:
     """Whether a URL is a folder of this machine; options: of fsspec."""
     return isinstance(fsspec.url_to_fs(url, **options)[0], LocalFileSystem)
@@ -54,6 +60,5 @@ def check_no_credentials(url: str, options: Mapping[str, Any]) -> None:
 
 
 def local_form(url: str) -> str:
-    """A local path without file://, any other URL with its scheme in lower case, as fsspec requires."""
-    scheme, sign, rest = url.partition("://")
-    return (scheme.lower() + sign + rest if sign else url).removeprefix("file://")
+    """A local folder as a plain path, any other URL with its scheme in lower case."""
+    return plain_scheme(url).removeprefix("file://")
