@@ -13,9 +13,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 SIGNED_FOR = 3600  # seconds that a signature is valid
-KEPT_FOR = (
-    600  # seconds that a signed address is reused: temporary credentials are renewed that long before they expire
-)
+KEPT_FOR = 600  # seconds that a signed address is reused: temporary credentials are renewed before they expire
 
 
 @dataclass(frozen=True)

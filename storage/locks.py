@@ -86,9 +86,7 @@ class Lock:
     def make_exclusive(self) -> bool:
         """Turn a shared lock into an exclusive one; False, and the lock is lost, where others hold it too."""
         try:
-            fcntl.flock(
-                self._descriptor, fcntl.LOCK_UN
-            )  # first: if two processes do this at once, the later one must get it
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # first: of two processes the later one must get it
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             return False
