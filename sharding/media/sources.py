@@ -84,7 +84,7 @@ class Media:
                         and following - min(pending, default=following) < window
                     ):
                         pending[following] = self.start(pool, sources[following])
-                        pending[following].add_done_callback(functools.partial(put_result, done, following))
+                        pending[following].add_done_callback(lambda future, index=following: done.put((index, future)))
                         following = next(indices, None)
                     index, future = done.get()
                     del pending[index]
@@ -161,11 +161,6 @@ def web_address(root: str, name: str) -> str:
     if len(archive) < outer:
         return url  # the root is an archive, or inside of one
     return url[:outer] + quote(archive[outer:]) + ("/" + member if member else "")
-
-
-def put_result(done: queue.SimpleQueue[tuple[int, Future[Any]]], index: int, future: Future[Any]) -> None:
-    """Notify the consumer of a queue that a source is ready."""
-    done.put((index, future))
 
 
 def open_archive(url: str, folder: Path) -> Archive:
