@@ -18,11 +18,7 @@ from model.export import official_state, write_official
 VARIANTS = {
     "pretrained": {},
     "retrieval": {"loss_weight": LossWeights(mlm=0.0)},
-    "temporal": {
-        "temporal_vision_encoder": TemporalConfig(True, 2, True),
-        "num_frames": 4,
-        "add_temporal_embed": True,
-    },
+    "temporal": {"temporal_vision_encoder": TemporalConfig(True, 2, True), "num_frames": 4, "add_temporal_embed": True},
     "answers": {"answer_decoder": AnswerDecoderConfig(True, 2), "loss_weight": LossWeights(mlm=0.0)},
 }
 
