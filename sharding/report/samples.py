@@ -37,8 +37,7 @@ class Picked:
 def pick(corpus: Corpus, count: int, shards: int = SHARDS, frames: int = FRAMES) -> list[Picked]:
     """`count` samples evenly spread over `shards` shards, each with up to `frames` of its frames.
 
-    Raises:
-        OSError, ValueError: an index cannot be read. Frames that cannot be read are None.
+    Raises OSError, ValueError: an index cannot be read. Frames that cannot be read are None.
     """
     filled = [shard for shard, info in enumerate(corpus.shards) if info.samples]
     chosen = [filled[index] for index in spread(len(filled), min(shards, count))]
@@ -112,8 +111,7 @@ def locate(corpus: Corpus, number: int) -> tuple[int, dict[str, Any]]:
 def find(corpus: Corpus, name: str, shown: bool = False) -> tuple[int, dict[str, Any]]:
     """(shard, index row) of a sample by its number, else its key, else its source, the first that has it.
 
-    Raises:
-        ValueError: there is none.
+    Raises ValueError: there is none.
     """
     if name.isdecimal() and str(int(name)) == name and (int(name) < corpus.samples or len(name) < 9):
         return locate(corpus, int(name))

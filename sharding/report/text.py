@@ -11,15 +11,13 @@ from runtime.units import data_size
 from sharding.reasons import summary as failure_lines
 from sharding.report.samples import fetch_command, find
 from sharding.report.statistics import Statistics, short, summary, text_histogram
-from sharding.shards.schema import Corpus
+from sharding.shards.schema import UNITS, Corpus
 
 
 def summary_text(corpus: Corpus) -> str:
     """The corpus in a few lines."""
     facts = summary(corpus)
-    counts = ", ".join(
-        f"{facts[unit]:,} {unit}" for unit in ("samples", "frames", "captions", "questions", "choices") if facts[unit]
-    )
+    counts = ", ".join(f"{facts[unit]:,} {unit}" for unit in UNITS[:-1] if facts[unit])
     lines = [
         f"{corpus.url}: {corpus.media_type} corpus {corpus.name}, {facts['shards']:,} shards, "
         f"{data_size(facts['bytes'])}",
