@@ -35,7 +35,7 @@ def sample_facts(corpus: Corpus, name: str, frame: int, shown: bool = False) -> 
         raise UserError(f"--frame {frame}: sample {row['key']} has frames 0 to {len(row['offsets']) - 1}")
     ending = ".jpg" if row["fps"] is None else f".{frame:03d}.jpg"
     target = row["key"].rsplit("/", 1)[-1] + ending
-    command = fetch_command(corpus.tar_url(shard), row["offsets"][frame], row["sizes"][frame], target, signed=True)
+    command = fetch_command(corpus.tar_url(shard), row["offsets"][frame], row["sizes"][frame], target)
     return {"shard": corpus.shards[shard].name, **row, "frame": frame, "command": command}
 
 

@@ -8,9 +8,6 @@ from PIL import Image
 
 from loaders import bench, preview, vocab
 from loaders.bench import Results, advice
-from loaders.config import LoaderConfig, PerMedia
-from loaders.train import TrainLoader
-from runtime.errors import UserError
 from sharding.build import build_corpus
 
 RESULTS = Results(1000, 10.0, 100.0, 1.0, 0.4, 0.3, 0.2, 0.9, 0.0, 110.0, 0.9, 200.0, 0, 2, 2, "cpu", False, 224, 224)
@@ -97,17 +94,6 @@ def test_the_tools_take_a_corpus_of_one_picture(one_picture, tmp_path, capsys) -
     assert "sheet.png: 1 samples" in capsys.readouterr().out
     assert bench.main([one_picture, "--seconds", "0.2", "--size", "32", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["samples"] >= 1
-
-
-def test_a_corpus_smaller_than_a_batch_is_told_with_the_size_that_fits(shapes, tokenizer) -> None:
-    config = LoaderConfig(batch_size=PerMedia(64, 64))
-    told = r"batch_size\.image=64 is more than the 24 samples of images_test: set batch_size\.image=24 or less"
-    with pytest.raises(UserError, match=told):
-        TrainLoader([shapes.url("images_test")], tokenizer, config)
-    with pytest.raises(UserError, match=r"set batch_size\.image=16 or less"):
-        TrainLoader([shapes.url("images_test")], tokenizer, config, world_size=16)
-    with pytest.raises(UserError, match="use at most 24 processes, or more data"):
-        TrainLoader([shapes.url("images_test")], tokenizer, config, world_size=32)
 
 
 @pytest.mark.parametrize(
