@@ -15,7 +15,7 @@ from model.config import ModelConfig
 from runtime.errors import UserError, os_error_number, user_message
 from runtime.ranks import Ranks
 from train.checkpoints import writing
-from train.checkpoints.writing import STATE, TrainingState, save_checkpoint, save_weights, update_state
+from train.checkpoints.writing import STATE, CheckpointWriter, TrainingState
 from train.config.settings import RunConfig
 from train.folder import RunFolder
 from train.tracking.profiling import StepProfiler
@@ -40,8 +40,10 @@ def saving(tmp_path, monkeypatch):
     monkeypatch.setattr(writing, "_write_whole_weights", lambda folder, *_: (folder / "weights").mkdir())
     monkeypatch.setattr(writing, "_optimizer_state", lambda engine: {})
 
+    writer = CheckpointWriter(tmp_path, None, ModelConfig(), None, Ranks())
+
     def save(step):
-        return save_checkpoint(tmp_path, None, TrainingState(step=step), ModelConfig(), None, Ranks(), keep=2)
+        return writer.save(TrainingState(step=step), keep=2)
 
     def fail(where, error):
         whole = getattr(writing, where)
@@ -52,7 +54,7 @@ def saving(tmp_path, monkeypatch):
 
         monkeypatch.setattr(writing, where, failing)
 
-    return SimpleNamespace(save=save, fail=fail)
+    return SimpleNamespace(save=save, fail=fail, writer=writer)
 
 
 @pytest.mark.parametrize("where", ["write_shard", "_write_whole_weights", "_write_state"])
@@ -85,10 +87,10 @@ def test_the_first_checkpoint_and_the_best_model_and_a_state_alike(saving, tmp_p
     path = saving.save(1)
     saving.fail("_write_state", FULL)
     with pytest.raises(UserError, match=r"step_00000001 cannot be written"):
-        update_state(path, TrainingState(step=1), Ranks())
+        saving.writer.update(TrainingState(step=1))
     saving.fail("write_shard", RUST)
     with pytest.raises(UserError, match=r"best_00000001 cannot be written \(No space"):
-        save_weights(tmp_path / "best_00000001", None, ModelConfig(), None, Ranks())
+        saving.writer.save_best(TrainingState(step=1), "val")
     assert os.listdir(tmp_path) == ["step_00000001"]
     assert (path / STATE).is_file()
     shutil.rmtree(path)

@@ -17,8 +17,9 @@ from model.export import main as export
 from model.singularity import Singularity
 from runtime.errors import UserError
 from runtime.ranks import Ranks
+from train.checkpoints.best import best_version
 from train.checkpoints.shards import set_weights
-from train.checkpoints.writing import TrainingState, load_checkpoint, save_checkpoint, save_weights
+from train.checkpoints.writing import CheckpointWriter, TrainingState, load_checkpoint
 from train.step import Stepper
 
 QUICK = ("zero0", "zero1", "zero3")
@@ -39,8 +40,12 @@ def tokenizer(tmp_path):
 
 
 def save(engine, folder: Path, tokenizer, number=1) -> Path:
-    state = TrainingState(step=number)
-    return save_checkpoint(folder, engine, state, SMALL, tokenizer, Ranks(), keep=9)
+    return CheckpointWriter(folder, engine, SMALL, tokenizer, Ranks()).save(TrainingState(step=number), keep=9)
+
+
+def save_best(engine, folder: Path, tokenizer) -> Path:
+    CheckpointWriter(folder, engine, SMALL, tokenizer, Ranks()).save_best(TrainingState(step=1), "val")
+    return best_version(folder, 1)
 
 
 def whole(path: Path) -> dict[str, torch.Tensor]:
@@ -88,8 +93,7 @@ def test_a_run_with_a_frozen_part_saves_resumes_and_exports_all_of_it(zero, prec
         unchanged = {name for name in beginning if torch.equal(state[name], beginning[name])}
         assert frozen <= unchanged  # to the bit, also where they are computed with in bf16
         assert len(unchanged - frozen) < len(beginning.keys() - frozen) / 4
-        save_weights(tmp_path / what / "best", first, SMALL, tokenizer, Ranks())
-        assert equal(whole(tmp_path / what / "best"), state)
+        assert equal(whole(save_best(first, tmp_path / what, tokenizer)), state)
         assert export([str(path), str(tmp_path / f"{what}.pth")]) == 0
         assert equal(whole(tmp_path / f"{what}.pth"), state)
 
@@ -132,8 +136,7 @@ def test_a_run_goes_on_with_another_part_frozen(zero, tmp_path, tokenizer):
 @pytest.mark.parametrize("zero", ZEROS)
 def test_the_best_weights_are_set_with_the_frozen_ones(zero, tmp_path, tokenizer):
     engine, _ = make(zero, "bf16", freeze=ENCODER)
-    save_weights(tmp_path / "best", engine, SMALL, tokenizer, Ranks())
-    wanted = {name: tensor + 1 for name, tensor in whole(tmp_path / "best").items()}
+    wanted = {name: tensor + 1 for name, tensor in whole(save_best(engine, tmp_path, tokenizer)).items()}
     set_weights(engine, wanted)
     assert equal(whole(save(engine, tmp_path / "set", tokenizer)), wanted)
 
