@@ -1,13 +1,12 @@
 """Frozen parameters (requires_grad=False): saved, resumed and exported like all others, under every ZeRO stage."""
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from small_engine import SMALL, fits, make, numbers, step
-from small_run import PRECISIONS, job, learned, run_jobs
+from small_run import PRECISIONS
 
 from loaders.batch import Batch
 from loaders.text import SPECIAL, Tokenizer
@@ -155,38 +154,6 @@ def test_a_persistent_buffer_is_saved_and_comes_back(zero, tmp_path, tokenizer):
 def test_a_model_that_is_all_frozen_is_refused():
     with pytest.raises(UserError, match="every parameter of the model is frozen"):
         make("zero1", "fp32", freeze=("*",))
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_real_runs_with_a_frozen_encoder_go_on_to_the_bit_and_on_other_processes(corpora, tmp_path):
-    def launch(folder, zero):
-        settings = f"output_dir={folder}", f"deepspeed=deepspeed_configs/{zero}.json", "scheduler.epochs=2"
-        more = "keep_checkpoints=9", "stop_key=images", "precision=bf16", "k_test=4"
-        return job("pretrain", corpora / "tiny.yaml", *settings, *more, freeze=ENCODER)
-
-    zeros = ("zero1", "zero3")
-    run_jobs(tmp_path, [launch(tmp_path / zero, zero) for zero in zeros])
-    for zero in zeros:
-        for folder in (tmp_path / f"{zero}_again", tmp_path / f"{zero}_alone"):
-            shutil.copytree(tmp_path / zero, folder, symlinks=True)
-            (folder / "finished.json").unlink()
-            for later in (10, 15, 16):
-                shutil.rmtree(folder / f"checkpoints/step_{later:08}")
-    run_jobs(tmp_path, [launch(tmp_path / f"{zero}_again", zero) for zero in zeros])
-    others = dict(zip(zeros, reversed(zeros)))
-    run_jobs(tmp_path, [launch(tmp_path / f"{zero}_alone", others[zero]) for zero in zeros], processes=1)
-    for zero in zeros:
-        assert learned(tmp_path / f"{zero}_again") == learned(tmp_path / zero)
-        assert [line["step"] for line in learned(tmp_path / f"{zero}_alone")] == list(range(1, 17))
-        first = whole(tmp_path / zero / "checkpoints/step_00000005")
-        for name in (zero, f"{zero}_again", f"{zero}_alone"):
-            last = whole(tmp_path / name / "checkpoints/step_00000016")
-            same = {key for key in first if torch.equal(first[key], last[key])}
-            frozen = {key for key in first if fits(key, ENCODER)}
-            assert frozen <= same
-            assert len(same) < len(first) - 10
-        assert equal(whole(tmp_path / f"{zero}_again"), whole(tmp_path / zero))  # the best
 
 
 @pytest.mark.usefixtures("one_process")
