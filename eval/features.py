@@ -141,7 +141,7 @@ def visual_blocks(
     )
     folder = Path(config.feature_cache) / name
     batch_size = getattr(config.batch_size_test, dataset.media_type)
-    found = read_entry(folder, batch_size, ranks)
+    found = read_entry(folder, dataset.num_visuals, batch_size, ranks)
     if found is not None:
         log.info("Read the encoded visuals of %s from %s", dataset.name, folder)
         return found
