@@ -1,4 +1,4 @@
-"""Encodes a test set's visuals and texts, each on one rank."""
+"""Encodes a test set's visuals and texts, each on one rank, and matches pairs of them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from loaders.batch import normalize
 from loaders.evaluation import VisualSet
 from loaders.text import Tokenizer
 from model.encoders import Encoders
+from model.scoring import match_pairs
 from model.singularity import Singularity
 from runtime.activity import progress
 from runtime.collectives import broadcast, gather_objects, gather_rows
@@ -210,3 +211,27 @@ def encode_test_set(
 
 def _slices(first: int, last: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, last)) for start in range(first, last, step))
+
+
+def match_marked(
+    model: Singularity,
+    visuals: VisualFeatures,
+    texts: TextFeatures,
+    pairs: np.ndarray,
+    config: EvalConfig,
+    outside: float,
+    ranks: Ranks = ALONE,
+) -> np.ndarray:
+    """Match logits (N, M) float32 of the pairs marked in `pairs` (N, M) bool, `outside` elsewhere; on all ranks.
+
+    Marked pairs of a visual that could not be read hold `outside` too.
+    """
+    bar = tqdm(visuals.blocks, desc="matching", leave=False, disable=None if ranks.is_first else True)
+    blocks = ((block.indices, block.tokens) for block in bar)
+    own = match_pairs(
+        model, blocks, texts.attended, texts.mask, pairs, config.eval_frame_ensemble, config.pair_batch_size
+    )
+    visual, text, logit = (gather_rows(torch.from_numpy(part), ranks.world_size).numpy() for part in own)
+    scores = np.full(pairs.shape, outside, dtype=np.float32)
+    scores[visual, text] = logit
+    return scores

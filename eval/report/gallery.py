@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from eval.metrics import NOT_RANKED, Truth, true_ranks
-from eval.ranking import row_blocks, top_items
+from eval.metrics import NOT_RANKED, Truth, row_blocks, top_items, true_ranks
 from loaders.evaluation import VisualSet
 from runtime.activity import progress
 from runtime.errors import AccessError

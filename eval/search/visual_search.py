@@ -15,7 +15,7 @@ from PIL import Image
 from eval.cache import CachedBlocks
 from eval.config import EvalConfig
 from eval.features import collect_visuals, encode_texts, visual_blocks
-from eval.ranking import top_items
+from eval.metrics import top_items
 from loaders.config import LoaderConfig, VideoInput
 from loaders.evaluation import VisualSet
 from loaders.text import Tokenizer, clean_text

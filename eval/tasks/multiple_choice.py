@@ -10,8 +10,7 @@ import numpy as np
 import torch
 
 from eval.config import EvalConfig, EvalRunConfig
-from eval.features import TextFeatures, VisualFeatures, encode_test_set, evaluating, missing_visuals
-from eval.matching import match_marked
+from eval.features import TextFeatures, VisualFeatures, encode_test_set, evaluating, match_marked, missing_visuals
 from eval.metrics import NOT_FINITE
 from eval.outputs import SplitOutput
 from eval.tasks.questions import questions_output

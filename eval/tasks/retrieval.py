@@ -11,12 +11,10 @@ import numpy as np
 import torch
 
 from eval.config import EvalConfig, EvalRunConfig
-from eval.features import TextFeatures, VisualFeatures, encode_test_set, evaluating, missing_visuals
-from eval.matching import match_marked
-from eval.metrics import chance_metrics, retrieval_metrics, true_ranks
+from eval.features import TextFeatures, VisualFeatures, encode_test_set, evaluating, match_marked, missing_visuals
+from eval.metrics import chance_metrics, ordered, retrieval_metrics, row_blocks, top_k_mask, true_ranks
 from eval.outcomes import Outcomes, outcomes_of_ranks
 from eval.outputs import SplitOutput
-from eval.ranking import ordered, row_blocks, top_k_mask
 from eval.report.gallery import Query, choose_queries, draw_visuals
 from eval.tasks.task import TaskResult, common_details
 from loaders.evaluation import RetrievalSet

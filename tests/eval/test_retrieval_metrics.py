@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.metrics import NOT_RANKED, chance_metrics, retrieval_metrics, true_ranks
-from eval.ranking import top_items, top_k_mask
+from eval.metrics import NOT_RANKED, chance_metrics, retrieval_metrics, top_items, top_k_mask, true_ranks
 
 
 @st.composite
@@ -117,7 +116,7 @@ def test_bad_scores_are_refused():
 
 
 def test_large_matrices_are_handled_in_blocks(monkeypatch):
-    monkeypatch.setattr("eval.ranking.BLOCK_CELLS", 16)
+    monkeypatch.setattr("eval.metrics.BLOCK_CELLS", 16)
     rng = np.random.default_rng(1)
     scores = rng.integers(0, 4, (9, 11)).astype(np.float32)
     truth = [[int(rng.integers(11))] for _ in range(9)]

@@ -12,10 +12,10 @@ from PIL import Image
 from eval.config import EvalConfig
 from eval.outputs import Subject, write_evaluation
 from eval.report.__main__ import main
-from eval.report.console import format_table
 from eval.report.evaluations import find_evaluations, read_evaluation
 from eval.report.gallery import choose_queries, strip
 from eval.report.page import write_report
+from eval.report.tables import format_table
 from eval.tasks.retrieval import RetrievalTask
 from tests.eval.small import Drawn, Words, small_model
 
