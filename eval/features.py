@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -30,14 +29,6 @@ log = logging.getLogger(__name__)
 TEXT_BATCH = 256
 
 
-class Blocks(Protocol):
-    """Encoded visuals that can be iterated over repeatedly."""
-
-    def __len__(self) -> int: ...
-
-    def __iter__(self) -> Iterator[Block]: ...
-
-
 @dataclass(frozen=True)
 class VisualFeatures:
     """This rank's visuals, block by block, and the embeddings of all.
@@ -46,7 +37,7 @@ class VisualFeatures:
     present (N,) bool.
     """
 
-    blocks: Blocks
+    blocks: Sequence[Block] | CachedBlocks
     embeddings: torch.Tensor
     present: np.ndarray
 
@@ -85,9 +76,9 @@ def pixel_batches(
     config: EvalConfig,
     num_frames: int,
     ranks: Ranks,
-    device: torch.device | str,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Normalised frames (B, T, 3, H, W) on `device`, and indices (B,), of this rank's visuals."""
+    """Normalised frames (B, T, 3, H, W) on the model's device, and indices (B,), of this rank's visuals."""
+    device = next(model.parameters()).device
     batch_size = getattr(config.batch_size_test, dataset.media_type)
     total = -(-dataset.num_visuals // ranks.world_size)
     hidden = None if ranks.is_first else True  # None: shown on a terminal only
@@ -123,10 +114,9 @@ def visual_blocks(
     config: EvalConfig,
     num_frames: int,
     ranks: Ranks,
-    device: torch.device | str,
 ) -> Iterable[Block]:
     """This rank's visuals, encoded: block by block on demand, or on disk where there is a `feature_cache`."""
-    fresh = encode_blocks(model, pixel_batches(model, dataset, config, num_frames, ranks, device), config)
+    fresh = encode_blocks(model, pixel_batches(model, dataset, config, num_frames, ranks), config)
     if config.feature_cache is None:
         return fresh
     loader, mode = dataset.config, config.eval_frame_ensemble
@@ -200,10 +190,9 @@ def encode_test_set(
     config: EvalConfig,
     num_frames: int,
     ranks: Ranks,
-    device: torch.device | str,
 ) -> tuple[VisualFeatures, TextFeatures]:
     """The features of a test set's visuals and of `texts`."""
-    blocks = visual_blocks(model, dataset, config, num_frames, ranks, device)
+    blocks = visual_blocks(model, dataset, config, num_frames, ranks)
     visuals = collect_visuals(model, blocks, dataset.num_visuals, config, ranks)
     length = int(getattr(dataset.config.max_txt_l, dataset.media_type))
     return visuals, encode_texts(model, *tokenizer.encode(texts, length), ranks)

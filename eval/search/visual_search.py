@@ -69,7 +69,7 @@ class VisualSearch:
         self.dataset = VisualSet(corpus, LoaderConfig(image_res=model.config.image_res, video_input=video))
         self.config = EvalConfig(feature_cache=str(cache))
         with torch.inference_mode():
-            blocks = visual_blocks(self.model, self.dataset, self.config, num_frames, ALONE, device)
+            blocks = visual_blocks(self.model, self.dataset, self.config, num_frames, ALONE)
             assert isinstance(blocks, CachedBlocks)
             self.visuals = collect_visuals(self.model, blocks, self.dataset.num_visuals, self.config)
         self._blocks = blocks

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from eval.config import EvalConfig, EvalRunConfig
 from eval.features import TextFeatures, VisualFeatures, encode_test_set, evaluating, match_marked, missing_visuals
@@ -68,14 +67,11 @@ class RetrievalTask:
         config: EvalConfig,
         num_frames: int,
         ranks: Ranks = ALONE,
-        device: torch.device | str = "cpu",
     ) -> RetrievalResult:
         """Score all pairs by the dual encoder, and each query's `k_test` best by VTM."""
         start = time.perf_counter()
         with evaluating(model, config):
-            visuals, texts = encode_test_set(
-                model, dataset, tokenizer, dataset.texts, config, num_frames, ranks, device
-            )
+            visuals, texts = encode_test_set(model, dataset, tokenizer, dataset.texts, config, num_frames, ranks)
             encoded = time.perf_counter()
             scores = score(model, visuals, texts, config, ranks)
         missing = missing_visuals(dataset, visuals.present, ranks)

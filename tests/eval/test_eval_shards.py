@@ -20,7 +20,7 @@ from loaders.config import LoaderConfig, PerMedia
 from loaders.evaluation import RetrievalSet
 from model.config import TemporalConfig
 from sharding.shards.schema import read_corpus, read_index
-from tests.eval.small import shapes_model
+from tests.eval.small import small_model
 
 TASK = RetrievalTask()
 LOADER = LoaderConfig(image_res=32, max_txt_l=PerMedia(24, 24))
@@ -30,7 +30,7 @@ CONFIG = EvalConfig(k_test=8, gallery=3, batch_size_test=PerMedia(8, 8))
 @pytest.fixture(scope="module")
 def model(tokenizer):
     temporal = TemporalConfig(enable=True, num_layers=1)
-    return shapes_model(tokenizer, temporal_vision_encoder=temporal, add_temporal_embed=True, num_frames=4)
+    return small_model(tokenizer, temporal_vision_encoder=temporal, add_temporal_embed=True, num_frames=4)
 
 
 def test_one_and_four_frames_of_packed_clips_up_to_the_report(shapes, model, tokenizer, tmp_path):

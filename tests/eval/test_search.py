@@ -25,12 +25,12 @@ from model.checkpoints.loading import save_model
 from model.config import LossWeights
 from model.singularity import Singularity
 from model.vqa import SingularityQA
-from tests.eval.small import shapes_model
+from tests.eval.small import small_model
 
 
 def weights_in(folder, tokenizer, kind=Singularity):
     """Random weights that tell every pair apart, with their vocabulary."""
-    model = shapes_model(tokenizer, kind, varied=True, loss_weight=LossWeights(mlm=0.0))
+    model = small_model(tokenizer, kind, loss_weight=LossWeights(mlm=0.0))
     save_model(model, model.config, folder)
     tokenizer.save(folder)
     return str(folder)
