@@ -24,15 +24,13 @@ from runtime.collectives import broadcast
 from train.checkpoints.best import best_version, restore_best
 from train.checkpoints.shards import set_weights
 from train.checkpoints.writing import (
+    CheckpointWriter,
     TrainingState,
     checkpoint_step,
     complete_checkpoints,
     load_checkpoint,
     named_best_steps,
-    save_best,
-    save_checkpoint,
     set_buffers,
-    update_state,
 )
 from train.config.settings import RunConfig
 from train.deepspeed.compat import gathered_weights
@@ -62,12 +60,15 @@ class Trainer:
         """Start the engine and load the newest checkpoint, if any; all ranks call."""
         self.run, self.ranks, self.folder = prepared.run, prepared.ranks, prepared.folder
         self.watchdog = watchdog
-        self.tokenizer, self.loader, self.device = prepared.tokenizer, prepared.loader, device
+        self.loader, self.device = prepared.loader, device
         self.model: Model = prepared.model
         self._remote = prepared.remote
         self.model_config = prepared.model.config
         self.model.set_gradient_checkpointing(self.run.gradient_checkpointing)
         self.engine, groups = start_engine(self.model, self.run, prepared.deepspeed, device)
+        self.writer = CheckpointWriter(
+            self.folder.checkpoints, self.engine, self.model_config, prepared.tokenizer, self.ranks
+        )
         self.state = self._resume()
         self.total_steps = total_steps(self.run, self.loader.steps_per_epoch)
         self.guard = StepGuard(self.engine, self.ranks, self.run.max_bad_steps, self.run.optimizer.max_grad_norm)
@@ -138,15 +139,7 @@ class Trainer:
         self.guard.inspect()
         self.watchdog.enter(SAVE, self.state.step)
         started = time.perf_counter()
-        path = save_checkpoint(
-            self.folder.checkpoints,
-            self.engine,
-            self.state,
-            self.model_config,
-            self.tokenizer,
-            self.ranks,
-            self.run.keep_checkpoints,
-        )
+        path = self.writer.save(self.state, self.run.keep_checkpoints)
         self._saved_step, self._saved_at = self.state.step, time.monotonic()
         self._clock.pause(time.perf_counter() - started)
         self._copy(path)
@@ -263,16 +256,12 @@ class Trainer:
         if self.state.best is None or score > self.state.best:
             self.state.best, self.state.best_step = score, self.state.step
             self.watchdog.enter(SAVE, self.state.step)
-            save_best(
-                self.folder.checkpoints, self.engine, self.state, self.model_config, self.tokenizer, self.ranks, key
-            )
+            self.writer.save_best(self.state, key)
             if self.ranks.is_first:
                 log.info("Best so far: %s %s %.2f after epoch %d", key, measure, score, epoch)
         self.state.evaluated_epochs = epoch
         if self.state.step == self._saved_step:
-            path = self.folder.checkpoints / f"step_{self.state.step:08d}"
-            update_state(path, self.state, self.ranks)
-            self._copy(path)
+            self._copy(self.writer.update(self.state))
         self._clock.restart()
 
     def _evaluate_all(self, evaluate: Evaluate) -> None:

@@ -24,7 +24,7 @@ from runtime.errors import AccessError, MissingError, UserError
 from sharding.media.archives import Archive, split_archive
 from sharding.media.frames import MediaError
 from storage.policy import StoreError, check_bucket, describe_error, retry, storage_errors
-from storage.urls import join_url, plain_scheme
+from storage.urls import join_url, local_form
 from storage.web import Fetching, web_client
 
 WINDOW = {"image": 1024, "video": 64}  # media: how far finished ones may precede a slow one
@@ -44,7 +44,7 @@ class Media:
     """
 
     def __init__(self, root: str, media_type: str, scratch: Path, fetching: Fetching) -> None:
-        root = plain_scheme(root).removeprefix("file://")
+        root = local_form(root)
         self.root = os.path.abspath(root) if root and "://" not in root else root
         self.media_type, self.scratch, self.fetching = media_type, scratch, fetching
         self.stop = threading.Event()
@@ -118,7 +118,7 @@ class Media:
     def location(self, source: str) -> str:
         """A source's URL, or its absolute path where it is a local file."""
         if "://" in source:
-            return plain_scheme(source).removeprefix("file://")
+            return local_form(source)
         if self.root.startswith(WEB):
             return web_address(self.root, source)
         return join_url(self.root, source) if self.root else os.path.abspath(source)
@@ -226,7 +226,7 @@ def check_root(root: str) -> None:
     if COMPRESSED_TAR.search(root):
         raise UserError(f"media root {root} is compressed as a whole, single files cannot be read from it: gunzip it")
     inside = split_archive(root)
-    base = plain_scheme(inside[0] if inside else root).removeprefix("file://")
+    base = local_form(inside[0] if inside else root)
     if not root or base.startswith(WEB):
         return  # sources are URLs of their own; web servers do not list folders
     with storage_errors(base, "read"):

@@ -55,7 +55,6 @@ def test_a_sound_cluster_passes_with_an_estimate(hosts, job):
     by_check = {finding["check"]: finding["found"] for finding in found}
     checks = {"reach", "versions", "code", "hardware", "GPU", "clock", "ports", "link", "all-reduce", "output_dir"}
     assert by_check.keys() == checks | {"ssh", "decoding", "storage", "shards", "loading", "epoch"}
-    assert "all-reduce" in by_check
     assert "over gloo" in by_check["all-reduce"]
     epochs = {finding["where"]: finding["found"] for finding in found if finding["check"] == "epoch"}
     assert epochs.keys() == {"loading", "training, 5 steps"}
@@ -73,15 +72,11 @@ def test_a_host_that_differs_and_cannot_reach_the_store_or_be_reached(hosts, job
     hosts.run("node2", "mount", "--bind", other_version, metadata)
     hosts.run("node2", "mount", "--bind", other_code, code)
     hosts.run("node2", "sh", "-c", f"mkdir -p {job}/run && mount -t tmpfs tmpfs {job}/run")
-    hosts.firewall(
-        "node2",
-        "table inet f { chain in { type filter hook input priority 0; tcp dport 29500 drop; }; "
-        "chain out { type filter hook output priority 0; tcp dport 5000 drop; }; }",
-    )
+    hosts.firewall("node2", "table inet f { chain in { type filter hook input priority 0; tcp dport 29500 drop; }; "
+        "chain out { type filter hook output priority 0; tcp dport 5000 drop; }; }")  # fmt: skip
     index = next((corpora / "images_train").glob("*.parquet")).name
-    hosts.run(
-        "store", sys.executable, "-c", f"import fsspec; fsspec.filesystem('s3').rm('doctor/images_train/{index}')"
-    )
+    removal = f"import fsspec; fsspec.filesystem('s3').rm('doctor/images_train/{index}')"
+    hosts.run("store", sys.executable, "-c", removal)
     found, code = doctor(hosts, job)
     hosts.fill(corpora / "images_train", "s3://doctor/images_train")
     told = bad(found)

@@ -30,15 +30,8 @@ def finish(processes):
 
 
 def begin(words, **settings):
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        list(map(str, words)),
-        env={**with_path(), **settings},
-        cwd=ROOT,
-        stdout=pipe,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    pipe, both, variables = subprocess.PIPE, subprocess.STDOUT, {**with_path(), **settings}
+    return subprocess.Popen(list(map(str, words)), env=variables, cwd=ROOT, stdout=pipe, stderr=both, text=True)
 
 
 def pod(number, folder, corpora, port):

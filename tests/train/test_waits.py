@@ -164,7 +164,7 @@ def test_nothing_of_the_engine_waits(zero, precision, monkeypatch):
         step(engine, guard, number)
     waits.clear()
     with watched("cpu") as (found, _):
-        step(engine, guard, 5)
+        step(engine, guard, 5, poisoned=True)
     # The small model itself runs on the CPU here: reading its shapes and drawing its batch is not the engine's doing.
     assert waits == []
     assert [wait for wait in found if "tests/" not in wait] == []

@@ -19,7 +19,7 @@ from train import loop
 from train.checkpoints import writing
 from train.checkpoints.best import best_steps, best_version
 from train.checkpoints.copies import RemoteCheckpoints
-from train.checkpoints.writing import STATE, complete_checkpoints, read_state
+from train.checkpoints.writing import STATE, CheckpointWriter, complete_checkpoints, read_state
 from train.config.settings import RunConfig
 from train.folder import RunFolder
 from train.loop import Trainer
@@ -75,7 +75,8 @@ class TinyTrainer(Trainer):
         self.folder.begin(run)
         quiet = SimpleNamespace(inspect=lambda: None, enter=lambda *_: None, pause=lambda _: None, restart=lambda: None)
         self.guard = self.watchdog = self._clock = quiet
-        self.model, self.model_config, self.tokenizer, self.tracker = None, ModelConfig(), None, None
+        self.model, self.tracker = None, None
+        self.writer = CheckpointWriter(self.folder.checkpoints, self.engine, ModelConfig(), None, self.ranks)
         self.state = self._resume()
         self._saved_step, self._saved_at = self.state.step, 0.0
 

@@ -1,9 +1,7 @@
 """A GPU is used or the user is told why it is not; every process gets its own; collectives outlast the watchdog."""
 
 import os
-from functools import partial
 from types import SimpleNamespace
-from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -201,35 +199,6 @@ def test_nccl_is_started_with_the_timeout_and_without_probing_operations(monkeyp
     monkeypatch.setenv("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", "240")
     start_processes(torch.device("cuda", 0), 3000.0)
     assert os.environ["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"] == "240"
-
-
-@pytest.mark.parametrize("course", ["training", "evaluation"])
-def test_runs_start_their_processes_with_the_watchdogs_limit(monkeypatch, course):
-    from launch import evaluation, training
-
-    run = RunConfig(output_dir="none", stall_seconds=5000.0)
-    settings = SimpleNamespace(config=run)
-    entries = {
-        "training": (training, partial(training.train, evaluates=False)),
-        "evaluation": (evaluation, evaluation.evaluate),
-    }
-    module, entry = entries[course]
-    told = []
-
-    def start(*arguments):
-        told.extend(arguments)
-        raise KeyboardInterrupt
-
-    others = ("share_cores", "log_to_file", "StopRequest", "Watchdog", "replace", "subject_of", "split_inputs")
-    for name in (*others, "prepare_training", "prepare_evaluation", "model_digest", "check_replaceable"):
-        if hasattr(module, name):
-            answer = (None, None, None) if name == "prepare_evaluation" else MagicMock(run=run)
-            monkeypatch.setattr(module, name, lambda *_, answer=answer, **__: answer)
-    monkeypatch.setattr(module, "device_for", lambda ranks: torch.device("cpu"))
-    monkeypatch.setattr(module, "start_processes", start)
-    with pytest.raises(KeyboardInterrupt):
-        entry(settings, Ranks(world_size=2))
-    assert told == [torch.device("cpu"), 5000.0]
 
 
 @pytest.fixture

@@ -5,14 +5,11 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
-from small_run import environment, free_port, job, metrics, run, run_jobs, start, start_jobs
+from small_run import job, metrics, run, run_jobs, start, start_jobs
 
 from train.job.watchdog import EXIT_CODE
 
@@ -52,24 +49,6 @@ def test_a_killed_or_halted_rank_brings_the_job_down(corpora, tmp_path, what):
     else:
         assert re.search(r"sent no heartbeat for .* waiting for it in a collective: rank 0 in \w+", text)
         assert "Thread" in (folder / "stacks_rank_0.txt").read_text()
-
-
-def test_a_collective_that_a_rank_leaves_out_is_told_from_a_loader(tmp_path):
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
-    worker = str(Path(__file__).parents[1] / "skipping_worker.py")
-    result = subprocess.run(
-        [sys.executable, *launcher, worker, str(tmp_path)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode != 0
-    (line,) = [line for line in result.stdout.splitlines() if "The job hangs" in line]
-    assert "no rank waits for its loader, and all have been in a step for 3 s: a collective" in line
-    assert line.partition("fewest steps (3): ")[2].startswith("0, 1; rank 0 in all_reduce, rank 1 in all_reduce")
-    for rank in range(2):
-        assert "all_reduce" in (tmp_path / f"stacks_rank_{rank}.txt").read_text()
 
 
 def test_a_loader_that_stands_still_is_named(corpora, tmp_path):
