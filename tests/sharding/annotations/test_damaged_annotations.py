@@ -28,17 +28,7 @@ COCO = {
 QUOTED = "".join(
     '{image},"{caption}",{start},{end}\n'.format(**{**r, "caption": r["caption"].replace('"', '""')}) for r in RECORDS
 )
-PIECES = [b"\\ud83d", b"\\u", b"NaN", b"\xed\xa0\x80", b"9" * 30, *(bytes([byte]) for byte in b"\"\0\xff[},\n\r\\")]
-    b'"',
-    b"\\ud83d",
-    b"\\u",
-    b"NaN",
-    b"\0",
-    b"\xff",
-    b"\xed\xa0\x80",
-    b"9" * 30,
-    *(bytes([c]) for c in b"[},\n\r\\"),
-]
+PIECES = [b"\\ud83d", b"\\u", b"NaN", b"\xed\xa0\x80", b"9" * 30, *(bytes([byte]) for byte in b'"\0\xff[},\n\r\\')]
 
 
 def parquet() -> bytes:
