@@ -6,7 +6,7 @@ import hashlib
 import logging
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from runtime.progress import Progress, counted
 from runtime.units import data_size
 from sharding.annotations.reading import read_rows
 from sharding.annotations.staging import Staged, move_staged, open_staged, stage
-from sharding.estimate import Estimate, estimate_build
+from sharding.estimate import estimate_build
 from sharding.executors.executor import build_shards
 from sharding.reasons import summary
 from sharding.settings import BuildSettings
@@ -73,13 +73,14 @@ def pack(settings: BuildSettings) -> Corpus:
     return corpus
 
 
-def estimate(settings: BuildSettings) -> Estimate:
-    """The estimated size and time of `pack` with these settings; nothing is written. Raises like `pack`."""
+def estimate(settings: BuildSettings) -> Iterator[str]:
+    """Lines about the size and time of `pack` with these settings; nothing is written. Raises like `pack`."""
     settings = settings.prepared()
     with tempfile.TemporaryDirectory(prefix="singularity-estimate-") as folder:
         scratch = Path(folder)
         staged = stage_annotations(settings, scratch)
-        return estimate_build(staged, planned_tasks(settings, staged, scratch), settings.executor.processes)
+        tasks = planned_tasks(settings, staged, scratch)
+        yield from estimate_build(staged, tasks, settings.executor.processes, settings.max_failures)
 
 
 def planned_tasks(settings: BuildSettings, staged: Staged, scratch: Path) -> list[Task]:

@@ -276,7 +276,10 @@ def value_at(record: Mapping[str, Any], whole: str, path: list[str]) -> Any:
 def template(spec: str) -> Finder:
     """Fills "{column}" and "{column:012d}" from the record; null where one of them is null or blank."""
     try:
-        parts = list(parsed(spec))
+        parts = [
+            (literal, None if name is None else finder(name), form or "")
+            for literal, name, form, _ in string.Formatter().parse(spec)
+        ]
     except ValueError as error:
         raise UserError(f"template {spec!r}: {error}; write it as {{column}} or {{column:012d}}") from None
 
@@ -295,12 +298,6 @@ def template(spec: str) -> Finder:
         return "".join(result)
 
     return fill
-
-
-def parsed(spec: str) -> Iterator[tuple[str, Finder | None, str]]:
-    """(text, what finds the column behind it, its format) of a template's parts."""
-    for literal, name, form, _ in string.Formatter().parse(spec):
-        yield literal, None if name is None else finder(name), form or ""
 
 
 def shortened(value: Any) -> str:

@@ -118,7 +118,8 @@ class AnnotationFile:
     def __init__(self, name: str, scratch: Path | None = None, digest: Any = None) -> None:
         self.name, self.digest, self.hashed = name, digest, 0
         with reading_errors(name):
-            self._file = open_local(name) if is_local(name) else download(name, scratch)
+            local = name.removeprefix("file://")
+            self._file = download(name, scratch) if "://" in local else open(local, "rb", buffering=0)  # noqa: SIM115
             self.size = os.fstat(self._file.fileno()).st_size
 
     def __enter__(self) -> AnnotationFile:
@@ -170,16 +171,6 @@ def record_of(file: AnnotationFile, number: int, value: Any) -> Record:
 def file_names(files: Iterable[AnnotationFile]) -> str:
     """The names of files, for messages."""
     return ", ".join(file.name for file in files)
-
-
-def is_local(name: str) -> bool:
-    """Whether a file is one of this machine's file system."""
-    return "://" not in name or name.startswith("file://")
-
-
-def open_local(name: str) -> IO[bytes]:
-    """A local file, unbuffered."""
-    return open(name.removeprefix("file://"), "rb", buffering=0)
 
 
 def download(name: str, scratch: Path | None) -> IO[bytes]:
