@@ -17,8 +17,7 @@ from storage.files import write_text
 def answer_list(corpora: Sequence[str], size: int = 0, least: int = 1) -> list[str]:
     """The answers that at least `least` questions have, most frequent first; at most `size`, 0 for all.
 
-    Raises:
-        FileNotFoundError, ValueError: as `read_corpus`, or no answer is that frequent.
+    Raises FileNotFoundError, ValueError: as `read_corpus`, or no answer is that frequent.
     """
     counts: Counter[str] = Counter()
     for corpus in map(read_corpus, corpora):

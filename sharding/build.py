@@ -18,8 +18,7 @@ from sharding.shards.schema import Corpus
 def build_corpus(annotations: Sequence[str], media_root: str, media_type: str, output: str, **settings: Any) -> Corpus:
     """`pack` annotated media into shards at `output`, a folder or an fsspec URL; settings: others of `BuildSettings`.
 
-    Raises:
-        TypeError: there is no such setting. Whatever `pack` raises.
+    Raises TypeError: there is no such setting. Whatever `pack` raises.
     """
     given = {"annotations": annotations, "media_root": media_root, "media_type": media_type, "output": output}
     return pack(changed(BuildSettings(), given | settings))

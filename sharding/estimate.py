@@ -30,9 +30,8 @@ def estimate_build(staged: Staged, tasks: list[Task], workers: int, max_failures
 
     tasks: those of the whole build.
 
-    Raises:
-        OSError: the media's store cannot be reached. TooManyFailures: after the last line, where a larger share of
-            the sample failed than the build would allow.
+    Raises OSError: the media's store cannot be reached. TooManyFailures: after the last line, where a larger share of
+    the sample failed than the build would allow.
     """
     count = min(staged.items, SAMPLE[tasks[0].settings.media_type])
     items = [staged.between(at, at + 1)[0] for at in (number * staged.items // count for number in range(count))]

@@ -45,10 +45,9 @@ def pack(settings: BuildSettings) -> Corpus:
     Shards that an interrupted build completed are kept; the result is byte-identical whatever the executor.
     Of several jobs on one output the last one describes it; the others return what is complete.
 
-    Raises:
-        FileNotFoundError: an annotation file or the media root is missing.
-        ValueError: bad settings or annotations, or an output that holds something else or is in use.
-        TooManyFailures: a larger share of media failed than `max_failures`.
+    Raises FileNotFoundError: an annotation file or the media root is missing. ValueError: bad settings or annotations,
+    or an output that holds something else or is in use. TooManyFailures: a larger share of media failed than
+    `max_failures`.
     """
     settings = settings.prepared()
     shards, output = settings.shards, settings.output
@@ -91,9 +90,8 @@ def planned_tasks(settings: BuildSettings, staged: Staged, scratch: Path) -> lis
 def staged_rows(settings: BuildSettings, scratch: Path) -> tuple[Staged, str]:
     """(rows on disk, SHA-256 of their annotation files); the files are read once, after an interruption only hashed.
 
-    Raises:
-        FileNotFoundError, ValueError: a file cannot be read, there is nothing to pack, or the rows are of other files
-            than those that the corpus was built of.
+    Raises FileNotFoundError, ValueError: a file cannot be read, there is nothing to pack, or the rows are of other
+    files than those that the corpus was built of.
     """
     output, digest = settings.output, hashlib.sha256()
     if has_staged_rows(output):

@@ -69,8 +69,7 @@ class RowMaker:
     def row(self, record: Record) -> Row:
         """The row of a record, filtered where it has no media or text, or is none of those kept.
 
-        Raises:
-            RowError: the record lacks a column, or holds what cannot be understood.
+        Raises RowError: the record lacks a column, or holds what cannot be understood.
         """
         if record.fault:
             raise RowError(record, record.fault)
@@ -190,8 +189,7 @@ class RowMaker:
 def media_name(value: Any) -> str:
     """The path or URL that a value is; "" where it is empty.
 
-    Raises:
-        ValueError: it is something else; the message names what it must be.
+    Raises ValueError: it is something else; the message names what it must be.
     """
     if isinstance(value, str):
         return value.strip()

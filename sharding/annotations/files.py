@@ -148,8 +148,7 @@ class AnnotationFile:
     def opened(self) -> Iterator[IO[bytes]]:
         """Its bytes from the start, decompressed (.gz, .bz2, .xz, .zst, .zip), without a byte order mark.
 
-        Raises:
-            ValueError: it is in UTF-16, or cannot be decompressed.
+        Raises ValueError: it is in UTF-16, or cannot be decompressed.
         """
         packed = infer_compression(self.name)
         with reading_errors(self.name), io.BufferedReader(View(self), BLOCK) as raw:
@@ -186,10 +185,8 @@ def download(name: str, scratch: Path | None) -> IO[bytes]:
 def reading_errors(file: str) -> Iterator[None]:
     """Errors inside the block become those of an annotation file.
 
-    Raises:
-        FileNotFoundError: it does not exist.
-        OSError: a remote store fails again and again, or refuses the credentials.
-        ValueError: it cannot be decompressed.
+    Raises FileNotFoundError: it does not exist. OSError: a remote store fails again and again, or refuses the
+    credentials. ValueError: it cannot be decompressed.
     """
     try:
         with storage_errors(file, "read annotations from"):

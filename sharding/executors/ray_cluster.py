@@ -32,8 +32,7 @@ def run_on_ray(tasks: list[Task], workers: int, advance: Advance) -> Iterator[tu
 
     `workers` does not count: the cluster's cores do.
 
-    Raises:
-        ValueError: Ray is not installed, or there is no cluster. OSError: a shard cannot be built.
+    Raises ValueError: Ray is not installed, or there is no cluster. OSError: a shard cannot be built.
     """
     try:
         import ray

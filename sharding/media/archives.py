@@ -81,8 +81,7 @@ def split_archive(url: str) -> tuple[str, str] | None:
 class Archive:
     """The members of one archive, listed in a file that all processes of a build map.
 
-    Raises:
-        OSError: the archive cannot be read. ValueError: it is none, or cannot be read at random.
+    Raises OSError: the archive cannot be read. ValueError: it is none, or cannot be read at random.
     """
 
     def __init__(self, url: str, folder: Path) -> None:
@@ -238,8 +237,7 @@ def make_listing(url: str, target: Path) -> None:
 def listed(url: str, damages: list[Damage]) -> Iterator[pa.RecordBatch]:
     """The members of an archive, in its order; what is damaged in it is added to `damages`.
 
-    Raises:
-        ValueError: it is not an archive, or cannot be read at random.
+    Raises ValueError: it is not an archive, or cannot be read at random.
     """
     with fsspec.open(url, "rb") as file:
         found = zip_members(cast(BinaryIO, file)) if is_zip(url) else tar_members(url, cast(BinaryIO, file), damages)
