@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from typing import Any
 
 from loaders.config import LoaderConfig, PerMedia
@@ -32,12 +32,9 @@ class Medium:
     def __add__(self, other: Medium) -> Medium:
         """Both together, means weighted by samples."""
         total = self.samples + other.samples
-        means = {
-            each.name: (getattr(self, each.name) * self.samples + getattr(other, each.name) * other.samples)
-            / max(1, total)
-            for each in fields(Medium)[1:]
-        }
-        return Medium(total, **means)
+        share = self.samples / max(1, total)
+        pairs = zip(astuple(self)[1:], astuple(other)[1:])
+        return Medium(total, *(share * one + (1 - share) * another for one, another in pairs))
 
 
 # Bytes: photos and frames of 224 pixels as `sharding.build` writes them, measured (docs/scaling.md). Samples: Table 15

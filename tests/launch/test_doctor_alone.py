@@ -40,7 +40,7 @@ def test_the_processes_of_one_host_meet(monkeypatch):
     [
         ("import os; os.kill(os.getpid(), 11)", "decoding a picture ended with signal 11: no reason given"),
         ("raise ValueError('an intact image cannot be decoded')", "ValueError: an intact image cannot be decoded"),
-        ("import time; time.sleep(60)", "a picture is not decoded within 1 s"),
+        ("import time; time.sleep(60)", "decoding a picture did not end within 1 s"),
     ],
 )
 def test_a_decoder_that_crashes_or_hangs_harms_nothing_else(monkeypatch, tmp_path, program, reason):

@@ -40,14 +40,9 @@ def pod(number, folder, corpora, port):
     container = job["spec"]["template"]["spec"]["containers"][0]
     variables = {each["name"]: each["value"] for each in container["env"]}
     assert int(variables["NODES"]) == job["spec"]["completions"] == job["spec"]["parallelism"]
-    variables |= {
-        "NODES": "2",
-        "GPUS": "1",
-        "MASTER": "127.0.0.1",
-        "PORT": str(port),
-        "JOB_COMPLETION_INDEX": str(number),
-    }
-    variables |= {"CONFIG": str(corpora / "tiny.yaml"), "OUTPUT": str(folder), "SETTINGS": "scheduler.epochs=1"}
+    variables |= {"NODES": "2", "GPUS": "1", "JOB_COMPLETION_INDEX": str(number)}
+    variables |= {"MASTER": "127.0.0.1", "PORT": str(port), "SETTINGS": "scheduler.epochs=1"}
+    variables |= {"CONFIG": str(corpora / "tiny.yaml"), "OUTPUT": str(folder)}
     return begin([*container["command"], *container["args"]], **variables)
 
 
