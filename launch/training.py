@@ -17,7 +17,7 @@ from runtime.activity import progress
 from runtime.collectives import barrier
 from runtime.errors import UserError
 from runtime.ranks import Ranks
-from train.config.files import Settings
+from train.config.settings import Settings
 from train.job.devices import check_precision, choose_kernels, describe, device_for, start_processes
 from train.job.interrupted import TrainingInterrupted
 from train.job.stopping import StopRequest

@@ -19,8 +19,7 @@ from launch.doctor import findings
 from launch.doctor.findings import BAD, OK, WARNING, Finding
 from launch.doctor.nodes import ROOT, Node, NodeError, ask_all, find_nodes, start
 from runtime.units import duration
-from train.config.files import load_settings
-from train.config.settings import RunConfig
+from train.config.settings import RunConfig, load_settings
 
 REACH_ADVICE = (
     "make `ssh HOST` work from here without a password, and have the repository and its environment at the same path "

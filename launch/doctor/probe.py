@@ -207,7 +207,7 @@ class Probe:
         """Samples a second that this node reads and decodes, with its share of the batch."""
         from loaders.bench import measure
         from loaders.config import PerMedia
-        from train.config.files import load_settings
+        from train.config.settings import load_settings
 
         run = load_settings(config, settings).config
         share = PerMedia(*(max(1, size // nodes) for size in (run.batch_size.image, run.batch_size.video)))

@@ -103,16 +103,3 @@ def test_a_slow_link_and_a_host_that_is_down(hosts, job, restored):
     found, code = doctor(hosts, job, config=False)
     assert code == 1
     assert "node2" in bad(found)["reach", "node2"]
-
-
-def test_the_table_says_what_to_do(hosts, job):
-    words = [sys.executable, "-m", "launch.doctor", "--hostfile", "hostfile", "--least-gbit", "1e9"]
-    result = hosts.run("node1", *words, cwd=job, check=False)
-    assert result.returncode == 1
-    lines = result.stdout.splitlines()
-    assert lines[0].split() == ["check", "where", "found"]
-    assert any(line.startswith("link") and "node1 -> node2  BAD   " in line for line in lines)
-    assert "- repair the link (at least --least-gbit 1e+09" in result.stdout
-    nothing = hosts.run("node1", sys.executable, "-m", "launch.doctor", "--hostfile", "nowhere", cwd=job, check=False)
-    assert nothing.returncode == 2
-    assert nothing.stderr == "error: --hostfile nowhere has no hosts: write one per line, such as `node1 slots=8`\n"

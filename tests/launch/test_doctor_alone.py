@@ -10,6 +10,7 @@ import torch
 from small_run import environment, free_port
 
 from launch.doctor import all_reduce, examine, probe
+from launch.doctor.__main__ import main
 from launch.doctor.findings import OK
 from launch.doctor.nodes import ROOT, start
 
@@ -24,6 +25,12 @@ def test_a_host_without_gpus_passes():
     assert told["all-reduce"]["where"] == "1 process"
     assert told["all-reduce"]["found"] == "over gloo, sums and bf16 products are right"
     assert told["decoding"]["found"].startswith("CPU, 0.")
+
+
+def test_a_hostfile_without_hosts_is_told(capsys):
+    assert main(["--hostfile", "nowhere"]) == 2
+    told = "error: --hostfile nowhere has no hosts: write one per line, such as `node1 slots=8`\n"
+    assert capsys.readouterr().err == told
 
 
 def test_the_processes_of_one_host_meet(monkeypatch):

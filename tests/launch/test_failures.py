@@ -19,7 +19,7 @@ from runtime.ranks import Ranks
 pytestmark = pytest.mark.timeout(400)
 
 BIN = Path(sys.executable).parent
-FAILING = str(Path(__file__).with_name("failing.py"))
+FAULTY = Path(__file__).parents[1] / "train/faulty_worker.py"
 LAUNCHERS = {
     "deepspeed": [BIN / "deepspeed", "--num_accelerators", "2"],
     "torchrun": [BIN / "torchrun", "--nproc_per_node", "2"],
@@ -30,10 +30,9 @@ STEP, LOADING = "train.step Stepper._backward", "train.prepare share_cores"
 
 def failed(launcher, corpora, folder, fail):
     """The exit code and the output of a run that fails as told, below a launcher."""
-    words = [*LAUNCHERS[launcher], FAILING, corpora / "tiny.yaml", f"output_dir={folder}"]
-    result = subprocess.run(
-        list(map(str, words)), env={**environment(), "FAIL": fail}, capture_output=True, text=True, timeout=300
-    )
+    words = [*map(str, LAUNCHERS[launcher]), str(FAULTY), str(corpora / "tiny.yaml"), f"output_dir={folder}"]
+    variables = {**environment(), "FAULT": fail}
+    result = subprocess.run(words, env=variables, capture_output=True, text=True, timeout=300)
     return result.returncode, result.stdout + result.stderr
 
 
@@ -52,11 +51,11 @@ def usual_port():
 
 @pytest.mark.parametrize("launcher", ["deepspeed", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_a_bug_on_one_rank_shows_its_traceback_once(corpora, tmp_path, usual_port, launcher):
-    code, shown = failed(launcher, corpora, tmp_path / "run", f"1 bug {STEP}")
+    code, shown = failed(launcher, corpora, tmp_path / "run", f"{STEP} 1 1 bug")
     assert code == 1, shown
     assert shown.count("ValueError: a bug in the model") == 1, shown
     assert "rank 1: Traceback (most recent call last):" in shown
-    assert "failing.py" in shown
+    assert "faulty_worker.py" in shown
     kept = (tmp_path / "run/logs/rank_00001.txt").read_text()
     assert "ValueError: a bug in the model" in kept
     assert "Building the model" in kept  # from before there was a folder
@@ -66,7 +65,7 @@ def test_a_bug_on_one_rank_shows_its_traceback_once(corpora, tmp_path, usual_por
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_what_a_user_can_mend_on_one_rank_is_one_line(corpora, tmp_path, launcher):
-    code, shown = failed(launcher, corpora, tmp_path / "run", f"1 user {LOADING}")
+    code, shown = failed(launcher, corpora, tmp_path / "run", f"{LOADING} 1 1 user")
     assert code != 0
     assert shown.count("error: rank 1: this rank's disk is missing: mount it\n") == 1, shown
     assert "UserError" not in shown
@@ -83,7 +82,7 @@ def test_what_a_user_can_mend_on_one_rank_is_one_line(corpora, tmp_path, launche
     ],
 )
 def test_a_single_process_tells_its_failures(corpora, tmp_path, kind, code, told):
-    found, shown = failed("python", corpora, tmp_path / "run", f"0 {kind} {LOADING}")
+    found, shown = failed("python", corpora, tmp_path / "run", f"{LOADING} 0 1 {kind}")
     assert found == code, shown
     assert shown.strip().splitlines()[-1].startswith(told)
     assert ("Traceback" in shown) == (kind == "bug")

@@ -111,7 +111,7 @@ def test_fine_tuning_for_retrieval(corpora, recipes, pretrained, tmp_path):
     assert "motion_emb" in run_jobs(tmp_path, launches)
     assert (tuned / "checkpoints/best/weights/model.safetensors").is_file()
     assert (tuned / "finished.json").is_file()
-    assert {path.name for path in (tuned / "evaluation").iterdir()} == {"epoch_01", "epoch_02", "final", "again"}
+    assert {path.name for path in (tuned / "evaluation").iterdir()} >= {"epoch_01", "epoch_02", "final", "again"}
     assert not list(tuned.glob("evaluation/epoch_*/scores.npz"))  # large: written at the end only
     final = metrics_of(tuned / "evaluation/final")
     assert set(final) == {"motion/", "motion_emb/", "images/", "images_emb/"}

@@ -126,8 +126,7 @@ def test_a_damaged_state_is_told(tmp_path):
 
 @pytest.mark.parametrize("damage", ["empty", "half", "zeros", "missing"])
 @pytest.mark.parametrize(
-    "name",
-    ["state.json", "weights/model.json", "weights/vocab.txt", "parts/rank_00001_of_00002.safetensors"],
+    "name", ["state.json", "weights/model.json", "weights/vocab.txt", "parts/rank_00001_of_00002.safetensors"]
 )
 def test_what_a_power_cut_leaves_of_a_checkpoint_is_named_with_the_remedy(tmp_path, name, damage):
     path = checkpoint(tmp_path, 5)

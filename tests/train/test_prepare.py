@@ -8,7 +8,7 @@ from model.building import build_model
 from model.checkpoints.loading import save_model
 from model.config import ModelConfig, TextConfig, VisionConfig
 from runtime.errors import UserError
-from train.config.files import load_settings
+from train.config.settings import load_settings
 from train.prepare import prepare_evaluation
 
 

@@ -36,11 +36,7 @@ def test_a_large_file_is_flushed_piece_by_piece(monkeypatch, tmp_path, reports):
     files.flush(path)
     files.flush(tmp_path)
     sizes = [each.split(", ")[-1] for each in reports if ", " in each]
-    assert sizes == [
-        "0 bytes of 2.6 MB",
-        "1.0 MB of 2.6 MB",
-        "2.1 MB of 2.6 MB",
-    ]
+    assert sizes == ["0 bytes of 2.6 MB", "1.0 MB of 2.6 MB", "2.1 MB of 2.6 MB"]
     assert path.read_bytes() == b"\1" * (5 << 19)
 
 

@@ -68,7 +68,7 @@ def test_a_run_that_ends_among_them_leaves_what_there_is(tmp_path, caplog):
     profiler.close()
     (path,) = (tmp_path / "profile").iterdir()
     assert f"Trace of steps 3 to 3: {path}" in caplog.text
-    assert traced(path)["cpu_op", "aten::sum"] == 1
+    assert traced(path)["cpu_op", "aten::sum"]
 
 
 @pytest.mark.parametrize("steps", [[3], [4, 3], [0, 2]])

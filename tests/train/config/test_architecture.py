@@ -8,7 +8,7 @@ from loaders.text import SPECIAL, Tokenizer
 from model.config import ModelConfig, TemporalConfig, TextConfig, VisionConfig
 from runtime.settings import flatten
 from train.config.architecture import adopt, changes_to, check_texts, fresh_architecture
-from train.config.files import load_settings
+from train.config.settings import load_settings
 
 STORED = ModelConfig(
     vision_encoder=VisionConfig(type="vit", width=64, depth=2, heads=2),

@@ -4,8 +4,7 @@ import pytest
 
 from runtime.errors import UserError
 from runtime.settings import declarations, flatten
-from train.config.files import load_settings, to_yaml
-from train.config.settings import RunConfig
+from train.config.settings import RunConfig, load_settings, to_yaml
 
 
 @pytest.fixture

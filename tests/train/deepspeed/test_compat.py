@@ -18,10 +18,7 @@ from train.deepspeed.state import optimizer_step
 pytestmark = pytest.mark.usefixtures("one_process")
 
 TEMPORAL = replace(
-    SMALL,
-    num_frames=2,
-    add_temporal_embed=True,
-    temporal_vision_encoder=TemporalConfig(enable=True, num_layers=1),
+    SMALL, num_frames=2, add_temporal_embed=True, temporal_vision_encoder=TemporalConfig(enable=True, num_layers=1)
 )
 
 

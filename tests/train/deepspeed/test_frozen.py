@@ -19,6 +19,7 @@ from runtime.ranks import Ranks
 from train.checkpoints.best import best_version
 from train.checkpoints.shards import set_weights
 from train.checkpoints.writing import CheckpointWriter, TrainingState, load_checkpoint
+from train.config.settings import RunConfig
 from train.step import Stepper
 
 QUICK = ("zero0", "zero1", "zero3")
@@ -164,6 +165,6 @@ def test_a_batch_that_trains_nothing_is_told():
     ids = torch.randint(5, 40, (4, 8))
     frames = torch.zeros(4, 1, 32, 32, 3, dtype=torch.uint8)
     images = Batch("image", 0, 0, frames, ids, torch.ones_like(ids), torch.arange(4), ("a", "b", "c", "d"))
-    stepper = Stepper(engine, [], engine.module, None, guard, torch.device("cpu"), "fp32", 0, 0)
+    stepper = Stepper(engine, [], engine.module, None, guard, torch.device("cpu"), RunConfig(precision="fp32"), 0)
     with pytest.raises(UserError, match="all parameters that a batch of images uses are frozen: leave some"):
         stepper._backward(images)

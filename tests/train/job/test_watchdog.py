@@ -68,7 +68,7 @@ def test_a_loader_that_stands_still_is_named(corpora, tmp_path):
 
 def halted(folder, job, halt, *written, until=r"The job hangs: (.*)", seconds=120):
     """Start a job in `folder` that comes to a halt, until it shows `until` and has `written` files; what it shows."""
-    launcher = start_jobs(folder, [job], worker="halting_worker.py", HALT=halt)
+    launcher = start_jobs(folder, [job], worker="faulty_worker.py", FAULT=halt)
     began = time.monotonic()
     try:
         while not (found := re.search(until, (folder / "shown.txt").read_text())) or not all(
@@ -123,11 +123,7 @@ HALTS = {
     "alone, rank 1 stopped": (("evaluate", "splits=[images]"), "eval.features normalize 1 1 stop", ENCODING),
     "alone, rank 0 stopped": (("evaluate", "splits=[images]"), "eval.features normalize 0 1 stop", ENCODING),
     "alone, rank 1 reads": (("evaluate", "splits=[images]"), "loaders.evaluation VisualSet._batch 1 1 wait", ENCODING),
-    "alone, rank 0 writes": (
-        ("evaluate", "splits=[images]"),
-        "eval.outputs write_json 0 2 wait",
-        WRITTEN,
-    ),
+    "alone, rank 0 writes": (("evaluate", "splits=[images]"), "eval.outputs write_json 0 2 wait", WRITTEN),
 }
 QUICK = ("saving, rank 1 stopped", "alone, rank 0 stopped")
 
