@@ -1,4 +1,4 @@
-"""Runs a training, whatever its task: check, join the other processes, train, evaluate, exit."""
+"""Runs a training of any task: check, join the other processes, train, evaluate, exit."""
 
 from __future__ import annotations
 

@@ -19,18 +19,18 @@ def test_a_host_without_gpus_passes():
     words = [sys.executable, "-m", "launch.doctor", "--json", "--port", str(free_port())]
     result = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    told = {finding["check"]: finding for finding in json.loads(result.stdout)}
-    assert {finding["verdict"] for finding in told.values()} == {OK}
-    assert told["GPU"]["found"] == "no GPU: the CPU computes and decodes"
-    assert told["all-reduce"]["where"] == "1 process"
-    assert told["all-reduce"]["found"] == "over gloo, sums and bf16 products are right"
-    assert told["decoding"]["found"].startswith("CPU, 0.")
+    reported = {finding["check"]: finding for finding in json.loads(result.stdout)}
+    assert {finding["verdict"] for finding in reported.values()} == {OK}
+    assert reported["GPU"]["found"] == "no GPU: the CPU computes and decodes"
+    assert reported["all-reduce"]["where"] == "1 process"
+    assert reported["all-reduce"]["found"] == "over gloo, sums and bf16 products are right"
+    assert reported["decoding"]["found"].startswith("CPU, 0.")
 
 
-def test_a_hostfile_without_hosts_is_told(capsys):
+def test_a_hostfile_without_hosts_is_reported(capsys):
     assert main(["--hostfile", "nowhere"]) == 2
-    told = "error: --hostfile nowhere has no hosts: write one per line, such as `node1 slots=8`\n"
-    assert capsys.readouterr().err == told
+    reported = "error: --hostfile nowhere has no hosts: write one per line, such as `node1 slots=8`\n"
+    assert capsys.readouterr().err == reported
 
 
 def test_the_processes_of_one_host_meet(monkeypatch):
@@ -58,7 +58,7 @@ def test_a_decoder_that_crashes_or_hangs_harms_nothing_else(monkeypatch, tmp_pat
         probe.Probe().decode_one()
 
 
-def test_wrong_products_are_told(monkeypatch):
+def test_wrong_products_are_reported(monkeypatch):
     all_reduce.check_product(torch.device("cpu"))
     monkeypatch.setattr(all_reduce, "LARGEST_ERROR", 0.0)
     with pytest.raises(RuntimeError, match=r"cpu on \S+: bf16 matrix product deviates by \d"):

@@ -155,7 +155,7 @@ def test_fine_tuning_for_questions(recipes, own, pretrained, tmp_path):
     assert "mine · final" in (tmp_path / "report.html").read_text()
 
     where = f"output_dir={tmp_path}/wrong"
-    told = "the configuration is for task=qa: start it with launch/finetune_qa.py"
-    assert told in refused("finetune_retrieval", recipe, where)
-    told = "no answer decoder: fine-tune it with launch/finetune_qa.py first"
-    assert told in refused("evaluate", recipe, f"checkpoint={pretrained}", where)
+    reported = "the configuration is for task=qa: start it with launch/finetune_qa.py"
+    assert reported in refused("finetune_retrieval", recipe, where)
+    reported = "no answer decoder: fine-tune it with launch/finetune_qa.py first"
+    assert reported in refused("evaluate", recipe, f"checkpoint={pretrained}", where)

@@ -1,7 +1,7 @@
 """Launches in which one rank fails or halts within a function; FAULT says where and how.
 
 FAULT: "MODULE CLASS.FUNCTION RANK CALL HOW"; CALL is the number of the call, from 1. HOW: `stop` as SIGSTOP does,
-`wait` forever, `slow` goes on after SLOW seconds of reported progress; `bug`, `user`, `disk` raise such an error.
+`wait` forever, `slow` continues after SLOW seconds of reported progress; `bug`, `user`, `disk` raise such an error.
 Started with the arguments of job_worker.py, or in place of launch/pretrain.py with its arguments.
 """
 

@@ -114,7 +114,7 @@ def test_only_complete_checkpoints_count(tmp_path):
     assert complete_checkpoints(tmp_path / "none") == []
 
 
-def test_a_damaged_state_is_told(tmp_path):
+def test_a_damaged_state_is_reported(tmp_path):
     path = checkpoint(tmp_path, 5)
     (path / STATE).write_text('{"version": 2')
     with pytest.raises(ValueError, match=r"state\.json is damaged.*remove"):

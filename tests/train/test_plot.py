@@ -60,13 +60,13 @@ def test_a_picture_and_a_page(runs, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "reported"),
     [
         (["nowhere"], "has no metrics.jsonl"),
         (["--figures", "los"], "no run has logged 'los': there are loss, lr"),
         (["--output", "x.pdf"], "ends in .png"),
     ],
 )
-def test_mistakes_are_told(runs, capsys, words, told):
+def test_mistakes_are_reported(runs, capsys, words, reported):
     assert main([runs[0], *words]) == 2
-    assert told in capsys.readouterr().err
+    assert reported in capsys.readouterr().err

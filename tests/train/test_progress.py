@@ -1,4 +1,4 @@
-"""What takes long outside of training steps reports progress as it goes, so that the watchdog leaves it alone."""
+"""What takes long outside of training steps reports progress as it goes, so that the watchdog does not end the job."""
 
 import fsspec
 import pytest
@@ -12,9 +12,9 @@ from train.checkpoints.copies import RemoteCheckpoints
 @pytest.fixture
 def reports(monkeypatch):
     """Everything that is reported."""
-    told = []
-    monkeypatch.setattr(activity, "_report", lambda **changes: told.append(changes["position"]))
-    return told
+    reported = []
+    monkeypatch.setattr(activity, "_report", lambda **changes: reported.append(changes["position"]))
+    return reported
 
 
 def test_a_report_names_task_position_and_exchange():

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 BEST = "best"
 MARKER = "best.json"  # in a version: its step, score and split, and a unique id
 WEIGHTS = "weights"
-BEFORE_VERSIONS = 0  # stands for the only best model of a run made before December 2026
+BEFORE_VERSIONS = 0  # the step given to the only best model of a run made before December 2026
 _NAME = re.compile(r"best_(\d{8,})")
 
 

@@ -167,7 +167,7 @@ def test_a_kill_at_any_use_of_the_disk_or_the_copies_loses_nothing(tmp_path, sav
         with KILLER.watching(tmp_path, last), pytest.raises(Killed):
             TinyTrainer(run, f"file://{copies}", save_every).train()
         found = [path for path in (run / "checkpoints").glob("*_*") if not path.name.startswith(".")]
-        if found:  # whoever reads the run finds its best model, or its newest
+        if found:  # a reader of the run finds its best model, or its newest
             seen = weight(run)
         best = [weight(path) for path in found if path.name.startswith("best_")]
         assert not best or seen == max(best), last
@@ -211,7 +211,7 @@ def test_a_score_whose_weights_are_gone_does_not_count(tmp_path, caplog):
     assert weight(tmp_path) == STEPS
 
 
-def test_an_upload_that_fails_at_the_end_is_tried_again_and_told(tmp_path, monkeypatch, caplog):
+def test_an_upload_that_fails_at_the_end_is_retried_and_logged(tmp_path, monkeypatch, caplog):
     trainer = TinyTrainer(tmp_path / "run", f"file://{tmp_path}/copies", save_every=2)
 
     def refuse(*_, **__):

@@ -1,4 +1,4 @@
-"""What a run's YAML may hold, and how mistakes in it are told."""
+"""What a run's YAML may hold, and the messages for mistakes in it."""
 
 import pytest
 
@@ -151,7 +151,7 @@ def test_only_corpora_to_choose_from_are_added_to(load, tmp_path):
         ("tokeniser=null", "unknown key 'tokeniser'"),
     ],
 )
-def test_test_corpora_without_a_name_are_told(load, setting, message):
+def test_test_corpora_without_a_name_are_reported(load, setting, message):
     with pytest.raises(ValueError, match=message):
         load(RECIPE, setting)
 

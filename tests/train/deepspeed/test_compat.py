@@ -103,7 +103,7 @@ def test_what_a_step_does_not_use_learns_nothing_from_the_step_before(zero, plai
     assert not differing(after_steps(zero), plain)
 
 
-def test_training_goes_on_after_an_evaluation_under_zero_3_as_without_one():
+def test_training_continues_after_an_evaluation_under_zero_3_as_without_one():
     ids, learned = torch.ones(2, 8, dtype=torch.long), []
     for evaluates in (False, True):
         started, guard = make("zero3", "bf16")

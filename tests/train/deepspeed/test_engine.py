@@ -55,7 +55,7 @@ def test_nvme_offload_is_refused_with_what_to_use_instead(complete, section):
         load_settings(ROOT / "configs/base.yaml", ["nvme_path=/disk"])
 
 
-def test_mistakes_in_the_file_are_told(complete):
+def test_mistakes_in_the_file_are_reported(complete):
     with pytest.raises(ValueError, match=r"zero\.json is not valid JSON"):
         complete("{stage: 1}")
     with pytest.raises(FileNotFoundError, match=r"deepspeed=nowhere\.json does not exist.*cpu\.json"):
