@@ -61,7 +61,7 @@ def evaluate(settings: Settings, ranks: Ranks) -> None:
     watchdog.enter(EVALUATE, 0)
     with watchdog.reporting_lost_ranks():
         for frames, folder in folders.items():
-            evaluate_splits(task, model, tokenizer, run, ranks, device, run.test_urls(), folder, subject, frames)
+            evaluate_splits(task, model, tokenizer, run, ranks, run.test_urls(), folder, subject, frames)
     if ranks.is_first:
         shutil.copyfile(folder / "metrics.json", output / "metrics.json")
         write_report(list(folders.values()), output / "report.html")

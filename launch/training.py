@@ -8,8 +8,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from eval.run import FINAL, Metrics, evaluate_splits
 from launch.command import log_to_file
 from model.building import Model
@@ -60,7 +58,7 @@ def train(settings: Settings, ranks: Ranks, evaluates: bool) -> None:
         log_to_file(folder.path, ranks)
     progress("starting DeepSpeed's engine")
     trainer = Trainer(prepared, device, request, watchdog)
-    evaluate = partial(_evaluate, prepared, device) if evaluates else None
+    evaluate = partial(_evaluate, prepared) if evaluates else None
     interruption: TrainingInterrupted | None = None
     with watchdog.reporting_lost_ranks():
         try:
@@ -75,12 +73,12 @@ def train(settings: Settings, ranks: Ranks, evaluates: bool) -> None:
     folder.release()
 
 
-def _evaluate(prepared: Prepared, device: torch.device, model: Model, splits: list[str], label: str) -> Metrics:
+def _evaluate(prepared: Prepared, model: Model, splits: list[str], label: str) -> Metrics:
     folder = prepared.folder.path / "evaluation" / label
     # Features of weights that change are of no use later: kept on disk they would only fill it, epoch after epoch.
     run, ranks = replace(prepared.run, feature_cache=None), prepared.ranks
     assert prepared.task is not None, "prepared without an evaluation"
     save_scores = run.save_scores or label == FINAL
     return evaluate_splits(
-        prepared.task, model, prepared.tokenizer, run, ranks, device, splits, folder, save_scores=save_scores
+        prepared.task, model, prepared.tokenizer, run, ranks, splits, folder, save_scores=save_scores
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import threading
 import time
 import traceback
@@ -11,6 +10,8 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, wait
 from typing import Generic, TypeVar
+
+from runtime.threads import thread_frames
 
 log = logging.getLogger("loaders")
 
@@ -144,7 +145,7 @@ def stalled(name: str, seconds: float, pending: Sequence[str]) -> StalledError:
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     stacks = (
         f"thread {names.get(number, number)}:\n{''.join(traceback.format_stack(frame))}"
-        for number, frame in sys._current_frames().items()
+        for number, frame in thread_frames().items()
     )
     log.critical("%s produced nothing for %.0f s; thread stacks:\n%s", name, seconds, "\n".join(stacks))
     what = "; ".join(pending) or "no read is in progress: see the threads' stacks in the log"

@@ -41,8 +41,7 @@ def seen_by_the_model(batch: Batch) -> np.ndarray:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(
-        "python -m loaders.preview",
-        description="Draw the first batch of an epoch as the model sees it.",
+        "python -m loaders.preview", description="Draw the first batch of an epoch as the model sees it."
     )
     result.add_argument("corpus", metavar="URL", help="a packed corpus")
     result.add_argument("--tokenizer", required=True, help="vocab.txt, a folder that holds one, or a hub name")

@@ -7,7 +7,7 @@ import contextlib
 import select
 import ssl
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from urllib.parse import urlsplit
 
 import pycurl
@@ -40,8 +40,10 @@ class AsyncCurl:
     and objects of the loop for each would cost more. select(), and so CurlMulti.fdset, ends at descriptor 1,023.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, make_handle: Callable[[], pycurl.Curl]) -> None:
         self.loop, self.multi = loop, pycurl.CurlMulti()
+        self._make_handle = make_handle
+        self._idle: list[pycurl.Curl] = []
         self._epoll = select.epoll()
         self._ended: dict[pycurl.Curl, Callable[[int, str], None]] = {}
         self._due: float | None = None  # when libcurl is to be called
@@ -50,18 +52,25 @@ class AsyncCurl:
         self.multi.setopt(pycurl.M_TIMERFUNCTION, self._set_timer)
         loop.add_reader(self._epoll.fileno(), self._ready)
 
+    def handle(self) -> pycurl.Curl:
+        """A handle, to be given to `stop` after its transfer."""
+        return self._idle.pop() if self._idle else self._make_handle()
+
     def start(self, curl: pycurl.Curl, ended: Callable[[int, str], None]) -> None:
         """Begin a transfer; `ended` gets libcurl's code and message, and must not raise."""
         self._ended[curl] = ended
         self.multi.add_handle(curl)
 
     def stop(self, curl: pycurl.Curl) -> None:
-        """End a transfer that has not ended, if need be by closing its connection."""
+        """End a transfer, if need be by closing its connection, and keep its handle for another one."""
         if self._ended.pop(curl, None) is not None:
             self.multi.remove_handle(curl)
+        self._idle.append(curl)
 
     def close(self) -> None:
         """Close all connections, after the transfers have ended."""
+        for curl in self._idle:
+            curl.close()
         self.loop.remove_reader(self._epoll.fileno())
         if self._timer is not None:
             self._timer.cancel()
@@ -122,8 +131,11 @@ class AsyncCurl:
                 ended(code, message)
 
 
-def new_handle(connect_seconds: float, bundle: str | None = None) -> pycurl.Curl:
-    """A handle for one transfer after the other. bundle: certificates to trust instead of those Python trusts."""
+def new_handle(connect_seconds: float, more: Mapping[int, object], bundle: str | None = None) -> pycurl.Curl:
+    """A handle for one transfer after the other.
+
+    more: other options of libcurl. bundle: certificates to trust instead of those Python trusts.
+    """
     curl = pycurl.Curl()
     certificates = ssl.get_default_verify_paths()
     options = {
@@ -134,6 +146,7 @@ def new_handle(connect_seconds: float, bundle: str | None = None) -> pycurl.Curl
         pycurl.PROTOCOLS: pycurl.PROTO_HTTP | pycurl.PROTO_HTTPS,
         pycurl.BUFFERSIZE: BUFFER,
         pycurl.CONNECTTIMEOUT_MS: int(connect_seconds * 1000),
+        **more,
     }
     if bundle or certificates.cafile:
         options[pycurl.CAINFO] = bundle or certificates.cafile

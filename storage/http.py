@@ -62,9 +62,8 @@ class HttpClient:
         """connections: maximum of persistent connections. try_seconds: limit of a request."""
         self.loop, self.try_seconds = loop, try_seconds
         self._bundle = os.environ.get("AWS_CA_BUNDLE")
-        self._curl = AsyncCurl(loop)
+        self._curl = AsyncCurl(loop, self._new_handle)
         self._curl.multi.setopt(pycurl.M_MAXCONNECTS, connections)
-        self._idle: list[pycurl.Curl] = []
         self._running: set[Transfer] = set()
 
     def get(self, address: Address, start: int = 0, end: int | None = None) -> Response:
@@ -72,14 +71,14 @@ class HttpClient:
 
         Raises StoreError for an invalid address.
         """
-        curl = self._idle.pop() if self._idle else self._new_handle()
+        curl = self._curl.handle()
         transfer = Transfer(self, address, None if end is None else end - start)
         try:
             curl.setopt(pycurl.URL, address.url)
             curl.setopt(pycurl.PROXY, address.proxy)
             curl.setopt(pycurl.HTTPHEADER, address.headers)
         except (ValueError, pycurl.error):  # invalid characters
-            self._idle.append(curl)
+            self._curl.stop(curl)
             raise StoreError("invalid URL") from None
         curl.setopt(pycurl.RANGE, None if end is None else f"{start}-{end - 1}")
         curl.setopt(pycurl.MAXFILESIZE_LARGE, transfer.size or LARGEST_OBJECT)  # a server may send more
@@ -96,7 +95,6 @@ class HttpClient:
         self._running.discard(transfer)
         self._curl.stop(curl)
         transfer.chunks.clear()  # which the handle would keep until its next use
-        self._idle.append(curl)
 
     def close(self) -> None:
         """End all transfers and connections; may be called from other threads than the loop's."""
@@ -105,18 +103,17 @@ class HttpClient:
     async def _end_all(self) -> None:
         for transfer in list(self._running):
             transfer.cancel()
-        for curl in self._idle:
-            curl.close()
         self._curl.close()
 
     def _new_handle(self) -> pycurl.Curl:
-        curl = new_handle(min(CONNECT_SECONDS, self.try_seconds), self._bundle)
-        curl.setopt(pycurl.TIMEOUT_MS, max(1, int(self.try_seconds * 1000)))
-        curl.setopt(pycurl.HTTP_VERSION, pycurl.CURL_HTTP_VERSION_1_1)  # not all requests over one connection
-        curl.setopt(pycurl.DNS_CACHE_TIMEOUT, 4)  # seconds, twice those for which "no such host" is believed
-        curl.setopt(pycurl.PATH_AS_IS, 1)  # addresses are signed as they are
-        curl.setopt(pycurl.NOPROXY, "")  # the address knows
-        return curl
+        options = {
+            pycurl.TIMEOUT_MS: max(1, int(self.try_seconds * 1000)),
+            pycurl.HTTP_VERSION: pycurl.CURL_HTTP_VERSION_1_1,  # not all requests over one connection
+            pycurl.DNS_CACHE_TIMEOUT: 4,  # seconds: twice the lifetime of a negative entry
+            pycurl.PATH_AS_IS: 1,  # a signature covers the path as it is
+            pycurl.NOPROXY: "",  # `Address.proxy` decides
+        }
+        return new_handle(min(CONNECT_SECONDS, self.try_seconds), options, self._bundle)
 
     def _finish(self, transfer: Transfer, code: int, message: str) -> None:
         """Hand over what a transfer brought."""

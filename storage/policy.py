@@ -19,9 +19,6 @@ from typing import Any, TypeVar
 import aiohttp
 import fsspec
 from aiohttp.http_exceptions import HttpProcessingError
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
-from tenacity.nap import sleep_using_event
-from tenacity.stop import stop_when_event_set
 
 from runtime.errors import AccessError, MissingError, UserError
 from storage.urls import hide_secrets
@@ -90,29 +87,24 @@ def retry(
     function: Callable[..., Result], *arguments: Any, attempts: int = ATTEMPTS, stop: threading.Event | None = None
 ) -> Result:
     """Call `function(*arguments)`, again after transient errors as RetryPolicy says; `stop` ends the attempts."""
-    policy, stop = RetryPolicy(attempts), stop or threading.Event()
-
-    def pause(state: RetryCallState) -> float:
-        error = state.outcome and state.outcome.exception()
-        return policy.pause(describe_error(error), state.attempt_number) if error else 0.0
-
-    retrying = Retrying(
-        retry=retry_if_exception(lambda error: isinstance(error, Exception) and describe_error(error).transient),
-        stop=stop_after_attempt(attempts) | stop_when_event_set(stop),
-        wait=pause,
-        sleep=sleep_using_event(stop),
-        reraise=True,
-    )
-    return retrying(function, *arguments)
+    policy, stop, attempt = RetryPolicy(attempts), stop or threading.Event(), 0
+    while True:
+        attempt += 1
+        try:
+            return function(*arguments)
+        except Exception as error:
+            pause = policy.pause(describe_error(error), attempt)
+            if pause == math.inf or stop.wait(pause):
+                raise
 
 
 def describe_error(error: BaseException) -> StoreError:
     """The StoreError for an error of a store's client or of the operating system."""
     if isinstance(error, StoreError):
         return error
-    answer = answer_of(error)
-    if answer is not None and answer[0] >= 400:
-        found = status_error(answer[0], retry_after(answer[1]))
+    response = response_of(error)
+    if response is not None and response[0] >= 400:
+        found = status_error(response[0], retry_after(response[1]))
     else:
         reason, transient = _without_status(error)
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
@@ -183,7 +175,7 @@ def causes(error: BaseException) -> Iterator[BaseException]:
         found = found.__cause__
 
 
-def answer_of(error: BaseException) -> tuple[int, Mapping[str, str]] | None:
+def response_of(error: BaseException) -> tuple[int, Mapping[str, str]] | None:
     """(status, headers) of the HTTP response behind an error of aiohttp, s3fs or gcsfs; None if there is none."""
     if isinstance(error, aiohttp.ClientPayloadError | aiohttp.ClientConnectionError) or _is_garbled(error):
         return None  # aiohttp invents a status for these
@@ -198,9 +190,9 @@ def answer_of(error: BaseException) -> tuple[int, Mapping[str, str]] | None:
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status behind an error, as `answer_of`."""
-    answer = answer_of(error)
-    return None if answer is None else answer[0]
+    """The HTTP status behind an error, as `response_of`."""
+    response = response_of(error)
+    return None if response is None else response[0]
 
 
 def _is_garbled(error: BaseException) -> bool:

@@ -1,4 +1,4 @@
-"""Photos and clips from web servers: one thread of libcurl for each process, with bounded connections and retries."""
+"""Photos and clips from web servers, fetched by libcurl with bounded connections and retries."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import functools
 import itertools
 import math
 import re
-import threading
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from weakref import WeakValueDictionary
 
 import pycurl
+from fsspec.asyn import get_loop
 from yarl import URL
 
 from runtime.errors import UserError
@@ -114,18 +114,16 @@ class Transfer:
 
 
 class WebClient:
-    """Downloads URLs concurrently in an event loop with its own thread; connections are reused."""
+    """Downloads URLs concurrently, in the event loop of fsspec; connections are reused."""
 
     def __init__(self, fetching: Fetching) -> None:
         self.fetching = fetching
         self._policy = RetryPolicy(fetching.attempts)
-        self._loop = asyncio.new_event_loop()
-        self._curl = AsyncCurl(self._loop)
-        self._idle: list[pycurl.Curl] = []
+        self._loop = get_loop()
+        self._curl: AsyncCurl | None = None
         self._connections = asyncio.Semaphore(fetching.connections)
         self._hosts: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()  # of hosts in use
-        self.thread = threading.Thread(target=self._run, name="web", daemon=True)
-        self.thread.start()
+        self._tasks: set[asyncio.Task[Any]] = set()
         atexit.register(self.close)
 
     def fetch(self, url: str, file: BinaryIO, bounds: Bounds) -> Future[BinaryIO]:
@@ -133,73 +131,71 @@ class WebClient:
 
         The future raises StoreError, or what writing to the file raised. Cancelling it ends the attempts.
         """
-        if not self.thread.is_alive():
-            raise RuntimeError("the download thread exited")
         transfer = Transfer(str(URL(url)) if STRANGE.search(url) else url, file, bounds)
         return asyncio.run_coroutine_threadsafe(self._fetch(transfer), self._loop)
 
     def close(self) -> None:
-        """Cancel all transfers and end the thread."""
-        if self.thread.is_alive():
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self.thread.join(timeout=5)
+        """Cancel all transfers and close all connections; a later download opens new ones."""
+        asyncio.run_coroutine_threadsafe(self._end_all(), self._loop).result(5)
         atexit.unregister(self.close)
 
-    def _run(self) -> None:
-        self._loop.run_forever()
-        tasks = asyncio.all_tasks(self._loop)
-        for task in tasks:  # so that no caller waits for ever
+    async def _end_all(self) -> None:
+        for task in self._tasks:
             task.cancel()
-        if tasks:
-            self._loop.run_until_complete(asyncio.wait(tasks))
-        self._curl.close()
-        self._loop.close()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        if self._curl is not None:
+            self._curl.close()
+            self._curl = None
 
     async def _fetch(self, transfer: Transfer) -> BinaryIO:
         """All attempts at a transfer."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
         host = self._hosts.setdefault(host_of(transfer.url), asyncio.Semaphore(self.fetching.per_host))
         for attempt in itertools.count(1):
             async with host, self._connections:
                 error = await self._attempt(transfer)
             if error is None:
-                transfer.file.seek(0)
-                return transfer.file
+                break
             pause = math.inf if error is transfer.fault else self._policy.pause(describe_error(error), attempt)
             if pause == math.inf:
                 raise error
             transfer.restart()
             await asyncio.sleep(pause)
-        raise AssertionError("unreachable")
+        transfer.file.seek(0)
+        return transfer.file
 
     async def _attempt(self, transfer: Transfer) -> Exception | None:
         """Make one attempt; returns its error."""
-        curl = self._idle.pop() if self._idle else handle_for_media(self.fetching.timeout)
+        if self._curl is None:
+            self._curl = AsyncCurl(self._loop, lambda: handle_for_media(self.fetching.timeout))
+        curls = self._curl
+        curl = curls.handle()
         curl.setopt(pycurl.URL, transfer.url)
         curl.setopt(pycurl.WRITEFUNCTION, transfer.write)
         curl.setopt(pycurl.MAXFILESIZE_LARGE, transfer.bounds.bytes)
         curl.setopt(pycurl.TIMEOUT_MS, int(transfer.bounds.seconds * 1000))
         ended: asyncio.Future[tuple[int, str]] = self._loop.create_future()
-        self._curl.start(curl, lambda *end: None if ended.done() else ended.set_result(end))
+        curls.start(curl, lambda *end: None if ended.done() else ended.set_result(end))
         try:
             return transfer.error(curl, *await ended)
         finally:
-            self._curl.stop(curl)
+            curls.stop(curl)
             curl.setopt(pycurl.WRITEFUNCTION, len)  # an idle handle must not keep the body in memory
-            self._idle.append(curl)
 
 
 def handle_for_media(timeout: float) -> pycurl.Curl:
     """A handle that takes any address of an annotation file; proxies are those of the environment."""
-    curl = new_handle(timeout)
     options = {
         pycurl.ACCEPT_ENCODING: "",  # all that libcurl can decode
         pycurl.NETRC: pycurl.NETRC_OPTIONAL,
         pycurl.LOW_SPEED_LIMIT: SLOWEST,  # over
         pycurl.LOW_SPEED_TIME: max(1, round(timeout)),  # seconds
     }
-    for name, value in options.items():
-        curl.setopt(name, value)
-    return curl
+    return new_handle(timeout, options)
 
 
 @functools.lru_cache(maxsize=1)

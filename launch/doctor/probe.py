@@ -211,8 +211,8 @@ class Probe:
 
         run = load_settings(config, settings).config
         share = PerMedia(*(max(1, size // nodes) for size in (run.batch_size.image, run.batch_size.video)))
-        speed, setup = measure(run.train_urls(), replace(run, batch_size=share, quarantine_file=""), seconds)
-        return {"samples_per_second": speed.samples_per_second, "backend": setup.backend, "threads": setup.threads}
+        found = measure(run.train_urls(), replace(run, batch_size=share, quarantine_file=""), seconds)
+        return {name: getattr(found, name) for name in ("samples_per_second", "backend", "threads")}
 
 
 def code_hash() -> str:

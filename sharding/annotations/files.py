@@ -25,12 +25,8 @@ from runtime.errors import MissingError, UserError
 from storage.policy import BucketError, causes, retry, status_of, storage_errors
 
 BLOCK = 2**20  # bytes of a remote file read at a time
-DAMAGED = (
-    EOFError,
-    zlib.error,
-    lzma.LZMAError,
-    zipfile.BadZipFile,
-)  # of what is compressed; also OSErrors of no number
+# Errors of decompression; OSErrors without a number are, too.
+DAMAGED = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -162,6 +158,13 @@ class AnnotationFile:
                 raise UserError(f"annotation file {self.name} is in UTF-16: save it as UTF-8")
             handle.seek(len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0)
             yield handle
+
+
+def record_of(file: AnnotationFile, number: int, value: Any) -> Record:
+    """The record of a JSON value, which must be an object."""
+    if isinstance(value, dict):
+        return Record(file.name, number, value)
+    return Record(file.name, number, {}, fault=f"must be an object, not {str(value)[:60]!r}")
 
 
 def file_names(files: Iterable[AnnotationFile]) -> str:

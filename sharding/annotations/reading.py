@@ -18,10 +18,17 @@ from runtime.settings import nearest
 from sharding.annotations.columns import Columns, RowError, RowMaker
 from sharding.annotations.config import Reading
 from sharding.annotations.files import AnnotationFile, Record, check_exists
-from sharding.annotations.formats.captions import coco_records, flickr_records, sbu_records, something_records
+from sharding.annotations.formats.datasets import (
+    activitynet_qa_records,
+    coco_records,
+    flickr_records,
+    msrvtt_records,
+    sbu_records,
+    something_records,
+    visual_genome_records,
+    vqa_records,
+)
 from sharding.annotations.formats.json_files import first_character, first_record, is_json_lines, json_records
-from sharding.annotations.formats.msrvtt import msrvtt_records
-from sharding.annotations.formats.questions import activitynet_qa_records, vqa_records
 from sharding.annotations.formats.tables import (
     csv_records,
     img2dataset_records,
@@ -29,7 +36,6 @@ from sharding.annotations.formats.tables import (
     parquet_records,
     tsv_records,
 )
-from sharding.annotations.formats.visual_genome import visual_genome_records
 from sharding.annotations.items import Row
 from storage.policy import check_bucket, retry, storage_errors
 from storage.urls import plain_scheme

@@ -24,8 +24,7 @@ import pyarrow as pa
 
 from runtime.errors import UserError
 from sharding.media.frames import MediaError
-from sharding.media.links import LinkError, follow
-from sharding.media.tar import Damage, TarStream, compression_of
+from sharding.media.tar import Damage, LinkError, TarStream, compression_of, follow
 from storage.files import atomic_file
 from storage.single_flight import process_lock
 
@@ -37,16 +36,7 @@ BATCH = 10_000  # members
 IN_TAR = -1  # instead of a zip's method, in a tar
 ZSTD = 93
 METHODS = {1: "shrink", 6: "implode", 9: "deflate64", 94: "MP3", 95: "xz", 96: "JPEG", 97: "WavPack", 98: "PPMd"}
-NAME_ENCODINGS = (
-    "utf-8",
-    "cp437",
-    "cp1252",
-    "gb18030",
-    "cp932",
-    "cp949",
-    "big5",
-    "cp1251",
-)  # the likely first
+NAME_ENCODINGS = ("utf-8", "cp437", "cp1252", "gb18030", "cp932", "cp949", "big5", "cp1251")  # the likely first
 
 SCHEMA = pa.schema(
     [
@@ -257,7 +247,7 @@ def listed(url: str, damages: list[Damage]) -> Iterator[pa.RecordBatch]:
         ValueError: it is not an archive, or cannot be read at random.
     """
     with fsspec.open(url, "rb") as file:
-        found = zip_members(cast(BinaryIO, file)) if is_zip(url) else tar_members(cast(BinaryIO, file), damages)
+        found = zip_members(cast(BinaryIO, file)) if is_zip(url) else tar_members(url, cast(BinaryIO, file), damages)
         rows: list[dict[str, Any]] = []
         try:
             for member in found:
@@ -265,26 +255,18 @@ def listed(url: str, damages: list[Damage]) -> Iterator[pa.RecordBatch]:
                 if len(rows) == BATCH:
                     yield pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
                     rows.clear()
-        except CompressedError as error:
-            raise UserError(
-                f"{url} is compressed as a whole ({error}): unpack it, then its files can be read"
-            ) from None
         except (zipfile.BadZipFile, NotImplementedError, EOFError, OverflowError) as error:  # the second: zipfile's own
             raise UserError(f"{url} cannot be read as an archive ({error}): is it complete?") from None
         yield pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
 
 
-class CompressedError(Exception):
-    """A tar that is compressed as a whole; the message has the method."""
-
-
-def tar_members(file: BinaryIO, damages: list[Damage]) -> Iterator[Member]:
+def tar_members(url: str, file: BinaryIO, damages: list[Damage]) -> Iterator[Member]:
     """The files and links in a tar."""
     stream, empty = TarStream(file, skips=True), True
     for found in stream.walk(lambda _: False):
         if isinstance(found, Damage):
             if found.offset == 0 and (kind := compression_of(stream.head)):
-                raise CompressedError(kind)
+                raise UserError(f"{url} is compressed as a whole ({kind}): unpack it, then its files can be read")
             if found.certain:
                 damages.append(found)
         else:

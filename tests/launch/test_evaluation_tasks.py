@@ -11,7 +11,7 @@ from model.checkpoints.loading import save_model
 from model.config import LossWeights
 from model.singularity import Singularity
 from model.vqa import SingularityQA
-from tests.eval.small import shapes_model
+from tests.eval.small import small_model
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -30,7 +30,7 @@ def checkpoints(shapes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
     tokenizer = Tokenizer.load(str(shapes.vocab))
     for name, kind in (("retrieval", Singularity), ("qa", SingularityQA)):
-        model = shapes_model(tokenizer, kind, varied=True, loss_weight=LossWeights(mlm=0.0))
+        model = small_model(tokenizer, kind, loss_weight=LossWeights(mlm=0.0))
         save_model(model, model.config, folder / name)
         tokenizer.save(folder / name)
     return folder

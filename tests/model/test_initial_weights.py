@@ -128,7 +128,7 @@ def difference_between_visuals(config):
     with torch.no_grad():
         attended = model.text_encoder.attend_texts(model.encode_text(ids, mask)[0], mask)
         keys = model.visual_keys(torch.randn(32, 5, config.vision_encoder.width))
-        return spread(model.text_encoder.fuse_first(attended, mask, keys))
+        return spread(model.text_encoder.fuse_pairs(attended, mask, keys)[0])
 
 
 @pytest.mark.parametrize("difference", [difference_between_texts, difference_between_visuals])

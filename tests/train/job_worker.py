@@ -3,6 +3,7 @@
 Started by `run_jobs` of small_run.py. A job: {"entry": "pretrain", "config": PATH, "settings": ["key=value", ...]}.
 """
 
+import faulthandler
 import gc
 import importlib
 import json
@@ -21,6 +22,8 @@ from train import prepare
 from train.config.settings import load_settings
 from train.job.interrupted import TrainingInterrupted
 
+FROZEN_SECONDS = 50  # just before the watchdog of another rank ends a job whose process makes no heartbeat
+
 
 def frozen(model, patterns):
     """The model with the parameters frozen whose names fit a pattern, as a user's own code would do it."""
@@ -32,6 +35,7 @@ def frozen(model, patterns):
 def run_job(job, ranks):
     """The launch's own `main`; returns "" or what went wrong."""
     main = importlib.import_module(f"launch.{job['entry']}").main
+    faulthandler.dump_traceback_later(FROZEN_SECONDS)  # also where a thread keeps the interpreter's lock
     prepare.new_model = lambda *arguments: frozen(new_model(*arguments), job.get("freeze", []))
     try:
         main(load_settings(job["config"], job["settings"]), ranks)
@@ -40,6 +44,7 @@ def run_job(job, ranks):
     except Exception:
         return traceback.format_exc()
     finally:
+        faulthandler.cancel_dump_traceback_later()
         for logger in map(
             logging.getLogger, ("launch", "train", "eval", "loaders", "model", "sharding", "storage", "runtime")
         ):

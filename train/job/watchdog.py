@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from runtime.activity import begin, present_activity
 from runtime.errors import UserError
 from runtime.ranks import Ranks
 from runtime.rendezvous import connect
+from runtime.threads import thread_frames
 from train.job.hang import (
     BEAT_SECONDS,
     FIRST_SECONDS,
@@ -59,7 +59,7 @@ def present_collective() -> str:
     (`runtime.activity.waiting`); of others only the device is seen to hang.
     """
     found = ""
-    for frame in sys._current_frames().values():
+    for frame in thread_frames().values():
         at: FrameType | None = frame
         while at is not None:
             if at.f_code.co_filename == distributed_c10d.__file__:

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from runtime.errors import UserError
 from sharding.annotations.columns import used_names
 from sharding.annotations.config import Reading
-from sharding.annotations.files import AnnotationFile, Record
+from sharding.annotations.files import AnnotationFile, Record, record_of
 from sharding.annotations.formats.delimited import delimited_rows, guessed_delimiter
 from storage.parquet import ParquetError, parquet_file, read_batches
 
@@ -173,10 +173,7 @@ def jsonl_records(file: AnnotationFile, reading: Reading) -> Iterator[Record]:
                     position, reason = f"line {row}, column {column}", error.msg
                 yield Record(file.name, number, {}, fault=f"{position} is not JSON ({reason})")
                 continue
-            if not isinstance(fields, dict):
-                yield Record(file.name, number, {}, fault=f"must be an object, not {str(fields)[:60]!r}")
-            else:
-                yield Record(file.name, number, fields)
+            yield record_of(file, number, fields)
 
 
 def text_lines(file: AnnotationFile, reading: Reading) -> Iterator[str]:
