@@ -269,7 +269,7 @@ def start(options: argparse.Namespace) -> tuple[Ways, Ranks]:
     ranks = ranks_from_environment()
     device = device_for(ranks)
     choose_kernels(deterministic=False)
-    start_processes(device)
+    start_processes(device, 0.0)
     asked = {"path", *options.ways} - ({"plain"} if ranks.world_size > 1 else set())
     options.ways = [way for way in WAYS if way in asked]
     return Ways(options, ranks, device), ranks

@@ -16,7 +16,6 @@ from model.config import ModelConfig
 from runtime.ranks import Ranks
 from storage.files import recover_folders
 from train import loop
-from train.checkpoints import writing
 from train.checkpoints.best import best_steps, best_version
 from train.checkpoints.copies import RemoteCheckpoints
 from train.checkpoints.writing import STATE, CheckpointWriter, complete_checkpoints, read_state
@@ -101,26 +100,12 @@ class TinyTrainer(Trainer):
         return self.state.step >= STEPS
 
 
-def write_shard(folder, engine, ranks, moments=True):
-    path = folder / "rank_00000_of_00001.safetensors"
-    path.write_text(str(engine.weight))
-    return path
-
-
-def load_checkpoint(path, engine):
-    engine.weight = int((path / "parts/rank_00000_of_00001.safetensors").read_text())
-    return read_state(path)
-
-
 @pytest.fixture(autouse=True)
-def tiny(monkeypatch):
-    def whole(folder, engine, config, tokenizer):
-        write_weights(Weights(config, {"step": torch.tensor(engine.weight)}), folder / "weights")
+def loaded(tiny, monkeypatch):
+    def load_checkpoint(path, engine):
+        engine.weight = int((path / "parts/rank_00000_of_00001.safetensors").read_text())
+        return read_state(path)
 
-    monkeypatch.setattr(writing, "write_shard", write_shard)
-    monkeypatch.setattr(writing, "_write_whole_weights", whole)
-    monkeypatch.setattr(writing, "_optimizer_state", lambda engine: {})
-    monkeypatch.setattr(writing, "flush", lambda *paths: None)
     monkeypatch.setattr(loop, "load_checkpoint", load_checkpoint)
 
 

@@ -28,22 +28,9 @@ READ_ONLY = OSError(errno.EROFS, "Read-only file system")
 
 
 @pytest.fixture
-def saving(tmp_path, monkeypatch):
-    """Save step N below tmp_path, without an engine; `fail` makes one of the steps of it fail."""
-
-    def part(folder, engine, ranks, moments=True):
-        path = folder / "rank_00000_of_00001.safetensors"
-        path.write_text("half")
-        return path
-
-    monkeypatch.setattr(writing, "write_shard", part)
-    monkeypatch.setattr(writing, "_write_whole_weights", lambda folder, *_: (folder / "weights").mkdir())
-    monkeypatch.setattr(writing, "_optimizer_state", lambda engine: {})
-
-    writer = CheckpointWriter(tmp_path, None, ModelConfig(), None, Ranks())
-
-    def save(step):
-        return writer.save(TrainingState(step=step), keep=2)
+def saving(tiny, tmp_path, monkeypatch):
+    """A writer of checkpoints in tmp_path; `fail` makes one of its steps fail."""
+    writer = CheckpointWriter(tmp_path, SimpleNamespace(weight=1), ModelConfig(), None, Ranks())
 
     def fail(where, error):
         whole = getattr(writing, where)
@@ -53,6 +40,9 @@ def saving(tmp_path, monkeypatch):
             raise error
 
         monkeypatch.setattr(writing, where, failing)
+
+    def save(step):
+        return writer.save(TrainingState(step=step), keep=2)
 
     return SimpleNamespace(save=save, fail=fail, writer=writer)
 
