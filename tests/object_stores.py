@@ -23,7 +23,6 @@ makes it (.venv-servers, `make servers`); the variable TEST_SERVERS names anothe
 
 from __future__ import annotations
 
-import asyncio
 import ctypes
 import os
 import shutil
@@ -31,7 +30,6 @@ import signal
 import socket
 import subprocess
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -41,7 +39,8 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from faulty_proxy import Faults, FaultyProxy
+from aiohttp import web
+from faulty_proxy import Faults, FaultyProxy, web_server
 from needs import leave_out, module
 
 SERVERS = Path(os.environ.get("TEST_SERVERS", Path(__file__).resolve().parent.parent / ".venv-servers"))
@@ -137,29 +136,10 @@ def wait_for_port(port: int, process: subprocess.Popen, log) -> None:
 @contextmanager
 def http_files(folder: Path) -> Iterator[str]:
     """A plain HTTP server with ranges over a folder, in a thread; yields its address."""
-    from aiohttp import web
-
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, name="http-files", daemon=True)
-    thread.start()
-
-    async def start() -> web.AppRunner:
-        application = web.Application()
-        application.router.add_static("/", folder, show_index=True)
-        runner = web.AppRunner(application)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        return runner
-
-    runner = asyncio.run_coroutine_threadsafe(start(), loop).result(10)
-    host, port = runner.addresses[0][:2]
-    try:
-        yield f"{host}:{port}"
-    finally:
-        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(10)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
+    application = web.Application()
+    application.router.add_static("/", folder, show_index=True)
+    with web_server(lambda: web.AppRunner(application)) as port:
+        yield f"127.0.0.1:{port}"
 
 
 def environment_of(kind: str, address: str) -> dict[str, str]:
