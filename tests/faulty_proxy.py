@@ -1,4 +1,4 @@
-"""A proxy between an HTTP client and a server that answers some requests as a bad day would: errors, delays, cuts."""
+"""A proxy between an HTTP client and a server that injects faults: errors, delays, cut and corrupt answers."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ KINDS = ("error", "throttle", "slow", "cut", "corrupt")
 
 @dataclass(frozen=True)
 class Faults:
-    """What the proxy does to the requests that go through it.
+    """The faults that the proxy injects.
 
-    Shares are of the requests a fault can fall on, and are kept to the request: of n of them, at least int(n * share)
-    meet it, whatever the requests are and however fast they come. The seed decides with which request each kind begins.
+    A share counts the requests that a fault applies to, and is exact: of n requests at least int(n * share) get the
+    fault, whatever their order and speed. The seed decides which request of each kind is the first.
     """
 
     error: float = 0.0  # answered 503 in place of the server
@@ -37,20 +37,20 @@ class Faults:
     retry_after: int = 1  # seconds
     slow_seconds: float = 1.0
     latency: float = 0.0  # seconds before every answer
-    only: str = ""  # faults fall on requests whose path matches this pattern (not: latency, permanent)
-    corrupt_only: str = r"\.tar|\.parquet"  # and corruption on these: their readers can notice
+    only: str = ""  # pattern of the paths with faults, except latency and permanent
+    corrupt_only: str = r"\.tar|\.parquet"  # and of those with corruption, which their readers detect
     permanent: str = ""  # requests whose path matches this are always answered permanent_status
     permanent_status: int = 403
     seed: int = 0
 
     @classmethod
     def everywhere(cls, share: float, **settings: float) -> Faults:
-        """All kinds of faults together on a share of the requests."""
+        """All kinds of faults together, on a share of the requests."""
         return cls(**dict.fromkeys(KINDS, share / len(KINDS)), **settings)  # type: ignore[arg-type]
 
 
 class Dealer:
-    """Deals faults to requests in their shares: each kind gathers its share a request, and is due at a whole one."""
+    """Assigns faults to requests: each kind adds its share per request and is due when the sum reaches 1."""
 
     def __init__(self, faults: Faults) -> None:
         rng = random.Random(faults.seed)
@@ -77,7 +77,7 @@ class Dealer:
 
 @dataclass
 class Seen:
-    """One request: when it came, what it was, what was done to it ("" for nothing)."""
+    """One request: its time, what it asked for, and the injected fault ("" for none)."""
 
     at: float
     method: str
