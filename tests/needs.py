@@ -20,7 +20,7 @@ def program(name: str) -> str | None:
 
 
 def lacks(*programs: str, root: str = "") -> str:
-    """The reason why this machine cannot run a test that starts these programs; empty if it can. root: what needs root."""
+    """Why this machine cannot run a test that starts these programs; empty if it can. root: what needs root."""
     if root and os.geteuid() != 0:
         return f"not root, and {root}"
     missing = [name for name in programs if program(name) is None]
