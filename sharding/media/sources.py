@@ -61,8 +61,7 @@ class Media:
     def fetched(self, sources: Sequence[str]) -> Iterator[tuple[int, Fetched | MediaError]]:
         """(index in `sources`, media or the reason), local files in order, remote ones in order of arrival.
 
-        Raises:
-            PermissionError: the store refuses the credentials, for all sources.
+        Raises PermissionError: the store refuses the credentials, for all sources.
         """
         indices = iter(range(len(sources)))
         local = (self.location(source).startswith("/") for source in sources)
@@ -70,9 +69,9 @@ class Media:
             yield from ((index, self.fetch(sources[index])) for index in indices)
             return
         window = WINDOW[self.media_type]
-        done: queue.SimpleQueue[tuple[int, Future[Fetched | MediaError]]] = queue.SimpleQueue()
+        done: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
+        pending: dict[Future[Any], int] = {}
         with ThreadPoolExecutor(self.fetching.connections) as pool:
-            pending: dict[int, Future[Any]] = {}
             following = next(indices, None)
             try:
                 while pending or following is not None:
@@ -81,17 +80,18 @@ class Media:
                         few
                         and following is not None
                         and len(pending) < PREFETCHED * self.fetching.connections
-                        and following - min(pending, default=following) < window
+                        and following - min(pending.values(), default=following) < window
                     ):
-                        pending[following] = self.start(pool, sources[following])
-                        pending[following].add_done_callback(functools.partial(put_result, done, following))
+                        future = self.start(pool, sources[following])
+                        pending[future] = following
+                        future.add_done_callback(done.put)
                         following = next(indices, None)
-                    index, future = done.get()
-                    del pending[index]
+                    future = done.get()
+                    index = pending.pop(future)
                     yield index, self.outcome(future, sources[index])
             finally:
                 self.stop.set()
-                for future in pending.values():
+                for future in pending:
                     future.cancel()
                 pool.shutdown(wait=False, cancel_futures=True)
 
@@ -163,11 +163,6 @@ def web_address(root: str, name: str) -> str:
     return url[:outer] + quote(archive[outer:]) + ("/" + member if member else "")
 
 
-def put_result(done: queue.SimpleQueue[tuple[int, Future[Any]]], index: int, future: Future[Any]) -> None:
-    """Notify the consumer of a queue that a source is ready."""
-    done.put((index, future))
-
-
 def open_archive(url: str, folder: Path) -> Archive:
     """An archive; raises MediaError when it cannot be read, and what `retry` knows to be transient."""
     try:
@@ -223,9 +218,8 @@ def opened(media: Fetched) -> Iterator[bytes | mmap.mmap]:
 def check_root(root: str) -> None:
     """Check that the folder, archive or store that media paths start from exists, where that can be known.
 
-    Raises:
-        FileNotFoundError: it does not exist. ValueError: it is a compressed tar. PermissionError, OSError: it is remote
-            and cannot be reached.
+    Raises FileNotFoundError: it does not exist. ValueError: it is a compressed tar. PermissionError, OSError: it is
+    remote and cannot be reached.
     """
     if COMPRESSED_TAR.search(root):
         raise UserError(f"media root {root} is compressed as a whole, single files cannot be read from it: gunzip it")

@@ -359,7 +359,7 @@ def test_each_node_reads_only_its_own_samples(
         for first in (0, 2):  # two nodes of two processes
             proxy = faulty(http, Faults())
             for rank in (first, first + 1):
-                loader = TrainLoader([http.url("many", proxy)], tokenizer, config, rank, 4, ranks_here=2)
+                loader = TrainLoader([http.url("many", proxy)], tokenizer, config, rank, 4, local_world_size=2)
                 stack.callback(loader.close)
                 keys += [key for batch in loader for key in batch.keys]
             seen.append([(item.path.rsplit("/", 1)[-1], item.range) for item in proxy.log])
