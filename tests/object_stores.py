@@ -17,8 +17,8 @@ process and those it starts, so that `s3://...` and `gs://...` URLs work as they
 
 Import the names with `from object_stores import Store, MakeFaulty` and `from faulty_proxy import Faults`.
 
-The servers live in a virtual environment of their own, because moto's botocore is another one than s3fs's: `make`
-makes it (.venv-servers, `make servers`); the variable TEST_SERVERS names another place.
+The servers live in a virtual environment of their own, because moto's botocore is another one than s3fs's: `make
+servers` makes it (.venv-servers); the variable TEST_SERVERS names another place.
 """
 
 from __future__ import annotations
