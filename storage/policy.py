@@ -19,6 +19,9 @@ from typing import Any, TypeVar
 import aiohttp
 import fsspec
 from aiohttp.http_exceptions import HttpProcessingError
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
+from tenacity.nap import sleep_using_event
+from tenacity.stop import stop_when_event_set
 
 from runtime.errors import AccessError, MissingError, UserError
 from storage.urls import hide_secrets
@@ -87,15 +90,20 @@ def retry(
     function: Callable[..., Result], *arguments: Any, attempts: int = ATTEMPTS, stop: threading.Event | None = None
 ) -> Result:
     """Call `function(*arguments)`, again after transient errors as RetryPolicy says; `stop` ends the attempts."""
-    policy, stop, attempt = RetryPolicy(attempts), stop or threading.Event(), 0
-    while True:
-        attempt += 1
-        try:
-            return function(*arguments)
-        except Exception as error:
-            pause = policy.pause(describe_error(error), attempt)
-            if pause == math.inf or stop.wait(pause):
-                raise
+    policy, stop = RetryPolicy(attempts), stop or threading.Event()
+
+    def pause(state: RetryCallState) -> float:
+        error = state.outcome and state.outcome.exception()
+        return policy.pause(describe_error(error), state.attempt_number) if error else 0.0
+
+    retrying = Retrying(
+        retry=retry_if_exception(lambda error: isinstance(error, Exception) and describe_error(error).transient),
+        stop=stop_after_attempt(attempts) | stop_when_event_set(stop),
+        wait=pause,
+        sleep=sleep_using_event(stop),
+        reraise=True,
+    )
+    return retrying(function, *arguments)
 
 
 def describe_error(error: BaseException) -> StoreError:
