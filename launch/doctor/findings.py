@@ -128,13 +128,7 @@ def clocks(offsets: Mapping[str, float]) -> list[Finding]:
     """Clocks that differ from this host's, in seconds."""
     advice = "set the clock (chrony, ntpd): stores refuse requests signed minutes ago, and logs do not fit together"
     found = [
-        Finding(
-            "clock",
-            host,
-            BAD if abs(offset) > CLOCK_BAD else WARNING,
-            f"{offset:+.1f} s from this clock",
-            advice,
-        )
+        Finding("clock", host, BAD if abs(offset) > CLOCK_BAD else WARNING, f"{offset:+.1f} s from this clock", advice)
         for host, offset in offsets.items()
         if abs(offset) > CLOCK_WARNING
     ]
@@ -180,13 +174,13 @@ def lagging(check: str, unit: str, rates: Mapping[str, float], advice: str, verd
     return found
 
 
-def missing(url: str, names: Sequence[str]) -> list[Finding]:
-    """The finding on missing files of a corpus."""
-    if not names:
-        return [Finding("shards", url, OK, "all files are there")]
-    indices = any(name.endswith(".parquet") for name in names)
+def listed(url: str, missing: Sequence[str], error: str) -> list[Finding]:
+    """The finding on the files of a corpus: those that are missing, or why they cannot be listed."""
+    if error or not missing:
+        return [Finding("shards", url, WARNING if error else OK, error or "all files are there")]
+    indices = any(name.endswith(".parquet") for name in missing)
     advice = f"`python -m sharding.verify {url} --repair`" if indices else "pack it again: complete shards are kept"
-    return [Finding("shards", url, BAD, f"{len(names)} files are missing: {', '.join(names[:3])}", advice)]
+    return [Finding("shards", url, BAD, f"{len(missing)} files are missing: {', '.join(missing[:3])}", advice)]
 
 
 def table(findings: Sequence[Finding]) -> str:

@@ -1,15 +1,18 @@
-"""Every setting of a run: its default, its help and its rules."""
+"""Every setting of a run: its default, its help and its rules; reading them from YAML and `key=value` overrides."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
+
+from omegaconf import OmegaConf
 
 from eval.config import EvalRunConfig, resolve_corpora
 from model.config import ModelSettings
 from runtime.errors import UserError
-from runtime.settings import fixed, free, setting
+from runtime.settings import build, explicit_values, fixed, free, read_layers, setting
 from train.config.other_names import EXPLAINED
 
 PRECISIONS = ("bf16", "fp16", "fp32")
@@ -120,3 +123,22 @@ class RunConfig(ModelSettings, EvalRunConfig):
         if not self.train_corpus:
             raise UserError("train_corpus is not set: give the name or the URL of a packed corpus, or a list of them")
         return resolve_corpora(self.train_corpus, self.available_corpus, "train_corpus")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A checked configuration, and which of its dotted keys the user has set (others have their defaults)."""
+
+    config: RunConfig
+    explicit: frozenset[str]
+
+
+def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
+    """The configuration of the YAML at `path`, its bases and overrides; raises as `read_layers` and `build`."""
+    given = read_layers(RunConfig, path, overrides)
+    return Settings(build(RunConfig, given), frozenset(key for key, _ in explicit_values(RunConfig, given)))
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The whole configuration as YAML, which `load_settings` reads back to an equal one."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
