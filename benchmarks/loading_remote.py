@@ -37,7 +37,7 @@ from loaders.text import Tokenizer  # noqa: E402
 from loaders.train import TrainLoader  # noqa: E402
 from loaders.vocab import learn_vocabulary  # noqa: E402
 
-SERVE = f"""
+HTTP_PROXY_PROGRAM = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT / "tests")!r})
 from faulty_proxy import Faults, FaultyProxy
@@ -47,8 +47,8 @@ sys.stdin.read()
 """
 
 
-# Forwards bytes, responses after a delay; does nothing else, so that it takes little CPU time.
-DELAY = """
+# Forwards bytes; delays the server's by `latency` seconds. Minimal, to use little CPU.
+TCP_FORWARDER_PROGRAM = """
 import asyncio, sys
 host, port, latency = sys.argv[1].split(":")[0], int(sys.argv[1].split(":")[1]), float(sys.argv[2])
 
@@ -161,7 +161,7 @@ def main() -> None:
     os.sched_setaffinity(0, {first})  # what is started now stays there
     corpus = Path(options.corpus)
     with nginx(corpus.parent) if options.nginx else moto(options.corpus) as address:
-        program, kind = (DELAY, "http") if options.nginx else (SERVE, "s3")
+        program, kind = (TCP_FORWARDER_PROGRAM, "http") if options.nginx else (HTTP_PROXY_PROGRAM, "s3")
         plain, plain_address = proxy_at(first, address, 0.0, program)
         slow, slow_address = proxy_at(first, address, options.latency, program)
         urls = [

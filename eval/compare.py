@@ -56,8 +56,8 @@ class Change:
 class Comparison:
     """Everything about one entry of metrics.json that both evaluations have.
 
-    shared: queries of both; only_first, only_second: queries left out. better, worse: counts of queries by kind;
-    improved, worsened: the largest changes by kind.
+    metrics: the name of the entry. shared: queries of both; only_first, only_second: queries left out.
+    better, worse: counts of queries by kind; improved, worsened: the largest changes by kind.
     """
 
     metrics: str
@@ -74,35 +74,35 @@ class Comparison:
 def compare(
     first: Sequence[Outcomes], second: Sequence[Outcomes], resamples: int = 2000, changes: int = 5
 ) -> list[Comparison]:
-    """Compare the test sets of the same items, else of the same name, that two evaluations share.
+    """Compare the test sets found in both evaluations, matched by content or, failing that, by name.
 
     Raises UserError where there is none.
     """
     found, refused = [], ""
     for name in dict.fromkeys(part.metrics for part in first):
-        ours = [part for part in first if part.metrics == name]
-        theirs = _counterparts(ours, second)
-        pairs = [(one, other) for one in ours for other in theirs if one.kind == other.kind]
+        outcomes_a = [part for part in first if part.metrics == name]
+        outcomes_b = _counterparts(outcomes_a, second)
+        pairs = [(a, b) for a in outcomes_a for b in outcomes_b if a.kind == b.kind]
         if not pairs:
             continue
-        if problem := _unfit(pairs):
+        if problem := _incompatibility(pairs):
             refused = f"{name}: {problem}"
             log.warning("%s", refused)
             continue
-        pairs = [_paired(one, other) for one, other in pairs]
-        shared = sum(len(one.queries) for one, _ in pairs)
-        other_name = theirs[0].metrics
+        pairs = [_paired(a, b) for a, b in pairs]
+        shared = sum(len(a.queries) for a, _ in pairs)
+        other_name = outcomes_b[0].metrics
         found.append(
             Comparison(
                 metrics=name if name == other_name else f"{name} of A, {other_name} of B",
                 shared=shared,
-                only_first=sum(len(part.queries) for part in ours) - shared,
-                only_second=sum(len(part.queries) for part in theirs) - shared,
+                only_first=sum(len(part.queries) for part in outcomes_a) - shared,
+                only_second=sum(len(part.queries) for part in outcomes_b) - shared,
                 differences=_differences(pairs, resamples),
-                better={one.kind: int((_gain(one, other) > 0).sum()) for one, other in pairs},
-                worse={one.kind: int((_gain(one, other) < 0).sum()) for one, other in pairs},
-                improved={one.kind: _changes(one, other, changes, 1) for one, other in pairs},
-                worsened={one.kind: _changes(one, other, changes, -1) for one, other in pairs},
+                better={a.kind: int((_gain(a, b) > 0).sum()) for a, b in pairs},
+                worse={a.kind: int((_gain(a, b) < 0).sum()) for a, b in pairs},
+                improved={a.kind: _changes(a, b, changes, 1) for a, b in pairs},
+                worsened={a.kind: _changes(a, b, changes, -1) for a, b in pairs},
             )
         )
     if not found:
@@ -111,9 +111,9 @@ def compare(
     return found
 
 
-def _counterparts(ours: Sequence[Outcomes], second: Sequence[Outcomes]) -> list[Outcomes]:
+def _counterparts(outcomes_a: Sequence[Outcomes], second: Sequence[Outcomes]) -> list[Outcomes]:
     """The second evaluation's outcomes of the same test set and ranking: same items, else same name."""
-    name, test_set = ours[0].metrics, ours[0].test_set
+    name, test_set = outcomes_a[0].metrics, outcomes_a[0].test_set
     same_items = [p for p in second if test_set and p.test_set == test_set and _ranking(p.metrics) == _ranking(name)]
     names = [part.metrics for part in same_items]
     chosen = names[0] if names and name not in names else name
@@ -125,16 +125,16 @@ def _ranking(metrics: str) -> str:
     return next((end for end in ("_emb/", "/") if metrics.endswith(end)), "")
 
 
-def _unfit(pairs: Sequence[tuple[Outcomes, Outcomes]]) -> str:
+def _incompatibility(pairs: Sequence[tuple[Outcomes, Outcomes]]) -> str:
     """The reason why two evaluations cannot be compared; empty where they can."""
-    for one, other in pairs:
-        same_items = not (one.test_set and other.test_set) or one.test_set == other.test_set
-        if one.kind != "accuracy" and not (same_items and Counter(one.queries) == Counter(other.queries)):
+    for a, b in pairs:
+        same_items = not (a.test_set and b.test_set) or a.test_set == b.test_set
+        if a.kind != "accuracy" and not (same_items and Counter(a.queries) == Counter(b.queries)):
             return (
                 "the evaluations rank different candidates, so their ranks cannot be compared: "
                 "evaluate both on one corpus to compare them"
             )
-    if not any(set(ours) & set(theirs) for ours, theirs in (_keys(one, other) for one, other in pairs)):
+    if not any(set(keys_a) & set(keys_b) for keys_a, keys_b in (_keys(a, b) for a, b in pairs)):
         return "the evaluations share no query: evaluate both on one corpus"
     return ""
 
@@ -162,7 +162,7 @@ def _keys(first: Outcomes, second: Outcomes) -> list[list[tuple[str, ...]]]:
 
 
 def _numbered(queries: Sequence[tuple[str, ...]]) -> list[tuple[tuple[str, ...], int]]:
-    """Queries with the number of earlier ones of that name: a repeated name means another query."""
+    """(query, n): n counts earlier queries with the same name, which are different queries."""
     earlier: dict[tuple[str, ...], count[int]] = defaultdict(count)
     return [(query, next(earlier[query])) for query in queries]
 
@@ -175,13 +175,12 @@ def _select(part: Outcomes, rows: Sequence[int]) -> Outcomes:
 
 def _differences(pairs: Sequence[tuple[Outcomes, Outcomes]], resamples: int) -> dict[str, Difference]:
     change = [
-        {name: other.points[name] - values for name, values in one.points.items() if name in other.points}
-        for one, other in pairs
+        {name: b.points[name] - values for name, values in a.points.items() if name in b.points} for a, b in pairs
     ]
     first, second, mean = (
-        _means(parts) for parts in ([one.points for one, _ in pairs], [other.points for _, other in pairs], change)
+        _means(parts) for parts in ([a.points for a, _ in pairs], [b.points for _, b in pairs], change)
     )
-    sums = sum_by_visual([one for one, _ in pairs], change)
+    sums = sum_by_visual([a for a, _ in pairs], change)
     drawn, exchanged = with_means(bootstrap(sums, resamples)), with_means(_exchanged(sums, resamples))
     return {
         name: Difference(
@@ -290,8 +289,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", help="also write the comparison to this file")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    (first, ours), (second, theirs) = load(options.first), load(options.second)
-    found = compare(ours, theirs, max(1, options.resamples), max(0, options.changes))
+    (first, outcomes_a), (second, outcomes_b) = load(options.first), load(options.second)
+    found = compare(outcomes_a, outcomes_b, max(1, options.resamples), max(0, options.changes))
     if options.json:
         content: dict[str, Any] = {"first": first, "second": second, "comparisons": [asdict(one) for one in found]}
         Path(options.json).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -42,7 +42,7 @@ TASKS: dict[str, Callable[[EvalRunConfig], Task[Any, Any]]] = {
 def make_task(run: EvalRunConfig) -> Task[Any, Any]:
     """The task that `run.task` names.
 
-    Raises UserError unless its own settings are right and every split to evaluate is a packed corpus for it.
+    Raises UserError if a task setting is invalid, or a split is not a corpus with the texts that the task needs.
     """
     task = TASKS[run.task](run)
     for name, url in run.test_urls().items():
@@ -64,9 +64,9 @@ def evaluate_splits(
     num_frames: int | None = None,
     save_scores: bool = True,
 ) -> Metrics:
-    """Evaluate `splits` of `run.test_corpus` on all ranks; the first one writes `folder` and logs the table.
+    """Evaluate `splits` of `run.test_corpus` on all ranks; rank 0 writes `folder` and logs the table.
 
-    subject: the model in reports. num_frames: of a clip, by default `video_input.num_frames_test`.
+    subject: the model in reports. num_frames: frames per clip, by default `video_input.num_frames_test`.
     save_scores: whether scores.npz is written, gigabytes for a large test set.
     Returns the metrics, {"SPLIT/": {...}, "SPLIT_emb/": {...}} or {"SPLIT": {...}}, on all ranks.
     """
@@ -109,7 +109,7 @@ def _frames(media_type: str, run: EvalRunConfig, num_frames: int | None) -> int:
 
 
 def subject_of(model: Model, checkpoint: str = "", weights: str = "") -> Subject:
-    """The model in reports. Only pre-trained models have an MLM head: with one, it was not fine-tuned."""
+    """The model in reports. Zero-shot: the model still has its MLM head, which the recipes remove in fine-tuning."""
     return Subject(
         checkpoint=checkpoint,
         weights=weights,

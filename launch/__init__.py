@@ -1,1 +1,1 @@
-"""Entry points for `deepspeed launch/X.py`, thin on purpose."""
+"""Entry points and cluster tools."""

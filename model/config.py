@@ -9,7 +9,8 @@ from typing import Any
 from runtime.errors import UserError
 from runtime.settings import ANY, FINE_TUNING, START, TRAINING, fixed, flatten, nearest
 
-ENSEMBLES = ("concat", "mean", "max", "lse")  # of frames: fused early, or their scores combined
+# How frames are combined: `concat` in the fusion layers, the others by their scores.
+ENSEMBLES = ("concat", "mean", "max", "lse")
 _INITIALIZER_RANGE = "standard deviation of random initial matrices; narrower models learn sooner with 1 / sqrt(width)"
 
 
@@ -99,7 +100,7 @@ class ModelSettings:
 
 @dataclass
 class ModelConfig(ModelSettings):
-    """A whole model."""
+    """ModelSettings plus the number of frames; stored as model.json."""
 
     num_frames: int = fixed(1, "length of the temporal embeddings: a run's video_input.num_frames")
 
@@ -123,8 +124,9 @@ def with_changes(config: ModelConfig, changes: dict[str, Any]) -> ModelConfig:
     result, known = deepcopy(config), flatten(config)
     for key, value in changes.items():
         if key not in known:
-            near = nearest(key, known) or sorted(known)
-            raise UserError(f"the model has no setting {key!r}: nearest are {', '.join(near)}")
+            near = nearest(key, known)
+            listed = f"nearest are {', '.join(near)}" if near else f"its settings are {', '.join(sorted(known))}"
+            raise UserError(f"the model has no setting {key!r}: {listed}")
         owner: Any = result
         *sections, name = key.split(".")
         for section in sections:

@@ -7,7 +7,7 @@ from torch import nn
 
 from model.config import ENSEMBLES, ModelConfig
 from model.temporal import TemporalEncoder, embeddings_for_frames
-from model.text import TextEncoder, VisualKeys
+from model.text import CrossAttentionKeys, TextEncoder
 from model.vision import FrameEncoder, pixel_statistics
 from runtime.errors import UserError
 
@@ -75,7 +75,7 @@ class Encoders(nn.Module):
         states = self.text_encoder.encode(input_ids, attention_mask)
         return states, states[:, 0]
 
-    def visual_keys(self, visual_tokens: torch.Tensor) -> VisualKeys:
+    def visual_keys(self, visual_tokens: torch.Tensor) -> CrossAttentionKeys:
         """Keys and values of the fusion layers for visuals (N, S, D); compute them once for all texts of a visual."""
         return tuple(layer.project(visual_tokens) for layer in self.text_encoder.fusion_layers)
 

@@ -22,7 +22,7 @@ from model.losses import (
     same_visual,
     sample_negatives,
 )
-from model.text import MLMHead, ScoreHead, VisualKeys
+from model.text import CrossAttentionKeys, MLMHead, ScoreHead
 from runtime.collectives import gather_with_gradient
 
 TEMPERATURE_RANGE = (0.001, 0.5)
@@ -74,7 +74,7 @@ class Singularity(Encoders):
         self,
         text_states: torch.Tensor,
         text_mask: torch.Tensor,
-        visual: torch.Tensor | VisualKeys,
+        visual: torch.Tensor | CrossAttentionKeys,
         index: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Two-way logits (P, 2), column 1 for a match, of P pairs of a text and one of N visuals.
@@ -86,7 +86,11 @@ class Singularity(Encoders):
         return self.match_attended(self.text_encoder.attend_texts(text_states, text_mask), text_mask, keys, index)
 
     def match_attended(
-        self, attended: torch.Tensor, text_mask: torch.Tensor, visual: VisualKeys, index: torch.Tensor | None = None
+        self,
+        attended: torch.Tensor,
+        text_mask: torch.Tensor,
+        visual: CrossAttentionKeys,
+        index: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`match_logits` from the result of `text_encoder.attend_texts`: (P, Lt, D) to (P, 2)."""
         return self.itm_head(self.text_encoder.fuse_pairs(attended, text_mask, visual, index)[0])

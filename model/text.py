@@ -27,7 +27,7 @@ from runtime.errors import UserError
 PADDED = -10000.0  # added to the attention scores of padded keys
 
 # For each fusion layer the keys and values (N, heads, S, width / heads) of N visuals with S tokens each.
-VisualKeys = tuple[tuple[torch.Tensor, torch.Tensor], ...]
+CrossAttentionKeys = tuple[tuple[torch.Tensor, torch.Tensor], ...]
 
 
 def run_layer(layer: Callable[..., torch.Tensor], recompute: bool, *inputs: torch.Tensor | None) -> torch.Tensor:
@@ -226,7 +226,11 @@ class TextEncoder(nn.Module):
         return [cast(FusionLayer, layer) for layer in self.layer[self.fusion_layer :]]
 
     def fuse(
-        self, states: torch.Tensor, attention_mask: torch.Tensor, visual: VisualKeys, index: torch.Tensor | None = None
+        self,
+        states: torch.Tensor,
+        attention_mask: torch.Tensor,
+        visual: CrossAttentionKeys,
+        index: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Fusion layers over P pairs of a text and one of N visuals.
 
@@ -248,7 +252,7 @@ class TextEncoder(nn.Module):
         self,
         attended: torch.Tensor,
         attention_mask: torch.Tensor,
-        visual: VisualKeys,
+        visual: CrossAttentionKeys,
         index: torch.Tensor | None = None,
         whole: int = 0,
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,10 +12,10 @@ from model.config import ModelConfig, TextConfig
 from model.encoders import Encoders
 from model.losses import IGNORED
 from model.scoring import combine
-from model.text import PADDED, FusionLayer, MLMHead, VisualKeys, bert_config, initialize_bert, run_layer
+from model.text import PADDED, CrossAttentionKeys, FusionLayer, MLMHead, bert_config, initialize_bert, run_layer
 from model.torchvision_cpu import BertEmbeddings
 
-_HIDDEN = -1e9  # added to cross-attention scores of padded question tokens; -1e4 in half precision
+_MASKED_SCORE = -1e9  # added to cross-attention scores of padded question tokens; -1e4 in half precision
 
 
 def causal_mask(attention_mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -37,7 +37,7 @@ class AnswerDecoder(nn.Module):
         self.word_head = MLMHead(config)
         initialize_bert(self, config.initializer_range)
 
-    def project(self, question_states: torch.Tensor) -> VisualKeys:
+    def project(self, question_states: torch.Tensor) -> CrossAttentionKeys:
         """Question states (B, Lq, D) to the keys and values that the layers read, once for all answers."""
         return tuple(cast(FusionLayer, layer).project(question_states) for layer in self.layer)
 
@@ -45,19 +45,19 @@ class AnswerDecoder(nn.Module):
         self,
         answer_ids: torch.Tensor,
         answer_mask: torch.Tensor,
-        questions: VisualKeys,
+        questions: CrossAttentionKeys,
         question_mask: torch.Tensor,
         index: torch.Tensor | None = None,
         exact: bool = False,
     ) -> torch.Tensor:
         """Logits (A, La, V) at every position of the answers (A, La); `exact`: in float32, for ranking.
 
-        Without `index` answer g·B + b belongs to question b; with `index` (A,) answer a belongs to question index[a].
+        Without `index`, answer i belongs to question i mod B; with `index` (A,) answer a belongs to question index[a].
         """
         states = self.embeddings(answer_ids)
         dtype = states.dtype
         self_mask = causal_mask(answer_mask, dtype)
-        hidden = -1e4 if dtype == torch.float16 else _HIDDEN
+        hidden = -1e4 if dtype == torch.float16 else _MASKED_SCORE
         cross_mask = ((1 - question_mask[:, None, None, :].to(dtype)) * hidden).to(dtype)
         for layer, (keys, values) in zip(self.layer, questions, strict=True):
             states = run_layer(layer, self.recompute, states, self_mask, keys, values, index, cross_mask)
@@ -128,7 +128,7 @@ class SingularityQA(Encoders):
         return [self.question_states(each, ids, mask) for each in tokens.unbind(1)]
 
     def first_token_probabilities(
-        self, questions: list[VisualKeys], question_mask: torch.Tensor, start_id: int, ensemble: str
+        self, questions: list[CrossAttentionKeys], question_mask: torch.Tensor, start_id: int, ensemble: str
     ) -> torch.Tensor:
         """Probability (B, V) of each token to be the first of the answer.
 
@@ -136,10 +136,12 @@ class SingularityQA(Encoders):
         """
         start = question_mask.new_full((question_mask.shape[0], 1), start_id)
         ones = torch.ones_like(start)
-        opening = torch.stack(
+        first_token_probability = torch.stack(
             [self.answer_decoder(start, ones, keys, question_mask, exact=True)[:, 0].softmax(1) for keys in questions]
         )
-        return opening[0] if ensemble == "concat" else combine(opening, ensemble).softmax(1)
+        if ensemble == "concat":
+            return first_token_probability[0]
+        return combine(first_token_probability, ensemble).softmax(1)
 
     @torch.no_grad()
     def rank_answers(
@@ -157,19 +159,21 @@ class SingularityQA(Encoders):
         logarithm and the log-likelihood of the whole answer. The first token counts twice, as in the official code.
         """
         questions = [self.answer_decoder.project(each) for each in states]
-        opening = self.first_token_probabilities(questions, question_mask, int(answer_ids[0, 0]), ensemble)
+        first_token_probability = self.first_token_probabilities(
+            questions, question_mask, int(answer_ids[0, 0]), ensemble
+        )
         k = min(k, answer_ids.shape[0])
-        chance, candidates = _leading(opening[:, answer_ids[:, 1]], k)  # (B, k)
+        first_probability, candidates = _leading(first_token_probability[:, answer_ids[:, 1]], k)  # (B, k)
         order = candidates.T.flatten()  # candidate g of question b at g·B + b
         ids, mask = answer_ids[order], answer_mask[order]
         scores = torch.stack(
-            [chance.log() - self._losses(ids, mask, keys, question_mask).view(k, -1).T for keys in questions]
+            [first_probability.log() - self._losses(ids, mask, keys, question_mask).view(k, -1).T for keys in questions]
         )
         probability, rank = _leading(combine(scores, ensemble).softmax(1), k)
         return candidates.gather(1, rank), probability
 
     def _losses(
-        self, ids: torch.Tensor, mask: torch.Tensor, questions: VisualKeys, question_mask: torch.Tensor
+        self, ids: torch.Tensor, mask: torch.Tensor, questions: CrossAttentionKeys, question_mask: torch.Tensor
     ) -> torch.Tensor:
         logits = self.answer_decoder(ids, mask, questions, question_mask, exact=True)
         return answer_losses(logits, ids, self.pad_id)

@@ -40,8 +40,8 @@ LISTED = 5  # answers of a question in predictions.json and in the report
 class QAResult(TaskResult):
     """Metrics {"NAME": {"overall": percent, "answer_type/X": ...}}, nothing where no question is annotated.
 
-    answers (Q, k) int64: numbers in the answer list, likeliest first, -1 where the visual could not be read;
-    probabilities (Q, k) float32 among the k. predictions: each question's likeliest answer; accuracies: in [0, 1], 0
+    answers (Q, k) int64: numbers in the answer list, most likely first, -1 where the visual could not be read;
+    probabilities (Q, k) float32 among the k. predictions: each question's most likely answer; accuracies: in [0, 1], 0
     without a prediction, None where the question is not annotated.
     """
 
@@ -74,7 +74,7 @@ class QATask:
         num_frames: int,
         ranks: Ranks = ALONE,
     ) -> QAResult:
-        """Rank the answers for every question: the `k_test` with the likeliest first word, by their likelihood."""
+        """Rank the answers for every question: the `k_test` with the most likely first token, by their likelihood."""
         if config.k_test < 1:
             raise UserError(f"k_test is {config.k_test}, must be at least 1 for question answering")
         start = time.perf_counter()
@@ -97,7 +97,7 @@ class QATask:
         probabilities = np.zeros((len(owners), k), dtype=np.float32)
         answers[rows], probabilities[rows] = ids, values
         predictions = [self.answers[first] if first >= 0 else None for first in answers[:, 0].tolist()]
-        annotated = [annotated_by(item) for item in dataset.questions]
+        annotated = [annotator_answers(item) for item in dataset.questions]
         each = accuracies(annotated, predictions, config.accuracy)
         table = accuracy_by_type(annotated, each)
         present = np.ones(dataset.num_visuals, dtype=bool)
@@ -118,7 +118,7 @@ class QATask:
         """The answers, baselines that ignore the visual, and examples."""
         items = [self._item(result, dataset, number) for number in range(len(dataset.questions))]
         k = min(config.k_test, len(self.answers))
-        baselines = answer_baselines(list(map(annotated_by, dataset.questions)), self.answers, config.accuracy)
+        baselines = answer_baselines(list(map(annotator_answers, dataset.questions)), self.answers, config.accuracy)
         details = {
             "task": "qa",
             "protocol": f"{k} of a list of {len(self.answers)} answers ranked by likelihood",
@@ -210,7 +210,7 @@ def rank_for_block(
     return torch.from_numpy(mine), best, probability
 
 
-def annotated_by(question: Question) -> Annotated:
+def annotator_answers(question: Question) -> Annotated:
     """Each annotator's answer, from the distinct answers and their shares: ten annotators where the shares allow it."""
     shares = [Fraction(float(weight)).limit_denominator(100) for weight in question.weights]
     fewest = lcm(*(share.denominator for share in shares))

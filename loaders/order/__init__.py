@@ -1,1 +1,1 @@
-"""Which samples an epoch shows in which order, and what of each sample."""
+"""Which samples an epoch shows in which order, and the frames, crop, flip and caption of each."""

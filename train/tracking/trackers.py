@@ -20,7 +20,7 @@ from train.folder import RunFolder
 
 log = logging.getLogger(__name__)
 
-PICTURES = 12  # of an evaluation that Weights & Biases gets
+WANDB_PICTURES = 12  # pictures of one evaluation sent to Weights & Biases
 
 
 def check_tracking(run: RunConfig) -> None:
@@ -33,7 +33,10 @@ def check_tracking(run: RunConfig) -> None:
 
 
 class Tracker:
-    """Writes a run's metrics; only rank 0 has one. On resuming it drops those of steps after the checkpoint."""
+    """Writes a run's metrics; only rank 0 has one.
+
+    When a run resumes, lines of later steps are removed from metrics.jsonl.
+    """
 
     def __init__(
         self, folder: RunFolder, run: RunConfig, total_steps: int, step: int, evaluated_epochs: int = 0
@@ -78,8 +81,8 @@ class Tracker:
             self._board.close()
 
     def _write(self, metrics: dict[str, Any]) -> None:
-        infinite = (key for key, value in metrics.items() if isinstance(value, float) and not math.isfinite(value))
-        metrics = {**metrics, **dict.fromkeys(infinite)}  # null: JSON has no word for NaN
+        not_finite = (key for key, value in metrics.items() if isinstance(value, float) and not math.isfinite(value))
+        metrics = {**metrics, **dict.fromkeys(not_finite)}  # null: JSON has no word for NaN
         with file_errors(self._path):
             self._file.write(json.dumps(metrics) + "\n")
             self._file.flush()
@@ -100,7 +103,7 @@ def _report(folder: Path) -> dict[str, Any]:
     """An evaluation's page and the first of its pictures, for Weights & Biases."""
     import wandb
 
-    pictures = sorted(folder.glob("thumbnails/*.jpg"))[:PICTURES]
+    pictures = sorted(folder.glob("thumbnails/*.jpg"))[:WANDB_PICTURES]
     found: dict[str, Any] = {"pictures": [wandb.Image(str(path), caption=path.stem) for path in pictures]}
     if (folder / "report.html").is_file():
         found["report"] = wandb.Html((folder / "report.html").read_text(encoding="utf-8"), inject=False)
@@ -130,7 +133,7 @@ def step_line(metrics: dict[str, Any], total_steps: int) -> str:
 def drop_after(path: Path, step: int, evaluated_epochs: int = 0) -> None:
     """Remove the lines of a metrics.jsonl after `step`, and an incomplete last line.
 
-    Of evaluations those of the first `evaluated_epochs` epochs are kept: the others are repeated.
+    Evaluations after `evaluated_epochs` are removed too, because they will run again.
     """
     if not path.is_file():
         return
@@ -147,7 +150,7 @@ def drop_after(path: Path, step: int, evaluated_epochs: int = 0) -> None:
 
 
 def evaluated_epoch(label: str) -> float:
-    """The epoch after which an evaluation `epoch_XX` was made; infinite for that at the end."""
+    """The epoch after which an evaluation `epoch_XX` was made; infinity for the final evaluation."""
     return int(label[6:]) if label.startswith("epoch_") else math.inf
 
 

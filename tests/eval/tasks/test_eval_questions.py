@@ -10,7 +10,7 @@ import pytest
 
 from eval.config import EvalConfig
 from eval.tasks.multiple_choice import MultipleChoiceTask
-from eval.tasks.qa import QATask, annotated_by
+from eval.tasks.qa import QATask, annotator_answers
 from loaders.config import LoaderConfig, PerMedia
 from loaders.evaluation import ChoiceSet, QASet, Question
 from model.vqa import SingularityQA
@@ -113,7 +113,7 @@ def test_visuals_from_disk_show_progress_as_well(shapes, tokenizer, tmp_path, mo
 def test_annotators_come_back_from_shares():
     def answers(*shares):
         names = tuple("abcdefghij"[: len(shares)])
-        return annotated_by(Question(0, "1", "?", names, shares, "", "")).answers
+        return annotator_answers(Question(0, "1", "?", names, shares, "", "")).answers
 
     assert answers(0.8, 0.2) == ["a"] * 8 + ["b"] * 2
     assert answers(1.0) == ["a"] * 10
