@@ -15,8 +15,7 @@ from runtime.errors import UserError, file_errors
 from runtime.settings import EVALUATION, FIXED, FREE, change_on_resume, flatten
 from storage.files import recover_folders, remove_temporary, write_text
 from train.checkpoints.writing import checkpoint_step, complete_checkpoints
-from train.config.files import load_settings, to_yaml
-from train.config.settings import RunConfig
+from train.config.settings import RunConfig, load_settings, to_yaml
 
 log = logging.getLogger(__name__)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -78,16 +77,14 @@ class Trainer:
             self.run.scheduler.min_lr_multi,
         )
         self.step = Stepper(
-            self.engine, groups, self.model, schedule, self.guard, device,
-            self.run.precision, self.run.seed, self.ranks.rank, self.run.accumulate,
+            self.engine, groups, self.model, schedule, self.guard, device, self.run, self.ranks.rank
         )  # fmt: skip
         self.vote = StopVote(request, self.ranks.world_size)
         self.profiler = StepProfiler(self.run.profile_steps, self.folder.path / "profile", self.ranks.rank, device)
         self.tracker: Tracker | None = None
         if self.ranks.is_first:
-            self.tracker = Tracker(
-                self.folder, self.run, self.total_steps, self.state.step, self.state.evaluated_epochs
-            )
+            epochs = self.state.evaluated_epochs
+            self.tracker = Tracker(self.folder, self.run, self.total_steps, self.state.step, epochs)
         self._saved_step, self._saved_at = self.state.step, time.monotonic()
         self._clock = Clock(self.model_config, self.loader.batch_size, self.run.video_input.num_frames)
 
@@ -153,29 +150,27 @@ class Trainer:
 
     def _resume(self) -> TrainingState:
         found = complete_checkpoints(self.folder.checkpoints) if self.ranks.is_first else []
-        name = broadcast(str(found[-1]) if found else "", self.ranks.world_size)
+        name = broadcast(found[-1].name if found else "", self.ranks.world_size)
         import deepspeed
         import timm
         import transformers
 
         # Of the modules themselves: a package that was copied without its metadata has no other version.
         packages = {each.__name__: str(each.__version__) for each in (torch, deepspeed, timm, transformers)}
-        if not name:
-            state = TrainingState(world_size=self.ranks.world_size)
-        else:
-            path = self.folder.checkpoints / os.path.basename(name)
+        state = TrainingState(world_size=self.ranks.world_size)
+        if name:
+            path = self.folder.checkpoints / name
             state = load_checkpoint(path, self.engine)
             assert state.step == checkpoint_step(path)
-        best = self._restore_best(state) if self.ranks.is_first else None
+        best = None
+        if self.ranks.is_first:
+            folder = self.folder.checkpoints
+            best = restore_best(folder, state.best, state.best_step, named_best_steps(folder))
         best = broadcast(best, self.ranks.world_size)
         if name:
             self._copy(path)  # which a killed process may not have done
         score = None if best is None else state.best
         return replace(state, versions=packages, best=score, best_step=best)
-
-    def _restore_best(self, state: TrainingState) -> int | None:
-        folder = self.folder.checkpoints
-        return restore_best(folder, state.best, state.best_step, named_best_steps(folder))
 
     def _epoch(self) -> None:
         """The rest of the present epoch."""
@@ -222,7 +217,7 @@ class Trainer:
             **dict(zip(losses, means)),
             "lr": self.run.optimizer.lr * self.step.schedule.multiplier(self.state.step - 1),
             "temperature": _temperature(self.model),
-            "grad_norm": _number(self.guard.norm),
+            "grad_norm": None if self.guard.norm is None else float(self.guard.norm),
             **({"grad_scale": self.guard.loss_scale.value} if self.run.precision == "fp16" else {}),
             **self._clock.metrics(self.device, self.ranks.world_size),
             **{f"loader/{name}": round(value, 4) for name, value in sorted(self.loader.counters().items())},
@@ -302,7 +297,3 @@ def _temperature(model: Model) -> float | None:
     if isinstance(model, SingularityQA) or model.temp.numel() != 1:
         return None
     return model.temp.item()
-
-
-def _number(value: Any) -> float | None:
-    return None if value is None else float(value)

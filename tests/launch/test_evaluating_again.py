@@ -12,7 +12,7 @@ from model.config import LossWeights, ModelConfig, TextConfig, VisionConfig
 from model.singularity import Singularity
 from runtime.errors import UserError
 from runtime.ranks import Ranks
-from train.config.files import load_settings
+from train.config.settings import load_settings
 
 CORPORA = ("images_test", "clips_test_motion", "clips_test_appearance")
 

@@ -111,7 +111,7 @@ def test_fine_tuning_for_retrieval(corpora, recipes, pretrained, tmp_path):
     assert "motion_emb" in run_jobs(tmp_path, launches)
     assert (tuned / "checkpoints/best/weights/model.safetensors").is_file()
     assert (tuned / "finished.json").is_file()
-    assert {path.name for path in (tuned / "evaluation").iterdir()} == {"epoch_01", "epoch_02", "final", "again"}
+    assert {path.name for path in (tuned / "evaluation").iterdir()} >= {"epoch_01", "epoch_02", "final", "again"}
     assert not list(tuned.glob("evaluation/epoch_*/scores.npz"))  # large: written at the end only
     final = metrics_of(tuned / "evaluation/final")
     assert set(final) == {"motion/", "motion_emb/", "images/", "images_emb/"}
@@ -155,7 +155,7 @@ def test_fine_tuning_for_questions(recipes, own, pretrained, tmp_path):
     assert "mine · final" in (tmp_path / "report.html").read_text()
 
     where = f"output_dir={tmp_path}/wrong"
-    told = "the configuration is for task=qa: start it with launch/finetune_qa.py"
-    assert told in refused("finetune_retrieval", recipe, where)
-    told = "no answer decoder: fine-tune it with launch/finetune_qa.py first"
-    assert told in refused("evaluate", recipe, f"checkpoint={pretrained}", where)
+    reported = "the configuration is for task=qa: start it with launch/finetune_qa.py"
+    assert reported in refused("finetune_retrieval", recipe, where)
+    reported = "no answer decoder: fine-tune it with launch/finetune_qa.py first"
+    assert reported in refused("evaluate", recipe, f"checkpoint={pretrained}", where)

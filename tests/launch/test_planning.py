@@ -102,10 +102,10 @@ def test_on_a_slow_cable_the_network_binds_and_the_time_is_the_plans(hosts, corp
     )
     hosts.shape("node1", "tbf", "rate", "400kbit", "burst", "32kbit", "latency", "5s")
     try:
-        told, seconds = json.loads(hosts.run("node1", "python", "-c", code).stdout.splitlines()[-1])
+        reported, seconds = json.loads(hosts.run("node1", "python", "-c", code).stdout.splitlines()[-1])
     finally:
         hosts.shape("node1")
-    plan = make_plan(Medium(**told), Cluster(gpus=1, node_gbit=4e-4), 1)
+    plan = make_plan(Medium(**reported), Cluster(gpus=1, node_gbit=4e-4), 1)
     assert plan.bottleneck == "network"
     assert seconds >= 0.8 * plan.seconds
 
@@ -113,9 +113,9 @@ def test_on_a_slow_cable_the_network_binds_and_the_time_is_the_plans(hosts, corp
 def test_the_command_prints_a_table_for_every_set(capsys):
     for name in SETS:
         assert main(["--set", name, "--nodes", "1", "64"]) == 0
-        told = capsys.readouterr().out
-        assert "The GPUs are the bottleneck" in told
-        assert "The request rate of the store is the bottleneck" in told
+        reported = capsys.readouterr().out
+        assert "The GPUs are the bottleneck" in reported
+        assert "The request rate of the store is the bottleneck" in reported
         assert main(["--set", name, "--cached", "--prefixes", "4", "--nodes", "64", "--json"]) == 0
         (plan,) = json.loads(capsys.readouterr().out)
         assert plan["nodes"] == 64

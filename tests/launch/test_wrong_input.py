@@ -75,16 +75,16 @@ def test_a_split_that_decides_must_be_evaluated(refused, corpora, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("setting", "told"),
+    ("setting", "reported"),
     [
         ("batch_size.video=3", "batch_size.video=3 cannot be shared equally by 2 processes: use 2 or 4"),
         ("train_corpus=coco", "train_corpus names 'coco'"),
     ],
 )
-def test_two_processes_tell_it_once(corpora, tmp_path, setting, told):
+def test_two_processes_report_it_once(corpora, tmp_path, setting, reported):
     result = run("pretrain", corpora / "tiny.yaml", f"output_dir={tmp_path}/run", setting)
     assert result.returncode != 0
-    assert told in error_of(result)
+    assert reported in error_of(result)
     assert not (tmp_path / "run").exists()
 
 

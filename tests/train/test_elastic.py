@@ -51,7 +51,7 @@ def zero(name):
     return f"deepspeed=deepspeed_configs/{name}.json"
 
 
-def test_a_run_goes_on_with_other_numbers_of_processes_and_other_stages(recipe, tmp_path):
+def test_a_run_resumes_with_other_numbers_of_processes_and_other_stages(recipe, tmp_path):
     steps = "max_steps=12", "scheduler.epochs=12"
     whole = tmp_path / "whole"
     run_jobs(tmp_path, [job("pretrain", recipe, f"output_dir={whole}", zero("zero1"), *steps)])

@@ -114,7 +114,7 @@ def test_only_complete_checkpoints_count(tmp_path):
     assert complete_checkpoints(tmp_path / "none") == []
 
 
-def test_a_damaged_state_is_told(tmp_path):
+def test_a_damaged_state_is_reported(tmp_path):
     path = checkpoint(tmp_path, 5)
     (path / STATE).write_text('{"version": 2')
     with pytest.raises(ValueError, match=r"state\.json is damaged.*remove"):
@@ -126,8 +126,7 @@ def test_a_damaged_state_is_told(tmp_path):
 
 @pytest.mark.parametrize("damage", ["empty", "half", "zeros", "missing"])
 @pytest.mark.parametrize(
-    "name",
-    ["state.json", "weights/model.json", "weights/vocab.txt", "parts/rank_00001_of_00002.safetensors"],
+    "name", ["state.json", "weights/model.json", "weights/vocab.txt", "parts/rank_00001_of_00002.safetensors"]
 )
 def test_what_a_power_cut_leaves_of_a_checkpoint_is_named_with_the_remedy(tmp_path, name, damage):
     path = checkpoint(tmp_path, 5)

@@ -1,4 +1,4 @@
-"""A step without a finite gradient changes nothing, is told with its samples, and too many in a row end the run."""
+"""A step without a finite gradient changes nothing, is logged with its samples, and too many in a row end the run."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ CASES = [(zero, precision) for zero in EVERY for precision in ("fp32", "bf16")] 
 
 
 @pytest.mark.parametrize(("zero", "precision"), CASES)
-def test_a_poisoned_step_changes_nothing_and_is_told(zero, precision, caplog):
+def test_a_poisoned_step_changes_nothing_and_is_reported(zero, precision, caplog):
     engine, guard = make(zero, precision)
     guard.loss_scale.load({"cur_scale": 64.0})  # where fp16 has one: it fits, so no step is lost looking for it
     step(engine, guard, 1)

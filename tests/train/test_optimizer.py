@@ -25,7 +25,7 @@ def test_biases_and_vectors_do_not_decay():
     assert set(others.names) == {"norm.weight", "norm.bias", "proj.bias", "odd.bias"}
 
 
-def test_named_modules_have_their_own_rate_and_an_unknown_one_is_told():
+def test_named_modules_have_their_own_rate_and_an_unknown_one_is_reported():
     config = OptimizerConfig(different_lr=DifferentLearningRate(True, ["proj"], 0.5))
     rates = {name: group.lr for group in parameter_groups(DIMENSIONS, config) for name in group.names}
     assert {name for name, lr in rates.items() if lr == 0.5} == {"proj.weight", "proj.bias"}

@@ -41,8 +41,9 @@ def test_images_and_clips_have_a_curve_each_and_losses_their_weight(tmp_path):
 
 def test_a_picture_and_a_page(runs, tmp_path, capsys):
     run = read_run(tmp_path / "second")
-    assert (run.steps, run.curves["loss"][1][9], run.curves["val/r_mean"]) == (100, 0.25, ([50], [20.0]))
-    assert "mfu" not in run.curves
+    assert (run.steps, run.curves_of("loss")[""][1][9]) == (100, 0.25)
+    assert run.curves_of("val/r_mean") == {"": ([50], [20.0])}
+    assert "mfu" not in run.metrics
     assert main([*runs, "--output", str(tmp_path / "out/curves.png")]) == 0
     assert capsys.readouterr().out.strip().endswith("curves.png: loss, lr, val/r_mean")
     with Image.open(tmp_path / "out/curves.png") as picture:
@@ -59,13 +60,13 @@ def test_a_picture_and_a_page(runs, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "reported"),
     [
         (["nowhere"], "has no metrics.jsonl"),
         (["--figures", "los"], "no run has logged 'los': there are loss, lr"),
         (["--output", "x.pdf"], "ends in .png"),
     ],
 )
-def test_mistakes_are_told(runs, capsys, words, told):
+def test_mistakes_are_reported(runs, capsys, words, reported):
     assert main([runs[0], *words]) == 2
-    assert told in capsys.readouterr().err
+    assert reported in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A run that is interrupted goes on, with the same command, as if nothing had happened."""
+"""An interrupted run resumes with the same command and equals an uninterrupted one."""
 
 import random
 import shutil
@@ -146,7 +146,7 @@ def test_every_zero_stage_and_precision_resumes_to_the_bit(corpora, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_killed_at_any_step_every_stage_and_precision_goes_on_to_the_bit(corpora, tmp_path):
+def test_killed_at_any_step_every_stage_and_precision_resumes_to_the_bit(corpora, tmp_path):
     whole = {kind: tmp_path / "_".join(kind) for kind in KINDS}
     killed = {kind: tmp_path / f"{'_'.join(kind)}_killed" for kind in KINDS}
     run_jobs(tmp_path, [launch(corpora, folder, kind) for kind, folder in whole.items()])

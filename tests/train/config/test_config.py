@@ -1,11 +1,10 @@
-"""What a run's YAML may hold, and how mistakes in it are told."""
+"""What a run's YAML may hold, and the messages for mistakes in it."""
 
 import pytest
 
 from runtime.errors import UserError
 from runtime.settings import declarations, flatten
-from train.config.files import load_settings, to_yaml
-from train.config.settings import RunConfig
+from train.config.settings import RunConfig, load_settings, to_yaml
 
 
 @pytest.fixture
@@ -152,7 +151,7 @@ def test_only_corpora_to_choose_from_are_added_to(load, tmp_path):
         ("tokeniser=null", "unknown key 'tokeniser'"),
     ],
 )
-def test_test_corpora_without_a_name_are_told(load, setting, message):
+def test_test_corpora_without_a_name_are_reported(load, setting, message):
     with pytest.raises(ValueError, match=message):
         load(RECIPE, setting)
 

@@ -19,6 +19,7 @@ from runtime.ranks import Ranks
 from train.checkpoints.best import best_version
 from train.checkpoints.shards import set_weights
 from train.checkpoints.writing import CheckpointWriter, TrainingState, load_checkpoint
+from train.config.settings import RunConfig
 from train.step import Stepper
 
 QUICK = ("zero0", "zero1", "zero3")
@@ -110,7 +111,7 @@ def test_a_run_with_a_frozen_part_saves_resumes_and_exports_all_of_it(zero, prec
 
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("zero", ZEROS)
-def test_a_run_goes_on_with_another_part_frozen(zero, tmp_path, tokenizer):
+def test_a_run_resumes_with_another_part_frozen(zero, tmp_path, tokenizer):
     free, guard = make(zero, "bf16")
     steps(free, guard, (1, 2))
     from_free = save(free, tmp_path / "free", tokenizer, 2)
@@ -157,13 +158,13 @@ def test_a_model_that_is_all_frozen_is_refused():
 
 
 @pytest.mark.usefixtures("one_process")
-def test_a_batch_that_trains_nothing_is_told():
+def test_a_batch_that_trains_nothing_is_reported():
     temporal = replace(SMALL, num_frames=2, temporal_vision_encoder=TemporalConfig(enable=True, num_layers=1))
     names = [name for name, _ in Singularity(temporal, pad_id=0, cls_id=2, mask_id=4).named_parameters()]
     engine, guard = make("zero1", "fp32", temporal, freeze=[name for name in names if "temporal" not in name])
     ids = torch.randint(5, 40, (4, 8))
     frames = torch.zeros(4, 1, 32, 32, 3, dtype=torch.uint8)
     images = Batch("image", 0, 0, frames, ids, torch.ones_like(ids), torch.arange(4), ("a", "b", "c", "d"))
-    stepper = Stepper(engine, [], engine.module, None, guard, torch.device("cpu"), "fp32", 0, 0)
+    stepper = Stepper(engine, [], engine.module, None, guard, torch.device("cpu"), RunConfig(precision="fp32"), 0)
     with pytest.raises(UserError, match="all parameters that a batch of images uses are frozen: leave some"):
         stepper._backward(images)

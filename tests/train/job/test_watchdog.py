@@ -51,7 +51,7 @@ def test_a_killed_or_halted_rank_brings_the_job_down(corpora, tmp_path, what):
         assert "Thread" in (folder / "stacks_rank_0.txt").read_text()
 
 
-def test_a_loader_that_stands_still_is_named(corpora, tmp_path):
+def test_a_loader_that_hangs_is_named(corpora, tmp_path):
     """A shard that cannot be read, as on a file system that has gone: a pipe that nobody writes into."""
     stuck = tmp_path / "images"
     shutil.copytree(corpora / "images_train", stuck)
@@ -68,7 +68,7 @@ def test_a_loader_that_stands_still_is_named(corpora, tmp_path):
 
 def halted(folder, job, halt, *written, until=r"The job hangs: (.*)", seconds=120):
     """Start a job in `folder` that comes to a halt, until it shows `until` and has `written` files; what it shows."""
-    launcher = start_jobs(folder, [job], worker="halting_worker.py", HALT=halt)
+    launcher = start_jobs(folder, [job], worker="faulty_worker.py", FAULT=halt)
     began = time.monotonic()
     try:
         while not (found := re.search(until, (folder / "shown.txt").read_text())) or not all(
@@ -85,7 +85,7 @@ def halted(folder, job, halt, *written, until=r"The job hangs: (.*)", seconds=12
         launcher.wait()
 
 
-def test_a_collective_that_stands_still_is_told_with_the_rank_that_did_not_come(corpora, tmp_path):
+def test_a_collective_that_hangs_is_reported_with_the_rank_that_did_not_come(corpora, tmp_path):
     folder = tmp_path / "run"
     one = job("pretrain", corpora / "tiny.yaml", f"output_dir={folder}", "stall_seconds=4")
     stacks = [folder / f"stacks_rank_{rank}.txt" for rank in range(2)]
@@ -107,7 +107,7 @@ def trained(corpora, tmp_path_factory):
     return folder / "run"
 
 
-# What is run, where it halts, and what is told of that rank.
+# What is run, where it halts, and what is reported about that rank.
 IN_TRAINING = ("finetune_retrieval", "scheduler.epochs=1", "stop_key=images", "splits=[images]")
 WRITING = r"saving: writing rank_0000\d_of_00002.safetensors"
 WRITTEN = r"evaluating images: (writing|confidence) .*"
@@ -123,11 +123,7 @@ HALTS = {
     "alone, rank 1 stopped": (("evaluate", "splits=[images]"), "eval.features normalize 1 1 stop", ENCODING),
     "alone, rank 0 stopped": (("evaluate", "splits=[images]"), "eval.features normalize 0 1 stop", ENCODING),
     "alone, rank 1 reads": (("evaluate", "splits=[images]"), "loaders.evaluation VisualSet._batch 1 1 wait", ENCODING),
-    "alone, rank 0 writes": (
-        ("evaluate", "splits=[images]"),
-        "eval.outputs write_json 0 2 wait",
-        WRITTEN,
-    ),
+    "alone, rank 0 writes": (("evaluate", "splits=[images]"), "eval.outputs write_json 0 2 wait", WRITTEN),
 }
 QUICK = ("saving, rank 1 stopped", "alone, rank 0 stopped")
 
@@ -152,8 +148,8 @@ def test_a_halt_in_saving_or_evaluating_ends_the_job(corpora, trained, tmp_path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_saving_and_evaluating_that_goes_on_is_left_alone(corpora, tmp_path, rank):
-    """Each takes longer than `stall_seconds`, on one rank, while the other one waits."""
+def test_saving_and_evaluating_that_continues_is_left_alone(corpora, tmp_path, rank):
+    """One rank takes longer than `stall_seconds`, while the other one waits."""
     settings = (*IN_TRAINING[1:], f"output_dir={tmp_path}/run", "stall_seconds=5")
     places = {0: "train.checkpoints.writing flush", 1: "eval.features normalize"}
     halted(

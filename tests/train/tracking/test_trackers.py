@@ -50,13 +50,13 @@ def test_lines_beyond_the_checkpoint_are_dropped(tracked, tmp_path, caplog):
     assert not (tmp_path / "tensorboard").exists()  # unless it is asked for
 
 
-def test_weights_of_losses_are_told_once_where_they_are_not_1(tracked, caplog):
+def test_weights_of_losses_are_logged_once_where_they_are_not_1(tracked, caplog):
     caplog.set_level("INFO", "train")
     tracked()
     assert not caplog.messages
     tracked(loss_weight=LossWeights(itc=2.0, mlm=0.5))
-    told = "Logged losses are multiplied by loss_weight: loss_itc x 2, loss_mlm x 0.5; loss is their sum"
-    assert caplog.messages == [told]
+    reported = "Logged losses are multiplied by loss_weight: loss_itc x 2, loss_mlm x 0.5; loss is their sum"
+    assert caplog.messages == [reported]
 
 
 def test_evaluations_that_are_made_again_and_a_line_cut_short_are_dropped(tracked, tmp_path):
@@ -165,7 +165,7 @@ def test_tensorboard_shows_what_metrics_jsonl_holds(tracked, tmp_path):
 
 
 @pytest.mark.parametrize("setting", ["tensorboard", "wandb.enable"])
-def test_a_tracker_that_is_not_installed_is_told_at_once(setting, monkeypatch):
+def test_a_tracker_that_is_not_installed_is_reported_at_once(setting, monkeypatch):
     run = RunConfig(tensorboard=setting == "tensorboard")
     run.wandb.enable = setting == "wandb.enable"
     package = setting.partition(".")[0]

@@ -28,22 +28,9 @@ READ_ONLY = OSError(errno.EROFS, "Read-only file system")
 
 
 @pytest.fixture
-def saving(tmp_path, monkeypatch):
-    """Save step N below tmp_path, without an engine; `fail` makes one of the steps of it fail."""
-
-    def part(folder, engine, ranks, moments=True):
-        path = folder / "rank_00000_of_00001.safetensors"
-        path.write_text("half")
-        return path
-
-    monkeypatch.setattr(writing, "write_shard", part)
-    monkeypatch.setattr(writing, "_write_whole_weights", lambda folder, *_: (folder / "weights").mkdir())
-    monkeypatch.setattr(writing, "_optimizer_state", lambda engine: {})
-
-    writer = CheckpointWriter(tmp_path, None, ModelConfig(), None, Ranks())
-
-    def save(step):
-        return writer.save(TrainingState(step=step), keep=2)
+def saving(tiny, tmp_path, monkeypatch):
+    """A writer of checkpoints in tmp_path; `fail` makes one of its steps fail."""
+    writer = CheckpointWriter(tmp_path, SimpleNamespace(weight=1), ModelConfig(), None, Ranks())
 
     def fail(where, error):
         whole = getattr(writing, where)
@@ -54,6 +41,9 @@ def saving(tmp_path, monkeypatch):
 
         monkeypatch.setattr(writing, where, failing)
 
+    def save(step):
+        return writer.save(TrainingState(step=step), keep=2)
+
     return SimpleNamespace(save=save, fail=fail, writer=writer)
 
 
@@ -61,7 +51,7 @@ SPACE, RIGHTS = "(No space left on device): free some space and", "(Read-only fi
 
 
 @pytest.mark.parametrize(
-    ("where", "error", "told"),
+    ("where", "error", "reported"),
     [
         ("write_shard", RUST, SPACE),
         ("write_shard", FULL, SPACE),
@@ -71,14 +61,14 @@ SPACE, RIGHTS = "(No space left on device): free some space and", "(Read-only fi
     ],
 )
 def test_a_checkpoint_that_cannot_be_written_is_one_line_and_leaves_the_earlier_one(
-    saving, tmp_path, where, error, told
+    saving, tmp_path, where, error, reported
 ):
     saving.save(3)
     saving.fail(where, error)
     with pytest.raises(UserError) as caught:
         saving.save(5)
     assert str(caught.value) == (
-        f"{tmp_path}/step_00000005 cannot be written {told} run the same command again, which continues from "
+        f"{tmp_path}/step_00000005 cannot be written {reported} run the same command again, which continues from "
         "step_00000003, which is complete"
     )
     assert os.listdir(tmp_path) == ["step_00000003"]
@@ -138,7 +128,7 @@ def small_disk(folder, megabytes, words):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_real_disk_that_gets_full_ends_all_processes_and_a_larger_one_goes_on(corpora, tmp_path, processes):
+def test_a_real_disk_that_gets_full_ends_all_processes_and_a_larger_one_continues(corpora, tmp_path, processes):
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(small_disk(disk, 1, ["true"]), capture_output=True).returncode:
@@ -146,11 +136,11 @@ def test_a_real_disk_that_gets_full_ends_all_processes_and_a_larger_one_goes_on(
     settings = ("scheduler.epochs=2", "save_every=2", "keep_checkpoints=99")
     words = command("pretrain", corpora / "tiny.yaml", f"output_dir={disk}/run", *settings, processes=processes)
     ended = subprocess.run(small_disk(disk, 6, words), env=environment(), capture_output=True, text=True, timeout=600)
-    told = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    reported = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
     assert ended.returncode == 2, ended.stdout + ended.stderr
-    assert len(told) == 1
-    assert "cannot be written" in told[0]
-    assert "(No space left on device): free some space and run the same command again" in told[0]
+    assert len(reported) == 1
+    assert "cannot be written" in reported[0]
+    assert "(No space left on device): free some space and run the same command again" in reported[0]
     assert "Traceback" not in ended.stderr
     kept = tmp_path / "disk.kept"
     assert not [path for path in (kept / "checkpoints").iterdir() if path.name.startswith(".")]
