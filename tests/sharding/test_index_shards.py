@@ -18,7 +18,7 @@ import pytest
 import simplejpeg
 import webdataset
 from object_stores import Store
-from packed import contents
+from packed import contents, failures_of, rows_of
 from places import ROOT
 
 from loaders.samples import whole_sample
@@ -26,25 +26,19 @@ from loaders.shards import CorpusReader
 from sharding.build import build_corpus
 from sharding.index import main
 from sharding.media.video import pack_video
-from sharding.shards.failures import read_failures
 from sharding.shards.indexing import index_shards
 from sharding.shards.schema import read_corpus, read_index
 from sharding.shards.verification import verify_corpus
 
 
-@pytest.fixture
-def corpus(shapes, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(shapes.url("clips_train"), tmp_path / "clips"))
-
-
-def test_a_lost_index_is_made_again(corpus: Path) -> None:
-    before = [read_index(read_corpus(str(corpus)), 0).to_pylist()]
-    for file in [*corpus.glob("*.parquet"), corpus / "corpus.json"]:
+def test_a_lost_index_is_made_again(clips: Path) -> None:
+    before = [read_index(read_corpus(str(clips)), 0).to_pylist()]
+    for file in [*clips.glob("*.parquet"), clips / "corpus.json"]:
         file.unlink()
-    again = index_shards(str(corpus))
+    again = index_shards(str(clips))
     assert again.media_type == "video"
     assert [read_index(again, 0).to_pylist()] == before
-    assert not verify_corpus(str(corpus), decode=True)
+    assert not verify_corpus(str(clips), decode=True)
 
 
 def img2dataset(folder: Path, pictures: list[Path], each: int = 12) -> None:
@@ -86,11 +80,6 @@ def pictures(shapes) -> list[Path]:
 @pytest.fixture
 def media(shapes) -> list[Path]:
     return sorted((shapes.folder / "media" / "clips").rglob("*.mp4"))[:5]
-
-
-def rows_of(url: str) -> list[dict]:
-    corpus = read_corpus(url)
-    return [row for shard in range(len(corpus.shards)) for row in read_index(corpus, shard).to_pylist()]
 
 
 @pytest.mark.parametrize("where", ["local", "s3", "gcs"])
@@ -226,7 +215,7 @@ def test_what_is_damaged_is_listed_and_the_rest_is_indexed(pictures, tmp_path: P
     rows = rows_of(str(folder))
     assert {row["key"] for row in rows if not row["key"].isdecimal()} == {"good"}
     assert 20 < len(rows) < 26
-    failures = {row["source"]: row["reason"] for row in read_failures(str(folder))}
+    failures = failures_of(folder)
     assert set(failures) == {"empty", "html", "json", "questions", "number", "textonly"}
     assert failures["textonly"] == "no picture among its files (txt)"
     assert failures["html"].startswith("unreadable picture")
@@ -292,10 +281,10 @@ def test_files_of_other_tools_beside_the_shards_are_left_alone(shapes, tmp_path:
     assert (tmp_path / "00000.parquet").read_bytes() == before
 
 
-def test_indexing_our_own_corpus_again_changes_nothing_a_reader_sees(corpus: Path) -> None:
-    before = read_corpus(str(corpus))
-    (corpus / before.shards[0].index_name).unlink()
-    after = index_shards(str(corpus))
+def test_indexing_our_own_corpus_again_changes_nothing_a_reader_sees(clips: Path) -> None:
+    before = read_corpus(str(clips))
+    (clips / before.shards[0].index_name).unlink()
+    after = index_shards(str(clips))
     assert (after.name, after.settings, after.samples) == (before.name, before.settings, before.samples)
     assert [shard.sha256 for shard in after.shards] == [shard.sha256 for shard in before.shards]
 

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from object_stores import Store, forget_clients
+from packed import rows_of
 from PIL import Image
 from places import ROOT
 
@@ -24,20 +24,11 @@ from sharding.report.contact_sheet import short_names
 from sharding.report.gallery import telling
 from sharding.report.samples import pick
 from sharding.report.statistics import Distribution, measure, spread, text_histogram
-from sharding.shards.schema import Corpus, read_corpus, read_index
+from sharding.shards.schema import Corpus, read_corpus
 from sharding.verify import main as verify_main
 
 MEASURED = """import sys; from sharding.inspect import main; code = main(sys.argv[1:])
 sys.stderr.write(open("/proc/self/status").read()); sys.exit(code)"""  # so that the peak of memory is known
-
-
-@pytest.fixture
-def corpus(shapes, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(shapes.url("clips_train"), tmp_path / "clips"))
-
-
-def rows_of(corpus: Corpus) -> list[dict]:
-    return [row for shard in range(len(corpus.shards)) for row in read_index(corpus, shard).to_pylist()]
 
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
@@ -45,11 +36,11 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-def test_a_summary_and_the_first_sample_come_without_flags(corpus: Path, capsys) -> None:
-    assert main([str(corpus)]) == 0
+def test_a_summary_and_the_first_sample_come_without_flags(clips: Path, capsys) -> None:
+    assert main([str(clips)]) == 0
     out = capsys.readouterr().out
     assert "40 samples, 320 frames, 120 captions" in out
-    first = rows_of(read_corpus(str(corpus)))[0]
+    first = rows_of(clips)[0]
     assert f"sample {first['key']} in" in out
     assert all(f"caption: {caption}" in out for caption in first["captions"])
     assert "8 frames, 4 a second, 2.00 s" in out
@@ -57,7 +48,7 @@ def test_a_summary_and_the_first_sample_come_without_flags(corpus: Path, capsys)
 
 @pytest.mark.parametrize("name", ["images_train", "qa_train", "mc_test"])
 def test_every_kind_of_sample_is_told_in_full(shapes, capsys, name: str) -> None:
-    row = rows_of(read_corpus(shapes.url(name)))[3]
+    row = rows_of(shapes.url(name))[3]
     assert main([shapes.url(name), "--sample", "3"]) == 0
     out = capsys.readouterr().out
     texts = [*row["captions"], *(question["question"] for question in row["questions"])]
@@ -69,16 +60,16 @@ def test_every_kind_of_sample_is_told_in_full(shapes, capsys, name: str) -> None
 
 
 @pytest.mark.parametrize("by", ["number", "key", "source"])
-def test_a_sample_is_found_by_number_key_and_source(corpus: Path, capsys, by: str) -> None:
-    rows = rows_of(read_corpus(str(corpus)))
+def test_a_sample_is_found_by_number_key_and_source(clips: Path, capsys, by: str) -> None:
+    rows = rows_of(clips)
     for number in (0, 7, 39):
         name = str(number) if by == "number" else rows[number][by]
-        found = said(capsys, str(corpus), "--sample", name)["sample"]
+        found = said(capsys, str(clips), "--sample", name)["sample"]
         assert {key: found[key] for key in rows[number]} == rows[number]
-    assert main([str(corpus), "--sample", "40"]) == 2
+    assert main([str(clips), "--sample", "40"]) == 2
     assert "has samples 0 to 39" in capsys.readouterr().err
-    assert main([str(corpus), "--sample", "no such key"]) == 2
-    assert main([str(corpus), "--sample", "0", "--frame", "8"]) == 2
+    assert main([str(clips), "--sample", "no such key"]) == 2
+    assert main([str(clips), "--sample", "0", "--frame", "8"]) == 2
     assert "has frames 0 to 7" in capsys.readouterr().err
 
 
@@ -92,8 +83,8 @@ def fetched(command: str, folder: Path) -> bytes:
 
 
 @pytest.mark.parametrize("name", ["plain", "with space's"])
-def test_the_printed_command_fetches_the_frame_from_disk(corpus: Path, tmp_path: Path, capsys, name: str) -> None:
-    url = str(corpus.rename(tmp_path / name))
+def test_the_printed_command_fetches_the_frame_from_disk(clips: Path, tmp_path: Path, capsys, name: str) -> None:
+    url = str(clips.rename(tmp_path / name))
     found = said(capsys, url, "--sample", "9", "--frame", "3")["sample"]
     assert found["command"].startswith("dd ")
     data = fetched(found["command"], tmp_path / "got")
@@ -103,9 +94,9 @@ def test_the_printed_command_fetches_the_frame_from_disk(corpus: Path, tmp_path:
 
 
 @pytest.mark.parametrize("store", ["s3", "gcs", "http"], indirect=True)
-def test_a_remote_corpus_is_inspected_like_a_local_one(corpus: Path, store: Store, tmp_path: Path, capsys) -> None:
-    url = store.fill(corpus, "clips")
-    local, remote = (said(capsys, place, "--sample", "9", "--stats") for place in (str(corpus), url))
+def test_a_remote_corpus_is_inspected_like_a_local_one(clips: Path, store: Store, tmp_path: Path, capsys) -> None:
+    url = store.fill(clips, "clips")
+    local, remote = (said(capsys, place, "--sample", "9", "--stats") for place in (str(clips), url))
     assert remote["statistics"] == local["statistics"]
     assert remote["sample"]["offsets"] == local["sample"]["offsets"]
     assert remote["sample"]["command"].startswith("curl -sS -r " if url.startswith("http") else "python -c ")
@@ -117,7 +108,7 @@ def test_a_remote_corpus_is_inspected_like_a_local_one(corpus: Path, store: Stor
 
 def test_figures_are_those_of_the_index(shapes, capsys) -> None:
     for name in ("images_train", "qa_train", "mc_test"):
-        rows = rows_of(read_corpus(shapes.url(name)))
+        rows = rows_of(shapes.url(name))
         figures = said(capsys, shapes.url(name), "--stats")["statistics"]
         assert (figures["samples"], figures["samples_without_text"]) == (len(rows), 0)
         truth = {
@@ -197,17 +188,17 @@ def counted(values: list[float]) -> Counter[float]:
     return distribution.counts
 
 
-def test_pictures_come_from_all_over_and_broken_ones_are_shown_as_such(corpus: Path, tmp_path: Path) -> None:
-    known = read_corpus(str(corpus))
+def test_pictures_come_from_all_over_and_broken_ones_are_shown_as_such(clips: Path, tmp_path: Path) -> None:
+    known = read_corpus(str(clips))
     assert {sample.shard for sample in pick(known, 10)} == set(range(len(known.shards)))
     assert len(pick(known, 1000)) == 40
     assert len({sample.row["key"] for sample in pick(known, 20, shards=2)}) == 2 * known.shards[0].samples
     assert spread(10, 3) == [0, 4, 9]
     assert spread(0, 5) == []
-    (corpus / known.shards[0].name).unlink()
-    tar = corpus / known.shards[1].name
+    (clips / known.shards[0].name).unlink()
+    tar = clips / known.shards[1].name
     tar.write_bytes(tar.read_bytes()[:2000])
-    assert main([str(corpus), "--sheet", str(tmp_path / "sheet.png"), "--html", str(tmp_path / "page.html")]) == 0
+    assert main([str(clips), "--sheet", str(tmp_path / "sheet.png"), "--html", str(tmp_path / "page.html")]) == 0
     assert (tmp_path / "page.html").read_text().count("not readable") > 3
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width > 1000
@@ -321,15 +312,15 @@ def test_a_browser_shows_the_contact_sheet(shapes, tmp_path: Path, visitor) -> N
 
 
 @pytest.mark.parametrize("shards", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_thousands_of_shards_cost_time_but_no_memory(corpus: Path, tmp_path: Path, shards: int) -> None:
+def test_thousands_of_shards_cost_time_but_no_memory(clips: Path, tmp_path: Path, shards: int) -> None:
     """One index, linked under thousands of names: more indices than fit, were they kept."""
-    known = read_corpus(str(corpus))
+    known = read_corpus(str(clips))
     first = known.shards[0]
     many = []
     for number in range(shards):
         name = f"many-{number:06d}"
-        os.link(corpus / first.index_name, tmp_path / f"{name}.parquet")
-        os.link(corpus / first.name, tmp_path / f"{name}.tar")
+        os.link(clips / first.index_name, tmp_path / f"{name}.parquet")
+        os.link(clips / first.name, tmp_path / f"{name}.tar")
         many.append(replace(first, name=f"{name}.tar"))
     whole = Corpus(str(tmp_path), "many", "video", tuple(many), known.settings)
     (tmp_path / "corpus.json").write_text(whole.to_json())

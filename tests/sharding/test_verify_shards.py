@@ -42,11 +42,6 @@ def corpus(packed: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(packed, tmp_path / "photos"))
 
 
-@pytest.fixture
-def clips(shapes, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(shapes.url("clips_train"), tmp_path / "clips"))
-
-
 def flip(file: Path, place: int, bit: int = 0) -> None:
     data = bytearray(file.read_bytes())
     data[place] ^= 1 << bit

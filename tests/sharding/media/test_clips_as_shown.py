@@ -8,17 +8,16 @@ from pathlib import Path
 
 import av
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import simplejpeg
 from ffmpeg_frames import difference, ffmpeg, shown_frames, shown_times, step_of
+from packed import failures_of, rows_of
 from PIL import Image
 
 from sharding.build import build_corpus
 from sharding.media.clock import Clock
 from sharding.media.frames import Frames, MediaError
 from sharding.media.video import pack_video
-from sharding.shards.schema import read_index
 
 SECONDS = 12
 H264 = ["-c:v", "libx264", "-g", "25", "-bf", "2", "-preset", "ultrafast"]
@@ -77,11 +76,9 @@ def test_parts_of_one_clip_are_packed_as_if_alone(folder: Path, tmp_path: Path) 
     records = [{"video": name, "start": a, "end": b, "caption": "x"} for name in names for a, b in spans]
     (tmp_path / "a.json").write_text(json.dumps(records))
     options = {"size": 36, "fps": 2, "quality": 90, "workers": 1, "max_failures": 1.0}
-    corpus = build_corpus([str(tmp_path / "a.json")], str(folder), "video", str(tmp_path / "out"), **options)
-    tables = [read_index(corpus, shard) for shard in range(len(corpus.shards))]
-    rows = {row["source"]: row["crc32s"] for table in tables for row in table.to_pylist()}
-    failures = pq.read_table(tmp_path / "out" / "failures.parquet").to_pylist()
-    assert {row["reason"] for row in failures} == {"no frame at 20 seconds or later"}
+    build_corpus([str(tmp_path / "a.json")], str(folder), "video", str(tmp_path / "out"), **options)
+    rows, failures = {row["source"]: row["crc32s"] for row in rows_of(tmp_path / "out")}, failures_of(tmp_path / "out")
+    assert set(failures.values()) == {"no frame at 20 seconds or later"}
     assert (len(rows), len(failures)) == (30, 6)
     for name in names:
         for start, end in spans:

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-import pyarrow.parquet as pq
 import pytest
-from packed import write_photos
+from packed import failures_of, rows_of, write_photos
 from web_servers import Handler, serving
 
 from sharding.build import build_corpus
-from sharding.shards.schema import Corpus, read_index
+from sharding.shards.schema import Corpus
 from storage.web import Fetching
 
 COUNT = 40
@@ -41,10 +40,6 @@ def pack(tmp_path: Path, root: str, names: list[str] | None = None, **settings) 
     (tmp_path / "a.json").write_text(json.dumps([{"image": name, "caption": "x"} for name in names]))
     options = {"size": 48, "workers": 1, "name": "x", "fetching": QUICK, "max_failures": 1.0} | settings
     return build_corpus([str(tmp_path / "a.json")], root, "image", str(tmp_path / "out"), **options)
-
-
-def failures(tmp_path: Path) -> dict[str, str]:
-    return {row["source"]: row["reason"] for row in pq.read_table(tmp_path / "out" / "failures.parquet").to_pylist()}
 
 
 class Answer(Handler):
@@ -108,7 +103,7 @@ def test_what_cannot_be_had_is_reported_with_its_reason(web, tmp_path: Path) -> 
     gone = [f"{web.url}/none.jpg", "http://127.0.0.1:9/x.jpg", "http://no-such-host.invalid/x.jpg"]
     corpus = pack(tmp_path, "", names + gone, fetching=Fetching(attempts=2, timeout=0.5))
     assert corpus.samples == 2
-    found = failures(tmp_path)
+    found = failures_of(tmp_path / "out")
     assert found.pop(gone[2]).startswith(("host not found: no-such-host.invalid", "HTTP"))
     assert found == {
         names[1]: "HTTP 403 Forbidden",
@@ -182,9 +177,12 @@ def test_archives_in_a_folder_and_folders_in_an_archive(photos: Path, tmp_path: 
     archive(tmp_path / "one.tar", photos.parent)
     archive(tmp_path / "two.zip", photos)
     names = ["one.tar/photos/1.jpg", "two.zip/2.jpg", "one.tar/photos/99.jpg", "three.zip/x.jpg"]
-    corpus = pack(tmp_path, str(tmp_path), names)
-    assert [row["source"] for row in read_index(corpus, 0).to_pylist()] == names[:2]
-    assert failures(tmp_path) == {names[2]: "not in the archive one.tar", names[3]: "archive three.zip not found"}
+    pack(tmp_path, str(tmp_path), names)
+    assert [row["source"] for row in rows_of(tmp_path / "out")] == names[:2]
+    assert failures_of(tmp_path / "out") == {
+        names[2]: "not in the archive one.tar",
+        names[3]: "archive three.zip not found",
+    }
     (tmp_path / "inner").mkdir()
     assert pack(tmp_path / "inner", f"{tmp_path}/one.tar/photos", ["3.jpg"]).samples == 1
 
@@ -196,7 +194,7 @@ def test_damage_in_an_archive_is_found(photos: Path, tmp_path: Path) -> None:
         data[file.getinfo("5.jpg").header_offset + 400] ^= 255
     path.write_bytes(data)
     assert pack(tmp_path, str(path)).samples == COUNT - 1
-    assert failures(tmp_path)["5.jpg"].startswith("damaged archive member")
+    assert failures_of(tmp_path / "out")["5.jpg"].startswith("damaged archive member")
 
 
 @pytest.mark.parametrize(
@@ -212,6 +210,6 @@ def test_a_cut_archive_says_so(photos: Path, tmp_path: Path) -> None:
     path = archive(tmp_path / "photos.zip", photos)
     path.write_bytes(path.read_bytes()[:-50])
     pack(tmp_path, str(path))
-    assert set(failures(tmp_path).values()) == {
+    assert set(failures_of(tmp_path / "out").values()) == {
         f"{path} cannot be read as an archive (File is not a zip file): is it complete?"
     }
