@@ -333,7 +333,7 @@ def test_singularitys_own_json_is_read_under_every_yaml(tmp_path: Path, name: st
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_yaml_says_where_its_files_come_from_and_the_command(name: str) -> None:
+def test_each_yaml_has_a_comment_with_source_and_command(name: str) -> None:
     comment = "".join(line for line in (CORPORA / f"{name}.yaml").read_text().splitlines(True) if line.startswith("#"))
     assert f"--corpus configs/corpora/{name}.yaml" in comment or name == "generic"
     assert "http" in comment or name in ("generic", "img2dataset")

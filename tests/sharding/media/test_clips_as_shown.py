@@ -55,7 +55,7 @@ def packed(path: Path, fps: float = 5, start: float = 0.0, end: float = float("i
 
 
 @pytest.mark.parametrize("name", CODECS)
-def test_a_part_has_the_frames_of_the_whole_clip(folder: Path, name: str) -> None:
+def test_a_segment_has_the_frames_of_the_whole_clip(folder: Path, name: str) -> None:
     path = folder / f"a.{name}"
     whole = packed(path)
     assert len(whole) == 5 * SECONDS
@@ -70,7 +70,7 @@ def test_a_part_has_the_frames_of_the_whole_clip(folder: Path, name: str) -> Non
         packed(path, 5, 12, 13)
 
 
-def test_parts_of_one_clip_are_packed_as_if_alone(folder: Path, tmp_path: Path) -> None:
+def test_segments_of_one_clip_are_packed_independently(folder: Path, tmp_path: Path) -> None:
     spans = [(6, 8), (0, 2), (7, 9.5), (20, 21), (0, 2.4), (10, 12)]  # out of order, overlapping, one that is not there
     names = ["a.mp4", "a.mkv", "a.avi", "a.webm", "a.ts", "a.gif"]
     records = [{"video": name, "start": a, "end": b, "caption": "x"} for name in names for a, b in spans]
@@ -105,7 +105,7 @@ def shifted(folder: Path, seconds: float) -> bytes:
     ],
     ids=str,
 )
-def test_a_clock_that_jumps_goes_on(folder: Path, tmp_path: Path, clocks: list[float], seconds: float) -> None:
+def test_timestamp_jumps_are_continued(folder: Path, tmp_path: Path, clocks: list[float], seconds: float) -> None:
     path = tmp_path / "joined.ts"
     path.write_bytes(b"".join(shifted(folder, clock) for clock in clocks))
     whole = pack_video(path.read_bytes(), 36, 90, 5)
@@ -116,13 +116,13 @@ def test_a_clock_that_jumps_goes_on(folder: Path, tmp_path: Path, clocks: list[f
     check_against_ffmpeg(path, 5)
 
 
-def test_two_program_streams_one_behind_the_other(folder: Path, tmp_path: Path) -> None:
+def test_concatenated_program_streams(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "joined.mpg"
     path.write_bytes((folder / "a.mpg").read_bytes() * 2)
     assert len(check_against_ffmpeg(path, 5).jpegs) == 120
 
 
-def test_a_pause_is_real_where_the_clock_cannot_jump(tmp_path: Path) -> None:
+def test_a_timestamp_gap_is_a_pause_in_other_containers(tmp_path: Path) -> None:
     ffmpeg("-f", "lavfi", "-i", "testsrc2=s=64x36:r=10:d=2,setpts=PTS+if(gte(N\\,10)\\,600/TB)", *H264,
            "-fps_mode", "vfr", tmp_path / "pause.mp4")  # fmt: skip
     whole = pack_video((tmp_path / "pause.mp4").read_bytes(), 36, 90, 1)
@@ -245,7 +245,7 @@ def cover(tmp_path: Path) -> Path:
     return tmp_path / "cover.jpg"
 
 
-def test_a_cover_is_not_the_clip(folder: Path, tmp_path: Path, cover: Path) -> None:
+def test_cover_art_is_not_the_video_stream(folder: Path, tmp_path: Path, cover: Path) -> None:
     words = ["-i", cover, "-i", folder / "a.mp4", "-map", 0, "-map", 1, "-c", "copy"]
     ffmpeg(*words, "-disposition:v:0", "attached_pic", "-disposition:v:1", "default", tmp_path / "a.mp4")
     attached = ["-attach", cover, "-metadata:s:t", "mimetype=image/jpeg"]
@@ -255,7 +255,7 @@ def test_a_cover_is_not_the_clip(folder: Path, tmp_path: Path, cover: Path) -> N
 
 
 @pytest.mark.parametrize("name", ["a.m4a", "a.mp3", "a.flac"])
-def test_a_song_with_a_cover_is_no_clip(tmp_path: Path, cover: Path, name: str) -> None:
+def test_a_song_with_cover_art_has_no_video_stream(tmp_path: Path, cover: Path, name: str) -> None:
     words = ["-f", "lavfi", "-i", "sine=d=2", "-i", cover, "-map", 0, "-map", 1]
     ffmpeg(*words, "-c:v", "copy", "-disposition:v", "attached_pic", tmp_path / name)
     with pytest.raises(MediaError, match=r"^no video stream$"):
@@ -264,7 +264,7 @@ def test_a_song_with_a_cover_is_no_clip(tmp_path: Path, cover: Path, name: str) 
 
 @pytest.mark.parametrize("form", ["mkv", "mp4"])
 @pytest.mark.parametrize(("default", "best"), [((0, 1), 1), ((1, 0), 0), ((1, 1), 1), ((0, 0), 1)], ids=str)
-def test_of_two_streams_the_one_that_ffmpeg_takes(
+def test_of_two_streams_that_of_ffmpeg_is_chosen(
     folder: Path, tmp_path: Path, form: str, default: tuple[int, int], best: int
 ) -> None:
     path = tmp_path / f"two.{form}"
@@ -300,9 +300,7 @@ PLAYLISTS = {
 
 
 @pytest.mark.parametrize("kind", PLAYLISTS)
-def test_nothing_but_the_file_is_opened(
-    folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_playlists_open_no_other_file(folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(folder)
     text = PLAYLISTS[kind].format(path=folder / "a.mp4")
     began = time.monotonic()
@@ -319,7 +317,7 @@ def test_a_picture_with_exif_is_one_upright_frame() -> None:
     assert (stored.width, stored.height, len(stored.jpegs)) == (48, 64, 1)
 
 
-def test_packets_behind_a_part_are_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packets_after_a_segment_are_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, correct, packets = (folder / "a.mkv").read_bytes(), Clock.correct, []
     monkeypatch.setattr(Clock, "correct", lambda clock, packet: packets.append(correct(clock, packet)))
     assert pack_video(data, 36, 90, 5, 2, 1, 3).duration == pytest.approx(2)

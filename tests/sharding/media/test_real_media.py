@@ -114,7 +114,7 @@ def test_every_picture(tmp_path: Path) -> None:
     [path for folder in CLIP_FOLDERS for path in sorted((DATA / folder).glob("*")) if path.suffix in CLIPS],
     ids=lambda path: f"{path.parent.name}-{path.name}",
 )
-def test_the_frame_that_ffmpeg_shows_is_stored(path: Path) -> None:
+def test_stored_frames_are_those_of_ffmpeg(path: Path) -> None:
     if path.name in BROKEN_CLIPS:
         with pytest.raises(MediaError):
             pack_video(path.read_bytes(), 64, 95, 4)

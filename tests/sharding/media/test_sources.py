@@ -1,4 +1,4 @@
-"""Where media come from: web servers that fail now and then, stores, archives; what cannot be had is named."""
+"""Sources of media: web servers with transient errors, stores, archives; failures are reported with a reason."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def pack(tmp_path: Path, root: str, names: list[str] | None = None, **settings) 
 
 
 class Answer(Handler):
-    """A file of the server's folder, or 404; `moods[path]` is the list of what its first answers are, instead."""
+    """A file of the server's folder, or 404; `answers[path]` is the list of what its first answers are, instead."""
 
     server: Any
 
@@ -52,22 +52,22 @@ class Answer(Handler):
             self.server.asked[self.path] += 1
             self.server.busy += 1
             self.server.busiest = max(self.server.busiest, self.server.busy)
-            mood = (self.server.moods.get(self.path) or ["good"]).pop(0)
+            answer = (self.server.answers.get(self.path) or ["good"]).pop(0)
         try:
-            self.answer(mood)
+            self.send(answer)
         finally:
             with self.server.lock:
                 self.server.busy -= 1
 
-    def answer(self, mood: str) -> None:
+    def send(self, answer: str) -> None:
         file = self.server.folder / self.path.lstrip("/")
-        if mood.isdigit() or not file.is_file():
-            return self.say(int(mood) if mood.isdigit() else 404)
-        if mood == "silent":
+        if answer.isdigit() or not file.is_file():
+            return self.say(int(answer) if answer.isdigit() else 404)
+        if answer == "silent":
             self.server.release.wait(10)
-        elif mood == "slow":
+        elif answer == "slow":
             time.sleep(0.05)
-        elif mood == "cut":
+        elif answer == "cut":
             self.close_connection = True
             self.send_response(200)
             self.send_header("Content-Length", str(file.stat().st_size))
@@ -78,7 +78,7 @@ class Answer(Handler):
 
 @pytest.fixture
 def web(photos: Path):
-    state = {"folder": photos, "moods": {}, "asked": Counter(), "busy": 0, "busiest": 0}
+    state = {"folder": photos, "answers": {}, "asked": Counter(), "busy": 0, "busiest": 0}
     with serving(Answer, **state, lock=threading.Lock(), release=threading.Event()) as server:
         server.url = f"http://127.0.0.1:{server.server_address[1]}"
         server.handle_error = lambda *_: None  # a client that went away is no news
@@ -86,8 +86,8 @@ def web(photos: Path):
         server.release.set()
 
 
-def test_what_fails_now_and_then_is_asked_again(web, plain: Corpus, tmp_path: Path) -> None:
-    web.moods = {
+def test_transient_errors_are_retried(web, plain: Corpus, tmp_path: Path) -> None:
+    web.answers = {
         "/3.jpg": ["503", "500"],
         "/5.jpg": ["cut", "429"],
         "/7.jpg": ["silent"],
@@ -97,8 +97,8 @@ def test_what_fails_now_and_then_is_asked_again(web, plain: Corpus, tmp_path: Pa
     assert [web.asked[f"/{number}.jpg"] for number in (3, 5, 7, 9, 11)] == [3, 3, 2, 4, 1]
 
 
-def test_what_cannot_be_had_is_reported_with_its_reason(web, tmp_path: Path) -> None:
-    web.moods = {"/1.jpg": ["403"], "/2.jpg": ["503"] * 9, "/3.jpg": ["cut"] * 9, "/4.jpg": ["silent"] * 9}
+def test_failed_downloads_are_reported_with_their_reason(web, tmp_path: Path) -> None:
+    web.answers = {"/1.jpg": ["403"], "/2.jpg": ["503"] * 9, "/3.jpg": ["cut"] * 9, "/4.jpg": ["silent"] * 9}
     names = [f"{web.url}/{number}.jpg" for number in range(6)]
     gone = [f"{web.url}/none.jpg", "http://127.0.0.1:9/x.jpg", "http://no-such-host.invalid/x.jpg"]
     corpus = pack(tmp_path, "", names + gone, fetching=Fetching(attempts=2, timeout=0.5))
@@ -117,14 +117,14 @@ def test_what_cannot_be_had_is_reported_with_its_reason(web, tmp_path: Path) -> 
     assert web.asked["/2.jpg"] == 2
 
 
-def test_no_more_connections_than_allowed_go_to_one_host(web, tmp_path: Path) -> None:
-    web.moods = {f"/{number}.jpg": ["slow"] for number in range(COUNT)}
+def test_connections_per_host_are_limited(web, tmp_path: Path) -> None:
+    web.answers = {f"/{number}.jpg": ["slow"] for number in range(COUNT)}
     pack(tmp_path, web.url, fetching=Fetching(connections=12, per_host=3))
     assert web.busiest == 3
 
 
-def test_a_slow_photo_does_not_hold_up_the_others_and_keeps_its_place(web, plain: Corpus, tmp_path: Path) -> None:
-    web.moods = {"/0.jpg": ["silent"]}
+def test_a_slow_download_blocks_no_other_and_keeps_its_position(web, plain: Corpus, tmp_path: Path) -> None:
+    web.answers = {"/0.jpg": ["silent"]}
 
     def release_when_all_are_asked_for() -> None:
         while len(web.asked) < COUNT:
@@ -138,7 +138,7 @@ def test_a_slow_photo_does_not_hold_up_the_others_and_keeps_its_place(web, plain
     release.join()
 
 
-def test_a_store_with_any_protocol_will_do(photos: Path, plain: Corpus, tmp_path: Path) -> None:
+def test_media_are_read_from_any_fsspec_store(photos: Path, plain: Corpus, tmp_path: Path) -> None:
     fsspec.filesystem("memory").put(str(photos), "/media", recursive=True)
     assert pack(tmp_path, "memory://media").shards == plain.shards
     with pytest.raises(FileNotFoundError, match="media root memory://nowhere does not exist"):
@@ -200,13 +200,13 @@ def test_damage_in_an_archive_is_found(photos: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"), [("a.tar.gz", "gunzip it"), ("a.tgz", "gunzip it"), ("gone.zip", "does not exist")]
 )
-def test_an_archive_that_will_not_do_is_refused_at_once(tmp_path: Path, name: str, message: str) -> None:
+def test_an_unusable_archive_is_an_error_before_the_build(tmp_path: Path, name: str, message: str) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         pack(tmp_path, f"{tmp_path}/{name}")
     assert not os.path.exists(tmp_path / "out")
 
 
-def test_a_cut_archive_says_so(photos: Path, tmp_path: Path) -> None:
+def test_a_truncated_archive_is_reported(photos: Path, tmp_path: Path) -> None:
     path = archive(tmp_path / "photos.zip", photos)
     path.write_bytes(path.read_bytes()[:-50])
     pack(tmp_path, str(path))

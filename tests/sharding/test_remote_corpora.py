@@ -1,4 +1,4 @@
-"""Verifying, repairing and indexing in object stores, on days when requests fail."""
+"""Verifying, repairing and indexing in object stores with failing requests."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def test_a_damaged_byte_in_a_store_is_found_and_an_index_is_repaired_there(clips
 
 
 @pytest.mark.parametrize("store", ["s3", "gcs"], indirect=True)
-def test_failing_requests_are_no_faults_of_the_corpus(clips: Path, store: Store, faulty: MakeFaulty) -> None:
+def test_failing_requests_are_not_reported_as_faults(clips: Path, store: Store, faulty: MakeFaulty) -> None:
     url = store.fill(clips, "clips")
     proxy = faulty(store, FAILING)
     assert not verify_corpus(url, decode=True)
@@ -48,7 +48,7 @@ def test_failing_requests_are_no_faults_of_the_corpus(clips: Path, store: Store,
     assert spoiled["error"] + spoiled["cut"] + spoiled["throttle"] > 0
 
 
-def test_shards_are_indexed_though_requests_fail(clips: Path, s3: Store, faulty: MakeFaulty) -> None:
+def test_shards_are_indexed_when_requests_fail(clips: Path, s3: Store, faulty: MakeFaulty) -> None:
     known = read_corpus(str(clips))
     for path in [*clips.glob("*.parquet"), *clips.glob("*.json")]:
         path.unlink()
@@ -59,7 +59,7 @@ def test_shards_are_indexed_though_requests_fail(clips: Path, s3: Store, faulty:
     assert not verify_corpus(url, decode=True)
 
 
-def test_bytes_that_arrive_changed_are_found(clips: Path, s3: Store, faulty: MakeFaulty) -> None:
+def test_bytes_corrupted_in_transit_are_found(clips: Path, s3: Store, faulty: MakeFaulty) -> None:
     url = s3.fill(clips, "clips")
     faulty(s3, Faults(corrupt=1, corrupt_only=r"000002\.tar"))
     faults = verify_corpus(url)
