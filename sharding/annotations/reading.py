@@ -40,7 +40,7 @@ from sharding.annotations.items import Row
 from storage.policy import check_bucket, retry, storage_errors
 from storage.urls import plain_scheme
 
-MAGIC = set("*?[")  # what makes a pattern of a name
+MAGIC = set("*?[")  # characters of a pattern
 
 FileReader = Callable[[AnnotationFile, Reading], Iterator[Record]]
 JoinReader = Callable[[Sequence[AnnotationFile], Reading], Iterator[Record]]
@@ -134,7 +134,7 @@ def check_reading(reading: Reading) -> None:
 def rows_of(files: Sequence[AnnotationFile], reading: Reading) -> Iterator[Row]:
     """The rows of open files."""
     maker = RowMaker(reading.columns, reading.keep)
-    # Parts of clips that the corpus itself sets, such as the first 30 seconds, hold for its official JSON as well.
+    # Segments set by the corpus, such as the first 30 seconds, apply to its official JSON as well.
     own = RowMaker(Columns(start=reading.columns.start, end=reading.columns.end), reading.keep)
     for official, group in groupby(files, key=lambda file: is_official(file, maker)):
         records = records_of(list(group), Reading(format="json") if official else reading)
@@ -188,7 +188,7 @@ def expanded(patterns: Sequence[str]) -> list[str]:
 
 
 def matching(filesystem: Any, path: str) -> list[str]:
-    """The files that match a pattern, in order of name; parts of it that are there as they stand are not patterns."""
+    """The files that match a pattern, in order of name; folders that exist under the literal name are not patterns."""
     parts = path.split("/")
     known = 1
     while known < len(parts) and (not MAGIC & set(parts[known]) or filesystem.exists("/".join(parts[: known + 1]))):

@@ -120,7 +120,7 @@ def is_json_lines(file: AnnotationFile) -> bool:
 
 
 def first_record(file: AnnotationFile) -> Record | None:
-    """The first object of a JSON list; None where there is no such."""
+    """The first record of a JSON list; None for an empty list or another form."""
     return next(json_records(file), None) if first_character(file) == b"[" else None
 
 
