@@ -28,7 +28,7 @@ from sharding.annotations.formats.datasets import (
     visual_genome_records,
     vqa_records,
 )
-from sharding.annotations.formats.json_files import first_character, first_record, is_json_lines, json_records
+from sharding.annotations.formats.json_files import first_bytes, first_record, is_json_lines, json_records
 from sharding.annotations.formats.tables import (
     csv_records,
     img2dataset_records,
@@ -55,7 +55,7 @@ def json_or_lines(file: AnnotationFile, reading: Reading) -> Iterator[Record]:
 
 def lines_or_json(file: AnnotationFile, reading: Reading) -> Iterator[Record]:
     """Records of JSON lines, or of a JSON list under a name for lines."""
-    return json_records(file) if first_character(file) == b"[" else jsonl_records(file, reading)
+    return json_records(file) if first_bytes(file)[:1] == b"[" else jsonl_records(file, reading)
 
 
 ENDINGS: dict[str, FileReader] = {

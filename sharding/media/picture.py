@@ -28,8 +28,8 @@ DAMAGES = ("premature end", "bad huffman code", "bad arithmetic code", "found ma
 TRUNCATED = "truncated JPEG: its picture has no end-of-image marker"
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF
 POSTSCRIPT = (b"%!PS", b"\xc5\xd0\xd3\xc6")  # how files begin that Pillow gives to Ghostscript to run
-# Formats that Pillow does not read itself: Ghostscript runs EPS, IPTC opens the file inside, the others need programs of
-# the system.
+# Formats that Pillow does not read itself: Ghostscript runs EPS, IPTC opens the file inside, the others need other
+# programs.
 NOT_PICTURES = {"EPS", "IPTC", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
 
 

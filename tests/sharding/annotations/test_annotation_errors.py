@@ -77,12 +77,11 @@ def test_a_wrong_file_is_named_with_the_remedy(
     assert "\n" not in str(error.value)
 
 
-def test_a_question_whose_answer_is_of_another_split_is_named(tmp_path: Path) -> None:
-    (tmp_path / "q.json").write_text(json.dumps([{"video_name": "a", "question": "x", "question_id": "a_1"}]))
-    (tmp_path / "a.json").write_text(json.dumps([{"answer": "yes", "question_id": "b_1"}]))
-    files = [str(tmp_path / "q.json"), str(tmp_path / "a.json")]
+def test_a_question_whose_answer_is_of_another_split_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "q.json").write_text('[{"video_name": "a", "question": "x", "question_id": "a_1"}]')
+    (tmp_path / "a.json").write_text('[{"answer": "yes", "question_id": "b_1"}]')
     with pytest.raises(ValueError, match=r"q.json, record 1: question_id 'a_1' has no answer in .*a.json: pass the"):
-        list(read_rows(files, Reading(format="activitynet_qa")))
+        list(read_rows([f"{tmp_path}/q.json", f"{tmp_path}/a.json"], Reading(format="activitynet_qa")))
 
 
 def test_skip_bad_rows_counts_malformed_rows(tmp_path: Path) -> None:
@@ -105,12 +104,6 @@ def test_bad_rows_are_counted_by_column_and_the_error_names_the_flag(tmp_path: P
     }
 
 
-def test_invalid_json_lines_are_reported_with_their_line_number(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('\n{"image": "1.jpg", "caption": "x"}\n\n{"image": }\n')
-    with pytest.raises(ValueError, match=r"a.jsonl, record 2: line 4, column 11 is not JSON \(Expecting value\)"):
-        sources(tmp_path / "a.jsonl")
-
-
 @pytest.mark.parametrize("big", [0, 3000])
 def test_invalid_json_is_reported_with_line_and_column(tmp_path: Path, big: int) -> None:
     good = "\n".join(json.dumps(CAPTIONED[0]) + "," for _ in range(big + 2))
@@ -118,6 +111,9 @@ def test_invalid_json_is_reported_with_line_and_column(tmp_path: Path, big: int)
     place = rf"line {big + 4}, column 17, after entry {big + 2}$"
     with pytest.raises(ValueError, match=rf"a.json is not JSON \(.*\): {place}"):
         sources(tmp_path / "a.json")
+    (tmp_path / "a.jsonl").write_text('\n{"image": "1.jpg", "caption": "x"}\n\n{"image": }\n')
+    with pytest.raises(ValueError, match=r"a.jsonl, record 2: line 4, column 11 is not JSON \(Expecting value\)"):
+        sources(tmp_path / "a.jsonl")
 
 
 def test_compressed_files_byte_order_marks_and_patterns_are_read(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from sharding.media.frames import MediaError
 from sharding.media.image import pack_image
-from sharding.media.jpeg import has_end, orientation_of
+from sharding.media.jpeg import orientation_of
 from sharding.media.picture import decode_picture
 from sharding.shards.checks import undecodable
 from sharding.shards.foreign import picture_of
@@ -117,13 +117,6 @@ def test_a_truncated_jpeg_is_a_failure(kind: str) -> None:
 def test_other_files_are_failures(data: bytes) -> None:
     with pytest.raises(MediaError, match=r"empty file|unreadable image"):
         pack_image(data, 40, 90)
-
-
-def test_the_end_marker_must_be_the_pictures_own() -> None:
-    assert has_end(PLAIN + PROGRESSIVE)
-    assert not has_end(PLAIN[: len(PLAIN) // 2] + PROGRESSIVE)
-    assert not has_end(PLAIN[:SCAN])
-    assert not has_end(b"")
 
 
 @pytest.mark.parametrize(
