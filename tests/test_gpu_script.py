@@ -1,4 +1,4 @@
-"""`benchmarks/gpu.sh`: everything that is worth measuring on a GPU, in one command; here on a CPU, in small."""
+"""`benchmarks/gpu.sh`: all measurements on a GPU in one command; here on a CPU with small sizes."""
 
 import importlib
 import json
@@ -38,7 +38,7 @@ def lines(result: subprocess.CompletedProcess) -> dict[str, dict]:
 
 @pytest.fixture
 def corpora(tmp_path):
-    """Corpora that are packed, as far as the script looks."""
+    """Corpora that pass the script's check for packed ones."""
     for name in ("photos/corpus.json", "clips/corpus.json", "vocab.txt"):
         (tmp_path / "corpora" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "corpora" / name).touch()
@@ -76,14 +76,14 @@ def quick(corpora, program):
 
 @pytest.fixture
 def on_gpu(tmp_path, corpora, program):
-    """Variables for a run that takes this machine for one with a GPU; it writes its commands down instead."""
+    """Variables for a run as on a GPU that only records its commands."""
     program("python", f'case "$*" in -c*) ;; *) exec {sys.executable} "$@" ;; esac')
     path = program("timeout", f"printf '%s\\n' \"$@\" '' >>{tmp_path}/commands")
     return {"CORPORA": corpora, "PATH": path, "LIMIT": "10000"}
 
 
-def written_down(folder: Path) -> list[tuple[int, str, list[str]]]:
-    """Of each command that the script would have run: its limit, the script's module, its arguments."""
+def recorded_commands(folder: Path) -> list[tuple[int, str, list[str]]]:
+    """Limit, module and arguments of each command that the script would have run."""
     found = []
     for command in (folder / "commands").read_text().removesuffix("\n\n").split("\n\n"):
         _, _, limit, _, script, *arguments = command.split("\n")  # timeout -k 5 LIMIT python SCRIPT
@@ -92,13 +92,13 @@ def written_down(folder: Path) -> list[tuple[int, str, list[str]]]:
     return found
 
 
-def test_without_a_gpu_it_says_what_can_be_had(tmp_path):
+def test_without_a_gpu_it_names_the_small_variant(tmp_path):
     result = gpu_script(tmp_path)
     assert result.returncode == 2
     assert "finds no GPU here. SMALL=1 runs the same parts on a CPU" in result.stderr
 
 
-def test_a_gpu_that_cannot_be_used_is_told_with_the_reason(tmp_path, program):
+def test_an_unusable_gpu_is_reported_with_the_reason(tmp_path, program):
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev/nvidia0").touch()
     elsewhere = f"import pathlib, train.job.devices; train.job.devices.DEVICES = pathlib.Path('{tmp_path}/dev')"
@@ -109,10 +109,10 @@ def test_a_gpu_that_cannot_be_used_is_told_with_the_reason(tmp_path, program):
     assert "SMALL=1 runs the same parts on a CPU" in result.stderr
 
 
-def test_on_a_gpu_every_script_is_given_what_it_takes(tmp_path, on_gpu):
+def test_on_a_gpu_every_script_gets_valid_arguments(tmp_path, on_gpu):
     result = gpu_script(tmp_path / "out", **on_gpu)
     assert list(lines(result)) == BOTH, result.stderr
-    commands = written_down(tmp_path)
+    commands = recorded_commands(tmp_path)
     assert len(commands) == len(BOTH)
     options = [importlib.import_module(module).parser().parse_args(given) for _, module, given in commands]
     profile, compiled = (options[BOTH.index(name)] for name in ("profile", "compile"))
@@ -120,9 +120,9 @@ def test_on_a_gpu_every_script_is_given_what_it_takes(tmp_path, on_gpu):
     assert compiled.compile
 
 
-def test_a_loads_checks_fit_into_the_limit_that_is_named_for_it(tmp_path, on_gpu):
+def test_the_checks_of_a_load_fit_into_its_limit(tmp_path, on_gpu):
     gpu_script(tmp_path / "out", **on_gpu)
-    limits = dict(zip(BOTH, (limit for limit, _, _ in written_down(tmp_path)), strict=True))
+    limits = dict(zip(BOTH, (limit for limit, _, _ in recorded_commands(tmp_path)), strict=True))
     named = dict(re.findall(r"PARTS=([ab]) LIMIT=(\d+)", (ROOT / "benchmarks/gpu.sh").read_text()))
     assert limits["versions"] + limits["losses"] < int(named["a"])
     assert limits["pictures"] + limits["run"] + limits["damaged"] <= int(named["b"])
@@ -130,7 +130,7 @@ def test_a_loads_checks_fit_into_the_limit_that_is_named_for_it(tmp_path, on_gpu
     assert int(named["a"]) + int(named["b"]) + start_and_transfers <= 15 * 60
 
 
-def test_a_load_has_its_parts_and_ends_with_a_line_of_json_for_each(tmp_path, quick):
+def test_a_load_ends_with_a_line_of_json_per_part(tmp_path, quick):
     result = gpu_script(tmp_path / "out", PARTS="a", **quick)
     found = lines(result)
     assert list(found) == LOADS["a"]
@@ -139,7 +139,7 @@ def test_a_load_has_its_parts_and_ends_with_a_line_of_json_for_each(tmp_path, qu
         assert {"gpu/pretrain.txt", "gpu/losses.log", "gpu/summary.txt", "gpu/results.jsonl"} <= set(archive.getnames())
 
 
-def test_a_part_that_fails_is_told_and_the_others_stand(tmp_path, quick):
+def test_a_failed_part_is_reported_and_the_others_run(tmp_path, quick):
     result = gpu_script(tmp_path / "out", PARTS="versions losses compile", **quick)
     assert result.returncode == 1
     assert {name: entry["status"] for name, entry in lines(result).items()} == {
@@ -149,7 +149,7 @@ def test_a_part_that_fails_is_told_and_the_others_stand(tmp_path, quick):
     assert "failed, " in (tmp_path / "out/summary.txt").read_text()
 
 
-def test_a_part_that_hangs_is_ended_and_what_no_longer_fits_is_skipped(tmp_path, quick):
+def test_a_part_that_hangs_is_ended_and_later_ones_without_time_are_skipped(tmp_path, quick):
     result = gpu_script(tmp_path / "out", PARTS="pictures stream_dali decoding", LIMIT="5", **quick)
     assert result.returncode == 1
     assert {name: entry["status"] for name, entry in lines(result).items()} == {
@@ -158,14 +158,14 @@ def test_a_part_that_hangs_is_ended_and_what_no_longer_fits_is_skipped(tmp_path,
     assert lines(result)["stream_dali"]["seconds"] < 10
 
 
-def test_no_measurement_takes_the_time_of_the_last_check(tmp_path, quick):
+def test_measurements_leave_time_for_the_last_check(tmp_path, quick):
     result = gpu_script(tmp_path / "out", PARTS="stream_cpu damaged", LIMIT="24", **quick)
     assert {name: entry["status"] for name, entry in lines(result).items()} == {
         "stream_cpu": "timeout", "damaged": "ok",
     }  # fmt: skip
 
 
-def test_run_again_it_goes_on_after_what_is_done(tmp_path, quick):
+def test_a_second_run_continues_after_the_finished_parts(tmp_path, quick):
     gpu_script(tmp_path / "out", PARTS="versions losses", **quick)
     (tmp_path / "out/versions.txt").write_text('{"figure": "of the first time"}\n')
     again = lines(gpu_script(tmp_path / "out", PARTS="versions losses", **quick))
@@ -186,7 +186,7 @@ def test_corpora_that_are_not_complete_are_an_error(tmp_path, quick):
     assert f"lacks {tmp_path}/corpora/clips/corpus.json: pack it" in result.stderr
 
 
-def test_without_its_drawn_corpus_it_ends(tmp_path):
+def test_without_its_generated_corpus_it_fails(tmp_path):
     (tmp_path / "steps").mkdir()
     (tmp_path / "steps/shapes").touch()
     result = gpu_script(tmp_path, SMALL="1")
