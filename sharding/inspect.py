@@ -1,4 +1,4 @@
-"""`python -m sharding.inspect`: what is in a packed corpus, in numbers, one sample, pictures, and what failed."""
+"""`python -m sharding.inspect`: statistics, samples, pictures and failures of a packed corpus."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with storage_errors(options.url, "read"):
             inspect(options)
-    except BrokenPipeError:  # the reader, such as head, has seen enough
+    except BrokenPipeError:  # such as `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 

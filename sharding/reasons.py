@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 KINDS = 1000  # kinds that are counted; reasons of free text must not fill the memory
 
 STATUS = re.compile(r"(?:^|(?<=HTTP )|(?<=status )|(?<=errno )|(?<=code ))\d+", re.IGNORECASE)
-PARTICULARS = (  # what differs between two failures of one kind, and its replacement
+PARTICULARS = (  # details that differ between failures of one kind, and their replacement
     (re.compile(r"\b\w+://\S+"), "URL"),
     (re.compile(r"'[^']*'|\"[^\"]*\""), "'…'"),
     (re.compile(r"(?<![\w.])/\S+"), "PATH"),

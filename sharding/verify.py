@@ -1,4 +1,4 @@
-"""`python -m sharding.verify`: checks a packed corpus byte by byte, and repairs what its tars allow to make again."""
+"""`python -m sharding.verify`: checks a packed corpus byte by byte, and rebuilds files from intact tars."""
 
 from __future__ import annotations
 

@@ -8,7 +8,8 @@ import numpy as np
 from PIL import Image
 
 from sharding.build import build_corpus
-from sharding.shards.schema import Corpus
+from sharding.shards.failures import read_failures
+from sharding.shards.schema import Corpus, read_corpus, read_index
 
 
 def write_photos(root: Path, count: int, grain: tuple[int, int], size: tuple[int, int] | None = None) -> Path:
@@ -39,3 +40,14 @@ def build_command(photos: Path, output: Path | str, *flags: str, root: str = "")
 def contents(folder: Path) -> dict[str, bytes]:
     """The files of a folder."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def rows_of(url: Path | str) -> list[dict]:
+    """The rows of all shard indices of a corpus."""
+    corpus = read_corpus(str(url))
+    return [row for shard in range(len(corpus.shards)) for row in read_index(corpus, shard).to_pylist()]
+
+
+def failures_of(url: Path | str) -> dict[str, str]:
+    """The reasons of a corpus' failures, by source."""
+    return {row["source"]: row["reason"] for row in read_failures(str(url))}

@@ -25,7 +25,7 @@ AS_ANYBODY = ("unshare", "--user", "--map-user=1000")  # this user's files, and 
 NEEDY = {
     "tests/launch/test_slurm.py::test_a_mistake_ends_the_job_at_once": "not root, and Slurm's daemons need it",
     "tests/launch/test_two_hosts.py": "not root, and hosts of their own need network namespaces",
-    "tests/sharding/test_stores_and_disks.py::test_a_disk_that_cannot_be_written_to_is_named": "not root, and a file "
+    "tests/sharding/test_stores_and_disks.py::test_a_read_only_disk_is_reported": "not root, and a file "
     "system of a test's own has to be mounted",
     "tests/test_object_stores.py": "s3fs not installed: `pip install s3fs`, or `make install`",
     "tests/storage/test_web.py": "trustme not installed: `pip install trustme`, or `make install`",

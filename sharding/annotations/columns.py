@@ -24,7 +24,7 @@ class RowError(UserError):
     """A record that is not a row; the message names file, record and `reason`, which has the remedy."""
 
     def __init__(self, record: Record, reason: str) -> None:
-        self.reason = " ".join(reason.split())  # in one line, whatever the names of columns are
+        self.reason = " ".join(reason.split())  # names of columns may have line breaks
         super().__init__(f"{record.location}: {self.reason}; --skip-bad-rows skips and counts such records")
 
     @property
@@ -51,7 +51,7 @@ class Columns:
     question_id: Any = "question_id"
     question_type: Any = "question_type"
     answer_type: Any = "answer_type"
-    start: Any = "start"  # seconds; a number here is meant itself, for all records
+    start: Any = "start"  # seconds; a number applies to all records
     end: Any = "end"
 
 
@@ -67,7 +67,7 @@ class RowMaker:
         ]
 
     def row(self, record: Record) -> Row:
-        """The row of a record, filtered where it has no media or text, or is none of those kept.
+        """The row of a record; filtered if it has no media or text, or `keep` excludes it.
 
         Raises RowError: the record lacks a column, or holds what cannot be understood.
         """
@@ -96,7 +96,7 @@ class RowMaker:
         return self.with_texts(name + self.segment(record), record)
 
     def matches(self, record: Record) -> bool:
-        """Whether the record has media or texts where these columns say, and Singularity's own JSON has not."""
+        """Whether the record has media or texts in these columns, which are not those of Singularity's own JSON."""
         usual = Columns()
         if self.columns.media == usual.media and self.columns.caption == usual.caption:
             return False

@@ -28,7 +28,7 @@ from sharding.annotations.formats.datasets import (
     visual_genome_records,
     vqa_records,
 )
-from sharding.annotations.formats.json_files import first_character, first_record, is_json_lines, json_records
+from sharding.annotations.formats.json_files import first_bytes, first_record, is_json_lines, json_records
 from sharding.annotations.formats.tables import (
     csv_records,
     img2dataset_records,
@@ -40,7 +40,7 @@ from sharding.annotations.items import Row
 from storage.policy import check_bucket, retry, storage_errors
 from storage.urls import plain_scheme
 
-MAGIC = set("*?[")  # what makes a pattern of a name
+MAGIC = set("*?[")  # characters of a pattern
 
 FileReader = Callable[[AnnotationFile, Reading], Iterator[Record]]
 JoinReader = Callable[[Sequence[AnnotationFile], Reading], Iterator[Record]]
@@ -55,7 +55,7 @@ def json_or_lines(file: AnnotationFile, reading: Reading) -> Iterator[Record]:
 
 def lines_or_json(file: AnnotationFile, reading: Reading) -> Iterator[Record]:
     """Records of JSON lines, or of a JSON list under a name for lines."""
-    return json_records(file) if first_character(file) == b"[" else jsonl_records(file, reading)
+    return json_records(file) if first_bytes(file)[:1] == b"[" else jsonl_records(file, reading)
 
 
 ENDINGS: dict[str, FileReader] = {
@@ -134,7 +134,7 @@ def check_reading(reading: Reading) -> None:
 def rows_of(files: Sequence[AnnotationFile], reading: Reading) -> Iterator[Row]:
     """The rows of open files."""
     maker = RowMaker(reading.columns, reading.keep)
-    # Parts of clips that the corpus itself sets, such as the first 30 seconds, hold for its official JSON as well.
+    # Segments set by the corpus, such as the first 30 seconds, apply to its official JSON as well.
     own = RowMaker(Columns(start=reading.columns.start, end=reading.columns.end), reading.keep)
     for official, group in groupby(files, key=lambda file: is_official(file, maker)):
         records = records_of(list(group), Reading(format="json") if official else reading)
@@ -188,7 +188,7 @@ def expanded(patterns: Sequence[str]) -> list[str]:
 
 
 def matching(filesystem: Any, path: str) -> list[str]:
-    """The files that match a pattern, in order of name; parts of it that are there as they stand are not patterns."""
+    """The files that match a pattern, in order of name; folders that exist under the literal name are not patterns."""
     parts = path.split("/")
     known = 1
     while known < len(parts) and (not MAGIC & set(parts[known]) or filesystem.exists("/".join(parts[: known + 1]))):

@@ -53,7 +53,7 @@ def packed(task: Task, scratch: Path) -> Iterator[tuple[int, Outcome]]:
 
 
 def in_order(outcomes: Iterator[tuple[int, Outcome]], items: Sequence[Item]) -> Iterator[tuple[Item, Outcome]]:
-    """Items with what became of them, in the order of the items."""
+    """Items with their outcomes, in the order of the items."""
     early: dict[int, Outcome] = {}
     due = 0
     for number, outcome in outcomes:
@@ -76,7 +76,7 @@ def pack_media(data: bytes | mmap.mmap, settings: ShardSettings, start: float, e
 
 
 def index_row(item: Item, frames: Frames) -> dict[str, Any]:
-    """A sample's columns of the index other than those about its bytes; also its JSON in the tar."""
+    """A sample's index columns without those about its bytes; also its JSON in the tar."""
     return {
         "width": frames.width,
         "height": frames.height,

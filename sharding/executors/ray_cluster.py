@@ -73,7 +73,7 @@ def connect(ray: Any) -> None:
 
 
 def result(ray: Any, done: Any, task: Task) -> FinishedShard:
-    """A finished task's shard; the error that ended it is raised as what it was on its node."""
+    """A finished task's shard; raises the error that ended it on its node."""
     try:
         return ray.get(done)
     except ray.exceptions.RayTaskError as error:
@@ -87,7 +87,7 @@ def result(ray: Any, done: Any, task: Task) -> FinishedShard:
 
 
 def build_on_node(task: Task) -> FinishedShard:
-    """`build_shard` in a task of a node: what is local must be shared by all nodes, or stay on this one."""
+    """`build_shard` as a task of a node; local media and outputs must be on folders that all nodes share."""
     cv2.setNumThreads(1)  # there are as many tasks as cores
     try:
         check_root(task.media_root)

@@ -120,7 +120,7 @@ class Archive:
         raise MediaError(f"not in the archive {self.name}{damage}")
 
     def read(self, name: str) -> bytes:
-        """A member's bytes; raises MediaError when there is no such member, or it cannot be read or is damaged."""
+        """A member's bytes; raises MediaError if it is missing, unreadable or damaged."""
         member = self.member(name)
         if member.unreadable:
             raise MediaError(f"{name} in {self.name} {member.unreadable}: unpack the archive first")
@@ -271,9 +271,9 @@ def tar_members(url: str, file: BinaryIO, damages: list[Damage]) -> Iterator[Mem
 
 
 class RawNames:
-    """A zip whose directory calls no name UTF-8: zipfile takes no archive with a name that is not what it is called.
+    """A zip without the UTF-8 flags of its directory: zipfile rejects an archive with one wrong flag.
 
-    It decodes all names as code page 437 then, which has a character for every byte.
+    It then decodes all names as code page 437, which has a character for every byte.
     """
 
     def __init__(self, file: BinaryIO) -> None:

@@ -17,10 +17,10 @@ SIDEWAYS = {5, 6, 7, 8}  # width and height change places
 
 _ORIENTATION = 0x0112
 _START_OF_SCAN = 0xDA
-_FRAMES = {0xC0, 0xC1, 0xC2, 0xC9, 0xCA}  # what begins a frame header, of the kinds that are decoded
+_FRAMES = {0xC0, 0xC1, 0xC2, 0xC9, 0xCA}  # frame headers of the kinds that are decoded
 _EXIF = 0xE1
 _EXIF_NAME = b"Exif\x00\x00"
-_NO_LENGTH = {0x00, 0x01, *range(0xD0, 0xDA), 0xFF}  # what follows 0xFF where no length does
+_NO_LENGTH = {0x00, 0x01, *range(0xD0, 0xDA), 0xFF}  # markers without a length
 _SEGMENT = struct.Struct(">BBH").unpack_from  # 0xFF, marker, length
 _NEXT_BORDER = re.compile(b"\xff[\xd8\xd9]")  # the next image's start, or this one's end
 

@@ -28,8 +28,8 @@ DAMAGES = ("premature end", "bad huffman code", "bad arithmetic code", "found ma
 TRUNCATED = "truncated JPEG: its picture has no end-of-image marker"
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF
 POSTSCRIPT = (b"%!PS", b"\xc5\xd0\xd3\xc6")  # how files begin that Pillow gives to Ghostscript to run
-# What Pillow does not read itself: EPS is run by Ghostscript, IPTC opens whatever file is inside, the others are left
-# to programs of the system.
+# Formats that Pillow does not read itself: Ghostscript runs EPS, IPTC opens the file inside, the others need other
+# programs.
 NOT_PICTURES = {"EPS", "IPTC", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
 
 
@@ -43,7 +43,7 @@ class JpegHeader(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
-        """Whether every decoder shows it right, whatever it makes of EXIF: an upright one in colour."""
+        """Whether it is in colour and upright, so that every decoder shows it right."""
         return self.is_colour and self.orientation == UPRIGHT
 
     @property
@@ -114,14 +114,14 @@ def read_jpeg_header(data: bytes) -> JpegHeader | None:
 
 
 def decode_jpeg(data: bytes, header: JpegHeader, size: int) -> np.ndarray | None:
-    """RGB pixels (H, W, 3) of a JPEG as they are stored; None where libjpeg-turbo warns of what Pillow shows rightly.
+    """RGB pixels (H, W, 3) of a JPEG as they are stored; None if Pillow must decide about a warning.
 
     They are scaled down in the DCT to a half or less where that loses nothing at `size`; fractions above a half cost
     more than the whole.
     """
     shorter = min(header.width, header.height)
     least = 0
-    if size:  # what is kept as it is, is decoded only to see whether it is damaged
+    if size:  # a file that is kept as it is, is decoded only to detect damage
         least = 1 if header.is_plain and shorter <= size else least_decoded(shorter, size)
     if header.width * header.height > MOST_PIXELS:
         check_enormous(header, least, len(data))
@@ -133,7 +133,7 @@ def decode_jpeg(data: bytes, header: JpegHeader, size: int) -> np.ndarray | None
 
 
 def check_damage(jpeg: bytes, warning: str) -> None:
-    """Raise a MediaError if a JPEG is cut, or libjpeg's warning says that pixels are wrong."""
+    """Raise a MediaError if a JPEG is truncated, or libjpeg's warning means wrong pixels."""
     if not has_end(jpeg):
         raise MediaError(TRUNCATED)
     if any(damage in warning.lower() for damage in DAMAGES):
@@ -198,7 +198,7 @@ def decode_by_pillow(data: bytes) -> Picture:
 
 @contextmanager
 def media_errors() -> Iterator[None]:
-    """Within it Pillow does not warn, and what its parsers raise, of any kind, becomes a MediaError with the reason."""
+    """Suppress Pillow's warnings, and turn any error of its parsers into a MediaError with the reason."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"PIL\.")

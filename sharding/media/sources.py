@@ -28,7 +28,7 @@ from storage.urls import join_url, local_form
 from storage.web import Fetching, web_client
 
 WINDOW = {"image": 1024, "video": 64}  # media: how far finished ones may precede a slow one
-PREFETCHED = 2  # media under way or waiting to be decoded, for each connection
+PREFETCHED = 2  # media in transfer or waiting to be decoded, for each connection
 OPEN_ARCHIVES = 8
 COMPRESSED_TAR = re.compile(r"\.(tar\.\w+|tgz|tbz2|txz)$", re.IGNORECASE)
 WEB = ("http://", "https://")
@@ -40,7 +40,7 @@ Fetched = bytes | BinaryIO  # an image's bytes, or a clip's open file
 class Media:
     """The media of one shard under a root (folder, archive or URL); `scratch` is a local folder for clips on their way.
 
-    Use as a context manager; closing it ends what is under way.
+    Use as a context manager; closing it cancels the transfers.
     """
 
     def __init__(self, root: str, media_type: str, scratch: Path, fetching: Fetching) -> None:
@@ -55,7 +55,7 @@ class Media:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End what is under way."""
+        """Cancel the transfers."""
         self.stop.set()
 
     def fetched(self, sources: Sequence[str]) -> Iterator[tuple[int, Fetched | MediaError]]:
@@ -75,7 +75,7 @@ class Media:
             following = next(indices, None)
             try:
                 while pending or following is not None:
-                    few = len(pending) <= self.fetching.connections  # many begun together cost less than one by one
+                    few = len(pending) <= self.fetching.connections  # starting many at once is cheaper than one by one
                     while (
                         few
                         and following is not None
@@ -151,7 +151,7 @@ class Media:
 
 
 def web_address(root: str, name: str) -> str:
-    """The address of a file below a folder of a web server; signs that mean something in addresses are quoted.
+    """The address of a file below a folder of a web server; special characters are percent-encoded.
 
     Names of archives' members stay as they are: they are looked up, and not sent.
     """
@@ -164,7 +164,7 @@ def web_address(root: str, name: str) -> str:
 
 
 def open_archive(url: str, folder: Path) -> Archive:
-    """An archive; raises MediaError when it cannot be read, and what `retry` knows to be transient."""
+    """An archive; raises MediaError if it cannot be read, other errors if they may be transient."""
     try:
         return Archive(url, folder)
     except ValueError as error:

@@ -57,7 +57,7 @@ class TarStream:
     """Reads an open file once from its start, counting and hashing its bytes."""
 
     def __init__(self, file: BinaryIO, on_read: Callable[[int], None] | None = None, skips: bool = False) -> None:
-        """`on_read` is called with the number of bytes of each read; with `skips` only what is wanted is read.
+        """`on_read` is called with the number of bytes of each read; with `skips` unwanted bytes are not read.
 
         Then the SHA-256 is of nothing.
         """
@@ -103,8 +103,8 @@ class TarStream:
         the next place that `known` (offset of the data: name and size) or a valid header shows.
         """
         known = known or {}
-        for_all: dict[str, bytes] = {}  # what members describe of all that follow
-        for_next: dict[str, bytes] = {}  # and of the next one
+        for_all: dict[str, bytes] = {}  # attributes for all members that follow
+        for_next: dict[str, bytes] = {}  # and for the next one
         ended = False  # the end mark was passed
         while True:
             start = self.position

@@ -120,7 +120,7 @@ class Reader:
 
 
 def open_container(data: bytes | mmap.mmap) -> av.container.InputContainer:
-    """Open a video file's bytes. Nothing else is opened, whatever they name: a playlist is not a video.
+    """Open a video file's bytes; playlists and references open no other file.
 
     Raises MediaError: FFmpeg knows no such container.
     """
@@ -292,7 +292,7 @@ class Clip:
 
 
 def complete(frame: av.VideoFrame) -> bool:
-    """Whether a frame depends on no earlier one; streams with gradual refresh have stretches without such frames."""
+    """Whether a frame depends on no earlier one; streams with gradual refresh may have none for a while."""
     return frame.key_frame or frame.pict_type not in (PictureType.P, PictureType.B)
 
 

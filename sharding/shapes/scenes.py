@@ -20,7 +20,7 @@ COLOURS = {
 }
 BACKGROUNDS = {"white": (246, 246, 242), "gray": (150, 152, 156), "black": (22, 22, 26)}
 SIZES = {"small": 0.14, "large": 0.23}  # half the width of a shape, in pictures' widths
-IMAGES, CLIPS = 1, 2  # what a generator is for; part of its key
+IMAGES, CLIPS = 1, 2  # purpose of a random generator; part of its key
 
 
 @dataclass(frozen=True)

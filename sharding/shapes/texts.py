@@ -8,7 +8,7 @@ import numpy as np
 
 from sharding.shapes.scenes import COLOURS, MOTIONS, SHAPES, Clip, Motion, Scene, Thing, generator, pick
 
-TEXTS = 3  # what a generator is for; part of its key
+TEXTS = 3  # purpose of a random generator; part of its key
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 POSITIONS = {
     (False, False): "in the top left corner",
@@ -193,5 +193,5 @@ def answer_list() -> list[str]:
 
 
 def text_generator(seed: int, medium: int, split: int, number: int) -> np.random.Generator:
-    """The generator behind the wording of one item."""
+    """The random generator for the wording of one item."""
     return generator(seed, TEXTS, medium, split, number)

@@ -36,7 +36,7 @@ def test_answers_come_most_frequent_first(corpus: str, tmp_path: Path, flags: li
     assert [path.name for path in target.parent.iterdir()] == ["answers.json"]
 
 
-def test_no_answers_and_no_corpus_get_one_line(corpus: str, tmp_path: Path, capsys) -> None:
+def test_missing_answers_and_corpora_are_reported_in_one_line(corpus: str, tmp_path: Path, capsys) -> None:
     assert main([corpus, "--output", str(tmp_path / "a.json"), "--least", "9"]) == 2
     assert "no answer of 9 questions or more" in capsys.readouterr().err
     assert main(["nowhere", "--output", str(tmp_path / "a.json")]) == 2

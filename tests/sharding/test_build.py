@@ -1,4 +1,4 @@
-"""Packing: what goes in comes out, byte-identical however it was built, and nothing is lost silently."""
+"""Packing: every image and row is in the shards, with the same bytes for any number of workers."""
 
 import io
 import json
@@ -74,7 +74,7 @@ def test_an_output_with_other_settings_or_other_files_is_refused(photos: Path, t
         pack(photos, tmp_path / "mine")
 
 
-def test_another_version_is_named(photos: Path, tmp_path: Path) -> None:
+def test_a_corpus_of_another_version_is_an_error(photos: Path, tmp_path: Path) -> None:
     pack(photos, tmp_path / "out")
     file = tmp_path / "out" / "corpus.json"
     file.write_text(file.read_text().replace('"version": 1', '"version": 9'))

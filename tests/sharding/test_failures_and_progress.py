@@ -1,4 +1,4 @@
-"""What failed is listed and grouped, decides the exit code, and progress is readable by people and by machines."""
+"""Failures are listed and grouped and decide the exit code; progress is a bar or JSON lines."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def test_every_failure_is_in_the_table_in_order_of_the_annotations(photos: Path,
     }
 
 
-def test_where_there_is_no_terminal_the_log_has_lines_of_json(photos: Path, tmp_path: Path) -> None:
+def test_progress_is_logged_as_json_without_a_terminal(photos: Path, tmp_path: Path) -> None:
     def logged(*flags: str) -> list[dict]:
         words = build_command(photos, tmp_path / "out", "--workers", "2", "--max-failures", "1", *flags)
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
@@ -81,7 +81,7 @@ def test_where_there_is_no_terminal_the_log_has_lines_of_json(photos: Path, tmp_
     assert logged("--log-every", "0") == []
 
 
-def test_a_terminal_shows_a_bar_with_rate_bytes_failures_and_time_left(photos: Path, tmp_path: Path) -> None:
+def test_a_terminal_shows_a_progress_bar(photos: Path, tmp_path: Path) -> None:
     parent, child = pty.openpty()
     termios.tcsetwinsize(child, (24, 110))
     words = build_command(photos, tmp_path / "out", "--workers", "1", "--max-failures", "1")
@@ -121,11 +121,11 @@ def test_reasons_that_differ_in_particulars_are_one_kind(one: str, other: str) -
 @pytest.mark.parametrize(
     ("one", "other"), [("HTTP 404", "HTTP 403"), ("errno 5 x", "errno 28 x"), ("404, Not Found", "429, Not Found")]
 )
-def test_numbers_that_are_the_reason_stay(one: str, other: str) -> None:
+def test_status_codes_stay_in_the_kind_of_a_reason(one: str, other: str) -> None:
     assert kind_of(one) != kind_of(other)
 
 
-def test_a_flood_of_different_reasons_is_bounded_and_nothing_is_lost(tmp_path: Path) -> None:
+def test_kinds_of_reasons_are_bounded_and_no_failure_is_lost(tmp_path: Path) -> None:
     reasons = [chr(97 + number // 676) + chr(97 + number // 26 % 26) + chr(97 + number % 26) for number in range(5000)]
     kinds: Counter[str] = Counter()
     count_kinds(kinds, reasons)

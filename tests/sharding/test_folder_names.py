@@ -1,4 +1,4 @@
-"""Folders whose names hold what means something to patterns, shells and addresses."""
+"""Folders with special characters of patterns, shells and URLs in their names."""
 
 import json
 import shutil
@@ -69,7 +69,7 @@ def test_patterns_match_below_a_folder_of_any_name(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("store", ["s3", "gcs"], indirect=True)
-def test_stores_take_such_names_too(store: Store, tmp_path: Path) -> None:
+def test_stores_accept_folders_of_any_name(store: Store, tmp_path: Path) -> None:
     folder = annotated(tmp_path / "drawn")
     how = ["--media-root", str(folder / "media"), "--media-type", "image", "--size", "32", "--workers", "1"]
     assert build(["--annotations", str(folder / "*.json"), *how, "--output", str(tmp_path / "packed")]) == 0

@@ -1,4 +1,4 @@
-"""Indexing shards that other tools wrote, or ours without their indices: in place, and nothing else is touched."""
+"""Indexing shards of other tools, and of ours without their indices, in place; other files are not changed."""
 
 import io
 import json
@@ -18,7 +18,7 @@ import pytest
 import simplejpeg
 import webdataset
 from object_stores import Store
-from packed import contents
+from packed import contents, failures_of, rows_of
 from places import ROOT
 
 from loaders.samples import whole_sample
@@ -26,25 +26,19 @@ from loaders.shards import CorpusReader
 from sharding.build import build_corpus
 from sharding.index import main
 from sharding.media.video import pack_video
-from sharding.shards.failures import read_failures
 from sharding.shards.indexing import index_shards
 from sharding.shards.schema import read_corpus, read_index
 from sharding.shards.verification import verify_corpus
 
 
-@pytest.fixture
-def corpus(shapes, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(shapes.url("clips_train"), tmp_path / "clips"))
-
-
-def test_a_lost_index_is_made_again(corpus: Path) -> None:
-    before = [read_index(read_corpus(str(corpus)), 0).to_pylist()]
-    for file in [*corpus.glob("*.parquet"), corpus / "corpus.json"]:
+def test_a_lost_index_is_rebuilt(clips: Path) -> None:
+    before = [read_index(read_corpus(str(clips)), 0).to_pylist()]
+    for file in [*clips.glob("*.parquet"), clips / "corpus.json"]:
         file.unlink()
-    again = index_shards(str(corpus))
+    again = index_shards(str(clips))
     assert again.media_type == "video"
     assert [read_index(again, 0).to_pylist()] == before
-    assert not verify_corpus(str(corpus), decode=True)
+    assert not verify_corpus(str(clips), decode=True)
 
 
 def img2dataset(folder: Path, pictures: list[Path], each: int = 12) -> None:
@@ -86,11 +80,6 @@ def pictures(shapes) -> list[Path]:
 @pytest.fixture
 def media(shapes) -> list[Path]:
     return sorted((shapes.folder / "media" / "clips").rglob("*.mp4"))[:5]
-
-
-def rows_of(url: str) -> list[dict]:
-    corpus = read_corpus(url)
-    return [row for shard in range(len(corpus.shards)) for row in read_index(corpus, shard).to_pylist()]
 
 
 @pytest.mark.parametrize("where", ["local", "s3", "gcs"])
@@ -152,7 +141,7 @@ def test_whole_videos_are_refused_with_a_remedy_that_works(media, tmp_path: Path
     assert (corpus.samples, sum(corpus.counts("frames"))) == (5, 20)
 
 
-def test_indices_that_are_there_are_kept(pictures, tmp_path: Path) -> None:
+def test_existing_indices_are_kept(pictures, tmp_path: Path) -> None:
     img2dataset(tmp_path / "i", pictures, each=5)
     first = index_shards(str(tmp_path / "i"))
     (tmp_path / "i" / "corpus.json").unlink()
@@ -169,7 +158,7 @@ def test_indices_that_are_there_are_kept(pictures, tmp_path: Path) -> None:
     assert not verify_corpus(str(tmp_path / "i"))
 
 
-def test_an_index_that_was_made_by_other_rules_is_made_again(pictures, tmp_path: Path) -> None:
+def test_an_index_made_by_other_rules_is_rebuilt(pictures, tmp_path: Path) -> None:
     img2dataset(tmp_path / "i", pictures[:5])
     first = index_shards(str(tmp_path / "i"))
     index = tmp_path / "i" / "00000.index.parquet"
@@ -182,9 +171,7 @@ def test_an_index_that_was_made_by_other_rules_is_made_again(pictures, tmp_path:
     assert read_index(first, 0).num_rows == 5
 
 
-def test_a_place_that_cannot_be_written_keeps_its_tars_and_the_index_goes_elsewhere(
-    shapes, http: Store, tmp_path: Path, capsys
-) -> None:
+def test_tars_in_a_read_only_store_are_indexed_elsewhere(shapes, http: Store, tmp_path: Path, capsys) -> None:
     url = http.fill(shapes.url("clips_train"), "clips")
     assert main([url]) == 2
     assert "--output" in capsys.readouterr().err
@@ -206,7 +193,7 @@ def test_a_local_output_finds_the_tars_from_any_folder(shapes, tmp_path: Path, m
     assert not verify_corpus(str(tmp_path / "index"))
 
 
-def test_what_is_damaged_is_listed_and_the_rest_is_indexed(pictures, tmp_path: Path, capsys) -> None:
+def test_damage_is_reported_and_intact_samples_are_indexed(pictures, tmp_path: Path, capsys) -> None:
     img2dataset(tmp_path / "i", pictures, each=5)
     folder = tmp_path / "i"
     tar = folder / "00001.tar"
@@ -226,7 +213,7 @@ def test_what_is_damaged_is_listed_and_the_rest_is_indexed(pictures, tmp_path: P
     rows = rows_of(str(folder))
     assert {row["key"] for row in rows if not row["key"].isdecimal()} == {"good"}
     assert 20 < len(rows) < 26
-    failures = {row["source"]: row["reason"] for row in read_failures(str(folder))}
+    failures = failures_of(folder)
     assert set(failures) == {"empty", "html", "json", "questions", "number", "textonly"}
     assert failures["textonly"] == "no picture among its files (txt)"
     assert failures["html"].startswith("unreadable picture")
@@ -267,7 +254,7 @@ def test_long_names_and_folders_in_a_tar(pictures, tmp_path: Path) -> None:
         assert not verify_corpus(str(folder), decode=True)
 
 
-def test_masks_beside_pictures_are_no_frames(pictures, tmp_path: Path) -> None:
+def test_masks_beside_pictures_are_not_frames(pictures, tmp_path: Path) -> None:
     with webdataset.TarWriter(str(tmp_path / "x.tar")) as sink:
         data = pictures[0].read_bytes()
         sink.write({"__key__": "a", "jpg": data, "mask.png": b"not looked at", "cls": b"3", "txt": "x"})
@@ -292,10 +279,10 @@ def test_files_of_other_tools_beside_the_shards_are_left_alone(shapes, tmp_path:
     assert (tmp_path / "00000.parquet").read_bytes() == before
 
 
-def test_indexing_our_own_corpus_again_changes_nothing_a_reader_sees(corpus: Path) -> None:
-    before = read_corpus(str(corpus))
-    (corpus / before.shards[0].index_name).unlink()
-    after = index_shards(str(corpus))
+def test_reindexing_a_packed_corpus_keeps_its_description(clips: Path) -> None:
+    before = read_corpus(str(clips))
+    (clips / before.shards[0].index_name).unlink()
+    after = index_shards(str(clips))
     assert (after.name, after.settings, after.samples) == (before.name, before.settings, before.samples)
     assert [shard.sha256 for shard in after.shards] == [shard.sha256 for shard in before.shards]
 
@@ -310,7 +297,7 @@ def test_long_clips_keep_the_order_of_their_frames(shapes, tmp_path: Path) -> No
         assert offsets == [tar.getmember(f"clip.{name}").offset_data for name in frames]
 
 
-def test_what_cannot_be_indexed_is_named(tmp_path: Path) -> None:
+def test_folders_without_usable_tars_are_errors(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"has no \.tar files"):
         index_shards(str(tmp_path))
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
@@ -322,14 +309,14 @@ def test_what_cannot_be_indexed_is_named(tmp_path: Path) -> None:
         index_shards(str(tmp_path))
 
 
-def test_an_index_run_that_is_killed_goes_on_and_leaves_nothing(pictures, tmp_path: Path) -> None:
+def test_a_killed_index_run_resumes_and_leaves_no_temporary_files(pictures, tmp_path: Path) -> None:
     img2dataset(tmp_path / "i", pictures * 20, each=10)
     shutil.copytree(tmp_path / "i", tmp_path / "whole")
     words = [sys.executable, "-m", "sharding.index", "--workers", "2"]
-    chance = random.Random(0)
+    rng = random.Random(0)
     for _ in range(3):
         process = subprocess.Popen([*words, str(tmp_path / "i")], cwd=ROOT, stderr=subprocess.DEVNULL)
-        time.sleep(0.8 + 1.5 * chance.random())
+        time.sleep(0.8 + 1.5 * rng.random())
         process.kill()
         process.wait()
     for name in ("i", "whole"):

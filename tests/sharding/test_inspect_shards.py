@@ -1,9 +1,8 @@
-"""Looking inside: true numbers, samples found by key, commands that fetch a frame, pages that a browser shows."""
+"""Inspecting: statistics, samples found by key, commands that fetch a frame, pages in a browser."""
 
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from object_stores import Store, forget_clients
+from packed import rows_of
 from PIL import Image
 from places import ROOT
 
@@ -24,40 +24,31 @@ from sharding.report.contact_sheet import short_names
 from sharding.report.gallery import telling
 from sharding.report.samples import pick
 from sharding.report.statistics import Distribution, measure, spread, text_histogram
-from sharding.shards.schema import Corpus, read_corpus, read_index
+from sharding.shards.schema import Corpus, read_corpus
 from sharding.verify import main as verify_main
 
 MEASURED = """import sys; from sharding.inspect import main; code = main(sys.argv[1:])
 sys.stderr.write(open("/proc/self/status").read()); sys.exit(code)"""  # so that the peak of memory is known
 
 
-@pytest.fixture
-def corpus(shapes, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(shapes.url("clips_train"), tmp_path / "clips"))
-
-
-def rows_of(corpus: Corpus) -> list[dict]:
-    return [row for shard in range(len(corpus.shards)) for row in read_index(corpus, shard).to_pylist()]
-
-
-def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
+def inspected(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
     assert main([*arguments, "--json", "--log-every", "0"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
-def test_a_summary_and_the_first_sample_come_without_flags(corpus: Path, capsys) -> None:
-    assert main([str(corpus)]) == 0
+def test_a_summary_and_the_first_sample_come_without_flags(clips: Path, capsys) -> None:
+    assert main([str(clips)]) == 0
     out = capsys.readouterr().out
     assert "40 samples, 320 frames, 120 captions" in out
-    first = rows_of(read_corpus(str(corpus)))[0]
+    first = rows_of(clips)[0]
     assert f"sample {first['key']} in" in out
     assert all(f"caption: {caption}" in out for caption in first["captions"])
     assert "8 frames, 4 a second, 2.00 s" in out
 
 
 @pytest.mark.parametrize("name", ["images_train", "qa_train", "mc_test"])
-def test_every_kind_of_sample_is_told_in_full(shapes, capsys, name: str) -> None:
-    row = rows_of(read_corpus(shapes.url(name)))[3]
+def test_every_kind_of_sample_is_printed_in_full(shapes, capsys, name: str) -> None:
+    row = rows_of(shapes.url(name))[3]
     assert main([shapes.url(name), "--sample", "3"]) == 0
     out = capsys.readouterr().out
     texts = [*row["captions"], *(question["question"] for question in row["questions"])]
@@ -69,16 +60,16 @@ def test_every_kind_of_sample_is_told_in_full(shapes, capsys, name: str) -> None
 
 
 @pytest.mark.parametrize("by", ["number", "key", "source"])
-def test_a_sample_is_found_by_number_key_and_source(corpus: Path, capsys, by: str) -> None:
-    rows = rows_of(read_corpus(str(corpus)))
+def test_a_sample_is_found_by_number_key_and_source(clips: Path, capsys, by: str) -> None:
+    rows = rows_of(clips)
     for number in (0, 7, 39):
         name = str(number) if by == "number" else rows[number][by]
-        found = said(capsys, str(corpus), "--sample", name)["sample"]
+        found = inspected(capsys, str(clips), "--sample", name)["sample"]
         assert {key: found[key] for key in rows[number]} == rows[number]
-    assert main([str(corpus), "--sample", "40"]) == 2
+    assert main([str(clips), "--sample", "40"]) == 2
     assert "has samples 0 to 39" in capsys.readouterr().err
-    assert main([str(corpus), "--sample", "no such key"]) == 2
-    assert main([str(corpus), "--sample", "0", "--frame", "8"]) == 2
+    assert main([str(clips), "--sample", "no such key"]) == 2
+    assert main([str(clips), "--sample", "0", "--frame", "8"]) == 2
     assert "has frames 0 to 7" in capsys.readouterr().err
 
 
@@ -92,9 +83,9 @@ def fetched(command: str, folder: Path) -> bytes:
 
 
 @pytest.mark.parametrize("name", ["plain", "with space's"])
-def test_the_printed_command_fetches_the_frame_from_disk(corpus: Path, tmp_path: Path, capsys, name: str) -> None:
-    url = str(corpus.rename(tmp_path / name))
-    found = said(capsys, url, "--sample", "9", "--frame", "3")["sample"]
+def test_the_printed_command_fetches_the_frame_from_disk(clips: Path, tmp_path: Path, capsys, name: str) -> None:
+    url = str(clips.rename(tmp_path / name))
+    found = inspected(capsys, url, "--sample", "9", "--frame", "3")["sample"]
     assert found["command"].startswith("dd ")
     data = fetched(found["command"], tmp_path / "got")
     tar = (Path(url) / found["shard"]).read_bytes()
@@ -103,9 +94,9 @@ def test_the_printed_command_fetches_the_frame_from_disk(corpus: Path, tmp_path:
 
 
 @pytest.mark.parametrize("store", ["s3", "gcs", "http"], indirect=True)
-def test_a_remote_corpus_is_inspected_like_a_local_one(corpus: Path, store: Store, tmp_path: Path, capsys) -> None:
-    url = store.fill(corpus, "clips")
-    local, remote = (said(capsys, place, "--sample", "9", "--stats") for place in (str(corpus), url))
+def test_a_remote_corpus_is_inspected_like_a_local_one(clips: Path, store: Store, tmp_path: Path, capsys) -> None:
+    url = store.fill(clips, "clips")
+    local, remote = (inspected(capsys, place, "--sample", "9", "--stats") for place in (str(clips), url))
     assert remote["statistics"] == local["statistics"]
     assert remote["sample"]["offsets"] == local["sample"]["offsets"]
     assert remote["sample"]["command"].startswith("curl -sS -r " if url.startswith("http") else "python -c ")
@@ -115,10 +106,10 @@ def test_a_remote_corpus_is_inspected_like_a_local_one(corpus: Path, store: Stor
     assert "not readable" not in (tmp_path / "page.html").read_text()
 
 
-def test_figures_are_those_of_the_index(shapes, capsys) -> None:
+def test_statistics_match_the_index(shapes, capsys) -> None:
     for name in ("images_train", "qa_train", "mc_test"):
-        rows = rows_of(read_corpus(shapes.url(name)))
-        figures = said(capsys, shapes.url(name), "--stats")["statistics"]
+        rows = rows_of(shapes.url(name))
+        figures = inspected(capsys, shapes.url(name), "--stats")["statistics"]
         assert (figures["samples"], figures["samples_without_text"]) == (len(rows), 0)
         truth = {
             "captions per sample": [len(row["captions"]) for row in rows],
@@ -142,7 +133,7 @@ def test_figures_are_those_of_the_index(shapes, capsys) -> None:
             assert sum(each["count"] for each in found["histogram"]) == len(values)
 
 
-def test_histograms_hold_every_number_whatever_the_spread() -> None:
+def test_histograms_count_every_value() -> None:
     rng = np.random.default_rng(0)
     for values in (rng.lognormal(8, 2, 5000), rng.integers(0, 4, 900), np.full(7, 3.25), rng.normal(1e6, 1, 50)):
         distribution = Distribution("x")
@@ -160,7 +151,7 @@ def test_histograms_hold_every_number_whatever_the_spread() -> None:
     assert Counter({1.0: 2, 3.0: 1}) == counted([1, 1, 3])
 
 
-def test_the_tails_of_a_histogram_are_named_and_no_peaks() -> None:
+def test_histogram_tails_are_labelled() -> None:
     distribution = Distribution("words")
     distribution.add(np.concatenate([np.arange(100.0).repeat(100), np.full(60, 5000.0), np.full(40, -7.0)]))
     lines = text_histogram(distribution).splitlines()
@@ -170,7 +161,7 @@ def test_the_tails_of_a_histogram_are_named_and_no_peaks() -> None:
 
 
 @pytest.mark.parametrize(("dark", "shown"), [(range(0, 1), 2), (range(0, 3), 3), (range(0, 4), 2), ((2, 3), 1)])
-def test_a_clips_card_shows_a_frame_with_something_to_see(dark, shown: int) -> None:
+def test_a_clips_card_shows_a_frame_that_is_not_dark(dark, shown: int) -> None:
     noise = np.random.default_rng(1).integers(0, 255, (32, 48, 3), np.uint8)
     black = [number in dark for number in range(4)]
     assert telling([Image.fromarray(noise * (not each)) for each in black]) == shown
@@ -187,7 +178,7 @@ def test_a_clips_card_shows_a_frame_with_something_to_see(dark, shown: int) -> N
         ([], []),
     ],
 )
-def test_long_names_on_a_contact_sheet_are_cut_where_they_are_alike(names: list[str], expected: list[str]) -> None:
+def test_contact_sheet_names_are_shortened_where_they_are_equal(names: list[str], expected: list[str]) -> None:
     assert short_names(names, lambda name: len(name) <= 15) == expected
 
 
@@ -197,17 +188,17 @@ def counted(values: list[float]) -> Counter[float]:
     return distribution.counts
 
 
-def test_pictures_come_from_all_over_and_broken_ones_are_shown_as_such(corpus: Path, tmp_path: Path) -> None:
-    known = read_corpus(str(corpus))
+def test_samples_are_spread_over_the_corpus_and_broken_ones_are_marked(clips: Path, tmp_path: Path) -> None:
+    known = read_corpus(str(clips))
     assert {sample.shard for sample in pick(known, 10)} == set(range(len(known.shards)))
     assert len(pick(known, 1000)) == 40
     assert len({sample.row["key"] for sample in pick(known, 20, shards=2)}) == 2 * known.shards[0].samples
     assert spread(10, 3) == [0, 4, 9]
     assert spread(0, 5) == []
-    (corpus / known.shards[0].name).unlink()
-    tar = corpus / known.shards[1].name
+    (clips / known.shards[0].name).unlink()
+    tar = clips / known.shards[1].name
     tar.write_bytes(tar.read_bytes()[:2000])
-    assert main([str(corpus), "--sheet", str(tmp_path / "sheet.png"), "--html", str(tmp_path / "page.html")]) == 0
+    assert main([str(clips), "--sheet", str(tmp_path / "sheet.png"), "--html", str(tmp_path / "page.html")]) == 0
     assert (tmp_path / "page.html").read_text().count("not readable") > 3
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width > 1000
@@ -221,14 +212,14 @@ def test_pictures_come_from_all_over_and_broken_ones_are_shown_as_such(corpus: P
         (["--sheet", "sheet.bmp"], "sheet.bmp must end in .png"),
     ],
 )
-def test_odd_words_are_refused_before_any_work(shapes, capsys, words: list[str], message: str) -> None:
+def test_invalid_flags_are_errors(shapes, capsys, words: list[str], message: str) -> None:
     with pytest.raises(SystemExit, match="2"):
         main([shapes.url("clips_train"), *words])
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [main, verify_main, index_main])
-def test_an_index_in_place_of_its_folder_is_named(shapes, capsys, command) -> None:
+def test_the_url_of_an_index_is_an_error_that_names_its_folder(shapes, capsys, command) -> None:
     with pytest.raises(SystemExit, match="2"):
         command([shapes.url("clips_train") + "/clips_train-000000.parquet"])
     assert f"give the folder that holds the shards, such as {shapes.url('clips_train')}" in capsys.readouterr().err
@@ -250,7 +241,7 @@ def test_missing_credentials_and_buckets_are_one_line(s3: Store, monkeypatch, tm
     assert line.startswith(f"error: cannot read {s3.url('corpus')}: no credentials")
 
 
-def test_texts_cannot_become_markup(tmp_path: Path) -> None:
+def test_texts_are_escaped_in_html(tmp_path: Path) -> None:
     Image.new("RGB", (40, 40)).save(tmp_path / "a.jpg")
     evil = "<script>alert(1)</script>"
     (tmp_path / "a.json").write_text(json.dumps([{"image": "a.jpg", "caption": evil}, {"image": evil, "caption": "x"}]))
@@ -279,7 +270,7 @@ def test_failures_are_listed_by_kind_and_one_by_one(tmp_path: Path, capsys) -> N
     assert "150 x file not found" in out
     assert "b.jpg: unreadable image" in out
     assert "and 51 more in failures.parquet" in out
-    assert said(capsys, str(tmp_path / "out"), "--failures")["failures"]["kinds"]["file not found"] == 150
+    assert inspected(capsys, str(tmp_path / "out"), "--failures")["failures"]["kinds"]["file not found"] == 150
     assert main([str(tmp_path), "--failures"]) == 2
     assert "does not exist" in capsys.readouterr().err
 
@@ -321,15 +312,15 @@ def test_a_browser_shows_the_contact_sheet(shapes, tmp_path: Path, visitor) -> N
 
 
 @pytest.mark.parametrize("shards", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_thousands_of_shards_cost_time_but_no_memory(corpus: Path, tmp_path: Path, shards: int) -> None:
+def test_memory_does_not_grow_with_shards(clips: Path, tmp_path: Path, shards: int) -> None:
     """One index, linked under thousands of names: more indices than fit, were they kept."""
-    known = read_corpus(str(corpus))
+    known = read_corpus(str(clips))
     first = known.shards[0]
     many = []
     for number in range(shards):
         name = f"many-{number:06d}"
-        os.link(corpus / first.index_name, tmp_path / f"{name}.parquet")
-        os.link(corpus / first.name, tmp_path / f"{name}.tar")
+        os.link(clips / first.index_name, tmp_path / f"{name}.parquet")
+        os.link(clips / first.name, tmp_path / f"{name}.tar")
         many.append(replace(first, name=f"{name}.tar"))
     whole = Corpus(str(tmp_path), "many", "video", tuple(many), known.settings)
     (tmp_path / "corpus.json").write_text(whole.to_json())

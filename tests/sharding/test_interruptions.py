@@ -1,4 +1,4 @@
-"""Builds that are cut off, run twice, mended, or sent to a remote store: nothing is lost, nothing is half there."""
+"""Builds that are interrupted, run twice, retried, or write to a store: no data is lost or incomplete."""
 
 import os
 import random
@@ -62,12 +62,12 @@ def test_killed_builds_end_in_the_same_bytes(photos: Path, tmp_path: Path, worke
     life = time.monotonic() - started
     whole = contents(tmp_path / "whole")
     assert len([name for name in whole if name.endswith(".tar")]) == 18
-    chance = random.Random(workers)
-    moments = [life * (number + chance.random()) / kills for number in range(kills)]
-    chance.shuffle(moments)
+    rng = random.Random(workers)
+    moments = [life * (number + rng.random()) / kills for number in range(kills)]
+    rng.shuffle(moments)
     for number, moment in enumerate(moments):
         words = command(photos, tmp_path / f"cut{number // 2}", workers) + more
-        while not killed(words, moment, alone=chance.random() < 0.5):  # it was faster than the first
+        while not killed(words, moment, alone=rng.random() < 0.5):  # it was faster than the first
             assert contents(tmp_path / f"cut{number // 2}") == whole
             shutil.rmtree(tmp_path / f"cut{number // 2}")
             moment /= 2
@@ -79,7 +79,7 @@ def test_killed_builds_end_in_the_same_bytes(photos: Path, tmp_path: Path, worke
             assert contents(tmp_path / f"cut{number // 2}") == whole
 
 
-def test_shards_that_are_there_are_not_built_again(photos: Path, tmp_path: Path) -> None:
+def test_complete_shards_are_not_rebuilt(photos: Path, tmp_path: Path) -> None:
     corpus = pack(photos, tmp_path / "out")
     (tmp_path / "out" / corpus.shards[2].index_name).unlink()
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tar")}
@@ -111,7 +111,7 @@ def test_two_builds_do_not_write_to_one_folder(photos: Path, tmp_path: Path) -> 
     assert pack(photos, tmp_path / "out").samples == COUNT
 
 
-def test_the_last_part_to_end_clears_up_and_no_other(tmp_path: Path) -> None:
+def test_only_the_last_part_removes_temporary_files(tmp_path: Path) -> None:
     """All shards may be complete, and described, while another part still writes its account of them."""
     output = tmp_path / "out"
     with open_output(str(output), part="1/2") as slow:
@@ -122,7 +122,7 @@ def test_the_last_part_to_end_clears_up_and_no_other(tmp_path: Path) -> None:
     assert not slow.parent.exists()
 
 
-def test_a_part_waits_for_the_one_that_clears_up(tmp_path: Path) -> None:
+def test_a_part_waits_for_the_removal_of_temporary_files(tmp_path: Path) -> None:
     output = tmp_path / "out"
     clearing = Lock(output / ".partial" / "lock")
     clearing.acquire()
@@ -131,7 +131,7 @@ def test_a_part_waits_for_the_one_that_clears_up(tmp_path: Path) -> None:
         assert scratch.exists()
 
 
-def test_mended_files_are_packed_on_demand(photos: Path, tmp_path: Path) -> None:
+def test_retry_failed_packs_repaired_files(photos: Path, tmp_path: Path) -> None:
     photos = Path(shutil.copytree(photos.parent, tmp_path / "mine")) / "photos"
     whole = pack(photos, tmp_path / "whole")
     good = (photos / "70.jpg").read_bytes()
@@ -162,7 +162,7 @@ def test_a_remote_output_holds_the_same_and_is_resumed(photos: Path, tmp_path: P
         pack(photos, "memory://bucket/out", size=64)
 
 
-def test_an_output_that_cannot_be_written_is_named(photos: Path, tmp_path: Path) -> None:
+def test_an_unwritable_output_is_reported(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     done = subprocess.run(command(photos, tmp_path / "file" / "out", 1), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2

@@ -1,4 +1,4 @@
-"""The commands of docs/packing.md work as they stand there, on a small corpus of Shapes."""
+"""The commands of docs/packing.md work unchanged on a small corpus of Shapes."""
 
 import importlib
 import json

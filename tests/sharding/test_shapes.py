@@ -21,7 +21,7 @@ def digest(folder: Path) -> dict[str, str]:
     }
 
 
-def test_same_seed_same_bytes_whatever_the_workers(tmp_path: Path) -> None:
+def test_bytes_depend_on_the_seed_and_not_on_the_workers(tmp_path: Path) -> None:
     one = write_shapes(tmp_path / "one", images=70, clips=3, test_items=3, size=32, seed=5, workers=1)
     two = write_shapes(tmp_path / "two", images=70, clips=3, test_items=3, size=32, seed=5, workers=2)
     other = write_shapes(tmp_path / "other", images=70, clips=3, test_items=3, size=32, seed=6)
@@ -94,7 +94,7 @@ def test_test_captions_are_nearly_unique(name: str) -> None:
     assert len(set(texts)) >= 0.95 * 256
 
 
-def test_impossible_sizes_and_used_folders_are_refused(tmp_path: Path) -> None:
+def test_invalid_sizes_and_used_folders_are_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--size must be even"):
         write_shapes(tmp_path / "odd", size=33)
     (tmp_path / "used").mkdir()

@@ -1,4 +1,4 @@
-"""Verifying: any byte that changed is found and placed, whatever is cut off or missing is named, repairs are true."""
+"""Verifying: any changed byte is found with its offset, truncated and missing files are reported; repairs."""
 
 import io
 import json
@@ -42,11 +42,6 @@ def corpus(packed: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(packed, tmp_path / "photos"))
 
 
-@pytest.fixture
-def clips(shapes, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(shapes.url("clips_train"), tmp_path / "clips"))
-
-
 def flip(file: Path, place: int, bit: int = 0) -> None:
     data = bytearray(file.read_bytes())
     data[place] ^= 1 << bit
@@ -65,12 +60,12 @@ def test_a_sound_corpus_has_no_faults(clips: Path, corpus: Path, capsys: pytest.
 
 @pytest.mark.parametrize("times", [8, pytest.param(150, marks=pytest.mark.slow)])
 def test_any_flipped_bit_in_any_file_is_found(packed: Path, corpus: Path, times: int) -> None:
-    chance = random.Random(times)
+    rng = random.Random(times)
     files = sorted(path for path in corpus.iterdir() if path.is_file())
     assert {path.name.split(".", 1)[1] for path in files} == {"tar", "parquet", "json"}
     for file in files:
         for _ in range(times):
-            place, bit = chance.randrange(file.stat().st_size), chance.randrange(8)
+            place, bit = rng.randrange(file.stat().st_size), rng.randrange(8)
             flip(file, place, bit)
             faults = verify_corpus(str(corpus))
             assert faults, f"{file.name}, byte {place}, bit {bit}"
@@ -81,15 +76,15 @@ def test_any_flipped_bit_in_any_file_is_found(packed: Path, corpus: Path, times:
 
 
 @pytest.mark.parametrize("step", [17, pytest.param(3, marks=pytest.mark.slow)])
-def test_every_byte_of_a_tars_first_samples_is_found_and_placed(corpus: Path, step: int) -> None:
+def test_a_flipped_byte_is_reported_with_its_offset(corpus: Path, step: int) -> None:
     shard = sorted(corpus.glob("*.tar"))[0]
     with tarfile.open(shard) as tar:
         members = tar.getmembers()[:2]
     end = members[-1].offset_data + 512 * (1 + members[-1].size // 512)
     assert members[0].size % 512  # so that there is padding
-    chance = random.Random(1)
+    rng = random.Random(1)
     for place in range(0, end, step):
-        bit = chance.randrange(8)
+        bit = rng.randrange(8)
         flip(shard, place, bit)
         faults = verify_corpus(str(corpus))
         assert faults
@@ -102,11 +97,11 @@ def test_every_byte_of_a_tars_first_samples_is_found_and_placed(corpus: Path, st
 
 
 @pytest.mark.parametrize("name", ["photos-000001.tar", "photos-000001.parquet", "failures.parquet", "corpus.json"])
-def test_any_cut_is_found(corpus: Path, name: str) -> None:
+def test_any_truncation_is_found(corpus: Path, name: str) -> None:
     file = corpus / name
     whole = file.read_bytes()
-    chance = random.Random(2)
-    for length in [0, 1, len(whole) - 1, len(whole) - 512, *(chance.randrange(len(whole)) for _ in range(4))]:
+    rng = random.Random(2)
+    for length in [0, 1, len(whole) - 1, len(whole) - 512, *(rng.randrange(len(whole)) for _ in range(4))]:
         file.write_bytes(whole[:length])
         faults = verify_corpus(str(corpus))
         assert name in {fault.file for fault in faults}, length
@@ -114,7 +109,7 @@ def test_any_cut_is_found(corpus: Path, name: str) -> None:
     assert name in {fault.file for fault in verify_corpus(str(corpus))}
 
 
-def test_a_cut_shard_tells_how_many_samples_are_lost(corpus: Path) -> None:
+def test_a_truncated_shard_is_reported_with_the_number_of_lost_samples(corpus: Path) -> None:
     shard = corpus / "photos-000000.tar"
     row = read_index(read_corpus(str(corpus)), 0).to_pylist()[60]
     shard.write_bytes(shard.read_bytes()[: row["offsets"][0] + 3])
@@ -125,7 +120,7 @@ def test_a_cut_shard_tells_how_many_samples_are_lost(corpus: Path) -> None:
     assert len(faults) < 5
 
 
-def test_what_is_missing_or_too_much_is_named(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_and_extra_files_are_reported(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (corpus / "photos-000001.tar").rename(corpus / "photos-000007.tar")
     (corpus / "photos-000002.parquet").unlink()
     (corpus / "failures.parquet").unlink()
@@ -158,7 +153,7 @@ def write_description(folder: Path, known: Corpus, shards: tuple[ShardInfo, ...]
     (folder / "corpus.json").write_text(corpus.to_json())
 
 
-def test_totals_that_were_edited_are_found(corpus: Path) -> None:
+def test_edited_totals_are_found(corpus: Path) -> None:
     file = corpus / "corpus.json"
     file.write_text(file.read_text().replace('"samples": 148', '"samples": 149', 1))
     assert [fault.file for fault in verify_corpus(str(corpus))] == ["corpus.json"]
@@ -183,7 +178,7 @@ def test_only_decode_finds_a_picture_that_was_packed_broken(corpus: Path, tmp_pa
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_repair_makes_everything_again_that_the_tars_hold(corpus: Path, packed: Path, capsys, workers: int) -> None:
+def test_repair_rebuilds_everything_from_intact_tars(corpus: Path, packed: Path, capsys, workers: int) -> None:
     flip(corpus / "photos-000000.parquet", 700)
     (corpus / "photos-000002.parquet").unlink()
     flip(corpus / "corpus.json", 100)
@@ -215,7 +210,7 @@ def test_corpus_json_and_failures_are_repaired_to_the_byte(corpus: Path, packed:
     assert [row["source"] for row in read_failures(str(corpus))] == ["5.jpg", "140.jpg"]
 
 
-def test_repair_leaves_a_damaged_tar_and_says_so(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_repair_reports_a_damaged_tar(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     row = read_index(read_corpus(str(corpus)), 1).to_pylist()[3]
     flip(corpus / "photos-000001.tar", row["offsets"][0] + 100)
     (corpus / "photos-000002.parquet").unlink()
@@ -231,7 +226,7 @@ def test_repair_leaves_a_damaged_tar_and_says_so(corpus: Path, capsys: pytest.Ca
     assert [(fault["file"], fault["key"]) for fault in found["faults"]] == [("photos-000001.tar", row["key"])]
 
 
-def test_the_remedy_that_is_named_works(corpus: Path, packed: Path) -> None:
+def test_rebuilding_a_damaged_shard_restores_its_bytes(corpus: Path, packed: Path) -> None:
     flip(corpus / "photos-000001.tar", 5000)
     (corpus / "photos-000001.parquet").unlink()
     files = [str(packed.parent / "a.json")]
@@ -239,7 +234,7 @@ def test_the_remedy_that_is_named_works(corpus: Path, packed: Path) -> None:
     assert contents(corpus) == contents(packed)
 
 
-def test_a_gap_in_the_shards_is_seen_without_corpus_json(corpus: Path) -> None:
+def test_a_missing_shard_is_found_without_corpus_json(corpus: Path) -> None:
     (corpus / "corpus.json").unlink()
     (corpus / "photos-000001.tar").unlink()
     (corpus / "photos-000001.parquet").unlink()

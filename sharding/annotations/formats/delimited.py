@@ -11,7 +11,7 @@ from typing import IO
 
 DELIMITERS = ",;\t|"
 LONGEST_FIELD = 2**24  # characters; an unclosed quote reaches it soon
-UNDECODED = re.compile(r"[\udc80-\udcff]")  # what surrogateescape makes of bytes that are not in the encoding
+UNDECODED = re.compile(r"[\udc80-\udcff]")  # bytes that are not in the encoding, by surrogateescape
 UNCLOSED = "a quote is opened and never closed: close it, or double it where it is part of the text"
 UNDOUBLED = 'a quote inside a quoted field must be doubled (""): correct it, or set --format tsv, where quotes are text'
 SWALLOWED = "a quote is opened, and closed only in a later row: close it, or double it where it is part of the text"
@@ -104,7 +104,7 @@ def same_kind(own: str, others: list[str], cells: list[list[str]], columns: int)
 
 
 def kind_of_name(field: str) -> str:
-    """What names of media have in common: the ending of a file's name, or the form of a number; "" for other texts."""
+    """The kind of a media name: the extension of a file, or the form of a number; "" for other texts."""
     name = field.strip('"')
     if not name or re.search(r"\s", name):
         return ""

@@ -101,10 +101,10 @@ def json_reason(error: Exception) -> str:
     )
 
 
-def first_character(file: AnnotationFile) -> bytes:
-    """The first character of a file that is not blank."""
+def first_bytes(file: AnnotationFile) -> bytes:
+    """The beginning of a file from its first character on that is not blank."""
     with file.opened() as handle:
-        return handle.read(4096).lstrip()[:1]
+        return handle.read(4096).lstrip()
 
 
 def is_json_lines(file: AnnotationFile) -> bool:
@@ -120,8 +120,8 @@ def is_json_lines(file: AnnotationFile) -> bool:
 
 
 def first_record(file: AnnotationFile) -> Record | None:
-    """The first object of a JSON list; None where there is no such."""
-    return next(json_records(file), None) if first_character(file) == b"[" else None
+    """The first record of a JSON list; None for an empty list or another form."""
+    return next(json_records(file), None) if first_bytes(file)[:1] == b"[" else None
 
 
 def json_value(file: AnnotationFile, key: str) -> Any:
@@ -155,8 +155,7 @@ def keys_of(handle: Any) -> Iterator[str]:
 
 def check_form(file: AnnotationFile, wanted: str) -> None:
     """Raise ValueError where a JSON file is not a list or not an object, as `wanted`."""
-    with file.opened() as handle:
-        start = handle.read(4096).lstrip()
+    start = first_bytes(file)
     if not start:
         raise UserError(f"annotation file {file.name} is empty")
     found = {b"[": "list", b"{": "object"}.get(start[:1])

@@ -98,7 +98,7 @@ def check_depth(data: bytes) -> None:
 
 
 def last_end(text: bytes) -> int:
-    """Where the last token ends that nothing behind `text` can change; `text` begins outside of a string."""
+    """End of the last complete token of `text`, which begins outside of a string."""
     end = 0
     for match in TOKEN.finditer(text):
         if match.start() != end:  # a string that is not closed yet

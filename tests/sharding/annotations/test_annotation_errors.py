@@ -1,4 +1,4 @@
-"""Annotations that cannot be read: one line that names file, row and remedy; those left out are counted by reason."""
+"""Unreadable annotations: one error line with file, row and remedy; filtered rows are counted by reason."""
 
 import gzip
 import json
@@ -77,15 +77,14 @@ def test_a_wrong_file_is_named_with_the_remedy(
     assert "\n" not in str(error.value)
 
 
-def test_a_question_whose_answer_is_of_another_split_is_named(tmp_path: Path) -> None:
-    (tmp_path / "q.json").write_text(json.dumps([{"video_name": "a", "question": "x", "question_id": "a_1"}]))
-    (tmp_path / "a.json").write_text(json.dumps([{"answer": "yes", "question_id": "b_1"}]))
-    files = [str(tmp_path / "q.json"), str(tmp_path / "a.json")]
+def test_a_question_whose_answer_is_of_another_split_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "q.json").write_text('[{"video_name": "a", "question": "x", "question_id": "a_1"}]')
+    (tmp_path / "a.json").write_text('[{"answer": "yes", "question_id": "b_1"}]')
     with pytest.raises(ValueError, match=r"q.json, record 1: question_id 'a_1' has no answer in .*a.json: pass the"):
-        list(read_rows(files, Reading(format="activitynet_qa")))
+        list(read_rows([f"{tmp_path}/q.json", f"{tmp_path}/a.json"], Reading(format="activitynet_qa")))
 
 
-def test_bad_rows_are_counted_on_demand(tmp_path: Path) -> None:
+def test_skip_bad_rows_counts_malformed_rows(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("image,caption\n1.jpg,x\n2.jpg\n3.jpg,y,z\n4.jpg,\n,w\n5.jpg,v\n")
     rows = list(read_rows([str(tmp_path / "a.csv")], Reading(skip_bad_rows=True)))
     assert [row.source for row in rows if not row.filtered] == ["1.jpg", "5.jpg"]
@@ -93,7 +92,7 @@ def test_bad_rows_are_counted_on_demand(tmp_path: Path) -> None:
     assert counts == {"bad row: has N": 2, "no caption": 1, "no media path": 1}
 
 
-def test_the_account_of_bad_rows_names_the_column_and_the_message_names_the_flag(tmp_path: Path) -> None:
+def test_bad_rows_are_counted_by_column_and_the_error_names_the_flag(tmp_path: Path) -> None:
     records = [{"image": "1.jpg", "caption": 5}, {"image": "2.jpg", "text": "x"}, {"image": "3.jpg", "y": "it's"}]
     (tmp_path / "a.json").write_text(json.dumps([*CAPTIONED, *records]))
     with pytest.raises(ValueError, match=r'record 3: "caption" must be .*; --skip-bad-rows skips and counts such'):
@@ -105,22 +104,19 @@ def test_the_account_of_bad_rows_names_the_column_and_the_message_names_the_flag
     }
 
 
-def test_lines_that_are_no_json_are_numbered_with_the_blank_ones(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('\n{"image": "1.jpg", "caption": "x"}\n\n{"image": }\n')
-    with pytest.raises(ValueError, match=r"a.jsonl, record 2: line 4, column 11 is not JSON \(Expecting value\)"):
-        sources(tmp_path / "a.jsonl")
-
-
 @pytest.mark.parametrize("big", [0, 3000])
-def test_where_a_file_is_no_json_is_said(tmp_path: Path, big: int) -> None:
+def test_invalid_json_is_reported_with_line_and_column(tmp_path: Path, big: int) -> None:
     good = "\n".join(json.dumps(CAPTIONED[0]) + "," for _ in range(big + 2))
     (tmp_path / "a.json").write_text(f'[\n{good}\n {{"image" "2.jpg"}}]')
     place = rf"line {big + 4}, column 17, after entry {big + 2}$"
     with pytest.raises(ValueError, match=rf"a.json is not JSON \(.*\): {place}"):
         sources(tmp_path / "a.json")
+    (tmp_path / "a.jsonl").write_text('\n{"image": "1.jpg", "caption": "x"}\n\n{"image": }\n')
+    with pytest.raises(ValueError, match=r"a.jsonl, record 2: line 4, column 11 is not JSON \(Expecting value\)"):
+        sources(tmp_path / "a.jsonl")
 
 
-def test_files_come_compressed_with_byte_order_marks_and_by_pattern(tmp_path: Path) -> None:
+def test_compressed_files_byte_order_marks_and_patterns_are_read(tmp_path: Path) -> None:
     (tmp_path / "1.json.gz").write_bytes(gzip.compress(json.dumps(CAPTIONED).encode()))
     (tmp_path / "2.csv").write_bytes("image;caption\r\n3.jpg;Zürich\r\n".encode("utf-8-sig"))
     (tmp_path / "3.json").write_bytes(json.dumps(CAPTIONED[:1]).encode("utf-8-sig"))
@@ -164,7 +160,7 @@ def test_columns_are_templates_paths_and_alternatives(tmp_path: Path) -> None:
         ("a: [", "is not valid YAML: line"),
     ],
 )
-def test_a_wrong_yaml_names_the_key_and_the_nearest(tmp_path: Path, text: str, message: str) -> None:
+def test_an_invalid_yaml_is_reported_with_the_nearest_key(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "mine.yaml").write_text(text + "\n")
     with pytest.raises(ValueError, match=message) as error:
         load_corpus(str(tmp_path / "mine.yaml"))
@@ -237,7 +233,7 @@ def test_wrong_flags_get_one_line(table: Path, capsys, flags: list[str], message
     assert re.search(message, error)
 
 
-def test_what_has_no_default_is_asked_for(table: Path, capsys) -> None:
+def test_missing_required_flags_are_reported(table: Path, capsys) -> None:
     assert main(["--output", str(table / "out")]) == 2
     assert "--annotations is missing" in capsys.readouterr().err
     assert main(["--output", str(table / "out"), "--annotations", "x.json"]) == 2

@@ -1,4 +1,4 @@
-"""JSON as programs write it: what parsers refuse is mended, lines and lists are told apart, errors are one line."""
+"""JSON as programs write it: invalid values are repaired, lines and lists are detected, errors are one line."""
 
 import bz2
 import gzip
@@ -48,7 +48,7 @@ def test_half_a_surrogate_pair_is_a_question_mark(tmp_path: Path, name: str, hal
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
-def test_nan_says_nothing_and_numbers_may_be_of_any_size(tmp_path: Path, name: str) -> None:
+def test_nan_is_a_missing_value_and_numbers_may_have_any_size(tmp_path: Path, name: str) -> None:
     records = [
         '{"image": "0.jpg", "caption": "NaN", "score": [NaN, -Infinity, 1e999], "start": NaN, "end": NaN}',
         '{"image": "1.jpg", "caption": NaN}',
@@ -63,7 +63,7 @@ def test_nan_says_nothing_and_numbers_may_be_of_any_size(tmp_path: Path, name: s
     assert found[3].question["answers"] == ["2"]
 
 
-def test_identities_meet_whatever_their_size_and_form(tmp_path: Path) -> None:
+def test_identifiers_match_whatever_their_size_and_form(tmp_path: Path) -> None:
     images = '[{"id": 42.0, "file_name": "a.jpg"}, {"id": 12345678901234567890, "file_name": "b.jpg", "area": NaN}]'
     texts = '[{"image_id": 42, "caption": "x"}, {"image_id": 12345678901234567890, "caption": "y"}]'
     (tmp_path / "a.json").write_text(f'{{"images": {images}, "annotations": {texts}}}')
@@ -71,7 +71,7 @@ def test_identities_meet_whatever_their_size_and_form(tmp_path: Path) -> None:
     assert [(row.source, *row.captions) for row in found] == [("a.jpg", "x"), ("b.jpg", "y")]
 
 
-def test_lines_and_lists_are_told_apart_whatever_the_name(tmp_path: Path) -> None:
+def test_json_lines_and_lists_are_detected_whatever_the_file_name(tmp_path: Path) -> None:
     expected = [Row("0.jpg", ("zero",)), Row("1.jpg", ("one",))]
     for lines in (f"{ZERO}\n{ONE}\n", f"{ZERO}\r\n{ONE}"):
         assert rows(tmp_path / "a.json", lines) == expected
@@ -97,11 +97,11 @@ def test_lines_and_lists_are_told_apart_whatever_the_name(tmp_path: Path) -> Non
         (f"[{ZERO}]".encode("utf-16-le"), "is in UTF-16: save it as UTF-8"),
     ],
 )
-def test_what_is_no_json_is_named_in_one_line(tmp_path: Path, text: str | bytes, message: str) -> None:
+def test_invalid_json_is_reported_in_one_line(tmp_path: Path, text: str | bytes, message: str) -> None:
     assert message in error(tmp_path / "a.json", text)
 
 
-def test_a_bad_line_costs_itself_alone(tmp_path: Path) -> None:
+def test_a_malformed_line_affects_no_other_line(tmp_path: Path) -> None:
     bad = [b"\xff\xfe", b"[" * 100_000, b'{"image": "\xed\xa0\x80"}', b"{'image': 1}", b"7", b"\0\0"]
     content = b"\n".join([ZERO.encode(), *bad, ONE.encode()])
     found = rows(tmp_path / "a.jsonl", content, skip_bad_rows=True)
@@ -111,7 +111,7 @@ def test_a_bad_line_costs_itself_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("ending", "pack"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)])
-def test_a_compressed_file_that_is_damaged_is_named(tmp_path: Path, ending: str, pack: Callable) -> None:
+def test_a_damaged_compressed_file_is_reported(tmp_path: Path, ending: str, pack: Callable) -> None:
     data = pack(json.dumps([{"image": f"{n}.jpg", "caption": str(n * 7919)} for n in range(999)]).encode())
     flipped = bytearray(data)
     flipped[len(data) // 2] ^= 255
@@ -137,7 +137,7 @@ VALUES = st.recursive(
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.dictionaries(st.text('ab"\\', max_size=3), VALUES, max_size=4), max_size=6), st.integers(1, 40))
-def test_what_python_writes_is_read_wherever_blocks_end(tmp_path_factory, records, block) -> None:
+def test_json_written_by_python_is_read_with_any_block_size(tmp_path_factory, records, block) -> None:
     path = tmp_path_factory.mktemp("json") / "a.json"
     kept = [{"image": f"{n}.jpg", "caption": json.dumps(each), "more": each} for n, each in enumerate(records)]
     kept.append({"image": "last.jpg", "caption": "\ud800 NaN", "more": math.nan})  # so that it has to be mended

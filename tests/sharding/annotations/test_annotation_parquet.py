@@ -38,7 +38,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_a_column_that_is_not_asked_for_does_no_harm(tmp_path: Path, kind: str) -> None:
+def test_unused_columns_of_any_type_are_ignored(tmp_path: Path, kind: str) -> None:
     assert rows(tmp_path, {**PLAIN, "other": OTHERS[kind]}) == EXPECTED
     with pytest.raises(ValueError, match=r'record 1: no "text"; its columns are image, caption, other'):
         rows(tmp_path, {**PLAIN, "other": OTHERS[kind]}, columns=Columns(caption="text"))
@@ -52,7 +52,7 @@ def test_texts_of_every_type_are_read(tmp_path: Path, kind: pa.DataType) -> None
     assert rows(tmp_path, table) == EXPECTED
 
 
-def test_a_text_that_is_not_in_utf_8_costs_its_own_row(tmp_path: Path) -> None:
+def test_a_text_that_is_not_utf_8_is_an_error_of_its_row(tmp_path: Path) -> None:
     table = {"image": ["0.jpg", "1.jpg"], "caption": NOT_UTF8}
     with pytest.raises(ValueError, match=r'a.parquet, record 1: "caption" is not in UTF-8 \(byte 0xe9\)'):
         rows(tmp_path, table)
@@ -70,19 +70,19 @@ def test_a_text_that_is_not_in_utf_8_costs_its_own_row(tmp_path: Path) -> None:
         ([[{"bytes": b"JPEG", "path": None}]], r"media must be .* not the file's bytes in the table"),
     ],
 )
-def test_what_is_no_name_of_media_is_a_row_error(tmp_path: Path, media: list, message: str) -> None:
+def test_an_invalid_media_value_is_a_row_error(tmp_path: Path, media: list, message: str) -> None:
     with pytest.raises(ValueError, match=r"a.parquet, record 1: " + message):
         rows(tmp_path, {"image": media, "caption": ["zero"]})
     assert rows(tmp_path, {"image": media, "caption": ["zero"]}, skip_bad_rows=True)[0].filtered
 
 
 @pytest.mark.parametrize("media", [["0.jpg"], [["0.jpg"]], [{"bytes": None, "path": "0.jpg"}], [[{"path": "0.jpg"}]]])
-def test_what_names_one_file_is_its_name(tmp_path: Path, media: list) -> None:
+def test_a_media_value_with_one_name_is_that_name(tmp_path: Path, media: list) -> None:
     assert rows(tmp_path, {"image": media, "caption": ["zero"]}) == EXPECTED[:1]
 
 
 @pytest.mark.parametrize("name", ["caption", "question", "answer", "question_id"])
-def test_bytes_are_no_text(tmp_path: Path, name: str) -> None:
+def test_bytes_are_not_accepted_as_text(tmp_path: Path, name: str) -> None:
     table = {"image": ["0.jpg"], **({} if name == "caption" else {"question": ["what?"]}), name: [b"x"]}
     with pytest.raises(ValueError, match=rf'record 1: "{name}" must be a text.*, not b\'x\''):
         rows(tmp_path, table)
@@ -109,7 +109,7 @@ def test_ids_of_a_csv_that_pandas_wrote_as_floats_are_whole(tmp_path: Path) -> N
     assert found == ["42", "", "v1.0", "10000000000000000"]
 
 
-def test_two_columns_of_one_name_are_refused_where_they_are_used(tmp_path: Path) -> None:
+def test_duplicate_column_names_are_an_error_if_used(tmp_path: Path) -> None:
     arrays = [pa.array(["0.jpg"]), pa.array(["a"]), pa.array(["b"])]
     with pytest.raises(ValueError, match=r'a.parquet has 2 columns named "caption": rename all but one'):
         rows(tmp_path, pa.Table.from_arrays(arrays, ["image", "caption", "caption"]))

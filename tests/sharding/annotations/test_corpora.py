@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from packed import rows_of
 from PIL import Image
 from places import ROOT
 
@@ -21,7 +22,6 @@ from sharding.annotations.config import load_corpus
 from sharding.annotations.items import Row
 from sharding.annotations.reading import read_rows
 from sharding.build import main
-from sharding.shards.schema import read_corpus, read_index
 
 CORPORA = ROOT / "configs" / "corpora"
 NAMES = sorted(path.stem for path in CORPORA.glob("*.yaml"))
@@ -251,8 +251,7 @@ def test_a_yaml_packs_the_files_of_its_data_set(tmp_path: Path, clip: bytes, nam
     files = write(layout(tmp_path), tmp_path)
     arguments = ["--corpus", str(CORPORA / f"{name}.yaml"), "--annotations", *files, "--workers", "1", *flags]
     assert main([*arguments, "--media-root", str(tmp_path / "media"), "--output", str(tmp_path / "out")]) == 0
-    corpus = read_corpus(str(tmp_path / "out"))
-    rows = [row for shard in range(len(corpus.shards)) for row in read_index(corpus, shard).to_pylist()]
+    rows = rows_of(tmp_path / "out")
     found = {row["source"].rpartition("/media/")[2]: row for row in rows}
     assert {
         source: sum(len(row[kind]) for kind in ("captions", "questions", "choices")) for source, row in found.items()
@@ -261,13 +260,13 @@ def test_a_yaml_packs_the_files_of_its_data_set(tmp_path: Path, clip: bytes, nam
     assert not any(text != text.strip() for row in rows for text in row["captions"])
 
 
-def rows_of(name: str, root: Path) -> list[Row]:
+def rows_read(name: str, root: Path) -> list[Row]:
     return list(read_rows(write(LAYOUTS[name][0](root), root), load_corpus(str(CORPORA / f"{name}.yaml"))))
 
 
 def test_questions_carry_their_answers_and_types(tmp_path: Path) -> None:
     questions = {
-        name: [row.question for row in rows_of(name, tmp_path)]
+        name: [row.question for row in rows_read(name, tmp_path)]
         for name in ("vqa", "vqa_test", "activitynet_qa", "vg_qa")
     }
     assert questions["vqa"][1] == {
@@ -286,7 +285,7 @@ def test_questions_carry_their_answers_and_types(tmp_path: Path) -> None:
 
 def test_captions_are_those_of_the_data_set(tmp_path: Path) -> None:
     def captions(name: str) -> list[tuple[str, ...]]:
-        return [row.captions for row in rows_of(name, tmp_path)]
+        return [row.captions for row in rows_read(name, tmp_path)]
 
     assert captions("webvid")[0] == ("Disco light,\nin two lines",)
     assert captions("cc3m") == [('a "lake',), ("b",)]
@@ -334,7 +333,7 @@ def test_singularitys_own_json_is_read_under_every_yaml(tmp_path: Path, name: st
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_yaml_says_where_its_files_come_from_and_the_command(name: str) -> None:
+def test_each_yaml_has_a_comment_with_source_and_command(name: str) -> None:
     comment = "".join(line for line in (CORPORA / f"{name}.yaml").read_text().splitlines(True) if line.startswith("#"))
     assert f"--corpus configs/corpora/{name}.yaml" in comment or name == "generic"
     assert "http" in comment or name in ("generic", "img2dataset")

@@ -1,4 +1,4 @@
-"""Annotation files with flipped, lost and inserted bytes: rows, or one line that names the file; nothing else."""
+"""Annotation files with flipped, lost and inserted bytes give rows, or one error line with the file's name."""
 
 import bz2
 import gzip
@@ -52,31 +52,31 @@ FILES = {
 }
 
 
-def damaged(data: bytes, chance: random.Random) -> bytes:
+def damaged(data: bytes, rng: random.Random) -> bytes:
     """The bytes with one to three faults."""
-    for _ in range(chance.randint(1, 3)):
-        place = chance.randrange(len(data) + 1)
-        kind = chance.randrange(4)
+    for _ in range(rng.randint(1, 3)):
+        place = rng.randrange(len(data) + 1)
+        kind = rng.randrange(4)
         if kind == 0:
-            data = data[:place] + bytes([chance.randrange(256)]) + data[place + 1 :]
+            data = data[:place] + bytes([rng.randrange(256)]) + data[place + 1 :]
         elif kind == 1:
-            data = data[:place] + data[place + chance.randint(1, 9) :]
+            data = data[:place] + data[place + rng.randint(1, 9) :]
         elif kind == 2:
-            data = data[:place] + chance.choice(PIECES) + data[place:]
-        elif chance.random() < 0.3:
+            data = data[:place] + rng.choice(PIECES) + data[place:]
+        elif rng.random() < 0.3:
             data = data[:place]
     return data
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_damage_gives_rows_or_one_line_that_names_the_file(tmp_path: Path, name: str) -> None:
+def test_damaged_files_give_rows_or_one_error_line(tmp_path: Path, name: str) -> None:
     data, form = FILES[name]
-    chance = random.Random(name)
+    rng = random.Random(name)
     columns = Columns(media="file_name") if form == "coco" else Columns()
     path = tmp_path / name
     messages = []
     for attempt in range(120):
-        path.write_bytes(damaged(data, chance))
+        path.write_bytes(damaged(data, rng))
         try:
             rows = list(read_rows([str(path)], Reading(format=form, columns=columns, skip_bad_rows=attempt % 2 == 0)))
         except UserError as error:

@@ -1,4 +1,4 @@
-"""CSV and TSV: quotes that are not closed swallow no rows, what is legal is kept, each row is accounted for."""
+"""CSV and TSV: unclosed quotes swallow no rows, valid rows are read unchanged, each row is counted."""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def outcome(tmp_path: Path, text: str | bytes, name: str = "a.csv", **reading) -
         ('0.jpg,"a\n1.jpg,"b\n2.jpg,"c\n3.jpg,"d\n', [], {1: "never closed", 2: "", 3: "", 4: "never closed"}),
     ],
 )
-def test_a_quote_that_is_not_closed_costs_its_own_row(tmp_path: Path, body: str, good: list[int], bad) -> None:
+def test_an_unclosed_quote_affects_only_its_row(tmp_path: Path, body: str, good: list[int], bad) -> None:
     found = outcome(tmp_path, HEAD + body)
     assert [row[0] for row in found if row[0].endswith(".jpg")] == [f"{n}.jpg" for n in good]
     number, reason = next(iter(bad.items()))
@@ -47,7 +47,7 @@ def test_a_quote_that_is_not_closed_costs_its_own_row(tmp_path: Path, body: str,
         assert reason in found[number - 1][1]
 
 
-def test_swallowed_rows_are_seen_where_the_media_come_last(tmp_path: Path) -> None:
+def test_rows_inside_a_quote_are_detected_if_media_is_the_last_column(tmp_path: Path) -> None:
     body = '"a man,clip1.mp4\nsix foot 3",clip2.mp4\na dog,clip3.mp4\n'
     found = outcome(tmp_path, "caption,video\n" + body)
     assert found[0] == (
@@ -75,7 +75,7 @@ def test_swallowed_rows_are_seen_where_the_media_come_last(tmp_path: Path) -> No
         ('0.jpg,"1. open\n2. close, then wait 2.5 s"\n1.jpg,x\n', ["1. open\n2. close, then wait 2.5 s", "x"]),
     ],
 )
-def test_what_is_legal_is_kept(tmp_path: Path, body: str, captions: list[str]) -> None:
+def test_valid_rows_are_read_unchanged(tmp_path: Path, body: str, captions: list[str]) -> None:
     assert outcome(tmp_path, HEAD + body) == [(f"{n}.jpg", caption) for n, caption in enumerate(captions)]
 
 
@@ -106,7 +106,7 @@ def test_the_header_may_hold_other_delimiters_and_names_twice(tmp_path: Path) ->
         outcome(tmp_path, HEAD, delimiter="::")
 
 
-def test_a_row_in_another_encoding_costs_itself_and_utf_16_is_named(tmp_path: Path) -> None:
+def test_a_row_in_another_encoding_is_malformed_and_utf_16_is_reported(tmp_path: Path) -> None:
     found = outcome(tmp_path, HEAD.encode() + b"0.jpg,caf\xe9\n1.jpg,caf\xc3\xa9\n")
     assert found[0][0] == "bad row"
     assert found[1:] == [("1.jpg", "café")]
@@ -117,7 +117,7 @@ def test_a_row_in_another_encoding_costs_itself_and_utf_16_is_named(tmp_path: Pa
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.text(alphabet='ab1 ,"\n\r\\;é', max_size=12), min_size=1, max_size=5), st.data())
-def test_a_written_table_reads_as_it_was_and_a_lost_quote_loses_no_row(tmp_path_factory, texts, data) -> None:
+def test_a_written_table_is_read_back_and_a_missing_quote_loses_no_row(tmp_path_factory, texts, data) -> None:
     folder = tmp_path_factory.mktemp("csv")
     texts = [text.strip() or "x" for text in texts]
     rows = ['"' + text.replace('"', '""') + '"' for text in texts]

@@ -1,4 +1,4 @@
-"""A build opens each annotation file once, whatever its format, and notes the SHA-256 of all of them."""
+"""A build opens each annotation file once, whatever its format, and records the SHA-256 of all of them."""
 
 import gzip
 import hashlib

@@ -1,4 +1,4 @@
-"""Annotations on S3, GCS and web servers, in bad weather: the rows are those of the local files."""
+"""Annotations on S3, GCS and web servers with failing requests: the rows are those of the local files."""
 
 import csv
 import gzip
@@ -36,7 +36,7 @@ def tables(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("store", STORES, indirect=True)
-def test_rows_come_whole_though_requests_fail(
+def test_rows_are_complete_when_requests_fail(
     tables: Path, store: Store, faulty: MakeFaulty, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(annotation_files, "BLOCK", 2**18)
@@ -57,7 +57,7 @@ def test_patterns_find_files_in_a_bucket(tables: Path, store: Store) -> None:
 
 
 @pytest.mark.parametrize("store", STORES, indirect=True)
-def test_a_file_that_is_not_there_or_not_allowed_is_named(tables: Path, store: Store, faulty: MakeFaulty) -> None:
+def test_a_missing_or_forbidden_file_is_reported(tables: Path, store: Store, faulty: MakeFaulty) -> None:
     store.fill(tables, "tables")
     url = store.url("tables/nothing.json")
     with pytest.raises(FileNotFoundError, match=r"annotation file .*nothing.json does not exist: check --annotations"):

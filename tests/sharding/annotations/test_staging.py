@@ -44,7 +44,7 @@ def test_rows_are_merged_in_the_order_in_which_media_appear(tmp_path: Path, pair
     assert sum(found.filtered.values()) == found.rows - found.kept
 
 
-def test_questions_and_choices_are_numbered_where_they_have_no_name(tmp_path: Path) -> None:
+def test_questions_and_choices_without_an_id_are_numbered(tmp_path: Path) -> None:
     question = {"question_id": "", "question": "what?", "answers": ["a"], "weights": [1.0]}
     choice = {"question_id": "", "options": ["a", "b"], "answer": 1}
     rows = [Row("v", question=question), Row("w", ("x",)), Row("v", question={**question, "question_id": "7"})]
@@ -58,7 +58,7 @@ def test_questions_and_choices_are_numbered_where_they_have_no_name(tmp_path: Pa
     assert open_staged(tmp_path / "rows.sqlite") == found
 
 
-def test_tasks_stay_small_and_are_read_by_whoever_builds_them(tmp_path: Path) -> None:
+def test_pickled_tasks_are_small_and_read_their_items_later(tmp_path: Path) -> None:
     rows = [Row(f"{number}.jpg", ("a caption of some length",)) for number in range(5000)]
     found = staged(rows, tmp_path)
     plan = ShardSettings("x", "image", 224, 90, 2.0, 0, 256)
@@ -70,7 +70,7 @@ def test_tasks_stay_small_and_are_read_by_whoever_builds_them(tmp_path: Path) ->
     assert again.items[-1].captions == ["a caption of some length"]
 
 
-def test_a_full_disk_is_named_and_leaves_nothing_half_read(photos: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_leaves_no_partial_rows(photos: Path, tmp_path: Path) -> None:
     records = [{"image": "0.jpg", "caption": f"a long caption {number} " * 20} for number in range(5000)]
     (tmp_path / "long.json").write_text(json.dumps(records))
     words = build_command(photos, tmp_path / "out", "--annotations", str(tmp_path / "long.json"), "--workers", "1")
@@ -83,7 +83,7 @@ def test_a_full_disk_is_named_and_leaves_nothing_half_read(photos: Path, tmp_pat
     assert subprocess.run(words, cwd=ROOT, stderr=subprocess.DEVNULL).returncode == 0
 
 
-def test_reading_shows_its_progress_where_there_is_no_terminal(caplog) -> None:
+def test_reading_logs_its_progress(caplog) -> None:
     caplog.set_level("INFO", "runtime")
     rows = [Row("a", ("x",))] * 10_000
     assert list(counted(rows, log_every=1e-9)) == rows
@@ -124,7 +124,7 @@ def photos(tmp_path: Path) -> Path:
     return write_photos(tmp_path, 150, (12, 9), (1600, 1200))
 
 
-def test_a_killed_build_finds_its_rows_again(photos: Path, tmp_path: Path, caplog) -> None:
+def test_a_killed_build_resumes_with_its_staged_rows(photos: Path, tmp_path: Path, caplog) -> None:
     out = tmp_path / "out"
     process = subprocess.Popen(build_command(photos, out, "--workers", "1"), cwd=ROOT, stderr=subprocess.DEVNULL)
     while not (out / "build.json").exists():  # written when the rows are staged
@@ -140,7 +140,7 @@ def test_a_killed_build_finds_its_rows_again(photos: Path, tmp_path: Path, caplo
     assert contents(out) == contents(tmp_path / "whole")
 
 
-def test_rows_of_other_annotations_are_not_taken_for_these(photos: Path, tmp_path: Path) -> None:
+def test_staged_rows_of_other_annotations_are_not_used(photos: Path, tmp_path: Path) -> None:
     (photos / "0.jpg").unlink()
     with pytest.raises(ValueError, match="media failed"):
         pack(photos, tmp_path / "out", max_failures=0.0)

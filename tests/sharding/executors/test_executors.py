@@ -1,4 +1,4 @@
-"""Several machines: a Ray cluster that loses a node, and jobs that share an output, give the bytes of a plain build."""
+"""A Ray cluster that loses a node, and jobs that share an output, give the bytes of a local build."""
 
 import os
 import subprocess
@@ -86,7 +86,9 @@ def test_a_ray_cluster_that_loses_a_node_gives_the_same_bytes(cluster, tmp_path:
     assert contents(tmp_path / "cut") == contents(tmp_path / "plain")
 
 
-def test_without_a_ray_cluster_there_is_one_line(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_ray_cluster_is_reported_in_one_line(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module("ray", "ray")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     words = [sys.executable, "-m", "sharding.build", *arguments(drawn, tmp_path / "out"), "--engine", "ray"]
@@ -96,7 +98,7 @@ def test_without_a_ray_cluster_there_is_one_line(drawn: Path, tmp_path: Path, mo
     assert "ray start --head" in done.stderr
 
 
-def test_parts_give_together_what_one_build_gives(drawn: Path, tmp_path: Path) -> None:
+def test_all_parts_together_equal_one_build(drawn: Path, tmp_path: Path) -> None:
     build(drawn, tmp_path / "plain")
     for part in (2, 3):
         build(drawn, tmp_path / "parts", part=f"{part}/3")
@@ -120,7 +122,7 @@ def slurm(drawn: Path, output: Path, part: int, parts: int) -> subprocess.Popen:
     return subprocess.Popen(words, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def test_jobs_of_an_array_run_side_by_side_and_the_last_one_describes_the_corpus(drawn: Path, tmp_path: Path) -> None:
+def test_concurrent_array_jobs_write_one_corpus(drawn: Path, tmp_path: Path) -> None:
     build(drawn, tmp_path / "plain")
     jobs = [slurm(drawn, tmp_path / "array", part, 3) for part in (1, 2, 3)]
     logs = [job.communicate(timeout=120)[1] for job in jobs]
@@ -128,7 +130,7 @@ def test_jobs_of_an_array_run_side_by_side_and_the_last_one_describes_the_corpus
     assert contents(tmp_path / "array") == contents(tmp_path / "plain")
 
 
-def test_a_killed_part_goes_on_and_no_part_runs_twice(drawn: Path, tmp_path: Path) -> None:
+def test_a_killed_part_resumes_and_no_part_runs_twice(drawn: Path, tmp_path: Path) -> None:
     build(drawn, tmp_path / "plain")
     job = slurm(drawn, tmp_path / "array", 1, 2)
     while not list((tmp_path / "array").glob("*.tar")):
@@ -146,6 +148,6 @@ def test_a_killed_part_goes_on_and_no_part_runs_twice(drawn: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("part", ["0/2", "3/2", "2", "a/b"])
-def test_a_part_that_is_none_is_refused(drawn: Path, tmp_path: Path, part: str) -> None:
+def test_an_invalid_part_is_an_error(drawn: Path, tmp_path: Path, part: str) -> None:
     with pytest.raises(ValueError, match="must be I/N"):
         build(drawn, tmp_path / "out", part=part)

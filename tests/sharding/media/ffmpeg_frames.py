@@ -1,4 +1,4 @@
-"""What the ffmpeg program shows of a clip: a decode that owes nothing to the code under test."""
+"""The frames that the ffmpeg program shows of a clip: a decoder independent of the code under test."""
 
 import re
 import subprocess

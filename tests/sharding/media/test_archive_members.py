@@ -1,4 +1,4 @@
-"""Media in tars and zips of any making: links, names of any bytes, damage, compression; what is lost is named."""
+"""Media in tars and zips of any tool: links, names in any encoding, damage, compression; failures are reported."""
 
 import io
 import random
@@ -66,7 +66,7 @@ def test_links_of_pax_tars_and_links_to_folders(tmp_path: Path) -> None:
     assert [found(path, name) for name in ("b.jpg", "latest/p.jpg", "hard")] == [b"x", b"p", b"x"]
 
 
-def test_links_that_lead_nowhere_are_named(tmp_path: Path) -> None:
+def test_dangling_links_are_reported(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w") as tar:
         add(tar, "gone.jpg", link="../none.jpg", kind=tarfile.SYMTYPE)
@@ -97,7 +97,7 @@ def test_names_in_any_encoding(tmp_path: Path, encoding: str, form: int) -> None
     assert [found(tmp_path / "a.tar", each) for each in ("0.jpg", name)] == [b"zero", b"here"]
 
 
-def test_what_is_before_and_behind_damage_is_found_and_the_damage_is_named(tmp_path: Path) -> None:
+def test_members_around_damage_are_found_and_the_damage_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w") as tar:
         for number in range(4):
@@ -110,7 +110,7 @@ def test_what_is_before_and_behind_damage_is_found_and_the_damage_is_named(tmp_p
         assert found(path, name) == "not in the archive a.tar, which is damaged at byte 1536 (damaged tar header)"
 
 
-def test_a_size_beyond_all_measure_is_damage(tmp_path: Path) -> None:
+def test_an_absurd_member_size_is_damage(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         add(tar, "0.jpg", b"zero")
@@ -127,12 +127,12 @@ def test_a_size_beyond_all_measure_is_damage(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["gnu", "0.0", "0.1", "1.0"])
-def test_sparse_files_are_named_and_the_others_are_read(tmp_path: Path, form: str) -> None:
-    chance = random.Random(0)
+def test_sparse_files_are_reported_and_other_members_are_read(tmp_path: Path, form: str) -> None:
+    rng = random.Random(0)
     with open(tmp_path / "0.jpg", "wb") as file:
         for part in range(40):  # more parts than a header has room for
             file.seek(part * 65536)
-            file.write(chance.randbytes(512))
+            file.write(rng.randbytes(512))
     (tmp_path / "1.jpg").write_bytes(b"whole")
     kind = ["--format=gnu"] if form == "gnu" else ["--format=posix", f"--sparse-version={form}"]
     subprocess.run(["tar", "-cSf", "a.tar", *kind, "0.jpg", "1.jpg"], cwd=tmp_path, check=True)
@@ -140,7 +140,7 @@ def test_sparse_files_are_named_and_the_others_are_read(tmp_path: Path, form: st
     assert found(tmp_path / "a.tar", "0.jpg") == "0.jpg in a.tar is stored as a sparse file: unpack the archive first"
 
 
-def test_a_listing_passes_over_the_data(tmp_path: Path) -> None:
+def test_listing_members_skips_their_data(tmp_path: Path) -> None:
     path = tmp_path / "large.tar"
     with open(path, "wb") as file:  # 40 GB of holes
         for number in range(4):
@@ -170,7 +170,7 @@ def test_zips_of_every_method_that_python_reads(tmp_path: Path) -> None:
         (8, 1, "is encrypted"),
     ],
 )
-def test_a_member_that_cannot_be_unpacked_is_named_and_the_others_are_read(
+def test_unsupported_members_are_reported_and_others_are_read(
     tmp_path: Path, field: int, value: int, reason: str
 ) -> None:
     path = tmp_path / "a.zip"
@@ -184,7 +184,7 @@ def test_a_member_that_cannot_be_unpacked_is_named_and_the_others_are_read(
     assert found(path, "1.jpg") == b"y" * 100
 
 
-def test_names_and_places_in_zips(tmp_path: Path) -> None:
+def test_names_and_offsets_in_zips(tmp_path: Path) -> None:
     path = tmp_path / "a.zip"
     extra = b"\xfe\xca" + (3000).to_bytes(2, "little") + bytes(3000)
     with zipfile.ZipFile(path, "w") as file:
@@ -200,7 +200,7 @@ def test_names_and_places_in_zips(tmp_path: Path) -> None:
     assert {name: found(path, name) for name in names} == names
 
 
-def test_a_name_that_is_not_the_utf8_that_a_zip_says_costs_nothing_else(tmp_path: Path) -> None:
+def test_a_name_with_a_wrong_utf8_flag_affects_no_other_member(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
         file.writestr("é.jpg", b"here")
         file.writestr("日本.jpg", b"flag")
@@ -220,7 +220,7 @@ def test_names_in_zips_without_the_flag(tmp_path: Path, name: str, encoding: str
 
 
 @pytest.mark.parametrize("place", ["a.tar.gz/0.jpg", "a.tgz/0.jpg", "b.tar/0.jpg"])
-def test_compressed_tars_among_the_media_are_named(tmp_path: Path, place: str) -> None:
+def test_compressed_tars_among_the_media_are_reported(tmp_path: Path, place: str) -> None:
     for name in ("a.tar.gz", "a.tgz", "b.tar"):
         with tarfile.open(tmp_path / name, "w:gz") as tar:
             add(tar, "0.jpg", b"zero")
@@ -229,5 +229,5 @@ def test_compressed_tars_among_the_media_are_named(tmp_path: Path, place: str) -
     assert f"{place.split('/')[0]} is compressed as a whole (gzip): unpack it" in str(reason)
 
 
-def test_reasons_hold_no_addresses() -> None:
+def test_reasons_contain_no_object_addresses() -> None:
     assert str(MediaError(f"no picture: {io.BytesIO()}")) == "no picture: <_io.BytesIO object>"

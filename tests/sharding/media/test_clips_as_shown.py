@@ -8,17 +8,16 @@ from pathlib import Path
 
 import av
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import simplejpeg
-from ffmpeg_frames import difference, ffmpeg, shown_frames, step_of
+from ffmpeg_frames import difference, ffmpeg, shown_frames, shown_times, step_of
+from packed import failures_of, rows_of
 from PIL import Image
 
 from sharding.build import build_corpus
 from sharding.media.clock import Clock
-from sharding.media.frames import MediaError
+from sharding.media.frames import Frames, MediaError
 from sharding.media.video import pack_video
-from sharding.shards.schema import read_index
 
 SECONDS = 12
 H264 = ["-c:v", "libx264", "-g", "25", "-bf", "2", "-preset", "ultrafast"]
@@ -56,7 +55,7 @@ def packed(path: Path, fps: float = 5, start: float = 0.0, end: float = float("i
 
 
 @pytest.mark.parametrize("name", CODECS)
-def test_a_part_has_the_frames_of_the_whole_clip(folder: Path, name: str) -> None:
+def test_a_segment_has_the_frames_of_the_whole_clip(folder: Path, name: str) -> None:
     path = folder / f"a.{name}"
     whole = packed(path)
     assert len(whole) == 5 * SECONDS
@@ -71,17 +70,15 @@ def test_a_part_has_the_frames_of_the_whole_clip(folder: Path, name: str) -> Non
         packed(path, 5, 12, 13)
 
 
-def test_parts_of_one_clip_are_packed_as_if_alone(folder: Path, tmp_path: Path) -> None:
+def test_segments_of_one_clip_are_packed_independently(folder: Path, tmp_path: Path) -> None:
     spans = [(6, 8), (0, 2), (7, 9.5), (20, 21), (0, 2.4), (10, 12)]  # out of order, overlapping, one that is not there
     names = ["a.mp4", "a.mkv", "a.avi", "a.webm", "a.ts", "a.gif"]
     records = [{"video": name, "start": a, "end": b, "caption": "x"} for name in names for a, b in spans]
     (tmp_path / "a.json").write_text(json.dumps(records))
     options = {"size": 36, "fps": 2, "quality": 90, "workers": 1, "max_failures": 1.0}
-    corpus = build_corpus([str(tmp_path / "a.json")], str(folder), "video", str(tmp_path / "out"), **options)
-    tables = [read_index(corpus, shard) for shard in range(len(corpus.shards))]
-    rows = {row["source"]: row["crc32s"] for table in tables for row in table.to_pylist()}
-    failures = pq.read_table(tmp_path / "out" / "failures.parquet").to_pylist()
-    assert {row["reason"] for row in failures} == {"no frame at 20 seconds or later"}
+    build_corpus([str(tmp_path / "a.json")], str(folder), "video", str(tmp_path / "out"), **options)
+    rows, failures = {row["source"]: row["crc32s"] for row in rows_of(tmp_path / "out")}, failures_of(tmp_path / "out")
+    assert set(failures.values()) == {"no frame at 20 seconds or later"}
     assert (len(rows), len(failures)) == (30, 6)
     for name in names:
         for start, end in spans:
@@ -108,7 +105,7 @@ def shifted(folder: Path, seconds: float) -> bytes:
     ],
     ids=str,
 )
-def test_a_clock_that_jumps_goes_on(folder: Path, tmp_path: Path, clocks: list[float], seconds: float) -> None:
+def test_timestamp_jumps_are_continued(folder: Path, tmp_path: Path, clocks: list[float], seconds: float) -> None:
     path = tmp_path / "joined.ts"
     path.write_bytes(b"".join(shifted(folder, clock) for clock in clocks))
     whole = pack_video(path.read_bytes(), 36, 90, 5)
@@ -119,14 +116,13 @@ def test_a_clock_that_jumps_goes_on(folder: Path, tmp_path: Path, clocks: list[f
     check_against_ffmpeg(path, 5)
 
 
-def test_two_program_streams_one_behind_the_other(folder: Path, tmp_path: Path) -> None:
+def test_concatenated_program_streams(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "joined.mpg"
     path.write_bytes((folder / "a.mpg").read_bytes() * 2)
-    check_against_ffmpeg(path, 5)
-    assert len(packed(path)) == 120
+    assert len(check_against_ffmpeg(path, 5).jpegs) == 120
 
 
-def test_a_pause_is_real_where_the_clock_cannot_jump(tmp_path: Path) -> None:
+def test_a_timestamp_gap_is_a_pause_in_other_containers(tmp_path: Path) -> None:
     ffmpeg("-f", "lavfi", "-i", "testsrc2=s=64x36:r=10:d=2,setpts=PTS+if(gte(N\\,10)\\,600/TB)", *H264,
            "-fps_mode", "vfr", tmp_path / "pause.mp4")  # fmt: skip
     whole = pack_video((tmp_path / "pause.mp4").read_bytes(), 36, 90, 1)
@@ -144,13 +140,14 @@ def test_a_long_pause_between_reordered_frames_is_real(tmp_path: Path) -> None:
     assert packed(tmp_path / "a.mkv") == whole.jpegs
 
 
-def check_against_ffmpeg(path: Path, fps: float) -> None:
-    """The stored frames are those that the ffmpeg program shows at their times."""
+def check_against_ffmpeg(path: Path, fps: float) -> Frames:
+    """The stored frames, which are those that the ffmpeg program shows at their times."""
     stored = pack_video(path.read_bytes(), 36, 95, fps)
     frames, seconds = shown_frames(path, stored.width, stored.height)
     for moment, jpeg in zip(stored.times, stored.jpegs, strict=True):
         shown = frames[np.searchsorted(seconds, moment + 1e-3, side="right") - 1].astype(int)
         assert difference(simplejpeg.decode_jpeg(jpeg, "RGB") - shown) < 5, moment
+    return stored
 
 
 @pytest.mark.parametrize("words", [("-ss", "1.3"), ("-ss", "7.9"), ("-ss", "6.2", "-t", "3"), ("-itsoffset", "2.5")])
@@ -158,10 +155,9 @@ def test_an_edit_list_decides_what_is_shown(folder: Path, tmp_path: Path, words:
     path = tmp_path / "edited.mp4"
     ffmpeg(*words, "-i", folder / "a.mp4", "-c", "copy", path)
     assert b"elst" in path.read_bytes()
-    whole = pack_video(path.read_bytes(), 36, 95, 10)
-    _, seconds = shown_frames(path, whole.width, whole.height)
+    whole = check_against_ffmpeg(path, 10)
+    seconds = shown_times(path)
     assert whole.duration == pytest.approx(seconds[-1] + step_of(seconds), abs=0.051)
-    check_against_ffmpeg(path, 10)
     assert pack_video(path.read_bytes(), 36, 95, 10, 0, 1.5, 2.5).jpegs == whole.jpegs[15:25]
 
 
@@ -216,9 +212,8 @@ def test_sound_that_lasts_longer_adds_no_frames(tmp_path: Path) -> None:
 def test_all_orientations(folder: Path, tmp_path: Path, turn: int, mirror: list[str]) -> None:
     path = tmp_path / "turned.mp4"
     ffmpeg("-display_rotation", turn, *mirror, "-i", folder / "a.mp4", "-c", "copy", "-t", 1, path)
-    stored = pack_video(path.read_bytes(), 36, 95, 5)
+    stored = check_against_ffmpeg(path, 5)
     assert (stored.width, stored.height) == ((36, 64) if turn % 180 else (64, 36))
-    check_against_ffmpeg(path, 5)
 
 
 @pytest.mark.parametrize(
@@ -240,29 +235,28 @@ def test_pixels_that_are_not_square(tmp_path: Path, shape: str, name: str, turn:
     if turn:
         ffmpeg("-display_rotation", turn, "-i", tmp_path / name, "-c", "copy", tmp_path / "turned.mp4")
         name = "turned.mp4"
-    stored = pack_video((tmp_path / name).read_bytes(), 36, 95, 5)
+    stored = check_against_ffmpeg(tmp_path / name, 5)
     assert (stored.width, stored.height) == shown
-    check_against_ffmpeg(tmp_path / name, 5)
 
 
-def clip_with_cover(folder: Path, tmp_path: Path, name: str) -> Path:
+@pytest.fixture
+def cover(tmp_path: Path) -> Path:
     Image.new("RGB", (200, 200), "red").save(tmp_path / "cover.jpg")
-    words = ["-i", tmp_path / "cover.jpg", "-i", folder / "a.mp4", "-map", 0, "-map", 1, "-c", "copy"]
-    ffmpeg(*words, "-disposition:v:0", "attached_pic", "-disposition:v:1", "default", tmp_path / name)
-    return tmp_path / name
+    return tmp_path / "cover.jpg"
 
 
-def test_a_cover_is_not_the_clip(folder: Path, tmp_path: Path) -> None:
-    assert packed(clip_with_cover(folder, tmp_path, "a.mp4")) == packed(folder / "a.mp4")
-    ffmpeg("-i", folder / "a.mkv", "-c", "copy", "-attach", tmp_path / "cover.jpg", "-metadata:s:t",
-           "mimetype=image/jpeg", tmp_path / "a.mkv")  # fmt: skip
-    assert packed(tmp_path / "a.mkv") == packed(folder / "a.mkv")
+def test_cover_art_is_not_the_video_stream(folder: Path, tmp_path: Path, cover: Path) -> None:
+    words = ["-i", cover, "-i", folder / "a.mp4", "-map", 0, "-map", 1, "-c", "copy"]
+    ffmpeg(*words, "-disposition:v:0", "attached_pic", "-disposition:v:1", "default", tmp_path / "a.mp4")
+    attached = ["-attach", cover, "-metadata:s:t", "mimetype=image/jpeg"]
+    ffmpeg("-i", folder / "a.mkv", "-c", "copy", *attached, tmp_path / "a.mkv")
+    for name in ("a.mp4", "a.mkv"):
+        assert packed(tmp_path / name) == packed(folder / name)
 
 
 @pytest.mark.parametrize("name", ["a.m4a", "a.mp3", "a.flac"])
-def test_a_song_with_a_cover_is_no_clip(tmp_path: Path, name: str) -> None:
-    Image.new("RGB", (200, 200), "red").save(tmp_path / "cover.jpg")
-    words = ["-f", "lavfi", "-i", "sine=d=2", "-i", tmp_path / "cover.jpg", "-map", 0, "-map", 1]
+def test_a_song_with_cover_art_has_no_video_stream(tmp_path: Path, cover: Path, name: str) -> None:
+    words = ["-f", "lavfi", "-i", "sine=d=2", "-i", cover, "-map", 0, "-map", 1]
     ffmpeg(*words, "-c:v", "copy", "-disposition:v", "attached_pic", tmp_path / name)
     with pytest.raises(MediaError, match=r"^no video stream$"):
         packed(tmp_path / name)
@@ -270,7 +264,7 @@ def test_a_song_with_a_cover_is_no_clip(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("form", ["mkv", "mp4"])
 @pytest.mark.parametrize(("default", "best"), [((0, 1), 1), ((1, 0), 0), ((1, 1), 1), ((0, 0), 1)], ids=str)
-def test_of_two_streams_the_one_that_ffmpeg_takes(
+def test_of_two_streams_that_of_ffmpeg_is_chosen(
     folder: Path, tmp_path: Path, form: str, default: tuple[int, int], best: int
 ) -> None:
     path = tmp_path / f"two.{form}"
@@ -280,10 +274,9 @@ def test_of_two_streams_the_one_that_ffmpeg_takes(
     ffmpeg(*words, path)
     with av.open(str(path)) as container:
         flags = [int(stream.disposition) & 1 for stream in container.streams.video]
+    stored = check_against_ffmpeg(path, 5)
     if flags == list(default):  # some muxers know no stream without
-        stored = pack_video(path.read_bytes(), 36, 95, 5)
         assert (stored.width, stored.height) == [(32, 32), (64, 36)][best]
-    check_against_ffmpeg(path, 5)
 
 
 PLAYLISTS = {
@@ -307,9 +300,7 @@ PLAYLISTS = {
 
 
 @pytest.mark.parametrize("kind", PLAYLISTS)
-def test_nothing_but_the_file_is_opened(
-    folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_playlists_open_no_other_file(folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(folder)
     text = PLAYLISTS[kind].format(path=folder / "a.mp4")
     began = time.monotonic()
@@ -326,7 +317,7 @@ def test_a_picture_with_exif_is_one_upright_frame() -> None:
     assert (stored.width, stored.height, len(stored.jpegs)) == (48, 64, 1)
 
 
-def test_packets_behind_a_part_are_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packets_after_a_segment_are_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, correct, packets = (folder / "a.mkv").read_bytes(), Clock.correct, []
     monkeypatch.setattr(Clock, "correct", lambda clock, packet: packets.append(correct(clock, packet)))
     assert pack_video(data, 36, 90, 5, 2, 1, 3).duration == pytest.approx(2)

@@ -87,7 +87,7 @@ def test_all_kinds_in_one_batch_are_shown_as_packing_stores_them(decoder: Decode
         assert np.abs(shown - expected(data)).mean() < 3, name
 
 
-def test_what_packing_refuses_is_a_bad_sample(decoder: Decoder) -> None:
+def test_undecodable_pictures_are_bad_samples(decoder: Decoder) -> None:
     plain, cmyk = saved(photo()), saved(photo().convert("CMYK"))
     turned = saved(photo(), exif=turned_by(3))
     whole = clip_of(plain)
@@ -101,7 +101,7 @@ def test_what_packing_refuses_is_a_bad_sample(decoder: Decoder) -> None:
             decode_picture(data)
 
 
-def test_an_index_of_sizes_before_turning_still_serves(decoder: Decoder) -> None:
+def test_an_index_with_sizes_before_rotation_still_works(decoder: Decoder) -> None:
     on_their_side = [saved(photo(), exif=turned_by(6)), saved(photo(), "WEBP", exif=turned_by(8))]
     frames, bad = decoder.decode([clip_of(data, old_index=True) for data in on_their_side])
     assert not bad
@@ -114,7 +114,7 @@ def test_an_index_of_sizes_before_turning_still_serves(decoder: Decoder) -> None
     assert "64x48 pixels, the index has 48x64" in bad[0]
 
 
-def test_the_index_tells_the_upright_size_and_verify_agrees(tmp_path: Path) -> None:
+def test_the_index_has_upright_sizes_and_verify_agrees(tmp_path: Path) -> None:
     folder = tmp_path / "foreign"
     folder.mkdir()
     with tarfile.open(folder / "0.tar", "w") as tar:

@@ -97,7 +97,7 @@ def test_a_small_jpeg_keeps_its_bytes_and_a_large_one_shrinks() -> None:
     assert (wide.width, wide.height) == (2000, 10)
 
 
-def test_the_shape_is_that_of_the_whole_picture_also_where_a_fraction_is_decoded() -> None:
+def test_a_picture_decoded_at_a_fraction_has_the_right_shape() -> None:
     packed = pack_image(saved(Image.fromarray(natural(383, 256))), 96, 90)
     assert (packed.width, packed.height) == (round(383 * 96 / 256), 96)
 

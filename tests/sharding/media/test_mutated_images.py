@@ -1,4 +1,4 @@
-"""Damaged pictures: packed as Pillow shows them or refused by name, never a crash; the loader agrees with packing."""
+"""Damaged pictures: packed as Pillow shows them, or a failure with a reason; the loader agrees with packing."""
 
 import io
 import json

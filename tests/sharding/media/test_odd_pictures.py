@@ -1,4 +1,4 @@
-"""Pictures are packed as every viewer shows them; what is cut, or tells no range, is refused by name."""
+"""Pictures are packed as every viewer shows them; truncated ones and unknown value ranges are failures."""
 
 import io
 import struct
@@ -14,7 +14,7 @@ from PIL import Image
 
 from sharding.media.frames import MediaError
 from sharding.media.image import pack_image
-from sharding.media.jpeg import has_end, orientation_of
+from sharding.media.jpeg import orientation_of
 from sharding.media.picture import decode_picture
 from sharding.shards.checks import undecodable
 from sharding.shards.foreign import picture_of
@@ -86,7 +86,7 @@ SHOWN = {
 
 
 @pytest.mark.parametrize("kind", SHOWN)
-def test_what_viewers_show_without_a_wrong_pixel_is_packed(kind: str) -> None:
+def test_pictures_with_harmless_faults_are_packed(kind: str) -> None:
     with Image.open(io.BytesIO(SHOWN[kind])) as image:
         assert_shown(SHOWN[kind], np.asarray(image.convert("RGB")))
 
@@ -107,23 +107,16 @@ CUT = {
 
 
 @pytest.mark.parametrize("kind", CUT)
-def test_a_jpeg_that_is_cut_is_refused_by_name(kind: str) -> None:
+def test_a_truncated_jpeg_is_a_failure(kind: str) -> None:
     with pytest.raises(MediaError, match=r"truncated JPEG|premature end"):
         pack_image(CUT[kind], 4096, 90)
     assert undecodable(CUT[kind], 128, 96)
 
 
 @pytest.mark.parametrize("data", [b"", b"<html>404</html>", b"\xff\xd8\xff\xe0", saved(photo(), "PNG")[:-60]])
-def test_what_is_no_picture_is_refused_by_name(data: bytes) -> None:
+def test_other_files_are_failures(data: bytes) -> None:
     with pytest.raises(MediaError, match=r"empty file|unreadable image"):
         pack_image(data, 40, 90)
-
-
-def test_the_end_that_counts_is_the_pictures_own() -> None:
-    assert has_end(PLAIN + PROGRESSIVE)
-    assert not has_end(PLAIN[: len(PLAIN) // 2] + PROGRESSIVE)
-    assert not has_end(PLAIN[:SCAN])
-    assert not has_end(b"")
 
 
 @pytest.mark.parametrize(
@@ -139,7 +132,7 @@ def test_any_chroma_subsampling_is_shown(luma: int, chroma: int) -> None:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
-def test_pictures_are_turned_as_their_exif_says(form: str, orientation: int) -> None:
+def test_exif_orientation_is_applied(form: str, orientation: int) -> None:
     block = Image.Exif()
     block[0x0112] = orientation
     data = saved(photo(96, 128), form, exif=block)
@@ -172,7 +165,7 @@ ON_ITS_SIDE = (0x112, 3, 1, b"\6\0\0\0")
         (b"Exif\0\0" + bytes(40), 1),
     ],
 )
-def test_a_malformed_exif_block_costs_no_picture(block: bytes, orientation: int) -> None:
+def test_malformed_exif_is_ignored(block: bytes, orientation: int) -> None:
     for image in (photo(96, 128), photo(96, 128).convert("L")):
         data = with_segment(saved(image), 0xE1, block)
         assert orientation_of(data) == orientation
@@ -180,7 +173,7 @@ def test_a_malformed_exif_block_costs_no_picture(block: bytes, orientation: int)
         assert_shown(data, np.asarray(turned.convert("RGB")))
 
 
-def test_only_exif_turns_a_picture() -> None:
+def test_xmp_orientation_is_ignored() -> None:
     xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
     for data in (
         saved(photo(96, 128), xmp=xmp),
@@ -259,7 +252,7 @@ def test_sixteen_bits_become_eight_whatever_the_file() -> None:
         np.full((8, 8), np.nan, np.float32),
     ],
 )
-def test_numbers_without_a_range_are_refused_by_name(values: np.ndarray) -> None:
+def test_values_without_a_known_range_are_failures(values: np.ndarray) -> None:
     with pytest.raises(MediaError, match="without a stated range: convert it to 8 or 16 bits"):
         pack_image(saved(Image.fromarray(values), "TIFF"), 40, 90)
 
@@ -281,9 +274,7 @@ def dos_postscript() -> bytes:
 
 
 @pytest.mark.parametrize("made", [postscript, dos_postscript])
-def test_a_picture_starts_no_program(
-    made: Callable[[], bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_postscript_is_not_executed(made: Callable[[], bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "gs"
     program.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
     program.chmod(0o755)
@@ -295,7 +286,7 @@ def test_a_picture_starts_no_program(
     assert not (tmp_path / "started").exists()
 
 
-def test_files_for_other_programs_are_no_pictures() -> None:
+def test_iptc_files_are_not_pictures() -> None:
     """IPTC holds any file that Pillow reads, PostScript too, and opens it."""
     fields = [(3, 60, b"\1\0"), (3, 20, b"\0\x40"), (3, 30, b"\0\x40"), (3, 120, b"\5")]
     block = b"".join(bytes([0x1C, *tag]) + struct.pack(">H", len(body)) + body for *tag, body in fields)
@@ -303,7 +294,7 @@ def test_files_for_other_programs_are_no_pictures() -> None:
         pack_image(block, 40, 90)
 
 
-def test_a_header_of_enormous_pixels_is_refused_by_name() -> None:
+def test_enormous_pictures_are_failures() -> None:
     frame = PLAIN.index(b"\xff\xc0")
     huge = PLAIN[: frame + 5] + struct.pack(">HH", 60_000, 60_000) + PLAIN[frame + 9 :]
     for data in (
@@ -323,7 +314,7 @@ def test_a_header_of_enormous_pixels_is_refused_by_name() -> None:
         pack_image(bytes(image), 224, 90)
 
 
-def test_twelve_bits_are_refused_by_name() -> None:
+def test_twelve_bit_jpegs_are_failures() -> None:
     frame = PLAIN.index(b"\xff\xc0")
     with pytest.raises(MediaError, match=r"unreadable image|broken JPEG"):
         pack_image(PLAIN[: frame + 1] + b"\xc1" + PLAIN[frame + 2 : frame + 4] + b"\x0c" + PLAIN[frame + 5 :], 40, 90)

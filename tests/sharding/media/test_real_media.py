@@ -6,17 +6,16 @@ import re
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import simplejpeg
 from ffmpeg_frames import difference, shown_frames, shown_times, step_of
+from packed import failures_of, rows_of
 from PIL import Image, ImageOps
 from places import SHARED
 
 from sharding.build import build_corpus
 from sharding.media.frames import MediaError
 from sharding.media.video import pack_video
-from sharding.shards.schema import read_index
 from sharding.shards.verification import verify_corpus
 
 DATA = SHARED / "data"
@@ -44,10 +43,9 @@ def pack(tmp_path: Path, files: list[Path], media_type: str, **settings) -> tupl
     (tmp_path / "a.json").write_text(json.dumps(records))
     output = str(tmp_path / "out")
     options = {"size": 96, "workers": 2, "max_failures": 1.0} | settings
-    corpus = build_corpus([str(tmp_path / "a.json")], str(DATA), media_type, output, **options)
+    build_corpus([str(tmp_path / "a.json")], str(DATA), media_type, output, **options)
     assert not verify_corpus(output, decode=True)
-    rows = {row["source"]: row for shard in range(len(corpus.shards)) for row in read_index(corpus, shard).to_pylist()}
-    failures = {row["source"]: row["reason"] for row in pq.read_table(f"{output}/failures.parquet").to_pylist()}
+    rows, failures = {row["source"]: row for row in rows_of(output)}, failures_of(output)
     assert rows.keys() | failures.keys() == {record["image"] for record in records}
     broken = BROKEN_PICTURES if media_type == "image" else BROKEN_CLIPS
     assert {Path(source).name for source in failures} == {path.name for path in files} & broken.keys()
@@ -116,7 +114,7 @@ def test_every_picture(tmp_path: Path) -> None:
     [path for folder in CLIP_FOLDERS for path in sorted((DATA / folder).glob("*")) if path.suffix in CLIPS],
     ids=lambda path: f"{path.parent.name}-{path.name}",
 )
-def test_the_frame_that_ffmpeg_shows_is_stored(path: Path) -> None:
+def test_stored_frames_are_those_of_ffmpeg(path: Path) -> None:
     if path.name in BROKEN_CLIPS:
         with pytest.raises(MediaError):
             pack_video(path.read_bytes(), 64, 95, 4)

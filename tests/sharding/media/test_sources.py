@@ -1,4 +1,4 @@
-"""Where media come from: web servers that fail now and then, stores, archives; what cannot be had is named."""
+"""Sources of media: web servers with transient errors, stores, archives; failures are reported with a reason."""
 
 import json
 import os
@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-import pyarrow.parquet as pq
 import pytest
-from packed import write_photos
+from packed import failures_of, rows_of, write_photos
 from web_servers import Handler, serving
 
 from sharding.build import build_corpus
-from sharding.shards.schema import Corpus, read_index
+from sharding.shards.schema import Corpus
 from storage.web import Fetching
 
 COUNT = 40
@@ -43,12 +42,8 @@ def pack(tmp_path: Path, root: str, names: list[str] | None = None, **settings) 
     return build_corpus([str(tmp_path / "a.json")], root, "image", str(tmp_path / "out"), **options)
 
 
-def failures(tmp_path: Path) -> dict[str, str]:
-    return {row["source"]: row["reason"] for row in pq.read_table(tmp_path / "out" / "failures.parquet").to_pylist()}
-
-
 class Answer(Handler):
-    """A file of the server's folder, or 404; `moods[path]` is the list of what its first answers are, instead."""
+    """A file of the server's folder, or 404; `answers[path]` is the list of what its first answers are, instead."""
 
     server: Any
 
@@ -57,22 +52,22 @@ class Answer(Handler):
             self.server.asked[self.path] += 1
             self.server.busy += 1
             self.server.busiest = max(self.server.busiest, self.server.busy)
-            mood = (self.server.moods.get(self.path) or ["good"]).pop(0)
+            answer = (self.server.answers.get(self.path) or ["good"]).pop(0)
         try:
-            self.answer(mood)
+            self.send(answer)
         finally:
             with self.server.lock:
                 self.server.busy -= 1
 
-    def answer(self, mood: str) -> None:
+    def send(self, answer: str) -> None:
         file = self.server.folder / self.path.lstrip("/")
-        if mood.isdigit() or not file.is_file():
-            return self.say(int(mood) if mood.isdigit() else 404)
-        if mood == "silent":
+        if answer.isdigit() or not file.is_file():
+            return self.say(int(answer) if answer.isdigit() else 404)
+        if answer == "silent":
             self.server.release.wait(10)
-        elif mood == "slow":
+        elif answer == "slow":
             time.sleep(0.05)
-        elif mood == "cut":
+        elif answer == "cut":
             self.close_connection = True
             self.send_response(200)
             self.send_header("Content-Length", str(file.stat().st_size))
@@ -83,7 +78,7 @@ class Answer(Handler):
 
 @pytest.fixture
 def web(photos: Path):
-    state = {"folder": photos, "moods": {}, "asked": Counter(), "busy": 0, "busiest": 0}
+    state = {"folder": photos, "answers": {}, "asked": Counter(), "busy": 0, "busiest": 0}
     with serving(Answer, **state, lock=threading.Lock(), release=threading.Event()) as server:
         server.url = f"http://127.0.0.1:{server.server_address[1]}"
         server.handle_error = lambda *_: None  # a client that went away is no news
@@ -91,8 +86,8 @@ def web(photos: Path):
         server.release.set()
 
 
-def test_what_fails_now_and_then_is_asked_again(web, plain: Corpus, tmp_path: Path) -> None:
-    web.moods = {
+def test_transient_errors_are_retried(web, plain: Corpus, tmp_path: Path) -> None:
+    web.answers = {
         "/3.jpg": ["503", "500"],
         "/5.jpg": ["cut", "429"],
         "/7.jpg": ["silent"],
@@ -102,13 +97,13 @@ def test_what_fails_now_and_then_is_asked_again(web, plain: Corpus, tmp_path: Pa
     assert [web.asked[f"/{number}.jpg"] for number in (3, 5, 7, 9, 11)] == [3, 3, 2, 4, 1]
 
 
-def test_what_cannot_be_had_is_reported_with_its_reason(web, tmp_path: Path) -> None:
-    web.moods = {"/1.jpg": ["403"], "/2.jpg": ["503"] * 9, "/3.jpg": ["cut"] * 9, "/4.jpg": ["silent"] * 9}
+def test_failed_downloads_are_reported_with_their_reason(web, tmp_path: Path) -> None:
+    web.answers = {"/1.jpg": ["403"], "/2.jpg": ["503"] * 9, "/3.jpg": ["cut"] * 9, "/4.jpg": ["silent"] * 9}
     names = [f"{web.url}/{number}.jpg" for number in range(6)]
     gone = [f"{web.url}/none.jpg", "http://127.0.0.1:9/x.jpg", "http://no-such-host.invalid/x.jpg"]
     corpus = pack(tmp_path, "", names + gone, fetching=Fetching(attempts=2, timeout=0.5))
     assert corpus.samples == 2
-    found = failures(tmp_path)
+    found = failures_of(tmp_path / "out")
     assert found.pop(gone[2]).startswith(("host not found: no-such-host.invalid", "HTTP"))
     assert found == {
         names[1]: "HTTP 403 Forbidden",
@@ -122,14 +117,14 @@ def test_what_cannot_be_had_is_reported_with_its_reason(web, tmp_path: Path) -> 
     assert web.asked["/2.jpg"] == 2
 
 
-def test_no_more_connections_than_allowed_go_to_one_host(web, tmp_path: Path) -> None:
-    web.moods = {f"/{number}.jpg": ["slow"] for number in range(COUNT)}
+def test_connections_per_host_are_limited(web, tmp_path: Path) -> None:
+    web.answers = {f"/{number}.jpg": ["slow"] for number in range(COUNT)}
     pack(tmp_path, web.url, fetching=Fetching(connections=12, per_host=3))
     assert web.busiest == 3
 
 
-def test_a_slow_photo_does_not_hold_up_the_others_and_keeps_its_place(web, plain: Corpus, tmp_path: Path) -> None:
-    web.moods = {"/0.jpg": ["silent"]}
+def test_a_slow_download_blocks_no_other_and_keeps_its_position(web, plain: Corpus, tmp_path: Path) -> None:
+    web.answers = {"/0.jpg": ["silent"]}
 
     def release_when_all_are_asked_for() -> None:
         while len(web.asked) < COUNT:
@@ -143,7 +138,7 @@ def test_a_slow_photo_does_not_hold_up_the_others_and_keeps_its_place(web, plain
     release.join()
 
 
-def test_a_store_with_any_protocol_will_do(photos: Path, plain: Corpus, tmp_path: Path) -> None:
+def test_media_are_read_from_any_fsspec_store(photos: Path, plain: Corpus, tmp_path: Path) -> None:
     fsspec.filesystem("memory").put(str(photos), "/media", recursive=True)
     assert pack(tmp_path, "memory://media").shards == plain.shards
     with pytest.raises(FileNotFoundError, match="media root memory://nowhere does not exist"):
@@ -182,9 +177,12 @@ def test_archives_in_a_folder_and_folders_in_an_archive(photos: Path, tmp_path: 
     archive(tmp_path / "one.tar", photos.parent)
     archive(tmp_path / "two.zip", photos)
     names = ["one.tar/photos/1.jpg", "two.zip/2.jpg", "one.tar/photos/99.jpg", "three.zip/x.jpg"]
-    corpus = pack(tmp_path, str(tmp_path), names)
-    assert [row["source"] for row in read_index(corpus, 0).to_pylist()] == names[:2]
-    assert failures(tmp_path) == {names[2]: "not in the archive one.tar", names[3]: "archive three.zip not found"}
+    pack(tmp_path, str(tmp_path), names)
+    assert [row["source"] for row in rows_of(tmp_path / "out")] == names[:2]
+    assert failures_of(tmp_path / "out") == {
+        names[2]: "not in the archive one.tar",
+        names[3]: "archive three.zip not found",
+    }
     (tmp_path / "inner").mkdir()
     assert pack(tmp_path / "inner", f"{tmp_path}/one.tar/photos", ["3.jpg"]).samples == 1
 
@@ -196,22 +194,22 @@ def test_damage_in_an_archive_is_found(photos: Path, tmp_path: Path) -> None:
         data[file.getinfo("5.jpg").header_offset + 400] ^= 255
     path.write_bytes(data)
     assert pack(tmp_path, str(path)).samples == COUNT - 1
-    assert failures(tmp_path)["5.jpg"].startswith("damaged archive member")
+    assert failures_of(tmp_path / "out")["5.jpg"].startswith("damaged archive member")
 
 
 @pytest.mark.parametrize(
     ("name", "message"), [("a.tar.gz", "gunzip it"), ("a.tgz", "gunzip it"), ("gone.zip", "does not exist")]
 )
-def test_an_archive_that_will_not_do_is_refused_at_once(tmp_path: Path, name: str, message: str) -> None:
+def test_an_unusable_archive_is_an_error_before_the_build(tmp_path: Path, name: str, message: str) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         pack(tmp_path, f"{tmp_path}/{name}")
     assert not os.path.exists(tmp_path / "out")
 
 
-def test_a_cut_archive_says_so(photos: Path, tmp_path: Path) -> None:
+def test_a_truncated_archive_is_reported(photos: Path, tmp_path: Path) -> None:
     path = archive(tmp_path / "photos.zip", photos)
     path.write_bytes(path.read_bytes()[:-50])
     pack(tmp_path, str(path))
-    assert set(failures(tmp_path).values()) == {
+    assert set(failures_of(tmp_path / "out").values()) == {
         f"{path} cannot be read as an archive (File is not a zip file): is it complete?"
     }

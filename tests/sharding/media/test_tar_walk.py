@@ -1,4 +1,4 @@
-"""Random tars, also damaged ones: every picture is in the index or named, and links are what tarfile says."""
+"""Random and damaged tars: every picture is indexed or reported, and links resolve as in tarfile."""
 
 import io
 import tarfile
