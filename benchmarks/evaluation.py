@@ -31,7 +31,7 @@ import torch
 from benchmarks.model import SIZES
 from eval.config import EvalConfig
 from eval.features import TextFeatures, VisualFeatures, collect_visuals, encode_blocks, encode_texts
-from eval.ranking import top_k_mask
+from eval.metrics import top_k_mask
 from eval.tasks.retrieval import NOT_RERANKED, Scores, score
 from model.singularity import Singularity
 from train.deepspeed.engine import DTYPES

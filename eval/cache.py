@@ -8,7 +8,6 @@ import logging
 import os
 import shutil
 import uuid
-import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,18 +15,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from runtime.collectives import barrier, broadcast, gather_objects
 from runtime.errors import UserError
 from runtime.ranks import Ranks
-from storage.files import temporary_path
+from storage.files import atomic_file, temporary_path
 
 log = logging.getLogger(__name__)
 
-META = "meta.json"
-VERSION = 1
-DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -42,22 +41,12 @@ class Block:
     embeddings: torch.Tensor | None = None
 
 
-@dataclass(frozen=True)
-class RankFiles:
-    """The cached output of one rank: indices of its visuals in row order, their embeddings and tokens."""
-
-    indices: np.ndarray
-    embeddings: torch.Tensor | None
-    tokens: torch.Tensor
-
-
 class CachedBlocks:
-    """Blocks of this rank's visuals (those = rank mod world size), read from disk in each iteration."""
+    """Blocks of this rank's visuals (those = rank mod world size), read from memory-mapped files in each iteration."""
 
-    def __init__(self, parts: list[RankFiles], batch_size: int, ranks: Ranks) -> None:
-        self._parts = parts
-        self._locations = {int(v): (p, row) for p, part in enumerate(parts) for row, v in enumerate(part.indices)}
-        mine = sorted(visual for visual in self._locations if visual % ranks.world_size == ranks.rank)
+    def __init__(self, blocks: Sequence[Block], batch_size: int, ranks: Ranks) -> None:
+        self._rows = {int(visual): (block, row) for block in blocks for row, visual in enumerate(block.indices)}
+        mine = sorted(visual for visual in self._rows if visual % ranks.world_size == ranks.rank)
         self._batches = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
 
     def __len__(self) -> int:
@@ -68,11 +57,10 @@ class CachedBlocks:
 
     def take(self, visuals: Sequence[int]) -> Block:
         """The block of some visuals, at least one."""
-        locations = [self._locations[visual] for visual in visuals]
-        tokens = torch.stack([self._parts[part].tokens[row] for part, row in locations])
-        embeddings = [self._parts[part].embeddings for part, _ in locations]
-        rows = [each[row] for each, (_, row) in zip(embeddings, locations) if each is not None]
-        return Block(np.array(visuals), tokens, torch.stack(rows) if rows else None)
+        rows = [self._rows[visual] for visual in visuals]
+        embeddings = [block.embeddings[row] for block, row in rows if block.embeddings is not None]
+        tokens = torch.stack([block.tokens[row] for block, row in rows])
+        return Block(np.array(visuals), tokens, torch.stack(embeddings) if embeddings else None)
 
 
 def model_digest(model: nn.Module) -> str:
@@ -89,21 +77,24 @@ def entry_name(**what: Any) -> str:
     return hashlib.sha256(json.dumps({"version": VERSION, **what}, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def read_entry(folder: Path, batch_size: int, ranks: Ranks) -> CachedBlocks | None:
+def read_entry(folder: Path, num_visuals: int, batch_size: int, ranks: Ranks) -> CachedBlocks | None:
     """The blocks of a complete entry; None where there is none. The first rank decides for all.
 
     A damaged entry is removed.
     """
-    parts: list[RankFiles] = []
-    if ranks.is_first and (folder / META).is_file():
+    blocks: list[Block] = []
+    if ranks.is_first and folder.is_dir():
         try:
-            parts = _read_ranks(folder)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            blocks = _read_all(folder)
+            if (found := _count(blocks)) != num_visuals:
+                raise ValueError(f"it has {found:,} visuals of {num_visuals:,}")
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             log.warning("%s is damaged (%s): encoding again", folder, error)
             shutil.rmtree(folder)
-    if not broadcast(bool(parts), ranks.world_size):
+            blocks = []
+    if not broadcast(bool(blocks), ranks.world_size):
         return None
-    return CachedBlocks(parts or _read_ranks(folder), batch_size, ranks)
+    return CachedBlocks(blocks or _read_all(folder), batch_size, ranks)
 
 
 def write_entry(folder: Path, blocks: Iterable[Block], num_visuals: int, batch_size: int, ranks: Ranks) -> CachedBlocks:
@@ -112,64 +103,44 @@ def write_entry(folder: Path, blocks: Iterable[Block], num_visuals: int, batch_s
     The entry appears complete or not at all. Where some of the `num_visuals` visuals could not be read, it is not
     kept: the next evaluation tries them again.
     """
-    made = None
-    if ranks.is_first:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        made = str(temporary_path(folder, uuid.uuid4().hex))
-        os.mkdir(made)  # with usual permissions: others may use the entry
-    temporary = Path(broadcast(made, ranks.world_size))
-    if not temporary.is_dir():
-        raise UserError(f"feature_cache={folder.parent}: ranks see different folders: use a shared one")
+    temporary = Path(broadcast(str(temporary_path(folder, uuid.uuid4().hex)), ranks.world_size))
     try:
-        _write_rank(temporary, ranks.rank, blocks)
-        written = sum(gather_objects(len(_read_rank(temporary, ranks.rank).indices), ranks.world_size))
-        parts = [_read_rank(temporary, number) for number in range(ranks.world_size)]
-        barrier(ranks.world_size)  # an open file stays readable after it is removed
-        if ranks.is_first and written == num_visuals and not folder.exists():
-            (temporary / META).write_text(json.dumps({"version": VERSION, "parts": ranks.world_size}), encoding="utf-8")
+        if ranks.is_first:
+            os.makedirs(temporary)  # with usual permissions: others may use the entry
+        barrier(ranks.world_size)
+        if not temporary.is_dir():
+            raise UserError(f"feature_cache={folder.parent}: ranks see different folders: use a shared one")
+        own = [_write(temporary / f"{ranks.rank:04}-{number:06}.safetensors", b) for number, b in enumerate(blocks)]
+        names = [name for part in gather_objects(own, ranks.world_size) for name in part]
+        stored = [_read(temporary / name) for name in names]
+        barrier(ranks.world_size)  # a mapped file stays readable after it is removed
+        if ranks.is_first and _count(stored) < num_visuals:
+            log.warning("%d visuals are unreadable: not caching in %s", num_visuals - _count(stored), folder)
+        elif ranks.is_first and not folder.exists():
             temporary.rename(folder)
-        elif ranks.is_first and written < num_visuals:
-            log.warning("%d visuals are unreadable: not caching in %s", num_visuals - written, folder)
     finally:
         if ranks.is_first:
             shutil.rmtree(temporary, ignore_errors=True)
-    return CachedBlocks(parts, batch_size, ranks)
+    return CachedBlocks(stored, batch_size, ranks)
 
 
-def _write_rank(folder: Path, number: int, blocks: Iterable[Block]) -> None:
-    indices: list[int] = []
-    embeddings: list[torch.Tensor] = []
-    shape: list[int] = []
-    dtype = ""
-    with (folder / f"{number:04}.tokens").open("wb") as file:
-        for block in blocks:
-            tokens = block.tokens.detach().cpu().contiguous()
-            file.write(tokens.flatten().view(torch.uint8).numpy().tobytes())
-            indices += block.indices.tolist()
-            shape, dtype = list(tokens.shape[1:]), str(tokens.dtype)
-            if block.embeddings is not None:
-                embeddings.append(block.embeddings.float().cpu())
-    np.savez(
-        folder / f"{number:04}.npz",
-        indices=np.array(indices, dtype=np.int64),
-        shape=np.array(shape, dtype=np.int64),
-        dtype=np.array(dtype),
-        embeddings=torch.cat(embeddings).numpy() if embeddings else np.empty(0),
-    )
+def _write(path: Path, block: Block) -> str:
+    tensors = {"indices": torch.from_numpy(block.indices), "tokens": block.tokens.detach().cpu().contiguous()}
+    if block.embeddings is not None:
+        tensors["embeddings"] = block.embeddings.float().cpu().contiguous()
+    with atomic_file(path) as temporary:
+        save_file(tensors, temporary)
+    return path.name
 
 
-def _read_ranks(folder: Path) -> list[RankFiles]:
-    meta = json.loads((folder / META).read_text(encoding="utf-8"))
-    return [_read_rank(folder, number) for number in range(meta["parts"])]
+def _read(path: Path) -> Block:
+    tensors = load_file(path)
+    return Block(tensors["indices"].numpy(), tensors["tokens"], tensors.get("embeddings"))
 
 
-def _read_rank(folder: Path, number: int) -> RankFiles:
-    with np.load(folder / f"{number:04}.npz") as saved:
-        indices, shape, dtype, embeddings = (saved[name] for name in ("indices", "shape", "dtype", "embeddings"))
-    if not len(indices):
-        return RankFiles(indices, None, torch.empty(0))
-    path, kind, size = folder / f"{number:04}.tokens", DTYPES[str(dtype)], len(indices) * int(np.prod(shape))
-    if path.stat().st_size != size * kind.itemsize:
-        raise ValueError(f"{path.name} has {path.stat().st_size:,} bytes instead of {size * kind.itemsize:,}")
-    tokens = torch.from_file(str(path), shared=False, size=size, dtype=kind).view(len(indices), *shape.tolist())
-    return RankFiles(indices, torch.from_numpy(embeddings) if embeddings.size else None, tokens)
+def _read_all(folder: Path) -> list[Block]:
+    return [_read(path) for path in sorted(folder.glob("*.safetensors"))]
+
+
+def _count(blocks: Sequence[Block]) -> int:
+    return sum(len(block.indices) for block in blocks)

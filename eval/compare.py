@@ -6,9 +6,10 @@ import argparse
 import json
 import logging
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 
 from eval.metrics import with_means
 from eval.outcomes import Outcomes, VisualSums, bootstrap, read_outcomes, sum_by_visual
-from eval.report.evaluations import Evaluation, find_evaluations
+from eval.report.evaluations import find_evaluations
 from eval.report.grouping import item_key, read_predictions, recorded_digest
 from runtime.errors import UserError, command
 
@@ -78,8 +79,7 @@ def compare(
     Raises UserError where there is none.
     """
     found, refused = [], ""
-    names = list(dict.fromkeys(part.metrics for part in first))
-    for name in names:
+    for name in dict.fromkeys(part.metrics for part in first):
         ours = [part for part in first if part.metrics == name]
         theirs = _counterparts(ours, second)
         pairs = [(one, other) for one in ours for other in theirs if one.kind == other.kind]
@@ -134,7 +134,7 @@ def _unfit(pairs: Sequence[tuple[Outcomes, Outcomes]]) -> str:
                 "the evaluations rank different candidates, so their ranks cannot be compared: "
                 "evaluate both on one corpus to compare them"
             )
-    if not any(set(_keys(one)) & set(_keys(other)) for one, other in pairs):
+    if not any(set(ours) & set(theirs) for ours, theirs in (_keys(one, other) for one, other in pairs)):
         return "the evaluations share no query: evaluate both on one corpus"
     return ""
 
@@ -145,26 +145,26 @@ def _listed(outcomes: Sequence[Outcomes]) -> str:
 
 def _paired(first: Outcomes, second: Outcomes) -> tuple[Outcomes, Outcomes]:
     """Both with only the queries that they share, in the same order."""
-    keys, row_of_key = _numbered(_keys(first)), {key: i for i, key in enumerate(_numbered(_keys(second)))}
+    keys, others = map(_numbered, _keys(first, second))
+    row_of_key = {key: i for i, key in enumerate(others)}
     own = [i for i, key in enumerate(keys) if key in row_of_key]
     return _select(first, own), _select(second, [row_of_key[keys[i]] for i in own])
 
 
-def _keys(part: Outcomes) -> list[tuple[str, str]]:
-    """Identifies queries: texts and visuals by their names, questions by their visual too."""
-    if part.keys:
-        return [(key, "") for key in part.keys]
-    return list(zip(part.queries, part.visuals if part.kind == "accuracy" else [""] * len(part.queries)))
+def _keys(first: Outcomes, second: Outcomes) -> list[list[tuple[str, ...]]]:
+    """Identifies both evaluations' queries: by their whole content where both know it, else texts and visuals by
+    their names, questions by their visual too.
+    """
+    if first.keys and second.keys:
+        return [[(key,) for key in part.keys] for part in (first, second)]
+    names = [(part.queries, part.visuals) if part.kind == "accuracy" else (part.queries,) for part in (first, second)]
+    return [list(zip(*columns)) for columns in names]
 
 
-def _numbered(queries: Sequence[tuple[str, str]]) -> list[tuple[tuple[str, str], int]]:
+def _numbered(queries: Sequence[tuple[str, ...]]) -> list[tuple[tuple[str, ...], int]]:
     """Queries with the number of earlier ones of that name: a repeated name means another query."""
-    seen: Counter[tuple[str, str]] = Counter()
-    keys = []
-    for query in queries:
-        keys.append((query, seen[query]))
-        seen[query] += 1
-    return keys
+    earlier: dict[tuple[str, ...], count[int]] = defaultdict(count)
+    return [(query, next(earlier[query])) for query in queries]
 
 
 def _select(part: Outcomes, rows: Sequence[int]) -> Outcomes:
@@ -230,32 +230,21 @@ def _value(part: Outcomes, row: int) -> float | None:
     return float(part.values[row]) if np.isfinite(part.values[row]) else None
 
 
-def load(path: str | Path) -> tuple[str, list[Outcomes], Evaluation | None]:
-    """Name, outcomes and folder of a run's newest evaluation, of an evaluation folder, or of an outcomes.parquet."""
+def load(path: str | Path) -> tuple[str, list[Outcomes]]:
+    """Name and outcomes of a run's newest evaluation, of an evaluation folder, or of an outcomes.parquet."""
     path = Path(path)
     if path.is_file():
-        return str(path), read_outcomes(path), None
+        return str(path), read_outcomes(path)
     evaluation = find_evaluations([path])[-1]
-    digests = {split: recorded_digest(evaluation, split) for split in evaluation.details["splits"]}
-    outcomes = read_outcomes(evaluation.folder / "outcomes.parquet")
-    known = [replace(part, test_set=digests.get(_split(part.metrics), "")) for part in outcomes]
-    return str(evaluation.folder), known, evaluation
-
-
-def _split(metrics: str) -> str:
-    return metrics.removesuffix(_ranking(metrics))
-
-
-def with_question_keys(outcomes: Sequence[Outcomes], evaluation: Evaluation) -> list[Outcomes]:
-    """Outcomes whose questions are identified by their whole content, because ids may be reused elsewhere."""
-    found = []
-    for part in outcomes:
-        if part.kind == "accuracy":
-            items = [item for item in read_predictions(evaluation, part.metrics) if item["accuracy"] is not None]
-            found.append(replace(part, keys=[item_key(item) for item in items]))
-        else:
-            found.append(part)
-    return found
+    outcomes = []
+    for part in read_outcomes(evaluation.folder / "outcomes.parquet"):
+        split = part.metrics.removesuffix(_ranking(part.metrics))
+        keys: Sequence[str] = ()
+        if part.kind == "accuracy":  # the ids of questions may be reused elsewhere
+            items = read_predictions(evaluation, split)
+            keys = [item_key(item) for item in items if item["accuracy"] is not None]
+        outcomes.append(replace(part, test_set=recorded_digest(evaluation, split), keys=keys))
+    return str(evaluation.folder), outcomes
 
 
 def as_text(names: Sequence[str], comparisons: Sequence[Comparison]) -> str:
@@ -301,10 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", help="also write the comparison to this file")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    (first, ours, one), (second, theirs, other) = load(options.first), load(options.second)
-    digests = {part.metrics: part.test_set for part in theirs if part.kind == "accuracy"}
-    if one and other and any(digests.get(part.metrics, part.test_set) != part.test_set for part in ours):
-        ours, theirs = with_question_keys(ours, one), with_question_keys(theirs, other)
+    (first, ours), (second, theirs) = load(options.first), load(options.second)
     found = compare(ours, theirs, max(1, options.resamples), max(0, options.changes))
     if options.json:
         content: dict[str, Any] = {"first": first, "second": second, "comparisons": [asdict(one) for one in found]}

@@ -1,13 +1,12 @@
-"""Encodes a test set's visuals and texts, each on one rank."""
+"""Encodes a test set's visuals and texts, each on one rank, and matches pairs of them."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from loaders.batch import normalize
 from loaders.evaluation import VisualSet
 from loaders.text import Tokenizer
 from model.encoders import Encoders
+from model.scoring import match_pairs
 from model.singularity import Singularity
 from runtime.activity import progress
 from runtime.collectives import broadcast, gather_objects, gather_rows
@@ -29,14 +29,6 @@ log = logging.getLogger(__name__)
 TEXT_BATCH = 256
 
 
-class Blocks(Protocol):
-    """Encoded visuals that can be iterated over repeatedly."""
-
-    def __len__(self) -> int: ...
-
-    def __iter__(self) -> Iterator[Block]: ...
-
-
 @dataclass(frozen=True)
 class VisualFeatures:
     """This rank's visuals, block by block, and the embeddings of all.
@@ -45,7 +37,7 @@ class VisualFeatures:
     present (N,) bool.
     """
 
-    blocks: Blocks
+    blocks: Sequence[Block] | CachedBlocks
     embeddings: torch.Tensor
     present: np.ndarray
 
@@ -84,9 +76,9 @@ def pixel_batches(
     config: EvalConfig,
     num_frames: int,
     ranks: Ranks,
-    device: torch.device | str,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Normalised frames (B, T, 3, H, W) on `device`, and indices (B,), of this rank's visuals."""
+    """Normalised frames (B, T, 3, H, W) on the model's device, and indices (B,), of this rank's visuals."""
+    device = next(model.parameters()).device
     batch_size = getattr(config.batch_size_test, dataset.media_type)
     total = -(-dataset.num_visuals // ranks.world_size)
     hidden = None if ranks.is_first else True  # None: shown on a terminal only
@@ -122,10 +114,9 @@ def visual_blocks(
     config: EvalConfig,
     num_frames: int,
     ranks: Ranks,
-    device: torch.device | str,
 ) -> Iterable[Block]:
     """This rank's visuals, encoded: block by block on demand, or on disk where there is a `feature_cache`."""
-    fresh = encode_blocks(model, pixel_batches(model, dataset, config, num_frames, ranks, device), config)
+    fresh = encode_blocks(model, pixel_batches(model, dataset, config, num_frames, ranks), config)
     if config.feature_cache is None:
         return fresh
     loader, mode = dataset.config, config.eval_frame_ensemble
@@ -141,7 +132,7 @@ def visual_blocks(
     )
     folder = Path(config.feature_cache) / name
     batch_size = getattr(config.batch_size_test, dataset.media_type)
-    found = read_entry(folder, batch_size, ranks)
+    found = read_entry(folder, dataset.num_visuals, batch_size, ranks)
     if found is not None:
         log.info("Read the encoded visuals of %s from %s", dataset.name, folder)
         return found
@@ -199,10 +190,9 @@ def encode_test_set(
     config: EvalConfig,
     num_frames: int,
     ranks: Ranks,
-    device: torch.device | str,
 ) -> tuple[VisualFeatures, TextFeatures]:
     """The features of a test set's visuals and of `texts`."""
-    blocks = visual_blocks(model, dataset, config, num_frames, ranks, device)
+    blocks = visual_blocks(model, dataset, config, num_frames, ranks)
     visuals = collect_visuals(model, blocks, dataset.num_visuals, config, ranks)
     length = int(getattr(dataset.config.max_txt_l, dataset.media_type))
     return visuals, encode_texts(model, *tokenizer.encode(texts, length), ranks)
@@ -210,3 +200,27 @@ def encode_test_set(
 
 def _slices(first: int, last: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, last)) for start in range(first, last, step))
+
+
+def match_marked(
+    model: Singularity,
+    visuals: VisualFeatures,
+    texts: TextFeatures,
+    pairs: np.ndarray,
+    config: EvalConfig,
+    outside: float,
+    ranks: Ranks = ALONE,
+) -> np.ndarray:
+    """Match logits (N, M) float32 of the pairs marked in `pairs` (N, M) bool, `outside` elsewhere; on all ranks.
+
+    Marked pairs of a visual that could not be read hold `outside` too.
+    """
+    bar = tqdm(visuals.blocks, desc="matching", leave=False, disable=None if ranks.is_first else True)
+    blocks = ((block.indices, block.tokens) for block in bar)
+    own = match_pairs(
+        model, blocks, texts.attended, texts.mask, pairs, config.eval_frame_ensemble, config.pair_batch_size
+    )
+    visual, text, logit = (gather_rows(torch.from_numpy(part), ranks.world_size).numpy() for part in own)
+    scores = np.full(pairs.shape, outside, dtype=np.float32)
+    scores[visual, text] = logit
+    return scores

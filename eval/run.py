@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from eval.config import EvalRunConfig
 from eval.earlier import SplitInput
 from eval.outputs import SplitOutput, Subject, write_evaluation
@@ -60,7 +58,6 @@ def evaluate_splits(
     tokenizer: Tokenizer,
     run: EvalRunConfig,
     ranks: Ranks,
-    device: torch.device,
     splits: Iterable[str],
     folder: Path,
     subject: Subject | None = None,
@@ -82,7 +79,7 @@ def evaluate_splits(
         dataset = task.open(url, run)
         dataset.name = split
         frames = _frames(dataset.media_type, run, num_frames)
-        result = task.evaluate(model, dataset, tokenizer, run, frames, ranks, device)
+        result = task.evaluate(model, dataset, tokenizer, run, frames, ranks)
         metrics |= result.metrics
         if ranks.is_first:
             output = task.output(result, dataset, run)

@@ -17,7 +17,7 @@ from launch.command import log_to_file
 from runtime.activity import progress
 from runtime.collectives import barrier
 from runtime.ranks import Ranks
-from train.config.files import Settings
+from train.config.settings import Settings
 from train.deepspeed.engine import DTYPES
 from train.job.devices import choose_kernels, describe, device_for, start_processes
 from train.job.hang import EVALUATE
@@ -61,7 +61,7 @@ def evaluate(settings: Settings, ranks: Ranks) -> None:
     watchdog.enter(EVALUATE, 0)
     with watchdog.reporting_lost_ranks():
         for frames, folder in folders.items():
-            evaluate_splits(task, model, tokenizer, run, ranks, device, run.test_urls(), folder, subject, frames)
+            evaluate_splits(task, model, tokenizer, run, ranks, run.test_urls(), folder, subject, frames)
     if ranks.is_first:
         shutil.copyfile(folder / "metrics.json", output / "metrics.json")
         write_report(list(folders.values()), output / "report.html")

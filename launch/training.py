@@ -1,4 +1,4 @@
-"""Runs a training, whatever its task: check, join the other processes, train, evaluate, exit."""
+"""Runs a training of any task: check, join the other processes, train, evaluate, exit."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from eval.run import FINAL, Metrics, evaluate_splits
 from launch.command import log_to_file
 from model.building import Model
@@ -17,7 +15,7 @@ from runtime.activity import progress
 from runtime.collectives import barrier
 from runtime.errors import UserError
 from runtime.ranks import Ranks
-from train.config.files import Settings
+from train.config.settings import Settings
 from train.job.devices import check_precision, choose_kernels, describe, device_for, start_processes
 from train.job.interrupted import TrainingInterrupted
 from train.job.stopping import StopRequest
@@ -60,7 +58,7 @@ def train(settings: Settings, ranks: Ranks, evaluates: bool) -> None:
         log_to_file(folder.path, ranks)
     progress("starting DeepSpeed's engine")
     trainer = Trainer(prepared, device, request, watchdog)
-    evaluate = partial(_evaluate, prepared, device) if evaluates else None
+    evaluate = partial(_evaluate, prepared) if evaluates else None
     interruption: TrainingInterrupted | None = None
     with watchdog.reporting_lost_ranks():
         try:
@@ -75,12 +73,12 @@ def train(settings: Settings, ranks: Ranks, evaluates: bool) -> None:
     folder.release()
 
 
-def _evaluate(prepared: Prepared, device: torch.device, model: Model, splits: list[str], label: str) -> Metrics:
+def _evaluate(prepared: Prepared, model: Model, splits: list[str], label: str) -> Metrics:
     folder = prepared.folder.path / "evaluation" / label
     # Features of weights that change are of no use later: kept on disk they would only fill it, epoch after epoch.
     run, ranks = replace(prepared.run, feature_cache=None), prepared.ranks
     assert prepared.task is not None, "prepared without an evaluation"
     save_scores = run.save_scores or label == FINAL
     return evaluate_splits(
-        prepared.task, model, prepared.tokenizer, run, ranks, device, splits, folder, save_scores=save_scores
+        prepared.task, model, prepared.tokenizer, run, ranks, splits, folder, save_scores=save_scores
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,11 +10,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from eval.metrics import NOT_RANKED, Truth, true_ranks
-from eval.ranking import row_blocks, top_items
+from eval.metrics import NOT_RANKED, Truth, row_blocks, top_items, true_ranks
 from loaders.evaluation import VisualSet
 from runtime.activity import progress
-from runtime.errors import AccessError
 from sharding.media.frames import MediaError
 from sharding.media.picture import decode_picture
 from sharding.report.contact_sheet import jpeg, side_by_side, square
@@ -85,32 +84,32 @@ def draw_visuals(
         progress(f"drawing visual {visual}")
         wanted = frames if dataset.media_type == "video" else 1
         found = [] if visual in missing else dataset.thumbnail(visual, wanted)
-        name = None
-        try:
-            if found:
-                name = f"{split}-{visual:06}.jpg"
-                pictures[name] = strip(found)
-        except OSError:  # a frame that the evaluation did not use may be broken
-            name = None
+        picture, name = strip(found), f"{split}-{visual:06}.jpg"
+        if picture:
+            pictures[name] = picture
         shown[str(visual)] = {
             "source": dataset.sources[visual],
-            "picture": name and f"thumbnails/{name}",
-            "frames": len(found) if name else 0,
+            "picture": f"thumbnails/{name}" if picture else None,
+            "frames": len(found) if picture else 0,
         }
     return shown, pictures
 
 
-def strip(frames: Sequence[bytes], cell: int = CELL) -> bytes:
+def strip(frames: Sequence[bytes], cell: int = CELL) -> bytes | None:
     """JPEG of frames (bytes of an image file each) side by side, each in a square of `cell` pixels.
 
-    Raises:
-        OSError: a frame cannot be shown.
+    None without frames, or where one is broken, which may be one that the evaluation did not use.
     """
     try:
-        pictures = [Image.fromarray(decode_picture(data).pixels) for data in frames]
-    except MediaError as error:
-        raise AccessError(f"a frame cannot be shown: {error}") from None
-    return jpeg(side_by_side([square(picture, cell) for picture in pictures]))
+        pictures = [square(Image.fromarray(decode_picture(data).pixels), cell) for data in frames]
+    except MediaError:
+        return None
+    return jpeg(side_by_side(pictures)) if pictures else None
+
+
+def data_url(picture: bytes) -> str:
+    """A JPEG as a data URL."""
+    return "data:image/jpeg;base64," + base64.b64encode(picture).decode()
 
 
 def _margins(scores: np.ndarray, truth: Truth, queries: np.ndarray) -> np.ndarray:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eval.metrics import RECALL_AT
-from eval.report.console import format_table
 from eval.report.evaluations import Evaluation
 from eval.report.grouping import Member, TestSet, group_test_sets
 from eval.report.losses import by_medium, loss_weights, read_metrics, weighted_name
@@ -14,6 +13,7 @@ from eval.report.published import Published, published
 from runtime.charts import COLORS, Curve, Panel, panel_svg
 
 COLUMNS = [*(f"img_r{k}" for k in RECALL_AT), *(f"txt_r{k}" for k in RECALL_AT), "r_mean"]
+SHORT = {"r_mean": "mean", "txt_r_mean": "txt_mean", "img_r_mean": "img_mean"}  # in plain tables
 LOSSES = {
     "loss": "total", "loss_itc": "VTC", "loss_itm": "VTM", "loss_mlm": "MLM", "loss_qa": "answers",
 }  # fmt: skip
@@ -210,3 +210,28 @@ def _shown(values: Mapping[str, float]) -> dict[str, float]:
         for name, value in values.items()
         if not name.startswith("question_type/")
     }
+
+
+def format_table(
+    metrics: Mapping[str, Mapping[str, float]], baselines: Mapping[str, Mapping[str, float]] | None = None
+) -> str:
+    """Lines of a table: a row an entry of `metrics` ("SPLIT/": {"txt_r1": ...}), in percent, a column a metric.
+
+    baselines: rows of the same form, set off below, such as chance.
+    """
+    rows = [(name.rstrip("/"), values) for name, values in metrics.items()]
+    low = [(name, values) for name, values in (baselines or {}).items()]
+    columns = list(dict.fromkeys(column for _, values in rows for column in values))
+    width = max([len(name) for name, _ in rows + low], default=0)
+    widths = [max(6, len(SHORT.get(column, column))) for column in columns]
+    head = " " * width + "".join(f"  {SHORT.get(c, c):>{w}}" for c, w in zip(columns, widths))
+    rule = "-" * len(head)
+    lines = [head, rule, *(_line(name, values, columns, width, widths) for name, values in rows)]
+    if low:
+        lines += [rule, *(_line(name, values, columns, width, widths) for name, values in low)]
+    return "\n".join(lines)
+
+
+def _line(name: str, values: Mapping[str, float], columns: list[str], width: int, widths: list[int]) -> str:
+    cells = (f"{values[c]:>{w}.2f}" if c in values else " " * w for c, w in zip(columns, widths))
+    return f"{name:<{width}}" + "".join(f"  {cell}" for cell in cells)

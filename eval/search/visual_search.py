@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from PIL import Image
 from eval.cache import CachedBlocks
 from eval.config import EvalConfig
 from eval.features import collect_visuals, encode_texts, visual_blocks
-from eval.ranking import top_items
+from eval.metrics import top_items
 from loaders.config import LoaderConfig, VideoInput
 from loaders.evaluation import VisualSet
 from loaders.text import Tokenizer, clean_text
@@ -42,16 +41,6 @@ class Found:
     source: str
     match: float | None
     similarity: float
-
-    @property
-    def order(self) -> str:
-        """The score that hits are ordered by: match score, or similarity where nothing was re-ranked."""
-        return "similarity" if self.match is None else "match score"
-
-    @property
-    def deciding(self) -> float:
-        """The value of that score."""
-        return self.similarity if self.match is None else self.match
 
 
 class VisualSearch:
@@ -80,11 +69,11 @@ class VisualSearch:
         self.dataset = VisualSet(corpus, LoaderConfig(image_res=model.config.image_res, video_input=video))
         self.config = EvalConfig(feature_cache=str(cache))
         with torch.inference_mode():
-            blocks = visual_blocks(self.model, self.dataset, self.config, num_frames, ALONE, device)
+            blocks = visual_blocks(self.model, self.dataset, self.config, num_frames, ALONE)
             assert isinstance(blocks, CachedBlocks)
             self.visuals = collect_visuals(self.model, blocks, self.dataset.num_visuals, self.config)
         self._blocks = blocks
-        self._busy = threading.Lock()  # a web page calls this from several threads
+        self.frames_shown = FRAMES_SHOWN if self.dataset.media_type == "video" else 1
 
     def find(self, query: str, count: int = 12, candidates: int = 32) -> list[Found]:
         """The `count` best visuals for a text: the most similar `candidates` ordered by the match score.
@@ -94,7 +83,7 @@ class VisualSearch:
         text = clean_text(query)
         if not text:
             raise UserError(f"the query {query!r} has no words: describe what to find")
-        with self._busy, torch.inference_mode():
+        with torch.inference_mode():
             length = self.model.config.text_encoder.max_positions
             texts = encode_texts(self.model, *self.tokenizer.encode([text], length))
             similarity = (self.visuals.embeddings @ texts.embeddings[0]).cpu().numpy()
@@ -116,23 +105,23 @@ class VisualSearch:
 
     def frames(self, visual: int) -> list[bytes]:
         """JPEG bytes of a visual's frames; empty where they cannot be read."""
-        with self._busy:
-            return self.dataset.thumbnail(visual, FRAMES_SHOWN if self.dataset.media_type == "video" else 1)
+        return self.dataset.thumbnail(visual, self.frames_shown)
 
 
 def search_sheet(search: VisualSearch, query: str, hits: Sequence[Found]) -> Image.Image:
-    """Contact sheet of the hits in order: the query above, below each hit its rank, deciding score and name."""
-    frames = FRAMES_SHOWN if search.dataset.media_type == "video" else 1
+    """Contact sheet of the hits in order: the query above, below each hit its rank, score and name."""
+    frames = search.frames_shown
     side = CELL if frames > 1 else 2 * CELL
+    reranked = any(hit.match is not None for hit in hits)
     cells = [
         Cell(
             [read_picture(data) for data in search.frames(hit.visual)] or [None] * frames,
-            label=f"{rank}  {hit.deciding:.3f}",
+            label=f"{rank}  {hit.similarity if hit.match is None else hit.match:.3f}",
             name=hit.source,
         )
         for rank, hit in enumerate(hits, start=1)
     ]
-    note = f"by {hits[0].order}" if hits else ""
+    note = f"by {'match score' if reranked else 'similarity'}" if hits else ""
     return contact_sheet(cells, SHEET_WIDTH // (frames * side), side, title=f"“{query}”", note=note)
 
 

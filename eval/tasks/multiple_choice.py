@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from eval.config import EvalConfig, EvalRunConfig
-from eval.features import TextFeatures, VisualFeatures, encode_test_set, evaluating, missing_visuals
-from eval.matching import match_marked
+from eval.features import TextFeatures, VisualFeatures, encode_test_set, evaluating, match_marked, missing_visuals
 from eval.metrics import NOT_FINITE
 from eval.outputs import SplitOutput
 from eval.tasks.questions import questions_output
@@ -54,7 +52,6 @@ class MultipleChoiceTask:
         config: EvalConfig,
         num_frames: int,
         ranks: Ranks = ALONE,
-        device: torch.device | str = "cpu",
     ) -> MultipleChoiceResult:
         """Choose the option with the highest match logit."""
         start = time.perf_counter()
@@ -62,9 +59,7 @@ class MultipleChoiceTask:
         numbers = {text: i for i, text in enumerate(dict.fromkeys(text for texts in options for text in texts))}
         items = [(choice.visual, [numbers[text] for text in choice.options]) for choice in dataset.choices]
         with evaluating(model, config):
-            visuals, texts = encode_test_set(
-                model, dataset, tokenizer, list(numbers), config, num_frames, ranks, device
-            )
+            visuals, texts = encode_test_set(model, dataset, tokenizer, list(numbers), config, num_frames, ranks)
             scores = score_options(model, visuals, texts, items, config, ranks)
         if any(np.isnan(row).any() for row in scores):
             raise UserError(NOT_FINITE)

@@ -73,7 +73,6 @@ class QATask:
         config: EvalConfig,
         num_frames: int,
         ranks: Ranks = ALONE,
-        device: torch.device | str = "cpu",
     ) -> QAResult:
         """Rank the answers for every question: the `k_test` with the likeliest first word, by their likelihood."""
         if config.k_test < 1:
@@ -84,7 +83,7 @@ class QATask:
             questions = tokenizer.encode([item.question for item in dataset.questions], dataset.config.max_q_len)
             length = getattr(dataset.config.max_a_len, dataset.media_type)
             candidates = tokenizer.encode([f"{answer} [SEP]" for answer in self.answers], length)
-            blocks = visual_blocks(model, dataset, config, num_frames, ranks, device)
+            blocks = visual_blocks(model, dataset, config, num_frames, ranks)
             # Encoding while iterating has its own progress bar.
             hidden = not ranks.is_first or not isinstance(blocks, CachedBlocks)
             bar = tqdm(blocks, desc=f"answering {dataset.name}", leave=False, disable=hidden or None)

@@ -8,15 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from eval.config import EvalConfig, EvalRunConfig
-from eval.features import TextFeatures, VisualFeatures, encode_test_set, evaluating, missing_visuals
-from eval.matching import match_marked
-from eval.metrics import chance_metrics, retrieval_metrics, true_ranks
+from eval.features import TextFeatures, VisualFeatures, encode_test_set, evaluating, match_marked, missing_visuals
+from eval.metrics import chance_metrics, ordered, retrieval_metrics, row_blocks, top_k_mask, true_ranks
 from eval.outcomes import Outcomes, outcomes_of_ranks
 from eval.outputs import SplitOutput
-from eval.ranking import ordered, row_blocks, top_k_mask
 from eval.report.gallery import Query, choose_queries, draw_visuals
 from eval.tasks.task import TaskResult, common_details
 from loaders.evaluation import RetrievalSet
@@ -70,14 +67,11 @@ class RetrievalTask:
         config: EvalConfig,
         num_frames: int,
         ranks: Ranks = ALONE,
-        device: torch.device | str = "cpu",
     ) -> RetrievalResult:
         """Score all pairs by the dual encoder, and each query's `k_test` best by VTM."""
         start = time.perf_counter()
         with evaluating(model, config):
-            visuals, texts = encode_test_set(
-                model, dataset, tokenizer, dataset.texts, config, num_frames, ranks, device
-            )
+            visuals, texts = encode_test_set(model, dataset, tokenizer, dataset.texts, config, num_frames, ranks)
             encoded = time.perf_counter()
             scores = score(model, visuals, texts, config, ranks)
         missing = missing_visuals(dataset, visuals.present, ranks)
@@ -95,9 +89,8 @@ class RetrievalTask:
         )
 
     def output(self, result: RetrievalResult, dataset: RetrievalSet, config: EvalConfig) -> SplitOutput:
-        """Metrics, rankings, score matrices and examples; raises ValueError where the result has no scores."""
-        if result.scores is None:
-            raise ValueError(f"the result of {result.name} has no scores: only rank 0 has them, write from there")
+        """Metrics, rankings, score matrices and examples."""
+        assert result.scores is not None, "only rank 0 has the scores"
         matrices = score_matrices(result.name, result.scores)
         visual_to_text, text_to_visual = next(iter(matrices.values()))
         gallery, shown = _gallery(visual_to_text, text_to_visual, dataset, config)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
-import torch
-
 from eval.config import EvalConfig, EvalRunConfig
 from eval.outputs import SplitOutput
 from loaders.evaluation import VisualSet
@@ -49,9 +47,8 @@ class Task(Protocol[TestSet, Result]):
         config: EvalConfig,
         num_frames: int,
         ranks: Ranks = ALONE,
-        device: torch.device | str = "cpu",
     ) -> Result:
-        """Evaluate `model` on `device` with `num_frames` frames per clip; called by all ranks.
+        """Evaluate `model` on its device with `num_frames` frames per clip; called by all ranks.
 
         The result does not depend on the number of ranks, nor on the batch sizes, beyond rounding. Raises UserError
         for settings that do not fit the model.

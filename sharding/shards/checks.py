@@ -15,9 +15,8 @@ import pyarrow as pa
 
 from runtime.process_pool import Advance
 from sharding.media.frames import MediaError
-from sharding.media.links import LinkError, Locations
 from sharding.media.picture import decode_picture
-from sharding.media.tar import Damage, Member, TarStream, open_stream
+from sharding.media.tar import Damage, LinkError, Locations, Member, TarStream, open_stream
 from sharding.shards.foreign import PICTURES, split_name
 from sharding.shards.schema import INDEX_SCHEMA, UNREADABLE, ShardInfo, media_type_of, read_file
 from sharding.shards.writing import counts, read_note, shard_info, tar_header

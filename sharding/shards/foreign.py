@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from sharding.media.frames import MediaError
-from sharding.media.links import LinkError, Locations
 from sharding.media.picture import picture_size
-from sharding.media.tar import Damage, Member, TarStream, compression_of
+from sharding.media.tar import Damage, LinkError, Locations, Member, TarStream, compression_of
 from sharding.shards.foreign_texts import (
     SampleError,
     captions_of,

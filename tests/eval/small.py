@@ -1,6 +1,7 @@
 """A small model, vocabulary and test set that lie in memory, for tests of evaluation."""
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import torch
 
@@ -13,41 +14,10 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS += ["red", "blue", "green", "square", "circle", "star", "left", "right", "up", "down", "two", "three", "of", "a"]
 
 
-def small_model(seed=0, **changes):
-    torch.manual_seed(seed)
-    config = ModelConfig(
-        vision_encoder=VisionConfig(patch_size=8, width=32, depth=2, heads=2, drop_path=0.0),
-        text_encoder=TextConfig(
-            vocab_size=len(WORDS), width=32, layers=4, fusion_layer=2, heads=2, intermediate=64, max_positions=24
-        ),
-        image_res=32,
-        embed_dim=16,
-        **changes,
-    )
-    model = Singularity(config, pad_id=0, cls_id=2, mask_id=4).eval()
-    with torch.no_grad():  # untrained heads tell pairs hardly apart: make every score depend on its pair
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.25)
-    return model
-
-
-def shapes_model(tokenizer, kind=Singularity, varied=False, **changes):
-    """A model for packed Shapes; `varied`: every score depends on its pair."""
-    torch.manual_seed(0)
-    text = TextConfig(
-        vocab_size=tokenizer.vocab_size, width=32, layers=4, fusion_layer=2, heads=2, intermediate=64, max_positions=40
-    )
-    vision = VisionConfig(patch_size=8, width=32, depth=2, heads=2)
-    config = ModelConfig(vision, text, **{"image_res": 32, "embed_dim": 16, **changes})
-    config.answer_decoder.enable = kind is SingularityQA
-    model = kind(config, tokenizer.pad_id, tokenizer.cls_id, tokenizer.mask_id).eval()
-    for parameter in (parameter for parameter in model.parameters() if varied and parameter.ndim > 1):
-        torch.nn.init.normal_(parameter, 0, 0.3)
-    return model
-
-
 class Words:
-    """Whole words to ids, [CLS] first."""
+    """A tokenizer of whole words, [CLS] first."""
+
+    vocab_size, pad_id, cls_id, mask_id = len(WORDS), 0, 2, 4
 
     def encode(self, texts, max_length):
         ids = torch.zeros(len(texts), max_length, dtype=torch.int64)
@@ -55,6 +25,22 @@ class Words:
             tokens = [2, *(WORDS.index(word) for word in text.split())][:max_length]
             ids[row, : len(tokens)] = torch.tensor(tokens)
         return ids, (ids > 0).long()
+
+
+def small_model(tokenizer=None, kind=Singularity, seed=0, **changes):
+    """A model whose random weights make every score depend on its pair."""
+    tokenizer = tokenizer or Words()
+    torch.manual_seed(seed)
+    vision = VisionConfig(patch_size=8, width=32, depth=2, heads=2)
+    text = TextConfig(
+        vocab_size=tokenizer.vocab_size, width=32, layers=4, fusion_layer=2, heads=2, intermediate=64, max_positions=40
+    )
+    config = ModelConfig(vision, text, **{"image_res": 32, "embed_dim": 16, **changes})
+    config.answer_decoder.enable = kind is SingularityQA
+    model = kind(config, tokenizer.pad_id, tokenizer.cls_id, tokenizer.mask_id).eval()
+    for parameter in (parameter for parameter in model.parameters() if parameter.ndim > 1):
+        torch.nn.init.normal_(parameter, 0, 0.3)
+    return model
 
 
 @dataclass
@@ -99,10 +85,4 @@ class Drawn:
         good = torch.tensor([i for i in own if i not in self.broken], dtype=torch.int64)
         for indices in good.split(batch_size):
             if len(indices):
-                yield _Batch(self.pixels[indices, :num_frames], indices)
-
-
-@dataclass
-class _Batch:
-    frames: torch.Tensor
-    indices: torch.Tensor
+                yield SimpleNamespace(frames=self.pixels[indices, :num_frames], indices=indices)

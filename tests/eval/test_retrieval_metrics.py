@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.metrics import NOT_RANKED, chance_metrics, retrieval_metrics, true_ranks
-from eval.ranking import top_items, top_k_mask
+from eval.metrics import NOT_RANKED, chance_metrics, retrieval_metrics, top_items, top_k_mask, true_ranks
 
 
 @st.composite
@@ -56,14 +55,6 @@ def test_top_k_is_the_head_of_a_stable_sort(case, k):
         assert top_items(row, k).tolist() == order
 
 
-def test_the_best_of_several_true_items_counts():
-    i2t = np.array([[0.1, 0.9, 0.5], [0.3, 0.2, 0.1]])
-    metrics = retrieval_metrics(i2t, i2t.T, [[0, 1], [2]], [[0], [0], [1]]).values
-    assert metrics["txt_r1"] == 50.0
-    assert metrics["txt_r5"] == 100.0
-    assert metrics["img_r1"] == round(100 / 3, 2)
-
-
 def test_what_depends_on_ties_is_named():
     certain = np.eye(12)
     tied = np.full((12, 12), -100.0)
@@ -73,24 +64,12 @@ def test_what_depends_on_ties_is_named():
     assert names == ["img_r1", "img_r5", "img_r10", "img_r_mean", "r_mean"]
 
 
-def test_missing_visual_counts_as_wrong_and_moves_nothing_else():
-    rng = np.random.default_rng(0)
-    scores = rng.normal(size=(20, 20)) + 2 * np.eye(20)
-    ids = [[i] for i in range(20)]
-    whole = true_ranks(scores.T, ids).by_index
-    scores[7] = -np.inf
-    ranks = true_ranks(scores.T, ids).by_index
-    assert ranks[7] == NOT_RANKED
-    others = np.arange(20) != 7
-    assert (ranks[others] <= whole[others]).all()
-    assert true_ranks(scores, ids).by_index[7] == NOT_RANKED
-
-
-def test_visual_without_texts_is_no_query():
-    scores = np.array([[1.0, 0.0], [0.0, 1.0], [5.0, 5.0]])
-    metrics = retrieval_metrics(scores, scores.T, [[0], [1], []], [[0], [1]]).values
-    assert metrics["txt_r1"] == 100.0
-    assert metrics["img_r1"] == 0.0
+def test_the_best_of_several_true_items_counts_and_a_visual_without_texts_is_no_query():
+    scores = np.array([[0.1, 0.9, 0.5], [0.3, 0.2, 0.1], [5.0, 0.0, 0.0]])
+    metrics = retrieval_metrics(scores, scores.T, [[0, 1], [2], []], [[0], [0], [1]]).values
+    assert metrics["txt_r1"] == 50.0
+    assert metrics["txt_r5"] == 100.0
+    assert metrics["img_r1"] == round(100 / 3, 2)
 
 
 def test_chance_is_the_mean_of_random_rankings():
@@ -117,7 +96,7 @@ def test_bad_scores_are_refused():
 
 
 def test_large_matrices_are_handled_in_blocks(monkeypatch):
-    monkeypatch.setattr("eval.ranking.BLOCK_CELLS", 16)
+    monkeypatch.setattr("eval.metrics.BLOCK_CELLS", 16)
     rng = np.random.default_rng(1)
     scores = rng.integers(0, 4, (9, 11)).astype(np.float32)
     truth = [[int(rng.integers(11))] for _ in range(9)]

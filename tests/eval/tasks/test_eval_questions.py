@@ -14,14 +14,14 @@ from eval.tasks.qa import QATask, annotated_by
 from loaders.config import LoaderConfig, PerMedia
 from loaders.evaluation import ChoiceSet, QASet, Question
 from model.vqa import SingularityQA
-from tests.eval.small import shapes_model
+from tests.eval.small import small_model
 
 LOADER = LoaderConfig(image_res=32, max_txt_l=PerMedia(32, 32))
 
 
 @pytest.mark.parametrize("ensemble", ["concat", "lse"])
 def test_answers_do_not_depend_on_batches(shapes, tokenizer, ensemble):
-    model = shapes_model(tokenizer, SingularityQA)
+    model = small_model(tokenizer, SingularityQA)
     answers = json.loads((shapes.folder / "answer_list.json").read_text())
     config = EvalConfig(k_test=6, eval_frame_ensemble=ensemble)
     results = []
@@ -41,7 +41,7 @@ def test_answers_do_not_depend_on_batches(shapes, tokenizer, ensemble):
 
 
 def test_choices_do_not_depend_on_batches_and_equal_single_pairs(shapes, tokenizer):
-    model = shapes_model(tokenizer)
+    model = small_model(tokenizer)
     config = EvalConfig(batch_size_test=PerMedia(5, 5), pair_batch_size=16)
     dataset = ChoiceSet(shapes.url("mc_test"), LOADER)
     first = MultipleChoiceTask().evaluate(model, dataset, tokenizer, config, 2)
@@ -63,7 +63,7 @@ def test_questions_about_unreadable_clips_count_as_wrong(shapes, tokenizer):
                 yield replace(batch, frames=batch.frames[keep], indices=batch.indices[keep])
 
     dataset = OneUnreadable(shapes.url("qa_test"), LOADER)
-    model = shapes_model(tokenizer, SingularityQA)
+    model = small_model(tokenizer, SingularityQA)
     result = QATask(["red", "blue", "2"]).evaluate(model, dataset, tokenizer, EvalConfig(k_test=2), 1)
     unanswered = [number for number, item in enumerate(dataset.questions) if item.visual == 0]
     assert unanswered == [number for number, given in enumerate(result.predictions) if given is None]
@@ -73,7 +73,7 @@ def test_questions_about_unreadable_clips_count_as_wrong(shapes, tokenizer):
 
 
 def test_bad_settings_are_refused(shapes, tokenizer):
-    dataset, model = QASet(shapes.url("qa_test"), LOADER), shapes_model(tokenizer, SingularityQA)
+    dataset, model = QASet(shapes.url("qa_test"), LOADER), small_model(tokenizer, SingularityQA)
     with pytest.raises(ValueError, match="answer list is empty"):
         QATask([]).evaluate(model, dataset, tokenizer, EvalConfig(), 1)
     with pytest.raises(ValueError, match="k_test is 0"):
@@ -82,7 +82,7 @@ def test_bad_settings_are_refused(shapes, tokenizer):
 
 def test_weights_that_are_not_finite_are_an_error_not_a_result(shapes, tokenizer):
     questions, choices = QASet(shapes.url("qa_test"), LOADER), ChoiceSet(shapes.url("mc_test"), LOADER)
-    answering, matching = shapes_model(tokenizer, SingularityQA), shapes_model(tokenizer)
+    answering, matching = small_model(tokenizer, SingularityQA), small_model(tokenizer)
     for model in (answering, matching):
         next(model.vision_encoder.parameters()).data.fill_(float("nan"))
     with pytest.raises(ValueError, match="scores hold NaN"):
@@ -101,9 +101,9 @@ def test_visuals_from_disk_show_progress_as_well(shapes, tokenizer, tmp_path, mo
     for _ in range(2):
         monkeypatch.setattr(sys, "stderr", Terminal())
         questions = QASet(shapes.url("qa_test"), LOADER)
-        QATask(["red", "2"]).evaluate(shapes_model(tokenizer, SingularityQA), questions, tokenizer, config, 1)
+        QATask(["red", "2"]).evaluate(small_model(tokenizer, SingularityQA), questions, tokenizer, config, 1)
         MultipleChoiceTask().evaluate(
-            shapes_model(tokenizer), ChoiceSet(shapes.url("mc_test"), LOADER), tokenizer, config, 1
+            small_model(tokenizer), ChoiceSet(shapes.url("mc_test"), LOADER), tokenizer, config, 1
         )
         shown.append(sys.stderr.getvalue())
     assert ["encoding" in text for text in shown] == [True, False]

@@ -16,7 +16,7 @@ from eval.tasks.qa import QATask
 from loaders.config import LoaderConfig, PerMedia
 from loaders.evaluation import ChoiceSet, QASet
 from model.vqa import SingularityQA
-from tests.eval.small import shapes_model
+from tests.eval.small import small_model
 from tests.eval.test_eval_shards import damage
 
 LOADER = LoaderConfig(image_res=32, max_txt_l=PerMedia(32, 32))
@@ -52,15 +52,13 @@ def folder(damaged, tokenizer, tmp_path_factory):
     loader.video_input.sample_type_test = "fps4"  # begins with the first frame
     questions = typed(QASet(str(damaged / "qa_test"), loader))
     questions.name = "test_std"
-    answered = QATask(ANSWERS).evaluate(
-        shapes_model(tokenizer, SingularityQA, varied=True), questions, tokenizer, config, 8
-    )
+    answered = QATask(ANSWERS).evaluate(small_model(tokenizer, SingularityQA), questions, tokenizer, config, 8)
     output = QATask(ANSWERS).output(answered, questions, config)
     write_evaluation(run / "evaluation" / "qa", [output], config, Subject(checkpoint="weights"))
     config = EvalConfig(task="choice", gallery=4, benchmark="msrvtt_mc")
     choices = ChoiceSet(str(damaged / "mc_test"), loader)
     choices.name = "test"
-    chosen = MultipleChoiceTask().evaluate(shapes_model(tokenizer, varied=True), choices, tokenizer, config, 8)
+    chosen = MultipleChoiceTask().evaluate(small_model(tokenizer), choices, tokenizer, config, 8)
     write_evaluation(run / "evaluation" / "mc", [MultipleChoiceTask().output(chosen, choices, config)], config)
     return run
 
@@ -101,7 +99,7 @@ def test_a_broken_sample_moves_no_other_answer(folder, shapes, tokenizer):
     loader.video_input.sample_type_test = "fps4"
     config = EvalConfig(task="qa", k_test=4, accuracy="vqa")
     whole = typed(QASet(shapes.url("qa_test"), loader))
-    result = QATask(ANSWERS).evaluate(shapes_model(tokenizer, SingularityQA, varied=True), whole, tokenizer, config, 8)
+    result = QATask(ANSWERS).evaluate(small_model(tokenizer, SingularityQA), whole, tokenizer, config, 8)
     items = json.loads((folder / "evaluation/qa/predictions.json").read_text())["test_std"]
     others = [(item["answer"], result.predictions[i]) for i, item in enumerate(items) if item["answer"] is not None]
     assert len(others) < len(items)
