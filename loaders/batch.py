@@ -108,7 +108,7 @@ def normalize(
 def _scale_and_shift(
     mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Factors and offsets (3, 1, 1) float32, made once a device: bringing numbers to a GPU makes the host wait."""
+    """Factors and offsets (3, 1, 1) float32, made once per device: a copy to a GPU makes the host wait."""
     with torch.inference_mode(False):  # they outlive it
         scale = torch.tensor([1 / (255 * s) for s in std], dtype=torch.float32).view(3, 1, 1)
         shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=torch.float32).view(3, 1, 1)

@@ -141,7 +141,7 @@ def step(batch: Batch, seconds: float) -> None:
 
 
 def replay(batches: Sequence[Batch], seconds: float, step_seconds: float) -> float:
-    """Samples a second of the loop over batches that are in memory already."""
+    """Samples per second of the loop over batches that are in memory already."""
     began, done, taken = time.perf_counter(), 0, 0
     while not taken or time.perf_counter() - began < seconds:
         batch = batches[taken % len(batches)]

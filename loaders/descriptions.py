@@ -36,7 +36,7 @@ class SharedFiles:
     """`corpus.json` and the index files of one remote folder; without a cache each process fetches its own.
 
     A process that wants a file locks it while it looks and fetches, so that the others of the node find it in the
-    cache; a lock ends with its process. Nobody waits longer than `remote.try_seconds` for another one.
+    cache; a lock ends with its process. No process waits longer than `remote.try_seconds` for another one.
     counters: files_shared (got by waiting for another process or thread), refetched (came damaged).
     """
 

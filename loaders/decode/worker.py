@@ -1,7 +1,7 @@
 """A decoding process of decode=cpu: receives work over sockets; bytes and pixels are in shared memory.
 
 loaders.decode.cpu starts it as `python -m loaders.decode.worker ANTIALIAS SOCKET...`; it needs neither torch nor the
-loader, so it is there within a tenth of a second and small.
+loader, so it starts within 0.1 s and is small.
 """
 
 from __future__ import annotations

@@ -57,10 +57,10 @@ def clip_frames(records: Sequence[Record], keys: np.ndarray, video: VideoInput) 
 def choose_frames(
     sample_type: str, num_frames: int, length: int, fps: float, numbers: np.ndarray | None = None
 ) -> np.ndarray:
-    """Indices (num_frames,) int64 of the frames to show of a clip of `length` frames stored at `fps` a second.
+    """Indices (num_frames,) int64 of the frames to show of a clip of `length` frames stored at `fps` per second.
 
     `rand`: a random frame of each of num_frames equal intervals; `middle`: the middle one of each; `fpsX`: frames at
-    X a second, spread evenly where they are more than num_frames. Where there are too few, the last is repeated.
+    X per second, spread evenly where they are more than num_frames. Where there are too few, the last is repeated.
 
     numbers: (num_frames,) random ones in [0, 1), for `rand`. Raises UserError: unknown sample_type.
     """

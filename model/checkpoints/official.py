@@ -8,6 +8,7 @@ import math
 import pickle
 import re
 import typing
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ ALLOWED: list[Any] = [
     list,
     int,
 ]
+# Settings of the official code that are those of our ModelConfig, with its defaults.
+SETTINGS = {"add_temporal_embed": bool, "image_res": int, "temp": float, "itm_hard_neg": bool, "mlm_prob": float}
 HEAD_WIDTH = 64  # of every published BERT and ViT; smaller models come with their JSON configurations
 # In the settings of files that model.export wrote: our ModelConfig; until November 2026 the heads only.
 MODEL, HEADS = "model_config", "num_attention_heads"
@@ -56,7 +59,7 @@ def read_official_file(path: Path) -> dict[str, Any]:
     """
     try:
         with torch.serialization.safe_globals(ALLOWED):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)|global ([\w.]+)", str(error))
         what = f"names {found[1] or found[2]}" if found else "holds something other than tensors and settings"
@@ -72,11 +75,6 @@ def read_official_file(path: Path) -> dict[str, Any]:
     if isinstance(config, omegaconf.DictConfig):
         content["config"] = omegaconf.OmegaConf.to_container(config, resolve=False)
     return content
-
-
-def _is_zip(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(2) == b"PK"
 
 
 def _json_beside(path: Path, name: str) -> dict[str, Any]:
@@ -173,7 +171,10 @@ def recognise(path: Path, state: dict[str, torch.Tensor], settings: dict[str, An
     temporal = settings.get("temporal_vision_encoder", {})
     decoder_layers = _count(state, r"text_decoder\.bert\.encoder\.layer\.(\d+)\.")
     temporal_layers = _count(state, r"temporal_vision_encoder\.layer\.(\d+)\.")
-    weights = settings.get("loss_weight", {})
+    given = settings.get("loss_weight", {})
+    weights = {name: float(given[name]) for name in ("itc", "itm", "mlm") if name in given}
+    if not prefix.endswith("bert."):
+        weights["mlm"] = 0.0
     return ModelConfig(
         vision_encoder=vision,
         text_encoder=text,
@@ -183,18 +184,10 @@ def recognise(path: Path, state: dict[str, torch.Tensor], settings: dict[str, An
             update_pooler_embed=bool(temporal.get("update_pooler_embed", False)),
         ),
         answer_decoder=AnswerDecoderConfig(enable=decoder_layers > 0, num_layers=decoder_layers or 3),
-        add_temporal_embed=bool(settings.get("add_temporal_embed", False)),
-        image_res=int(settings.get("image_res", 224)),
         num_frames=state["temporal_embeddings"].shape[1],
         embed_dim=state["vision_proj.weight"].shape[0] if "vision_proj.weight" in state else settings["embed_dim"],
-        temp=float(settings.get("temp", 0.07)),
-        itm_hard_neg=bool(settings.get("itm_hard_neg", True)),
-        mlm_prob=float(settings.get("mlm_prob", 0.5)),
-        loss_weight=LossWeights(
-            itc=float(weights.get("itc", 1.0)),
-            itm=float(weights.get("itm", 1.0)),
-            mlm=float(weights.get("mlm", 1.0)) if prefix.endswith("bert.") else 0.0,
-        ),
+        loss_weight=LossWeights(**weights),
+        **{name: kind(settings[name]) for name, kind in SETTINGS.items() if name in settings},
     )
 
 

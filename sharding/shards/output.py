@@ -49,8 +49,8 @@ def open_output(output: str, among_others: bool = False, part: str = "") -> Iter
         return
     folder = Path(output)
     refuse_others(folder, among_others)
-    made = missing_folders(folder)
     partial = folder / PARTIAL
+    made = [partial, *itertools.takewhile(lambda path: not path.exists(), [folder, *folder.parents])]
     beside = [] if part else list(partial.glob("part-*.lock"))
     try:
         with locked(Lock(partial / LOCK, bool(part), beside), output, CLEARING if part else 0) as lock:
@@ -62,12 +62,13 @@ def open_output(output: str, among_others: bool = False, part: str = "") -> Iter
                 if not part or lock.make_exclusive():
                     leave_partial(partial, keep_rows=True)
                 raise
-            if not part or (
-                (folder / "corpus.json").exists() and lock.make_exclusive()
-            ):  # no other part works in there
+            # Of several parts the last one removes what is left.
+            if not part or ((folder / "corpus.json").exists() and lock.make_exclusive()):
                 leave_partial(partial, keep_rows=False)
     finally:
-        remove_empty([partial, *made])
+        for path in made:  # innermost first
+            with contextlib.suppress(OSError):  # not empty
+                path.rmdir()
 
 
 def refuse_others(folder: Path, among_others: bool) -> None:
@@ -79,18 +80,6 @@ def refuse_others(folder: Path, among_others: bool) -> None:
     others = any(path.name != PARTIAL for path in folder.iterdir())
     if others and not (folder / BUILD).exists():  # in this order: a part may just write it
         raise UserError(f"{folder} is not empty and is not a corpus: choose another --output")
-
-
-def missing_folders(folder: Path) -> list[Path]:
-    """A folder and its parents as far as they do not exist, innermost first."""
-    return list(itertools.takewhile(lambda path: not path.exists(), [folder, *folder.parents]))
-
-
-def remove_empty(folders: Sequence[Path]) -> None:
-    """Remove the empty ones of the folders, innermost first."""
-    for folder in folders:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def described(
 ) -> Corpus:
     """The corpus of these shards; name and settings as corpus.json or build.json says, as far as that can be read."""
     if corpus:
-        return Corpus(url, corpus.name, corpus.media_type, shards, corpus.settings, files, corpus.tars)
+        return replace(corpus, shards=shards, files=files)
     settings = settings_at(url)
     if settings is None:
         try:

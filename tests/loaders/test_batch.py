@@ -1,4 +1,4 @@
-"""A batch on its way to a device, and its bytes to pixels."""
+"""Copies of a batch to a device, and the normalisation of its pixels."""
 
 import numpy as np
 import pytest
@@ -39,12 +39,12 @@ class Recorded:
     ],
     ids=["pageable", "pinned", "there", "no GPU"],
 )
-def test_what_is_copied_to_a_gpu_comes_from_pinned_memory(tensor, device, done):
+def test_copies_to_a_gpu_come_from_pinned_memory(tensor, device, done):
     assert _copied(tensor, torch.device(device)) is tensor
     assert tensor.done == done
 
 
-def test_a_batch_takes_its_answers_along():
+def test_a_batch_is_copied_with_its_answers():
     ids = torch.ones(2, 3, dtype=torch.long)
     answers = Answers(ids, ids, torch.ones(2), torch.tensor([1, 1]))
     frames = torch.zeros(2, 1, 4, 4, 3, dtype=torch.uint8)
@@ -55,7 +55,7 @@ def test_a_batch_takes_its_answers_along():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_pixels_are_normalised_as_written(dtype):
+def test_normalize_follows_the_formula(dtype):
     frames = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 3, 5, 4, 3), np.uint8))
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
     with torch.inference_mode():  # what is kept must serve training afterwards

@@ -1,4 +1,4 @@
-"""Bounds that hold while a store is read: the cache's budget under several loaders, and the bytes read ahead."""
+"""Limits while a store is read: the size of a cache that several loaders share, and the prefetched bytes."""
 
 import json
 import re
@@ -61,31 +61,30 @@ def start(url: str, vocab: Path, cache: CacheConfig, seed: int) -> subprocess.Po
     return subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
 
 
-def told(process: subprocess.Popen) -> tuple[list, dict[str, float]]:
-    """The batches of a loader and its figures."""
+def results(process: subprocess.Popen) -> tuple[list, dict[str, float]]:
+    """The batches of a loader and its counters."""
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0
-    _, *batches, figures = output.splitlines()
-    return [json.loads(batch) for batch in batches], json.loads(figures)
+    *batches, counters = map(json.loads, output.splitlines()[1:])  # the first line is "ready"
+    return batches, counters
 
 
 def test_two_loaders_share_one_cache_within_its_budget_and_without_damage(http, shapes, large, tmp_path):
     url = http.fill(large, "photos")
     size = sum(shard.bytes for shard in read_corpus(url).shards)
     assert len(read_corpus(url).shards) >= 6
-    alone = [told(start(str(large), shapes.vocab, CacheConfig(), seed))[0] for seed in (1, 2)]
+    alone = [results(start(str(large), shapes.vocab, CacheConfig(), seed))[0] for seed in (1, 2)]
     cache = CacheConfig(str(tmp_path), 0.8 * size / 1e9)
     both = [start(url, shapes.vocab, cache, seed) for seed in (1, 2)]
     largest = 0
     while any(process.poll() is None for process in both):
         largest = max(largest, sum(bytes_of(path) for path in (tmp_path / FOLDER / "items").glob("*/*")))
         time.sleep(0.02)
-    together = [told(process) for process in both]
+    together = [results(process) for process in both]
     assert [batches for batches, _ in together] == alone
     assert 0 < largest <= cache.gb * 1e9
-    figures = [figures for _, figures in together]
-    assert sum(each["cache_evictions"] for each in figures) > 0
-    assert all(each["refetched"] == 0 for each in figures)
+    assert sum(counters["cache_evictions"] for _, counters in together) > 0
+    assert all(counters["refetched"] == 0 for _, counters in together)
 
 
 def bytes_of(path: Path) -> int:
@@ -97,7 +96,7 @@ def bytes_of(path: Path) -> int:
 
 
 @pytest.mark.parametrize("ahead_mb", [1, 2])
-def test_what_is_read_ahead_stays_within_its_bytes(http, faulty, large, tokenizer, ahead_mb):
+def test_prefetched_bytes_stay_within_ahead_mb(http, faulty, large, tokenizer, ahead_mb):
     http.fill(large, "photos")
     proxy = faulty(http, Faults())
     remote = RemoteReads(ahead_mb=ahead_mb, connections=1000, gap_kb=0, hedge_percentile=0)
@@ -122,7 +121,7 @@ def test_what_is_read_ahead_stays_within_its_bytes(http, faulty, large, tokenize
 
 
 @pytest.mark.parametrize("store", STORES, indirect=True)
-def test_descriptions_and_texts_come_through_passing_errors_whoever_reads_them(store, faulty, shapes, tmp_path):
+def test_descriptions_and_texts_survive_transient_errors(store, faulty, shapes, tmp_path):
     store.fill(shapes.url("qa_train"), "questions")
     proxy = faulty(store, Faults(error=0.25, cut=0.15, seed=2))
     url = store.url("questions", proxy)

@@ -1,4 +1,4 @@
-"""Test sets: every visual once over all ranks, texts matched with what they describe."""
+"""Test sets: every visual once over all ranks, with its texts."""
 
 import pytest
 
@@ -24,7 +24,7 @@ def test_every_visual_exactly_once(shapes, name: str, world_size: int) -> None:
     assert len(dataset.thumbnail(3, 2)) == min(frames, 2)
 
 
-def test_texts_know_their_visuals(shapes) -> None:
+def test_texts_and_visuals_refer_to_each_other(shapes) -> None:
     dataset = RetrievalSet(shapes.url("images_test"), CONFIG)
     assert len(set(dataset.texts)) == len(dataset.texts)
     for text, visuals in enumerate(dataset.visuals_of_text):
@@ -67,7 +67,7 @@ def test_questions_and_options(shapes) -> None:
         ({}, 2),  # no launcher says: all eight are here
     ],
 )
-def test_a_rank_decodes_with_its_share_of_its_own_machine(shapes, monkeypatch, variables, processes):
+def test_a_rank_decodes_with_its_share_of_the_cores(shapes, monkeypatch, variables, processes):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():

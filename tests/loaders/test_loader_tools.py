@@ -1,4 +1,4 @@
-"""The loader's commands: a vocabulary, a benchmark, a look at what the model will see."""
+"""The loader's commands: vocabulary, benchmark and preview."""
 
 import json
 from dataclasses import replace
@@ -23,28 +23,28 @@ RESULTS = Results(1000, 10.0, 100.0, 1.0, 0.4, 0.3, 0.2, 0.9, 0.0, 110.0, 0.9, 2
         ("clips_test_motion", False),
     ],
 )
-def test_a_benchmark_says_how_fast_and_why(shapes, capsys, name: str, with_texts: bool) -> None:
+def test_a_benchmark_prints_speed_and_bottleneck(shapes, capsys, name: str, with_texts: bool) -> None:
     texts = ["--tokenizer", str(shapes.vocab)] if with_texts else []
     arguments = [shapes.url(name), *texts, "--seconds", "0.3", "--size", "32", "--threads", "1", "--batch-size", "16"]
     assert bench.main([*arguments, "--json"]) == 0
-    figures = json.loads(capsys.readouterr().out)
-    assert figures["samples"] >= 16
-    assert figures["samples_per_second"] > 0
-    assert figures["backend"] == "cpu"
-    assert not figures["remote"]
+    results = json.loads(capsys.readouterr().out)
+    assert results["samples"] >= 16
+    assert results["samples_per_second"] > 0
+    assert results["backend"] == "cpu"
+    assert not results["remote"]
     assert bench.main(arguments) == 0
     text = capsys.readouterr().out
     assert "samples/s" in text
     assert "bottleneck" in text
 
 
-def test_a_slow_step_hides_the_loading(shapes, capsys) -> None:
+def test_a_slow_step_limits_the_speed(shapes, capsys) -> None:
     arguments = [shapes.url("images_train"), "--seconds", "2", "--size", "32", "--batch-size", "8", "--step-ms", "150"]
     assert bench.main([*arguments, "--json"]) == 0
-    figures = json.loads(capsys.readouterr().out)
-    assert figures["replayed_per_second"] <= 8 / 0.15
-    assert figures["samples_per_second"] <= 8 / 0.15
-    assert 0 <= figures["wait_share"] < 0.9
+    results = json.loads(capsys.readouterr().out)
+    assert results["replayed_per_second"] <= 8 / 0.15
+    assert results["samples_per_second"] <= 8 / 0.15
+    assert 0 <= results["wait_share"] < 0.9
 
 
 def test_advice_names_the_bottleneck() -> None:
@@ -105,8 +105,8 @@ def test_the_tools_take_a_corpus_of_one_picture(one_picture, tmp_path, capsys) -
         lambda: vocab.main(["/nowhere", "--output", "/tmp/vocab.txt"]),
     ],
 )
-def test_wrong_input_is_one_line(command, capsys) -> None:
+def test_wrong_input_is_a_one_line_error(command, capsys) -> None:
     assert command() == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: ")
-    assert told.count("\n") == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1

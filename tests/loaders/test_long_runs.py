@@ -1,4 +1,4 @@
-"""What only shows over time: resuming deep inside a large corpus, memory and files over epochs, ending at once."""
+"""Long runs: resuming in a large corpus, constant memory and files over epochs, SIGKILL and SIGINT."""
 
 import gc
 import os
@@ -50,7 +50,7 @@ def million(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.slow
-def test_the_first_batch_after_resuming_comes_as_fast_anywhere_in_a_million(million: str, tokenizer: Tokenizer) -> None:
+def test_resuming_is_equally_fast_anywhere_in_a_million_samples(million: str, tokenizer: Tokenizer) -> None:
     seconds = {}
     for share in (0.0, 0.01, 0.5, 0.99):
         config = LoaderConfig(batch_size=PerMedia(128), image_res=32, decode="cpu", threads=2)
@@ -65,7 +65,7 @@ def test_the_first_batch_after_resuming_comes_as_fast_anywhere_in_a_million(mill
     assert all(min(times) < 2 for times in seconds.values()), seconds  # of this process alone, were others busy
 
 
-def test_a_killed_run_goes_on_with_the_very_batches_it_would_have_had(shapes, tokenizer: Tokenizer) -> None:
+def test_a_killed_run_resumes_with_the_same_batches(shapes, tokenizer: Tokenizer) -> None:
     """The first half runs in a process that SIGKILL ends; all it leaves is the state it had printed."""
     corpora = [shapes.url("images_train"), shapes.url("clips_train")]
     settings = "batch_size=PerMedia(12, 6), image_res=32, decode='cpu', threads=1, stripes=8"
@@ -133,7 +133,7 @@ def test_memory_threads_and_files_do_not_grow_over_twenty_epochs(shapes, tokeniz
     loader.close()
 
 
-def test_control_c_ends_a_loop_at_once(shapes, tmp_path: Path) -> None:
+def test_control_c_ends_a_loop(shapes, tmp_path: Path) -> None:
     """Whatever the threads are at: reading, decoding, or waiting for a loop that is slow to take a batch."""
     shutil.copy(shapes.vocab, tmp_path / "vocab.txt")
     program = f"""
@@ -156,7 +156,7 @@ while True:
         assert process.stdout.readline() == "batch\n"
     process.send_signal(signal.SIGINT)
     began = time.perf_counter()
-    _, told = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=60)
     assert time.perf_counter() - began < 10  # the rest is the interpreter's own end, on a busy machine
-    assert "KeyboardInterrupt" in told
+    assert "KeyboardInterrupt" in stderr
     assert process.returncode in (1, 130, -signal.SIGINT)

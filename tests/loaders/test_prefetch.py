@@ -1,4 +1,4 @@
-"""Items made ahead by a thread: in order, bounded, with errors where they are taken, and an end at once."""
+"""The prefetcher: order, depth, errors and the end of its thread."""
 
 import threading
 import time
@@ -8,7 +8,7 @@ import pytest
 from loaders.prefetch import Prefetcher
 
 
-def test_items_come_in_order_and_not_too_far_ahead() -> None:
+def test_items_come_in_order_and_at_most_depth_ahead() -> None:
     made = []
 
     def numbers():

@@ -1,4 +1,4 @@
-"""Reading frames: the bytes that were packed, from anywhere, or a reason."""
+"""Reading frames: the packed bytes from any storage, or a reason."""
 
 import shutil
 import zlib
@@ -48,7 +48,7 @@ def test_any_storage_gives_the_same_bytes(shapes, in_memory: str) -> None:
     assert everything(CorpusReader(in_memory)) == everything(CorpusReader(shapes.url("clips_train")))
 
 
-def test_frames_come_in_the_order_asked_for_each_read_once(shapes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frames_come_in_the_requested_order_and_are_read_once(shapes, monkeypatch: pytest.MonkeyPatch) -> None:
     reader = CorpusReader(shapes.url("clips_train"))
     record = reader.index(0).record(2)
     asked = []
@@ -60,7 +60,7 @@ def test_frames_come_in_the_order_asked_for_each_read_once(shapes, monkeypatch: 
 
 
 @pytest.mark.parametrize("where", ["disk", "memory"])
-def test_what_the_index_cannot_mean_is_one_bad_sample(shapes, in_memory: str, where: str) -> None:
+def test_an_impossible_index_entry_is_a_bad_sample(shapes, in_memory: str, where: str) -> None:
     reader = CorpusReader(in_memory if where == "memory" else shapes.url("clips_train"))
     good = reader.index(0).record(0)
     wrong = {
@@ -79,7 +79,7 @@ def test_what_the_index_cannot_mean_is_one_bad_sample(shapes, in_memory: str, wh
 
 
 @pytest.mark.parametrize("where", ["disk", "memory"])
-def test_a_missing_tar_is_named(shapes, tmp_path: Path, where: str) -> None:
+def test_a_missing_tar_is_an_error(shapes, tmp_path: Path, where: str) -> None:
     shutil.copytree(shapes.url("clips_train"), tmp_path / "clips")
     for tar in (tmp_path / "clips").glob("*.tar"):
         tar.unlink()

@@ -1,4 +1,4 @@
-"""An epoch from real stores, on good days and bad ones: the batches of the local corpus, nothing lost or left out."""
+"""An epoch from object stores, with and without faults, gives the batches of the local corpus."""
 
 import threading
 import time
@@ -8,8 +8,9 @@ import pytest
 import torch
 from faulty_proxy import KINDS, Faults
 from object_stores import STORES, MakeFaulty, Store
+from test_train_loader import config as usual_config
 
-from loaders.config import CacheConfig, LoaderConfig, PerMedia, VideoInput
+from loaders.config import CacheConfig, LoaderConfig, PerMedia
 from loaders.prefetch import StalledError
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader
@@ -17,8 +18,7 @@ from storage.limits import RemoteReads
 
 
 def config(**settings) -> LoaderConfig:
-    options = {"batch_size": PerMedia(6, 4), "image_res": 32, "decode": "cpu", "threads": 1, "stripes": 8}
-    return LoaderConfig(**options | {"video_input": VideoInput(num_frames=2)} | settings)
+    return usual_config(batch_size=PerMedia(6, 4), **settings)
 
 
 def epoch_of(corpora: list[str], tokenizer: Tokenizer, settings: LoaderConfig):
@@ -36,7 +36,9 @@ def assert_same(batches, expected) -> None:
 
 @pytest.mark.parametrize("cached", [False, True], ids=["direct", "cached"])
 @pytest.mark.parametrize("store", STORES, indirect=True)
-def test_an_epoch_through_every_fault_is_that_of_the_local_corpus(store, faulty, shapes, tokenizer, tmp_path, cached):
+def test_an_epoch_through_all_faults_equals_that_of_the_local_corpus(
+    store, faulty, shapes, tokenizer, tmp_path, cached
+):
     names = ["images_train", "clips_train"]
     for name in names:
         store.fill(shapes.url(name), name)
@@ -45,21 +47,21 @@ def test_an_epoch_through_every_fault_is_that_of_the_local_corpus(store, faulty,
     proxy = faulty(store, Faults.everywhere(0.4 if cached else 0.1, seed=5, slow_seconds=0.3))
     cache = CacheConfig(str(tmp_path / "cache"), 1.0, clips=True) if cached else CacheConfig()
     settings = config(cache=cache, remote=RemoteReads(gap_kb=0))
-    batches, figures, quarantine = epoch_of([store.url(name, proxy) for name in names], tokenizer, settings)
+    batches, counters, quarantine = epoch_of([store.url(name, proxy) for name in names], tokenizer, settings)
     assert_same(batches, expected)
     assert not quarantine
     counts = proxy.counts()
     assert sum(counts[kind] for kind in KINDS) > 0
     if not cached:
         assert all(counts[kind] for kind in KINDS)
-        assert figures["refetched"] > 0
-    assert figures["retries"] > 0
-    assert figures["requests"] >= figures["retries"]
-    assert 0 <= figures["read_ready"] <= 1
+        assert counters["refetched"] > 0
+    assert counters["retries"] > 0
+    assert counters["requests"] >= counters["retries"]
+    assert 0 <= counters["read_ready"] <= 1
 
 
 @pytest.mark.parametrize("store", STORES, indirect=True)
-def test_with_a_cache_the_second_epoch_asks_for_nothing(store, faulty, shapes, tokenizer, tmp_path):
+def test_with_a_cache_the_second_epoch_sends_no_requests(store, faulty, shapes, tokenizer, tmp_path):
     store.fill(shapes.url("images_train"), "images_train")
     proxy = faulty(store, Faults())
     once = RemoteReads(hedge_percentile=0)
@@ -103,7 +105,7 @@ def test_a_store_that_goes_down_ends_the_epoch_at_the_deadline(store, faulty, sh
 
 
 @pytest.mark.parametrize("store", ["http"], indirect=True)
-def test_an_epoch_that_stands_still_says_what_it_waits_for(store, faulty, shapes, tokenizer, caplog):
+def test_a_stalled_epoch_is_an_error_with_its_pending_reads(store, faulty, shapes, tokenizer, caplog):
     store.fill(shapes.url("images_train"), "images_train")
     proxy = faulty(store, Faults())
     url = store.url("images_train", proxy)
@@ -117,7 +119,7 @@ def test_an_epoch_that_stands_still_says_what_it_waits_for(store, faulty, shapes
 
 
 @pytest.mark.parametrize("store", ["s3", "http"], indirect=True)
-def test_leaving_an_epoch_ends_its_reads_and_threads_at_once(store, faulty, shapes, tokenizer):
+def test_leaving_an_epoch_cancels_its_reads_and_threads(store, faulty, shapes, tokenizer):
     store.fill(shapes.url("images_train"), "images_train")
     proxy = faulty(store, Faults())
     before = {thread.name for thread in threading.enumerate()}
@@ -134,7 +136,7 @@ def test_leaving_an_epoch_ends_its_reads_and_threads_at_once(store, faulty, shap
     assert not {name for name in left if name.startswith(("loader", "step", "batch", "read", "decode"))}
 
 
-def test_credentials_in_urls_and_options_are_refused_without_being_told(tokenizer, caplog):
+def test_credentials_in_urls_and_options_are_refused_and_not_printed(tokenizer, caplog):
     for url, options in (
         ("https://user:hunter2@host/photos", {}),
         ("s3://AKIAEXAMPLE:hunter2@bucket/photos", {}),
@@ -148,20 +150,20 @@ def test_credentials_in_urls_and_options_are_refused_without_being_told(tokenize
 
 
 @pytest.mark.parametrize("store", ["s3"], indirect=True)
-def test_a_secret_of_the_environment_is_in_no_message(store, faulty, shapes, tokenizer, caplog):
+def test_no_message_contains_a_secret(store, faulty, shapes, tokenizer, caplog):
     caplog.set_level("DEBUG", logger="loaders")
     store.fill(shapes.url("images_train"), "images_train")
     for faults in (Faults(permanent=r"\.tar"), Faults(error=1, only=r"\.tar"), Faults(cut=1, only=r"\.tar")):
         faulty(store, faults)
         with pytest.raises(OSError) as raised:
             epoch_of([store.url("images_train")], tokenizer, config(remote=RemoteReads(deadline=1)))
-        told = "".join(traceback.format_exception(raised.value)) + caplog.text
-        assert "testing-secret" not in told
-        assert "Signature" not in told
-        assert store.url("images_train") in told
+        output = "".join(traceback.format_exception(raised.value)) + caplog.text
+        assert "testing-secret" not in output
+        assert "Signature" not in output
+        assert store.url("images_train") in output
 
 
-def test_a_cache_that_cannot_hold_what_is_read_is_refused_with_the_number(http, shapes, tokenizer, tmp_path):
+def test_too_small_a_cache_is_refused(http, shapes, tokenizer, tmp_path):
     url = http.fill(shapes.url("images_train"), "images_train")
     with pytest.raises(ValueError, match=r"cache\.gb=1e-05 is too little: 8 stripes .* [\d.e-]+ GB at a time"):
         TrainLoader([url], tokenizer, config(cache=CacheConfig(str(tmp_path), 0.00001)))
@@ -169,7 +171,7 @@ def test_a_cache_that_cannot_hold_what_is_read_is_refused_with_the_number(http, 
         TrainLoader([url], tokenizer, config(cache=CacheConfig(str(tmp_path))))
 
 
-def test_a_damaged_file_of_the_cache_is_found_and_fetched_again(http, shapes, tokenizer, tmp_path):
+def test_a_damaged_cache_file_is_fetched_again(http, shapes, tokenizer, tmp_path):
     url = http.fill(shapes.url("images_train"), "images_train")
     settings = config(cache=CacheConfig(str(tmp_path), 1.0))
     expected, _, _ = epoch_of([url], tokenizer, settings)
@@ -177,7 +179,7 @@ def test_a_damaged_file_of_the_cache_is_found_and_fetched_again(http, shapes, to
         data = bytearray(path.read_bytes())
         data[len(data) // 3 :: 997] = b"\0" * len(data[len(data) // 3 :: 997])
         path.write_bytes(data)
-    batches, figures, quarantine = epoch_of([url], tokenizer, settings)
+    batches, counters, quarantine = epoch_of([url], tokenizer, settings)
     assert_same(batches, expected)
     assert not quarantine
-    assert figures["refetched"] > 0
+    assert counters["refetched"] > 0

@@ -1,4 +1,4 @@
-"""Cleaning and tokenising, as the official code does it."""
+"""Cleaning and tokenising as in the official code."""
 
 import pytest
 import torch
@@ -27,14 +27,14 @@ def test_ids_begin_with_cls_and_have_no_sep(tokenizer: Tokenizer) -> None:
     assert answer[0].tolist()[2] == tokenizer.sep_id
 
 
-def test_a_tokenizer_travels_with_a_checkpoint(tokenizer: Tokenizer, tmp_path) -> None:
+def test_a_saved_tokenizer_loads_again(tokenizer: Tokenizer, tmp_path) -> None:
     tokenizer.save(tmp_path)
     again = Tokenizer.load(str(tmp_path))
     assert again.vocab_size == tokenizer.vocab_size
     assert again.encode(["a star"], 4)[0].tolist() == tokenizer.encode(["a star"], 4)[0].tolist()
 
 
-def test_what_cannot_be_loaded_says_what_to_set(tmp_path) -> None:
+def test_a_file_that_is_no_vocabulary_is_an_error(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match="neither a vocabulary file"):
         Tokenizer.load(str(tmp_path / "vocab.txt"))
     (tmp_path / "bad.txt").write_text("one\ntwo\n")
@@ -44,7 +44,7 @@ def test_what_cannot_be_loaded_says_what_to_set(tmp_path) -> None:
 
 @given(st.lists(st.text(alphabet="abcdsrtéß李 \t\x1c[SEP]'-.é", max_size=40), min_size=1, max_size=4))
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_words_encoded_apart_give_the_ids_of_the_whole_text(tokenizer: Tokenizer, texts: list[str]) -> None:
+def test_ids_of_single_words_equal_those_of_the_whole_text(tokenizer: Tokenizer, texts: list[str]) -> None:
     ids, mask = tokenizer.encode(texts, 12)
     for text, row, shown in zip(texts, ids.tolist(), mask.tolist(), strict=True):
         whole = [tokenizer.cls_id, *tokenizer._tokenizer.encode(text, add_special_tokens=False).ids][:12]
@@ -52,7 +52,7 @@ def test_words_encoded_apart_give_the_ids_of_the_whole_text(tokenizer: Tokenizer
         assert shown == [1] * len(whole) + [0] * (12 - len(whole))
 
 
-def test_words_remembered_are_bounded(shapes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_of_words_is_bounded(shapes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_module, "WORDS_KEPT", 50)
     own = Tokenizer.load(str(shapes.vocab))
     for number in range(40):

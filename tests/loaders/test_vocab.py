@@ -1,4 +1,4 @@
-"""A vocabulary depends on the texts only: neither on their order nor on the process that learns it."""
+"""A vocabulary depends only on the texts, not on their order or the process that learns it."""
 
 import itertools
 import random
@@ -53,12 +53,12 @@ def test_the_vocabulary_covers_its_texts_within_its_size(tmp_path) -> None:
     assert not (ids == 1).any()
 
 
-def test_characters_that_find_no_room_are_unknown(tmp_path) -> None:
+def test_rare_characters_are_unknown(tmp_path) -> None:
     assert learn_from_texts(["aaab aab c"] * 3, 9, tmp_path / "vocab.txt") <= 9  # room for two characters
     assert (tmp_path / "vocab.txt").read_text().split() == [*SPECIAL, "a", "b", "##a", "##b"]
 
 
-def test_no_texts_and_no_size_are_told(tmp_path) -> None:
+def test_no_texts_and_too_small_a_size_are_errors(tmp_path) -> None:
     with pytest.raises(UserError, match="the texts: no texts to learn a vocabulary from"):
         learn_from_texts(["", " "], 300, tmp_path / "vocab.txt")
     with pytest.raises(UserError, match="--size 6 is too small for a vocabulary: give at least 7"):

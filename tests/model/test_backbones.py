@@ -28,7 +28,7 @@ def named(name, patch_size=8, image_res=32, **changes):
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_a_named_backbone_trains_and_comes_back(name, tmp_path):
+def test_a_timm_backbone_trains_and_loads_again(name, tmp_path):
     torch.manual_seed(0)
     temporal = TemporalConfig(True, 1, update_pooler_embed=True)
     config = named(name, num_frames=2, temporal_vision_encoder=temporal, add_temporal_embed=True)
@@ -63,12 +63,12 @@ def test_weights_of_a_folder_are_fitted_to_patch_size_and_resolution(tmp_path):
     assert new_model(config).vision_encoder.transformer.patch_embed.proj.weight.shape == (192, 3, 8, 8)
 
 
-def test_pixels_are_normalised_as_the_backbone_wants_it():
+def test_pixel_statistics_are_those_of_the_backbone():
     model = Singularity(named("eva02_tiny_patch14_224"), PAD, CLS, MASK)
     assert model.mean == pytest.approx((0.481, 0.458, 0.408), abs=1e-3)
 
 
-def test_an_unsuitable_backbone_is_an_error_with_the_remedy():
+def test_an_unsuitable_backbone_is_an_error():
     for name, message in {
         "resnet18": "resnet18 is not a vision transformer with patches",
         "swin_tiny_patch4_window7_224": "is not a vision transformer with patches",

@@ -1,4 +1,4 @@
-"""`python -m model.export`: what it takes along, where it writes, and that it leaves nothing half-written."""
+"""`python -m model.export`: what it writes, where, and its errors."""
 
 import os
 import subprocess
@@ -41,7 +41,7 @@ def test_a_folder_gets_the_vocabulary_of_its_source(tmp_path, weights, source, c
     assert os.listdir(tmp_path / "new") == ["copy"]
 
 
-def test_an_export_without_a_vocabulary_says_how_to_give_it(tmp_path, weights, capsys):
+def test_an_export_without_a_vocabulary_prints_a_hint(tmp_path, weights, capsys):
     pth, folder = tmp_path / "x.pth", tmp_path / "copy"
     assert export([str(weights), str(pth)]) == 0
     assert capsys.readouterr().out.splitlines()[1] == (
@@ -56,7 +56,7 @@ def test_an_export_without_a_vocabulary_says_how_to_give_it(tmp_path, weights, c
     assert sorted(os.listdir(folder)) == ["model.json", "model.safetensors"]
 
 
-def test_a_vocabulary_beside_an_official_file_is_its_own_when_it_has_as_many_words(tmp_path, weights):
+def test_a_vocabulary_beside_an_official_file_is_used_if_its_size_matches(tmp_path, weights):
     assert export([str(weights), str(tmp_path / "x.pth")]) == 0
     write_vocabulary(tmp_path)
     assert export([str(tmp_path / "x.pth"), str(tmp_path / "with")]) == 0
@@ -69,7 +69,7 @@ def test_a_vocabulary_beside_an_official_file_is_its_own_when_it_has_as_many_wor
 
 
 @pytest.mark.parametrize(
-    ("output", "told"),
+    ("output", "message"),
     [
         ("x.safetensors", ".safetensors is not a format, give NAME.pth for an official checkpoint or a folder such"),
         ("X.CKPT", ".CKPT is not a format"),
@@ -83,7 +83,7 @@ def test_a_vocabulary_beside_an_official_file_is_its_own_when_it_has_as_many_wor
         ("file/x.pth", "is a file, choose another path"),
     ],
 )
-def test_an_output_that_cannot_be_meant_is_one_line(tmp_path, weights, output, told, capsys):
+def test_an_unusable_output_is_a_one_line_error(tmp_path, weights, output, message, capsys):
     for folder in ("folder.pth", "full", "run/checkpoints"):
         (tmp_path / folder).mkdir(parents=True)
     for file in ("file", "old.pth", "full/notes"):
@@ -92,14 +92,14 @@ def test_an_output_that_cannot_be_meant_is_one_line(tmp_path, weights, output, t
     assert export([str(weights), f"{tmp_path}/{output}"]) == 2
     line = capsys.readouterr().err
     assert line.startswith("error: ")
-    assert told in line
+    assert message in line
     assert line.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
     assert (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.parametrize("output", ["X.PTH", "x.Pt", "empty", "v1.2", "run/first.pth"])
-def test_an_output_that_is_free_or_an_earlier_export_is_written_and_read_again(tmp_path, weights, output, model):
+def test_a_free_output_or_an_earlier_export_is_written(tmp_path, weights, output, model):
     (tmp_path / "empty").mkdir()
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     path = tmp_path / output
@@ -111,7 +111,7 @@ def test_an_output_that_is_free_or_an_earlier_export_is_written_and_read_again(t
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
-def test_files_have_the_permissions_of_any_new_file(tmp_path, weights, umask):
+def test_exported_files_follow_the_umask(tmp_path, weights, umask):
     before = os.umask(umask)
     try:
         assert export([str(weights), str(tmp_path / "copy")]) == 0
@@ -131,7 +131,7 @@ sys.exit(sum(main([sys.argv[1], output]) == 2 for output in sys.argv[2:]))
 """
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, weights):
+def test_a_full_disk_is_a_one_line_error_and_leaves_no_file(tmp_path, weights):
     outputs = [str(tmp_path / "new" / name) for name in ("copy", "x.pth")]
     result = subprocess.run(
         [sys.executable, "-c", FULL_DISK, str(weights), *outputs], capture_output=True, text=True, timeout=300
@@ -142,7 +142,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, weights):
     assert not os.listdir(tmp_path / "new")
 
 
-def test_models_of_every_kind_come_back(tmp_path):
+def test_qa_and_bfloat16_models_survive_the_export(tmp_path):
     asking = small_config(answer_decoder=AnswerDecoderConfig(True, 2), loss_weight=LossWeights(mlm=0.0))
     half = {name: tensor.bfloat16() for name, tensor in small_model().state_dict().items()}
     for name, state, config in (("qa", build_model(asking).state_dict(), asking), ("bf16", half, small_config())):
@@ -155,10 +155,10 @@ def test_models_of_every_kind_come_back(tmp_path):
             assert all(torch.equal(back.state[key], tensor) for key, tensor in state.items())
 
 
-def test_a_backbone_without_an_official_form_says_so(tmp_path, capsys):
+def test_a_timm_backbone_has_no_official_format(tmp_path, capsys):
     config = small_config()
     config.vision_encoder.type, config.vision_encoder.patch_size = "vit_tiny_patch16_224", 16
     save_model({}, config, tmp_path / "named")
     assert export([str(tmp_path / "named"), str(tmp_path / "x.pth")]) == 2
-    told = "vision_encoder.type=vit_tiny_patch16_224 has no official format, give a folder to write to"
-    assert capsys.readouterr().err == f"error: {tmp_path}/x.pth: {told}\n"
+    message = "vision_encoder.type=vit_tiny_patch16_224 has no official format, give a folder to write to"
+    assert capsys.readouterr().err == f"error: {tmp_path}/x.pth: {message}\n"

@@ -1,4 +1,4 @@
-"""Negatives of all processes: two processes with half a batch each learn what one learns from all of it."""
+"""gather_negatives: two processes with half a batch each have the gradients of one process with the whole batch."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def work(rank, folder):
     distributed.destroy_process_group()
 
 
-def test_two_processes_learn_what_one_does_from_the_whole_batch(tmp_path):
+def test_two_processes_have_the_gradients_of_one_process_with_the_whole_batch(tmp_path):
     multiprocessing.spawn(work, (tmp_path,), nprocs=WORLD)
     losses, gradients, drawn = torch.load(tmp_path / "seen.pt")
     expected_losses, expected = learn(slice(0, 6), NEGATIVES)
@@ -53,7 +53,7 @@ def test_two_processes_learn_what_one_does_from_the_whole_batch(tmp_path):
     assert all(torch.isfinite(loss) for loss in drawn.values())
 
 
-def test_a_process_alone_gathers_nothing():
+def test_a_single_process_gathers_nothing():
     together, _ = learn(slice(0, 6), NEGATIVES)
     alone = small_model(loss_weight=LossWeights(mlm=0.0))
     images, ids, mask, _ = small_batch(pairs=6)

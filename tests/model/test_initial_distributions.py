@@ -1,4 +1,4 @@
-"""Every initial weight of a model that starts at random, against the distribution that it is meant to have."""
+"""The distribution of every random initial weight."""
 
 import math
 import re
@@ -60,7 +60,7 @@ def expected(name, tensor, fan_in, kind):
 
 @pytest.mark.parametrize("answers", [False, True])
 @pytest.mark.parametrize("kind", ["beit", "vit", "deit"])
-def test_every_weight_starts_as_it_should(kind, answers):
+def test_initial_weights_follow_their_distributions(kind, answers):
     torch.manual_seed(0)
     state = build_model(configuration(kind, answers)).state_dict()
     for name, tensor in state.items():
@@ -75,7 +75,7 @@ def test_every_weight_starts_as_it_should(kind, answers):
             assert float(tensor.std()) == pytest.approx(std, rel=6 / math.sqrt(2 * count)), name
 
 
-def test_the_word_that_pads_has_no_embedding():
+def test_the_padding_embedding_is_zero():
     embeddings = build_model(configuration("vit", True), {"pad_id": 7}).state_dict()
     for part in ("text_encoder", "answer_decoder"):
         table = embeddings[f"{part}.embeddings.word_embeddings.weight"]

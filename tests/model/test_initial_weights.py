@@ -1,4 +1,4 @@
-"""Initial weights from checkpoint folders, and the one clear error where a name leads nowhere."""
+"""Initial weights from checkpoint folders, and errors for unusable ones."""
 
 import json
 
@@ -33,7 +33,7 @@ def write_folders(tmp_path, config):
     return donor
 
 
-def test_encoders_start_from_folders_and_the_rest_at_random(tmp_path):
+def test_encoders_start_from_pretrained_folders(tmp_path):
     config = small_config()
     donor = write_folders(tmp_path, config)
     config.vision_encoder.pretrained, config.text_encoder.pretrained = str(tmp_path / "vision"), str(tmp_path / "text")
@@ -68,7 +68,7 @@ def test_another_image_size_interpolates_the_positions_and_other_weights_are_ref
 
 
 @pytest.mark.parametrize("name", ["bert-base-uncased", "beit_base_patch16_224"])
-def test_a_hub_name_without_network_says_what_to_set(name, monkeypatch, tmp_path):
+def test_a_hub_name_without_network_is_an_error_with_the_remedy(name, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
@@ -115,12 +115,12 @@ def difference_between_visuals(config):
 
 
 @pytest.mark.parametrize("difference", [difference_between_texts, difference_between_visuals])
-def test_a_narrow_model_tells_texts_and_visuals_apart_from_the_start_as_one_of_the_published_width(difference):
+def test_initial_states_of_a_narrow_model_differ_as_much_as_those_of_a_wide_one(difference):
     assert 0.5 < difference(config_of_width(64)) / difference(config_of_width(768)) < 2
 
 
 @pytest.mark.parametrize("kind", ["beit", "vit"])
-def test_matrices_begin_with_the_range_that_is_set(kind):
+def test_initializer_range_is_the_initial_standard_deviation(kind):
     config = small_config()
     config.vision_encoder.type = kind
     config.vision_encoder.initializer_range, config.text_encoder.initializer_range = 0.06, 0.1

@@ -1,4 +1,4 @@
-"""Saving and loading our own form: round trip, changes of size, and one clear error for everything else."""
+"""Saving and loading our own format: round trip, changes of size, errors."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def outputs(model, frames=1, size=32):
         return [tokens, pooled, model.match_logits(model.encode_text(ids, mask)[0], mask, tokens)]
 
 
-def test_a_model_comes_back_as_it_was(saved, model):
+def test_a_saved_model_loads_bit_identical(saved, model):
     loaded = load_model(saved)
     assert loaded.config == model.config
     assert (loaded.pad_id, loaded.cls_id, loaded.mask_id) == (PAD, CLS, MASK)
@@ -38,14 +38,11 @@ def test_a_state_dict_is_saved_like_a_model(tmp_path, model):
     save_model(model.state_dict(), model.config, tmp_path, {"pad_id": 1, "cls_id": 5, "mask_id": 7})
     loaded = load_model(tmp_path)
     assert (loaded.pad_id, loaded.cls_id, loaded.mask_id) == (1, 5, 7)
+    (tmp_path / "vocab.txt").write_text("\n".join(["a", "[CLS]", "[PAD]", "b", "[SEP]", "[MASK]"]) + "\n")
+    assert load_weights(tmp_path).special_ids == {"pad_id": 2, "cls_id": 1, "mask_id": 5}
 
 
-def test_special_tokens_are_found_in_the_vocabulary_beside_the_weights(saved):
-    (saved / "vocab.txt").write_text("\n".join(["a", "[CLS]", "[PAD]", "b", "[SEP]", "[MASK]"]) + "\n")
-    assert load_weights(saved).special_ids == {"pad_id": 2, "cls_id": 1, "mask_id": 5}
-
-
-def test_a_longer_clip_with_a_temporal_encoder_starts_where_the_single_frame_model_stood(saved, model):
+def test_a_multi_frame_model_starts_with_the_scores_of_its_single_frame_model(saved, model):
     changes = {"num_frames": 4, "add_temporal_embed": True, "temporal_vision_encoder.enable": True}
     longer = load_model(saved, changes)
     assert longer.temporal_embeddings.shape[1] == 4
@@ -54,7 +51,7 @@ def test_a_longer_clip_with_a_temporal_encoder_starts_where_the_single_frame_mod
     assert outputs(longer, frames=4)[0].shape[1] == 4 * 17
 
 
-def test_what_was_done_to_the_weights_is_reported(saved):
+def test_changes_to_weights_are_reported(saved):
     weights = load_weights(saved)
     changed = small_model(seed=1, num_frames=2, temporal_vision_encoder=TemporalConfig(enable=True, num_layers=1))
     report = fit_weights(changed, weights, "weights")
@@ -121,7 +118,7 @@ def test_tensors_that_do_not_fit_are_listed_unless_named_as_expected(model):
         assert torch.equal(tensor, source[name]), name
 
 
-def test_what_is_expected_and_fits_is_named(model):
+def test_expected_tensors_that_fit_are_an_error(model):
     weights = Weights(model.config, dict(model.state_dict()))
     with pytest.raises(
         ValueError, match=r"expected_tensors names 'itm_haed\.\*', but no such tensor of w\.pth is missing"
@@ -129,7 +126,7 @@ def test_what_is_expected_and_fits_is_named(model):
         fit_weights(model, weights, "w.pth", ["itm_haed.*"])
 
 
-def test_changes_that_cannot_be_made_are_errors(saved):
+def test_impossible_changes_are_errors(saved):
     assert load_model(saved, {"loss_weight.mlm": 0.0}).word_head is None
     with pytest.raises(ValueError, match="vocabulary has 60 tokens in the checkpoint and 70 in the model"):
         load_model(saved, {"text_encoder.vocab_size": 70})
@@ -143,7 +140,7 @@ def write_run(tmp_path, model, names):
     return tmp_path / "run"
 
 
-def test_a_run_stands_for_its_best_or_newest_complete_checkpoint(tmp_path, model):
+def test_a_run_folder_resolves_to_its_best_or_newest_complete_checkpoint(tmp_path, model):
     run = write_run(tmp_path, model, ["step_00000100", "step_00000200"])
     (run / "checkpoints" / "step_00000300" / "weights").mkdir(parents=True)
     assert resolve_weights(run).parent.name == "step_00000200"
@@ -153,14 +150,14 @@ def test_a_run_stands_for_its_best_or_newest_complete_checkpoint(tmp_path, model
 
 
 @pytest.mark.parametrize(("name", "message"), [("nowhere", "nowhere does not exist: give a folder"), ("", "no model")])
-def test_a_path_without_a_model_is_named(tmp_path, name, message):
+def test_a_path_without_a_model_is_an_error(tmp_path, name, message):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(FileNotFoundError, match=message):
         load_model(tmp_path / name)
 
 
-def test_missing_and_truncated_tensors_are_named(saved):
+def test_missing_and_truncated_tensors_are_errors(saved):
     content = (saved / "model.safetensors").read_bytes()
     (saved / "model.safetensors").write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"model\.safetensors has [\d,]+ bytes instead of [\d,]+: .*damaged"):
@@ -173,7 +170,7 @@ def test_missing_and_truncated_tensors_are_named(saved):
         load_model(saved)
 
 
-def test_a_damaged_or_foreign_description_is_named(saved):
+def test_a_damaged_or_foreign_description_is_an_error(saved):
     path = saved / "model.json"
     whole = path.read_text()
     for text, reason in (

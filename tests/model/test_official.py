@@ -1,4 +1,4 @@
-"""Official checkpoints: written and read back bit for bit, recognised, and hostile or broken files refused."""
+"""Official checkpoints: bit-identical round trip, recognised architecture, malicious or broken files refused."""
 
 import os
 import pickle
@@ -72,7 +72,7 @@ def forget(path, **settings):
         ("beit", 128, 2, {"layer_scale": 0.0}),
     ],
 )
-def test_models_of_unusual_sizes_come_back(kind, width, heads, changes, tmp_path):
+def test_models_of_unusual_sizes_are_recognised(kind, width, heads, changes, tmp_path):
     config = head_width_64(kind)
     for name, value in {"width": width, "heads": heads, **changes}.items():
         setattr(config.vision_encoder, name, value)
@@ -85,7 +85,7 @@ def test_models_of_unusual_sizes_come_back(kind, width, heads, changes, tmp_path
     load_model(tmp_path / "x.pth")
 
 
-def test_a_narrow_file_that_does_not_tell_its_heads_is_refused(tmp_path):
+def test_a_narrow_model_without_its_number_of_heads_is_refused(tmp_path):
     config = head_width_64("vit")
     config.vision_encoder.width = 32
     write_official(Weights(config, build_model(config).state_dict()), tmp_path / "x.pth")
@@ -105,7 +105,7 @@ class Hostile:
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_a_hostile_file_is_refused_and_nothing_of_it_runs(tmp_path, legacy):
+def test_a_malicious_pickle_is_refused_without_running_it(tmp_path, legacy):
     content = {"model": {}, "config": Hostile(tmp_path / "ran")}
     torch.save(content, tmp_path / "x.pth", _use_new_zipfile_serialization=not legacy)
     with pytest.raises(ValueError, match=r"x\.pth names \w+\.system and is refused"):
@@ -113,7 +113,7 @@ def test_a_hostile_file_is_refused_and_nothing_of_it_runs(tmp_path, legacy):
     assert not (tmp_path / "ran").exists()
 
 
-def test_broken_and_foreign_files_are_named(tmp_path):
+def test_broken_and_foreign_files_are_errors(tmp_path):
     config, path = head_width_64(), tmp_path / "x.pth"
     write_official(Weights(config, build_model(config).state_dict()), path)
     whole = path.read_bytes()

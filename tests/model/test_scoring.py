@@ -1,4 +1,4 @@
-"""Scores of pairs for re-ranking and multiple choice, and answers: against one pair at a time."""
+"""Batched scores of pairs for re-ranking, and of answers, equal those of one pair at a time."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from model.vqa import SingularityQA
 
 @pytest.mark.parametrize("ensemble", ENSEMBLES)
 @pytest.mark.parametrize("pairs_at_once", [1, 40, 512])
-def test_scores_of_many_pairs_are_those_of_each_pair(ensemble, pairs_at_once):
+def test_batched_scores_equal_those_of_single_pairs(ensemble, pairs_at_once):
     model = small_model().eval()
     images, ids, mask, _ = small_batch(pairs=5, frames=3)
     marked = torch.rand(5, 5, generator=torch.Generator().manual_seed(3)).numpy() < 0.5
@@ -26,6 +26,8 @@ def test_scores_of_many_pairs_are_those_of_each_pair(ensemble, pairs_at_once):
         blocks = [(np.array([0, 3]), tokens[[0, 3]]), (np.array([1, 2, 4]), tokens[[1, 2, 4]])]
         found = match_pairs(model, blocks, attended, mask, marked, ensemble, pairs_at_once)
         assert sorted(zip(*(part.tolist() for part in found[:2]))) == list(zip(*(i.tolist() for i in marked.nonzero())))
+        nothing = match_pairs(model, blocks, attended, mask, np.zeros_like(marked), ensemble, pairs_at_once)
+        assert [part.shape for part in nothing] == [(0,)] * 3
         for visual, text, score in zip(*(part.tolist() for part in found)):
             frames = [
                 model.match_logits(states[text, None], mask[text, None], tokens[visual, None, f])[0, 1]
@@ -34,7 +36,7 @@ def test_scores_of_many_pairs_are_those_of_each_pair(ensemble, pairs_at_once):
             torch.testing.assert_close(torch.tensor(score), combine(torch.stack(frames), ensemble))
 
 
-def test_groups_hold_every_pair_once():
+def test_groups_contain_every_pair_once():
     rng = np.random.default_rng(0)
     pairs = rng.random((6, 40)) < 0.3
     pairs[2] = False
@@ -49,7 +51,7 @@ def test_groups_hold_every_pair_once():
 
 
 @pytest.mark.parametrize("fusion_layer", [1, 2, 3])
-def test_matching_computes_no_more_than_the_first_token_needs(fusion_layer):
+def test_fuse_pairs_gives_the_first_token_of_fuse(fusion_layer):
     config = small_config()
     config.text_encoder.layers, config.text_encoder.fusion_layer = 3, fusion_layer
     torch.manual_seed(0)
@@ -66,27 +68,14 @@ def test_matching_computes_no_more_than_the_first_token_needs(fusion_layer):
             torch.testing.assert_close(first, whole[:, 0])
 
 
-def test_no_pairs_have_no_scores():
-    model = small_model().eval()
-    images, ids, mask, _ = small_batch()
-    states, _ = model.encode_text(ids, mask)
-    tokens = model.encode_clips(images)[0]
-    nothing = np.zeros((len(images), len(ids)), dtype=bool)
-    found = match_pairs(model, [(np.arange(len(images)), tokens)], states, mask, nothing)
-    assert [part.shape for part in found] == [(0,)] * 3
-
-
-def test_late_fusion_of_a_model_that_relates_frames_is_refused_unless_asked_for():
+def test_late_fusion_of_a_temporal_model_is_refused_by_default():
     model = small_model(temporal_vision_encoder=TemporalConfig(enable=True)).eval()
     images = small_batch(frames=2)[0]
     with pytest.raises(ValueError, match="use eval_frame_ensemble=concat"):
         model.encode_clips(images, "mean")
-    torch.testing.assert_close(model.encode_clips(images, "mean", skip_temporal=True), model.encode_frames(images))
-
-
-def test_an_unknown_ensemble_is_named():
     with pytest.raises(ValueError, match="'median': must be one of concat, mean, max, lse"):
-        small_model().encode_clips(small_batch()[0], "median")
+        model.encode_clips(images, "median")
+    torch.testing.assert_close(model.encode_clips(images, "mean", skip_temporal=True), model.encode_frames(images))
 
 
 @pytest.fixture
@@ -120,7 +109,7 @@ def test_the_answer_loss_is_the_weighted_sum_over_a_batch(answering):
     together.backward()
 
 
-def test_a_later_word_does_not_change_what_an_earlier_one_predicts(answering):
+def test_the_answer_decoder_is_causal(answering):
     images, ids, mask, _ = small_batch(pairs=6)
     answers, answer_mask, _, _ = answers_of_questions()
     answering.eval()
@@ -148,7 +137,7 @@ def test_ranked_answers_are_distinct_and_in_order(answering, ensemble):
     torch.testing.assert_close(probabilities.sum(1), torch.ones(3))
 
 
-def test_training_makes_the_right_answer_likelier(answering):
+def test_training_ranks_the_right_answer_first(answering):
     images, ids, mask, _ = small_batch(pairs=3)
     answers, answer_mask, _, _ = answers_of_questions()
     right = torch.tensor([1, 3, 5])
@@ -181,7 +170,7 @@ def test_scores_of_a_half_precision_model_do_not_tie():
     assert ties[torch.bfloat16] <= ties[torch.float32] + 4, ties
 
 
-def test_answers_of_a_half_precision_model_are_scored_in_full_precision():
+def test_answers_of_a_half_precision_model_are_scored_in_float32():
     """What bf16 weights say of bf16 states, without rounding the 60 logits of each word to 8 bits."""
     torch.manual_seed(0)
     model = SingularityQA(small_config(answer_decoder=AnswerDecoderConfig(enable=True, num_layers=1)), PAD, CLS, MASK)

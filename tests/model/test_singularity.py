@@ -1,4 +1,4 @@
-"""What training and evaluation rely on: shapes, losses, negatives, frames."""
+"""The model for pre-training: shapes, losses, negatives, temporal modules."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_encoders_have_the_documented_shapes(kind, frames):
     assert model.match_logits(states, mask, tokens).shape == (4, 2)
 
 
-def test_a_visual_shared_by_its_texts_scores_as_pair_by_pair(model):
+def test_scores_of_a_shared_visual_equal_those_of_single_pairs(model):
     model.eval()
     images, ids, mask, _ = small_batch(pairs=6)
     tokens, _ = model.encode_visual(images[:3])
@@ -49,13 +49,13 @@ def test_a_visual_shared_by_its_texts_scores_as_pair_by_pair(model):
     torch.testing.assert_close(grouped, model.match_logits(states, mask, tokens.repeat(2, 1, 1)))
 
 
-def test_every_parameter_that_is_used_learns(model, batch):
+def test_every_used_parameter_has_a_gradient(model, batch):
     sum(model(*batch).values()).backward()
     without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert without == ["temporal_embeddings"]
 
 
-def test_losses_fall_on_a_batch_seen_again_and_again():
+def test_losses_fall_on_a_repeated_batch():
     model, batch = small_model(), small_batch(pairs=8)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     history = []
@@ -195,7 +195,7 @@ def test_bfloat16_weights_train_with_float32_losses(kind, batch):
         (None, "num_frames", 0, "num_frames"),
     ],
 )
-def test_sizes_that_do_not_fit_are_named(section, name, value, named):
+def test_incompatible_sizes_are_errors(section, name, value, named):
     config = small_model().config
     setattr(getattr(config, section) if section else config, name, value)
     with pytest.raises(ValueError, match=named):

@@ -1,4 +1,4 @@
-"""What makes a step fast: one graph, no waiting for the device, shared work done once; and it changes no number."""
+"""Properties that make a step fast: one graph, no synchronisation with the device, no repeated work."""
 
 import pytest
 import torch
@@ -86,8 +86,8 @@ def test_a_step_never_waits_is_one_graph_and_can_recompute_its_activations(case)
 
 
 @pytest.mark.parametrize("changes", [{}, TEMPORAL, {"loss_weight": LossWeights(mlm=0.0)}], ids=str)
-def test_the_counted_operations_are_those_that_run(changes):
-    """Also that keys and values of a visual are projected once, and text layers run once a text."""
+def test_step_flops_match_the_flop_counter(changes):
+    """Also that keys and values of a visual are projected once, and text layers run once per text."""
     model, (images, *texts) = small_model(**changes), small_batch(pairs=4, frames=2)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         model(images, *texts)
@@ -95,7 +95,7 @@ def test_the_counted_operations_are_those_that_run(changes):
     assert counter.get_total_flops() == pytest.approx(counted, rel=0.02)
 
 
-def test_words_are_predicted_at_the_chosen_places_only():
+def test_masked_positions_come_first():
     labels = torch.full((4, 6), IGNORED)
     labels[1, 2], labels[3, 0] = 5, 6
     chosen = masked_positions(labels, 3)
@@ -103,7 +103,7 @@ def test_words_are_predicted_at_the_chosen_places_only():
     assert len(chosen) == 3
 
 
-def test_practically_no_chosen_word_is_left_out():
+def test_max_masked_covers_all_masked_tokens():
     torch.manual_seed(0)
     for count in (16, 256, 4096):
         limit = max_masked(count, 0.5)

@@ -1,4 +1,4 @@
-"""Parts of the encoders that are computed otherwise than layer by layer give what the layers give."""
+"""Joint computations of the encoders give the results of the single layers."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def assert_same(found, expected):
         torch.testing.assert_close(found[1][name], gradient, msg=name)
 
 
-def test_position_biases_gathered_together_are_those_of_each_layer(monkeypatch):
+def test_joint_gathering_of_position_biases_equals_gathering_per_layer(monkeypatch):
     model, (images, *_) = with_position_biases(), small_batch()
     together = gradients(model, images)
     assert all(attention.bias is None for attention in model.vision_encoder._biased)
@@ -49,7 +49,7 @@ def test_position_biases_gathered_together_are_those_of_each_layer(monkeypatch):
 
 
 @pytest.mark.parametrize("limit", [1, 16, 20])
-def test_the_temporal_encoder_takes_more_sequences_than_a_kernel_does(monkeypatch, limit):
+def test_the_temporal_encoder_splits_batches_that_exceed_the_kernel_limit(monkeypatch, limit):
     model = small_model(num_frames=3, temporal_vision_encoder=TemporalConfig(enable=True))
     images, *_ = small_batch(frames=3)  # 4 clips of 17 positions
     expected = gradients(model, images)

@@ -1,4 +1,4 @@
-"""decode=auto on a GPU: both decoders in turns, then the one that makes training wait less; the other is closed."""
+"""decode=auto on a GPU: both decoders are measured in turns, the faster one is kept, the other is closed."""
 
 import logging
 import threading
@@ -60,7 +60,7 @@ def run(auto: AutoDecoder, clock: Clock, batches: int, step: float = 0.0) -> Non
         (0.12, 0.02, 0.09, "dali"),  # training waits for one of them
     ],
 )
-def test_the_decoder_that_makes_training_wait_less_is_kept(cpu_seconds, dali_seconds, step, winner, caplog) -> None:
+def test_auto_keeps_the_faster_decoder(cpu_seconds, dali_seconds, step, winner, caplog) -> None:
     clock = Clock()
     cpu, dali = Fake("cpu", clock, cpu_seconds), Fake("dali", clock, dali_seconds)
     auto = AutoDecoder(cpu, dali, clock)
@@ -80,7 +80,7 @@ def test_the_decoder_that_makes_training_wait_less_is_kept(cpu_seconds, dali_sec
     assert kept.closed
 
 
-def test_the_loser_is_closed_when_its_last_batch_is_done() -> None:
+def test_the_other_decoder_is_closed_after_its_last_batch() -> None:
     clock, hold, begun = Clock(), threading.Event(), threading.Event()
     cpu, dali = Fake("cpu", clock, 0.1), Fake("dali", clock, 0.2)
     plain = dali.decode
@@ -109,7 +109,7 @@ def failing(clips):
     raise RuntimeError("DALI fails on cuda:0: out of memory")
 
 
-def test_a_dali_that_fails_while_both_are_tried_gives_way_to_the_cpu(caplog) -> None:
+def test_dali_failing_during_the_trial_is_replaced_by_the_cpu_decoder(caplog) -> None:
     clock = Clock()
     cpu, dali = Fake("cpu", clock, 0.1), Fake("dali", clock, 0.1)
     auto = AutoDecoder(cpu, dali, clock)
@@ -123,7 +123,7 @@ def test_a_dali_that_fails_while_both_are_tried_gives_way_to_the_cpu(caplog) -> 
 
 
 @pytest.mark.parametrize("winner", ["cpu", "dali"])
-def test_an_error_of_the_chosen_one_is_not_hidden(winner) -> None:
+def test_an_error_of_the_chosen_decoder_is_raised(winner) -> None:
     clock = Clock()
     cpu, dali = (Fake(name, clock, 0.1 if name == winner else 0.2) for name in ("cpu", "dali"))
     auto = AutoDecoder(cpu, dali, clock)
@@ -136,7 +136,7 @@ def test_an_error_of_the_chosen_one_is_not_hidden(winner) -> None:
 @pytest.mark.parametrize(
     "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 )
-def test_a_replacement_by_the_other_decoder_is_brought_to_the_batch(device: str) -> None:
+def test_replacements_are_copied_to_the_device_of_the_batch(device: str) -> None:
     """Frames of DALI are on the GPU, those of the CPU path in pinned memory."""
     record = Record(0, 0, "", *[np.zeros(1, np.int64)] * 3, SIZE, SIZE, 1.0)
     first, other = (whole_sample(record, np.array([number])) for number in range(2))

@@ -1,4 +1,4 @@
-"""The processes that decode: they share memory with the loader, outlive signals meant for it, and end with it."""
+"""Decoding processes: shared memory, blocked signals, and their end with the loader."""
 
 import gc
 import os
@@ -63,7 +63,7 @@ def decoder():
     ),
     st.integers(0, 9),
 )
-def test_clips_come_out_of_memory_as_they_went_in(drawn, begin: int) -> None:
+def test_packed_clips_are_unpacked_unchanged(drawn, begin: int) -> None:
     sent = []
     for frames, repeats, (height, width, *window), flip in drawn:
         jpegs = list(frames)
@@ -79,7 +79,7 @@ def test_clips_come_out_of_memory_as_they_went_in(drawn, begin: int) -> None:
             assert not repeated or clip.jpegs[number] is clip.jpegs[number - 1]
 
 
-def test_any_number_of_processes_gives_the_same(decoder: CpuDecoder) -> None:
+def test_the_number_of_processes_does_not_change_the_frames(decoder: CpuDecoder) -> None:
     batch = clips(9)
     expected, bad = decoder.decode(batch)
     assert not bad
@@ -106,18 +106,18 @@ def test_signals_that_stop_a_run_do_not_stop_its_decoding(number: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "told"), [(signal.SIGKILL, "SIGKILL, possibly out of memory"), (signal.SIGSEGV, "SIGSEGV")]
+    ("number", "message"), [(signal.SIGKILL, "SIGKILL, possibly out of memory"), (signal.SIGSEGV, "SIGSEGV")]
 )
-def test_a_process_that_ends_is_told_with_its_signal(decoder: CpuDecoder, number: int, told: str) -> None:
+def test_a_dead_process_is_an_error_with_its_signal(decoder: CpuDecoder, number: int, message: str) -> None:
     decoder.decode(clips())
     process = decoding_processes()[-1]
     process.send_signal(number)
     for _ in range(3):  # an answer of the other process may be left in its socket
-        with pytest.raises(RuntimeError, match=f"decoding process {process.pid} exited: {told}"):
+        with pytest.raises(RuntimeError, match=f"decoding process {process.pid} exited: {message}"):
             decoder.decode(clips())
 
 
-def test_a_batch_that_was_interrupted_leaves_no_answers_to_the_next(decoder: CpuDecoder) -> None:
+def test_an_interrupted_batch_leaves_no_answers_in_the_sockets(decoder: CpuDecoder) -> None:
     decoder.decode(clips())
     for process in decoding_processes():
         process.suspend()
@@ -142,7 +142,7 @@ def test_pictures_are_decoded_to_odd_addresses(side: tuple[int, int]) -> None:
         assert buffer.ctypes.data % 32 == 1
 
 
-def test_a_process_that_is_halted_does_not_keep_the_decoder_from_closing() -> None:
+def test_a_suspended_process_does_not_block_closing() -> None:
     """As a loader closes that has stood still for longer than its stall_timeout."""
     decoder = CpuDecoder(SIZE, 1)
     decoder.decode(clips())
@@ -169,7 +169,7 @@ def test_a_process_that_is_halted_does_not_keep_the_decoder_from_closing() -> No
         decoder.decode(clips())
 
 
-def test_they_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+def test_decoding_processes_end_with_their_parent(tmp_path: Path) -> None:
     """Also when it is killed, and wherever it was started."""
     (tmp_path / "loaders.py").write_text("raise SystemExit('not this one')")
     program = f"""
@@ -194,7 +194,7 @@ time.sleep(600)
     assert not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in decoding)
 
 
-def test_memory_is_used_again_and_only_when_nobody_has_it(decoder: CpuDecoder) -> None:
+def test_memory_is_reused_only_when_it_is_free(decoder: CpuDecoder) -> None:
     held = [decoder.decode(clips())[0] for _ in range(3)]
     assert len({frames.data_ptr() for frames in held}) == 3
     places = {frames.data_ptr() for frames in held}
@@ -210,7 +210,7 @@ def test_memory_is_used_again_and_only_when_nobody_has_it(decoder: CpuDecoder) -
     assert len(os.listdir("/proc/self/fd")) <= files
 
 
-def test_a_pool_keeps_few_and_gives_none_that_is_far_too_large() -> None:
+def test_a_memory_pool_limits_number_and_size_of_free_memories() -> None:
     pool = MemoryPool()
     held = [pool.array((1000, 10), 100) for _ in range(MemoryPool.KEPT + 5)]
     numbers = {memory.number for memory, _ in held}

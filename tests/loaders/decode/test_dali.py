@@ -1,4 +1,4 @@
-"""DALI: its memory is copied before it is used again, its failures are told apart, and it is never lost silently."""
+"""DALI: its output is copied before its release, failures of images and of the device are distinguished."""
 
 import gc
 import logging
@@ -98,7 +98,7 @@ class FakeView:
 COPIED = ["run", "clone on copies", "synchronize", "used on default", "release"]
 
 
-def test_dali_memory_is_copied_on_its_own_stream_before_it_is_used_again(monkeypatch) -> None:
+def test_dali_output_is_copied_on_its_own_stream_before_its_release(monkeypatch) -> None:
     gpu = FakeGPU(monkeypatch)
     worker = DaliWorker(GraphSettings(SIZE, 1, False, 0, 0.65))
     assert not worker.decode([INTACT, INTACT])[1]
@@ -110,7 +110,7 @@ def test_dali_memory_is_copied_on_its_own_stream_before_it_is_used_again(monkeyp
     assert gpu.log == [*COPIED, "run", "clone on copies", "synchronize", "release", *COPIED]
 
 
-def test_a_batch_put_together_from_parts_is_finished_too(monkeypatch) -> None:
+def test_an_assembled_batch_is_synchronised(monkeypatch) -> None:
     gpu = FakeGPU(monkeypatch)
     made = []
     monkeypatch.setattr(dali_graph.CopyStream, "_finished", lambda self, make: made.append(make) or torch.zeros(1))
@@ -166,7 +166,7 @@ def test_a_failure_of_the_device_ends_the_run(monkeypatch, worker: DaliWorker, m
     assert pipeline.runs == runs
 
 
-def test_what_libjpeg_decodes_is_never_a_bad_sample(monkeypatch, worker: DaliWorker, caplog) -> None:
+def test_an_image_that_libjpeg_decodes_is_never_a_bad_sample(monkeypatch, worker: DaliWorker, caplog) -> None:
     Failing(monkeypatch, worker, IMAGE_FAILS + "words nobody has seen")
     with caplog.at_level(logging.WARNING, "loaders"):
         frames, bad = worker.decode(clips())
@@ -177,7 +177,7 @@ def test_what_libjpeg_decodes_is_never_a_bad_sample(monkeypatch, worker: DaliWor
     assert caplog.text.count("words nobody has seen") == 1
 
 
-def test_one_bad_image_is_found_by_halving_and_the_pipeline_lives_on(monkeypatch, worker: DaliWorker) -> None:
+def test_a_bad_image_is_found_by_halving_and_the_pipeline_survives(monkeypatch, worker: DaliWorker) -> None:
     monkeypatch.setattr(dali, "header_faults", lambda clips: {})  # leave it to DALI
     good, _ = worker.decode(clips())
     pipeline = worker.pipeline
@@ -193,7 +193,7 @@ def test_one_bad_image_is_found_by_halving_and_the_pipeline_lives_on(monkeypatch
     assert torch.equal(worker.decode(clips())[0], good)
 
 
-def test_batches_at_once_do_not_harm_each_other(monkeypatch) -> None:
+def test_concurrent_batches_do_not_affect_each_other(monkeypatch) -> None:
     """Three threads and two pipelines; of every three batches one holds an image that fails in DALI."""
     monkeypatch.setattr(dali, "header_faults", lambda clips: {})
     decoder = DaliDecoder(SIZE, 1, antialias=False, device=None)
@@ -236,7 +236,7 @@ def test_batches_at_once_do_not_harm_each_other(monkeypatch) -> None:
         ("Failed to decode sample #1 : \nStacktrace (2 entries):\n[frame 0]: /usr/lib/libcuda.so", False),
     ],
 )  # fmt: skip
-def test_what_failed_is_read_from_the_message(encountered: str, device: bool) -> None:
+def test_device_failures_are_recognised_by_their_message(encountered: str, device: bool) -> None:
     path = '  File "/home/me/cuda/loaders/decode/dali_graph.py", line 1\n'
     error = RuntimeError(f"Critical error in pipeline:\n{path}encountered:\n\n{encountered}\n")
     assert is_device_failure(error) is device
@@ -256,7 +256,7 @@ def assert_unusable(caplog, reason: str) -> None:
     assert re.search(f"decode=auto: using the CPU decoder, because {reason}", caplog.text)
 
 
-def test_a_dali_that_is_not_installed_is_not_used(monkeypatch, caplog) -> None:
+def test_dali_that_is_not_installed_is_not_used(monkeypatch, caplog) -> None:
     monkeypatch.setitem(sys.modules, "loaders.decode.dali", None)
     assert_unusable(caplog, "NVIDIA DALI cannot be imported .*")
 
@@ -272,12 +272,12 @@ def test_dali_and_pytorch_of_other_cuda_majors_are_refused(monkeypatch, caplog) 
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="shows what is said where DALI finds no GPU")
-def test_a_dali_that_cannot_use_the_gpu_shows_at_the_start(monkeypatch, caplog) -> None:
+def test_dali_that_cannot_use_the_gpu_is_an_error_at_the_start(monkeypatch, caplog) -> None:
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     assert_unusable(caplog, "NVIDIA DALI cannot decode on cuda:0 .*launch.doctor`")
 
 
-def test_a_run_on_the_cpu_leaves_a_gpu_alone(monkeypatch, shapes, tokenizer) -> None:
+def test_a_cpu_run_does_not_touch_the_gpu(monkeypatch, shapes, tokenizer) -> None:
     """DS_ACCELERATOR=cpu beside a GPU: nothing of the loader looks whether there is one."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -302,7 +302,9 @@ def test_memory_is_pinned_for_a_gpu_only(monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("decode", "deterministic"), [("auto", False), ("auto", True), ("dali", False), ("dali", True)]
 )
-def test_determinism_leaves_out_what_depends_on_time_or_place(monkeypatch, decode: str, deterministic: bool) -> None:
+def test_deterministic_decoding_measures_nothing_and_uses_no_jpeg_engine(
+    monkeypatch, decode: str, deterministic: bool
+) -> None:
     made = []
 
     class Made:

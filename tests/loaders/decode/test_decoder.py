@@ -1,4 +1,4 @@
-"""Decoding: both back ends show the same picture, and one bad image harms no other."""
+"""Decoding: both decoders give the same picture, and a bad image does not affect the others."""
 
 import io
 import itertools
@@ -70,7 +70,7 @@ def test_bicubic_agrees_with_pytorch(backend: str, antialias: bool, largest: int
         assert difference.mean() < mean
 
 
-def test_a_picture_of_the_right_size_is_shown_as_it_is() -> None:
+def test_a_picture_of_the_right_size_is_not_resized() -> None:
     decoder = CpuDecoder(60, 1)
     data = picture(1, 60, 60)
     whole, moved = Window(0, 0, 60, 60), Window(0, 0, 60, 60, flip=True)
@@ -81,7 +81,7 @@ def test_a_picture_of_the_right_size_is_shown_as_it_is() -> None:
     assert np.array_equal(frames[1, 0].numpy(), expected[:, ::-1])
 
 
-def test_foreign_pictures_are_shown_where_pillow_reads_them() -> None:
+def test_other_image_formats_are_decoded_by_pillow() -> None:
     pixels = simplejpeg.decode_jpeg(picture(2), "RGB")
     written = {}
     for form in ("PNG", "WEBP", "GIF", "BMP"):
@@ -141,7 +141,7 @@ def jpeg_kinds() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("make", list(jpeg_kinds()))
-def test_cut_jpegs_are_refused_and_trailing_bytes_are_not(decoder, make: str) -> None:
+def test_truncated_jpegs_are_refused_and_trailing_bytes_are_accepted(decoder, make: str) -> None:
     """The same by both decoders, at a glance before DALI, by libjpeg-turbo on the CPU path."""
     whole = jpeg_kinds()[make]
     shown = Window(0, 0, 60, 80)
@@ -204,7 +204,7 @@ def test_a_large_jpeg_is_decoded_at_a_fraction_within_tolerance(size: int, fract
         assert difference.max() <= 20
 
 
-def test_what_is_shown_large_or_without_antialiasing_is_decoded_whole() -> None:
+def test_large_windows_and_plain_resizing_decode_the_whole_jpeg() -> None:
     clip = Clip([picture(1, 300, 400)], 300, 400, Window(0, 0, 255, 400))
     assert jpeg_fraction(clip.jpegs[0], clip, 63) == 2
     assert jpeg_fraction(clip.jpegs[0], clip, 64) == 1

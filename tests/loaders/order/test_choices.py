@@ -1,4 +1,4 @@
-"""What a step sees of a clip: frames, crops and flips."""
+"""Random choices for a clip: frames, crops and flips."""
 
 import importlib
 
@@ -41,7 +41,7 @@ def test_random_frames_come_from_their_intervals(num_frames: int, length: int, n
 
 
 @given(st.integers(1, 12), st.lists(st.integers(1, 100), min_size=1, max_size=9))
-def test_frames_of_many_clips_are_those_of_each(num_frames: int, lengths: list[int]) -> None:
+def test_random_frames_of_a_batch_equal_those_of_single_clips(num_frames: int, lengths: list[int]) -> None:
     numbers = random_numbers(keys(len(lengths)), FRAMES, num_frames)
     found = random_frames(num_frames, np.array(lengths), numbers)
     for row, length in enumerate(lengths):
@@ -53,13 +53,13 @@ def test_a_random_frame_can_be_the_last_of_its_interval() -> None:
     assert {int(choose_frames("rand", 1, 3, 2.0, numbers)[0]) for numbers in drawn} == {0, 1, 2}
 
 
-def test_frames_at_a_rate_are_spread_and_never_none() -> None:
+def test_frames_at_a_rate_are_evenly_spread() -> None:
     assert choose_frames("fps1", 4, 16, 2.0).tolist() == [1, 5, 11, 15]
     assert choose_frames("fps0.01", 2, 5, 2.0).tolist() == [2, 2]
 
 
 @pytest.mark.parametrize("name", ["center", "fps", "fpsx", "fps0", "fps-1"])
-def test_unknown_ways_to_choose_are_named(name: str) -> None:
+def test_unknown_sample_types_are_errors(name: str) -> None:
     with pytest.raises(ValueError, match=name):
         choose_frames(name, 1, 5, 2.0)
 
@@ -82,7 +82,7 @@ def test_windows_cover_half_to_all_of_the_frame_and_half_are_mirrored() -> None:
     assert not any(window.flip for window in windows(224, 300, 50, flip=False))
 
 
-def test_windows_are_those_of_the_official_crop_in_distribution() -> None:
+def test_windows_have_the_distribution_of_the_official_crop() -> None:
     importlib.import_module("model.torchvision_cpu")  # torchvision works then where its extension does not load
     from torchvision.transforms import RandomResizedCrop
 
@@ -95,7 +95,7 @@ def test_windows_are_those_of_the_official_crop_in_distribution() -> None:
             assert abs(np.quantile(ours[:, column], share) - np.quantile(theirs[:, column], share)) <= 6
 
 
-def test_what_is_random_is_a_function_of_seed_traversal_and_unit() -> None:
+def test_random_choices_are_a_function_of_seed_traversal_and_unit() -> None:
     def number(seed: int, *parts: int) -> float:
         return float(random_numbers(sample_keys(seed, *(np.array([part]) for part in parts)), TEXT, 1)[0, 0])
 

@@ -1,4 +1,4 @@
-"""Samples of other tools' tars: each becomes a row of the index, or is named with the reason; none goes in silence."""
+"""Samples of other tools' tars: each becomes a row of the index, or a failure with its reason."""
 
 import io
 import json
@@ -48,7 +48,7 @@ def said(text: bytes | object, ending: str = "json") -> dict | str:
     return contents.rows[0] if contents.rows else contents.failures[0]["reason"]
 
 
-def test_links_are_the_files_that_they_lead_to(tmp_path: Path) -> None:
+def test_links_are_resolved(tmp_path: Path) -> None:
     hard, soft = tarfile.LNKTYPE, tarfile.SYMTYPE
     members = [
         ("early.jpg", "blobs/7f", soft),
@@ -82,7 +82,7 @@ def test_links_are_the_files_that_they_lead_to(tmp_path: Path) -> None:
     assert not verify_corpus(str(tmp_path), decode=True)
 
 
-def test_a_row_that_points_into_another_sample_without_a_link_is_a_fault(tmp_path: Path) -> None:
+def test_a_row_that_points_into_another_sample_is_a_fault(tmp_path: Path) -> None:
     members = [("a.jpg", jpeg(1)), ("b.jpg", "a.jpg", tarfile.LNKTYPE)]
     (tmp_path / "x.tar").write_bytes(tar_of(members))
     index_shards(str(tmp_path))
@@ -95,7 +95,7 @@ def test_a_row_that_points_into_another_sample_without_a_link_is_a_fault(tmp_pat
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "gbk"])
-def test_a_name_that_is_no_utf8_costs_nothing_else(tmp_path: Path, encoding: str, capsys) -> None:
+def test_a_name_that_is_not_utf8_is_indexed(tmp_path: Path, encoding: str, capsys) -> None:
     name = "é" if encoding == "latin-1" else "日本"
     members = [("0.jpg", jpeg()), (f"{name}.jpg", jpeg(1)), (f"{name}.txt", b"x"), ("2.jpg", jpeg(2))]
     (tmp_path / "0.tar").write_bytes(tar_of(members, encoding=encoding, format=tarfile.GNU_FORMAT))
@@ -107,7 +107,7 @@ def test_a_name_that_is_no_utf8_costs_nothing_else(tmp_path: Path, encoding: str
     assert not verify_corpus(str(tmp_path), decode=True)
 
 
-def test_files_of_one_name_are_told_apart_or_named() -> None:
+def test_duplicate_names_are_resolved_or_reported() -> None:
     pairs = [("a.jpg", jpeg(1)), ("a.txt", b"one"), ("b.jpg", jpeg(2)), ("a.jpg", jpeg(3)), ("a.txt", b"two")]
     contents = read(pairs)
     assert [(row["key"], row["captions"]) for row in contents.rows] == [("a", ["one"]), ("b", [])]
@@ -121,7 +121,7 @@ def test_files_of_one_name_are_told_apart_or_named() -> None:
     assert "jpg more than once in the tar, with different contents" in contents.failures[0]["reason"]
 
 
-def test_an_index_with_the_keys_of_earlier_versions_is_sound(tmp_path: Path, monkeypatch) -> None:
+def test_an_index_with_keys_of_earlier_versions_is_valid(tmp_path: Path, monkeypatch) -> None:
     """Keys keep the dots of their folders; earlier versions had underscores there."""
     (tmp_path / "x.tar").write_bytes(tar_of([("v1.0/x.jpg", jpeg(1)), ("v1_0/x.jpg", jpeg(2))]))
     assert read_index(index_shards(str(tmp_path)), 0)["key"].to_pylist() == ["v1.0/x", "v1_0/x"]
@@ -141,7 +141,7 @@ def with_underscores(sample: Sample, is_video: bool, fps: float) -> tuple[dict, 
     return row_of(sample, is_video, fps)
 
 
-def test_what_is_no_sample_is_counted_and_pictures_without_a_key_are_named(tmp_path: Path, caplog) -> None:
+def test_other_files_are_counted_and_pictures_without_a_key_are_failures(tmp_path: Path, caplog) -> None:
     clutter = ["._a.jpg", "d/._b.txt", "__MACOSX/._a.jpg", "__MACOSX/a.jpg", ".DS_Store"]
     members = [("a.jpg", jpeg()), *((name, b"\0\5\x16\7") for name in clutter), ("README", b"x"), (".z.jpg", jpeg())]
     (tmp_path / "x.tar").write_bytes(tar_of(members))
@@ -157,7 +157,7 @@ def test_what_is_no_sample_is_counted_and_pictures_without_a_key_are_named(tmp_p
     assert "5 x file of macOS" in caplog.text
 
 
-def test_which_of_several_pictures_is_taken_is_said() -> None:
+def test_several_pictures_of_a_sample_are_a_remark() -> None:
     contents = read([("a.png", jpeg(1)), ("a.JPG", jpeg(2)), ("a.mask.png", jpeg(3))])
     assert contents.rows[0]["offsets"] == [2048]
     assert contents.remarks == {"mask.png, png in the same sample: jpg is taken": 1}
@@ -166,7 +166,7 @@ def test_which_of_several_pictures_is_taken_is_said() -> None:
     assert contents.remarks == {"000.png, jpg in the same sample: the numbered frames are taken": 1}
 
 
-def test_a_text_behind_a_second_dot_is_said_not_to_be_read() -> None:
+def test_a_text_behind_a_second_dot_is_a_remark() -> None:
     contents = read([("a.v1.jpg", jpeg()), ("a.v1.txt", b"a caption")])
     assert contents.rows[0]["captions"] == []
     [remark] = contents.remarks
@@ -205,7 +205,7 @@ def test_a_text_behind_a_second_dot_is_said_not_to_be_read() -> None:
         *((value, "json", "its JSON is not an object") for value in (["a"], "a")),
     ],
 )
-def test_captions_of_a_sample_or_why_it_has_none(text: object, ending: str, found: list[str] | str) -> None:
+def test_captions_of_a_sample_or_its_failure(text: object, ending: str, found: list[str] | str) -> None:
     row = said(text, ending)
     assert row["captions"] == found if isinstance(row, dict) else row.startswith(found)
 
@@ -231,7 +231,7 @@ def test_questions_and_their_answers() -> None:
 
 
 @pytest.mark.parametrize("value", [None, float("nan"), float("inf"), -1, 0, True, "x", 10**400])
-def test_numbers_that_mean_nothing_leave_the_default(value: object) -> None:
+def test_invalid_numbers_give_the_default(value: object) -> None:
     data = json.dumps({"fps": value, "duration": value, "frame_times": [value, 1.0]}).encode()
     contents = read([("a.000.jpg", jpeg()), ("a.001.jpg", jpeg(1)), ("a.json", data)])
     (row,) = contents.rows
@@ -241,7 +241,7 @@ def test_numbers_that_mean_nothing_leave_the_default(value: object) -> None:
     assert (contents.rows[0]["fps"], contents.rows[0]["duration"]) == (25.0, 2.5)
 
 
-def test_a_folder_of_compressed_tars_is_named(tmp_path: Path, capsys, caplog) -> None:
+def test_a_folder_of_compressed_tars_is_an_error(tmp_path: Path, capsys, caplog) -> None:
     with tarfile.open(tmp_path / "0.tar.gz", "w:gz"):
         pass
     assert main([str(tmp_path)]) == 2
@@ -251,7 +251,7 @@ def test_a_folder_of_compressed_tars_is_named(tmp_path: Path, capsys, caplog) ->
     assert "left out 1 compressed tars, such as 0.tar.gz" in caplog.text
 
 
-def test_a_tar_whose_first_header_is_damaged_keeps_the_others() -> None:
+def test_a_damaged_first_header_loses_one_sample() -> None:
     data = bytearray(tar_of([("a.jpg", jpeg()), ("b.jpg", jpeg(1))]))
     data[5] ^= 1
     contents = read_contents(io.BytesIO(bytes(data)), 0.0)

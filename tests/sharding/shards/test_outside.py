@@ -1,4 +1,4 @@
-"""Commands that write pages, pictures and weights leave packed corpora alone."""
+"""Commands that write pages, pictures and weights refuse to write into packed corpora."""
 
 import pytest
 
@@ -32,7 +32,7 @@ def test_each_command_refuses_in_one_line(shapes, capsys, main, arguments):
     assert sorted(corpus.iterdir()) == before
 
 
-def test_other_places_are_free(shapes, tmp_path, monkeypatch):
+def test_other_outputs_are_accepted(shapes, tmp_path, monkeypatch):
     check_outside_corpora(shapes.shards / "page.html", "--output")  # beside corpora
     (tmp_path / "corpus.json").write_text('{"text": "of somebody else"}')
     check_outside_corpora(tmp_path / "page.html", "--output")

@@ -1,4 +1,4 @@
-"""Shards keep the bytes that version 0.1.0 gave them. Those of corpora depend on the versions in constraints.txt."""
+"""Shards have the same bytes as in version 0.1.0. Bytes of corpora depend on the versions in constraints.txt."""
 
 import hashlib
 from pathlib import Path

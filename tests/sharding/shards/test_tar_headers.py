@@ -1,4 +1,4 @@
-"""Headers of shards are those that Python's tarfile writes, byte for byte."""
+"""Headers of shards equal those of Python's tarfile."""
 
 import tarfile
 
@@ -16,17 +16,17 @@ def of_tarfile(name: str, size: int) -> bytes:
 
 
 @given(st.text(st.characters(min_codepoint=32, max_codepoint=126), min_size=1, max_size=100), st.integers(0, 8**11 - 1))
-def test_of_any_name_and_size(name: str, size: int) -> None:
+def test_headers_of_any_name_and_size(name: str, size: int) -> None:
     name = name.strip("/") or "x"
     assert tar_header(name, size) == of_tarfile(name, size)
 
 
 @pytest.mark.parametrize("name", ["a" * 100, "b" * 60 + "/" + "c" * 60, "été.jpg", "a?b.json", "000001000002.007.jpg"])
 @pytest.mark.parametrize("size", [0, 1, 511, 2**30, 8**11 - 1])
-def test_of_names_that_are_long_or_not_ascii(name: str, size: int) -> None:
+def test_headers_of_long_and_non_ascii_names(name: str, size: int) -> None:
     assert tar_header(name, size) == of_tarfile(name, size)
 
 
-def test_what_no_header_can_say_is_refused() -> None:
+def test_a_size_beyond_the_header_is_an_error() -> None:
     with pytest.raises(ValueError, match="overflow"):
         tar_header("a", 8**11)
