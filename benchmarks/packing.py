@@ -140,7 +140,7 @@ def clip_sides(ffmpeg: str) -> dict[str, Side]:
     return {"ours": ours, "ffmpeg, one command a clip": theirs, "floor (PyAV, every frame)": floor(FLOOR_CLIPS)}
 
 
-def beside(side: Side, checkout: Path) -> dict[str, Side]:
+def with_another_checkout(side: Side, checkout: Path) -> dict[str, Side]:
     """One of our variants, and the same with the code of another checkout."""
 
     def with_code(code: Path) -> Side:
@@ -189,12 +189,12 @@ def prepare_photos(source: Path | None, count: int, scale: float, folder: Path) 
 
         source = write_shapes(folder / "shapes", images=200, clips=1, test_items=1, size=320, seed=0) / "media"
     found = sorted(path for path in source.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
-    place = folder / "photos"
-    place.mkdir()
+    photos = folder / "photos"
+    photos.mkdir()
     for number, path in enumerate(itertools.islice(itertools.cycle(found), count)):
-        target = place / f"{number:06d}.jpg"
+        target = photos / f"{number:06d}.jpg"
         if number >= len(found):
-            os.link(place / f"{number - len(found):06d}.jpg", target)
+            os.link(photos / f"{number - len(found):06d}.jpg", target)
         elif scale == 1:
             shutil.copy(path, target)
         else:
@@ -203,17 +203,17 @@ def prepare_photos(source: Path | None, count: int, scale: float, folder: Path) 
             with Image.open(path) as image:
                 size = (round(image.width * scale), round(image.height * scale))
                 image.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(target, quality=QUALITY)
-    return sorted(place.iterdir())
+    return sorted(photos.iterdir())
 
 
 def own_environment(package: str, program: str) -> str:
-    """A program in its own virtual environment, made on first use beside pip's cache."""
-    place = Path.home() / ".cache" / "singularity-benchmarks" / package
-    if not (place / "bin" / program).exists():
-        print(f"installing {package} into {place}", flush=True)
-        subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
-        subprocess.run([str(place / "bin" / "pip"), "install", "--quiet", package], check=True)
-    return str(place / "bin" / program)
+    """A program in its own virtual environment, made on first use next to pip's cache."""
+    environment = Path.home() / ".cache" / "singularity-benchmarks" / package
+    if not (environment / "bin" / program).exists():
+        print(f"installing {package} into {environment}", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
+        subprocess.run([str(environment / "bin" / "pip"), "install", "--quiet", package], check=True)
+    return str(environment / "bin" / program)
 
 
 def find_ffmpeg() -> str:
@@ -252,19 +252,19 @@ def main() -> None:
             server.start()
             sides = photo_sides(f"http://127.0.0.1:{port.get()}", img2dataset)
             if options.before:
-                sides = beside(sides["ours (files)"], options.before)
+                sides = with_another_checkout(sides["ours (files)"], options.before)
             print(f"{len(media)} photos of {options.photos or 'Shapes'}, {options.scale:g} times as large")
             compare(sides, media, media[:FEW], options.rounds, "photos")
             server.kill()
     if options.only != "photos":
         if options.clips is None:
-            raise SystemExit("--clips is needed: there is no folder of clips beside the checkout")
+            raise SystemExit("--clips is needed: there is no folder of clips next to the checkout")
         clips = sorted(path for path in options.clips.iterdir() if path.is_file())
         print(f"{len(clips)} clips of {options.clips}")
         smallest = min(clips, key=lambda path: path.stat().st_size)
         sides = clip_sides(find_ffmpeg())
         if options.before:
-            sides = beside(sides["ours"], options.before)
+            sides = with_another_checkout(sides["ours"], options.before)
         compare(sides, clips, [smallest], options.rounds, "clips")
 
 

@@ -1,4 +1,4 @@
-"""libcurl in an asyncio loop: handles, transfers, and what their ends mean."""
+"""libcurl in an asyncio loop: handles, transfers, and errors for their results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BROKEN_OFF = {
     pycurl.E_SEND_ERROR,
     pycurl.E_RECV_ERROR,
     pycurl.E_HTTP2,
-    pycurl.E_FTP_WEIRD_SERVER_REPLY,  # of any server
+    pycurl.E_FTP_WEIRD_SERVER_REPLY,  # an unparsable reply of any server
     92,  # CURLE_HTTP2_STREAM, which pycurl does not name
 }
 TOO_LARGE = 100  # CURLE_TOO_LARGE, which pycurl does not name: a header of more than 100 KB
@@ -34,10 +34,10 @@ INTERESTS = {
 
 
 class AsyncCurl:
-    """Runs transfers of libcurl in an asyncio loop, to be used in that loop alone.
+    """Runs transfers of libcurl in an asyncio loop; only for use in that loop.
 
-    libcurl's sockets are watched by one epoll, and that one by the loop: a socket comes and goes with every request,
-    and objects of the loop for each would cost more. select(), and so CurlMulti.fdset, ends at descriptor 1,023.
+    One epoll watches the sockets of libcurl, and the loop watches that epoll: registering each socket with the loop for
+    every request costs more. select(), and so CurlMulti.fdset, fails above descriptor 1,023.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, make_handle: Callable[[], pycurl.Curl]) -> None:
@@ -46,8 +46,8 @@ class AsyncCurl:
         self._idle: list[pycurl.Curl] = []
         self._epoll = select.epoll()
         self._ended: dict[pycurl.Curl, Callable[[int, str], None]] = {}
-        self._due: float | None = None  # when libcurl is to be called
-        self._timer: asyncio.TimerHandle | None = None  # not later than that
+        self._due: float | None = None  # when to call libcurl
+        self._timer: asyncio.TimerHandle | None = None  # fires at that time or before
         self.multi.setopt(pycurl.M_SOCKETFUNCTION, self._watch)
         self.multi.setopt(pycurl.M_TIMERFUNCTION, self._set_timer)
         loop.add_reader(self._epoll.fileno(), self._ready)
@@ -57,7 +57,7 @@ class AsyncCurl:
         return self._idle.pop() if self._idle else self._make_handle()
 
     def start(self, curl: pycurl.Curl, ended: Callable[[int, str], None]) -> None:
-        """Begin a transfer; `ended` gets libcurl's code and message, and must not raise."""
+        """Begin a transfer; `ended` is called with libcurl's code and message, and must not raise."""
         self._ended[curl] = ended
         self.multi.add_handle(curl)
 
@@ -75,7 +75,7 @@ class AsyncCurl:
         if self._timer is not None:
             self._timer.cancel()
         closing = threading.Thread(target=self.multi.close, daemon=True)
-        closing.start()  # by itself: it waits for threads of libcurl that look up names, however long that takes
+        closing.start()  # in a thread: it waits for name lookups of libcurl, however long they take
         closing.join(1.0)
         self._epoll.close()
 
@@ -185,7 +185,7 @@ def error_of(curl: pycurl.Curl, code: int, message: str, url: str) -> StoreError
     reasons = {
         pycurl.E_OPERATION_TIMEDOUT: ("timed out", True),
         pycurl.E_COULDNT_CONNECT: (f"cannot connect to {host}", True),
-        pycurl.E_COULDNT_RESOLVE_HOST: (f"host not found: {name}", True),  # name servers under load say so, too
+        pycurl.E_COULDNT_RESOLVE_HOST: (f"host not found: {name}", True),  # overloaded name servers report this, too
         pycurl.E_COULDNT_RESOLVE_PROXY: ("proxy not found", True),  # the message may hold its password
         pycurl.E_PEER_FAILED_VERIFICATION: (f"no valid certificate: {name}", False),
         pycurl.E_SSL_CONNECT_ERROR: (f"no encrypted connection: {name}", "wrong version number" not in message),

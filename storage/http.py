@@ -15,8 +15,8 @@ from storage.addresses import Address
 from storage.curl import AsyncCurl, error_of, new_handle
 from storage.policy import StoreError
 
-CONNECT_SECONDS = 10.0  # at most, of a try
-LARGEST_OBJECT = 2**30  # bytes of a request for a whole object, such as a description
+CONNECT_SECONDS = 10.0  # limit within a try
+LARGEST_OBJECT = 2**30  # bytes: limit of a request for a whole object, such as corpus.json
 
 
 class Response(asyncio.Future[bytes], ABC):
@@ -50,7 +50,7 @@ class Transfer(Response):
         self.chunks: list[bytes] = []
 
     def stop(self) -> None:
-        """Hang up."""
+        """End the transfer."""
         if self.curl is not None:
             self.client.release(self)
 
@@ -81,7 +81,7 @@ class HttpClient:
             self._curl.stop(curl)
             raise StoreError("invalid URL") from None
         curl.setopt(pycurl.RANGE, None if end is None else f"{start}-{end - 1}")
-        curl.setopt(pycurl.MAXFILESIZE_LARGE, transfer.size or LARGEST_OBJECT)  # a server may send more
+        curl.setopt(pycurl.MAXFILESIZE_LARGE, transfer.size or LARGEST_OBJECT)  # a server may send more than requested
         curl.setopt(pycurl.WRITEFUNCTION, transfer.chunks.append)
         transfer.curl = curl
         self._running.add(transfer)
@@ -116,7 +116,7 @@ class HttpClient:
         return new_handle(min(CONNECT_SECONDS, self.try_seconds), options, self._bundle)
 
     def _finish(self, transfer: Transfer, code: int, message: str) -> None:
-        """Hand over what a transfer brought."""
+        """Set the result of a transfer."""
         assert transfer.curl is not None
         try:
             result = self._result(transfer.curl, transfer, code, message)
@@ -138,7 +138,7 @@ class HttpClient:
                 return StoreError("connection closed early", transient=True)  # the response had no length
             return data
         if status == 416:
-            return b""  # the object ends before: the reader's checksums say what is missing
+            return b""  # the object ends before the range: the reader's checksums detect it
         if limited and status == 200 and code in (pycurl.E_OK, pycurl.E_FILESIZE_EXCEEDED):
             return StoreError(f"the server does not support byte ranges (status {status})")
         if status < 400 and code == pycurl.E_OPERATION_TIMEDOUT:
@@ -164,6 +164,6 @@ class HttpClient:
                 transfer.set_exception(found)
 
         try:
-            threading.Thread(target=look_up, daemon=True).start()  # a name server may take long
+            threading.Thread(target=look_up, daemon=True).start()  # a lookup may take long
         except RuntimeError:  # there are too many threads
             finish(error)

@@ -24,7 +24,7 @@ class LocalStore:
     def read_ranges(self, ranges: Sequence[ByteRange]) -> list[bytes]:
         """The bytes of each range; see `Store`."""
         files = [self._file(each.name) for each in ranges]
-        for file, each in zip(files, ranges, strict=True):  # of all first, so that the disk works on many at once
+        for file, each in zip(files, ranges, strict=True):  # all of them first, so that the disk reads many at once
             os.posix_fadvise(file.descriptor, each.start, each.size, os.POSIX_FADV_WILLNEED)
         return [os.pread(file.descriptor, each.size, each.start) for file, each in zip(files, ranges, strict=True)]
 

@@ -1,4 +1,4 @@
-"""One policy for all stores and web servers: which errors are transient, when to retry, and which error users get."""
+"""One policy for all stores and web servers: which errors are transient, when to retry, which error users get."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class BucketError(MissingError):
 
 
 class StoreError(Exception):
-    """Why a request to a store or a web server failed, in words without secrets.
+    """A failed request to a store or a web server; the message has no secrets.
 
     kind: the error that users get. retry_after: seconds.
     """
@@ -144,7 +144,7 @@ def _without_status(error: BaseException) -> tuple[str, bool]:
     if _is_garbled(error):
         return "connection closed early", True
     if isinstance(error, aiohttp.ClientError):
-        return type(error).__name__, False  # its text may hold a signed URL
+        return type(error).__name__, False  # its text may contain a signed URL
     names = {kind.__name__ for cause in causes(error) for kind in type(cause).__mro__}
     transient = bool(names & TRANSIENT_CLASSES) or (isinstance(error, OSError) and error.errno in TRANSIENT_ERRNOS)
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -160,7 +160,7 @@ def _credentials_problem(error: BaseException) -> str:
         for cause in causes(error)
         if isinstance(response := getattr(cause, "response", None), dict)
     }
-    forbidden = str(error).startswith(("Forbidden", "Unauthorized"))  # gcsfs has it only in the message
+    forbidden = str(error).startswith(("Forbidden", "Unauthorized"))  # gcsfs reports it only in the message
     denied = isinstance(error, PermissionError) and not error.filename
     if codes & REFUSED or status_of(error) in (401, 403) or forbidden or denied:
         return f"access refused ({' '.join(str(error).split())})"
@@ -178,7 +178,7 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 def response_of(error: BaseException) -> tuple[int, Mapping[str, str]] | None:
     """(status, headers) of the HTTP response behind an error of aiohttp, s3fs or gcsfs; None if there is none."""
     if isinstance(error, aiohttp.ClientPayloadError | aiohttp.ClientConnectionError) or _is_garbled(error):
-        return None  # aiohttp invents a status for these
+        return None  # aiohttp sets an invented status
     for cause in causes(error):
         response = getattr(cause, "response", None)
         metadata = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
@@ -214,7 +214,7 @@ def retry_after(headers: Mapping[str, str]) -> float:
 def check_bucket(url: str, options: Mapping[str, Any] | None = None) -> None:
     """Raise BucketError where something at `url` was not found because its bucket does not exist.
 
-    options: of fsspec. A bucket of which nothing can be learned is taken for one that exists.
+    options: of fsspec. Where the check itself fails, the bucket counts as existing.
     """
     scheme, _, path = url.partition("://")
     bucket = path.split("/")[0]

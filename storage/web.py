@@ -22,11 +22,11 @@ from runtime.flags import flag, positive
 from storage.curl import AsyncCurl, error_of, host_of, new_handle
 from storage.policy import ATTEMPTS, RetryPolicy, StoreError, describe_error
 
-SLOWEST = 1000  # bytes a second of a body, over `timeout` seconds
+SLOWEST = 1000  # bytes per second of a body, over `timeout` seconds
 LARGEST_MB = {"image": 128, "video": 4096}  # images are fetched to memory, clips to disk
 LONGEST = {"image": 600.0, "video": 7200.0}  # seconds that a transfer may take, with the usual timeout
 USUAL_TIMEOUT = 30.0
-STRANGE = re.compile(r"[^\x21-\x7e]")  # characters that an address must quote
+TO_QUOTE = re.compile(r"[^\x21-\x7e]")  # characters that a URL must quote
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Fetching:
     per_host: int = flag(8, "concurrent connections of each process to one server (default: %(default)s)")
     attempts: int = flag(ATTEMPTS, "tries of a request that fails with a transient error (default: %(default)s)")
     timeout: float = flag(
-        USUAL_TIMEOUT,  # seconds without a byte, or with fewer than SLOWEST a second
+        USUAL_TIMEOUT,  # seconds with fewer than SLOWEST bytes per second
         "seconds almost without data before a connection is closed (default: %(default)s)",
         metavar="SECONDS",
     )
@@ -77,10 +77,10 @@ class Transfer:
     file: BinaryIO
     bounds: Bounds
     size: int = 0  # bytes written
-    fault: Exception | None = None  # why no more bytes are taken
+    fault: Exception | None = None  # why the transfer was aborted here
 
     def write(self, data: bytes) -> int | None:
-        """Take in the next bytes; called by libcurl."""
+        """Write the next bytes; called by libcurl."""
         self.size += len(data)
         try:
             if self.size > self.bounds.bytes:
@@ -89,10 +89,10 @@ class Transfer:
             return None
         except Exception as error:
             self.fault = error
-            return 0  # which ends the transfer
+            return 0  # ends the transfer
 
     def too_large(self) -> StoreError:
-        """The error for a body that has more bytes than it may have."""
+        """The error for a body above the limit."""
         return StoreError(f"larger than {self.bounds.bytes / 1e6:,.0f} MB: raise --max-mb")
 
     def error(self, curl: pycurl.Curl, code: int, message: str) -> Exception | None:
@@ -107,7 +107,7 @@ class Transfer:
         return error_of(curl, code, message, self.url)
 
     def restart(self) -> None:
-        """Make ready for another attempt."""
+        """Prepare another attempt."""
         self.file.seek(0)
         self.file.truncate()
         self.size, self.fault = 0, None
@@ -131,7 +131,7 @@ class WebClient:
 
         The future raises StoreError, or what writing to the file raised. Cancelling it ends the attempts.
         """
-        transfer = Transfer(str(URL(url)) if STRANGE.search(url) else url, file, bounds)
+        transfer = Transfer(str(URL(url)) if TO_QUOTE.search(url) else url, file, bounds)
         return asyncio.run_coroutine_threadsafe(self._fetch(transfer), self._loop)
 
     def close(self) -> None:

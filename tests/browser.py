@@ -1,11 +1,11 @@
-"""A real browser for the pages: fixtures `visitor` (a desktop's and a phone's window), `browser`."""
+"""Fixtures for pages in a real browser: `browser`, and `visitor` in a desktop and a phone window."""
 
 import pytest
 from needs import lacks, leave_out, module, program
 
 
 class Visitor:
-    """A page in a real browser that notes every error it meets."""
+    """A page in a real browser that records every error."""
 
     def __init__(self, page):
         self.page, self.errors = page, []
@@ -22,7 +22,7 @@ class Visitor:
         return sum(width > 20 for width in widths), len(widths)
 
     def sticks_out(self):
-        """By how many pixels the page is wider than the window."""
+        """Pixels by which the page is wider than the window."""
         return self.page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
 
 
@@ -39,7 +39,7 @@ def browser():
 
 @pytest.fixture(params=[1280, 400])
 def visitor(request, browser):
-    """A visitor with a desktop's and with a phone's window."""
+    """A visitor with a desktop window, then with a phone window."""
     page = browser.new_page(viewport={"width": request.param, "height": 900})
     yield Visitor(page)
     page.close()

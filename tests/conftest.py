@@ -1,4 +1,4 @@
-"""What several rooms' tests stand on: a small Shapes corpus, packed once a session by the real tools."""
+"""Fixtures that several rooms share: a small Shapes corpus, packed once per session by the real tools."""
 
 import signal
 from collections import defaultdict
@@ -16,23 +16,23 @@ from sharding.shapes import write_shapes
 
 pytest_plugins = ["object_stores", "browser", "hosts", "slurm_cluster"]
 
-# Programs that tests start are interrupted as a terminal does it; a shell's background job would have them ignore it.
+# Child processes must react to SIGINT; in a background job of a shell they would inherit that it is ignored.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-settings.register_profile("any machine", deadline=None)  # how long an example takes says nothing here
+settings.register_profile("any machine", deadline=None)  # the time of an example depends on the machine
 settings.load_profile("any machine")
 
 LONGEST = {"launch", "train"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The folders whose files take longest first: run last, one of them would keep the other processes waiting."""
+    """Run the slowest folders first: at the end, one slow file would keep the other processes waiting."""
     items.sort(key=lambda item: not LONGEST & set(item.path.parts))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Name every test that was left out, below the reason; pytest's own summary gives a file and a line."""
+    """List every skipped test below its reason; pytest's own summary gives a file and a line."""
     left_out: dict[str, list[str]] = defaultdict(list)
     for report in terminalreporter.stats.get("skipped", []):
         left_out[report.longrepr[2].removeprefix("Skipped: ").removeprefix(LEFT_OUT)].append(report.nodeid)
@@ -43,7 +43,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @dataclass(frozen=True)
 class ShapesCorpus:
-    """Where a drawn and packed corpus lies: `folder` as drawn, `shards` a packed corpus for each annotation file."""
+    """Folders of a drawn and packed corpus: `folder` as drawn, `shards` a packed corpus for each annotation file."""
 
     folder: Path
     shards: Path

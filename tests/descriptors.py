@@ -1,4 +1,4 @@
-"""File descriptors beyond those that select() knows, for tests: `with many_descriptors(): ...`."""
+"""File descriptors above the limit of select(): `with many_descriptors(): ...`."""
 
 import contextlib
 import resource
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def many_descriptors() -> Iterator[None]:
-    """The first 1,100 descriptors are taken: the next ones are above 1,023."""
+    """Open 1,100 descriptors, so that the next ones are above 1,023."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (4096, hard))
     with contextlib.ExitStack() as stack:

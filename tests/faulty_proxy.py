@@ -1,4 +1,4 @@
-"""A proxy between an HTTP client and a server that answers some requests as a bad day would: errors, delays, cuts."""
+"""A proxy between an HTTP client and a server that injects faults: errors, delays, cut and corrupt answers."""
 
 from __future__ import annotations
 
@@ -8,19 +8,25 @@ import re
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
+import aiohttp
+from aiohttp import web
+from multidict import CIMultiDict
+from yarl import URL
+
 KINDS = ("error", "throttle", "slow", "cut", "corrupt")
-CHUNK = 2**16
 
 
 @dataclass(frozen=True)
 class Faults:
-    """What the proxy does to the requests that go through it.
+    """The faults that the proxy injects.
 
-    Shares are of the requests a fault can fall on, and are kept to the request: of n of them, at least int(n * share)
-    meet it, whatever the requests are and however fast they come. The seed decides with which request each kind begins.
+    A share counts the requests that a fault applies to, and is exact: of n requests at least int(n * share) get the
+    fault, whatever their order and speed. The seed decides which request of each kind is the first.
     """
 
     error: float = 0.0  # answered 503 in place of the server
@@ -31,20 +37,20 @@ class Faults:
     retry_after: int = 1  # seconds
     slow_seconds: float = 1.0
     latency: float = 0.0  # seconds before every answer
-    only: str = ""  # faults fall on requests whose path matches this pattern (not: latency, permanent)
-    corrupt_only: str = r"\.tar|\.parquet"  # and corruption on these: their readers can notice
+    only: str = ""  # pattern of the paths with faults, except latency and permanent
+    corrupt_only: str = r"\.tar|\.parquet"  # and of those with corruption, which their readers detect
     permanent: str = ""  # requests whose path matches this are always answered permanent_status
     permanent_status: int = 403
     seed: int = 0
 
     @classmethod
     def everywhere(cls, share: float, **settings: float) -> Faults:
-        """All kinds of faults together on a share of the requests."""
+        """All kinds of faults together, on a share of the requests."""
         return cls(**dict.fromkeys(KINDS, share / len(KINDS)), **settings)  # type: ignore[arg-type]
 
 
 class Dealer:
-    """Deals faults to requests in their shares: each kind gathers its share a request, and is due at a whole one."""
+    """Assigns faults to requests: each kind adds its share per request and is due when the sum reaches 1."""
 
     def __init__(self, faults: Faults) -> None:
         rng = random.Random(faults.seed)
@@ -71,7 +77,7 @@ class Dealer:
 
 @dataclass
 class Seen:
-    """One request: when it came, what it was, what was done to it ("" for nothing)."""
+    """One request: its time, what it asked for, and the injected fault ("" for none)."""
 
     at: float
     method: str
@@ -90,137 +96,110 @@ class FaultyProxy:
     upstream: str
     faults: Faults = field(default_factory=Faults)
     log: list[Seen] = field(default_factory=list)
-    port: int = 0
 
     def __post_init__(self) -> None:
         self._dealer = Dealer(self.faults)
-        self._connections: set[asyncio.Task | None] = set()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="faulty-proxy", daemon=True)
-        self._thread.start()
-        self._server = asyncio.run_coroutine_threadsafe(
-            asyncio.start_server(self._serve, "127.0.0.1", self.port, backlog=512), self._loop
-        ).result()
-        self.port = self._server.sockets[0].getsockname()[1]
+        self._running = ExitStack()
+        self.port = self._running.enter_context(
+            web_server(lambda: web.ServerRunner(web.Server(self._handle, auto_decompress=False), shutdown_timeout=0.1))
+        )
 
     @property
     def endpoint(self) -> str:
-        """Where clients are to go."""
+        """The URL that clients use."""
         return f"http://127.0.0.1:{self.port}"
 
     def counts(self) -> Counter[str]:
-        """Requests of each fault; those that went well are under ""."""
+        """Requests of each fault; those without are under ""."""
         return Counter(seen.fault for seen in self.log)
 
     def close(self) -> None:
         """End it, with the connections that are open."""
+        self._running.close()
 
-        async def end() -> None:
-            self._server.close()
-            tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-        asyncio.run_coroutine_threadsafe(end(), self._loop).result(10)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One client's connection: requests one after another, until either side ends it."""
-        task = asyncio.current_task()
-        self._connections.add(task)  # asyncio itself forgets tasks that nobody holds
-        try:
-            while await self._request(reader, writer):
-                pass
-        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
-            pass
-        finally:
-            self._connections.discard(task)
-            writer.close()
-
-    async def _request(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        """Answer one request; whether the connection can take another one."""
-        head = await reader.readuntil(b"\r\n\r\n")
-        method, path, headers = parse_head(head)
-        if headers.get("expect", "").lower() == "100-continue":
-            writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = await read_body(reader, headers)
-        fault = self._draw(method, path)
-        self.log.append(Seen(time.monotonic(), method, path, headers.get("range", ""), fault))
-        if self.faults.latency:
-            await asyncio.sleep(self.faults.latency)
-        if fault in ("permanent", "error", "throttle"):
-            status = {"permanent": self.faults.permanent_status, "error": 503, "throttle": 429}[fault]
-            extra = f"Retry-After: {self.faults.retry_after}\r\n" if fault == "throttle" else ""
-            writer.write(f"HTTP/1.1 {status} Injected\r\n{extra}Content-Length: 0\r\n\r\n".encode())
-            await writer.drain()
-            return True
-        host, port = self.upstream.split(":")
-        up_reader, up_writer = await asyncio.open_connection(host, int(port))
-        try:
-            up_writer.write(replace_header(head, "Connection", "close") + body)
-            await up_writer.drain()
-            return await self._answer(method, fault, up_reader, writer)
-        finally:
-            up_writer.close()
-
-    async def _answer(self, method: str, fault: str, up: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        """Pass the server's answer on, changed as the fault asks; whether the connection can take another request."""
-        head = await up.readuntil(b"\r\n\r\n")
-        while head.split(b" ", 2)[1] == b"100":
-            head = await up.readuntil(b"\r\n\r\n")
-        status, headers = int(head.split(b" ", 2)[1]), parse_head(head)[2]
-        bare = method == "HEAD" or status in (204, 304)
-        size = 0 if bare else int(headers["content-length"]) if "content-length" in headers else None
-        writer.write(replace_header(head, "Connection", "close" if size is None else "keep-alive"))
-        body = await up.readexactly(size) if size is not None else await up.read()
-        if fault == "cut" and body:
-            writer.write(body[: len(body) // 2])
-            await writer.drain()
-            return False
-        if fault == "corrupt" and status in (200, 206) and body:
-            place = random.Random(len(body)).randrange(len(body))
-            body = body[:place] + bytes([body[place] ^ 0x55]) + body[place + 1 :]
-        if fault == "slow" and body:
-            for part in range(10):
-                writer.write(body[len(body) * part // 10 : len(body) * (part + 1) // 10])
-                await writer.drain()
-                await asyncio.sleep(self.faults.slow_seconds / 10)
-        else:
-            writer.write(body)
-            await writer.drain()
-        return size is not None
-
-    def _draw(self, method: str, path: str) -> str:
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answer one request."""
+        if request.headers.get("Expect", "").lower() == "100-continue":
+            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        body = await request.content.read()
         if self._dealer.faults is not self.faults:
             self._dealer = Dealer(self.faults)
-        return self._dealer.deal(method, urlsplit(path).path)
+        fault = self._dealer.deal(request.method, urlsplit(request.raw_path).path)
+        spans = request.headers.get("Range", "")
+        self.log.append(Seen(time.monotonic(), request.method, request.raw_path, spans, fault))
+        await asyncio.sleep(self.faults.latency)
+        if status := {"permanent": self.faults.permanent_status, "error": 503, "throttle": 429}.get(fault):
+            extra = {"Retry-After": str(self.faults.retry_after)} if fault == "throttle" else {}
+            return web.Response(status=status, reason="Injected", headers=extra)
+        async with (
+            aiohttp.ClientSession(auto_decompress=False, connector=aiohttp.TCPConnector(force_close=True)) as session,
+            session.request(
+                request.method,
+                URL(f"http://{self.upstream}{request.raw_path}", encoded=True),
+                headers=without(request.headers, "Expect", "Transfer-Encoding", "Content-Length", "Connection"),
+                skip_auto_headers=("Accept", "Accept-Encoding", "User-Agent", "Content-Type"),
+                data=body or None,
+                allow_redirects=False,
+            ) as found,
+        ):
+            headers = without(found.headers, "Transfer-Encoding", "Connection")
+            answer = web.StreamResponse(status=found.status, reason=found.reason, headers=headers)
+            return await self._answer(request, answer, fault, await found.read())
+
+    async def _answer(
+        self, request: web.BaseRequest, answer: web.StreamResponse, fault: str, body: bytes
+    ) -> web.StreamResponse:
+        """Send the server's answer, changed as the fault asks."""
+        await answer.prepare(request)
+        if fault == "corrupt" and answer.status in (200, 206) and body:
+            place = random.Random(len(body)).randrange(len(body))
+            body = body[:place] + bytes([body[place] ^ 0x55]) + body[place + 1 :]
+        if fault == "cut" and body:
+            await answer.write(body[: len(body) // 2])
+            assert request.transport is not None
+            request.transport.close()
+            return answer
+        parts = 10 if fault == "slow" else 1
+        for part in range(parts if body else 0):
+            await answer.write(body[len(body) * part // parts : len(body) * (part + 1) // parts])
+            await asyncio.sleep(self.faults.slow_seconds / parts if fault == "slow" else 0)
+        await answer.write_eof()
+        return answer
 
 
-def parse_head(head: bytes) -> tuple[str, str, dict[str, str]]:
-    """Method, path and headers (names in lower case) of a request; of an answer the headers."""
-    lines = head.decode("latin-1").split("\r\n")
-    words = lines[0].split(" ", 2)
-    headers = dict(line.split(":", 1) for line in lines[1:] if ":" in line)
-    return words[0], words[1], {name.lower(): value.strip() for name, value in headers.items()}
+def without(headers: Mapping[str, str], *names: str) -> CIMultiDict[str]:
+    """The headers but those named."""
+    kept = CIMultiDict(headers)
+    for name in names:
+        kept.popall(name, None)
+    return kept
 
 
-def replace_header(head: bytes, name: str, value: str) -> bytes:
-    """The head of a request or an answer, with one header set."""
-    lines = [line for line in head.split(b"\r\n") if not line.lower().startswith(name.lower().encode() + b":")]
-    return b"\r\n".join([*lines[:1], f"{name}: {value}".encode(), *lines[1:]])
+@contextmanager
+def web_server(make_runner: Callable[[], web.BaseRunner]) -> Iterator[int]:
+    """A server on 127.0.0.1 in a thread of its own; yields its port."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="web-server", daemon=True)
+    thread.start()
 
+    async def start() -> web.BaseRunner:
+        runner = make_runner()
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0, backlog=512).start()
+        return runner
 
-async def read_body(reader: asyncio.StreamReader, headers: dict[str, str]) -> bytes:
-    """A request's body as it is on the wire."""
-    if headers.get("transfer-encoding", "").lower() != "chunked":
-        return await reader.readexactly(int(headers.get("content-length", 0)))
-    body = b""
-    while True:
-        line = await reader.readuntil(b"\r\n")
-        size = int(line.split(b";")[0], 16)
-        body += line + await reader.readexactly(size + 2)
-        if size == 0:
-            return body
+    async def end(runner: web.BaseRunner) -> None:
+        await runner.cleanup()
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    runner = asyncio.run_coroutine_threadsafe(start(), loop).result(10)
+    try:
+        yield runner.addresses[0][1]
+    finally:
+        asyncio.run_coroutine_threadsafe(end(runner), loop).result(10)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()

@@ -1,5 +1,5 @@
-"""What some tests need beside this project's own packages: they are left out where it is missing, and the end of the
-run names them with the reason and the command that installs it."""
+"""Requirements of some tests beyond this project's own packages: a test whose requirement is missing is skipped, and
+the end of the run lists it with the reason and the command that installs the requirement."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from types import ModuleType
 
 import pytest
 
-PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"  # an administrator's programs too
+PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"  # with programs for administrators
 LEFT_OUT = "left out: "
 
 
 def program(name: str) -> str | None:
-    """Path of a program, an administrator's too."""
+    """Path of a program, also of one for administrators."""
     return shutil.which(name, path=PATH)
 
 
 def lacks(*programs: str, root: str = "") -> str:
-    """Why this machine cannot run a test that starts these programs; empty where it can. root: what needs root."""
+    """Why this machine cannot run a test that starts these programs; empty if it can. root: what needs root."""
     if root and os.geteuid() != 0:
         return f"not root, and {root}"
     missing = [name for name in programs if program(name) is None]
@@ -28,13 +28,13 @@ def lacks(*programs: str, root: str = "") -> str:
 
 
 def leave_out(reason: str) -> None:
-    """End the test as left out if there is a reason."""
+    """Skip the test if there is a reason."""
     if reason:
         pytest.skip(LEFT_OUT + reason)
 
 
 def module(name: str, package: str) -> ModuleType:
-    """A module of a package that this project can do without; ends the test as left out where it is not installed."""
+    """A module of an optional package; skips the test if it is not installed."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError:

@@ -7,7 +7,7 @@ process and those it starts, so that `s3://...` and `gs://...` URLs work as they
         build_corpus(..., output=s3.url("photos"))             # a bucket of this test's own
         s3.fill(local_folder, "photos")                         # or: copy a folder there; returns its URL
 
-`faulty` puts a proxy before a store that spoils a share of the requests (tests/faulty_proxy.py):
+`faulty` puts a proxy before a store that injects faults into a share of the requests (tests/faulty_proxy.py):
 
     def test_it_survives(s3: Store, faulty: MakeFaulty) -> None:
         url = s3.fill(folder, "photos")
@@ -17,13 +17,12 @@ process and those it starts, so that `s3://...` and `gs://...` URLs work as they
 
 Import the names with `from object_stores import Store, MakeFaulty` and `from faulty_proxy import Faults`.
 
-The servers live in a virtual environment of their own, because moto's botocore is another one than s3fs's: `make`
-makes it (.venv-servers, `make servers`); the variable TEST_SERVERS names another place.
+The servers have their own virtual environment, because moto and s3fs need different versions of botocore: `make
+servers` creates it (.venv-servers); the variable TEST_SERVERS gives another path.
 """
 
 from __future__ import annotations
 
-import asyncio
 import ctypes
 import os
 import shutil
@@ -31,7 +30,6 @@ import signal
 import socket
 import subprocess
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -41,15 +39,16 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from faulty_proxy import Faults, FaultyProxy
+from aiohttp import web
+from faulty_proxy import Faults, FaultyProxy, web_server
 from needs import leave_out, module
 
 SERVERS = Path(os.environ.get("TEST_SERVERS", Path(__file__).resolve().parent.parent / ".venv-servers"))
 
-# Read when gcsfs is imported: otherwise it spends a minute a bucket on asking a gRPC endpoint for its type.
+# gcsfs reads this on import; otherwise it asks a gRPC endpoint for the type of each bucket, which takes a minute.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
-# Its queue holds 5 connections, and the system lets a sixth wait for minutes: parallel reads would be a matter of luck.
+# The default queue of 5 connections is too short for parallel reads: a sixth connection may wait for minutes.
 GCS_EMULATOR = """
 import socketserver, sys
 socketserver.TCPServer.request_queue_size = 512
@@ -62,16 +61,16 @@ MakeFaulty = Callable[["Store", Faults], FaultyProxy]
 
 @dataclass(frozen=True)
 class Store:
-    """A place for objects: `root` with a bucket (or folder) of the test's own, at `address` (host:port)."""
+    """A store for objects: `root` with a bucket (or folder) for the test, at `address` (host:port)."""
 
     kind: str  # s3 | gcs | http
     address: str
     root: str
     environment: dict[str, str] = field(default_factory=dict)
-    folder: Path | None = None  # that a plain HTTP server shows
+    folder: Path | None = None  # served by a plain HTTP server
 
     def url(self, name: str, proxy: FaultyProxy | None = None) -> str:
-        """URL of something in the store; where the address stands in it, that of the proxy."""
+        """URL of an object in the store; `proxy` replaces the address in it."""
         url = f"{self.root}/{name}"
         return url if proxy is None else url.replace(self.address, f"127.0.0.1:{proxy.port}")
 
@@ -88,28 +87,28 @@ class Store:
 
 
 def die_with_parent() -> None:
-    """Called in a new child: it ends when this process does, however that ends."""
+    """Called in a new child process: it ends when this process ends, for any reason."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """An unused port."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]
 
 
 def store_server(program: str) -> Path:
-    """A program of the servers' environment; ends the test as left out where that is missing."""
+    """A program of the servers' environment; skips the test if it is missing."""
     path = SERVERS / "bin" / program
     if not path.exists():
-        leave_out(f"{path} is missing: `make servers` makes it, or set TEST_SERVERS to where it is")
+        leave_out(f"{path} is missing: run `make servers`, or set TEST_SERVERS")
     return path
 
 
 @contextmanager
 def server(program: str, *arguments: str, port: int) -> Iterator[str]:
-    """A server of the servers' environment, answering at the address given back."""
+    """A running server of the servers' environment; yields its address."""
     path = store_server(program)
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen([path, *arguments], stdout=log, stderr=log, preexec_fn=die_with_parent)
@@ -122,7 +121,7 @@ def server(program: str, *arguments: str, port: int) -> Iterator[str]:
 
 
 def wait_for_port(port: int, process: subprocess.Popen, log) -> None:
-    """Return when the server answers; raise with its output when it ends or does not."""
+    """Return when the server answers; raise with its output if it does not."""
     for _ in range(600):
         with socket.socket() as sock:
             if sock.connect_ex(("127.0.0.1", port)) == 0:
@@ -137,45 +136,26 @@ def wait_for_port(port: int, process: subprocess.Popen, log) -> None:
 @contextmanager
 def http_files(folder: Path) -> Iterator[str]:
     """A plain HTTP server with ranges over a folder, in a thread; yields its address."""
-    from aiohttp import web
-
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, name="http-files", daemon=True)
-    thread.start()
-
-    async def start() -> web.AppRunner:
-        application = web.Application()
-        application.router.add_static("/", folder, show_index=True)
-        runner = web.AppRunner(application)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        return runner
-
-    runner = asyncio.run_coroutine_threadsafe(start(), loop).result(10)
-    host, port = runner.addresses[0][:2]
-    try:
-        yield f"{host}:{port}"
-    finally:
-        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(10)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
+    application = web.Application()
+    application.router.add_static("/", folder, show_index=True)
+    with web_server(lambda: web.AppRunner(application)) as port:
+        yield f"127.0.0.1:{port}"
 
 
 def environment_of(kind: str, address: str) -> dict[str, str]:
-    """What must be set for URLs of that kind to go to `address`."""
+    """The environment variables that send URLs of that kind to `address`."""
     if kind == "s3":
         keys = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing-secret", "AWS_REGION": "us-east-1"}
         return {**keys, "AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": f"http://{address}"}
     if kind == "gcs":
-        # The last two, read by fsspec when it is imported, save the search for credentials.
+        # fsspec reads the last two on import; they skip the search for credentials.
         emulator = {"STORAGE_EMULATOR_HOST": f"http://{address}"}
         return {**emulator, "FSSPEC_GS_TOKEN": "anon", "FSSPEC_GS_PROJECT": "testing"}
     return {}
 
 
 def activate(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Set the environment, for clients made from now on."""
+    """Set the environment, for clients created from now on."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     options: dict[str, dict[str, str]] = {}
@@ -188,7 +168,7 @@ def activate(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def forget_clients() -> None:
-    """Make fsspec connect anew: it keeps clients by their arguments, which do not show the environment."""
+    """Clear fsspec's clients: it caches them by their arguments, which do not include the environment."""
     for scheme in ("s3", "gs", "http"):
         with suppress(ImportError):  # s3fs and gcsfs may be missing
             fsspec.get_filesystem_class(scheme).clear_instance_cache()

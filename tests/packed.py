@@ -1,4 +1,4 @@
-"""Photos of noise and their annotations, packed in this process or by the command, and what lies in a folder."""
+"""Photos of noise and their annotations, packed in this process or by the command."""
 
 import json
 import sys
@@ -30,7 +30,7 @@ def pack(photos: Path, output: Path | str, **settings) -> Corpus:
 
 
 def build_command(photos: Path, output: Path | str, *flags: str, root: str = "") -> list[str]:
-    """The command that does what `pack` does, in as many processes as there are cores."""
+    """The command that packs the same corpus, with one process per core."""
     words = [sys.executable, "-m", "sharding.build", "--annotations", str(photos.parent / "photos.json")]
     words += ["--media-root", root or str(photos), "--media-type", "image", "--output", str(output)]
     return [*words, "--size", "48", *flags]

@@ -1,4 +1,4 @@
-"""A small picture with detail, its files, and how EXIF's orientations turn it."""
+"""A small picture with detail, its encoded files, and the rotations of EXIF's orientations."""
 
 import io
 from typing import Any
@@ -19,13 +19,13 @@ TURNS = {
 
 
 def photo(height: int = 48, width: int = 64) -> Image.Image:
-    """Something with detail, whose corners differ."""
+    """A picture with detail and four different corners."""
     noise = np.random.default_rng(5).integers(0, 256, (6, 8, 3), np.uint8)
     return Image.fromarray(cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC))
 
 
 def saved(image: Image.Image, form: str = "JPEG", **options: Any) -> bytes:
-    """A picture's file; JPEGs of quality 90, unless the options say otherwise."""
+    """A picture encoded; JPEGs of quality 90 by default."""
     buffer = io.BytesIO()
     image.save(buffer, form, **({"quality": 90} if form == "JPEG" else {}) | options)
     return buffer.getvalue()

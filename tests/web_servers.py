@@ -1,4 +1,4 @@
-"""Web servers that tests start: handlers that log nothing, served by threads until the end of a block."""
+"""Web servers for tests: a handler without logging, and servers that run in threads until the end of a block."""
 
 import ssl
 import threading
@@ -16,7 +16,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def say(self, status: int, body: bytes = b"", **headers: str) -> None:
-        """Send a whole answer; headers may hold any letters."""
+        """Send a complete answer; headers may contain any characters."""
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(name, value.encode("utf-8").decode("latin-1"))
@@ -29,7 +29,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving(handler: Any, **state: Any) -> Iterator[Any]:
-    """A server with the attributes `state`, which its handlers find as `self.server`."""
+    """A server with the attributes `state`; its handlers reach it as `self.server`."""
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         for name, value in state.items():
             setattr(server, name, value)
@@ -39,7 +39,7 @@ def serving(handler: Any, **state: Any) -> Iterator[Any]:
 
 
 def encrypt(server: ThreadingHTTPServer) -> Any:
-    """Let a server speak TLS as localhost; returns the authority that has signed its certificate."""
+    """Make a server use TLS as localhost; returns the authority that signed its certificate."""
     authority = module("trustme", "trustme").CA()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("localhost").configure_cert(context)

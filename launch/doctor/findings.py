@@ -45,7 +45,7 @@ def compare(check: str, values: Mapping[str, Any], advice: str) -> list[Finding]
 
 def versions(facts: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
     """Python and packages that are not everywhere the same."""
-    advice = "install the same environment on every host (`make`), or put it on a shared file system"
+    advice = "install the same environment on every host (`make install`), or put it on a shared file system"
     names = {"python"} | {name for fact in facts.values() for name in fact["versions"]}
     found: list[Finding] = []
     for name in sorted(names):
@@ -89,7 +89,7 @@ def _dali(host: str, fact: Mapping[str, Any]) -> list[Finding]:
     """Whether DALI is built for the CUDA of PyTorch, by the name of its distribution."""
     built = [name for name in fact["versions"] if name.startswith("nvidia-dali-cuda")]
     cuda = int(fact["versions"].get("CUDA of torch", "0").split(".")[0])
-    install = f"`make clean`, `make DALI=cuda{cuda}`"
+    install = f"`make clean`, `make install DALI=cuda{cuda}`"
     if not built:
         advice = f"install it ({install}), or set decode=cpu"
         return [Finding("DALI", host, WARNING, "not installed: the CPU decodes", advice)]
@@ -117,7 +117,7 @@ def decoding(answers: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
             text, advice = f"{where}: a picture is {levels} from {from_what}", "set decode=cpu, or install DALI again"
             found.append(Finding("decoding", host, BAD, text, advice))
         elif answer["fallback"]:
-            advice = "install DALI for the CUDA of PyTorch (`make DALI=cuda12` or cuda13), or set decode=cpu"
+            advice = "install DALI for the CUDA of PyTorch (`make install DALI=cuda12` or cuda13), or set decode=cpu"
             found.append(Finding("decoding", host, WARNING, f"{answer['fallback']}; the CPU decodes", advice))
         else:
             found.append(Finding("decoding", host, OK, f"{where}, {levels} from {from_what}"))

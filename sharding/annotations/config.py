@@ -66,9 +66,8 @@ class CorpusConfig(Reading):
 def load_corpus(path: str) -> CorpusConfig:
     """Read a corpus' YAML.
 
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is not YAML, or a key is unknown (the nearest are named) or has a wrong type.
+    Raises FileNotFoundError: there is none. ValueError: it is not YAML, or a key is unknown (the nearest are named) or
+    has a wrong type.
     """
     found = find_file(path)
     if found is None:

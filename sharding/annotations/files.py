@@ -118,7 +118,8 @@ class AnnotationFile:
     def __init__(self, name: str, scratch: Path | None = None, digest: Any = None) -> None:
         self.name, self.digest, self.hashed = name, digest, 0
         with reading_errors(name):
-            self._file = open_local(name) if is_local(name) else download(name, scratch)
+            local = name.removeprefix("file://")
+            self._file = download(name, scratch) if "://" in local else open(local, "rb", buffering=0)  # noqa: SIM115
             self.size = os.fstat(self._file.fileno()).st_size
 
     def __enter__(self) -> AnnotationFile:
@@ -147,8 +148,7 @@ class AnnotationFile:
     def opened(self) -> Iterator[IO[bytes]]:
         """Its bytes from the start, decompressed (.gz, .bz2, .xz, .zst, .zip), without a byte order mark.
 
-        Raises:
-            ValueError: it is in UTF-16, or cannot be decompressed.
+        Raises ValueError: it is in UTF-16, or cannot be decompressed.
         """
         packed = infer_compression(self.name)
         with reading_errors(self.name), io.BufferedReader(View(self), BLOCK) as raw:
@@ -172,16 +172,6 @@ def file_names(files: Iterable[AnnotationFile]) -> str:
     return ", ".join(file.name for file in files)
 
 
-def is_local(name: str) -> bool:
-    """Whether a file is one of this machine's file system."""
-    return "://" not in name or name.startswith("file://")
-
-
-def open_local(name: str) -> IO[bytes]:
-    """A local file, unbuffered."""
-    return open(name.removeprefix("file://"), "rb", buffering=0)
-
-
 def download(name: str, scratch: Path | None) -> IO[bytes]:
     """An unlinked copy of a remote file, which is deleted when it is closed."""
     copy = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115
@@ -195,10 +185,8 @@ def download(name: str, scratch: Path | None) -> IO[bytes]:
 def reading_errors(file: str) -> Iterator[None]:
     """Errors inside the block become those of an annotation file.
 
-    Raises:
-        FileNotFoundError: it does not exist.
-        OSError: a remote store fails again and again, or refuses the credentials.
-        ValueError: it cannot be decompressed.
+    Raises FileNotFoundError: it does not exist. OSError: a remote store fails again and again, or refuses the
+    credentials. ValueError: it cannot be decompressed.
     """
     try:
         with storage_errors(file, "read annotations from"):

@@ -105,9 +105,8 @@ def read_rows(names: Sequence[str], reading: Reading, scratch: Path | None = Non
 
     scratch: a folder for copies of remote files. digest: a hash object; in the end it has taken in all files, in order.
 
-    Raises:
-        FileNotFoundError: a file does not exist.
-        ValueError: a file has another form, or a record lacks its media or its text.
+    Raises FileNotFoundError: a file does not exist. ValueError: a file has another form, or a record lacks its media or
+    its text.
     """
     check_reading(reading)
     joined = reading.format in JOINING
@@ -170,8 +169,7 @@ def is_official(file: AnnotationFile, maker: RowMaker) -> bool:
 def expanded(patterns: Sequence[str]) -> list[str]:
     """Names of files, those with `*`, `?` or `[` replaced by what they match, in order of name.
 
-    Raises:
-        FileNotFoundError: a file does not exist, or nothing matches.
+    Raises FileNotFoundError: a file does not exist, or nothing matches.
     """
     files = []
     for pattern in map(plain_scheme, patterns):

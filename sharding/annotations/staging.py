@@ -86,8 +86,7 @@ def stage(rows: Iterable[Row], path: Path, scratch: Path, limit: int = 0) -> Sta
     The file appears whole or not at all; `scratch` is a folder for what is unfinished, on the same disk.
     limit: maximum number of media, 0 for all; rows about others are counted as filtered.
 
-    Raises:
-        OSError: the disk is full, or the folder cannot be written to.
+    Raises OSError: the disk is full, or the folder cannot be written to.
     """
     unfinished, unsorted = scratch / "rows.sorted", scratch / "rows.unsorted"
     filtered: Counter[str] = Counter()

@@ -81,8 +81,7 @@ def split_archive(url: str) -> tuple[str, str] | None:
 class Archive:
     """The members of one archive, listed in a file that all processes of a build map.
 
-    Raises:
-        OSError: the archive cannot be read. ValueError: it is none, or cannot be read at random.
+    Raises OSError: the archive cannot be read. ValueError: it is none, or cannot be read at random.
     """
 
     def __init__(self, url: str, folder: Path) -> None:
@@ -216,35 +215,29 @@ def make_listing(url: str, target: Path) -> None:
     Raises OSError when it cannot be read.
     """
     with process_lock(target.with_suffix(".lock")):
-        if not target.exists():
-            log.info("listing the members of %s", url)
-            table = listing_table(url)
-            with atomic_file(target) as temporary, temporary.open("wb") as file:
-                with pa.ipc.new_stream(file, table.schema) as writer:
-                    writer.write_table(table)
-
-
-def listing_table(url: str) -> pa.Table:
-    """The table of `make_listing`."""
-    damages: list[Damage] = []
-    batches: list[pa.RecordBatch] = []
-    error = ""
-    try:
-        batches.extend(listed(url, damages))
-    except ValueError as reason:
-        error = str(reason)
-    for damage in damages[:10]:
-        log.warning("%s is damaged at byte %d: %s", url, damage.offset, damage.reason)
-    table = pa.Table.from_batches(batches, SCHEMA).sort_by("name").combine_chunks()
-    damage_text = f"byte {damages[0].offset} ({damages[0].reason})" if damages else ""
-    return table.replace_schema_metadata({"error": error, "damage": damage_text})
+        if target.exists():
+            return
+        log.info("listing the members of %s", url)
+        damages: list[Damage] = []
+        batches: list[pa.RecordBatch] = []
+        notes = {"error": "", "damage": ""}
+        try:
+            batches.extend(listed(url, damages))
+        except ValueError as error:
+            notes["error"] = str(error)
+        for damage in damages[:10]:
+            log.warning("%s is damaged at byte %d: %s", url, damage.offset, damage.reason)
+        if damages:
+            notes["damage"] = f"byte {damages[0].offset} ({damages[0].reason})"
+        table = pa.Table.from_batches(batches, SCHEMA).sort_by("name").replace_schema_metadata(notes)
+        with atomic_file(target) as temporary, pa.ipc.new_stream(str(temporary), table.schema) as writer:
+            writer.write_table(table.combine_chunks())
 
 
 def listed(url: str, damages: list[Damage]) -> Iterator[pa.RecordBatch]:
     """The members of an archive, in its order; what is damaged in it is added to `damages`.
 
-    Raises:
-        ValueError: it is not an archive, or cannot be read at random.
+    Raises ValueError: it is not an archive, or cannot be read at random.
     """
     with fsspec.open(url, "rb") as file:
         found = zip_members(cast(BinaryIO, file)) if is_zip(url) else tar_members(url, cast(BinaryIO, file), damages)

@@ -61,8 +61,7 @@ class Media:
     def fetched(self, sources: Sequence[str]) -> Iterator[tuple[int, Fetched | MediaError]]:
         """(index in `sources`, media or the reason), local files in order, remote ones in order of arrival.
 
-        Raises:
-            PermissionError: the store refuses the credentials, for all sources.
+        Raises PermissionError: the store refuses the credentials, for all sources.
         """
         indices = iter(range(len(sources)))
         local = (self.location(source).startswith("/") for source in sources)
@@ -219,9 +218,8 @@ def opened(media: Fetched) -> Iterator[bytes | mmap.mmap]:
 def check_root(root: str) -> None:
     """Check that the folder, archive or store that media paths start from exists, where that can be known.
 
-    Raises:
-        FileNotFoundError: it does not exist. ValueError: it is a compressed tar. PermissionError, OSError: it is remote
-            and cannot be reached.
+    Raises FileNotFoundError: it does not exist. ValueError: it is a compressed tar. PermissionError, OSError: it is
+    remote and cannot be reached.
     """
     if COMPRESSED_TAR.search(root):
         raise UserError(f"media root {root} is compressed as a whole, single files cannot be read from it: gunzip it")

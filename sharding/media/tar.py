@@ -291,8 +291,7 @@ class Locations:
 def follow(path: bytes, find: Find[Found], before: int | None = None) -> Found:
     """The file at a path, at the end of whatever links lead to it; of several the last one, `before` an offset.
 
-    Raises:
-        KeyError: there is nothing of that path. LinkError: there is a link, but it leads to no file.
+    Raises KeyError: there is nothing of that path. LinkError: there is a link, but it leads to no file.
     """
     wanted, linked = path, False
     for _ in range(LONGEST_CHAIN):

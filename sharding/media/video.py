@@ -44,8 +44,7 @@ def pack_video(
     Frames are chosen by time stamp, so variable frame rates keep their timing; seconds count from the first frame.
     `max_frames` 0: no limit; what lies behind the last frame wanted is not decoded.
 
-    Raises:
-        MediaError: the bytes have no video, or less than half of what the file promises decodes.
+    Raises MediaError: the bytes have no video, or less than half of what the file promises decodes.
     """
     if not len(data):
         raise MediaError("empty file")
@@ -123,8 +122,7 @@ class Reader:
 def open_container(data: bytes | mmap.mmap) -> av.container.InputContainer:
     """Open a video file's bytes. Nothing else is opened, whatever they name: a playlist is not a video.
 
-    Raises:
-        MediaError: FFmpeg knows no such container.
+    Raises MediaError: FFmpeg knows no such container.
     """
     closed = {"protocol_whitelist": "none"}  # playlists, SDP, references to other files: no protocol that reads them
     try:
@@ -136,8 +134,7 @@ def open_container(data: bytes | mmap.mmap) -> av.container.InputContainer:
 def choose_stream(container: av.container.InputContainer) -> av.VideoStream:
     """The stream that the ffmpeg program takes: the default one, then the largest; covers and thumbnails are none.
 
-    Raises:
-        MediaError: there is no video, or no decoder for it.
+    Raises MediaError: there is no video, or no decoder for it.
     """
     streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
     if not streams:

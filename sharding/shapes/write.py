@@ -37,9 +37,7 @@ def write_shapes(
 
     images, clips: numbers to train on; test_items: of each to test on; size: pixels of the square frames, even.
 
-    Raises:
-        ValueError: a number that cannot be.
-        UserError: the folder holds files already.
+    Raises ValueError: a number that cannot be. UserError: the folder holds files already.
     """
     if size < 32 or size % 2 or min(images, clips, test_items) < 0:
         raise UserError("--size must be even and at least 32, --images, --clips and --test-items 0 or more")

@@ -84,7 +84,7 @@ def test_dali_must_be_built_for_the_cuda_of_pytorch(dali, cuda, driver, verdict,
     _, finding = gpus({"a": host(dali=dali, cuda=cuda, driver=driver)})
     assert finding.verdict == verdict
     assert text in finding.found
-    assert verdict == OK or f"`make DALI=cuda{cuda[:2]}`" in finding.advice
+    assert verdict == OK or f"`make install DALI=cuda{cuda[:2]}`" in finding.advice
 
 
 @pytest.mark.parametrize(

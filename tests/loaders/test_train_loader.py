@@ -77,9 +77,7 @@ def test_each_caption_or_question_can_be_an_item_of_its_own(shapes, tokenizer: T
     assert tokenizer.sep_id in batch.answers.input_ids[0]
 
 
-def test_questions_come_with_all_their_answers_and_the_annotators_shares(
-    shapes, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_questions_come_with_all_their_answers_and_the_annotators_shares(shapes, tokenizer, tmp_path):
     """As the official VQA training has it: each distinct answer once, weighted by how many gave it."""
     pictures = json.loads((shapes.folder / "images_train.json").read_text())[:6]
     given = ["Red"] * 7 + ["blue"] * 2 + ["a large green star of many words"]
@@ -154,9 +152,7 @@ def test_the_loop_on_the_page_works_as_written(shapes, tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("leave_first", [False, True])
-def test_a_loader_closed_in_mid_epoch_leaves_no_thread_process_and_file(
-    shapes, tokenizer: Tokenizer, leave_first: bool
-) -> None:
+def test_a_loader_closed_in_mid_epoch_leaves_no_thread_process_and_file(shapes, tokenizer, leave_first):
     processes = set(psutil.Process().children())
     threads, files = threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
     loader = TrainLoader(corpora(shapes), tokenizer, config(prefetch=1))

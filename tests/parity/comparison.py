@@ -32,7 +32,6 @@ class Comparison:
     case: str
     count: int = 0
     largest: float = 0.0  # absolute deviation
-    largest_of: str = ""
     worst: float = 0.0
     worst_of: str = ""
     notes: list[str] = field(default_factory=list)
@@ -80,8 +79,7 @@ class Comparison:
             self.notes.append(f"{name} is not the same")
 
     def _keep(self, name: str, deviation: float, ratio: float) -> None:
-        if deviation > self.largest:
-            self.largest, self.largest_of = deviation, name
+        self.largest = max(self.largest, deviation)
         if ratio > self.worst:
             self.worst, self.worst_of = ratio, name
 
@@ -96,7 +94,8 @@ class Case:
     """The recorded files of one case folder."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.checkpoint = folder, folder / "ckpt.pth"
+        self.vocabulary = folder.parent / VOCABULARY  # which the cases of a folder share
         self.inputs = self._tensors("inputs.npz")
         self.expected = self._tensors("expected.npz")
 
@@ -110,16 +109,6 @@ class Case:
     def json(self, name: str) -> Any:
         """The content of a JSON file of the case."""
         return json.loads((self.folder / name).read_text(encoding="utf-8"))
-
-    @property
-    def checkpoint(self) -> Path:
-        """The official checkpoint of the case."""
-        return self.folder / "ckpt.pth"
-
-    @property
-    def vocabulary(self) -> Path:
-        """The vocabulary that the cases of a folder share."""
-        return self.folder.parent / VOCABULARY
 
     def load(self) -> Any:
         """The model of the checkpoint, with the special tokens of the shared vocabulary where there is one."""

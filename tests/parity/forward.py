@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,66 +15,53 @@ from model.losses import contrastive_loss, contrastive_targets, matching_loss, m
 from model.singularity import TEMPERATURE_RANGE, RandomChoices, Singularity
 from tests.parity.comparison import LOSS_NAMES, Case, Comparison
 
-
-class Recorder:
-    """Records inputs and outputs of chosen modules by hooks."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, torch.Tensor] = {}
-        self._handles: list[Any] = []
-
-    def watch(self, name: str, module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Record the first output of `module` under `name`, after `change`."""
-
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            first = output[0] if isinstance(output, tuple) else output
-            self.values.setdefault(name, change(first.detach()))
-
-        self._handles.append(module.register_forward_hook(hook))
-
-    def watch_input(self, name: str, module: nn.Module) -> None:
-        """Record the first input of `module` under `name`."""
-
-        def hook(_: nn.Module, args: Any) -> None:
-            self.values.setdefault(name, args[0].detach())
-
-        self._handles.append(module.register_forward_pre_hook(hook))
-
-    def stop(self) -> None:
-        """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
+Values = dict[str, torch.Tensor]
 
 
-def _watch_layers(model: Singularity, recorder: Recorder, batch: int) -> None:
-    """Record what `expected.npz` calls vision_layer_*, text_layer_* and fusion_layer_*."""
+def record(values: Values, name: str, module: nn.Module, batch: int | None = None, inputs: bool = False) -> Any:
+    """Record the first output of `module`, or its first input, in `values`; a context that removes the hook.
+
+    batch: keep this many rows.
+    """
+
+    def hook(_: nn.Module, arguments: Any, output: Any) -> None:
+        states = arguments if inputs else output
+        first = states[0] if isinstance(states, tuple) else states
+        values.setdefault(name, first.detach()[:batch])
+
+    return module.register_forward_hook(hook)
+
+
+def _record_layers(model: Singularity, batch: int, values: Values) -> ExitStack:
+    """Record what `expected.npz` calls vision_layer_*, text_layer_* and itm_cls_embeds."""
+    hooks, text = ExitStack(), model.text_encoder
     blocks = list(model.vision_encoder.transformer.blocks)
-    recorder.watch_input("vision_layer_00_input", blocks[0])
+    hooks.enter_context(record(values, "vision_layer_00_input", blocks[0], inputs=True))
     for i, block in enumerate(blocks):
-        recorder.watch(f"vision_layer_{i:02d}_output", block, lambda states: states)
-    recorder.watch("text_layer_00_input", model.text_encoder.embeddings, lambda states: states[:batch])
-    for i, layer in enumerate(model.text_encoder.layer[: model.text_encoder.fusion_layer]):
-        recorder.watch(f"text_layer_{i:02d}_output", layer, lambda states: states[:batch])
-    recorder.watch_input("itm_cls_embeds", model.itm_head)
+        hooks.enter_context(record(values, f"vision_layer_{i:02d}_output", block))
+    hooks.enter_context(record(values, "text_layer_00_input", text.embeddings, batch))
+    for i, layer in enumerate(text.layer[: text.fusion_layer]):
+        hooks.enter_context(record(values, f"text_layer_{i:02d}_output", layer, batch))
+    hooks.enter_context(record(values, "itm_cls_embeds", model.itm_head, inputs=True))
+    return hooks
 
 
-def _fused(
-    model: Singularity, inputs: dict[str, torch.Tensor], states: torch.Tensor, tokens: torch.Tensor
-) -> dict[str, torch.Tensor]:
+def _fused(model: Singularity, inputs: Values, states: torch.Tensor, tokens: torch.Tensor) -> Values:
     """All tokens of the 3B pairs after each fusion layer, in the official order, and the MLM logits.
 
     A training step computes only those of them that its losses need.
     """
-    recorder, first = Recorder(), model.text_encoder.fusion_layer
-    for i, layer in enumerate(model.text_encoder.layer[first:], first):
-        recorder.watch(f"fusion_layer_{i:02d}_output", layer, lambda states: states)
+    values: Values = {}
+    first = model.text_encoder.fusion_layer
     keys, mask, own = model.visual_keys(tokens), inputs["attention_mask"], torch.arange(len(states))
     texts = inputs["itm_text_neg_idx"]
     index = torch.cat([own, inputs["itm_image_neg_idx"], own])
     masks = torch.cat([mask, mask, mask[texts]])
-    fused = model.text_encoder.fuse(torch.cat([states, states, states[texts]]), masks, keys, index)
-    recorder.stop()
-    values = recorder.values | {"itm_logits": model.itm_head(fused[:, 0])}
+    with ExitStack() as hooks:
+        for i, layer in enumerate(model.text_encoder.layer[first:], first):
+            hooks.enter_context(record(values, f"fusion_layer_{i:02d}_output", layer))
+        fused = model.text_encoder.fuse(torch.cat([states, states, states[texts]]), masks, keys, index)
+    values["itm_logits"] = model.itm_head(fused[:, 0])
     if model.word_head is not None:
         masked = model.text_encoder.fuse(model.text_encoder.encode(inputs["mlm_input_ids"], mask), mask, keys)
         values["mlm_logits"] = model.word_head(masked, model.text_encoder.embeddings.word_embeddings.weight)
@@ -82,17 +69,13 @@ def _fused(
     return values
 
 
-def recorded_choices(inputs: dict[str, torch.Tensor], prefix: str = "") -> RandomChoices:
+def recorded_choices(inputs: Values, prefix: str = "") -> RandomChoices:
     """The recorded random choices."""
-    return RandomChoices(
-        inputs.get(prefix + "itm_image_neg_idx"),
-        inputs.get(prefix + "itm_text_neg_idx"),
-        inputs.get(prefix + "mlm_input_ids"),
-        inputs.get(prefix + "mlm_labels"),
-    )
+    names = ("itm_image_neg_idx", "itm_text_neg_idx", "mlm_input_ids", "mlm_labels")
+    return RandomChoices(*(inputs.get(prefix + name) for name in names))
 
 
-def _values(model: Singularity, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _values(model: Singularity, inputs: Values) -> Values:
     """Everything between the encoders and the losses, under the recorded names."""
     batch = len(inputs["idx"])
     tokens, pooled = model.encode_visual(inputs["image"])
@@ -130,16 +113,14 @@ def compare_forward(folder: Path) -> Comparison:
     model = case.load()
     assert isinstance(model, Singularity)
     inputs, expected = case.inputs, case.expected
-    batch, recorder = len(inputs["idx"]), Recorder()
-    _watch_layers(model, recorder, batch)
-    losses = model(
-        inputs["image"], inputs["input_ids"], inputs["attention_mask"], inputs["idx"], recorded_choices(inputs)
-    )
-    recorder.stop()
+    batch, values = len(inputs["idx"]), Values()
+    with _record_layers(model, batch, values):
+        arguments = [inputs[name] for name in ("image", "input_ids", "attention_mask", "idx")]
+        losses = model(*arguments, recorded_choices(inputs))
     total = torch.stack(list(losses.values())).sum()
     total.backward()
     with torch.no_grad():
-        values = recorder.values | _values(model, inputs)
+        values = values | _values(model, inputs)
     true, texts, visuals = values["itm_cls_embeds"].split(batch)  # the official order is another one
     values["itm_cls_embeds"] = torch.cat([true, visuals, texts])
     values |= {"loss_total": total, "temp_after_clamp": model.temp.squeeze()}

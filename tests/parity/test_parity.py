@@ -35,28 +35,28 @@ def test_a_changed_weight_fails_the_command(folder, tmp_path, capsys):
     assert "FAILED" in capsys.readouterr().out
 
 
+def changed_token(case):
+    path = case / "tables/tokenizer.json"
+    table = json.loads(path.read_text())
+    table["rows"][3]["input_ids"][1] += 1
+    path.write_text(json.dumps(table))
+
+
+def changed_image(case):
+    shutil.copy(case / "images/im0.png", case / "images/im2.png")
+
+
 @pytest.mark.shared
-@pytest.mark.parametrize("folder", [case for case in CASES if case.name == "08_pure"], ids=lambda folder: folder.name)
-def test_a_changed_table_fails_the_command(folder, tmp_path, capsys):
-    for change in ("tokenizer.json", "lr_schedule.json", "image"):
-        copy = tmp_path / change / folder.name
-        shutil.copytree(folder, copy)
-        shutil.copy(GOLDEN / "vocab.txt", copy.parent)
-        for path in copy.rglob("*"):
-            path.chmod(0o755)
-        table = copy / "tables" / change
-        if change == "tokenizer.json":
-            rows = json.loads(table.read_text())
-            rows["rows"][3]["input_ids"][1] += 1
-            table.write_text(json.dumps(rows))
-        elif change == "lr_schedule.json":
-            cases = json.loads(table.read_text())
-            cases[0]["lr_at_step"][20][0] *= 1.001
-            table.write_text(json.dumps(cases))
-        else:
-            shutil.copy(copy / "images" / "im0.png", copy / "images" / "im2.png")
-        assert main([str(copy)]) == 1
-        assert f"{change.removesuffix('.json')}" in capsys.readouterr().out
+@pytest.mark.skipif(not CASES, reason="no recorded cases here")
+@pytest.mark.parametrize(("name", "change"), [("tokenizer", changed_token), ("image", changed_image)])
+def test_a_changed_table_fails_the_command(name, change, tmp_path, capsys):
+    case = shutil.copytree(GOLDEN / "08_pure", tmp_path / "08_pure")
+    shutil.copy(GOLDEN / "vocab.txt", tmp_path)
+    for path in case.rglob("*"):
+        path.chmod(0o755)
+    change(case)
+    assert main([str(case)]) == 1
+    assert name in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("truth", [{"0": 2, "1": [0, 1]}, {"0": [2], "1": [0, 1]}, [2, [0, 1]], [[2], [0, 1]]])

@@ -74,7 +74,9 @@ class RunConfig(ModelSettings, EvalRunConfig):
 
     optimizer: OptimizerConfig = fixed(OptimizerConfig)
     scheduler: SchedulerConfig = fixed(SchedulerConfig)
-    accumulate: int = free(1, "micro-batches that a rank's part of a batch is split into", least=1)
+    accumulate: int = free(
+        1, "micro-batches that a rank's part of a batch is split into; VTC and VTM take negatives from one", least=1
+    )
     gradient_checkpointing: bool = free(False, "recompute activations in the backward pass: slower, less memory")
     compile: bool = free(False, "torch.compile for the step: minutes at the start, faster steps; not with ZeRO 3")
     precision: str = fixed("bf16", "data type of the weights in a step", choices=PRECISIONS)
@@ -86,7 +88,7 @@ class RunConfig(ModelSettings, EvalRunConfig):
         None, "weights to start from: a run folder, a weights folder or an official .pth"
     )
     checkpoint: str | None = free(None, "weights to evaluate, in the same forms as pretrained_path")
-    expected_tensors: list[str] = fixed(list, "tensors of those weights that may differ in shape, such as itm_head.*")
+    expected_tensors: list[str] = fixed(list, "tensors that may be missing, unexpected or of another shape")
     stop_key: str | None = fixed(None, "split whose metric chooses the best checkpoint; null: the last one is used")
     log_every: int = free(10, "steps between log lines", least=1)
     save_every: int = free(1000, "steps between checkpoints; also written at signals and at the end", least=1)

@@ -115,7 +115,7 @@ def _remedy(cuda: int, driver: str) -> str:
     older = [major for major, oldest in OLDEST_DRIVER.items() if oldest <= branch]
     if not older:
         return update
-    return f"{update}, or install the build for CUDA {max(older)} (`make clean`, `make DALI=cuda{max(older)}`)"
+    return f"{update}, or install the build for CUDA {max(older)} (`make clean`, `make install DALI=cuda{max(older)}`)"
 
 
 def _gpu_number(ranks: Ranks) -> int:

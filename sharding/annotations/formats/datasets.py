@@ -86,8 +86,7 @@ def something_records(file: AnnotationFile, reading: Reading) -> Iterator[Record
 def sbu_records(files: Sequence[AnnotationFile], reading: Reading) -> Iterator[Record]:
     """SBU: a JSON object of the lists image_urls and captions, or a *_urls.txt and a *_captions.txt; url and caption.
 
-    Raises:
-        ValueError: one of two lists is longer, or a file has no partner.
+    Raises ValueError: one of two lists is longer, or a file has no partner.
     """
     texts = [file for file in files if ".json" not in file.name.lower()]
     captions = [file for file in texts if "caption" in file.name.rsplit("/", 1)[-1].replace("captioned", "")]
@@ -221,8 +220,7 @@ def answered(
 ) -> Iterator[Record]:
     """Each question with its answer's fields.
 
-    Raises:
-        ValueError: there are only questions, or only answers, among the files.
+    Raises ValueError: there are only questions, or only answers, among the files.
     """
     none = True
     for record in questions:

@@ -25,8 +25,7 @@ def json_records(file: AnnotationFile, location: str = "") -> Iterator[Record]:
 
     An entry KEY: VALUE becomes a record of KEY under "key" and VALUE's own fields, or "value" if it is not an object.
 
-    Raises:
-        ValueError: the file is not JSON, or of another form.
+    Raises ValueError: the file is not JSON, or of another form.
     """
     check_form(file, "list" if location == "" else "object")
     if location == "*":
@@ -49,8 +48,7 @@ def json_records(file: AnnotationFile, location: str = "") -> Iterator[Record]:
 def parsed(file: AnnotationFile, parse: Callable[[Any], Iterator[Found]]) -> Iterator[Found]:
     """The values that `parse` finds in a JSON file; after a parse error it continues with RepairedJson.
 
-    Raises:
-        ValueError: the file is not JSON.
+    Raises ValueError: the file is not JSON.
     """
     done = 0
     with file.opened() as handle:

@@ -38,8 +38,7 @@ def tsv_records(file: AnnotationFile, reading: Reading) -> Iterator[Record]:
 def table_records(file: AnnotationFile, reading: Reading, delimiter: str, quoting: int) -> Iterator[Record]:
     """Rows of a table as text; the first line names the columns unless `reading.header` does.
 
-    Raises:
-        ValueError: it is empty, its header cannot be read, or two columns that may be used have one name.
+    Raises ValueError: it is empty, its header cannot be read, or two columns that may be used have one name.
     """
     if len(delimiter) != 1:
         raise UserError(f"--delimiter {delimiter!r}: must be one character")
@@ -72,8 +71,7 @@ def table_records(file: AnnotationFile, reading: Reading, delimiter: str, quotin
 def parquet_records(file: AnnotationFile, reading: Reading, more: Sequence[str] = ()) -> Iterator[Record]:
     """Rows of a Parquet file, of which only columns that `reading` may use are read, and those called `more`.
 
-    Raises:
-        ValueError: it is not a Parquet file, damaged, or two of these columns have one name.
+    Raises ValueError: it is not a Parquet file, damaged, or two of these columns have one name.
     """
     used = used_names(reading.columns, reading.keep).union(more)
     with file.opened() as handle:

@@ -94,7 +94,7 @@ def test_a_driver_too_old_for_pytorch_ends_the_run(host):
         f"this host has an NVIDIA GPU ({devices.DEVICES}/nvidia0), but PyTorch {torch.__version__} for CUDA 13.0 "
         "cannot use it (driver 535.104.05): The NVIDIA driver on your system is too old (found version 12020); "
         "CUDA 13 needs driver 580 or newer: update the driver, or install the build for CUDA 12 (`make clean`, "
-        "`make DALI=cuda12`); to compute on the CPU, set DS_ACCELERATOR=cpu"
+        "`make install DALI=cuda12`); to compute on the CPU, set DS_ACCELERATOR=cpu"
     )
     assert "DS_ACCELERATOR" not in os.environ
 
