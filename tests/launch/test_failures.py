@@ -3,7 +3,6 @@
 import os
 import pty
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -34,19 +33,6 @@ def failed(launcher, corpora, folder, fail):
     variables = {**environment(), "FAULT": fail}
     result = subprocess.run(words, env=variables, capture_output=True, text=True, timeout=300)
     return result.returncode, result.stdout + result.stderr
-
-
-@pytest.fixture
-def usual_port():
-    """Has the port that launchers choose by default in use, as another job of this machine does."""
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(("", 29500))
-            listener.listen()
-        except OSError:  # it is anyway
-            pass
-        yield
 
 
 BUG, USER = "ValueError: a bug in the model", "this rank's disk is missing: mount it"
