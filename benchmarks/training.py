@@ -48,10 +48,9 @@ from runtime.ranks import Ranks, ranks_from_environment
 from train.checkpoints.writing import special_ids
 from train.config.settings import OptimizerConfig, RunConfig
 from train.deepspeed.engine import DTYPES, deepspeed_config, start_engine
-from train.groups import parameter_groups
 from train.guard import StepGuard
 from train.job.devices import choose_kernels, device_for, start_processes
-from train.schedule import Schedule
+from train.optimizer import Schedule, parameter_groups
 from train.step import TEXT_LENGTHS, Stepper, without_padding
 from train.tracking.metrics import FORWARD_AND_BACKWARD, memory, peak_flops
 

@@ -73,18 +73,14 @@ def read(folder: Path) -> list[Share]:
     return shares
 
 
-def difference(one: Share, several: Share) -> str:
-    """`several` less `one` with two standard errors, taken as two samples of clips."""
-    return f"{several.value - one.value:+.1f} ± {math.hypot(one.noise, several.noise):.1f}"
-
-
 def table(found: dict[str, list[Share]]) -> str:
-    """Markdown: a row a share, a column a run, then the second run less the first."""
+    """Markdown: a row for each share, a column for each run, then the second run less the first, as two samples."""
     head = ["", *(RUNS[run] for run in found), "difference", "chance"]
     rows = []
     for one, several in zip(*found.values()):
         shares = [f"{share.value:.1f} ± {share.noise:.1f}" for share in (one, several)]
-        rows.append([one.name, *shares, difference(one, several), f"{one.chance:.1f}"])
+        difference = f"{several.value - one.value:+.1f} ± {math.hypot(one.noise, several.noise):.1f}"
+        rows.append([one.name, *shares, difference, f"{one.chance:.1f}"])
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]) + "\n"
 
 

@@ -40,8 +40,8 @@ from train.job.hang import END, EVALUATE, LOADER, SAVE, STEP
 from train.job.interrupted import TrainingInterrupted
 from train.job.stopping import StopRequest, StopVote
 from train.job.watchdog import Watchdog
+from train.optimizer import Schedule
 from train.prepare import Prepared
-from train.schedule import Schedule
 from train.step import Losses, Stepper, without_padding
 from train.tracking.metrics import Clock
 from train.tracking.profiling import StepProfiler

@@ -111,7 +111,7 @@ def panel(metric: str, runs: Sequence[Run]) -> Panel:
 
 def title(metric: str, runs: Sequence[Run]) -> str:
     """A panel's title: a loss with its weight, where the runs have the same one."""
-    titles = {weighted_name(metric, run.weights) for run in runs if metric in run.metrics}
+    titles = {weighted_name(metric, run.weights) for run in runs if run.curves_of(metric)}
     return titles.pop() if len(titles) == 1 else f"{metric} (weighted)"
 
 

@@ -29,7 +29,7 @@ from train.config.architecture import adopt, changes_to, check_texts, fresh_arch
 from train.config.settings import RunConfig, Settings
 from train.deepspeed.engine import deepspeed_config
 from train.folder import RunFolder
-from train.groups import parameter_groups
+from train.optimizer import parameter_groups
 from train.tracking.trackers import check_tracking
 
 log = logging.getLogger(__name__)

@@ -17,9 +17,8 @@ from train.config.settings import RunConfig
 from train.deepspeed.compat import finish_step
 from train.deepspeed.engine import DTYPES
 from train.deepspeed.state import WEIGHT, fragments
-from train.groups import ParameterGroup
 from train.guard import StepGuard
-from train.schedule import Schedule
+from train.optimizer import ParameterGroup, Schedule
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

@@ -7,7 +7,8 @@ from contextlib import closing
 
 import pytest
 import torch
-from small_run import environment, free_port
+from object_stores import free_port
+from small_run import environment
 
 from launch.doctor import all_reduce, examine, probe
 from launch.doctor.__main__ import main

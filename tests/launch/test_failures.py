@@ -3,7 +3,6 @@
 import os
 import pty
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -36,57 +35,40 @@ def failed(launcher, corpora, folder, fail):
     return result.returncode, result.stdout + result.stderr
 
 
-@pytest.fixture
-def usual_port():
-    """Has the port that launchers choose by default in use, as another job of this machine does."""
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(("", 29500))
-            listener.listen()
-        except OSError:  # it is anyway
-            pass
-        yield
+BUG, USER = "ValueError: a bug in the model", "this rank's disk is missing: mount it"
+DISK = "No space left on device: '/data/part'"
+FAILURES = [
+    ("deepspeed", f"{STEP} 1 1 bug", 1, BUG),
+    ("torchrun", f"{STEP} 1 1 bug", 1, BUG),
+    ("deepspeed", f"{LOADING} 1 1 user", None, f"error: rank 1: {USER}\n"),
+    ("torchrun", f"{LOADING} 1 1 user", None, f"error: rank 1: {USER}\n"),
+    ("python", f"{LOADING} 0 1 bug", 1, BUG),
+    ("python", f"{LOADING} 0 1 user", 2, f"error: {USER}\n"),
+    ("python", f"{LOADING} 0 1 disk", 2, f"error: {DISK}"),
+]
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", pytest.param("torchrun", marks=pytest.mark.slow)])
-def test_a_bug_on_one_rank_shows_its_traceback_once(corpora, tmp_path, usual_port, launcher):
-    code, shown = failed(launcher, corpora, tmp_path / "run", f"{STEP} 1 1 bug")
-    assert code == 1, shown
-    assert shown.count("ValueError: a bug in the model") == 1, shown
-    assert "rank 1: Traceback (most recent call last):" in shown
-    assert "faulty_worker.py" in shown
-    kept = (tmp_path / "run/logs/rank_00001.txt").read_text()
-    assert "ValueError: a bug in the model" in kept
-    assert "Building the model" in kept  # from before there was a folder
-    assert "ValueError" not in (tmp_path / "run/log.txt").read_text()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
-def test_what_a_user_can_mend_on_one_rank_is_one_line(corpora, tmp_path, launcher):
-    code, shown = failed(launcher, corpora, tmp_path / "run", f"{LOADING} 1 1 user")
-    assert code != 0
-    assert shown.count("error: rank 1: this rank's disk is missing: mount it\n") == 1, shown
-    assert "UserError" not in shown
-    assert "UserError" in (tmp_path / "run/logs/rank_00001.txt").read_text()
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "code", "reported"),
-    [
-        ("bug", 1, "ValueError: a bug in the model"),
-        ("user", 2, "error: this rank's disk is missing: mount it"),
-        ("disk", 2, "error: No space left on device: '/data/part'"),
-    ],
+    ("launcher", "fault", "code", "reported"),
+    [FAILURES[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in FAILURES[1:])],
 )
-def test_a_single_process_reports_its_failures(corpora, tmp_path, kind, code, reported):
-    found, shown = failed("python", corpora, tmp_path / "run", f"{LOADING} 0 1 {kind}")
-    assert found == code, shown
-    assert shown.strip().splitlines()[-1].startswith(reported)
-    assert ("Traceback" in shown) == (kind == "bug")
-    assert re.match(r"\[\d\d:\d\d:\d\d\] launch/pretrain.py \S+tiny.yaml, 1 process: loading PyTorch", shown)
+def test_a_failure_is_reported_once(corpora, tmp_path, usual_port, launcher, fault, code, reported):
+    """A bug by its traceback, an error that the user can fix in one line; the log of the rank has both."""
+    found, shown = failed(launcher, corpora, tmp_path / "run", fault)
+    assert found == code if code else found != 0, shown
+    assert shown.count(reported) == 1, shown
+    assert ("in fail\n" in shown) == ("bug" in fault)  # the traceback
+    assert "UserError" not in shown
+    if launcher == "python":
+        assert shown.strip().splitlines()[-1].startswith(reported.strip())
+        assert re.match(r"\[\d\d:\d\d:\d\d\] launch/pretrain.py \S+tiny.yaml, 1 process: loading PyTorch", shown)
+        return
+    kept = (tmp_path / "run/logs/rank_00001.txt").read_text()
+    assert (BUG if "bug" in fault else "UserError") in kept
+    if "bug" in fault:
+        assert "rank 1: Traceback (most recent call last):" in shown
+        assert "Building the model" in kept  # from before there was a folder
+        assert "ValueError" not in (tmp_path / "run/log.txt").read_text()
 
 
 def on_one_node(monkeypatch, **variables):

@@ -10,7 +10,8 @@ import pytest
 import yaml
 from hosts import until
 from needs import lacks, leave_out
-from small_run import ROOT, environment, free_port, learned, metrics
+from object_stores import free_port
+from small_run import ROOT, environment, learned, metrics
 
 from runtime.ranks import Ranks, ranks_from_environment
 

@@ -1,8 +1,6 @@
 """The study: what it measures, that one frame cannot tell a motion from its reverse, and its commands."""
 
-import contextlib
 import os
-import socket
 import subprocess
 
 import numpy as np
@@ -49,16 +47,6 @@ def test_the_share_counts_the_clips_whose_true_motion_scores_higher_than_its_rev
 def test_the_table_gives_the_difference_of_the_runs_with_the_noise_of_both():
     found = {"single": [Share("motion", 50, 50, 400)], "temporal": [Share("motion", 80, 50, 400)]}
     assert table(found).splitlines()[-1] == "| motion | 50.0 ± 5.0 | 80.0 ± 4.0 | +30.0 ± 6.4 | 50.0 |"
-
-
-@pytest.fixture
-def usual_port():
-    """deepspeed's own choice of a port, taken for the test's time."""
-    with socket.socket() as listener:
-        with contextlib.suppress(OSError):  # another job has it already
-            listener.bind(("", 29500))
-            listener.listen()
-        yield
 
 
 @pytest.mark.slow

@@ -39,8 +39,7 @@ from sharding.media.picture import picture_size
 from tests.parity.comparison import Comparison, as_lists
 from tests.parity.training import optimizer_config
 from train.config.settings import RunConfig
-from train.groups import parameter_groups
-from train.schedule import Schedule
+from train.optimizer import Schedule, parameter_groups
 
 GREY_LEVELS = 1.01  # OpenCV and PyTorch round a bicubic value to 8 bits differently, now and then
 

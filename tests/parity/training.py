@@ -17,8 +17,7 @@ from runtime.settings import build
 from tests.parity.comparison import LOSS_NAMES, Case, Comparison
 from tests.parity.forward import recorded_choices
 from train.config.settings import OptimizerConfig
-from train.groups import ParameterGroup, parameter_groups
-from train.schedule import Schedule
+from train.optimizer import ParameterGroup, Schedule, parameter_groups
 
 LOSS_TOLERANCE = 1e-3
 PREFIX = "text_encoder.bert."

@@ -1,7 +1,8 @@
 """Fixtures of this folder."""
 
 import pytest
-from small_run import free_port, make_corpora
+from object_stores import free_port
+from small_run import make_corpora
 
 from runtime.ranks import Ranks
 from train.job.devices import device_for, start_processes

@@ -2,13 +2,13 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from object_stores import free_port
 from places import ROOT
 
 from loaders.vocab import learn_vocabulary
@@ -134,13 +134,6 @@ def learned(folder: Path) -> list[dict]:
         {key: value for key, value in line.items() if key not in VARYING and not key.startswith("loader/")}
         for line in lines
     ]
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def metrics(folder: Path) -> list[dict]:

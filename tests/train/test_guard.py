@@ -8,7 +8,7 @@ from small_run import PRECISIONS
 from model.singularity import Singularity
 from train.config.settings import OptimizerConfig
 from train.deepspeed.state import fragments
-from train.groups import parameter_groups
+from train.optimizer import parameter_groups
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

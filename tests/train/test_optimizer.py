@@ -3,8 +3,7 @@
 import pytest
 
 from train.config.settings import DifferentLearningRate, OptimizerConfig
-from train.groups import parameter_groups
-from train.schedule import Schedule
+from train.optimizer import Schedule, parameter_groups
 
 DIMENSIONS = {"temp": 0, "norm.weight": 1, "norm.bias": 1, "proj.weight": 2, "proj.bias": 1, "odd.bias": 2, "head.w": 2}
 

@@ -19,7 +19,7 @@ from model.building import build_model
 from model.config import AnswerDecoderConfig, ModelConfig, TemporalConfig, TextConfig, VisionConfig
 from train.config.settings import RunConfig
 from train.guard import StepGuard, gradient_norm
-from train.schedule import Schedule
+from train.optimizer import Schedule
 from train.step import Stepper, without_padding
 
 PAIRS, WORDS = 8, 13

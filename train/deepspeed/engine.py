@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ from runtime.ranks import Ranks
 from train.config.settings import RunConfig
 from train.deepspeed.compat import broadcast_scalars
 from train.deepspeed.state import frozen_weights, keep_exact, set_optimizer_step
-from train.groups import ParameterGroup, parameter_groups
+from train.optimizer import ParameterGroup, trainable_groups
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -129,7 +128,7 @@ def start_engine(
             if isinstance(module, FrameEncoder):
                 module.weights_in_layers = True
     parameters = dict(model.named_parameters())
-    groups = trainable_groups(model, run)
+    groups = trainable_groups(model, run.optimizer)
     # The schedule sets the learning rate at every step; 0 until then, for the step that DeepSpeed may begin with.
     wanted = [
         {"params": [parameters[name] for name in group.names], "lr": 0.0, "weight_decay": group.weight_decay}
@@ -147,20 +146,6 @@ def start_engine(
     # an empty step, which shifts AdamW's bias correction.
     set_optimizer_step(engine, 0)
     return engine, groups
-
-
-def trainable_groups(model: nn.Module, run: RunConfig) -> list[ParameterGroup]:
-    """The optimiser's groups of the parameters that are not frozen; none is empty.
-
-    Raises UserError when all are frozen, or when `different_lr` names a module that the model does not have.
-    """
-    parameters = dict(model.named_parameters())
-    groups = parameter_groups({name: p.ndim for name, p in parameters.items()}, run.optimizer)
-    own = (tuple(name for name in group.names if parameters[name].requires_grad) for group in groups)
-    trainable = [replace(group, names=names) for group, names in zip(groups, own) if names]
-    if not trainable:
-        raise UserError("every parameter of the model is frozen (requires_grad=False): leave some trainable")
-    return trainable
 
 
 def _optimizer(

@@ -115,14 +115,9 @@ ENCODING = r"evaluating images: visual 0 of 4 encoded"
 slow = pytest.mark.slow
 HALTS = {
     "saving, rank 1 stopped": (IN_TRAINING, "train.checkpoints.shards save_file 1 1 stop", WRITING),
-    "saving, rank 0 stopped": (IN_TRAINING, "train.checkpoints.shards save_file 0 1 stop", WRITING),
     "saving, rank 0 flushes": (IN_TRAINING, "train.checkpoints.writing flush 0 1 wait", r"saving: .*"),
-    "after an epoch, rank 1 stopped": (IN_TRAINING, "eval.features normalize 1 1 stop", ENCODING),
     "after an epoch, rank 0 reads": (IN_TRAINING, "loaders.evaluation VisualSet._batch 0 1 wait", ENCODING),
-    "at the end, rank 1 waits": (IN_TRAINING, "eval.features normalize 1 2 wait", ENCODING),
-    "alone, rank 1 stopped": (("evaluate", "splits=[images]"), "eval.features normalize 1 1 stop", ENCODING),
     "alone, rank 0 stopped": (("evaluate", "splits=[images]"), "eval.features normalize 0 1 stop", ENCODING),
-    "alone, rank 1 reads": (("evaluate", "splits=[images]"), "loaders.evaluation VisualSet._batch 1 1 wait", ENCODING),
     "alone, rank 0 writes": (("evaluate", "splits=[images]"), "eval.outputs write_json 0 2 wait", WRITTEN),
 }
 QUICK = ("saving, rank 1 stopped", "alone, rank 0 stopped")

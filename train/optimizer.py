@@ -1,9 +1,12 @@
-"""Groups of a model's parameters that share a learning rate and a weight decay."""
+"""Learning rates and weight decay: groups of parameters, and the factor of every step."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import cos, pi
+
+from torch import nn
 
 from runtime.errors import UserError
 from runtime.settings import nearest
@@ -44,5 +47,40 @@ def parameter_groups(dimensions: Mapping[str, int], config: OptimizerConfig) -> 
     return [ParameterGroup(lr, decay, tuple(names)) for (lr, decay), names in groups.items()]
 
 
+def trainable_groups(model: nn.Module, config: OptimizerConfig) -> list[ParameterGroup]:
+    """The optimiser's groups of the parameters that are not frozen; none is empty.
+
+    Raises UserError when all are frozen, or when `different_lr` names a module that the model does not have.
+    """
+    parameters = dict(model.named_parameters())
+    groups = parameter_groups({name: p.ndim for name, p in parameters.items()}, config)
+    own = (tuple(name for name in group.names if parameters[name].requires_grad) for group in groups)
+    trainable = [replace(group, names=names) for group, names in zip(groups, own) if names]
+    if not trainable:
+        raise UserError("every parameter of the model is frozen (requires_grad=False): leave some trainable")
+    return trainable
+
+
 def _below(name: str, module: str) -> bool:
     return name == module or name.startswith(module + ".")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Warm-up over `warmup_steps` (fractions count), cosine decay until `total_steps`, floored at `min_multiplier`."""
+
+    warmup_steps: float
+    total_steps: int
+    min_multiplier: float
+
+    def multiplier(self, step: int) -> float:
+        """The factor of the base learning rates at optimiser step `step` = 0, 1, 2, ...
+
+        Past the last step it stays at `min_multiplier`.
+        """
+        if step < self.warmup_steps:
+            return max(self.min_multiplier, step / max(1.0, self.warmup_steps))
+        if step >= self.total_steps:
+            return self.min_multiplier
+        progress = (step - self.warmup_steps) / max(1.0, self.total_steps - self.warmup_steps)
+        return max(self.min_multiplier, 0.5 * (1.0 + cos(pi * progress)))
