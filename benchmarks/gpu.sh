@@ -35,7 +35,7 @@ if [ -n "${SMALL:-}" ]; then
   pictures=(--pixels 64 --batch 16 --images 32) decoding=(--size 64 --batch 16 --images 64 --rounds 1 --seconds 0.1)
   stream=(--size 64 --batch-size 16 --seconds 0.5) train=(--steps 2 --blocks 1) model=(--batch 4 --repeats 1)
   gallery=16 many=32 match=(--k_test 4 --repeats 1 --frames 2) run=(--batch 16 --steps 8 --k_test 4)
-  host=(--steps 3) profile=("${train[@]}") compile=(--size least --warm-up 1 --steps 1)
+  profile=("${train[@]}") compile=(--size least --warm-up 1 --steps 1)
 else
   fault=$(env -u DS_ACCELERATOR "$python" -c 'import torch; from train.job.devices import gpu_fault
 print(gpu_fault()); raise SystemExit(not torch.cuda.is_available())') || {
@@ -47,7 +47,7 @@ print(gpu_fault()); raise SystemExit(not torch.cuda.is_available())') || {
   large=$((batch * 3)) few=$((batch / 4))
   pictures=(--batch 128) decoding=(--rounds 1 --seconds 2) stream=(--seconds 6)
   train=(--steps 30 --blocks 3 --threads 0) model=(--batch "$batch" --repeats 5)
-  gallery=200 many=1000 match=(--k_test 128 --repeats 1) run=(--precision bf16) host=(--steps 40)
+  gallery=200 many=1000 match=(--k_test 128 --repeats 1) run=(--precision bf16)
   profile=(--threads 0) compile=(--steps 20 --blocks 2)
 fi
 
@@ -142,8 +142,6 @@ part finetune 60 "Fine-tuning on 4 frames" \
   "${training[@]}" --corpus "$videos" --batch $few --frames 4 --decode cpu --ways path
 part evaluation 60 "Re-ranking against one query at a time" "${evaluation[@]}" --gallery $gallery
 part evaluation_large 40 "Evaluation" "${evaluation[@]}" --grow $many
-part host 60 "Host time of a step, against DeepSpeed's own norm" \
-  "$python" benchmarks/host_time.py --precision bf16 "${host[@]}"
 
 load=b
 # Reserve time for the last part, which is a check.

@@ -17,12 +17,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,17 +28,13 @@ import torch
 
 from benchmarks.decoding import LARGEST_MEAN, cpu_decoder, dali_decoder, deviation, read_clips
 from benchmarks.model import SIZES, make_batch, ours
+from launch.doctor.probe import Probe
 from loaders.decode.decoder import Decoder
 from loaders.samples import Clip
 from model.singularity import Singularity
 from runtime.ranks import cores_per_process
-from train.job.devices import choose_kernels, driver_version
+from train.job.devices import choose_kernels
 
-PACKAGES = (
-    "torch", "triton", "deepspeed", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "timm", "transformers", "numpy",
-    "opencv-python-headless", "pyarrow",
-)  # fmt: skip
-MODULES = {"deepspeed": "deepspeed", "nvidia-dali-cuda130": "nvidia.dali"}  # may lie there without their metadata
 SLEEP_CYCLES = 2_000_000_000  # about a second on the default stream
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -58,29 +50,9 @@ class Tolerance(NamedTuple):
 TOLERANCES = {"fp32": Tolerance(1e-4, 1e-3, 1e-4), "bf16": Tolerance(0.02, 0.02, 0.005)}
 
 
-def package_version(name: str) -> str | None:
-    """Version of a package; None if it is not installed."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        module = MODULES.get(name)
-        program = f"import {module}, sys; sys.stdout.write({module}.__version__)"
-        run = module and subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-        return run.stdout.splitlines()[-1] if run and run.returncode == 0 else None
-
-
 def versions(options: argparse.Namespace) -> dict[str, Any]:
     """What results depend on: GPU, driver, CPU, packages."""
-    found: dict[str, Any] = {"python": platform.python_version(), "cores": len(os.sched_getaffinity(0))}
-    found |= {name: number for name in PACKAGES if (number := package_version(name))}
-    found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-    if torch.cuda.is_available():
-        card = torch.cuda.get_device_properties(0)
-        found |= {"card": card.name, "memory_gb": round(card.total_memory / 1e9, 1), "driver": driver_version()}
-        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
-    else:
-        found["card"] = "none: torch finds no GPU"
-    return found
+    return Probe().facts()
 
 
 class Outcome(NamedTuple):

@@ -41,8 +41,8 @@ from benchmarks import training
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 3  # in the trace
 WARM_UP = 5
-TOLD = 6  # longest kernels, and places that wait
-# Kind of a kernel: parts of names, the first kind that fits counts.
+SHOWN = 6  # longest kernels, and places that wait
+# Kind of a kernel: parts of its name; the first match counts.
 KINDS = {
     "attention": ("fmha", "flash", "attention", "sdpa"),
     "matrix products": ("gemm", "nvjet", "xmma", "cutlass", "splitk"),
@@ -108,7 +108,7 @@ def longest(events: list[Event]) -> list[str]:
     for event in events:
         times[event["name"]] += event["dur"]
     counts, total = Counter(event["name"] for event in events), sum(times.values())
-    return [f"{time / total:.1%} {counts[name]}x {name[:60]}" for name, time in times.most_common(TOLD)]
+    return [f"{time / total:.1%} {counts[name]}x {name[:60]}" for name, time in times.most_common(SHOWN)]
 
 
 def traced(ways: training.Ways, steps: int, path: Path) -> list[Event]:
@@ -121,7 +121,7 @@ def traced(ways: training.Ways, steps: int, path: Path) -> list[Event]:
         return json.load(file)["traceEvents"]
 
 
-def place() -> str:
+def caller() -> str:
     """Caller of a replaced function: the innermost lines outside torch, as file:line."""
     frames = [frame for frame in traceback.extract_stack() if "/torch/" not in frame.filename][:-2]
     return " < ".join(f"{shortened(frame.filename)}:{frame.lineno}" for frame in frames[:-4:-1])
@@ -132,50 +132,40 @@ def shortened(path: str) -> str:
     return path.split("site-packages/")[-1].removeprefix(f"{ROOT}/")
 
 
-class Waits:
-    """Counts, by place, the synchronisations of one thread; other threads, such as DALI's, may wait."""
+@contextmanager
+def counted_waits() -> Iterator[Counter[str]]:
+    """Counts, by place, the synchronisations of this thread; other threads, such as DALI's, may wait."""
+    found: Counter[str] = Counter()
+    thread, inside = threading.get_ident(), False  # inside a counted call, which may also cause a warning
 
-    def __init__(self) -> None:
-        self.found: Counter[str] = Counter()
-        self._thread = threading.get_ident()
-        self._noted = False  # within a call that is noted, of which the mode may tell as well
-
-    def noting(self, plain: Any) -> Any:
-        """The function `plain`, with its calls recorded."""
-
+    def counting(plain: Any) -> Any:
         def synchronize(*arguments: Any, **keywords: Any) -> Any:
-            if self._noted or threading.get_ident() != self._thread:
+            nonlocal inside
+            if inside or threading.get_ident() != thread:
                 return plain(*arguments, **keywords)
-            self.found[f"{plain.__qualname__} at {place()}"] += 1
-            self._noted = True
+            found[f"{plain.__qualname__} at {caller()}"] += 1
+            inside = True
             try:
                 return plain(*arguments, **keywords)
             finally:
-                self._noted = False
+                inside = False
 
         return synchronize
 
-    def warned(self, message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
-        """Replaces `warnings.showwarning`; runs in the thread that warns."""
+    def warned(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
         matches = "called a synchronizing CUDA operation" in str(message)
-        if matches and not self._noted and threading.get_ident() == self._thread:
-            self.found[f"{shortened(filename)}:{lineno}"] += 1
+        if matches and not inside and threading.get_ident() == thread:
+            found[f"{shortened(filename)}:{lineno}"] += 1
 
-
-@contextmanager
-def noted_waits() -> Iterator[Counter[str]]:
-    """Counts, by place, the synchronisations of this thread inside the context."""
-    noted = Waits()
-    targets = ((torch.cuda, "synchronize"), (torch.cuda.Stream, "synchronize"), (torch.cuda.Event, "synchronize"))
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("always")
-        stack.enter_context(mock.patch.object(warnings, "showwarning", noted.warned))
-        for owner, name in targets:
-            stack.enter_context(mock.patch.object(owner, name, noted.noting(getattr(owner, name))))
+        stack.enter_context(mock.patch.object(warnings, "showwarning", warned))
+        for owner in (torch.cuda, torch.cuda.Stream, torch.cuda.Event):
+            stack.enter_context(mock.patch.object(owner, "synchronize", counting(owner.synchronize)))
         stack.callback(torch.cuda.set_sync_debug_mode, "default")
         torch.cuda.set_sync_debug_mode("warn")
-        yield noted.found
+        yield found
 
 
 def waits(ways: training.Ways) -> dict[str, int] | str:
@@ -183,9 +173,9 @@ def waits(ways: training.Ways) -> dict[str, int] | str:
     if ways.device.type != "cuda":
         ways.path()
         return "not counted: no GPU"
-    with noted_waits() as found:
+    with counted_waits() as found:
         ways.path()
-    return {"a step": found.total(), **dict(found.most_common(TOLD))}
+    return {"a step": found.total(), **dict(found.most_common(SHOWN))}
 
 
 def cudnn_attention(ways: training.Ways, options: argparse.Namespace) -> dict[str, float | str] | str:
@@ -213,7 +203,7 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def tell(name: str, found: Any) -> None:
+def report(name: str, found: Any) -> None:
     """Print a result at once, because a time limit may end the process."""
     print(json.dumps({name: found}), flush=True)
 
@@ -222,11 +212,11 @@ def main() -> None:
     options = parser().parse_args()
     ways, _ = training.start(options)
     ways.block("path", WARM_UP)
-    tell("step_ms", round(ways.block("path", options.steps).clock / options.steps * 1000, 2))
-    tell("waits", waits(ways))
+    report("step_ms", round(ways.block("path", options.steps).clock / options.steps * 1000, 2))
+    report("waits", waits(ways))
     with tempfile.TemporaryDirectory() as folder:
-        tell("trace", summary(traced(ways, STEPS, options.trace or Path(folder) / "trace.json.gz"), STEPS))
-    tell("cudnn", cudnn_attention(ways, options))
+        report("trace", summary(traced(ways, STEPS, options.trace or Path(folder) / "trace.json.gz"), STEPS))
+    report("cudnn", cudnn_attention(ways, options))
     training.end(ways)
 
 

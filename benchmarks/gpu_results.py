@@ -54,9 +54,9 @@ def result(folder: Path, part: Part) -> dict[str, Any]:
     if found:
         entry["figures"] = found
     log = text_of(folder / f"{part.name}.log").splitlines()
-    told = [line.strip() for line in log if line.strip()]
-    if part.status in ("failed", "timeout") and told:
-        entry["error"] = told[-1][-LONGEST_ERROR:]
+    logged = [line.strip() for line in log if line.strip()]
+    if part.status in ("failed", "timeout") and logged:
+        entry["error"] = logged[-1][-LONGEST_ERROR:]
     return entry
 
 
@@ -64,7 +64,7 @@ def fitted(results: list[dict[str, Any]], longest: int = LONGEST) -> list[str]:
     """The results as lines; if they are too long, the longest ones stay in the archive."""
     lines = [json.dumps(entry) for entry in results]
     while sum(map(len, lines)) > longest:
-        number = max(range(len(lines)), key=lambda place: len(lines[place]))
+        number = max(range(len(lines)), key=lambda index: len(lines[index]))
         shorter = json.dumps(results[number] | {"figures": f"in results.tgz, {results[number]['part']}.txt"})
         if len(shorter) >= len(lines[number]):
             break

@@ -24,10 +24,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 STOPPED = 128 + signal.SIGTERM
-LARGEST_DIFFERENCE = 0.1  # of the last losses, relative: a GPU adds in another order each time
+LARGEST_DIFFERENCE = 0.1  # of the last losses, relative: the order of sums differs between runs on a GPU
 POLL_SECONDS = 0.05
 TWINS = ("twin_1", "twin_2")
-# Dropout and bf16, as large models have them: the demo's has neither.
+# Dropout and bf16, as for large models: the demo has neither.
 OF_TWINS = ("deterministic=true", "decode=cpu", "precision=bf16", "text_encoder.dropout=0.1", "max_steps=10")
 
 
@@ -58,7 +58,7 @@ class Commands:
         with open(self.output / f"{name}.log", "ab") as log:
             return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
 
-    def last_words(self, name: str) -> str:
+    def last_line(self, name: str) -> str:
         """The last line printed by the commands on a run folder."""
         return ((self.output / f"{name}.log").read_text().strip() or "no output").splitlines()[-1]
 
@@ -73,7 +73,7 @@ class Commands:
         """Whether two runs logged the same metrics; if one failed, its last line."""
         for name, process in zip(TWINS, twins, strict=True):
             if process.wait():
-                return f"{name}: exit code {process.returncode}: {self.last_words(name)}"
+                return f"{name}: exit code {process.returncode}: {self.last_line(name)}"
         first, second = ([computed(record) for record in self.logged(name)] for name in TWINS)
         return bool(first) and first == second
 
@@ -88,8 +88,8 @@ class Commands:
         return process.wait()
 
 
-def course(commands: Commands) -> dict[str, Any]:
-    """Run everything; returns the results."""
+def run_all(commands: Commands) -> dict[str, Any]:
+    """Run all commands; returns the results."""
     seconds: dict[str, float] = {}
     result: dict[str, Any] = {}
 
@@ -98,12 +98,12 @@ def course(commands: Commands) -> dict[str, Any]:
         code = result[f"exit_{name}"] = command()
         seconds[name] = round(time.perf_counter() - began, 1)
         if code != expected:
-            raise SystemExit(f"{name}: exit code {code} instead of {expected}: {commands.last_words(run)}")
+            raise SystemExit(f"{name}: exit code {code} instead of {expected}: {commands.last_line(run)}")
 
     timed("stopped", "resumed", lambda: commands.stop_at("resumed", commands.steps // 3), STOPPED)
     before = commands.logged("resumed")
     timed("resumed", "resumed", lambda: commands.start("pretrain", "resumed").wait())
-    twins = [commands.start("pretrain", name, *OF_TWINS) for name in TWINS]  # beside it: most is the start
+    twins = [commands.start("pretrain", name, *OF_TWINS) for name in TWINS]  # concurrent: most time is start-up
     try:
         timed("whole", "whole", lambda: commands.start("pretrain", "whole").wait())
         result["deterministic_equal"] = commands.twins_are_equal(twins)
@@ -120,7 +120,7 @@ def course(commands: Commands) -> dict[str, Any]:
     return result | {"seconds": seconds}
 
 
-def verdict(found: dict[str, Any], steps: int) -> dict[str, Any]:
+def checked(found: dict[str, Any], steps: int) -> dict[str, Any]:
     """The result with its list of steps checked, and whether all is correct."""
     difference = abs(found["last_loss"] / found["whole_loss"] - 1)
     complete = found.pop("steps") == list(range(1, steps + 1))
@@ -147,7 +147,7 @@ def main() -> int:
         shutil.rmtree(options.output)
     options.output.mkdir(parents=True)
     options.corpus, options.tokenizer = (str(Path(p).resolve()) for p in (options.corpus, options.tokenizer))
-    found = verdict(course(Commands(options)), options.steps)
+    found = checked(run_all(Commands(options)), options.steps)
     print(json.dumps(found))
     return int(not found["ok"])
 

@@ -44,7 +44,7 @@ CONTENDERS = {
     "image": ["ours", "bare", "bare-batches", "official", "webdataset", "mosaic", "litdata", "energon"],
     "video": ["ours", "bare", "bare-batches", "decord", "pyav"],
 }
-CLIPS_REPEATED = 200  # a few dozen clips make an epoch of several thousand
+CLIPS_REPEATED = 200  # traversals in an epoch: there are a few dozen clips
 
 
 def open_loader(options: argparse.Namespace) -> TrainLoader:
@@ -91,7 +91,7 @@ def bare(options: argparse.Namespace, into_batches: bool) -> Iterator[int]:
                 cv2.flip(out, 1, dst=out)
 
     def many(thread: int, first: int) -> None:
-        for number in range(first, first + 16):  # so many batches between two meetings of the threads
+        for number in range(first, first + 16):  # batches between two barriers
             work(thread, number * batch, number % len(memory))
 
     with ThreadPoolExecutor(options.threads) as pool:
@@ -103,7 +103,7 @@ def bare(options: argparse.Namespace, into_batches: bool) -> Iterator[int]:
 
 
 def prepare(options: argparse.Namespace) -> None:
-    """Pack what is asked for, learn a vocabulary, make the peers' environment; each where it is not there yet."""
+    """Pack the media, learn a vocabulary, make the environment of the peers, unless they exist."""
     for kind, source in (("image", options.photos), ("video", options.clips)):
         if source and not Path(options.work, kind, "corpus.json").exists():
             build_corpus([source[0]], source[1], kind, str(Path(options.work, kind)), fps=2, progress=True)
@@ -138,22 +138,22 @@ class Contender:
             [*map(str, command), "--work", options.work], stdin=pipe, stdout=pipe, stderr=self.log, text=True
         )
         self.rates: list[dict[str, float]] = []
-        self._answer("ready")
+        self._line("ready")
 
-    def _answer(self, wanted: str) -> str:
-        """The next line with this start; others are from libraries."""
+    def _line(self, prefix: str) -> str:
+        """The next line with this prefix; other lines are from libraries."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            if line.startswith(wanted):
+            if line.startswith(prefix):
                 return line
         raise SystemExit(f"error: {self.name} ended: see {self.log.name}")
 
     def run(self, seconds: float) -> None:
-        """Record the rates of that many seconds."""
+        """Record the rates over some seconds."""
         assert self.process.stdin is not None
         self.process.stdin.write(f"{seconds}\n")
         self.process.stdin.flush()
-        self.rates.append(json.loads(self._answer("{")))
+        self.rates.append(json.loads(self._line("{")))
 
     def close(self) -> None:
         """End the process and its workers."""

@@ -47,7 +47,7 @@ sys.stdin.read()
 """
 
 
-# Passes bytes on, the answers' so many seconds later; nothing else, so that it costs little.
+# Forwards bytes, responses after a delay; does nothing else, so that it takes little CPU time.
 DELAY = """
 import asyncio, sys
 host, port, latency = sys.argv[1].split(":")[0], int(sys.argv[1].split(":")[1]), float(sys.argv[2])
@@ -111,8 +111,8 @@ def moto(corpus: str) -> Iterator[str]:
 def proxy_at(core: int, upstream: str, latency: float, program: str) -> tuple[subprocess.Popen[str], str]:
     """Start the proxy in its own process on one core; its address."""
     port = free_port()
-    words = [sys.executable, "-c", program, upstream, str(latency), str(port)]
-    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", program, upstream, str(latency), str(port)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     os.sched_setaffinity(process.pid, {core})
     assert process.stdout is not None
     process.stdout.readline()

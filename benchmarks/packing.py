@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 SHARED = ROOT.parent / "shared" / "data"
 SIZE, QUALITY, FPS = 224, 90, 2
-FEW = 32  # photos of the run that tells the start-up
+FEW = 32  # photos of the run that measures the start-up
 Side = Callable[[list[Path], Path], list[list[str]]]  # media, empty folder -> commands
 
 FLOOR_PHOTOS = """
@@ -63,10 +63,10 @@ for path in open(sys.argv[1]).read().split("\\n"):
 """
 
 
-def quiet(folder: str, port: multiprocessing.Queue) -> None:
+def serve(folder: str, port: multiprocessing.Queue) -> None:
     """Serve a folder in a separate process."""
 
-    class Answer(SimpleHTTPRequestHandler):
+    class Handler(SimpleHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def __init__(self, *arguments: object) -> None:
@@ -75,7 +75,7 @@ def quiet(folder: str, port: multiprocessing.Queue) -> None:
         def log_message(self, *_: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     port.put(server.server_address[1])
     server.serve_forever()
 
@@ -93,28 +93,23 @@ def cpu_seconds(command: list[str]) -> float:
     return usage.ru_utime + usage.ru_stime
 
 
+def packing(folder: Path, media_type: str, root: str) -> list[str]:
+    """The command that packs the media of folder/a.json in one process."""
+    words = ["--annotations", str(folder / "a.json"), "--media-type", media_type, "--media-root", root]
+    words += ["--size", str(SIZE), "--output", str(folder / "out"), "--workers", "1"]
+    return [sys.executable, "-m", "sharding.build", *words]
+
+
 def photo_sides(url: str, img2dataset: str) -> dict[str, Side]:
     """The variants for photos: each gives its commands for some photos."""
 
     def ours(media: list[Path], folder: Path) -> list[list[str]]:
         records = [{"image": path.name, "caption": "a photo"} for path in media]
         (folder / "a.json").write_text(json.dumps(records))
-        words = [
-            "--annotations",
-            str(folder / "a.json"),
-            "--media-root",
-            url,
-            "--media-type",
-            "image",
-            "--workers",
-            "1",
-        ]
-        words += ["--size", str(SIZE), "--quality", str(QUALITY), "--output", str(folder / "out")]
-        return [[sys.executable, "-m", "sharding.build", *words, "--workers", "1"]]
+        return [[*packing(folder, "image", url), "--quality", str(QUALITY)]]
 
     def local(media: list[Path], folder: Path) -> list[list[str]]:
-        [command] = ours(media, folder)
-        return [[str(media[0].parent) if word == url else word for word in command]]
+        return [[str(media[0].parent) if word == url else word for word in ours(media, folder)[0]]]
 
     def theirs(media: list[Path], folder: Path) -> list[list[str]]:
         records = [{"url": f"{url}/{path.name}", "caption": "a photo"} for path in media]
@@ -134,37 +129,24 @@ def clip_sides(ffmpeg: str) -> dict[str, Side]:
 
     def ours(media: list[Path], folder: Path) -> list[list[str]]:
         (folder / "a.json").write_text(json.dumps([{"video": path.name, "caption": "a clip"} for path in media]))
-        words = ["--annotations", str(folder / "a.json"), "--media-root", str(media[0].parent), "--media-type", "video"]
-        words += ["--size", str(SIZE), "--fps", str(FPS), "--output", str(folder / "out"), "--workers", "1"]
-        return [[sys.executable, "-m", "sharding.build", *words]]
+        return [[*packing(folder, "video", str(media[0].parent)), "--fps", str(FPS)]]
 
     def theirs(media: list[Path], folder: Path) -> list[list[str]]:
         scale = f"scale='if(gt(iw,ih),-2,min(iw,{SIZE}))':'if(gt(iw,ih),min(ih,{SIZE}),-2)':flags=area"
-        head = [ffmpeg, "-nostdin", "-loglevel", "error", "-threads", "1"]
-        tail = [
-            "-filter_threads",
-            "1",
-            "-vf",
-            f"fps={FPS},{scale}",
-            "-pix_fmt",
-            "yuvj420p",
-            "-threads",
-            "1",
-            "-q:v",
-            "3",
-        ]
-        return [[*head, "-i", str(path), *tail, str(folder / f"{path.name}.%03d.jpg")] for path in media]
+        head = f"{ffmpeg} -nostdin -loglevel error -threads 1 -i".split()
+        tail = f"-filter_threads 1 -vf fps={FPS},{scale} -pix_fmt yuvj420p -threads 1 -q:v 3".split()
+        return [[*head, str(path), *tail, str(folder / f"{path.name}.%03d.jpg")] for path in media]
 
     return {"ours": ours, "ffmpeg, one command a clip": theirs, "floor (PyAV, every frame)": floor(FLOOR_CLIPS)}
 
 
-def beside(side: Side, checkout: Path) -> dict[str, Side]:
+def with_another_checkout(side: Side, checkout: Path) -> dict[str, Side]:
     """One of our variants, and the same with the code of another checkout."""
 
-    def with_code(place: Path) -> Side:
+    def with_code(code: Path) -> Side:
         def commands(media: list[Path], folder: Path) -> list[list[str]]:
             [[python, *words]] = side(media, folder)
-            return [["env", f"PYTHONPATH={place.resolve()}", python, "-P", *words]]  # -P: not that of this folder
+            return [["env", f"PYTHONPATH={code.resolve()}", python, "-P", *words]]  # -P: not the code of this folder
 
         return commands
 
@@ -207,12 +189,12 @@ def prepare_photos(source: Path | None, count: int, scale: float, folder: Path) 
 
         source = write_shapes(folder / "shapes", images=200, clips=1, test_items=1, size=320, seed=0) / "media"
     found = sorted(path for path in source.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
-    place = folder / "photos"
-    place.mkdir()
+    photos = folder / "photos"
+    photos.mkdir()
     for number, path in enumerate(itertools.islice(itertools.cycle(found), count)):
-        target = place / f"{number:06d}.jpg"
+        target = photos / f"{number:06d}.jpg"
         if number >= len(found):
-            os.link(place / f"{number - len(found):06d}.jpg", target)
+            os.link(photos / f"{number - len(found):06d}.jpg", target)
         elif scale == 1:
             shutil.copy(path, target)
         else:
@@ -221,17 +203,17 @@ def prepare_photos(source: Path | None, count: int, scale: float, folder: Path) 
             with Image.open(path) as image:
                 size = (round(image.width * scale), round(image.height * scale))
                 image.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(target, quality=QUALITY)
-    return sorted(place.iterdir())
+    return sorted(photos.iterdir())
 
 
 def own_environment(package: str, program: str) -> str:
-    """A program in its own virtual environment, made on first use beside pip's cache."""
-    place = Path.home() / ".cache" / "singularity-benchmarks" / package
-    if not (place / "bin" / program).exists():
-        print(f"installing {package} into {place}", flush=True)
-        subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
-        subprocess.run([str(place / "bin" / "pip"), "install", "--quiet", package], check=True)
-    return str(place / "bin" / program)
+    """A program in its own virtual environment, made on first use next to pip's cache."""
+    environment = Path.home() / ".cache" / "singularity-benchmarks" / package
+    if not (environment / "bin" / program).exists():
+        print(f"installing {package} into {environment}", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
+        subprocess.run([str(environment / "bin" / "pip"), "install", "--quiet", package], check=True)
+    return str(environment / "bin" / program)
 
 
 def find_ffmpeg() -> str:
@@ -266,23 +248,23 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="benchmark-photos-") as folder:
             media = prepare_photos(options.photos, options.count, options.scale, Path(folder))
             port: multiprocessing.Queue = multiprocessing.Queue()
-            server = multiprocessing.Process(target=quiet, args=(str(media[0].parent), port), daemon=True)
+            server = multiprocessing.Process(target=serve, args=(str(media[0].parent), port), daemon=True)
             server.start()
             sides = photo_sides(f"http://127.0.0.1:{port.get()}", img2dataset)
             if options.before:
-                sides = beside(sides["ours (files)"], options.before)
+                sides = with_another_checkout(sides["ours (files)"], options.before)
             print(f"{len(media)} photos of {options.photos or 'Shapes'}, {options.scale:g} times as large")
             compare(sides, media, media[:FEW], options.rounds, "photos")
             server.kill()
     if options.only != "photos":
         if options.clips is None:
-            raise SystemExit("--clips is needed: there is no folder of clips beside the checkout")
+            raise SystemExit("--clips is needed: there is no folder of clips next to the checkout")
         clips = sorted(path for path in options.clips.iterdir() if path.is_file())
         print(f"{len(clips)} clips of {options.clips}")
         smallest = min(clips, key=lambda path: path.stat().st_size)
         sides = clip_sides(find_ffmpeg())
         if options.before:
-            sides = beside(sides["ours"], options.before)
+            sides = with_another_checkout(sides["ours"], options.before)
         compare(sides, clips, [smallest], options.rounds, "clips")
 
 

@@ -59,15 +59,15 @@ def quality(order: np.ndarray, shards: int, each: int) -> list[float]:
     total = shards * each
     assert len(np.unique(order)) == total
     shard = order // each
-    place = np.empty(total)
-    place[order] = np.arange(total)
+    position = np.empty(total)
+    position[order] = np.arange(total)
     whole = order[: total // BATCH * BATCH]
     first = (whole < CORPORA[0] * total).reshape(-1, BATCH).mean(axis=1)
     prefix = np.cumsum(first) / np.arange(1, len(first) + 1)
     return [
         np.abs(np.diff(order)).mean() / (total / 3),
         (np.diff(shard) == 0).mean(),
-        place.reshape(shards, each).std(axis=1).mean() / (total / 12**0.5),
+        position.reshape(shards, each).std(axis=1).mean() / (total / 12**0.5),
         np.mean([len(np.unique(batch)) for batch in (whole // each).reshape(-1, BATCH)[:500]]),
         np.abs(prefix[min(20, len(prefix) // 2) :] - CORPORA[0]).max(),
     ]

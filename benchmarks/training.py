@@ -153,7 +153,7 @@ class Ways:
         engine.train()
         guard = StepGuard(engine, ranks, 10, 1.0)
         schedule = Schedule(0, 10**6, 0.1)
-        self.stepper = Stepper(engine, groups, model, schedule, guard, device, options.precision, 0, ranks.rank)
+        self.stepper = Stepper(engine, groups, model, schedule, guard, device, self.run, ranks.rank)
         if "plain" in options.ways:
             self.alone = build_model(self.config, special_ids(tokenizer)).to(device)
             self.optimizer = adamw(self.alone, self.run)
@@ -269,7 +269,7 @@ def start(options: argparse.Namespace) -> tuple[Ways, Ranks]:
     ranks = ranks_from_environment()
     device = device_for(ranks)
     choose_kernels(deterministic=False)
-    start_processes(device)
+    start_processes(device, 0.0)
     asked = {"path", *options.ways} - ({"plain"} if ranks.world_size > 1 else set())
     options.ways = [way for way in WAYS if way in asked]
     return Ways(options, ranks, device), ranks

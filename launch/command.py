@@ -17,8 +17,8 @@ from typing import NoReturn
 
 from runtime.errors import ROOMS, USER_ERROR, UserError, user_message
 from runtime.ranks import Ranks, ranks_from_environment
-from train.config.files import Settings, load_settings
-from train.job.interrupted import LostRankError, TrainingInterrupted
+from train.config.settings import Settings, load_settings
+from train.job.interrupted import TrainingInterrupted
 
 log = logging.getLogger("launch")
 
@@ -103,7 +103,7 @@ def fail(error: Exception, ranks: Ranks, folder: Path | None) -> NoReturn:
     """
     trace = traceback.format_exc().rstrip()
     log.debug("%s", trace)
-    message = str(error) if isinstance(error, LostRankError) else user_message(error)
+    message = user_message(error)
     rank = "" if ranks.is_first else f"rank {ranks.rank}: "
     if not ranks.is_first or "by peer" in str(error):  # another rank may be the cause, or report the same
         let_others_report(OTHERS_WAIT if ranks.local_rank == 0 or ranks.num_nodes == 1 else 2 * OTHERS_WAIT)
@@ -111,7 +111,7 @@ def fail(error: Exception, ranks: Ranks, folder: Path | None) -> NoReturn:
         log_to_file(folder, ranks)
     if message is not None:
         sys.stderr.write(f"error: {rank}{message}\n")
-        end(1 if isinstance(error, LostRankError) else USER_ERROR)
+        end(error.exit_code if isinstance(error, UserError) else USER_ERROR)
     sys.stderr.write(f"{rank}{trace}\n")
     end(1)
 

@@ -17,7 +17,7 @@ from launch.command import log_to_file
 from runtime.activity import progress
 from runtime.collectives import barrier
 from runtime.ranks import Ranks
-from train.config.files import Settings
+from train.config.settings import Settings
 from train.deepspeed.engine import DTYPES
 from train.job.devices import choose_kernels, describe, device_for, start_processes
 from train.job.hang import EVALUATE

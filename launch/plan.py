@@ -7,12 +7,12 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from dataclasses import asdict, astuple, dataclass, replace
 
 from loaders.config import LoaderConfig, PerMedia
 from loaders.train import TrainLoader
 from runtime.errors import UserError, command
+from runtime.flags import add_flags, flag
 from runtime.units import data_size, duration
 
 NODES = (1, 2, 4, 8, 16, 32, 64)
@@ -32,12 +32,9 @@ class Medium:
     def __add__(self, other: Medium) -> Medium:
         """Both together, means weighted by samples."""
         total = self.samples + other.samples
-        means = {
-            each.name: (getattr(self, each.name) * self.samples + getattr(other, each.name) * other.samples)
-            / max(1, total)
-            for each in fields(Medium)[1:]
-        }
-        return Medium(total, **means)
+        share = self.samples / max(1, total)
+        pairs = zip(astuple(self)[1:], astuple(other)[1:])
+        return Medium(total, *(share * one + (1 - share) * another for one, another in pairs))
 
 
 # Bytes: photos and frames of 224 pixels as `sharding.build` writes them, measured (docs/scaling.md). Samples: Table 15
@@ -51,31 +48,28 @@ SETS = {
 }
 
 
-def _option(default: Any, text: str) -> Any:
-    """A field of `Cluster`, which is an option of the command line too."""
-    return field(default=default, metadata={"help": f"{text} (default: %(default)s)"})
-
-
 @dataclass(frozen=True)
 class Cluster:
     """The cluster that a plan is for."""
 
-    gpus: int = _option(8, "GPUs of a node")
-    gpu_rate: float = _option(200.0, "samples per second that one GPU trains on")
-    batch: int = _option(128, "batch size of one GPU")
-    parameters: float = _option(202e6, "parameters of the model")
-    decode_rate: float = _option(16_000.0, "samples per second that one node decodes")
-    node_gbit: float = _option(25.0, "Gbit/s of a node's network")
-    overlap: bool = field(default=False, metadata={"help": "the DeepSpeed JSON sets overlap_comm"})
-    store_requests: float = _option(5_500.0, "requests per second for each prefix of the store")
-    node_requests: float = _option(3_000.0, "requests per second that one node may send (remote.requests_per_second)")
-    prefixes: int = _option(1, "prefixes of the store that the corpora are spread over")
-    store_gbit: float = _option(0.0, "Gbit/s of the store altogether, 0 for no limit")
-    epochs: int = _option(10, "epochs of the run")
-    gpu_hour: float = _option(2.0, "dollars per GPU-hour")
-    egress_gb: float = _option(0.0, "dollars per GB read from the store")
-    requests_1000: float = _option(0.0004, "dollars per 1,000 requests")
-    storage_gb_month: float = _option(0.023, "dollars per GB stored for a month")
+    gpus: int = flag(8, "GPUs of a node (default: %(default)s)")
+    gpu_rate: float = flag(200.0, "samples per second that one GPU trains on (default: %(default)s)")
+    batch: int = flag(128, "batch size of one GPU (default: %(default)s)")
+    parameters: float = flag(202e6, "parameters of the model (default: %(default)s)")
+    decode_rate: float = flag(16_000.0, "samples per second that one node decodes (default: %(default)s)")
+    node_gbit: float = flag(25.0, "Gbit/s of a node's network (default: %(default)s)")
+    overlap: bool = flag(False, "the DeepSpeed JSON sets overlap_comm")
+    store_requests: float = flag(5_500.0, "requests per second for each prefix of the store (default: %(default)s)")
+    node_requests: float = flag(
+        3_000.0, "requests per second of one node, remote.requests_per_second (default: %(default)s)"
+    )
+    prefixes: int = flag(1, "prefixes of the store that the corpora are spread over (default: %(default)s)")
+    store_gbit: float = flag(0.0, "Gbit/s of the store altogether, 0 for no limit (default: %(default)s)")
+    epochs: int = flag(10, "epochs of the run (default: %(default)s)")
+    gpu_hour: float = flag(2.0, "dollars per GPU-hour (default: %(default)s)")
+    egress_gb: float = flag(0.0, "dollars per GB read from the store (default: %(default)s)")
+    requests_1000: float = flag(0.0004, "dollars per 1,000 requests (default: %(default)s)")
+    storage_gb_month: float = flag(0.023, "dollars per GB stored for a month (default: %(default)s)")
 
 
 @dataclass(frozen=True)
@@ -143,11 +137,7 @@ def make_plan(medium: Medium, cluster: Cluster, nodes: int) -> Plan:
 
 
 def measure(corpora: Sequence[str], config: LoaderConfig) -> tuple[Medium, float]:
-    """Read one epoch of corpora and count: what a sample takes, and the seconds of the epoch.
-
-    Raises:
-        FileNotFoundError, ValueError: as TrainLoader.
-    """
+    """Read one epoch of corpora and count: what a sample takes, and the seconds of the epoch; raises as TrainLoader."""
     loader = TrainLoader(corpora, None, config)  # frames only: texts are read with the indices
     try:
         before = loader.counters()
@@ -212,11 +202,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--cached", action="store_true", help="read images in blocks of 1 MiB (cache.folder is set)")
     result.add_argument("--nodes", type=int, nargs="+", default=list(NODES), help="(default: %(default)s)")
     result.add_argument("--json", action="store_true", help="print the plans as JSON")
-    for option in fields(Cluster):
-        how = {"action": "store_true"} if option.type == "bool" else {"type": type(option.default)}
-        result.add_argument(
-            "--" + option.name.replace("_", "-"), default=option.default, help=option.metadata["help"], **how
-        )
+    add_flags(result, Cluster)
     return result
 
 
@@ -238,7 +224,7 @@ def chosen_medium(options: argparse.Namespace) -> Medium:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = parser().parse_args(arguments)
-    cluster = Cluster(**{each.name: getattr(options, each.name) for each in fields(Cluster)})
+    cluster = Cluster(**{name: value for name, value in vars(options).items() if hasattr(Cluster, name)})
     medium = chosen_medium(options)
     plans = [make_plan(medium, cluster, nodes) for nodes in options.nodes]
     if options.json:

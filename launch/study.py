@@ -16,8 +16,8 @@ if not __package__:  # started by its path, not by `python -m`
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from runtime.charts import grouped_bars, png
-from sharding.shapes.captions import motion_words
 from sharding.shapes.scenes import MOTIONS
+from sharding.shapes.texts import motion_words
 
 RUNS = {"single": "1 frame", "temporal": "4 frames, temporal encoder"}
 RANKINGS = {"i2t_emb": "dual encoder", "i2t_x": "matching"}

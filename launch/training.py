@@ -1,4 +1,4 @@
-"""Runs a training, whatever its task: check, join the other processes, train, evaluate, exit."""
+"""Runs a training of any task: check, join the other processes, train, evaluate, exit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from runtime.activity import progress
 from runtime.collectives import barrier
 from runtime.errors import UserError
 from runtime.ranks import Ranks
-from train.config.files import Settings
+from train.config.settings import Settings
 from train.job.devices import check_precision, choose_kernels, describe, device_for, start_processes
 from train.job.interrupted import TrainingInterrupted
 from train.job.stopping import StopRequest

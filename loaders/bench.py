@@ -34,7 +34,7 @@ OVERSIZE = 1.5  # stored size over shown size of frames, from which packing them
 
 @dataclass(frozen=True)
 class Results:
-    """Results of a benchmark; shares are of the measured time."""
+    """Results of a benchmark, and the conditions that the advice depends on; shares are of the measured time."""
 
     samples: int
     seconds: float
@@ -49,12 +49,6 @@ class Results:
     wait_share: float  # the loop waited for a batch
     replayed_per_second: float  # the same loop over batches kept in memory: the most that any loader gives
     quarantined: int
-
-
-@dataclass(frozen=True)
-class Setup:
-    """Conditions of a benchmark that the advice depends on."""
-
     threads: int
     cores: int
     backend: str
@@ -69,40 +63,23 @@ def measure(
     seconds: float,
     step_seconds: float = 0.0,
     tokenizer: Tokenizer | None = None,
-) -> tuple[Results, Setup]:
+) -> Results:
     """Take batches for that long, a step of `step_seconds` after each; then decode one from memory, then replay some.
 
-    tokenizer: None measures frames only.
-
-    Raises:
-        FileNotFoundError, ValueError: as TrainLoader.
+    tokenizer: None measures frames only. Raises as TrainLoader.
     """
     started = time.perf_counter()
     loader = TrainLoader(corpora, tokenizer, config, device=usual_device())
     try:
         next(iter(loader))
         first = time.perf_counter() - started
-        settle(loader)
-        results = take_batches(loader, seconds, first, step_seconds)
+        while loader.decoder.name == "auto":  # until it has chosen: the batches of its trial come from both decoders
+            for _ in loader:
+                if loader.decoder.name != "auto":
+                    break
+        return take_batches(loader, seconds, first, step_seconds)
     finally:
         loader.close()
-    setup = Setup(
-        threads=config.threads or cores_per_process(1),
-        cores=len(os.sched_getaffinity(0)),
-        backend=loader.decoder.name,
-        remote=not all(reader.local for reader in loader.readers),
-        stored_size=max(int(reader.corpus.settings.get("size", 0)) for reader in loader.readers),
-        shown_size=config.image_res,
-    )
-    return results, setup
-
-
-def settle(loader: TrainLoader) -> None:
-    """Take batches until decode=auto has chosen a decoder: those of its trial come from both."""
-    while loader.decoder.name == "auto":
-        for _ in loader:
-            if loader.decoder.name != "auto":
-                break
 
 
 def take_batches(loader: TrainLoader, seconds: float, first_batch_seconds: float, step_seconds: float) -> Results:
@@ -136,6 +113,12 @@ def take_batches(loader: TrainLoader, seconds: float, first_batch_seconds: float
         wait_share=min(1.0, waited / elapsed),
         replayed_per_second=replay(kept, min(2.0, seconds / 2), step_seconds),
         quarantined=len(loader.quarantine),
+        threads=loader.config.threads or cores_per_process(1),
+        cores=len(os.sched_getaffinity(0)),
+        backend=loader.decoder.name,
+        remote=not all(reader.local for reader in loader.readers),
+        stored_size=max(int(reader.corpus.settings.get("size", 0)) for reader in loader.readers),
+        shown_size=loader.config.image_res,
     )
 
 
@@ -179,56 +162,48 @@ def decode_alone(loader: TrainLoader, seconds: float) -> float:
     return done / (time.perf_counter() - began)
 
 
-def advice(results: Results, setup: Setup) -> list[str]:
+def advice(results: Results) -> list[str]:
     """Advice on how to speed up loading, most important first."""
     if results.wait_share < NEGLIGIBLE_WAIT:
         share = results.samples_per_second / results.replayed_per_second
         return [f"The loader is not a bottleneck: the loop has {share:.0%} of its speed with batches in memory."]
     if results.decode_wait_share > READ_BOUND_SHARE:
-        remedy = "copy the shards to a local disk, or raise prefetch" if setup.remote else "use a faster disk"
+        remedy = "copy the shards to a local disk, or raise prefetch" if results.remote else "use a faster disk"
         return [
             f"Reading is the bottleneck: decoding waits for it {results.decode_wait_share:.0%} of the time: {remedy}. "
             f"Decoding alone reaches {results.decode_alone_per_second:,.0f} samples/s."
         ]
     found = ["Decoding by DALI is the bottleneck."]
-    if setup.backend == "cpu" and setup.threads < setup.cores:
-        found = [f"Decoding is the bottleneck, on {setup.threads} of {setup.cores} cores: raise threads."]
-    elif setup.backend == "cpu":
-        found = [f"Decoding is the bottleneck, on all {setup.cores} cores: use more cores, or a GPU (decode=dali)."]
-    if setup.stored_size > OVERSIZE * setup.shown_size:
+    if results.backend == "cpu" and results.threads < results.cores:
+        found = [f"Decoding is the bottleneck, on {results.threads} of {results.cores} cores: raise threads."]
+    elif results.backend == "cpu":
+        found = [f"Decoding is the bottleneck, on all {results.cores} cores: use more cores, or a GPU (decode=dali)."]
+    if results.stored_size > OVERSIZE * results.shown_size:
         found.append(
-            f"Frames are stored at {setup.stored_size} pixels and shown at {setup.shown_size}: pack them with "
-            f"--size {round(setup.shown_size * 8 / 7)} to read and decode less."
+            f"Frames are stored at {results.stored_size} pixels and shown at {results.shown_size}: pack them with "
+            f"--size {round(results.shown_size * 8 / 7)} to read and decode less."
         )
     if results.quarantined:
         found.append(f"{results.quarantined} samples are bad: see `python -m sharding.verify`.")
     return found
 
 
-def table(results: Results, setup: Setup) -> str:
+def table(results: Results) -> str:
     """The results for people."""
     rows = [
         ("samples/s", f"{results.samples_per_second:,.0f}", f"{results.samples:,} in {results.seconds:.1f} s"),
         ("MB/s", f"{results.megabytes_per_second:.1f}", "of stored frames"),
         ("first batch", f"{results.first_batch_seconds:.2f} s", "after opening the corpora"),
         ("reading", f"{results.read_share:.0%}", "of the time the reading stage was busy"),
-        ("decoding", f"{results.decode_share:.0%}", f"of the time; {setup.threads} threads, {setup.backend}"),
+        ("decoding", f"{results.decode_share:.0%}", f"of the time; {results.threads} threads, {results.backend}"),
         ("waiting", f"{results.decode_wait_share:.0%}", "of the time decoding waited for reading"),
-        (
-            "decoding alone",
-            f"{results.decode_alone_per_second:,.0f}/s",
-            "from memory: the bound for faster reading",
-        ),
+        ("decoding alone", f"{results.decode_alone_per_second:,.0f}/s", "from memory: the bound for faster reading"),
         ("step waits", f"{results.wait_share:.0%}", "of the time the loop waited for a batch"),
-        (
-            "replayed",
-            f"{results.replayed_per_second:,.0f}/s",
-            "loop over batches in memory: the bound for loading",
-        ),
+        ("replayed", f"{results.replayed_per_second:,.0f}/s", "loop over batches in memory: the bound for loading"),
         ("CPU", f"{results.cpu_milliseconds_per_sample:.2f} ms", "per sample, all threads and decoding processes"),
     ]
     lines = [f"{name:<15}{value:>12}   {note}" for name, value, note in rows]
-    return "\n".join([*lines, "", *advice(results, setup)])
+    return "\n".join([*lines, "", *advice(results)])
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, str]:
@@ -242,16 +217,12 @@ def parse_options(pairs: Sequence[str]) -> dict[str, str]:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(
-        "python -m loaders.bench",
-        description="Measure loader throughput on this machine and name the bottleneck.",
+        "python -m loaders.bench", description="Measure loader throughput on this machine and name the bottleneck."
     )
     result.add_argument("corpora", nargs="+", metavar="URL", help="folders or URLs of packed corpora")
     result.add_argument("--batch-size", type=positive, default=128, help="samples per batch (default: %(default)s)")
     result.add_argument(
-        "--size",
-        type=positive,
-        default=224,
-        help="pixels of a cropped frame's side (default: %(default)s)",
+        "--size", type=positive, default=224, help="pixels of a cropped frame's side (default: %(default)s)"
     )
     result.add_argument("--frames", type=positive, default=1, help="frames per clip (default: %(default)s)")
     result.add_argument("--threads", type=int, default=0, help="decoding threads or processes (default: the cores)")
@@ -294,9 +265,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tokenizer = Tokenizer.load(options.tokenizer) if options.tokenizer else None
     gc.collect()
     gc.freeze()  # as training does
-    results, setup = measure(options.corpora, config, options.seconds, options.step_ms / 1000, tokenizer)
-    text = json.dumps({**asdict(results), **asdict(setup)}) if options.json else table(results, setup)
-    sys.stdout.write(text + "\n")
+    results = measure(options.corpora, config, options.seconds, options.step_ms / 1000, tokenizer)
+    sys.stdout.write((json.dumps(asdict(results)) if options.json else table(results)) + "\n")
     return 0
 
 

@@ -69,7 +69,9 @@ class LoaderConfig:
     augment: bool = fixed(True, "random resized crop and flip; false: resize only")
     flip: bool = fixed(True, "horizontal flips; set false where left and right carry meaning")
     antialias: bool = fixed(False, "antialiasing when resizing; the official transform has none")
-    decode: str = free("auto", "decoder; auto takes the faster one", choices=BACKENDS)
+    decode: str = free(
+        "auto", "decoder; auto takes the faster one; pixels differ by some grey levels", choices=BACKENDS
+    )
     deterministic: bool = free(False, "bit-identical results on the same machine and GPU; slower")
     threads: int = free(0, "decoding threads, with decode=cpu processes; 0: from the cores that this rank may use")
     prefetch: int = free(3, "batches prefetched before the step", least=1)

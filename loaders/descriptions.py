@@ -54,11 +54,11 @@ class SharedFiles:
         name = content_name(description_url(url), 0, "")
         since = LAST_READ.get(name) or process_began()
         try:
-            data = self._read(ByteRange("corpus.json"), name, lambda data: checksum_matches(text_of(data)), since)
+            data = self._read(ByteRange("corpus.json"), name, checksum_matches, since)
         except FileNotFoundError:
             raise no_corpus(url, self.folder.options) from None
         LAST_READ[name] = time.time()
-        return corpus_at(url, text_of(data))
+        return corpus_at(url, data)
 
     def index(self, corpus: Corpus, shard: int) -> bytes:
         """A shard's index file. If it stays damaged, its reader raises the error."""
@@ -153,11 +153,6 @@ def is_fresh(stamp: bytes, since: float) -> bool:
         return max(since, now - FRESH) <= float(stamp) <= now
     except ValueError:
         return False
-
-
-def text_of(data: bytes) -> str:
-    """A description's text, also of a damaged one."""
-    return data.decode("utf-8", "replace")
 
 
 def index_name(corpus: Corpus, shard: int) -> str:

@@ -14,7 +14,7 @@ from loaders.config import LoaderConfig
 from loaders.decode.choice import make_decoder
 from loaders.decode.decoder import Decoder, decode_samples
 from loaders.index import ShardIndex
-from loaders.order.choices import check_sample_type, choose_frames
+from loaders.order.choices import choose_frames, parse_sample_type
 from loaders.prefetch import Prefetcher
 from loaders.samples import SampleSpec, whole_sample
 from loaders.shards import open_corpus
@@ -37,12 +37,11 @@ class VisualBatch:
 class VisualSet:
     """The visuals of a packed corpus in the order of its shards; `missing` holds the reasons of those without pixels.
 
-    Raises:
-        FileNotFoundError, ValueError: as `sharding.shards.schema.read_corpus`; or no such sample_type_test.
+    Raises FileNotFoundError, ValueError: as `sharding.shards.schema.read_corpus`; or no such sample_type_test.
     """
 
     def __init__(self, url: str, config: LoaderConfig) -> None:
-        check_sample_type(config.video_input.sample_type_test)
+        parse_sample_type(config.video_input.sample_type_test)
         if config.video_input.sample_type_test == "rand":
             raise UserError(
                 "sample_type_test is 'rand', but test sets show the same frames each time: set middle or fpsX"
@@ -79,12 +78,7 @@ class VisualSet:
         return [index.source(row) for index, row in self.rows()]
 
     def batches(
-        self,
-        num_frames: int,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        device: torch.device | str = "cpu",
+        self, num_frames: int, batch_size: int, rank: int = 0, world_size: int = 1, device: torch.device | str = "cpu"
     ) -> Iterator[VisualBatch]:
         """This rank's visuals (those = rank mod world size), `batch_size` at once, prefetched by a thread.
 

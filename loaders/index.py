@@ -36,19 +36,19 @@ class ShardIndex:
     """The rows of a shard's index; frame columns are flat arrays with an offset for each row."""
 
     def __init__(self, table: pa.Table, shard: int) -> None:
-        table = table.combine_chunks()
+        column = {name: table[name].combine_chunks() for name in table.column_names}
         self._shard = shard
-        self._keys = column(table, "key")
-        frames = column(table, "offsets")
+        self._keys = column["key"]
+        frames = column["offsets"]
         self._first = frames.offsets.to_numpy()  # (rows + 1,)
         self._offsets, self._sizes, self._crc32s = (
-            column(table, name).values.to_numpy(zero_copy_only=False) for name in ("offsets", "sizes", "crc32s")
+            column[name].values.to_numpy(zero_copy_only=False) for name in ("offsets", "sizes", "crc32s")
         )
-        self.widths, self.heights = (column(table, name).to_numpy() for name in ("width", "height"))  # (rows,)
-        self._fps = np.nan_to_num(column(table, "fps").to_numpy(zero_copy_only=False), nan=1.0)
-        self._texts = {name: column(table, name) for name in UNITS[1:]}
+        self.widths, self.heights = (column[name].to_numpy() for name in ("width", "height"))  # (rows,)
+        self._fps = np.nan_to_num(column["fps"].to_numpy(zero_copy_only=False), nan=1.0)
+        self._texts = {name: column[name] for name in UNITS[1:]}
         self._text_values = {name: texts.flatten() for name, texts in self._texts.items()}
-        self._sources = column(table, "source")
+        self._sources = column["source"]
         # (rows + 1,) number of each row's first text among the shard's
         self._text_first = {
             name: np.concatenate([[0], np.cumsum(pc.list_value_length(texts).fill_null(0).to_numpy())])
@@ -64,7 +64,7 @@ class ShardIndex:
         return Record(
             shard=self._shard,
             row=row,
-            key=self.key(row),
+            key=self._keys[row].as_py(),
             offsets=self._offsets[span],
             sizes=self._sizes[span],
             crc32s=self._crc32s[span],
@@ -72,10 +72,6 @@ class ShardIndex:
             height=int(self.heights[row]),
             fps=float(self._fps[row]),
         )
-
-    def key(self, row: int) -> str:
-        """A sample's key."""
-        return self._keys[row].as_py()
 
     def locate(self, unit: str, number: int) -> tuple[int, int]:
         """(row, number of the text in it) of a shard's unit `number`; of samples: (number, 0)."""
@@ -100,9 +96,3 @@ class ShardIndex:
     def source(self, row: int) -> str:
         """The media's name in the annotations."""
         return self._sources[row].as_py()
-
-
-def column(table: pa.Table, name: str) -> Any:
-    """A column as one array."""
-    chunks = table.column(name)
-    return chunks.chunk(0) if chunks.num_chunks == 1 else chunks.combine_chunks()

@@ -6,10 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-import numpy as np
 from PIL import Image
 
-from loaders.batch import Batch, normalize
+from loaders.batch import Batch
 from loaders.config import LoaderConfig, PerMedia, VideoInput
 from loaders.shards import describe
 from loaders.text import Tokenizer
@@ -20,29 +19,21 @@ from sharding.report.contact_sheet import Cell, contact_sheet
 from sharding.shards.outside import check_outside_corpora
 
 TEXT_LINES = 4
-HALF = (0.5, 0.5, 0.5)
 
 
 def batch_sheet(batch: Batch, tokenizer: Tokenizer, columns: int) -> Image.Image:
     """The pairs of a batch side by side: the frames of each in a row, its key and its tokens below."""
     cells = []
-    for key, frames, ids, mask in zip(batch.keys, seen_by_the_model(batch), batch.input_ids, batch.attention_mask):
+    for key, frames, ids, mask in zip(batch.keys, batch.frames.numpy(), batch.input_ids, batch.attention_mask):
         text = " ".join(tokenizer.pieces(ids[mask.bool()].tolist()))
         cells.append(Cell([Image.fromarray(frame) for frame in frames], label=key, text=text))
     return contact_sheet(cells, columns, batch.frames.shape[2], TEXT_LINES)
 
 
-def seen_by_the_model(batch: Batch) -> np.ndarray:
-    """Frames (B, T, S, S, 3) uint8, by way of the normalised pixels that the model gets."""
-    pixels = normalize(batch.frames.cpu(), HALF, HALF).permute(0, 1, 3, 4, 2)
-    return ((pixels * 0.5 + 0.5) * 255).round().clamp(0, 255).byte().numpy()
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(
-        "python -m loaders.preview",
-        description="Draw the first batch of an epoch as the model sees it.",
+        "python -m loaders.preview", description="Draw the first batch of an epoch as the model sees it."
     )
     result.add_argument("corpus", metavar="URL", help="a packed corpus")
     result.add_argument("--tokenizer", required=True, help="vocab.txt, a folder that holds one, or a hub name")

@@ -100,9 +100,7 @@ class CorpusReader:
 
         Each frame is read once, all those of remote shards at the same time, and checked against its CRC-32. Damaged
         ones are fetched again from a store, up to REFETCHES times; a sample with one that stays damaged is a bad one.
-
-        Raises:
-            FileNotFoundError: a tar is missing. OSError: it cannot be read.
+        Raises FileNotFoundError: a tar is missing. OSError: it cannot be read.
         """
         reasons = [spec.reason or self._misplaced(spec) for spec in specs]
         wanted = [
@@ -115,12 +113,18 @@ class CorpusReader:
         found = dict(zip(wanted, self.read_ranges(ranges), strict=True))
         damaged = wanted
         for tries_left in reversed(range(1 if self.local else REFETCHES + 1)):
-            damaged = [(row, frame) for row, frame in damaged if is_damaged(found[row, frame], specs[row], frame)]
+            damaged = [
+                (row, frame)
+                for row, frame in damaged
+                if zlib.crc32(found[row, frame]) != int(specs[row].record.crc32s[frame])
+            ]
             if damaged and tries_left:
                 data = self._fetch_again([self._range(specs[row].record, frame) for row, frame in damaged])
                 found.update(zip(damaged, data, strict=True))
         for row, frame in reversed(damaged):
-            reasons[row] = mismatch(found[row, frame], specs[row], frame)
+            size, got = int(specs[row].record.sizes[frame]), len(found[row, frame])
+            cut = f" ({got} of {size} bytes)" if got != size else ""
+            reasons[row] = f"frame {frame}: CRC-32 does not match the index{cut}"
         return [
             RawSample(spec, [] if reasons[row] else [found[row, frame] for frame in spec.frames.tolist()], reasons[row])
             for row, spec in enumerate(specs)
@@ -258,15 +262,3 @@ def cached_objects(corpus: Corpus) -> dict[str, tuple[int, str]]:
         shard.name: (shard.bytes, content_name(corpus.tar_url(number), shard.bytes, shard.sha256))
         for number, shard in enumerate(corpus.shards)
     }
-
-
-def is_damaged(data: bytes, spec: SampleSpec, frame: int) -> bool:
-    """Whether a frame's bytes differ from the packed ones."""
-    return zlib.crc32(data) != int(spec.record.crc32s[frame])
-
-
-def mismatch(data: bytes, spec: SampleSpec, frame: int) -> str:
-    """The log message for a frame whose bytes differ from the packed ones."""
-    size = int(spec.record.sizes[frame])
-    cut = f" ({len(data)} of {size} bytes)" if len(data) != size else ""
-    return f"frame {frame}: CRC-32 does not match the index{cut}"

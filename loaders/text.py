@@ -54,9 +54,7 @@ class Tokenizer:
     def load(cls, name: str) -> Tokenizer:
         """From a `vocab.txt`, a folder that holds one, or the name of a tokenizer on the Hugging Face hub.
 
-        Raises:
-            FileNotFoundError: none of these is there.
-            ValueError: the file is not a BERT vocabulary.
+        Raises FileNotFoundError: none of these is there. ValueError: the file is not a BERT vocabulary.
         """
         path = Path(name)
         if path.is_dir() and (path / "vocab.txt").exists():

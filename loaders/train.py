@@ -56,10 +56,8 @@ class TrainLoader:
     Iterating gives the rest of the current epoch; `state_dict` is (epoch, step), and resuming costs nothing.
     tokenizer: None makes batches without tokens, also of corpora without texts: for measuring input and output.
     device: where batches are used: a GPU decodes there (`decode`), or gets them from pinned memory.
-
-    Raises:
-        FileNotFoundError, ValueError: a corpus is missing, of another version or without the needed texts; a batch
-            size does not fit the world size; a setting is unknown.
+    Raises FileNotFoundError, ValueError: a corpus is missing, of another version or without the needed texts; a batch
+    size does not fit the world size; a setting is unknown.
     """
 
     def __init__(
@@ -69,7 +67,7 @@ class TrainLoader:
         config: LoaderConfig,
         rank: int = 0,
         world_size: int = 1,
-        ranks_here: int | None = None,
+        local_world_size: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         if not corpora:
@@ -77,9 +75,9 @@ class TrainLoader:
         check_declared(config)
         self.config, self.tokenizer, self.rank, self.world_size = config, tokenizer, rank, world_size
         stripes = config.stripes // math.gcd(config.stripes, world_size)  # that this rank reads
-        ranks = ranks_of(rank, world_size, ranks_here)
+        ranks = ranks_of(rank, world_size, local_world_size)
         self.readers = [open_corpus(url, config, stripes * (config.window_shards + 2), ranks) for url in corpora]
-        check_cache(self.readers, config, min(config.stripes, stripes * (ranks_here or world_size)))
+        check_cache(self.readers, config, min(config.stripes, stripes * (local_world_size or world_size)))
         check_weights(config, [reader.corpus.name for reader in self.readers])
         self._read_pool = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="read")
         self._batch_pool = ThreadPoolExecutor(BATCHES_AT_ONCE, thread_name_prefix="batch")
@@ -92,7 +90,7 @@ class TrainLoader:
         self.media_steps = {media_type: self._count_steps(media_type) for media_type in self.mixtures}
         self._steps_at_once, self._steps_kept = self._read_depth()
         self._step_pool = ThreadPoolExecutor(self._steps_at_once, thread_name_prefix="step")
-        threads = config.threads or cores_per_process(ranks_here or world_size)
+        threads = config.threads or cores_per_process(local_world_size or world_size)
         self.decoder = make_decoder(
             config.decode, config.image_res, threads, config.antialias, torch.device(device), config.deterministic
         )

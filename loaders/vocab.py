@@ -44,8 +44,7 @@ def corpus_texts(url: str, config: LoaderConfig) -> Iterator[str]:
 def learn_vocabulary(corpora: Sequence[str], size: int, output: str | Path) -> int:
     """Write a BERT `vocab.txt` of at most `size` entries for all texts of corpora; returns how many it has.
 
-    Raises:
-        FileNotFoundError, ValueError: as `sharding.shards.schema.read_corpus`, or the corpora have no text.
+    Raises FileNotFoundError, ValueError: as `sharding.shards.schema.read_corpus`, or the corpora have no text.
     """
     texts = (text for url in corpora for text in corpus_texts(url, LoaderConfig()))
     return learn_from_texts(texts, size, output, ", ".join(corpora))

@@ -77,7 +77,7 @@ class Encoders(nn.Module):
 
     def visual_keys(self, visual_tokens: torch.Tensor) -> VisualKeys:
         """Keys and values of the fusion layers for visuals (N, S, D); compute them once for all texts of a visual."""
-        return self.text_encoder.project_visual(visual_tokens)
+        return tuple(layer.project(visual_tokens) for layer in self.text_encoder.fusion_layers)
 
     def check_ensemble(self, ensemble: str, skip_temporal: bool = False) -> None:
         """Raise UserError for an unknown ensemble, and without `skip_temporal` for a late one that would leave out this

@@ -33,23 +33,17 @@ from storage.files import atomic_file
 # Endings of files that are not written here; folders in which a run's own weights are looked for.
 OTHER_SUFFIXES = (".safetensors", ".ckpt", ".json", ".onnx", ".pkl", ".h5", ".npz", ".zip", ".tar", ".gz")
 RESERVED = ("weights", "checkpoints")
+OFFICIAL_SETTINGS = (
+    "temporal_vision_encoder", "add_temporal_embed", "image_res", "embed_dim", "temp", "mlm_prob", "loss_weight",
+    "itm_hard_neg",
+)  # fmt: skip
 
 
 def official_settings(config: ModelConfig) -> dict[str, Any]:
     """The settings of an official checkpoint that describe the model, and our ModelConfig, which it ignores."""
-    return {
-        "vit_type": config.vision_encoder.type,
-        "temporal_vision_encoder": asdict(config.temporal_vision_encoder),
-        "add_temporal_embed": config.add_temporal_embed,
-        "image_res": config.image_res,
-        "embed_dim": config.embed_dim,
-        "video_input": {"num_frames": config.num_frames},
-        "temp": config.temp,
-        "mlm_prob": config.mlm_prob,
-        "loss_weight": asdict(config.loss_weight),
-        "itm_hard_neg": config.itm_hard_neg,
-        MODEL: asdict(config),
-    }
+    ours = asdict(config)
+    own_names = {"vit_type": config.vision_encoder.type, "video_input": {"num_frames": config.num_frames}}
+    return own_names | {name: ours[name] for name in OFFICIAL_SETTINGS} | {MODEL: ours}
 
 
 def official_state(weights: Weights) -> dict[str, torch.Tensor]:

@@ -11,28 +11,20 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from model.config import ENSEMBLES
 from model.singularity import Singularity
 from runtime.activity import progress
-from runtime.errors import UserError
 
 GROUP = 8  # texts of one visual in a group; the last group of a visual is padded
 
 
 def combine(scores: torch.Tensor, ensemble: str) -> torch.Tensor:
-    """Scores (F, ...) of F frames to (...): their mean, maximum or log-sum-exp; `concat` takes the only one."""
+    """Scores (F, ...) of F frames to (...): their mean, maximum or log-sum-exp; of `concat` F is 1."""
+    if ensemble == "concat":
+        (whole,) = scores
+        return whole
     if ensemble == "mean":
         return scores.mean(0)
-    if ensemble == "max":
-        return scores.amax(0)
-    if ensemble == "lse":
-        return scores.logsumexp(0)
-    if ensemble == "concat" and scores.shape[0] == 1:
-        return scores[0]
-    raise UserError(
-        f"eval_frame_ensemble is {ensemble!r} for {scores.shape[0]} sets of scores: must be one of "
-        f"{', '.join(ENSEMBLES)}, where concat means one set"
-    )
+    return scores.amax(0) if ensemble == "max" else scores.logsumexp(0)
 
 
 @dataclass(frozen=True)
@@ -69,10 +61,7 @@ def group_pairs(pairs: np.ndarray, lengths: np.ndarray) -> Groups:
     longest = lengths[result_texts].max(1)
     by_length = np.argsort(longest, kind="stable")
     return Groups(
-        np.concatenate(visuals)[by_length],
-        result_texts[by_length],
-        np.concatenate(real)[by_length],
-        longest[by_length],
+        np.concatenate(visuals)[by_length], result_texts[by_length], np.concatenate(real)[by_length], longest[by_length]
     )
 
 

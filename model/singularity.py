@@ -89,7 +89,7 @@ class Singularity(Encoders):
         self, attended: torch.Tensor, text_mask: torch.Tensor, visual: VisualKeys, index: torch.Tensor | None = None
     ) -> torch.Tensor:
         """`match_logits` from the result of `text_encoder.attend_texts`: (P, Lt, D) to (P, 2)."""
-        return self.itm_head(self.text_encoder.fuse_first(attended, text_mask, visual, index))
+        return self.itm_head(self.text_encoder.fuse_pairs(attended, text_mask, visual, index)[0])
 
     def temperature(self) -> torch.Tensor:
         """The temperature (1, 1) for a training step; clamps the parameter itself to its range."""
@@ -151,7 +151,7 @@ class Singularity(Encoders):
         if self.config.gather_negatives:
             first, whole = self.text_encoder.fuse_pairs(torch.cat(rows), torch.cat(masks), keys, whole=masked)
             others = self.visual_keys(gather(tokens)[negative_visuals])
-            first = torch.cat([first, self.text_encoder.fuse_first(texts, attention_mask, others)])
+            first = torch.cat([first, self.text_encoder.fuse_pairs(texts, attention_mask, others)[0]])
         else:
             rows, masks = [*rows, texts], [*masks, attention_mask]
             first, whole = self.text_encoder.fuse_pairs(

@@ -220,16 +220,13 @@ class TextEncoder(nn.Module):
             states = run_layer(layer, self.recompute, states, mask)
         return states
 
-    def project_visual(self, tokens: torch.Tensor) -> VisualKeys:
-        """Tokens (N, S, visual width) to keys and values of the fusion layers, shared by all texts of a visual."""
-        return tuple(cast(FusionLayer, layer).project(tokens) for layer in self.layer[self.fusion_layer :])
+    @property
+    def fusion_layers(self) -> list[FusionLayer]:
+        """The layers with cross-attention."""
+        return [cast(FusionLayer, layer) for layer in self.layer[self.fusion_layer :]]
 
     def fuse(
-        self,
-        states: torch.Tensor,
-        attention_mask: torch.Tensor,
-        visual: VisualKeys,
-        index: torch.Tensor | None = None,
+        self, states: torch.Tensor, attention_mask: torch.Tensor, visual: VisualKeys, index: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Fusion layers over P pairs of a text and one of N visuals.
 
@@ -238,27 +235,14 @@ class TextEncoder(nn.Module):
         visual n. Returns states (P, Lt, D).
         """
         mask = additive_mask(attention_mask, states.dtype)
-        for layer, (keys, values) in zip(self.layer[self.fusion_layer :], visual, strict=True):
+        for layer, (keys, values) in zip(self.fusion_layers, visual, strict=True):
             states = run_layer(layer, self.recompute, states, mask, keys, values, index)
         return states
 
     def attend_texts(self, states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """The first fusion layer's self-attention over texts (M, Lt, D), the input of `fuse_pairs`; once for a text."""
-        if self.fusion_layer == len(self.layer):
-            return states
-        return cast(FusionLayer, self.layer[self.fusion_layer]).self_attend(
-            states, additive_mask(attention_mask, states.dtype)
-        )
-
-    def fuse_first(
-        self,
-        attended: torch.Tensor,
-        attention_mask: torch.Tensor,
-        visual: VisualKeys,
-        index: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """First tokens (P, D) of what `fuse` returns for P pairs, the input of the matching head."""
-        return self.fuse_pairs(attended, attention_mask, visual, index)[0]
+        mask = additive_mask(attention_mask, states.dtype)
+        return self.fusion_layers[0].self_attend(states, mask) if self.fusion_layers else states
 
     def fuse_pairs(
         self,
@@ -268,12 +252,13 @@ class TextEncoder(nn.Module):
         index: torch.Tensor | None = None,
         whole: int = 0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`fuse` with all tokens of the first `whole` pairs and the first token of the others, P pairs in all.
+        """`fuse` with all tokens of the first `whole` pairs, and of the others the first token, which the matching head
+        reads; P pairs in all.
 
         attended (P, Lt, D) of `attend_texts`, other parameters as `fuse`. The last layer computes what is returned
         only: first tokens (P - whole, D) and states (whole, Lt, D).
         """
-        layers = [cast(FusionLayer, layer) for layer in self.layer[self.fusion_layer :]]
+        layers = self.fusion_layers
         if not layers:
             return attended[whole:, 0], attended[:whole]
         mask, states = additive_mask(attention_mask, attended.dtype), attended

@@ -1,55 +1,24 @@
 # ruff: noqa: E402, F401
 """Imports timm and transformers also where torchvision is a CUDA wheel and torch a CPU build.
 
-Both libraries import torchvision, whose Python part registers fake kernels for two C++ operators. Without its
-extension these operators do not exist and the import fails, so they are declared first. The modules of this folder
+Both libraries import torchvision, whose Python part registers fake kernels for two C++ operators. Where its extension
+cannot be loaded, these operators do not exist and the import fails, so they are declared. The modules of this folder
 import what they need of timm and transformers from here.
 """
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
-import sys
-from pathlib import Path
+from contextlib import suppress
 
 import torch
 
-_SCHEMAS = {
-    "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-}
-
-
-def _extension_loads() -> bool:
-    """Whether torchvision's C++ extension exists and can be loaded into this process."""
-    package = importlib.util.find_spec("torchvision")
-    if package is None or package.origin is None:
-        return True  # nothing to repair
-    folder = Path(package.origin).parent
-    for suffix in [*importlib.machinery.EXTENSION_SUFFIXES, ".so"]:
-        library = folder / f"_C{suffix}"
-        if library.exists():
-            try:
-                torch.ops.load_library(str(library))
-            except OSError:
-                return False
-            return True
-    return False
-
-
-def declare_missing_operators() -> None:
-    """Declare the operators that torchvision expects of its extension, when the extension cannot be loaded."""
-    if "torchvision" in sys.modules or hasattr(torch.ops.torchvision, "nms") or _extension_loads():
-        return
-    global _library  # the declarations live as long as this object
-    _library = torch.library.Library("torchvision", "DEF")
-    for schema in _SCHEMAS.values():
-        _library.define(schema)
-
-
-_library: torch.library.Library | None = None
-declare_missing_operators()
+_library = torch.library.Library("torchvision", "FRAGMENT")  # the declarations live as long as this object
+with suppress(ModuleNotFoundError):  # neither library needs it
+    try:
+        import torchvision
+    except RuntimeError:
+        _library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 from timm.layers import resample_abs_pos_embed
 from timm.models import create_model, get_pretrained_cfg, is_model

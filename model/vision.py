@@ -87,16 +87,10 @@ def build_vision(config: VisionConfig, image_res: int, pooler: bool = True) -> n
         vision = Beit(global_pool="avg", init_values=config.layer_scale, **beit, **common)
         if not pooler:
             vision.fc_norm = nn.Identity()
-    _initialize(vision, config)
-    return vision
-
-
-@torch.no_grad()
-def _initialize(vision: Any, config: VisionConfig) -> None:
-    """Scale the random matrices of the blocks from timm's standard deviation to `initializer_range`."""
     for module in vision.blocks.modules():
-        if isinstance(module, nn.Linear):
-            module.weight.mul_(config.initializer_range / TIMM_RANGE)
+        if isinstance(module, nn.Linear):  # from timm's standard deviation
+            module.weight.data *= config.initializer_range / TIMM_RANGE
+    return vision
 
 
 def named_options(config: VisionConfig, image_res: int) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class MissingError(UserError, FileNotFoundError):
 
 
 class AccessError(UserError, OSError):
-    """Something that the user named cannot be read or written: rights, credentials, a store that does not answer."""
+    """Something that the user named cannot be read or written: permissions, credentials, an unavailable store."""
 
 
 class WorkerError(UserError, ChildProcessError):

@@ -16,7 +16,7 @@ _FLAG, _PART = "flag", "part"
 def flag(default: Any, help: str, **options: Any) -> Any:
     """A dataclass field that is a flag; `default` may be a function that makes it, `%(default)s` in `help` shows it.
 
-    options: `group`, the heading of `--help` below which it stands; others are those of `ArgumentParser.add_argument`.
+    options: `group`, its heading in `--help`; others are those of `ArgumentParser.add_argument`.
     """
     factory: Any = default if callable(default) else MISSING
     value = MISSING if callable(default) else default

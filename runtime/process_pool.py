@@ -19,7 +19,7 @@ import cv2
 
 from runtime.errors import WorkerError
 
-Advance = Callable[[int, int, int], None]  # called with how many items went well, how many badly, how many bytes
+Advance = Callable[[int, int, int], None]  # numbers of items that succeeded, of items that failed, of bytes
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 

@@ -55,7 +55,7 @@ OWN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
 def ranks_from_environment() -> Ranks:
-    """Read the launcher's variables, and set RANK and its like where they are missing: other libraries read them.
+    """Read the launcher's variables, and set RANK and similar ones where they are missing: other libraries read them.
 
     A plain `python` is a job of one. Raises UserError where several processes have no MASTER_ADDR.
     """

@@ -14,26 +14,16 @@ from sharding.shards.schema import read_corpus, read_index
 from storage.files import write_text
 
 
-def count_answers(url: str) -> Counter[str]:
-    """The number of questions of a packed corpus for each answer. Raises like `read_corpus`."""
-    corpus = read_corpus(url)
-    counts: Counter[str] = Counter()
-    for shard in range(len(corpus.shards)):
-        for questions in read_index(corpus, shard).column("questions").to_pylist():
-            for question in questions:
-                counts.update(question["answers"])
-    return counts
-
-
 def answer_list(corpora: Sequence[str], size: int = 0, least: int = 1) -> list[str]:
     """The answers that at least `least` questions have, most frequent first; at most `size`, 0 for all.
 
-    Raises:
-        FileNotFoundError, ValueError: as `read_corpus`, or no answer is that frequent.
+    Raises FileNotFoundError, ValueError: as `read_corpus`, or no answer is that frequent.
     """
     counts: Counter[str] = Counter()
-    for url in corpora:
-        counts.update(count_answers(url))
+    for corpus in map(read_corpus, corpora):
+        for shard in range(len(corpus.shards)):
+            for questions in read_index(corpus, shard).column("questions").to_pylist():
+                counts.update(answer for question in questions for answer in question["answers"])
     ranked = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
     kept = [answer for answer, count in ranked if count >= least][: size or None]
     if not kept:

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from runtime.units import data_size, duration
@@ -25,75 +25,44 @@ SAMPLE = {"image": 128, "video": 24}  # media
 Z_95 = 1.96  # standard errors to either side: 95 % of the time
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """The estimated size and time of a build."""
+def estimate_build(staged: Staged, tasks: list[Task], workers: int, max_failures: float) -> Iterator[str]:
+    """Lines about a build's size and time: a sample of its media, spread evenly, is packed into a temporary folder.
 
-    staged: Staged
-    shards: int
-    sampled: int
-    failures: dict[str, int]  # kinds of failures in the sample
-    bytes: float  # of all shards and indices
-    margin: float  # bytes to either side
-    frames: float
-    seconds: float  # of work on one core
-    workers: int
-    free: int | None  # bytes on the output's disk
+    tasks: those of the whole build.
 
-    def check(self, max_failures: float) -> None:
-        """Raise TooManyFailures where a larger share of the sample failed than the build would allow."""
-        failed = sum(self.failures.values())
-        if failed > max_failures * self.sampled:
-            raise TooManyFailures(
-                f"{failed} of the {self.sampled} media tried failed ({failed / self.sampled:.1%}, at most "
-                f"{max_failures:.1%} allowed): the build would fail, too: repair them, or raise --max-failures"
-            )
-
-    def lines(self) -> Iterator[str]:
-        """The estimate as text."""
-        filtered = self.staged.rows - self.staged.kept
-        yield f"{self.staged.rows:,} rows = {self.staged.kept:,} to pack + {filtered:,} filtered"
-        yield from (f"  {count:>6,} x filtered: {reason}" for reason, count in self.staged.filtered.items())
-        yield f"{self.staged.items:,} media in {self.shards:,} shards; {self.sampled} of them tried"
-        failed = sum(self.failures.values())
-        if failed:
-            yield f"{failed} of {self.sampled} failed:"
-            yield from summary(Counter(self.failures))
-        yield f"size: {data_size(self.bytes)} ± {data_size(self.margin)}; {self.frames:,.0f} frames"
-        yield f"time: {duration(self.seconds / self.workers)} on {self.workers} cores, {duration(self.seconds)} on one"
-        if self.free is not None and self.free < self.bytes + self.margin:
-            yield f"the disk of the output has {data_size(self.free)} free: that may be too little"
-
-
-def estimate_build(staged: Staged, tasks: list[Task], workers: int) -> Estimate:
-    """Pack a sample of the media, spread evenly over all, into a folder that is deleted again.
-
-    tasks: those of the whole build. Raises OSError when the media's store cannot be reached.
+    Raises OSError: the media's store cannot be reached. TooManyFailures: after the last line, where a larger share of
+    the sample failed than the build would allow.
     """
-    settings = tasks[0].settings
-    count = min(staged.items, SAMPLE[settings.media_type])
+    count = min(staged.items, SAMPLE[tasks[0].settings.media_type])
     items = [staged.between(at, at + 1)[0] for at in (number * staged.items // count for number in range(count))]
     with tempfile.TemporaryDirectory(prefix="singularity-estimate-") as folder:
-        task = replace(tasks[0], items=items, output=folder, scratch=folder)
         start = time.perf_counter()
-        shard = build_shard(task, lambda *_: None)
-        seconds = time.perf_counter() - start
+        shard = build_shard(replace(tasks[0], items=items, output=folder, scratch=folder))
+        seconds = (time.perf_counter() - start) * staged.items / count
         sizes = read_table(join_url(folder, shard.info.index_name), ["sizes"]).column("sizes").to_pylist()
-    share = staged.items / count
-    each = [sum(size) for size in sizes] + [0] * len(shard.failures)
-    spread = statistics.stdev(each) if count > 1 else 0.0
-    return Estimate(
-        staged=staged,
-        shards=len(tasks),
-        sampled=count,
-        failures=dict(Counter(kind_of(failure["reason"]) for failure in shard.failures)),
-        bytes=(shard.info.bytes + shard.info.index_bytes) * share,
-        margin=0.0 if count == staged.items else Z_95 * spread / math.sqrt(count) * staged.items,
-        frames=shard.info.frames * share,
-        seconds=seconds * share,
-        workers=min(workers, len(tasks)),
-        free=free_bytes(tasks[0].output),
-    )
+    failed = len(shard.failures)
+    yield f"{staged.rows:,} rows = {staged.kept:,} to pack + {staged.rows - staged.kept:,} filtered"
+    yield from (f"  {rows:>6,} x filtered: {reason}" for reason, rows in staged.filtered.items())
+    yield f"{staged.items:,} media in {len(tasks):,} shards; {count} of them tried"
+    if failed:
+        yield f"{failed} of {count} failed:"
+        yield from summary(Counter(kind_of(failure["reason"]) for failure in shard.failures))
+    size = (shard.info.bytes + shard.info.index_bytes) * staged.items / count
+    each = [sum(size) for size in sizes] + [0] * failed
+    spread = statistics.stdev(each) if 1 < count < staged.items else 0.0
+    margin = Z_95 * spread / math.sqrt(count) * staged.items
+    frames = shard.info.frames * staged.items / count
+    yield f"size: {data_size(size)} ± {data_size(margin)}; {frames:,.0f} frames"
+    cores = min(workers, len(tasks))
+    yield f"time: {duration(seconds / cores)} on {cores} cores, {duration(seconds)} on one"
+    free = free_bytes(tasks[0].output)
+    if free is not None and free < size + margin:
+        yield f"the disk of the output has {data_size(free)} free: that may be too little"
+    if failed > max_failures * count:
+        raise TooManyFailures(
+            f"{failed} of the {count} media tried failed ({failed / count:.1%}, at most {max_failures:.1%} allowed): "
+            "the build would fail, too: repair them, or raise --max-failures"
+        )
 
 
 def free_bytes(output: str) -> int | None:

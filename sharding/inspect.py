@@ -106,12 +106,7 @@ def parser() -> argparse.ArgumentParser:
     add("--frame", type=int, default=0, help="frame of the sample that the printed command fetches")
     add("--stats", action="store_true", help="histograms of texts, sizes, frames, seconds, bytes, from the indices")
     add("--stats-shards", type=positive, default=0, metavar="N", help="from N evenly spread shards only (default: all)")
-    add(
-        "--sheet",
-        type=png_file,
-        metavar="FILE.png",
-        help=f"write a contact sheet of {SHEET_SAMPLES} samples",
-    )
+    add("--sheet", type=png_file, metavar="FILE.png", help=f"write a contact sheet of {SHEET_SAMPLES} samples")
     add("--html", metavar="FILE.html", help=f"write a page with histograms and {GALLERY_SAMPLES} samples to look at")
     add("--count", type=positive, default=0, metavar="N", help="samples on the sheet and the page")
     add(

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from runtime.progress import Progress, counted
 from runtime.units import data_size
 from sharding.annotations.reading import read_rows
 from sharding.annotations.staging import Staged, move_staged, open_staged, stage
-from sharding.estimate import Estimate, estimate_build
+from sharding.estimate import estimate_build
 from sharding.executors.executor import build_shards
 from sharding.reasons import summary
 from sharding.settings import BuildSettings
@@ -45,10 +45,9 @@ def pack(settings: BuildSettings) -> Corpus:
     Shards that an interrupted build completed are kept; the result is byte-identical whatever the executor.
     Of several jobs on one output the last one describes it; the others return what is complete.
 
-    Raises:
-        FileNotFoundError: an annotation file or the media root is missing.
-        ValueError: bad settings or annotations, or an output that holds something else or is in use.
-        TooManyFailures: a larger share of media failed than `max_failures`.
+    Raises FileNotFoundError: an annotation file or the media root is missing. ValueError: bad settings or annotations,
+    or an output that holds something else or is in use. TooManyFailures: a larger share of media failed than
+    `max_failures`.
     """
     settings = settings.prepared()
     shards, output = settings.shards, settings.output
@@ -73,13 +72,14 @@ def pack(settings: BuildSettings) -> Corpus:
     return corpus
 
 
-def estimate(settings: BuildSettings) -> Estimate:
-    """The estimated size and time of `pack` with these settings; nothing is written. Raises like `pack`."""
+def estimate(settings: BuildSettings) -> Iterator[str]:
+    """Lines about the size and time of `pack` with these settings; nothing is written. Raises like `pack`."""
     settings = settings.prepared()
     with tempfile.TemporaryDirectory(prefix="singularity-estimate-") as folder:
         scratch = Path(folder)
         staged = stage_annotations(settings, scratch)
-        return estimate_build(staged, planned_tasks(settings, staged, scratch), settings.executor.processes)
+        tasks = planned_tasks(settings, staged, scratch)
+        yield from estimate_build(staged, tasks, settings.executor.processes, settings.max_failures)
 
 
 def planned_tasks(settings: BuildSettings, staged: Staged, scratch: Path) -> list[Task]:
@@ -90,9 +90,8 @@ def planned_tasks(settings: BuildSettings, staged: Staged, scratch: Path) -> lis
 def staged_rows(settings: BuildSettings, scratch: Path) -> tuple[Staged, str]:
     """(rows on disk, SHA-256 of their annotation files); the files are read once, after an interruption only hashed.
 
-    Raises:
-        FileNotFoundError, ValueError: a file cannot be read, there is nothing to pack, or the rows are of other files
-            than those that the corpus was built of.
+    Raises FileNotFoundError, ValueError: a file cannot be read, there is nothing to pack, or the rows are of other
+    files than those that the corpus was built of.
     """
     output, digest = settings.output, hashlib.sha256()
     if has_staged_rows(output):

@@ -58,9 +58,7 @@ class BuildSettings:
     def prepared(self) -> BuildSettings:
         """The settings with a name, annotation files instead of patterns, and local paths without their scheme.
 
-        Raises:
-            FileNotFoundError: an annotation file or the media root is missing.
-            ValueError: a setting cannot work.
+        Raises FileNotFoundError: an annotation file or the media root is missing. ValueError: a setting cannot work.
         """
         values = {"name": self.shards.name or usual_name(self.output)}
         values |= {"output": local_form(self.output), "media_root": local_form(self.media_root)}
@@ -82,9 +80,8 @@ def usual_name(output: str) -> str:
 def read_settings(flags: Mapping[str, Any], corpus: str = "") -> BuildSettings:
     """The merged settings: flags override the YAML `corpus`, which overrides the defaults.
 
-    Raises:
-        FileNotFoundError: the YAML does not exist.
-        ValueError: it is wrong, a flag is, or something that has no default is missing.
+    Raises FileNotFoundError: the YAML does not exist. ValueError: it is wrong, a flag is, or something that has no
+    default is missing.
     """
     config = load_corpus(corpus) if corpus else CorpusConfig()
     found = {each.name: getattr(config, each.name) for each in fields(config)}

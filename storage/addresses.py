@@ -12,15 +12,15 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-SIGNED_FOR = 3600  # seconds that a signature is good for
-KEPT_FOR = 600  # seconds that a signed address is used: credentials for a time are renewed that long before their end
+SIGNED_FOR = 3600  # seconds that a signature is valid
+KEPT_FOR = 600  # seconds that a signed address is reused: temporary credentials are renewed before they expire
 
 
 @dataclass(frozen=True)
 class Address:
-    """What a request needs, valid until a time of `time.monotonic`.
+    """URL, headers and proxy of a request, valid until a time of `time.monotonic`.
 
-    headers: at least one, or a handle of libcurl would keep those of its last request.
+    headers: at least one; otherwise a handle of libcurl keeps those of its last request.
     """
 
     url: str
@@ -36,7 +36,7 @@ async def sign(filesystem: Any, path: str) -> Address | None:
         return address(await filesystem._url(path, expires=SIGNED_FOR), {}, KEPT_FOR)
     if kind in ("gs", "gcs") and not filesystem.requester_pays:
         headers: dict[str, str] = {}
-        await asyncio.to_thread(filesystem.credentials.apply, headers)  # may ask for a new token
+        await asyncio.to_thread(filesystem.credentials.apply, headers)  # may request a new token
         return address(filesystem.url(path), headers, 60.0)
     if kind in ("http", "https") and not filesystem.kwargs:
         url = str(filesystem.encode_url(path))

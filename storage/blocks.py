@@ -1,4 +1,4 @@
-"""Remote objects kept on a node in blocks: each block is fetched once, and serves all ranges that lie in it."""
+"""Remote objects cached on a node in blocks: each block is fetched once and serves all ranges in it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from storage.cache import DiskCache
 from storage.ranges import ByteRange, Store
 from storage.single_flight import SingleFlight
 
-BLOCK = 2**20  # bytes: one request for some hundred images, and a first batch that touches as many blocks comes soon
+BLOCK = 2**20  # bytes: large enough for a hundred images a request, small enough that the first batch is not delayed
 WAIT_SECONDS = 5.0  # for a block that another process is fetching
 
 Block = tuple[str, int]  # object, number of the block in it
@@ -22,7 +22,7 @@ class CachedStore:
     """
 
     def __init__(self, store: Store, uncached: Store, cache: DiskCache, objects: Mapping[str, tuple[int, str]]) -> None:
-        """objects: name -> (size, name in the cache). Ranges that find no room in it are read from `uncached`."""
+        """objects: name -> (size, name in the cache). Ranges for which it has no room are read from `uncached`."""
         self.store, self.uncached, self.cache, self.objects = store, uncached, cache, objects
         self.counters: Counter[str] = Counter()
         self._flight: SingleFlight[Block, bytes | None] = SingleFlight()
@@ -60,7 +60,7 @@ class CachedStore:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _read_blocks(self, ranges: Sequence[ByteRange]) -> dict[Block, bytes | None]:
-        """The blocks of these ranges; None: there is no room for it, or another thread or process fetches in vain."""
+        """The blocks of these ranges; None: no room in the cache, or another thread or process failed to fetch it."""
         blocks = sorted({block for each in ranges for block in blocks_of(each)})
         found, shared = self._flight.run(blocks, self._fetch)
         self.counters["blocks_shared"] += shared
@@ -73,7 +73,7 @@ class CachedStore:
             data = self.store.read_ranges([self._range(block) for block in own])
         except BaseException:
             self.cache.drop([self._name(block) for block in own])
-            yield from ((block, None) for block in blocks)  # who waits reads it another way, and meets the error
+            yield from ((block, None) for block in blocks)  # threads that wait read it themselves, and raise the error
             raise
         for block, found in zip(own, data, strict=True):
             yield block, found

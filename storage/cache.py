@@ -1,14 +1,14 @@
 """A node's cache of remote bytes on a local disk: bounded, least recently used evicted first, safe against crashes.
 
 How it stays consistent, with any number of processes that may be killed at any moment:
-- SQLite holds one row an item: its name, its size, when it was last used, and which process is fetching it.
-- Space is reserved before anything is fetched: one transaction writes a row and evicts older items. So the files never
+- SQLite holds one row per item: its name, its size, when it was last used, and which process is fetching it.
+- Space is reserved before anything is fetched: one transaction writes a row and evicts older items. The files never
   take more than the budget.
-- An item's file is written in parts/ and renamed: a file in items/ is complete. Whoever opens the cache next reclaims
-  what a dead process had reserved or was writing.
-- A file is removed before its row. A row without a file is an item that is not there.
+- An item's file is written in parts/ and renamed: a file in items/ is complete. The next process that opens the cache
+  reclaims what a dead process had reserved or was writing.
+- A file is removed before its row. A row without a file is a missing item.
 - Each opening compares rows and files in a few folders, in turn: a process may have died between the two, and a power
-  cut may leave files without rows. So opening takes as long with a million items as with a thousand.
+  cut may leave files without rows. Opening takes as long with a million items as with a thousand.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from storage.files import atomic_file
 
 log = logging.getLogger(__name__)
 
-FOLDER = "singularity-cache-1"  # inside the folder of the user: nothing else is ever removed
-POLL = 0.02  # seconds between looks whether another process has fetched an item
+FOLDER = "singularity-cache-1"  # inside the user's folder: nothing outside of it is removed
+POLL = 0.02  # seconds between two checks whether another process has fetched an item
 RECORD_SECONDS = 5.0  # between two records of which items were used
 ITEMS_CHECKED = 1000  # items whose files and rows are compared when a cache is opened
 AFTER = chr(0x10FFFF)  # sorts after any character of a name
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS items (
     name TEXT PRIMARY KEY, size INTEGER NOT NULL, used REAL NOT NULL,
-    owner TEXT  -- the process that fetches it; null: it is there
+    owner TEXT  -- the process that fetches it; null: complete
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS by_use ON items (used);
 CREATE INDEX IF NOT EXISTS by_owner ON items (owner) WHERE owner IS NOT NULL;
@@ -77,7 +77,7 @@ class DiskCache:
             raise UserError(f"cache.folder={folder} cannot be written to ({error.strerror}): choose another") from None
 
     def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes | None:
-        """An item's bytes from `offset` on; None when it is not there."""
+        """An item's bytes from `offset` on; None when it is missing."""
         try:
             descriptor = os.open(self._path(name), os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -90,13 +90,13 @@ class DiskCache:
         return data
 
     def has(self, name: str) -> bool:
-        """Whether an item is there."""
+        """Whether an item is complete."""
         return self._path(name).exists()
 
     def reserve(self, sizes: Mapping[str, int]) -> dict[str, bool]:
         """Reserve space for missing items: name -> True for those that the caller now must `put` or `drop`.
 
-        Those with False are being fetched by another process, or are there, or do not fit beside what others fetch.
+        Those with False are being fetched by another process, or are complete, or do not fit.
         """
         mine = dict.fromkeys(sizes, False)
         with self._tolerating_errors(), self._transaction() as database:
@@ -113,7 +113,7 @@ class DiskCache:
         return mine
 
     def wait_for(self, name: str, seconds: float) -> bytes | None:
-        """An item that another process is fetching; None when it takes longer, or there is none any more."""
+        """An item that another process is fetching; None when it takes longer or that process has failed."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             data = self.read(name)
@@ -130,7 +130,7 @@ class DiskCache:
         return row is not None and row[0] is not None and is_alive(row[0])
 
     def put(self, name: str, data: bytes) -> None:
-        """The bytes of an item that was reserved; where the disk is full it is dropped instead."""
+        """Write an item that was reserved; on a full disk it is dropped instead."""
         temporary = self.folder / "parts" / f"{this_process()} {threading.get_ident()}"
         try:
             self._path(name).parent.mkdir(exist_ok=True)
@@ -144,7 +144,7 @@ class DiskCache:
             mine = database.execute(
                 "UPDATE items SET owner = NULL WHERE name = ? AND owner = ?", (name, this_process())
             )
-            if not mine.rowcount:  # this process was taken for dead: no row counts the file
+            if not mine.rowcount:  # this process was considered dead: no row counts the file
                 self._path(name).unlink(missing_ok=True)
 
     def drop(self, names: Sequence[str]) -> None:
@@ -189,7 +189,7 @@ class DiskCache:
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         """A transaction, exclusive among threads and processes."""
         with self._lock:
-            if self._process != os.getpid():  # a connection must not be taken through a fork
+            if self._process != os.getpid():  # a connection must not be used after a fork
                 self._database, self._process = self._open(), os.getpid()
             database = self._database
             database.execute("BEGIN IMMEDIATE")
@@ -217,7 +217,7 @@ class DiskCache:
     def _connect(self, path: Path) -> sqlite3.Connection:
         database = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
         with (self.folder / "opening").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # SQLite does not wait for others that change the journal's mode too
+            fcntl.flock(lock, fcntl.LOCK_EX)  # SQLite does not wait for another process that sets the journal mode
             database.execute("PRAGMA journal_mode=WAL")
             database.execute("PRAGMA synchronous=NORMAL")
             database.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")

@@ -1,4 +1,4 @@
-"""libcurl in an asyncio loop: handles, transfers, and what their ends mean."""
+"""libcurl in an asyncio loop: handles, transfers, and errors for their results."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 import select
 import ssl
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from urllib.parse import urlsplit
 
 import pycurl
@@ -22,7 +22,7 @@ BROKEN_OFF = {
     pycurl.E_SEND_ERROR,
     pycurl.E_RECV_ERROR,
     pycurl.E_HTTP2,
-    pycurl.E_FTP_WEIRD_SERVER_REPLY,  # of any server
+    pycurl.E_FTP_WEIRD_SERVER_REPLY,  # an unparsable reply of any server
     92,  # CURLE_HTTP2_STREAM, which pycurl does not name
 }
 TOO_LARGE = 100  # CURLE_TOO_LARGE, which pycurl does not name: a header of more than 100 KB
@@ -34,39 +34,48 @@ INTERESTS = {
 
 
 class AsyncCurl:
-    """Runs transfers of libcurl in an asyncio loop, to be used in that loop alone.
+    """Runs transfers of libcurl in an asyncio loop; only for use in that loop.
 
-    libcurl's sockets are watched by one epoll, and that one by the loop: a socket comes and goes with every request,
-    and objects of the loop for each would cost more. select(), and so CurlMulti.fdset, ends at descriptor 1,023.
+    One epoll watches the sockets of libcurl, and the loop watches that epoll: registering each socket with the loop for
+    every request costs more. select(), and so CurlMulti.fdset, fails above descriptor 1,023.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, make_handle: Callable[[], pycurl.Curl]) -> None:
         self.loop, self.multi = loop, pycurl.CurlMulti()
+        self._make_handle = make_handle
+        self._idle: list[pycurl.Curl] = []
         self._epoll = select.epoll()
         self._ended: dict[pycurl.Curl, Callable[[int, str], None]] = {}
-        self._due: float | None = None  # when libcurl is to be called
-        self._timer: asyncio.TimerHandle | None = None  # not later than that
+        self._due: float | None = None  # when to call libcurl
+        self._timer: asyncio.TimerHandle | None = None  # fires at that time or before
         self.multi.setopt(pycurl.M_SOCKETFUNCTION, self._watch)
         self.multi.setopt(pycurl.M_TIMERFUNCTION, self._set_timer)
         loop.add_reader(self._epoll.fileno(), self._ready)
 
+    def handle(self) -> pycurl.Curl:
+        """A handle, to be given to `stop` after its transfer."""
+        return self._idle.pop() if self._idle else self._make_handle()
+
     def start(self, curl: pycurl.Curl, ended: Callable[[int, str], None]) -> None:
-        """Begin a transfer; `ended` gets libcurl's code and message, and must not raise."""
+        """Begin a transfer; `ended` is called with libcurl's code and message, and must not raise."""
         self._ended[curl] = ended
         self.multi.add_handle(curl)
 
     def stop(self, curl: pycurl.Curl) -> None:
-        """End a transfer that has not ended, if need be by closing its connection."""
+        """End a transfer, if need be by closing its connection, and keep its handle for another one."""
         if self._ended.pop(curl, None) is not None:
             self.multi.remove_handle(curl)
+        self._idle.append(curl)
 
     def close(self) -> None:
         """Close all connections, after the transfers have ended."""
+        for curl in self._idle:
+            curl.close()
         self.loop.remove_reader(self._epoll.fileno())
         if self._timer is not None:
             self._timer.cancel()
         closing = threading.Thread(target=self.multi.close, daemon=True)
-        closing.start()  # by itself: it waits for threads of libcurl that look up names, however long that takes
+        closing.start()  # in a thread: it waits for name lookups of libcurl, however long they take
         closing.join(1.0)
         self._epoll.close()
 
@@ -122,8 +131,11 @@ class AsyncCurl:
                 ended(code, message)
 
 
-def new_handle(connect_seconds: float, bundle: str | None = None) -> pycurl.Curl:
-    """A handle for one transfer after the other. bundle: certificates to trust instead of those Python trusts."""
+def new_handle(connect_seconds: float, more: Mapping[int, object], bundle: str | None = None) -> pycurl.Curl:
+    """A handle for one transfer after the other.
+
+    more: other options of libcurl. bundle: certificates to trust instead of those Python trusts.
+    """
     curl = pycurl.Curl()
     certificates = ssl.get_default_verify_paths()
     options = {
@@ -134,6 +146,7 @@ def new_handle(connect_seconds: float, bundle: str | None = None) -> pycurl.Curl
         pycurl.PROTOCOLS: pycurl.PROTO_HTTP | pycurl.PROTO_HTTPS,
         pycurl.BUFFERSIZE: BUFFER,
         pycurl.CONNECTTIMEOUT_MS: int(connect_seconds * 1000),
+        **more,
     }
     if bundle or certificates.cafile:
         options[pycurl.CAINFO] = bundle or certificates.cafile
@@ -172,7 +185,7 @@ def error_of(curl: pycurl.Curl, code: int, message: str, url: str) -> StoreError
     reasons = {
         pycurl.E_OPERATION_TIMEDOUT: ("timed out", True),
         pycurl.E_COULDNT_CONNECT: (f"cannot connect to {host}", True),
-        pycurl.E_COULDNT_RESOLVE_HOST: (f"host not found: {name}", True),  # name servers under load say so, too
+        pycurl.E_COULDNT_RESOLVE_HOST: (f"host not found: {name}", True),  # overloaded name servers report this, too
         pycurl.E_COULDNT_RESOLVE_PROXY: ("proxy not found", True),  # the message may hold its password
         pycurl.E_PEER_FAILED_VERIFICATION: (f"no valid certificate: {name}", False),
         pycurl.E_SSL_CONNECT_ERROR: (f"no encrypted connection: {name}", "wrong version number" not in message),

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all: written under another name beside it, then renamed."""
+"""Files and folders written atomically: under a temporary name beside the target, then renamed."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def remove_temporary(folder: Path) -> None:
 
 @contextmanager
 def atomic_file(path: Path, sync: bool = False, temporary: Path | None = None) -> Iterator[Path]:
-    """Yield a new file beside `path` to write to, which gets that name at the end; after an error it is removed.
+    """Yield a new file beside `path`, which is renamed to `path` at the end and removed after an error.
 
-    Its permissions are those of any new file, also where the block replaces it by a private one. Errors of the disk
-    name `path`, also those that safetensors and PyTorch hide behind their own. sync: flush it to the disk.
+    It has the permissions of any new file, even if the block replaces it by a private one. Errors of the disk name
+    `path`, also those that safetensors and PyTorch wrap. sync: flush it to the disk.
     """
     temporary = temporary or temporary_path(path, secrets.token_hex(4))
     try:
@@ -59,14 +59,14 @@ def atomic_file(path: Path, sync: bool = False, temporary: Path | None = None) -
 
 
 def write_text(path: Path, text: str, sync: bool = False) -> None:
-    """Write a file in UTF-8, whole or not at all."""
+    """Write a file in UTF-8 atomically."""
     with atomic_file(path, sync) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `path`, which takes the place of an earlier one at the end; as `atomic_file`."""
+    """Yield an empty folder beside `path`, which replaces an earlier one at the end; see `atomic_file`."""
     temporary = temporary_path(path)
     try:
         with file_errors(path, temporary):
@@ -79,7 +79,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def replace_folder(temporary: Path, path: Path) -> None:
-    """Rename a complete folder to `path`; an earlier one is moved away first, from where `recover_folders` has it."""
+    """Rename a complete folder to `path`; an earlier one is first moved to where `recover_folders` finds it."""
     old = path.with_name(f".{path.name}.old")
     if path.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -90,7 +90,7 @@ def replace_folder(temporary: Path, path: Path) -> None:
 
 
 def recover_folders(parent: Path) -> None:
-    """Give back its name to a folder whose replacement by `replace_folder` was interrupted."""
+    """Restore a folder whose replacement by `replace_folder` was interrupted."""
     for old in parent.glob(".*.old"):
         path = old.with_name(old.name[1:].removesuffix(".old"))
         if path.exists():
@@ -108,7 +108,7 @@ def remove_folder(path: Path) -> None:
 
 
 def flush(*paths: Path) -> None:
-    """Return when files and folders are on the disk; reports progress after every piece of a file."""
+    """Flush files and folders to the disk; reports progress after every piece of a file."""
     for path in paths:
         progress(f"flushing {path.name}")
         handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)

@@ -15,8 +15,8 @@ from storage.addresses import Address
 from storage.curl import AsyncCurl, error_of, new_handle
 from storage.policy import StoreError
 
-CONNECT_SECONDS = 10.0  # at most, of a try
-LARGEST_OBJECT = 2**30  # bytes of a request for a whole object, such as a description
+CONNECT_SECONDS = 10.0  # limit within a try
+LARGEST_OBJECT = 2**30  # bytes: limit of a request for a whole object, such as corpus.json
 
 
 class Response(asyncio.Future[bytes], ABC):
@@ -50,7 +50,7 @@ class Transfer(Response):
         self.chunks: list[bytes] = []
 
     def stop(self) -> None:
-        """Hang up."""
+        """End the transfer."""
         if self.curl is not None:
             self.client.release(self)
 
@@ -62,9 +62,8 @@ class HttpClient:
         """connections: maximum of persistent connections. try_seconds: limit of a request."""
         self.loop, self.try_seconds = loop, try_seconds
         self._bundle = os.environ.get("AWS_CA_BUNDLE")
-        self._curl = AsyncCurl(loop)
+        self._curl = AsyncCurl(loop, self._new_handle)
         self._curl.multi.setopt(pycurl.M_MAXCONNECTS, connections)
-        self._idle: list[pycurl.Curl] = []
         self._running: set[Transfer] = set()
 
     def get(self, address: Address, start: int = 0, end: int | None = None) -> Response:
@@ -72,17 +71,17 @@ class HttpClient:
 
         Raises StoreError for an invalid address.
         """
-        curl = self._idle.pop() if self._idle else self._new_handle()
+        curl = self._curl.handle()
         transfer = Transfer(self, address, None if end is None else end - start)
         try:
             curl.setopt(pycurl.URL, address.url)
             curl.setopt(pycurl.PROXY, address.proxy)
             curl.setopt(pycurl.HTTPHEADER, address.headers)
         except (ValueError, pycurl.error):  # invalid characters
-            self._idle.append(curl)
+            self._curl.stop(curl)
             raise StoreError("invalid URL") from None
         curl.setopt(pycurl.RANGE, None if end is None else f"{start}-{end - 1}")
-        curl.setopt(pycurl.MAXFILESIZE_LARGE, transfer.size or LARGEST_OBJECT)  # a server may send more
+        curl.setopt(pycurl.MAXFILESIZE_LARGE, transfer.size or LARGEST_OBJECT)  # a server may send more than requested
         curl.setopt(pycurl.WRITEFUNCTION, transfer.chunks.append)
         transfer.curl = curl
         self._running.add(transfer)
@@ -96,7 +95,6 @@ class HttpClient:
         self._running.discard(transfer)
         self._curl.stop(curl)
         transfer.chunks.clear()  # which the handle would keep until its next use
-        self._idle.append(curl)
 
     def close(self) -> None:
         """End all transfers and connections; may be called from other threads than the loop's."""
@@ -105,21 +103,20 @@ class HttpClient:
     async def _end_all(self) -> None:
         for transfer in list(self._running):
             transfer.cancel()
-        for curl in self._idle:
-            curl.close()
         self._curl.close()
 
     def _new_handle(self) -> pycurl.Curl:
-        curl = new_handle(min(CONNECT_SECONDS, self.try_seconds), self._bundle)
-        curl.setopt(pycurl.TIMEOUT_MS, max(1, int(self.try_seconds * 1000)))
-        curl.setopt(pycurl.HTTP_VERSION, pycurl.CURL_HTTP_VERSION_1_1)  # not all requests over one connection
-        curl.setopt(pycurl.DNS_CACHE_TIMEOUT, 4)  # seconds, twice those for which "no such host" is believed
-        curl.setopt(pycurl.PATH_AS_IS, 1)  # addresses are signed as they are
-        curl.setopt(pycurl.NOPROXY, "")  # the address knows
-        return curl
+        options = {
+            pycurl.TIMEOUT_MS: max(1, int(self.try_seconds * 1000)),
+            pycurl.HTTP_VERSION: pycurl.CURL_HTTP_VERSION_1_1,  # not all requests over one connection
+            pycurl.DNS_CACHE_TIMEOUT: 4,  # seconds: twice the lifetime of a negative entry
+            pycurl.PATH_AS_IS: 1,  # a signature covers the path as it is
+            pycurl.NOPROXY: "",  # `Address.proxy` decides
+        }
+        return new_handle(min(CONNECT_SECONDS, self.try_seconds), options, self._bundle)
 
     def _finish(self, transfer: Transfer, code: int, message: str) -> None:
-        """Hand over what a transfer brought."""
+        """Set the result of a transfer."""
         assert transfer.curl is not None
         try:
             result = self._result(transfer.curl, transfer, code, message)
@@ -141,7 +138,7 @@ class HttpClient:
                 return StoreError("connection closed early", transient=True)  # the response had no length
             return data
         if status == 416:
-            return b""  # the object ends before: the reader's checksums say what is missing
+            return b""  # the object ends before the range: the reader's checksums detect it
         if limited and status == 200 and code in (pycurl.E_OK, pycurl.E_FILESIZE_EXCEEDED):
             return StoreError(f"the server does not support byte ranges (status {status})")
         if status < 400 and code == pycurl.E_OPERATION_TIMEDOUT:
@@ -167,6 +164,6 @@ class HttpClient:
                 transfer.set_exception(found)
 
         try:
-            threading.Thread(target=look_up, daemon=True).start()  # a name server may take long
+            threading.Thread(target=look_up, daemon=True).start()  # a lookup may take long
         except RuntimeError:  # there are too many threads
             finish(error)

@@ -1,4 +1,4 @@
-"""Limits of a node's use of a store, and of each of its processes: concurrent requests, request rate, first reads."""
+"""Limits of how much a node and its processes use a store: concurrent requests, request rate, staggered starts."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from runtime.ranks import Ranks
 from runtime.settings import setting
 
-BURST = 0.05  # seconds whose requests may be sent at once: a timer for each of them would cost more than the request
+BURST = 0.05  # seconds whose requests are sent at once: a timer per request costs more than the request
 
 log = logging.getLogger(__name__)
 
-_waited: list[float] = []  # seconds that this process has waited for its node's turn; once is enough
+_waited: list[float] = []  # seconds that this process has waited; it waits once
 
 
 @dataclass
@@ -69,7 +69,7 @@ class RateLimiter:
         return not self._slots.locked() and self._next <= asyncio.get_running_loop().time()
 
     async def __aenter__(self) -> None:
-        """Wait for a slot, and for the time."""
+        """Wait for a slot, and for the request rate."""
         await self._slots.acquire()
         if not self._interval:
             return
@@ -84,11 +84,11 @@ class RateLimiter:
                 raise
 
     async def __aexit__(self, *error: object) -> None:
-        """Let the next request in."""
+        """Free the slot."""
         self._slots.release()
 
 
-_limiters: dict[tuple[int, int, float], RateLimiter] = {}  # by process: a child has its own after a fork
+_limiters: dict[tuple[int, int, float], RateLimiter] = {}  # by process: after a fork a child has its own
 
 
 def rate_limiter(connections: int, per_second: float) -> RateLimiter:

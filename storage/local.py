@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import lru_cache
 
 import fsspec
 
 from storage.ranges import ByteRange
-from storage.single_flight import LastUsed
 from storage.urls import join_url
 
 
@@ -19,18 +19,18 @@ class LocalStore:
         """url: a path, or file://."""
         self.url = url
         self._folder = str(fsspec.url_to_fs(url)[1])
-        self._files = LastUsed(self._open, open_files)
+        self._file = lru_cache(open_files)(self._open)
 
     def read_ranges(self, ranges: Sequence[ByteRange]) -> list[bytes]:
         """The bytes of each range; see `Store`."""
-        files = [self._files.get(each.name) for each in ranges]
-        for file, each in zip(files, ranges, strict=True):  # of all first, so that the disk works on many at once
+        files = [self._file(each.name) for each in ranges]
+        for file, each in zip(files, ranges, strict=True):  # all of them first, so that the disk reads many at once
             os.posix_fadvise(file.descriptor, each.start, each.size, os.POSIX_FADV_WILLNEED)
         return [os.pread(file.descriptor, each.size, each.start) for file, each in zip(files, ranges, strict=True)]
 
     def close(self) -> None:
         """Close the files; the next read reopens them."""
-        self._files.clear()
+        self._file.cache_clear()
 
     def _open(self, name: str) -> OpenFile:
         try:

@@ -1,10 +1,10 @@
-"""Locks on folders that several processes, on several machines, may want to write to.
+"""Locks on folders that processes on several machines may write to.
 
-Two mechanisms together, because neither suffices everywhere. The kernel's lock (flock) on a file that is open for
-writing ends with its process; it works between machines on NFS with a lock daemon, but not on mounts with `nolock` or
-`local_lock`, nor on file systems without locks. So the holder also writes a note to the file, with a counter that it
-raises at every heartbeat. A process that finds a note of another machine watches whether the counter still grows. No
-clocks are compared.
+Two mechanisms, because neither suffices everywhere. The kernel's lock (flock) on a file that is open for writing ends
+with its process; it works between machines on NFS with a lock daemon, but not on mounts with `nolock` or `local_lock`,
+nor on file systems without locks. So the holder also writes a note to the file, with a counter that grows at every
+heartbeat. A process that finds the note of another machine watches whether its counter still grows. Clocks are not
+compared.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class HeldError(Exception):
-    """Another process holds a lock; the message names it if it is known."""
+    """Another process holds a lock; the message names it, if known."""
 
 
 def machine() -> str:
@@ -43,8 +43,8 @@ def machine() -> str:
 class Lock:
     """The lock of the file `path`, held from `acquire` to `release`, or to the end of this process.
 
-    shared: with others that share it; they write no note. beside: other files whose holders it excludes by their notes,
-    where the kernel's lock does not.
+    shared: others may share it; its holders write no note. beside: other lock files whose notes are checked as well,
+    where the kernel's lock does not exclude their holders.
     """
 
     def __init__(self, path: Path, shared: bool = False, beside: Iterable[Path] = ()) -> None:
@@ -84,19 +84,19 @@ class Lock:
             raise
 
     def make_exclusive(self) -> bool:
-        """Turn a shared lock into an exclusive one; False, and no lock at all, where others hold it too."""
+        """Turn a shared lock into an exclusive one; False, and the lock is lost, where others hold it too."""
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # first: of two that do this at once the later one must get it
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # first: of two processes the later one must get it
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             return False
         return True
 
     def release(self) -> None:
-        """Let others have the lock."""
+        """Release the lock."""
         self._released.set()
         if self._heart.ident is not None:
-            self._heart.join()  # before the descriptor may become another file's
+            self._heart.join()  # before the descriptor can be reused for another file
         if not self.shared and same_holder(read_note(self.path), self._note):
             with contextlib.suppress(OSError):
                 os.ftruncate(self._descriptor, 0)
@@ -106,7 +106,7 @@ class Lock:
         while True:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileNotFoundError):  # its holder has just removed the folder
-                # For writing: NFS gives no exclusive lock on what is open for reading, as folders are.
+                # For writing: NFS gives no exclusive lock on files open for reading.
                 self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
                 return
 
@@ -127,7 +127,7 @@ class Lock:
             return False
 
     def _watch_notes(self) -> None:
-        """Watch the notes of processes that the kernel's lock may not exclude; HeldError when a counter grows."""
+        """Watch notes of processes that the kernel's lock may not exclude; raises HeldError when a counter grows."""
         found = {path: note for path in [self.path, *self.beside] if (note := self._foreign(path))}
         if not found:
             return
@@ -163,7 +163,7 @@ class Lock:
         number = 0
         while not self._released.wait(HEARTBEAT):
             number += 1
-            with contextlib.suppress(OSError):  # a full disk, a server that is gone for a while
+            with contextlib.suppress(OSError):  # a full disk, an unavailable server
                 if same_holder(read_note(self.path), self._note):
                     self._write(number)
 
@@ -171,7 +171,7 @@ class Lock:
         data = json.dumps({**self._note, "beat": number}).encode()
         os.pwrite(self._descriptor, data, 0)
         os.ftruncate(self._descriptor, len(data))
-        os.fsync(self._descriptor)  # to be seen by other clients of a network file system
+        os.fsync(self._descriptor)  # visible to other clients of a network file system
 
 
 def read_note(path: Path) -> dict[str, Any]:
@@ -184,10 +184,10 @@ def read_note(path: Path) -> dict[str, Any]:
 
 
 def same_holder(note: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two notes are of one holder."""
+    """Whether two notes have the same holder."""
     return note.get("token") == other["token"]
 
 
 def holder(note: Mapping[str, Any]) -> str:
-    """The process of a note, as messages name it."""
+    """The process of a note, for messages."""
     return f"process {note['pid']} on {note['host']}" if {"pid", "host"} <= set(note) else "another process"

@@ -1,4 +1,4 @@
-"""One policy for all stores and web servers: which errors are transient, when to retry, and which error users get."""
+"""One policy for all stores and web servers: which errors are transient, when to retry, which error users get."""
 
 from __future__ import annotations
 
@@ -19,9 +19,6 @@ from typing import Any, TypeVar
 import aiohttp
 import fsspec
 from aiohttp.http_exceptions import HttpProcessingError
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
-from tenacity.nap import sleep_using_event
-from tenacity.stop import stop_when_event_set
 
 from runtime.errors import AccessError, MissingError, UserError
 from storage.urls import hide_secrets
@@ -49,7 +46,7 @@ class BucketError(MissingError):
 
 
 class StoreError(Exception):
-    """Why a request to a store or a web server failed, in words without secrets.
+    """A failed request to a store or a web server; the message has no secrets.
 
     kind: the error that users get. retry_after: seconds.
     """
@@ -90,29 +87,24 @@ def retry(
     function: Callable[..., Result], *arguments: Any, attempts: int = ATTEMPTS, stop: threading.Event | None = None
 ) -> Result:
     """Call `function(*arguments)`, again after transient errors as RetryPolicy says; `stop` ends the attempts."""
-    policy, stop = RetryPolicy(attempts), stop or threading.Event()
-
-    def pause(state: RetryCallState) -> float:
-        error = state.outcome and state.outcome.exception()
-        return policy.pause(describe_error(error), state.attempt_number) if error else 0.0
-
-    retrying = Retrying(
-        retry=retry_if_exception(lambda error: isinstance(error, Exception) and describe_error(error).transient),
-        stop=stop_after_attempt(attempts) | stop_when_event_set(stop),
-        wait=pause,
-        sleep=sleep_using_event(stop),
-        reraise=True,
-    )
-    return retrying(function, *arguments)
+    policy, stop, attempt = RetryPolicy(attempts), stop or threading.Event(), 0
+    while True:
+        attempt += 1
+        try:
+            return function(*arguments)
+        except Exception as error:
+            pause = policy.pause(describe_error(error), attempt)
+            if pause == math.inf or stop.wait(pause):
+                raise
 
 
 def describe_error(error: BaseException) -> StoreError:
     """The StoreError for an error of a store's client or of the operating system."""
     if isinstance(error, StoreError):
         return error
-    answer = answer_of(error)
-    if answer is not None and answer[0] >= 400:
-        found = status_error(answer[0], retry_after(answer[1]))
+    response = response_of(error)
+    if response is not None and response[0] >= 400:
+        found = status_error(response[0], retry_after(response[1]))
     else:
         reason, transient = _without_status(error)
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
@@ -152,7 +144,7 @@ def _without_status(error: BaseException) -> tuple[str, bool]:
     if _is_garbled(error):
         return "connection closed early", True
     if isinstance(error, aiohttp.ClientError):
-        return type(error).__name__, False  # its text may hold a signed URL
+        return type(error).__name__, False  # its text may contain a signed URL
     names = {kind.__name__ for cause in causes(error) for kind in type(cause).__mro__}
     transient = bool(names & TRANSIENT_CLASSES) or (isinstance(error, OSError) and error.errno in TRANSIENT_ERRNOS)
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -168,7 +160,7 @@ def _credentials_problem(error: BaseException) -> str:
         for cause in causes(error)
         if isinstance(response := getattr(cause, "response", None), dict)
     }
-    forbidden = str(error).startswith(("Forbidden", "Unauthorized"))  # gcsfs has it only in the message
+    forbidden = str(error).startswith(("Forbidden", "Unauthorized"))  # gcsfs reports it only in the message
     denied = isinstance(error, PermissionError) and not error.filename
     if codes & REFUSED or status_of(error) in (401, 403) or forbidden or denied:
         return f"access refused ({' '.join(str(error).split())})"
@@ -183,10 +175,10 @@ def causes(error: BaseException) -> Iterator[BaseException]:
         found = found.__cause__
 
 
-def answer_of(error: BaseException) -> tuple[int, Mapping[str, str]] | None:
+def response_of(error: BaseException) -> tuple[int, Mapping[str, str]] | None:
     """(status, headers) of the HTTP response behind an error of aiohttp, s3fs or gcsfs; None if there is none."""
     if isinstance(error, aiohttp.ClientPayloadError | aiohttp.ClientConnectionError) or _is_garbled(error):
-        return None  # aiohttp invents a status for these
+        return None  # aiohttp sets an invented status
     for cause in causes(error):
         response = getattr(cause, "response", None)
         metadata = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
@@ -198,9 +190,9 @@ def answer_of(error: BaseException) -> tuple[int, Mapping[str, str]] | None:
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status behind an error, as `answer_of`."""
-    answer = answer_of(error)
-    return None if answer is None else answer[0]
+    """The HTTP status behind an error, as `response_of`."""
+    response = response_of(error)
+    return None if response is None else response[0]
 
 
 def _is_garbled(error: BaseException) -> bool:
@@ -222,7 +214,7 @@ def retry_after(headers: Mapping[str, str]) -> float:
 def check_bucket(url: str, options: Mapping[str, Any] | None = None) -> None:
     """Raise BucketError where something at `url` was not found because its bucket does not exist.
 
-    options: of fsspec. A bucket of which nothing can be learned is taken for one that exists.
+    options: of fsspec. Where the check itself fails, the bucket counts as existing.
     """
     scheme, _, path = url.partition("://")
     bucket = path.split("/")[0]

@@ -1,4 +1,4 @@
-"""Byte ranges, the one way in which every store is read, and which ranges are joined into one request."""
+"""Byte ranges, the interface of every store, and the joining of nearby ranges into one request."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Store(Protocol):
     """Objects below a URL: a local folder, a remote store, or a layer around another store."""
 
     def read_ranges(self, ranges: Sequence[ByteRange]) -> list[bytes]:
-        """The bytes of each range, read at the same time; fewer where an object ends before.
+        """The bytes of each range, read concurrently; fewer where an object ends before.
 
         Raises:
             FileNotFoundError, PermissionError, OSError: one of them cannot be read. TimeoutError: not in time.
@@ -56,7 +56,7 @@ def coalesce(ranges: Sequence[ByteRange], gap: int, limit: int) -> tuple[list[By
     """Requests that cover all ranges, and for each range the index of its request.
 
     Ranges of one object that overlap, touch, or lie at most `gap` bytes apart share a request, as long as it stays
-    within `limit` bytes; a range is never cut, so that a larger one is a request by itself.
+    within `limit` bytes; a range is never split, so that a larger one is a request by itself.
     """
     requests: list[ByteRange] = []
     numbers = [0] * len(ranges)

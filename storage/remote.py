@@ -28,13 +28,13 @@ from storage.urls import join_url, public_url
 log = logging.getLogger(__name__)
 
 POLICY = RetryPolicy(attempts=0, first_backoff=0.1, longest_retry_after=math.inf)  # the deadline limits them
-LATENCIES = 256  # last requests of a size class from which the percentile is taken
+LATENCIES = 256  # last requests of a size class that the percentile is computed from
 MIN_LATENCIES, UPDATE_EVERY = 20, 16  # requests before the first percentile, and between two of them
-WARN_SECONDS = 5.0  # without a byte range until the log has a warning, and between two warnings
+WARN_SECONDS = 5.0  # until a read that fails is logged, and between two warnings
 MIN_HEDGE_SECONDS = 0.05  # before a second request, however fast the store
-MAX_HEDGED_SHARE, FREE_HEDGES = 0.1, 16  # hedged requests at most: a store that is slow as a whole gets no more
+MAX_HEDGED_SHARE, FREE_HEDGES = 0.1, 16  # limits of hedged requests: a store that is slow as a whole gets no more load
 
-# Clients that a fork brought from the parent: collected as garbage, they would end the parent's connections.
+# Clients inherited through a fork. Collecting them as garbage would close the parent's connections.
 _inherited: list[tuple[Any, ...]] = []
 
 Result = TypeVar("Result")
@@ -53,8 +53,8 @@ class PendingRead:
 class RemoteStore:
     """Reads the objects under a URL; safe to use from several threads, and in a child after a fork.
 
-    S3, GCS and HTTP are read by one HTTP client, with addresses that fsspec's file systems sign: their own reading
-    costs two times the CPU time a request and more, and hides Retry-After. Everything else is read through fsspec.
+    S3, GCS and HTTP are read by one HTTP client, with addresses that fsspec's file systems sign: reading through these
+    takes at least twice the CPU time per request and hides Retry-After. Everything else is read through fsspec.
 
     counters: requests (hedges and retries included), retries, hedges, hedges_won, bytes_fetched.
     """
@@ -105,7 +105,7 @@ class RemoteStore:
         with self._lock:
             calls = list(self._calls)
             if self._process != os.getpid():
-                return  # what a parent left is kept, see `_inherited`
+                return  # the parent's clients are kept, see `_inherited`
             client, self._client, self._process = self._client, None, 0
         for call in calls:
             call.cancel()
@@ -113,7 +113,7 @@ class RemoteStore:
             client.close()
 
     def _run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
-        """Run it where fsspec runs, and wait."""
+        """Run a coroutine in fsspec's loop, and wait."""
         with self._lock:
             if self._process != os.getpid():
                 self._connect()
@@ -122,7 +122,7 @@ class RemoteStore:
         try:
             return call.result()
         except BaseException:
-            call.cancel()  # of use where this thread was interrupted
+            call.cancel()  # where this thread was interrupted
             raise
         finally:
             self._calls.discard(call)
@@ -157,14 +157,14 @@ class RemoteStore:
             del self._pending[id(read)]
 
     async def _retry(self, read: PendingRead) -> bytes:
-        """A byte range, retried within the deadline, which does not count the time that the rate limiter takes."""
+        """A byte range, retried within the deadline, which excludes the time spent in the rate limiter."""
         left = self.settings.deadline
         while True:
             async with self._limiter:
                 read.tries += 1
                 began = time.monotonic()
                 try:
-                    # The first try has its own limit, and a timer costs as much as a tenth of a request.
+                    # The first try has its own limit; another timer costs a tenth of a request.
                     async with asyncio.timeout(left) if read.tries > 1 else contextlib.nullcontext():
                         return await self._try(read.wanted)
                 except TimeoutError:
@@ -210,7 +210,7 @@ class RemoteStore:
         return await self._hedged(wanted, await self._address(wanted.name))
 
     async def _hedged(self, wanted: ByteRange, address: Address | None) -> bytes:
-        """A byte range, requested a second time when the response takes longer than almost all others did."""
+        """A byte range, requested a second time when the response takes longer than nearly all others."""
         latencies, began = self._latencies[size_class(wanted)], time.monotonic()
         first = self._request(wanted, address)
         second: list[asyncio.Task[bytes]] = []
@@ -342,7 +342,7 @@ class TaskResponse(Response):
 
 
 def end(tasks: Sequence[asyncio.Task[Any]]) -> None:
-    """Cancel what still runs; the errors of the others are known."""
+    """Cancel running tasks, and mark the errors of the others as seen."""
     for task in tasks:
         if task.done() and not task.cancelled():
             task.exception()
@@ -350,5 +350,5 @@ def end(tasks: Sequence[asyncio.Task[Any]]) -> None:
 
 
 def size_class(wanted: ByteRange) -> int:
-    """Requests of one class take about as long: their sizes differ by less than 8."""
+    """Size class: requests of one class differ in size by less than a factor of 8."""
     return -1 if wanted.end is None else wanted.size.bit_length() // 3

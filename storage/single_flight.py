@@ -1,4 +1,4 @@
-"""Single flight: one of several threads or processes produces a value, and the others wait for it."""
+"""Single flight: one of several threads or processes makes a value, and the others wait for it."""
 
 from __future__ import annotations
 

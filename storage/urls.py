@@ -13,7 +13,7 @@ from fsspec.implementations.local import LocalFileSystem
 from runtime.errors import UserError
 
 SECRET_OPTIONS = re.compile(r"secret|password|passwd|token|key|credential|sas|authorization", re.I)
-HARMLESS_TOKENS = ("anon", "cloud", "google_default", "cache", "browser")  # gcsfs: how to find a token, not one itself
+HARMLESS_TOKENS = ("anon", "cloud", "google_default", "cache", "browser")  # gcsfs: ways to find a token
 
 
 def join_url(folder: str, name: str) -> str:

@@ -1,4 +1,4 @@
-"""Photos and clips from web servers: one thread of libcurl for each process, with bounded connections and retries."""
+"""Photos and clips from web servers, fetched by libcurl with bounded connections and retries."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import functools
 import itertools
 import math
 import re
-import threading
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from weakref import WeakValueDictionary
 
 import pycurl
+from fsspec.asyn import get_loop
 from yarl import URL
 
 from runtime.errors import UserError
@@ -22,11 +22,11 @@ from runtime.flags import flag, positive
 from storage.curl import AsyncCurl, error_of, host_of, new_handle
 from storage.policy import ATTEMPTS, RetryPolicy, StoreError, describe_error
 
-SLOWEST = 1000  # bytes a second of a body, over `timeout` seconds
+SLOWEST = 1000  # bytes per second of a body, over `timeout` seconds
 LARGEST_MB = {"image": 128, "video": 4096}  # images are fetched to memory, clips to disk
 LONGEST = {"image": 600.0, "video": 7200.0}  # seconds that a transfer may take, with the usual timeout
 USUAL_TIMEOUT = 30.0
-STRANGE = re.compile(r"[^\x21-\x7e]")  # characters that an address must quote
+TO_QUOTE = re.compile(r"[^\x21-\x7e]")  # characters that a URL must quote
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Fetching:
     per_host: int = flag(8, "concurrent connections of each process to one server (default: %(default)s)")
     attempts: int = flag(ATTEMPTS, "tries of a request that fails with a transient error (default: %(default)s)")
     timeout: float = flag(
-        USUAL_TIMEOUT,  # seconds without a byte, or with fewer than SLOWEST a second
+        USUAL_TIMEOUT,  # seconds with fewer than SLOWEST bytes per second
         "seconds almost without data before a connection is closed (default: %(default)s)",
         metavar="SECONDS",
     )
@@ -77,10 +77,10 @@ class Transfer:
     file: BinaryIO
     bounds: Bounds
     size: int = 0  # bytes written
-    fault: Exception | None = None  # why no more bytes are taken
+    fault: Exception | None = None  # why the transfer was aborted here
 
     def write(self, data: bytes) -> int | None:
-        """Take in the next bytes; called by libcurl."""
+        """Write the next bytes; called by libcurl."""
         self.size += len(data)
         try:
             if self.size > self.bounds.bytes:
@@ -89,10 +89,10 @@ class Transfer:
             return None
         except Exception as error:
             self.fault = error
-            return 0  # which ends the transfer
+            return 0  # ends the transfer
 
     def too_large(self) -> StoreError:
-        """The error for a body that has more bytes than it may have."""
+        """The error for a body above the limit."""
         return StoreError(f"larger than {self.bounds.bytes / 1e6:,.0f} MB: raise --max-mb")
 
     def error(self, curl: pycurl.Curl, code: int, message: str) -> Exception | None:
@@ -107,25 +107,23 @@ class Transfer:
         return error_of(curl, code, message, self.url)
 
     def restart(self) -> None:
-        """Make ready for another attempt."""
+        """Prepare another attempt."""
         self.file.seek(0)
         self.file.truncate()
         self.size, self.fault = 0, None
 
 
 class WebClient:
-    """Downloads URLs concurrently in an event loop with its own thread; connections are reused."""
+    """Downloads URLs concurrently, in the event loop of fsspec; connections are reused."""
 
     def __init__(self, fetching: Fetching) -> None:
         self.fetching = fetching
         self._policy = RetryPolicy(fetching.attempts)
-        self._loop = asyncio.new_event_loop()
-        self._curl = AsyncCurl(self._loop)
-        self._idle: list[pycurl.Curl] = []
+        self._loop = get_loop()
+        self._curl: AsyncCurl | None = None
         self._connections = asyncio.Semaphore(fetching.connections)
         self._hosts: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()  # of hosts in use
-        self.thread = threading.Thread(target=self._run, name="web", daemon=True)
-        self.thread.start()
+        self._tasks: set[asyncio.Task[Any]] = set()
         atexit.register(self.close)
 
     def fetch(self, url: str, file: BinaryIO, bounds: Bounds) -> Future[BinaryIO]:
@@ -133,73 +131,71 @@ class WebClient:
 
         The future raises StoreError, or what writing to the file raised. Cancelling it ends the attempts.
         """
-        if not self.thread.is_alive():
-            raise RuntimeError("the download thread exited")
-        transfer = Transfer(str(URL(url)) if STRANGE.search(url) else url, file, bounds)
+        transfer = Transfer(str(URL(url)) if TO_QUOTE.search(url) else url, file, bounds)
         return asyncio.run_coroutine_threadsafe(self._fetch(transfer), self._loop)
 
     def close(self) -> None:
-        """Cancel all transfers and end the thread."""
-        if self.thread.is_alive():
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self.thread.join(timeout=5)
+        """Cancel all transfers and close all connections; a later download opens new ones."""
+        asyncio.run_coroutine_threadsafe(self._end_all(), self._loop).result(5)
         atexit.unregister(self.close)
 
-    def _run(self) -> None:
-        self._loop.run_forever()
-        tasks = asyncio.all_tasks(self._loop)
-        for task in tasks:  # so that no caller waits for ever
+    async def _end_all(self) -> None:
+        for task in self._tasks:
             task.cancel()
-        if tasks:
-            self._loop.run_until_complete(asyncio.wait(tasks))
-        self._curl.close()
-        self._loop.close()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        if self._curl is not None:
+            self._curl.close()
+            self._curl = None
 
     async def _fetch(self, transfer: Transfer) -> BinaryIO:
         """All attempts at a transfer."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
         host = self._hosts.setdefault(host_of(transfer.url), asyncio.Semaphore(self.fetching.per_host))
         for attempt in itertools.count(1):
             async with host, self._connections:
                 error = await self._attempt(transfer)
             if error is None:
-                transfer.file.seek(0)
-                return transfer.file
+                break
             pause = math.inf if error is transfer.fault else self._policy.pause(describe_error(error), attempt)
             if pause == math.inf:
                 raise error
             transfer.restart()
             await asyncio.sleep(pause)
-        raise AssertionError("unreachable")
+        transfer.file.seek(0)
+        return transfer.file
 
     async def _attempt(self, transfer: Transfer) -> Exception | None:
         """Make one attempt; returns its error."""
-        curl = self._idle.pop() if self._idle else handle_for_media(self.fetching.timeout)
+        if self._curl is None:
+            self._curl = AsyncCurl(self._loop, lambda: handle_for_media(self.fetching.timeout))
+        curls = self._curl
+        curl = curls.handle()
         curl.setopt(pycurl.URL, transfer.url)
         curl.setopt(pycurl.WRITEFUNCTION, transfer.write)
         curl.setopt(pycurl.MAXFILESIZE_LARGE, transfer.bounds.bytes)
         curl.setopt(pycurl.TIMEOUT_MS, int(transfer.bounds.seconds * 1000))
         ended: asyncio.Future[tuple[int, str]] = self._loop.create_future()
-        self._curl.start(curl, lambda *end: None if ended.done() else ended.set_result(end))
+        curls.start(curl, lambda *end: None if ended.done() else ended.set_result(end))
         try:
             return transfer.error(curl, *await ended)
         finally:
-            self._curl.stop(curl)
+            curls.stop(curl)
             curl.setopt(pycurl.WRITEFUNCTION, len)  # an idle handle must not keep the body in memory
-            self._idle.append(curl)
 
 
 def handle_for_media(timeout: float) -> pycurl.Curl:
     """A handle that takes any address of an annotation file; proxies are those of the environment."""
-    curl = new_handle(timeout)
     options = {
         pycurl.ACCEPT_ENCODING: "",  # all that libcurl can decode
         pycurl.NETRC: pycurl.NETRC_OPTIONAL,
         pycurl.LOW_SPEED_LIMIT: SLOWEST,  # over
         pycurl.LOW_SPEED_TIME: max(1, round(timeout)),  # seconds
     }
-    for name, value in options.items():
-        curl.setopt(name, value)
-    return curl
+    return new_handle(timeout, options)
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,4 +1,4 @@
-"""`make DALI=cuda12` and `make DALI=cuda13` each install torch and DALI for one CUDA major version."""
+"""`make install DALI=cuda12` and `make install DALI=cuda13` each install torch and DALI for one CUDA major version."""
 
 import configparser
 import json

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from places import ROOT
 
-from train.config.files import load_settings
+from train.config.settings import load_settings
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = "runtime|storage|sharding|loaders|model|train|eval|launch|tests|benchmarks|configs|deepspeed_configs"

@@ -15,8 +15,7 @@ from runtime.errors import UserError, file_errors
 from runtime.settings import EVALUATION, FIXED, FREE, change_on_resume, flatten
 from storage.files import recover_folders, remove_temporary, write_text
 from train.checkpoints.writing import checkpoint_step, complete_checkpoints
-from train.config.files import load_settings, to_yaml
-from train.config.settings import RunConfig
+from train.config.settings import RunConfig, load_settings, to_yaml
 
 log = logging.getLogger(__name__)
 
@@ -28,32 +27,11 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+        self.settings = self.path / "config.yaml"  # resolved
+        self.finished = self.path / "finished.json"  # present once the run is complete
         self._lock: IO[str] | None = None
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
-        return self.path / "checkpoints"
-
-    @property
-    def metrics(self) -> Path:
-        """The metrics of the logged steps, one JSON object a line."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def log(self) -> Path:
-        """The run's log."""
-        return self.path / "log.txt"
-
-    @property
-    def settings(self) -> Path:
-        """The resolved configuration."""
-        return self.path / "config.yaml"
-
-    @property
-    def finished(self) -> Path:
-        """Present once the run is complete."""
-        return self.path / "finished.json"
 
     def claim(self, config: RunConfig) -> None:
         """Take the folder for this run, or raise UserError.
@@ -133,9 +111,7 @@ class RunFolder:
             )
         steps = [checkpoint_step(path) for path in complete_checkpoints(self.checkpoints)]
         if not self.settings.read_bytes().strip(b"\0 \n"):
-            log.warning(
-                "%s is empty, probably after a power failure: using the settings of this command", self.settings
-            )
+            log.warning("%s is empty, probably after a power failure: using this command's settings", self.settings)
             return
         changes = _changes(self.settings, config)
         difference = "; ".join(changes[FIXED][:3])

@@ -23,7 +23,7 @@ def parameter_groups(dimensions: Mapping[str, int], config: OptimizerConfig) -> 
     """Groups of all parameters, given as name -> number of dimensions.
 
     No weight decay for biases and for parameters of exactly one dimension. Modules named in
-    `different_lr.module_names`, with all that lies below them, have their own learning rate.
+    `different_lr.module_names`, and all modules below them, have their own learning rate.
     Raises ValueError when a named module has no parameter.
     """
     own_lr = config.different_lr

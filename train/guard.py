@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,14 +32,6 @@ class _Step:
     loss: torch.Tensor
     skipped: torch.Tensor | bool
     scale_could_fall: bool  # of fp16
-
-
-@dataclass(frozen=True)
-class _Report:
-    """A rank's report on a skipped step."""
-
-    loss: float
-    keys: tuple[str, ...]
 
 
 def gradient_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
@@ -139,12 +132,12 @@ class StepGuard:
 
         Returns False where fp16 only searches for its loss scale. All ranks call.
         """
-        reports = gather_objects(_Report(each.loss.item(), each.keys), self._ranks.world_size)
-        finite = [abs(rank.loss) < float("inf") for rank in reports]
+        reports = gather_objects((each.loss.item(), each.keys), self._ranks.world_size)
+        finite = [math.isfinite(loss) for loss, _ in reports]
         if each.scale_could_fall and all(finite):
             return False
         causes = [number for number, good in enumerate(finite) if not good] or list(range(len(reports)))
         if self._ranks.is_first:
-            samples = "; ".join(f"rank {n}, loss {reports[n].loss:.4g}: {', '.join(reports[n].keys)}" for n in causes)
+            samples = "; ".join(f"rank {n}, loss {reports[n][0]:.4g}: {', '.join(reports[n][1])}" for n in causes)
             log.warning("Skipped step %d, its gradient is not finite; samples of %s", each.step, samples)
         return True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -24,15 +23,13 @@ from runtime.collectives import broadcast
 from train.checkpoints.best import best_version, restore_best
 from train.checkpoints.shards import set_weights
 from train.checkpoints.writing import (
+    CheckpointWriter,
     TrainingState,
     checkpoint_step,
     complete_checkpoints,
     load_checkpoint,
     named_best_steps,
-    save_best,
-    save_checkpoint,
     set_buffers,
-    update_state,
 )
 from train.config.settings import RunConfig
 from train.deepspeed.compat import gathered_weights
@@ -62,12 +59,15 @@ class Trainer:
         """Start the engine and load the newest checkpoint, if any; all ranks call."""
         self.run, self.ranks, self.folder = prepared.run, prepared.ranks, prepared.folder
         self.watchdog = watchdog
-        self.tokenizer, self.loader, self.device = prepared.tokenizer, prepared.loader, device
+        self.loader, self.device = prepared.loader, device
         self.model: Model = prepared.model
         self._remote = prepared.remote
         self.model_config = prepared.model.config
         self.model.set_gradient_checkpointing(self.run.gradient_checkpointing)
         self.engine, groups = start_engine(self.model, self.run, prepared.deepspeed, device)
+        self.writer = CheckpointWriter(
+            self.folder.checkpoints, self.engine, self.model_config, prepared.tokenizer, self.ranks
+        )
         self.state = self._resume()
         self.total_steps = total_steps(self.run, self.loader.steps_per_epoch)
         self.guard = StepGuard(self.engine, self.ranks, self.run.max_bad_steps, self.run.optimizer.max_grad_norm)
@@ -77,16 +77,14 @@ class Trainer:
             self.run.scheduler.min_lr_multi,
         )
         self.step = Stepper(
-            self.engine, groups, self.model, schedule, self.guard, device,
-            self.run.precision, self.run.seed, self.ranks.rank, self.run.accumulate,
+            self.engine, groups, self.model, schedule, self.guard, device, self.run, self.ranks.rank
         )  # fmt: skip
         self.vote = StopVote(request, self.ranks.world_size)
         self.profiler = StepProfiler(self.run.profile_steps, self.folder.path / "profile", self.ranks.rank, device)
         self.tracker: Tracker | None = None
         if self.ranks.is_first:
-            self.tracker = Tracker(
-                self.folder, self.run, self.total_steps, self.state.step, self.state.evaluated_epochs
-            )
+            epochs = self.state.evaluated_epochs
+            self.tracker = Tracker(self.folder, self.run, self.total_steps, self.state.step, epochs)
         self._saved_step, self._saved_at = self.state.step, time.monotonic()
         self._clock = Clock(self.model_config, self.loader.batch_size, self.run.video_input.num_frames)
 
@@ -138,15 +136,7 @@ class Trainer:
         self.guard.inspect()
         self.watchdog.enter(SAVE, self.state.step)
         started = time.perf_counter()
-        path = save_checkpoint(
-            self.folder.checkpoints,
-            self.engine,
-            self.state,
-            self.model_config,
-            self.tokenizer,
-            self.ranks,
-            self.run.keep_checkpoints,
-        )
+        path = self.writer.save(self.state, self.run.keep_checkpoints)
         self._saved_step, self._saved_at = self.state.step, time.monotonic()
         self._clock.pause(time.perf_counter() - started)
         self._copy(path)
@@ -160,29 +150,27 @@ class Trainer:
 
     def _resume(self) -> TrainingState:
         found = complete_checkpoints(self.folder.checkpoints) if self.ranks.is_first else []
-        name = broadcast(str(found[-1]) if found else "", self.ranks.world_size)
+        name = broadcast(found[-1].name if found else "", self.ranks.world_size)
         import deepspeed
         import timm
         import transformers
 
         # Of the modules themselves: a package that was copied without its metadata has no other version.
         packages = {each.__name__: str(each.__version__) for each in (torch, deepspeed, timm, transformers)}
-        if not name:
-            state = TrainingState(world_size=self.ranks.world_size)
-        else:
-            path = self.folder.checkpoints / os.path.basename(name)
+        state = TrainingState(world_size=self.ranks.world_size)
+        if name:
+            path = self.folder.checkpoints / name
             state = load_checkpoint(path, self.engine)
             assert state.step == checkpoint_step(path)
-        best = self._restore_best(state) if self.ranks.is_first else None
+        best = None
+        if self.ranks.is_first:
+            folder = self.folder.checkpoints
+            best = restore_best(folder, state.best, state.best_step, named_best_steps(folder))
         best = broadcast(best, self.ranks.world_size)
         if name:
             self._copy(path)  # which a killed process may not have done
         score = None if best is None else state.best
         return replace(state, versions=packages, best=score, best_step=best)
-
-    def _restore_best(self, state: TrainingState) -> int | None:
-        folder = self.folder.checkpoints
-        return restore_best(folder, state.best, state.best_step, named_best_steps(folder))
 
     def _epoch(self) -> None:
         """The rest of the present epoch."""
@@ -229,7 +217,7 @@ class Trainer:
             **dict(zip(losses, means)),
             "lr": self.run.optimizer.lr * self.step.schedule.multiplier(self.state.step - 1),
             "temperature": _temperature(self.model),
-            "grad_norm": _number(self.guard.norm),
+            "grad_norm": None if self.guard.norm is None else float(self.guard.norm),
             **({"grad_scale": self.guard.loss_scale.value} if self.run.precision == "fp16" else {}),
             **self._clock.metrics(self.device, self.ranks.world_size),
             **{f"loader/{name}": round(value, 4) for name, value in sorted(self.loader.counters().items())},
@@ -263,16 +251,12 @@ class Trainer:
         if self.state.best is None or score > self.state.best:
             self.state.best, self.state.best_step = score, self.state.step
             self.watchdog.enter(SAVE, self.state.step)
-            save_best(
-                self.folder.checkpoints, self.engine, self.state, self.model_config, self.tokenizer, self.ranks, key
-            )
+            self.writer.save_best(self.state, key)
             if self.ranks.is_first:
                 log.info("Best so far: %s %s %.2f after epoch %d", key, measure, score, epoch)
         self.state.evaluated_epochs = epoch
         if self.state.step == self._saved_step:
-            path = self.folder.checkpoints / f"step_{self.state.step:08d}"
-            update_state(path, self.state, self.ranks)
-            self._copy(path)
+            self._copy(self.writer.update(self.state))
         self._clock.restart()
 
     def _evaluate_all(self, evaluate: Evaluate) -> None:
@@ -313,7 +297,3 @@ def _temperature(model: Model) -> float | None:
     if isinstance(model, SingularityQA) or model.temp.numel() != 1:
         return None
     return model.temp.item()
-
-
-def _number(value: Any) -> float | None:
-    return None if value is None else float(value)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, select_autoescape
 
@@ -36,17 +37,22 @@ Points = tuple[list[int], list[float]]  # steps and values
 
 @dataclass
 class Run:
-    """The curves of a run, those of each medium, and the weights of its losses."""
+    """What a run has logged, and the weights of its losses."""
 
     name: str
-    curves: dict[str, Points] = field(default_factory=dict)
-    media: dict[str, dict[str, Points]] = field(default_factory=dict)  # metric -> "images" or "clips" -> its curve
-    weights: dict[str, float] = field(default_factory=dict)
+    lines: list[dict[str, Any]]
+    weights: dict[str, float]
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the metrics that can be drawn, in the order in which they were logged."""
+        numbers = (name for line in self.lines for name, value in line.items() if isinstance(value, int | float))
+        return [name for name in dict.fromkeys(numbers) if name not in NOT_DRAWN]
 
     @property
     def steps(self) -> int:
         """The last step that was logged."""
-        return max((steps[-1] for steps, _ in self.curves.values()), default=0)
+        return max(line["step"] for line in self.lines if "step" in line)
 
     def last(self, metric: str) -> str:
         """A metric's last value, in short; of each medium where they differ."""
@@ -55,39 +61,34 @@ class Run:
 
     def curves_of(self, metric: str) -> dict[str, Points]:
         """The curves of a metric: one per medium if there are two, else one without a name."""
-        media = self.media.get(metric, {})
-        if len(media) > 1 and metric not in ONE_CURVE:
-            return media
-        return {"": self.curves[metric]} if metric in self.curves else {}
+        lines = [line for line in self.lines if isinstance(line.get(metric), int | float)]
+        media = dict.fromkeys(line["media_type"] for line in lines if line.get("media_type") in MEDIA)
+        curves = {MEDIA[medium]: [line for line in lines if line.get("media_type") == medium] for medium in media}
+        if len(curves) < 2 or metric in ONE_CURVE:
+            curves = {"": lines} if lines else {}
+        return {
+            name: ([int(line["step"]) for line in own], [float(line[metric]) for line in own])
+            for name, own in curves.items()
+        }
 
 
 def read_run(folder: Path) -> Run:
-    """The curves in a run's metrics.jsonl; a line cut short is left out.
+    """The lines of a run's metrics.jsonl; one cut short is left out.
 
     Raises FileNotFoundError or ValueError when there is none or nothing in it.
     """
     path = folder / "metrics.jsonl" if folder.is_dir() else folder
     if not path.is_file():
         raise MissingError(f"{folder} has no metrics.jsonl: give the folder of a run")
-    run = Run(path.parent.name, weights=loss_weights(path.parent))
-    for line in read_metrics(path):
-        for metric, value in line.items():
-            if metric not in NOT_DRAWN and isinstance(value, int | float):
-                curves = [run.curves.setdefault(metric, ([], []))]
-                if line.get("media_type") in MEDIA:
-                    media = run.media.setdefault(metric, {})
-                    curves.append(media.setdefault(MEDIA[line["media_type"]], ([], [])))
-                for steps, values in curves:
-                    steps.append(int(line["step"]))
-                    values.append(float(value))
-    if not run.curves:
+    run = Run(path.parent.name, read_metrics(path), loss_weights(path.parent))
+    if not run.metrics:
         raise UserError(f"{path} has no step yet: wait until the run has logged one (log_every)")
     return run
 
 
 def metrics_of(runs: Sequence[Run]) -> list[str]:
     """All metrics of the runs: losses first, then evaluations, speed last."""
-    found = list(dict.fromkeys(metric for run in runs for metric in run.curves))
+    found = list(dict.fromkeys(metric for run in runs for metric in run.metrics))
     other = sorted(metric for metric in found if metric not in FIRST + LAST)
     return [name for name in FIRST if name in found] + other + [name for name in LAST if name in found]
 
@@ -110,7 +111,7 @@ def panel(metric: str, runs: Sequence[Run]) -> Panel:
 
 def title(metric: str, runs: Sequence[Run]) -> str:
     """A panel's title: a loss with its weight, where the runs have the same one."""
-    titles = {weighted_name(metric, run.weights) for run in runs if metric in run.curves}
+    titles = {weighted_name(metric, run.weights) for run in runs if metric in run.metrics}
     return titles.pop() if len(titles) == 1 else f"{metric} (weighted)"
 
 
@@ -119,9 +120,9 @@ def _rename_ambiguous_splits(runs: Sequence[Run], folders: Sequence[Path]) -> No
     for split in ambiguous_splits(folders):
         for run, folder in zip(runs, folders, strict=True):
             for name in (split, f"{split}_emb"):
-                for metric in [metric for metric in run.curves if metric.startswith(f"{name}/")]:
-                    own = f"{name} ({folder})/{metric.removeprefix(f'{name}/')}"
-                    run.curves[own] = run.curves.pop(metric)
+                for line in run.lines:
+                    for metric in [metric for metric in line if metric.startswith(f"{name}/")]:
+                        line[f"{name} ({folder})/{metric.removeprefix(f'{name}/')}"] = line.pop(metric)
 
 
 def write_plot(folders: Sequence[Path], output: Path, metrics: Sequence[str] = ()) -> list[str]:
@@ -157,14 +158,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m train.plot", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs, also of running ones")
     parser.add_argument("--output", type=Path, default=Path("plot.png"), help="a .png or .html (default: %(default)s)")
-    parser.add_argument(
-        "--figures",
-        dest="metrics",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="for example loss val/txt_r1 (default: all, but only the means of evaluations)",
-    )
+    which = "for example loss val/txt_r1 (default: all, but only the means of evaluations)"
+    parser.add_argument("--figures", dest="metrics", nargs="+", default=[], metavar="NAME", help=which)
     options = parser.parse_args(arguments)
     check_outside_corpora(options.output, "--output")
     drawn = write_plot(options.runs, options.output, options.metrics)

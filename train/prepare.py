@@ -26,8 +26,7 @@ from sharding.shards.outside import check_outside_corpora
 from train.checkpoints.copies import RemoteCheckpoints
 from train.checkpoints.writing import WEIGHTS, check_checkpoint, complete_checkpoints, special_ids
 from train.config.architecture import adopt, changes_to, check_texts, fresh_architecture
-from train.config.files import Settings
-from train.config.settings import RunConfig
+from train.config.settings import RunConfig, Settings
 from train.deepspeed.engine import deepspeed_config
 from train.folder import RunFolder
 from train.groups import parameter_groups
@@ -166,21 +165,16 @@ def _from_checkpoint(settings: Settings, path: str, training: bool) -> tuple[Mod
             _check_vocabulary(Tokenizer.load(run.tokenizer), str(found), run)
         tokenizer = Tokenizer.load(str(found))
     else:
-        tokenizer = _tokenizer_beside(found, run)
+        try:
+            tokenizer = Tokenizer.load(run.tokenizer)
+        except MissingError as error:
+            raise MissingError(f"{found} has no vocabulary, and {error}") from None
     check_texts(run, config, tokenizer)
     adopt(settings, config)
     model = build_model(config, special_ids(tokenizer))
     report = fit_weights(model, weights, str(found), run.expected_tensors)
     log.info("Weights of %s: %s", found, report)
     return model, tokenizer
-
-
-def _tokenizer_beside(weights: Path, run: RunConfig) -> Tokenizer:
-    """The tokenizer that the settings name for weights without a vocabulary; raises MissingError without one."""
-    try:
-        return Tokenizer.load(run.tokenizer)
-    except MissingError as error:
-        raise MissingError(f"{weights} has no vocabulary, and {error}") from None
 
 
 def _check_vocabulary(tokenizer: Tokenizer, weights: str, run: RunConfig) -> None:

@@ -13,6 +13,7 @@ from loaders.batch import Answers, Batch, normalize
 from model.building import Model
 from model.singularity import TEMPERATURE_RANGE
 from runtime.errors import UserError
+from train.config.settings import RunConfig
 from train.deepspeed.compat import finish_step
 from train.deepspeed.engine import DTYPES
 from train.deepspeed.state import WEIGHT, fragments
@@ -84,15 +85,13 @@ class Stepper:
         schedule: Schedule,
         guard: StepGuard,
         device: torch.device,
-        precision: str,
-        seed: int,
+        run: RunConfig,
         rank: int,
-        accumulate: int = 1,
     ) -> None:
-        """groups: of the optimiser, with their base learning rates. accumulate: micro-batches of a step."""
+        """groups: of the optimiser, with their base learning rates."""
         self.engine, self.groups, self.model, self.schedule, self.guard = engine, groups, model, schedule, guard
-        self._device, self._dtype = device, DTYPES[precision]
-        self._seed, self._rank, self._accumulate = seed, rank, accumulate
+        self._device, self._dtype = device, DTYPES[run.precision]
+        self._seed, self._rank, self._accumulate = run.seed, rank, run.accumulate
         # The model's forward clamps what it computes with; this is the copy that AdamW changes.
         self._temperatures = [part for part in fragments(engine) if part.name == "temp" and part.trained]
 

@@ -19,8 +19,7 @@ from launch.doctor import findings
 from launch.doctor.findings import BAD, OK, WARNING, Finding
 from launch.doctor.nodes import ROOT, Node, NodeError, ask_all, find_nodes, start
 from runtime.units import duration
-from train.config.files import load_settings
-from train.config.settings import RunConfig
+from train.config.settings import RunConfig, load_settings
 
 REACH_ADVICE = (
     "make `ssh HOST` work from here without a password, and have the repository and its environment at the same path "
@@ -133,11 +132,15 @@ def examine_decoding(nodes: Sequence[Node]) -> list[Finding]:
     return findings.failed("decoding", failures, advice) + findings.decoding(answers)
 
 
-def examine_storage(nodes: Sequence[Node], run: RunConfig) -> list[Finding]:
-    """Every node reads some shards of every corpus; the first one checks that all their files are there."""
+def examine_storage(nodes: Sequence[Node], run: RunConfig) -> tuple[list[Finding], int]:
+    """Every node reads some shards of every corpus; the first one checks that all their files are there.
+
+    Returns also the number of samples of the corpora that can be read.
+    """
     found: list[Finding] = []
     seeds = {node.name: number for number, node in enumerate(nodes)}
     advice = "check the URL, the credentials and the network to the store from that host, with its environment"
+    total = 0
 
     def read_shards(node: Node) -> Any:
         return node.ask("storage", url, dict(run.storage), seeds[node.name])
@@ -151,23 +154,18 @@ def examine_storage(nodes: Sequence[Node], run: RunConfig) -> list[Finding]:
         for host, read in answers.items():
             text = f"{read['shards']} shards of {read['samples']:,} samples read, {read['mb_per_second']:.3g} MB/s"
             found.append(Finding("storage", f"{host}: {url}", OK, text))
+        total += next((read["samples"] for read in answers.values()), 0)
         listings, _ = ask_all(nodes[:1], list_files)
         for listing in listings.values():  # none where reading failed as well
-            if listing["error"]:
-                found.append(Finding("shards", url, WARNING, listing["error"]))
-            else:
-                found += findings.missing(url, listing["missing"])
-    return found
+            found += findings.listed(url, **listing)
+    return found, total
 
 
 def examine_output(nodes: Sequence[Node], run: RunConfig) -> list[Finding]:
     """Whether all nodes see the same output_dir: every rank writes its shard of a checkpoint there."""
     if not run.output_dir:
-        return [
-            Finding(
-                "output_dir", "all", WARNING, "not set", "give the job's output_dir, to check that all nodes share it"
-            )
-        ]
+        advice = "give the job's output_dir, to check that all nodes share it"
+        return [Finding("output_dir", "all", WARNING, "not set", advice)]
     path, token = str(Path(run.output_dir).absolute() / f".doctor-{uuid.uuid4().hex[:8]}"), uuid.uuid4().hex
     try:
         nodes[0].ask("write", path, token)
@@ -183,11 +181,11 @@ def examine_output(nodes: Sequence[Node], run: RunConfig) -> list[Finding]:
 
 def examine_ssh(names: Sequence[str]) -> list[Finding]:
     """Whether `deepspeed` returns when a host dies: without keep-alive pdsh's ssh waits for hours."""
+    if "ServerAliveInterval" in os.environ.get("PDSH_SSH_ARGS_APPEND", ""):
+        names = []
     for name in names:
         options = subprocess.run(["ssh", "-G", name], capture_output=True, text=True).stdout.split("\n")
-        if "serveraliveinterval 0" in options and "ServerAliveInterval" not in os.environ.get(
-            "PDSH_SSH_ARGS_APPEND", ""
-        ):
+        if "serveraliveinterval 0" in options:
             advice = f'export PDSH_SSH_ARGS_APPEND="{KEEP_ALIVE}", or set both in ~/.ssh/config'
             return [Finding("ssh", name, WARNING, "`deepspeed` would wait forever for a dead host", advice)]
     return [Finding("ssh", "all", OK, "detects a dead host")]
@@ -257,10 +255,9 @@ def examine(options: argparse.Namespace) -> list[Finding]:
         if run is None:
             return found
         found += examine_output(nodes, run)
-        stored = examine_storage(nodes, run)
+        stored, samples = examine_storage(nodes, run)
         found += stored
         if not any(finding.verdict == BAD for finding in stored):
-            samples = sum(nodes[0].ask("samples", url, dict(run.storage)) for url in run.train_urls())
             found += estimate(nodes, options, run, samples)
         return found
     finally:

@@ -45,7 +45,7 @@ def compare(check: str, values: Mapping[str, Any], advice: str) -> list[Finding]
 
 def versions(facts: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
     """Python and packages that are not everywhere the same."""
-    advice = "install the same environment on every host (`make`), or put it on a shared file system"
+    advice = "install the same environment on every host (`make install`), or put it on a shared file system"
     names = {"python"} | {name for fact in facts.values() for name in fact["versions"]}
     found: list[Finding] = []
     for name in sorted(names):
@@ -89,7 +89,7 @@ def _dali(host: str, fact: Mapping[str, Any]) -> list[Finding]:
     """Whether DALI is built for the CUDA of PyTorch, by the name of its distribution."""
     built = [name for name in fact["versions"] if name.startswith("nvidia-dali-cuda")]
     cuda = int(fact["versions"].get("CUDA of torch", "0").split(".")[0])
-    install = f"`make clean`, `make DALI=cuda{cuda}`"
+    install = f"`make clean`, `make install DALI=cuda{cuda}`"
     if not built:
         advice = f"install it ({install}), or set decode=cpu"
         return [Finding("DALI", host, WARNING, "not installed: the CPU decodes", advice)]
@@ -117,7 +117,7 @@ def decoding(answers: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
             text, advice = f"{where}: a picture is {levels} from {from_what}", "set decode=cpu, or install DALI again"
             found.append(Finding("decoding", host, BAD, text, advice))
         elif answer["fallback"]:
-            advice = "install DALI for the CUDA of PyTorch (`make DALI=cuda12` or cuda13), or set decode=cpu"
+            advice = "install DALI for the CUDA of PyTorch (`make install DALI=cuda12` or cuda13), or set decode=cpu"
             found.append(Finding("decoding", host, WARNING, f"{answer['fallback']}; the CPU decodes", advice))
         else:
             found.append(Finding("decoding", host, OK, f"{where}, {levels} from {from_what}"))
@@ -128,13 +128,7 @@ def clocks(offsets: Mapping[str, float]) -> list[Finding]:
     """Clocks that differ from this host's, in seconds."""
     advice = "set the clock (chrony, ntpd): stores refuse requests signed minutes ago, and logs do not fit together"
     found = [
-        Finding(
-            "clock",
-            host,
-            BAD if abs(offset) > CLOCK_BAD else WARNING,
-            f"{offset:+.1f} s from this clock",
-            advice,
-        )
+        Finding("clock", host, BAD if abs(offset) > CLOCK_BAD else WARNING, f"{offset:+.1f} s from this clock", advice)
         for host, offset in offsets.items()
         if abs(offset) > CLOCK_WARNING
     ]
@@ -180,13 +174,13 @@ def lagging(check: str, unit: str, rates: Mapping[str, float], advice: str, verd
     return found
 
 
-def missing(url: str, names: Sequence[str]) -> list[Finding]:
-    """The finding on missing files of a corpus."""
-    if not names:
-        return [Finding("shards", url, OK, "all files are there")]
-    indices = any(name.endswith(".parquet") for name in names)
+def listed(url: str, missing: Sequence[str], error: str) -> list[Finding]:
+    """The finding on the files of a corpus: those that are missing, or why they cannot be listed."""
+    if error or not missing:
+        return [Finding("shards", url, WARNING if error else OK, error or "all files are there")]
+    indices = any(name.endswith(".parquet") for name in missing)
     advice = f"`python -m sharding.verify {url} --repair`" if indices else "pack it again: complete shards are kept"
-    return [Finding("shards", url, BAD, f"{len(names)} files are missing: {', '.join(names[:3])}", advice)]
+    return [Finding("shards", url, BAD, f"{len(missing)} files are missing: {', '.join(missing[:3])}", advice)]
 
 
 def table(findings: Sequence[Finding]) -> str:

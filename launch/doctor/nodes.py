@@ -58,13 +58,9 @@ class Node:
             alarm.cancel()
         if not line:
             self._listener.join(2)
-            late = not alarm.is_alive() and self._process.poll() == -9
-            reason = (
-                f"no response within {seconds:.0f} s"
-                if late
-                else " ".join(self._stderr_lines[-1:]) or "no reason given"
-            )
-            raise NodeError(reason)
+            if not alarm.is_alive() and self._process.poll() == -9:
+                raise NodeError(f"no response within {seconds:.0f} s")
+            raise NodeError(" ".join(self._stderr_lines[-1:]) or "no reason given")
         answer = json.loads(line)
         if "error" in answer:
             raise NodeError(answer["error"])
@@ -139,19 +135,14 @@ def exported_variables() -> dict[str, str]:
 
 def ask_all(nodes: Sequence[Node], question: Callable[[Node], Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """Ask all nodes at once: host -> answer, and host -> reason of those without one."""
-    answers: dict[str, Any] = {}
-    failures: dict[str, str] = {}
 
-    def one(node: Node) -> None:
+    def one(node: Node) -> tuple[Any, str | None]:
         try:
-            answers[node.name] = question(node)
+            return question(node), None
         except NodeError as error:
-            failures[node.name] = str(error)
+            return None, str(error)
 
     with ThreadPoolExecutor(max(1, len(nodes))) as pool:
-        list(pool.map(one, nodes))
-    return _in_order(answers, nodes), _in_order(failures, nodes)
-
-
-def _in_order(found: dict[str, Any], nodes: Sequence[Node]) -> dict[str, Any]:
-    return {node.name: found[node.name] for node in nodes if node.name in found}
+        found = {node.name: answer for node, answer in zip(nodes, pool.map(one, nodes))}
+    answers = {name: answer for name, (answer, reason) in found.items() if reason is None}
+    return answers, {name: reason for name, (_, reason) in found.items() if reason is not None}

@@ -21,8 +21,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from runtime.errors import PROGRAM, ROOMS
 from runtime.packaged import PACKAGED, RECIPES
 
@@ -72,17 +70,18 @@ class Probe:
         """Hardware of this node and its installed packages."""
         from train.job.devices import driver_version, gpu_fault
 
-        installed = {name: _version(name) for name in (*PACKAGES, *DALI)} | _cuda_versions()
+        installed = {}
+        for name in (*PACKAGES, *DALI):
+            with suppress(PackageNotFoundError):
+                installed[name] = version(name)
         return {
-            "host": socket.gethostname(),
             "python": platform.python_version(),
-            "versions": {name: found for name, found in installed.items() if found},
+            "versions": installed | _cuda_versions(),
             "code": code_hash(),
             "gpus": _gpus(),
             "gpu_fault": gpu_fault(),
             "driver": driver_version(),
             "cores": len(os.sched_getaffinity(0)),
-            "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         }
 
     def listen(self, port: int) -> dict[str, Any]:
@@ -152,31 +151,16 @@ class Probe:
 
     def collective(self, master: str, port: int, first_rank: int, world_size: int, processes: int) -> dict[str, Any]:
         """All-reduce over all nodes, with `processes` of this one; {"gbit": bus bandwidth, "backend", "tflops"}."""
-        children = []
-        for local in range(processes):
-            ranks = {"RANK": first_rank + local, "WORLD_SIZE": world_size, "LOCAL_RANK": local}
-            environment = {**os.environ, **{name: str(value) for name, value in ranks.items()}}
-            environment.update(LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR=master, MASTER_PORT=str(port))
-            words = [sys.executable, str(COLLECTIVE)]
-            pipe = subprocess.PIPE
-            children.append(subprocess.Popen(words, env=environment, stdout=pipe, stderr=pipe, text=True))
-        outputs = [child.communicate() for child in children]
-        for child, (_, errors) in zip(children, outputs):
-            if child.returncode:
-                raise RuntimeError(_last_line(errors))
-        return json.loads(_last_line(outputs[0][0]))
+        common = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": master, "MASTER_PORT": port}
+        children = [
+            _start(COLLECTIVE, **common, RANK=first_rank + local, LOCAL_RANK=local) for local in range(processes)
+        ]
+        answers = [_answer(child, "the all-reduce") for child in children]
+        return answers[0]
 
     def decode_one(self) -> dict[str, Any]:
         """Decode a picture in a separate process, which a faulty GPU or driver may crash; see decode_one.py."""
-        words = [sys.executable, str(DECODE_ONE)]
-        try:
-            result = subprocess.run(words, capture_output=True, text=True, timeout=DECODE_SECONDS)
-        except subprocess.TimeoutExpired:
-            raise RuntimeError(f"a picture is not decoded within {DECODE_SECONDS:.0f} s") from None
-        if result.returncode:
-            ended = f"decoding a picture ended with signal {-result.returncode}: " if result.returncode < 0 else ""
-            raise RuntimeError(ended + _last_line(result.stderr))
-        return json.loads(_last_line(result.stdout))
+        return _answer(_start(DECODE_ONE), "decoding a picture", DECODE_SECONDS)
 
     def listing(self, url: str, storage: dict[str, str]) -> dict[str, Any]:
         """{"missing": files that corpus.json lists and the folder lacks}, where the folder can be listed."""
@@ -195,12 +179,6 @@ class Probe:
         finally:
             reader.close()
         return {"missing": sorted(wanted - there), "error": ""}
-
-    def samples(self, url: str, storage: dict[str, str]) -> int:
-        """Number of samples of a corpus."""
-        reader = _open(url, storage)
-        reader.close()
-        return reader.corpus.samples
 
     def storage(self, url: str, storage: dict[str, str], seed: int) -> dict[str, Any]:
         """Read the indices of some shards and frames of them, checked: {"samples", "mb_per_second", "shards"}."""
@@ -229,21 +207,19 @@ class Probe:
         """Samples a second that this node reads and decodes, with its share of the batch."""
         from loaders.bench import measure
         from loaders.config import PerMedia
-        from train.config.files import load_settings
+        from train.config.settings import load_settings
 
         run = load_settings(config, settings).config
         share = PerMedia(*(max(1, size // nodes) for size in (run.batch_size.image, run.batch_size.video)))
-        speed, setup = measure(run.train_urls(), replace(run, batch_size=share, quarantine_file=""), seconds)
-        return {"samples_per_second": speed.samples_per_second, "backend": setup.backend, "threads": setup.threads}
+        found = measure(run.train_urls(), replace(run, batch_size=share, quarantine_file=""), seconds)
+        return {name: getattr(found, name) for name in ("samples_per_second", "backend", "threads")}
 
 
 def code_hash() -> str:
     """Hash of all Python files and recipes; a checkout and a wheel of one state have the same."""
     found = hashlib.sha256()
-    for folder in [
-        *(PROGRAM / name for name in sorted(ROOMS)),
-        *((PACKAGED / name).resolve() for name in sorted(RECIPES)),
-    ]:
+    recipes = [(PACKAGED / name).resolve() for name in sorted(RECIPES)]
+    for folder in (*(PROGRAM / room for room in sorted(ROOMS)), *recipes):
         for path in sorted(folder.rglob("*")):
             if path.suffix in (".py", ".yaml", ".json", ".j2"):
                 found.update(path.relative_to(folder.parent).as_posix().encode() + b"\0" + path.read_bytes())
@@ -255,13 +231,6 @@ def _open(url: str, storage: dict[str, str]) -> Any:
     from storage.limits import RemoteReads
 
     return CorpusReader(url, storage, remote=RemoteReads(deadline=STORE_SECONDS, try_seconds=STORE_SECONDS / 2))
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return ""
 
 
 def _gpus() -> list[str]:
@@ -282,8 +251,23 @@ def _cuda_versions() -> dict[str, str]:
     return {"CUDA of torch": torch.version.cuda, "NCCL": ".".join(map(str, torch.cuda.nccl.version()))}
 
 
-def _last_line(output: str) -> str:
-    return (output.strip().splitlines() or ["no reason given"])[-1]
+def _start(program: Path, **variables: object) -> subprocess.Popen[str]:
+    environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, str(program)], env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def _answer(child: subprocess.Popen[str], task: str, seconds: float | None = None) -> Any:
+    """The JSON in the last line that a program prints. Raises RuntimeError where it fails, crashes or hangs."""
+    try:
+        output, errors = child.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        raise RuntimeError(f"{task} did not end within {seconds:.0f} s") from None
+    if child.returncode:
+        ended = f"{task} ended with signal {-child.returncode}: " if child.returncode < 0 else ""
+        raise RuntimeError(ended + (errors.strip().splitlines() or ["no reason given"])[-1])
+    return json.loads(output.splitlines()[-1])
 
 
 def main() -> int:

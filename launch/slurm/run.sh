@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Runs an entry point on all nodes of a Slurm job; used by the sbatch files: run.sh ENTRY CONFIG.yaml key=value ...
 #
-# One process for each GPU; on nodes without GPUs TASKS_PER_NODE processes (1). The run saves and the job is requeued, at
-# most RESTARTS (100) times: before the time limit (Slurm sends USR1), on pre-emption and `scontrol requeue` (TERM), and
-# after a hang, such as a dead node (exit code 75). It resumes on the nodes it gets, so all must mount output_dir.
-# `scancel` saves and ends the job.
+# TASKS_PER_NODE processes on each node (default: one for each GPU, one without GPUs). The run saves and the job is
+# requeued, at most RESTARTS (100) times: before the time limit (Slurm sends USR1), on pre-emption and `scontrol requeue`
+# (TERM), and after a hang, such as a dead node (exit code 75). It resumes on the nodes it gets, so all must mount
+# output_dir. `scancel` saves and ends the job.
 set -uo pipefail
 entry=$1
 shift

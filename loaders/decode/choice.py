@@ -25,9 +25,7 @@ def make_decoder(
 
     auto: without a GPU the CPU path; on a GPU both decoders, until it is measured which makes training wait less.
     deterministic: nothing is measured, auto is the CPU path; DALI does not use the GPU's JPEG engines.
-
-    Raises:
-        UserError: decode=dali where DALI cannot be used.
+    Raises UserError: decode=dali where DALI cannot be used.
     """
     on_gpu = device.type == "cuda"
     if backend == "cpu" or (backend == "auto" and (deterministic or not on_gpu)):

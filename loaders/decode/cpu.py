@@ -134,9 +134,7 @@ class CpuDecoder:
     """See loaders.decode.decoder.Decoder; the rows of a batch are shared out among the processes.
 
     pin: frames come in pinned memory, for a copy to a GPU that does not block.
-
-    Raises:
-        OSError: a process cannot be started.
+    Raises OSError: a process cannot be started.
     """
 
     name = "cpu"
@@ -175,8 +173,7 @@ class CpuDecoder:
     def decode(self, clips: Sequence[Clip]) -> tuple[torch.Tensor, dict[int, str]]:
         """See Decoder.
 
-        Raises:
-            RuntimeError: a decoding process has ended, with its signal.
+        Raises RuntimeError: a decoding process has ended, with its signal.
         """
         shape = (len(clips), len(clips[0].jpegs), self.size, self.size, 3)
         memory, out = self._memories.array(shape, sum(len(data) for clip in clips for data in clip.jpegs))

@@ -48,9 +48,7 @@ class DaliDecoder:
     device: number of the GPU; None runs the graph on the CPU.
     hw_decoder_load: see GraphSettings; with 0, without the JPEG engines, the bits of a picture do not depend on its
         row in the batch.
-
-    Raises:
-        RuntimeError: DALI cannot decode on this device.
+    Raises RuntimeError: DALI cannot decode on this device.
     """
 
     name = "dali"
@@ -72,8 +70,7 @@ class DaliDecoder:
     def decode(self, clips: Sequence[Clip]) -> tuple[torch.Tensor, dict[int, str]]:
         """See Decoder.
 
-        Raises:
-            RuntimeError: the device fails: no memory, a CUDA error.
+        Raises RuntimeError: the device fails: no memory, a CUDA error.
         """
         worker = self._free.get()
         try:
@@ -186,9 +183,8 @@ class DaliWorker:
     def _run(self, clips: Sequence[Clip]) -> torch.Tensor:
         """Frames (B*T, S, S, 3) uint8 on the device.
 
-        Raises:
-            _ImageError: some of the images do not decode.
-            RuntimeError: the device fails; that is never taken for a bad sample.
+        Raises _ImageError: some of the images do not decode. RuntimeError: the device fails; that is never taken for a
+        bad sample.
         """
         pipeline = self._built(sum(len(clip.jpegs) for clip in clips))
         feed(pipeline, clips)

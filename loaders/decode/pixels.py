@@ -92,9 +92,7 @@ def decode_frame(data: bytes, clip: Clip, buffer: np.ndarray, size: int | None) 
     """The pixels of one of a clip's frames, in `buffer` where they are a plain JPEG's.
 
     size: what is shown of it, where it may be decoded at a fraction of its own; None: never.
-
-    Raises:
-        BadSampleError: it does not decode, or has not the size in the index.
+    Raises BadSampleError: it does not decode, or has not the size in the index.
     """
     if not is_plain_jpeg(data):
         return decode_other(data, clip)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -61,24 +62,20 @@ def choose_frames(
     `rand`: a random frame of each of num_frames equal intervals; `middle`: the middle one of each; `fpsX`: frames at
     X a second, spread evenly where they are more than num_frames. Where there are too few, the last is repeated.
 
-    numbers: (num_frames,) random ones in [0, 1), for `rand`.
-
-    Raises:
-        ValueError: unknown sample_type, or `rand` without numbers.
+    numbers: (num_frames,) random ones in [0, 1), for `rand`. Raises UserError: unknown sample_type.
     """
-    check_sample_type(sample_type)
-    if sample_type.startswith("fps"):
-        chosen = frames_at_rate(parse_rate(sample_type), length, fps)
+    rate = parse_sample_type(sample_type)
+    if rate is not None:
+        chosen = frames_at_rate(rate, length, fps)
         if len(chosen) > num_frames:
             chosen = chosen[np.linspace(0, len(chosen) - 1, num_frames).round().astype(np.int64)]
     else:
         edges = np.linspace(0, length, min(num_frames, length) + 1).astype(np.int64)
         if sample_type == "middle":
             chosen = (edges[:-1] + edges[1:] - 1) // 2
-        elif sample_type == "rand" and numbers is not None:
-            chosen = edges[:-1] + (numbers[: len(edges) - 1] * np.diff(edges)).astype(np.int64)
         else:
-            raise UserError(f"sample_type is {sample_type!r}: without random numbers it must be middle or fpsX")
+            assert numbers is not None
+            chosen = edges[:-1] + (numbers[: len(edges) - 1] * np.diff(edges)).astype(np.int64)
     return np.concatenate([chosen, np.full(num_frames - len(chosen), chosen[-1], np.int64)])
 
 
@@ -91,23 +88,14 @@ def random_frames(num_frames: int, lengths: np.ndarray, numbers: np.ndarray) -> 
     return chosen
 
 
-def check_sample_type(sample_type: str) -> None:
-    """Raise ValueError unless it is one that `choose_frames` knows."""
-    if sample_type.startswith("fps"):
-        parse_rate(sample_type)
-    elif sample_type not in ("rand", "middle"):
-        raise UserError(f"sample_type is {sample_type!r}, must be rand, middle or fpsX such as fps2")
-
-
-def parse_rate(sample_type: str) -> float:
-    """X of `fpsX`; raises ValueError when it is not a positive number."""
-    try:
-        rate = float(sample_type[3:])
-    except ValueError:
-        rate = 0.0
-    if rate <= 0:
-        raise UserError(f"sample_type is {sample_type!r}: fps must be followed by a positive number, such as fps0.5")
-    return rate
+def parse_sample_type(sample_type: str) -> float | None:
+    """X of `fpsX`, None for `rand` and `middle`; raises UserError for anything else."""
+    if sample_type in ("rand", "middle"):
+        return None
+    with suppress(ValueError):
+        if sample_type.startswith("fps") and (rate := float(sample_type[3:])) > 0:
+            return rate
+    raise UserError(f"sample_type is {sample_type!r}, must be rand, middle or fpsX with X above 0, such as fps0.5")
 
 
 def frames_at_rate(rate: float, length: int, fps: float) -> np.ndarray:

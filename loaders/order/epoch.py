@@ -83,8 +83,7 @@ class EpochPlan:
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(shard, unit in the shard, traversal of its corpus) of positions (P,) of the epoch; each (P,) int64.
 
-        Raises:
-            IndexError: a position is not in 0 .. units - 1.
+        Raises IndexError: a position is not in 0 .. units - 1.
         """
         positions = np.asarray(positions, np.int64)
         if positions.size and (positions.min() < 0 or positions.max() >= self.units):

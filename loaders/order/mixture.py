@@ -10,7 +10,7 @@ import numpy as np
 from loaders.config import LoaderConfig
 from loaders.descriptions import rotated
 from loaders.index import ShardIndex
-from loaders.order.choices import check_sample_type, random_choices, sample_keys
+from loaders.order.choices import parse_sample_type, random_choices, sample_keys
 from loaders.order.epoch import EpochPlan
 from loaders.samples import RawSample, SampleSpec
 from loaders.shards import CorpusReader
@@ -35,7 +35,7 @@ class Mixture:
         with_texts: bool = True,
         start: float = 0.0,
     ) -> None:
-        check_sample_type(config.video_input.sample_type)
+        parse_sample_type(config.video_input.sample_type)
         self.media_type, self.readers, self.config = media_type, readers, config
         self._pool, self._with_texts, self._start = pool, with_texts, start
         self._video = config.video_input if media_type == "video" else None

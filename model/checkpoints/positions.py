@@ -14,7 +14,6 @@ import torch
 from runtime.errors import UserError
 
 _EXTRA_ROWS = 3  # of a relative table: [CLS] to token, token to [CLS], [CLS] to [CLS]
-_DEGREE = 3
 
 
 def _source_coordinates(source: int, target: int) -> np.ndarray:
@@ -30,31 +29,16 @@ def _source_coordinates(source: int, target: int) -> np.ndarray:
     return np.concatenate([-half[::-1], [0.0], half])
 
 
-def _spline_basis(knots: np.ndarray, points: np.ndarray, count: int) -> np.ndarray:
-    """Values (points, count) of the cubic B-splines over `knots`, by the Cox-de Boor recursion."""
-    last = np.searchsorted(knots, knots[-1]) - 1  # the last interval of positive length includes its right end
-    interval = np.minimum(np.searchsorted(knots, points, side="right") - 1, last)
-    basis = (interval[:, None] == np.arange(len(knots) - 1)[None, :]).astype(np.float64)
-    for degree in range(1, _DEGREE + 1):
-        left_width = knots[degree:-1] - knots[: -degree - 1]
-        right_width = knots[degree + 1 :] - knots[1:-degree]
-        left = (points[:, None] - knots[None, : -degree - 1]) * _inverse(left_width) * basis[:, :-1]
-        right = (knots[None, degree + 1 :] - points[:, None]) * _inverse(right_width) * basis[:, 1:]
-        basis = left + right
-    return basis[:, :count]
-
-
-def _inverse(widths: np.ndarray) -> np.ndarray:
-    """1 / width, and 0 for empty intervals."""
-    return np.divide(1.0, widths, out=np.zeros_like(widths), where=widths > 0)
+def _spline_basis(points: np.ndarray, knots: np.ndarray) -> np.ndarray:
+    """The cubic splines with K inner knots at P points, as truncated powers: (P, 4 + K)."""
+    return np.hstack([points[:, None] ** np.arange(4), np.maximum(points[:, None] - knots, 0) ** 3])
 
 
 def _spline_matrix(source: np.ndarray, target: np.ndarray) -> np.ndarray:
     """Matrix (target, source) of not-a-knot cubic spline interpolation, constant beyond the ends."""
-    knots = np.concatenate([[source[0]] * 4, source[2:-2], [source[-1]] * 4])
-    points = np.clip(target, source[0], source[-1])
-    at_source = _spline_basis(knots, source, len(source))
-    return _spline_basis(knots, points, len(source)) @ np.linalg.inv(at_source)
+    source, target = source / source[-1], np.clip(target / source[-1], -1, 1)
+    knots = source[2:-2]
+    return np.linalg.solve(_spline_basis(source, knots).T, _spline_basis(target, knots).T).T
 
 
 def resize_relative(table: torch.Tensor, patches: int) -> torch.Tensor:
@@ -65,7 +49,7 @@ def resize_relative(table: torch.Tensor, patches: int) -> torch.Tensor:
     source, target = math.isqrt(table.shape[0] - _EXTRA_ROWS), 2 * patches - 1
     if source == target:
         return table
-    if source < _DEGREE + 1:
+    if source < 4:
         raise UserError(
             f"relative position tables of {(source + 1) // 2} x {(source + 1) // 2} patches cannot be resized "
             "(a cubic spline needs at least 3 x 3): keep image_res as it was"

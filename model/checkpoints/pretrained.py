@@ -69,12 +69,17 @@ def _fill(model: Singularity | SingularityQA, state: dict[str, torch.Tensor], so
 
 
 def find_folder(name: str, key: str) -> Path:
-    """The local folder of a checkpoint, fetched from the hub when `name` is not a folder.
+    """The local folder of a checkpoint, fetched from the hub when `name` is no folder but a hub or timm name.
 
     Raises UserError, with the remedy, when it is neither a folder nor available from the hub.
     """
     if Path(name).is_dir():
         return Path(name)
+    if "/" not in name and is_model(name):
+        published = get_pretrained_cfg(name)
+        if not published or not published.hf_hub_id:
+            raise UserError(f"{key}: timm has no weights of {name} on the hub; take a model with weights, or null")
+        name = published.hf_hub_id
     remedy = f"set {key} to a local folder with config.json and model.safetensors or pytorch_model.bin, or to null"
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"{key}: the folder {name} does not exist; {remedy}")
@@ -110,18 +115,16 @@ def _without_prefix(state: dict[str, torch.Tensor], prefixes: tuple[str, ...]) -
 
 def _vision_weights(name: str, key: str, model: Singularity | SingularityQA) -> dict[str, torch.Tensor]:
     """Our vision tensors from a Hugging Face (BEiT, ViT) or timm checkpoint, position tables resized to the model."""
-    config = model.config
+    config, folder = model.config, find_folder(name, key)
     if config.vision_encoder.type not in VISION_TYPES:
-        file = _weights_file(find_folder(_hub_name(name, key), key), key)
         options = named_options(config.vision_encoder, config.image_res)
-        return {
-            _VISION + ours: tensor for ours, tensor in _timm_state(config.vision_encoder.type, file, **options).items()
-        }
+        state = _timm_state(config.vision_encoder.type, _weights_file(folder, key), **options)
+        return {_VISION + ours: tensor for ours, tensor in state.items()}
     wanted = [each.removeprefix(_VISION) for each in model.state_dict() if each.startswith(_VISION)]
     if not Path(name).is_dir() and "/" not in name and is_model(name):
-        found = _timm_state(name, _weights_file(find_folder(_hub_name(name, key), key), key), num_classes=0)
+        found = _timm_state(name, _weights_file(folder, key), num_classes=0)
     else:
-        state = _without_prefix(read_folder(find_folder(name, key), key), ("beit.", "vit.", "deit."))
+        state = _without_prefix(read_folder(folder, key), ("beit.", "vit.", "deit."))
         parts = {ours: vision_parts(ours) for ours in wanted}
         found = {
             ours: torch.cat([state[part] for part in theirs]) if len(theirs) > 1 else state[theirs[0]]
@@ -137,20 +140,10 @@ def _vision_weights(name: str, key: str, model: Singularity | SingularityQA) -> 
     return {_VISION + ours: tensor for ours, tensor in found.items()}
 
 
-def _hub_name(name: str, key: str) -> str:
-    """The hub name of the weights of timm's model `name`; any other name, and a folder, unchanged."""
-    if Path(name).is_dir() or "/" in name or not is_model(name):
-        return name
-    published = get_pretrained_cfg(name)
-    if not published or not published.hf_hub_id:
-        raise UserError(f"{key}: timm has no weights of {name} on the hub; take a model with weights, or null")
-    return published.hf_hub_id
-
-
 def _weights_file(folder: Path, key: str) -> Path:
-    for name in _FILES[1:]:
-        if (folder / name).is_file():
-            return folder / name
+    for file in _FILES[1:]:
+        if (folder / file).is_file():
+            return folder / file
     raise UserError(f"{key}: {folder} has neither model.safetensors nor pytorch_model.bin; choose another folder")
 
 
@@ -165,7 +158,10 @@ def _text_weights(name: str, key: str, model: Singularity | SingularityQA) -> di
     state = _without_prefix(read_folder(folder, key), ("bert.",))
     for old, new in _OLD_NORMS.items():
         state = {each.replace(old, new): tensor for each, tensor in state.items()}
-    _check_kind(folder, key)
+    path = folder / "config.json"
+    kind = json.loads(path.read_text()).get("model_type") if path.is_file() else "bert"
+    if kind != "bert":
+        raise UserError(f"{key}: {folder} holds a {kind} model, only BERT fits; take for example bert-base-uncased")
     result = {}
     for each, tensor in state.items():
         for theirs, ours in (("embeddings.", "embeddings."), ("encoder.layer.", "layer.")):
@@ -176,10 +172,3 @@ def _text_weights(name: str, key: str, model: Singularity | SingularityQA) -> di
         if head != each:
             result[f"word_head.{head}"] = result[f"answer_decoder.word_head.{head}"] = tensor
     return result
-
-
-def _check_kind(folder: Path, key: str) -> None:
-    path = folder / "config.json"
-    kind = json.loads(path.read_text()).get("model_type") if path.is_file() else "bert"
-    if kind != "bert":
-        raise UserError(f"{key}: {folder} holds a {kind} model, only BERT fits; take for example bert-base-uncased")

@@ -69,8 +69,7 @@ class RowMaker:
     def row(self, record: Record) -> Row:
         """The row of a record, filtered where it has no media or text, or is none of those kept.
 
-        Raises:
-            RowError: the record lacks a column, or holds what cannot be understood.
+        Raises RowError: the record lacks a column, or holds what cannot be understood.
         """
         if record.fault:
             raise RowError(record, record.fault)
@@ -190,8 +189,7 @@ class RowMaker:
 def media_name(value: Any) -> str:
     """The path or URL that a value is; "" where it is empty.
 
-    Raises:
-        ValueError: it is something else; the message names what it must be.
+    Raises ValueError: it is something else; the message names what it must be.
     """
     if isinstance(value, str):
         return value.strip()
@@ -276,7 +274,10 @@ def value_at(record: Mapping[str, Any], whole: str, path: list[str]) -> Any:
 def template(spec: str) -> Finder:
     """Fills "{column}" and "{column:012d}" from the record; null where one of them is null or blank."""
     try:
-        parts = list(parsed(spec))
+        parts = [
+            (literal, None if name is None else finder(name), form or "")
+            for literal, name, form, _ in string.Formatter().parse(spec)
+        ]
     except ValueError as error:
         raise UserError(f"template {spec!r}: {error}; write it as {{column}} or {{column:012d}}") from None
 
@@ -295,12 +296,6 @@ def template(spec: str) -> Finder:
         return "".join(result)
 
     return fill
-
-
-def parsed(spec: str) -> Iterator[tuple[str, Finder | None, str]]:
-    """(text, what finds the column behind it, its format) of a template's parts."""
-    for literal, name, form, _ in string.Formatter().parse(spec):
-        yield literal, None if name is None else finder(name), form or ""
 
 
 def shortened(value: Any) -> str:

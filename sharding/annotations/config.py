@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
 from omegaconf import OmegaConf
@@ -66,9 +66,8 @@ class CorpusConfig(Reading):
 def load_corpus(path: str) -> CorpusConfig:
     """Read a corpus' YAML.
 
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is not YAML, or a key is unknown (the nearest are named) or has a wrong type.
+    Raises FileNotFoundError: there is none. ValueError: it is not YAML, or a key is unknown (the nearest are named) or
+    has a wrong type.
     """
     found = find_file(path)
     if found is None:
@@ -97,8 +96,8 @@ def with_columns(columns: Columns, pairs: dict[str, str]) -> Columns:
         if name not in known:
             near = nearest(name, known) or known
             raise UserError(f"--columns {name}=...: there is no {name!r}, nearest are {', '.join(near)}")
-    values: dict[str, Any] = {each.name: getattr(columns, each.name) for each in fields(columns)}
+    values: dict[str, Any] = {}
     for name, value in pairs.items():
         number = name in ("start", "end") and value.replace(".", "", 1).isdigit()
         values[name] = float(value) if number else (value.split("|") if "|" in value else value)
-    return Columns(**values)
+    return replace(columns, **values)

@@ -25,12 +25,8 @@ from runtime.errors import MissingError, UserError
 from storage.policy import BucketError, causes, retry, status_of, storage_errors
 
 BLOCK = 2**20  # bytes of a remote file read at a time
-DAMAGED = (
-    EOFError,
-    zlib.error,
-    lzma.LZMAError,
-    zipfile.BadZipFile,
-)  # of what is compressed; also OSErrors of no number
+# Errors of decompression; OSErrors without a number are, too.
+DAMAGED = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -122,7 +118,8 @@ class AnnotationFile:
     def __init__(self, name: str, scratch: Path | None = None, digest: Any = None) -> None:
         self.name, self.digest, self.hashed = name, digest, 0
         with reading_errors(name):
-            self._file = open_local(name) if is_local(name) else download(name, scratch)
+            local = name.removeprefix("file://")
+            self._file = download(name, scratch) if "://" in local else open(local, "rb", buffering=0)  # noqa: SIM115
             self.size = os.fstat(self._file.fileno()).st_size
 
     def __enter__(self) -> AnnotationFile:
@@ -151,8 +148,7 @@ class AnnotationFile:
     def opened(self) -> Iterator[IO[bytes]]:
         """Its bytes from the start, decompressed (.gz, .bz2, .xz, .zst, .zip), without a byte order mark.
 
-        Raises:
-            ValueError: it is in UTF-16, or cannot be decompressed.
+        Raises ValueError: it is in UTF-16, or cannot be decompressed.
         """
         packed = infer_compression(self.name)
         with reading_errors(self.name), io.BufferedReader(View(self), BLOCK) as raw:
@@ -164,19 +160,16 @@ class AnnotationFile:
             yield handle
 
 
+def record_of(file: AnnotationFile, number: int, value: Any) -> Record:
+    """The record of a JSON value, which must be an object."""
+    if isinstance(value, dict):
+        return Record(file.name, number, value)
+    return Record(file.name, number, {}, fault=f"must be an object, not {str(value)[:60]!r}")
+
+
 def file_names(files: Iterable[AnnotationFile]) -> str:
     """The names of files, for messages."""
     return ", ".join(file.name for file in files)
-
-
-def is_local(name: str) -> bool:
-    """Whether a file is one of this machine's file system."""
-    return "://" not in name or name.startswith("file://")
-
-
-def open_local(name: str) -> IO[bytes]:
-    """A local file, unbuffered."""
-    return open(name.removeprefix("file://"), "rb", buffering=0)
 
 
 def download(name: str, scratch: Path | None) -> IO[bytes]:
@@ -192,10 +185,8 @@ def download(name: str, scratch: Path | None) -> IO[bytes]:
 def reading_errors(file: str) -> Iterator[None]:
     """Errors inside the block become those of an annotation file.
 
-    Raises:
-        FileNotFoundError: it does not exist.
-        OSError: a remote store fails again and again, or refuses the credentials.
-        ValueError: it cannot be decompressed.
+    Raises FileNotFoundError: it does not exist. OSError: a remote store fails again and again, or refuses the
+    credentials. ValueError: it cannot be decompressed.
     """
     try:
         with storage_errors(file, "read annotations from"):

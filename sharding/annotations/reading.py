@@ -18,10 +18,17 @@ from runtime.settings import nearest
 from sharding.annotations.columns import Columns, RowError, RowMaker
 from sharding.annotations.config import Reading
 from sharding.annotations.files import AnnotationFile, Record, check_exists
-from sharding.annotations.formats.captions import coco_records, flickr_records, sbu_records, something_records
+from sharding.annotations.formats.datasets import (
+    activitynet_qa_records,
+    coco_records,
+    flickr_records,
+    msrvtt_records,
+    sbu_records,
+    something_records,
+    visual_genome_records,
+    vqa_records,
+)
 from sharding.annotations.formats.json_files import first_character, first_record, is_json_lines, json_records
-from sharding.annotations.formats.msrvtt import msrvtt_records
-from sharding.annotations.formats.questions import activitynet_qa_records, vqa_records
 from sharding.annotations.formats.tables import (
     csv_records,
     img2dataset_records,
@@ -29,7 +36,6 @@ from sharding.annotations.formats.tables import (
     parquet_records,
     tsv_records,
 )
-from sharding.annotations.formats.visual_genome import visual_genome_records
 from sharding.annotations.items import Row
 from storage.policy import check_bucket, retry, storage_errors
 from storage.urls import plain_scheme
@@ -99,9 +105,8 @@ def read_rows(names: Sequence[str], reading: Reading, scratch: Path | None = Non
 
     scratch: a folder for copies of remote files. digest: a hash object; in the end it has taken in all files, in order.
 
-    Raises:
-        FileNotFoundError: a file does not exist.
-        ValueError: a file has another form, or a record lacks its media or its text.
+    Raises FileNotFoundError: a file does not exist. ValueError: a file has another form, or a record lacks its media or
+    its text.
     """
     check_reading(reading)
     joined = reading.format in JOINING
@@ -164,8 +169,7 @@ def is_official(file: AnnotationFile, maker: RowMaker) -> bool:
 def expanded(patterns: Sequence[str]) -> list[str]:
     """Names of files, those with `*`, `?` or `[` replaced by what they match, in order of name.
 
-    Raises:
-        FileNotFoundError: a file does not exist, or nothing matches.
+    Raises FileNotFoundError: a file does not exist, or nothing matches.
     """
     files = []
     for pattern in map(plain_scheme, patterns):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
@@ -85,8 +86,7 @@ def stage(rows: Iterable[Row], path: Path, scratch: Path, limit: int = 0) -> Sta
     The file appears whole or not at all; `scratch` is a folder for what is unfinished, on the same disk.
     limit: maximum number of media, 0 for all; rows about others are counted as filtered.
 
-    Raises:
-        OSError: the disk is full, or the folder cannot be written to.
+    Raises OSError: the disk is full, or the folder cannot be written to.
     """
     unfinished, unsorted = scratch / "rows.sorted", scratch / "rows.unsorted"
     filtered: Counter[str] = Counter()
@@ -94,12 +94,14 @@ def stage(rows: Iterable[Row], path: Path, scratch: Path, limit: int = 0) -> Sta
         with closing(sqlite3.connect(unfinished)) as database:
             prepare(database, scratch, unsorted)
             with database:
-                database.executemany("INSERT INTO new.row VALUES (NULL, ?, ?)", kept_rows(rows, filtered))
-            numbered = Numbering(database.execute(BY_MEDIA), limit, filtered)
-            with database:
-                database.executemany("INSERT INTO sorted VALUES (?, ?, ?, ?)", numbered)
-                rows_read = numbered.rows + sum(filtered.values())
-                account = numbered.items, rows_read, json.dumps(dict(filtered), ensure_ascii=False)
+                kept = database.executemany(
+                    "INSERT INTO new.row VALUES (NULL, ?, ?)", kept_rows(rows, filtered)
+                ).rowcount
+                database.execute(BY_MEDIA, (limit or sys.maxsize,))
+                items, left = database.execute("SELECT coalesce(max(item) + 1, 0), count(*) FROM sorted").fetchone()
+                if left < kept:
+                    filtered[f"not about the first {limit} media (--limit)"] += kept - left
+                account = items, left + filtered.total(), json.dumps(dict(filtered), ensure_ascii=False)
                 database.execute("INSERT INTO account VALUES (?, ?, ?)", account)
     except sqlite3.OperationalError as error:
         raise AccessError(f"annotation rows cannot be staged in {scratch}: {error}") from None
@@ -128,11 +130,15 @@ def connect(path: str) -> sqlite3.Connection:
     return sqlite3.connect(f"{Path(path).absolute().as_uri()}?mode=ro&immutable=1", uri=True)
 
 
-# A window over the rows of each media finds its first appearance; sorted by it, media stand in that order.
+# The inner window finds the first appearance of each medium; ranked by it, media are numbered in that order.
 BY_MEDIA = """
-SELECT first, number, source, texts
-FROM (SELECT number, source, texts, min(number) OVER (PARTITION BY source) AS first FROM new.row)
-ORDER BY first, number
+INSERT INTO sorted
+SELECT rank - 1, number, source, texts
+FROM (
+    SELECT dense_rank() OVER (ORDER BY first) AS rank, number, source, texts
+    FROM (SELECT number, source, texts, min(number) OVER (PARTITION BY source) AS first FROM new.row)
+)
+WHERE rank <= ?
 """
 
 
@@ -160,22 +166,3 @@ def kept_rows(rows: Iterable[Row], filtered: Counter[str]) -> Iterator[tuple[str
             filtered[row.filtered] += 1
         else:
             yield row.source, encode([row.captions, row.question, row.choice])
-
-
-class Numbering:
-    """Passes (item, number, source, texts) of sorted rows on, items numbered from 0, and counts both."""
-
-    def __init__(self, rows: Iterable[tuple[int, int, str, str]], limit: int, filtered: Counter[str]) -> None:
-        self.sorted, self.limit, self.filtered = rows, limit, filtered
-        self.items = self.rows = 0
-
-    def __iter__(self) -> Iterator[tuple[int, int, str, str]]:
-        last = -1
-        for first, number, source, texts in self.sorted:
-            if first != last:
-                if self.limit and self.items == self.limit:
-                    self.filtered[f"not about the first {self.limit} media (--limit)"] += 1
-                    continue
-                self.items, last = self.items + 1, first
-            self.rows += 1
-            yield self.items - 1, number, source, texts

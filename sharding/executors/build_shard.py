@@ -21,7 +21,7 @@ from storage.policy import storage_errors
 Outcome = Frames | MediaError
 
 
-def build_shard(task: Task, advance: Advance) -> FinishedShard:
+def build_shard(task: Task, advance: Advance = lambda *_: None) -> FinishedShard:
     """Build one shard whole and publish it."""
     scratch = Path(task.scratch)
     failures: list[dict[str, Any]] = []

@@ -81,8 +81,7 @@ def build_shards(
 
     They are all of them, unless this is one job of several and others are not done.
 
-    Raises:
-        ValueError: `executor.finish`, and shards are missing.
+    Raises ValueError: `executor.finish`, and shards are missing.
     """
     shards: dict[int, ShardInfo] = {}
     rows = 0

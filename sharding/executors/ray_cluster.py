@@ -32,8 +32,7 @@ def run_on_ray(tasks: list[Task], workers: int, advance: Advance) -> Iterator[tu
 
     `workers` does not count: the cluster's cores do.
 
-    Raises:
-        ValueError: Ray is not installed, or there is no cluster. OSError: a shard cannot be built.
+    Raises ValueError: Ray is not installed, or there is no cluster. OSError: a shard cannot be built.
     """
     try:
         import ray
@@ -96,13 +95,9 @@ def build_on_node(task: Task) -> FinishedShard:
         raise MissingError(f"{error} (on node {socket.gethostname()}; a folder must be shared by all)") from None
     if "://" in task.output:
         with tempfile.TemporaryDirectory(prefix="singularity-build-") as scratch:
-            return build_shard(replace(task, scratch=scratch), count_nothing)
+            return build_shard(replace(task, scratch=scratch))
     if not Path(task.scratch).is_dir():
         raise MissingError(
             f"{task.output} is not there on node {socket.gethostname()}: give a folder that all nodes share, or a store"
         )
-    return build_shard(task, count_nothing)
-
-
-def count_nothing(good: int, bad: int, size: int) -> None:
-    """Report progress in finished shards."""
+    return build_shard(task)

@@ -24,8 +24,7 @@ import pyarrow as pa
 
 from runtime.errors import UserError
 from sharding.media.frames import MediaError
-from sharding.media.links import LinkError, follow
-from sharding.media.tar import Damage, TarStream, compression_of
+from sharding.media.tar import Damage, LinkError, TarStream, compression_of, follow
 from storage.files import atomic_file
 from storage.single_flight import process_lock
 
@@ -37,16 +36,7 @@ BATCH = 10_000  # members
 IN_TAR = -1  # instead of a zip's method, in a tar
 ZSTD = 93
 METHODS = {1: "shrink", 6: "implode", 9: "deflate64", 94: "MP3", 95: "xz", 96: "JPEG", 97: "WavPack", 98: "PPMd"}
-NAME_ENCODINGS = (
-    "utf-8",
-    "cp437",
-    "cp1252",
-    "gb18030",
-    "cp932",
-    "cp949",
-    "big5",
-    "cp1251",
-)  # the likely first
+NAME_ENCODINGS = ("utf-8", "cp437", "cp1252", "gb18030", "cp932", "cp949", "big5", "cp1251")  # the likely first
 
 SCHEMA = pa.schema(
     [
@@ -91,8 +81,7 @@ def split_archive(url: str) -> tuple[str, str] | None:
 class Archive:
     """The members of one archive, listed in a file that all processes of a build map.
 
-    Raises:
-        OSError: the archive cannot be read. ValueError: it is none, or cannot be read at random.
+    Raises OSError: the archive cannot be read. ValueError: it is none, or cannot be read at random.
     """
 
     def __init__(self, url: str, folder: Path) -> None:
@@ -226,38 +215,32 @@ def make_listing(url: str, target: Path) -> None:
     Raises OSError when it cannot be read.
     """
     with process_lock(target.with_suffix(".lock")):
-        if not target.exists():
-            log.info("listing the members of %s", url)
-            table = listing_table(url)
-            with atomic_file(target) as temporary, temporary.open("wb") as file:
-                with pa.ipc.new_stream(file, table.schema) as writer:
-                    writer.write_table(table)
-
-
-def listing_table(url: str) -> pa.Table:
-    """The table of `make_listing`."""
-    damages: list[Damage] = []
-    batches: list[pa.RecordBatch] = []
-    error = ""
-    try:
-        batches.extend(listed(url, damages))
-    except ValueError as reason:
-        error = str(reason)
-    for damage in damages[:10]:
-        log.warning("%s is damaged at byte %d: %s", url, damage.offset, damage.reason)
-    table = pa.Table.from_batches(batches, SCHEMA).sort_by("name").combine_chunks()
-    damage_text = f"byte {damages[0].offset} ({damages[0].reason})" if damages else ""
-    return table.replace_schema_metadata({"error": error, "damage": damage_text})
+        if target.exists():
+            return
+        log.info("listing the members of %s", url)
+        damages: list[Damage] = []
+        batches: list[pa.RecordBatch] = []
+        notes = {"error": "", "damage": ""}
+        try:
+            batches.extend(listed(url, damages))
+        except ValueError as error:
+            notes["error"] = str(error)
+        for damage in damages[:10]:
+            log.warning("%s is damaged at byte %d: %s", url, damage.offset, damage.reason)
+        if damages:
+            notes["damage"] = f"byte {damages[0].offset} ({damages[0].reason})"
+        table = pa.Table.from_batches(batches, SCHEMA).sort_by("name").replace_schema_metadata(notes)
+        with atomic_file(target) as temporary, pa.ipc.new_stream(str(temporary), table.schema) as writer:
+            writer.write_table(table.combine_chunks())
 
 
 def listed(url: str, damages: list[Damage]) -> Iterator[pa.RecordBatch]:
     """The members of an archive, in its order; what is damaged in it is added to `damages`.
 
-    Raises:
-        ValueError: it is not an archive, or cannot be read at random.
+    Raises ValueError: it is not an archive, or cannot be read at random.
     """
     with fsspec.open(url, "rb") as file:
-        found = zip_members(cast(BinaryIO, file)) if is_zip(url) else tar_members(cast(BinaryIO, file), damages)
+        found = zip_members(cast(BinaryIO, file)) if is_zip(url) else tar_members(url, cast(BinaryIO, file), damages)
         rows: list[dict[str, Any]] = []
         try:
             for member in found:
@@ -265,26 +248,18 @@ def listed(url: str, damages: list[Damage]) -> Iterator[pa.RecordBatch]:
                 if len(rows) == BATCH:
                     yield pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
                     rows.clear()
-        except CompressedError as error:
-            raise UserError(
-                f"{url} is compressed as a whole ({error}): unpack it, then its files can be read"
-            ) from None
         except (zipfile.BadZipFile, NotImplementedError, EOFError, OverflowError) as error:  # the second: zipfile's own
             raise UserError(f"{url} cannot be read as an archive ({error}): is it complete?") from None
         yield pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
 
 
-class CompressedError(Exception):
-    """A tar that is compressed as a whole; the message has the method."""
-
-
-def tar_members(file: BinaryIO, damages: list[Damage]) -> Iterator[Member]:
+def tar_members(url: str, file: BinaryIO, damages: list[Damage]) -> Iterator[Member]:
     """The files and links in a tar."""
     stream, empty = TarStream(file, skips=True), True
     for found in stream.walk(lambda _: False):
         if isinstance(found, Damage):
             if found.offset == 0 and (kind := compression_of(stream.head)):
-                raise CompressedError(kind)
+                raise UserError(f"{url} is compressed as a whole ({kind}): unpack it, then its files can be read")
             if found.certain:
                 damages.append(found)
         else:

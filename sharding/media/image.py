@@ -18,8 +18,7 @@ def pack_image(data: bytes, size: int, quality: int) -> Frames:
 
     A plain JPEG (three channels, upright) that is small enough keeps its bytes.
 
-    Raises:
-        MediaError: see `decode_picture`.
+    Raises MediaError: see `decode_picture`.
     """
     picture = decode_picture(data, size)
     if picture.is_plain and min(picture.width, picture.height) <= size:

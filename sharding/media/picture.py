@@ -68,8 +68,7 @@ def decode_picture(data: bytes, size: int = 0) -> Picture:
     size: its shorter side is to have so many pixels, at most; a JPEG is then decoded at a fraction where no detail is
     lost. 0: in full.
 
-    Raises:
-        MediaError: the bytes are not a complete image, or its range of brightness is not known.
+    Raises MediaError: the bytes are not a complete image, or its range of brightness is not known.
     """
     if not data:
         raise MediaError("empty file")
@@ -83,8 +82,7 @@ def decode_picture(data: bytes, size: int = 0) -> Picture:
 def picture_size(data: bytes) -> tuple[int, int]:
     """(width, height) of an upright picture, by its header; damage behind that shows only in decoding.
 
-    Raises:
-        MediaError: the bytes are not an image.
+    Raises MediaError: the bytes are not an image.
     """
     if not data:
         raise MediaError("empty file")
@@ -239,8 +237,7 @@ def exif_orientation(image: Image.Image, data: bytes) -> int:
 def rgb_pixels(image: Image.Image, data: bytes) -> np.ndarray:
     """RGB pixels (H, W, 3) uint8 of a loaded image: 16 bits to 8, transparency over white.
 
-    Raises:
-        MediaError: its range of brightness is not known.
+    Raises MediaError: its range of brightness is not known.
     """
     depth = data[24] if image.format == "PNG" else 8  # bits of a sample
     clear = image.info.get("transparency")
@@ -262,8 +259,7 @@ def rgb_pixels(image: Image.Image, data: bytes) -> np.ndarray:
 def grey_of_wide_numbers(image: Image.Image) -> np.ndarray:
     """RGB pixels (H, W, 3) uint8 of one channel of integers of 32 bits or floats, as programs write what fits in fewer.
 
-    Raises:
-        MediaError: by its values, it is neither of 8 nor of 16 bits.
+    Raises MediaError: by its values, it is neither of 8 nor of 16 bits.
     """
     whole = image.mode == "I"
     least, most = np.asarray(image).min(), np.asarray(image).max()

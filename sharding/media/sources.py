@@ -24,7 +24,7 @@ from runtime.errors import AccessError, MissingError, UserError
 from sharding.media.archives import Archive, split_archive
 from sharding.media.frames import MediaError
 from storage.policy import StoreError, check_bucket, describe_error, retry, storage_errors
-from storage.urls import join_url, plain_scheme
+from storage.urls import join_url, local_form
 from storage.web import Fetching, web_client
 
 WINDOW = {"image": 1024, "video": 64}  # media: how far finished ones may precede a slow one
@@ -44,7 +44,7 @@ class Media:
     """
 
     def __init__(self, root: str, media_type: str, scratch: Path, fetching: Fetching) -> None:
-        root = plain_scheme(root).removeprefix("file://")
+        root = local_form(root)
         self.root = os.path.abspath(root) if root and "://" not in root else root
         self.media_type, self.scratch, self.fetching = media_type, scratch, fetching
         self.stop = threading.Event()
@@ -61,8 +61,7 @@ class Media:
     def fetched(self, sources: Sequence[str]) -> Iterator[tuple[int, Fetched | MediaError]]:
         """(index in `sources`, media or the reason), local files in order, remote ones in order of arrival.
 
-        Raises:
-            PermissionError: the store refuses the credentials, for all sources.
+        Raises PermissionError: the store refuses the credentials, for all sources.
         """
         indices = iter(range(len(sources)))
         local = (self.location(source).startswith("/") for source in sources)
@@ -70,9 +69,9 @@ class Media:
             yield from ((index, self.fetch(sources[index])) for index in indices)
             return
         window = WINDOW[self.media_type]
-        done: queue.SimpleQueue[tuple[int, Future[Fetched | MediaError]]] = queue.SimpleQueue()
+        done: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
+        pending: dict[Future[Any], int] = {}
         with ThreadPoolExecutor(self.fetching.connections) as pool:
-            pending: dict[int, Future[Any]] = {}
             following = next(indices, None)
             try:
                 while pending or following is not None:
@@ -81,17 +80,18 @@ class Media:
                         few
                         and following is not None
                         and len(pending) < PREFETCHED * self.fetching.connections
-                        and following - min(pending, default=following) < window
+                        and following - min(pending.values(), default=following) < window
                     ):
-                        pending[following] = self.start(pool, sources[following])
-                        pending[following].add_done_callback(functools.partial(put_result, done, following))
+                        future = self.start(pool, sources[following])
+                        pending[future] = following
+                        future.add_done_callback(done.put)
                         following = next(indices, None)
-                    index, future = done.get()
-                    del pending[index]
+                    future = done.get()
+                    index = pending.pop(future)
                     yield index, self.outcome(future, sources[index])
             finally:
                 self.stop.set()
-                for future in pending.values():
+                for future in pending:
                     future.cancel()
                 pool.shutdown(wait=False, cancel_futures=True)
 
@@ -117,7 +117,7 @@ class Media:
     def location(self, source: str) -> str:
         """A source's URL, or its absolute path where it is a local file."""
         if "://" in source:
-            return plain_scheme(source).removeprefix("file://")
+            return local_form(source)
         if self.root.startswith(WEB):
             return web_address(self.root, source)
         return join_url(self.root, source) if self.root else os.path.abspath(source)
@@ -161,11 +161,6 @@ def web_address(root: str, name: str) -> str:
     if len(archive) < outer:
         return url  # the root is an archive, or inside of one
     return url[:outer] + quote(archive[outer:]) + ("/" + member if member else "")
-
-
-def put_result(done: queue.SimpleQueue[tuple[int, Future[Any]]], index: int, future: Future[Any]) -> None:
-    """Notify the consumer of a queue that a source is ready."""
-    done.put((index, future))
 
 
 def open_archive(url: str, folder: Path) -> Archive:
@@ -223,14 +218,13 @@ def opened(media: Fetched) -> Iterator[bytes | mmap.mmap]:
 def check_root(root: str) -> None:
     """Check that the folder, archive or store that media paths start from exists, where that can be known.
 
-    Raises:
-        FileNotFoundError: it does not exist. ValueError: it is a compressed tar. PermissionError, OSError: it is remote
-            and cannot be reached.
+    Raises FileNotFoundError: it does not exist. ValueError: it is a compressed tar. PermissionError, OSError: it is
+    remote and cannot be reached.
     """
     if COMPRESSED_TAR.search(root):
         raise UserError(f"media root {root} is compressed as a whole, single files cannot be read from it: gunzip it")
     inside = split_archive(root)
-    base = plain_scheme(inside[0] if inside else root).removeprefix("file://")
+    base = local_form(inside[0] if inside else root)
     if not root or base.startswith(WEB):
         return  # sources are URLs of their own; web servers do not list folders
     with storage_errors(base, "read"):

@@ -1,13 +1,14 @@
-"""Traverses a tar from start to end: every member with its offset and bytes, and all damage."""
+"""Traverses a tar from start to end: every member with its offset and bytes, and all damage; follows links."""
 
 from __future__ import annotations
 
 import hashlib
 import posixpath
 import tarfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import BinaryIO
+from dataclasses import dataclass, replace
+from typing import BinaryIO, Protocol, TypeVar
 
 import fsspec
 
@@ -19,10 +20,11 @@ LONGEST = 2**26  # bytes of such a member; a larger one is damaged
 NO_DATA = (tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
 NO_FILE = (b"D", b"V", b"N")  # GNU tar: a folder's list, the volume's label, a list of names
 OTHER_VOLUME = b"M"
+LONGEST_CHAIN = 40  # links, as Linux follows
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"\x04\x22": "lz4"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Member:
     """A file in a tar, or a link to one.
 
@@ -240,3 +242,81 @@ def open_stream(url: str) -> BinaryIO:
     """Open a local or remote file for one reading from start to end."""
     filesystem, path = fsspec.url_to_fs(url)
     return filesystem.open(path, "rb", block_size=CHUNK, cache_type="readahead")
+
+
+class Entry(Protocol):
+    """A file or link of a tar: its offset, the path that a link leads to, and whether that is an earlier member."""
+
+    @property
+    def offset(self) -> int: ...  # noqa: D102
+
+    @property
+    def link(self) -> bytes: ...  # noqa: D102
+
+    @property
+    def hard(self) -> bool: ...  # noqa: D102
+
+
+Found = TypeVar("Found", bound=Entry)
+Find = Callable[[bytes, int | None], Found | None]  # the last entry of a path, before an offset if one is given
+
+
+class LinkError(ValueError):
+    """A link that leads to no file."""
+
+
+class Locations:
+    """The members of one tar by path, without their bytes."""
+
+    def __init__(self) -> None:
+        self._members: dict[bytes, list[Member]] = defaultdict(list)
+
+    def add(self, member: Member) -> None:
+        """Note the next member."""
+        self._members[member.path].append(replace(member, header=b"", data=None))
+
+    def find(self, path: bytes, before: int | None) -> Member | None:
+        """The last member with a path, or the last one before an offset."""
+        found = reversed(self._members.get(path, []))
+        return next((member for member in found if before is None or member.offset < before), None)
+
+    def target(self, link: Member) -> Member:
+        """The file that a link leads to; raises LinkError when that is none."""
+        try:
+            return follow(link.link, self.find, link.offset if link.hard else None)
+        except KeyError:
+            raise LinkError(f"is a link to {shown(link.link)}, which is not in the archive") from None
+
+
+def follow(path: bytes, find: Find[Found], before: int | None = None) -> Found:
+    """The file at a path, at the end of whatever links lead to it; of several the last one, `before` an offset.
+
+    Raises KeyError: there is nothing of that path. LinkError: there is a link, but it leads to no file.
+    """
+    wanted, linked = path, False
+    for _ in range(LONGEST_CHAIN):
+        entry = find(wanted, before) or find(wanted, None)
+        if entry is not None and not entry.link:
+            return entry
+        if entry is not None:
+            wanted, before = entry.link, entry.offset if entry.hard else None
+        else:
+            turned = through_folder(wanted, find)
+            if turned is None:
+                break
+            wanted, before = turned, None
+        linked = True
+    else:
+        raise LinkError("is a link that leads to itself")
+    if not linked:
+        raise KeyError(path)
+    raise LinkError(f"is a link to {shown(wanted)}, which is not in the archive")
+
+
+def through_folder(path: bytes, find: Find[Found]) -> bytes | None:
+    """Another path to the same, where a folder of it is a link; None where none is."""
+    for slash in (slash for slash, byte in enumerate(path) if byte == ord("/")):
+        folder = find(path[:slash], None)
+        if folder is not None and folder.link:
+            return plain(folder.link + path[slash:])
+    return None

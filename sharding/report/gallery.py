@@ -63,15 +63,11 @@ def card(corpus: Corpus, sample: Picked) -> dict[str, Any]:
     row = sample.row
     images = [read_picture(data) for data in sample.frames]
     readable = [image for image in images if image is not None]
-    url = None
-    if len(readable) == 1 and sample.frames[0] is not None:
-        url = data_url(jpeg(readable[0]))
-    elif readable:
-        url = data_url(jpeg(side_by_side(equal_frames(readable))))
+    whole = readable[0] if len(readable) == 1 else side_by_side(equal_frames(readable)) if readable else None
     target = f"{row['key'].rsplit('/', 1)[-1]}.jpg"
     return {
         "row": row,
-        "picture": url,
+        "picture": whole and "data:image/jpeg;base64," + base64.b64encode(jpeg(whole)).decode(),
         "frames": len(readable),
         "shown": telling(readable),
         "aspect": round(readable[0].width / readable[0].height, 4) if readable else 1,
@@ -91,8 +87,3 @@ def equal_frames(images: Sequence[Image.Image]) -> list[Image.Image]:
     height = min(FRAME_HEIGHT, images[0].height)
     width = max(1, round(images[0].width * height / images[0].height))
     return [image.resize((width, height), Image.Resampling.LANCZOS) for image in images]
-
-
-def data_url(data: bytes) -> str:
-    """A picture inside the page."""
-    return "data:image/jpeg;base64," + base64.b64encode(data).decode()

@@ -37,8 +37,7 @@ class Picked:
 def pick(corpus: Corpus, count: int, shards: int = SHARDS, frames: int = FRAMES) -> list[Picked]:
     """`count` samples evenly spread over `shards` shards, each with up to `frames` of its frames.
 
-    Raises:
-        OSError, ValueError: an index cannot be read. Frames that cannot be read are None.
+    Raises OSError, ValueError: an index cannot be read. Frames that cannot be read are None.
     """
     filled = [shard for shard, info in enumerate(corpus.shards) if info.samples]
     chosen = [filled[index] for index in spread(len(filled), min(shards, count))]
@@ -112,8 +111,7 @@ def locate(corpus: Corpus, number: int) -> tuple[int, dict[str, Any]]:
 def find(corpus: Corpus, name: str, shown: bool = False) -> tuple[int, dict[str, Any]]:
     """(shard, index row) of a sample by its number, else its key, else its source, the first that has it.
 
-    Raises:
-        ValueError: there is none.
+    Raises ValueError: there is none.
     """
     if name.isdecimal() and str(int(name)) == name and (int(name) < corpus.samples or len(name) < 9):
         return locate(corpus, int(name))
@@ -130,37 +128,17 @@ def find(corpus: Corpus, name: str, shown: bool = False) -> tuple[int, dict[str,
     raise UserError(f"--sample {name}: no sample of {corpus.url} has this key, source or number")
 
 
-def fetch_command(url: str, offset: int, size: int, target: str, signed: bool = False) -> str:
+def fetch_command(url: str, offset: int, size: int, target: str) -> str:
     """The shell command that fetches `size` bytes at `offset` of a file into `target`.
 
-    dd for a local file, curl for what has an address on the web, else Python with fsspec. `signed`: an address in S3
-    or Azure carries a signature that is good for an hour, so that the command works as it is.
+    dd for a local file, curl for one on the web, else Python with fsspec, which finds the user's credentials.
     """
     filesystem, path = fsspec.url_to_fs(url)
-    name = shlex.quote(target)
     if isinstance(filesystem, LocalFileSystem):
         flags = "iflag=skip_bytes,count_bytes bs=1M status=none"
-        return f"dd if={shlex.quote(path)} {flags} skip={offset} count={size} of={name}"
-    kinds = (filesystem.protocol,) if isinstance(filesystem.protocol, str) else filesystem.protocol
-    address, header = "", ""
-    if "http" in kinds or "https" in kinds:
-        address = url
-    elif "gs" in kinds:
-        address = filesystem.url(path)
-        if filesystem.storage_options.get("token") != "anon":
-            header = '-H "Authorization: Bearer $(gcloud auth print-access-token)" '
-    elif signed:
-        address = signature(filesystem, path)
-    if address:
-        return f"curl -sS -r {offset}-{offset + size - 1} {header}{shlex.quote(address)} -o {name}"
-    program = f"fs, path = fsspec.url_to_fs({url!r}); "
-    program += f"open({target!r}, 'wb').write(fs.cat_file(path, {offset}, {offset + size}))"
-    return f"python -c {shlex.quote('import fsspec; ' + program)}"
-
-
-def signature(filesystem: Any, path: str) -> str:
-    """An address with a signature for an hour; empty where the store gives none."""
-    try:
-        return str(filesystem.sign(path, expiration=3600))
-    except Exception:  # no signatures there, or no key to sign with: each store has its own errors
-        return ""
+        return f"dd if={shlex.quote(path)} {flags} skip={offset} count={size} of={shlex.quote(target)}"
+    if url.startswith(("http://", "https://")):
+        return f"curl -sS -r {offset}-{offset + size - 1} {shlex.quote(url)} -o {shlex.quote(target)}"
+    program = f"import fsspec; fs, path = fsspec.url_to_fs({url!r}); "
+    program += f"open({target!r}, 'wb').write(fs.cat_file(path, start={offset}, end={offset + size}))"
+    return f"python -c {shlex.quote(program)}"

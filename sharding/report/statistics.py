@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from runtime.errors import UserError
 from runtime.progress import Progress
-from sharding.shards.schema import UNREADABLE, Corpus
+from sharding.shards.schema import UNITS, UNREADABLE, Corpus
 from storage.parquet import read_table
 from storage.policy import retry
 from storage.urls import join_url
@@ -136,8 +136,7 @@ OF_CLIPS = ("frames per clip", "seconds per clip")
 def measure(corpus: Corpus, shards: int = 0, progress: Progress | None = None) -> Statistics:
     """The distributions over a corpus, or over `shards` of its shards, evenly spread, without all-zero ones.
 
-    Raises:
-        OSError, ValueError: an index cannot be read.
+    Raises OSError, ValueError: an index cannot be read.
     """
     chosen = spread(len(corpus.shards), shards or len(corpus.shards))
     statistics = Statistics(len(chosen))
@@ -245,7 +244,6 @@ def bar(length: float) -> str:
 
 def summary(corpus: Corpus) -> dict[str, Any]:
     """The corpus in a few numbers."""
-    units = ("samples", "frames", "captions", "questions", "choices", "bytes")
-    counts = {unit: sum(corpus.counts(unit)) for unit in units}
+    counts = {unit: sum(corpus.counts(unit)) for unit in UNITS}
     head = {"url": corpus.url, "name": corpus.name, "media_type": corpus.media_type, "shards": len(corpus.shards)}
     return {**head, **counts, "settings": corpus.settings, "corpus_json": join_url(corpus.url, "corpus.json")}

@@ -11,15 +11,13 @@ from runtime.units import data_size
 from sharding.reasons import summary as failure_lines
 from sharding.report.samples import fetch_command, find
 from sharding.report.statistics import Statistics, short, summary, text_histogram
-from sharding.shards.schema import Corpus
+from sharding.shards.schema import UNITS, Corpus
 
 
 def summary_text(corpus: Corpus) -> str:
     """The corpus in a few lines."""
     facts = summary(corpus)
-    counts = ", ".join(
-        f"{facts[unit]:,} {unit}" for unit in ("samples", "frames", "captions", "questions", "choices") if facts[unit]
-    )
+    counts = ", ".join(f"{facts[unit]:,} {unit}" for unit in UNITS[:-1] if facts[unit])
     lines = [
         f"{corpus.url}: {corpus.media_type} corpus {corpus.name}, {facts['shards']:,} shards, "
         f"{data_size(facts['bytes'])}",
@@ -37,7 +35,7 @@ def sample_facts(corpus: Corpus, name: str, frame: int, shown: bool = False) -> 
         raise UserError(f"--frame {frame}: sample {row['key']} has frames 0 to {len(row['offsets']) - 1}")
     ending = ".jpg" if row["fps"] is None else f".{frame:03d}.jpg"
     target = row["key"].rsplit("/", 1)[-1] + ending
-    command = fetch_command(corpus.tar_url(shard), row["offsets"][frame], row["sizes"][frame], target, signed=True)
+    command = fetch_command(corpus.tar_url(shard), row["offsets"][frame], row["sizes"][frame], target)
     return {"shard": corpus.shards[shard].name, **row, "frame": frame, "command": command}
 
 

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from runtime.errors import UserError
 from sharding.shapes.draw import jpeg, mp4
 from sharding.shapes.scenes import CLIPS, IMAGES, clip_of, image_scene
-from sharding.shapes.tasks import answer_list, clip_records, image_records, text_generator
+from sharding.shapes.texts import answer_list, clip_records, image_records, text_generator
 
 SPLITS = ("train", "test")
 CHUNK = 64  # items a worker makes at a time
@@ -37,9 +37,7 @@ def write_shapes(
 
     images, clips: numbers to train on; test_items: of each to test on; size: pixels of the square frames, even.
 
-    Raises:
-        ValueError: a number that cannot be.
-        UserError: the folder holds files already.
+    Raises ValueError: a number that cannot be. UserError: the folder holds files already.
     """
     if size < 32 or size % 2 or min(images, clips, test_items) < 0:
         raise UserError("--size must be even and at least 32, --images, --clips and --test-items 0 or more")
@@ -54,22 +52,13 @@ def write_shapes(
     ]
     with tqdm(total=sum(job[2] for job in jobs), unit="item", desc="drawing Shapes", disable=not progress) as bar:
         context = multiprocessing.get_context("forkserver")
-        with ExitStack() as stack:
-            pool = stack.enter_context(ProcessPoolExecutor(workers, context)) if workers > 1 else None
+        with ProcessPoolExecutor(workers, context) if workers > 1 else nullcontext() as pool:
             for medium, split, count in jobs:
-                make = partial(make_chunk, folder, medium, split, seed, size)
-                starts = [(first, min(count, first + CHUNK)) for first in range(0, count, CHUNK)]
-                parts = pool.map(make, starts) if pool else map(make, starts)
-                write_annotations(folder, SPLITS[split], parts, bar)
+                make = partial(make_item, folder, medium, split, seed, size)
+                items = pool.map(make, range(count), chunksize=CHUNK) if pool else map(make, range(count))
+                write_annotations(folder, SPLITS[split], items, bar)
     (folder / "answer_list.json").write_text(json.dumps(answer_list()) + "\n")
     return folder
-
-
-def make_chunk(
-    folder: Path, medium: int, split: int, seed: int, size: int, span: tuple[int, int]
-) -> list[dict[str, Any]]:
-    """Write the media of items first .. end - 1; returns their records."""
-    return [make_item(folder, medium, split, seed, size, number) for number in range(*span)]
 
 
 def make_item(folder: Path, medium: int, split: int, seed: int, size: int, number: int) -> dict[str, Any]:
@@ -90,17 +79,16 @@ def make_item(folder: Path, medium: int, split: int, seed: int, size: int, numbe
     return records
 
 
-def write_annotations(folder: Path, split: str, parts: Iterator[list[dict[str, Any]]], bar: tqdm) -> None:
+def write_annotations(folder: Path, split: str, items: Iterator[dict[str, Any]], bar: tqdm) -> None:
     """Append records to their files, each a JSON list."""
     with ExitStack() as stack:
         files: dict[str, TextIO] = {}
-        for part in parts:
-            for records in part:
-                for name, record in records.items():
-                    if name not in files:
-                        files[name] = stack.enter_context(open(folder / file_name(name, split), "w"))
-                    files[name].write(("[\n " if not files[name].tell() else ",\n ") + json.dumps(record))
-            bar.update(len(part))
+        for records in items:
+            for name, record in records.items():
+                if name not in files:
+                    files[name] = stack.enter_context(open(folder / file_name(name, split), "w"))
+                files[name].write(("[\n " if not files[name].tell() else ",\n ") + json.dumps(record))
+            bar.update()
         for file in files.values():
             file.write("\n]\n")
 

@@ -15,9 +15,8 @@ import pyarrow as pa
 
 from runtime.process_pool import Advance
 from sharding.media.frames import MediaError
-from sharding.media.links import LinkError, Locations
 from sharding.media.picture import decode_picture
-from sharding.media.tar import Damage, Member, TarStream, open_stream
+from sharding.media.tar import Damage, LinkError, Locations, Member, TarStream, open_stream
 from sharding.shards.foreign import PICTURES, split_name
 from sharding.shards.schema import INDEX_SCHEMA, UNREADABLE, ShardInfo, media_type_of, read_file
 from sharding.shards.writing import counts, read_note, shard_info, tar_header
@@ -94,7 +93,9 @@ def check_shard(check: Check, advance: Advance) -> Report:
         sha256 = walk.stream.sha256.hexdigest()
         as_written = expected is None or sha256 == expected.sha256
         found = walk.faults + ([] if as_written else walk.minor)
-        report.faults += found if as_written or found else [undetected(tar_name)]
+        if not as_written and not found:
+            found = [Fault(tar_name, "its SHA-256 differs from the recorded one, although every member is intact")]
+        report.faults += found
         report.tar_is_intact = as_written and not walk.damaged
         report.index_is_intact = table is not None and not faults and not (walk.mismatches and as_written)
         if report.index_is_intact and table is not None:
@@ -107,11 +108,6 @@ def check_shard(check: Check, advance: Advance) -> Report:
         report.faults = [*report.faults[:LISTED], Fault(tar_name, f"and {more} more")]
     advance(int(not report.faults), int(bool(report.faults)), 0)
     return report
-
-
-def undetected(tar_name: str) -> Fault:
-    """The fault of a tar that differs from what was written, though no reader would notice."""
-    return Fault(tar_name, "its SHA-256 differs from the recorded one, although every member is intact")
 
 
 def read_checked_table(check: Check, name: str) -> tuple[pa.Table | None, bytes, list[Fault]]:
@@ -219,16 +215,20 @@ class TarCheck:
         if self.check.own and member.header and member.header != tar_header(member.name, member.size):
             self.minor.append(Fault(self.name, "its tar header is not as written", key, member.offset - 512))
         for frame in frames:
-            if self.check.own or is_key(key, self.rows[frame.row]["key"]):
+            if self.check.own or self.rows[frame.row]["key"] in (key, key.replace(".", "_")):  # earlier versions' keys
                 self.check_frame(member, frame)
             else:
                 self.elsewhere.append((member, frame))
-        if frames:
+        if frames or not self.check.own or self.table is None:
             return
-        if self.check.own and self.table is not None and ending.rsplit(".", 1)[-1] in PICTURES:
+        if ending.rsplit(".", 1)[-1] in PICTURES or (ending == "json" and key not in self.number_of):
             self.mismatch(f"{member.name} is not in the index", key, member.offset)
-        elif self.check.own and ending == "json" and member.data is not None:
-            self.note_text(member, key)
+        elif ending == "json" and member.data is not None:
+            try:
+                self.texts[self.number_of[key]] = json.loads(member.data)
+            except ValueError:
+                self.damaged += 1
+                self.faults.append(Fault(self.name, "its JSON cannot be read", key, member.offset))
 
     def check_links(self) -> None:
         """Check frames in files of other names: links must lead there."""
@@ -259,20 +259,6 @@ class TarCheck:
             reason = undecodable(data, row["width"], row["height"])
             if reason:
                 self.faults.append(Fault(self.name, f"{where}: {reason}", row["key"], member.offset))
-
-    def note_text(self, member: Member, key: str) -> None:
-        """Note a sample's JSON, to be compared with the index."""
-        number = self.number_of.get(key)
-        if self.table is None:
-            return
-        if number is None:
-            self.mismatch(f"{member.name} is not in the index", key, member.offset)
-            return
-        try:
-            self.texts[number] = json.loads(member.data or b"")
-        except ValueError:
-            self.damaged += 1
-            self.faults.append(Fault(self.name, "its JSON cannot be read", key, member.offset))
 
     def mismatch(self, reason: str, key: str, offset: int) -> None:
         """Note that index and tar contradict each other."""
@@ -312,11 +298,6 @@ class TarCheck:
             if other:
                 key = self.rows[numbers[index]]["key"]
                 self.mismatch(f"its JSON and the index differ in {', '.join(other)}", key, -1)
-
-
-def is_key(key: str, indexed: str) -> bool:
-    """Whether a sample's key is that in an index, as it is or as earlier versions wrote it."""
-    return indexed in (key, key.replace(".", "_"))
 
 
 def undecodable(data: bytes, width: int, height: int) -> str:

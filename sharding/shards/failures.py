@@ -75,8 +75,7 @@ class FailureLog:
 def read_failures(url: str) -> Iterator[dict[str, Any]]:
     """The rows of a corpus' `failures.parquet`, streamed.
 
-    Raises:
-        FileNotFoundError: there is none. ValueError: it is damaged.
+    Raises FileNotFoundError: there is none. ValueError: it is damaged.
     """
     path = join_url(url, FILE)
     try:

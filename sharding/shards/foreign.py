@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from sharding.media.frames import MediaError
-from sharding.media.links import LinkError, Locations
 from sharding.media.picture import picture_size
-from sharding.media.tar import Damage, Member, TarStream, compression_of
+from sharding.media.tar import Damage, LinkError, Locations, Member, TarStream, compression_of
 from sharding.shards.foreign_texts import (
     SampleError,
     captions_of,
@@ -173,45 +172,37 @@ class Reader:
 def read_contents(file: BinaryIO, fps: float, on_read: Callable[[int], None] | None = None) -> Contents:
     """Index rows of a tar's samples in order; fps: rate of clips' frames where their JSON does not say it.
 
-    Raises:
-        ValueError: it is not a plain tar, or holds whole videos instead of frames.
+    Raises ValueError: it is not a plain tar, or holds whole videos instead of frames.
     """
     reader = Reader(file, on_read)
     reader.run()
-    return contents_of(reader, fps)
-
-
-def contents_of(reader: Reader, fps: float) -> Contents:
-    """The content of a tar from all its samples."""
     samples = list(reader.samples.values())
     pictured = [sample for sample in samples if sample.pictures or sample.broken]
     videos = [sample for sample in samples if any(ending in VIDEOS for ending in sample.others)]
     if videos and not pictured:
-        file = next(f"{videos[0].key}.{ending}" for ending in videos[0].others if ending in VIDEOS)
+        name = next(f"{videos[0].key}.{ending}" for ending in videos[0].others if ending in VIDEOS)
         raise ValueError(
-            f"contains whole videos ({file}), and frames cannot be read from those one by one: repack them with "
+            f"contains whole videos ({name}), and frames cannot be read from those one by one: repack them with "
             "`python -m sharding.build --media-type video --media-root FOLDER_OF_THE_TARS`, which reads clips inside "
-            f'tars: in the annotations a path is such as "00000.tar/{file}"'
+            f'tars: in the annotations a path is such as "00000.tar/{name}"'
         )
     is_video = any(sample.is_clip for sample in pictured)
-    rows, failures, remarks = [], reader.failures, reader.remarks
-    assumed = False
+    rows, assumed = [], False
     for sample in samples:
         try:
             row, guessed = row_of(sample, is_video, fps)
         except SampleError as error:
-            failures.append({"source": sample.key, "rows": 1, "reason": str(error)})
+            reader.failures.append({"source": sample.key, "rows": 1, "reason": str(error)})
             continue
         rows.append(row)
         assumed = assumed or guessed
         if sample.duplicates:
             more = max(sample.duplicates.values())
             reason = f"is in the tar {more + 1} times, with different contents: the first is indexed"
-            failures.append({"source": sample.key, "rows": more, "reason": reason})
-        remarks.update(remark_on(sample))
-    stream = reader.stream
-    hashed = stream.sha256.hexdigest(), stream.position
-    return Contents(rows, failures, reader.damages, *hashed, is_video, assumed, remarks)
+            reader.failures.append({"source": sample.key, "rows": more, "reason": reason})
+        reader.remarks.update(remark_on(sample))
+    hashed = reader.stream.sha256.hexdigest(), reader.stream.position
+    return Contents(rows, reader.failures, reader.damages, *hashed, is_video, assumed, reader.remarks)
 
 
 def remark_on(sample: Sample) -> list[str]:

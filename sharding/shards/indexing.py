@@ -90,13 +90,9 @@ def index_shards(
     KEY.json for their texts (img2dataset's, video2dataset's and our own forms). fps: rate of clips' frames where
     their JSON does not say it. Shards indexed earlier are kept, also when other tars are named. Index
     and corpus.json lie beside the tars, or in `output`; samples that cannot be indexed are in its failures.parquet.
-
-    Raises:
-        FileNotFoundError: no tars at `url`.
-        PermissionError: nothing can be written to `url`.
-        ValueError: tars are compressed or hold whole videos, or pictures and clips are mixed.
-        TooManyFailures: a tar is damaged, or a larger share of samples than `max_failures` cannot be indexed;
-            what can be read is indexed all the same.
+    Raises FileNotFoundError: no tars at `url`. PermissionError: nothing can be written to `url`. ValueError: tars are
+    compressed or hold whole videos, or pictures and clips are mixed. TooManyFailures: a tar is damaged, or a larger
+    share of samples than `max_failures` cannot be indexed; what can be read is indexed all the same.
     """
     url, names = named_shards(local_form(url))
     output = local_form(output) or url

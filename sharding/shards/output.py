@@ -38,9 +38,7 @@ def open_output(output: str, among_others: bool = False, part: str = "") -> Iter
 
     among_others: files of other origin may be there.
     part: this is one of several jobs, such as 2/8, that write there at the same time.
-
-    Raises:
-        ValueError: another build is writing there, or it is a folder of other things.
+    Raises ValueError: another build is writing there, or it is a folder of other things.
     """
     if "://" in output:
         scratch = Path(tempfile.mkdtemp(prefix="singularity-build-"))

@@ -22,9 +22,7 @@ def repair(url: str, corpus: Corpus | None, reports: list[Report]) -> list[str]:
     """Repair a corpus by the `reports` on its shards; returns what was done, a line each.
 
     corpus: what corpus.json says, None when that cannot be trusted. What depends on a damaged tar is left as it is.
-
-    Raises:
-        OSError: nothing can be written there.
+    Raises OSError: nothing can be written there.
     """
     done: list[str] = []
     with open_output(url, among_others=True) as scratch:
@@ -92,8 +90,7 @@ def described(
     settings = settings_at(url)
     if settings is None:
         try:
-            text = read_file(join_url(url, "corpus.json")).decode("utf-8", "replace")
-            old = parse_corpus(text, url, also_damaged=True)  # better than nothing
+            old = parse_corpus(read_file(join_url(url, "corpus.json")), url, also_damaged=True)  # better than nothing
             name, settings, tars = old.name, old.settings, old.tars
         except (OSError, ValueError):
             name, settings, tars = url.rstrip("/").rsplit("/", 1)[-1], {"indexed": True}, ""

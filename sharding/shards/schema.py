@@ -21,6 +21,7 @@ from storage.urls import join_url
 FORMAT = "singularity-shards"
 VERSION = 1
 MEDIA_TYPES = ("image", "video")
+UNITS = ("samples", "frames", "captions", "questions", "choices", "bytes")  # that corpus.json counts
 CHECKSUM = ',\n "sha256": "'  # begins the last line of corpus.json: of all text before it
 UNREADABLE = (OSError, ValueError, pa.ArrowException)  # what reading a damaged parquet file may raise
 
@@ -107,18 +108,15 @@ class Corpus:
     @property
     def samples(self) -> int:
         """Number of images or videos."""
-        return sum(shard.samples for shard in self.shards)
+        return sum(self.counts())
 
     def counts(self, unit: str = "samples") -> list[int]:
-        """Number of `samples`, `captions`, `questions` or `choices` in each shard."""
+        """Number of a unit (see UNITS) in each shard."""
         return [getattr(shard, unit) for shard in self.shards]
 
     def to_json(self) -> str:
         """The text of `corpus.json`; the same corpus always gives the same bytes. It ends with its own SHA-256."""
-        totals = {
-            unit: sum(getattr(shard, unit) for shard in self.shards)
-            for unit in ("samples", "frames", "captions", "questions", "choices", "bytes")
-        }
+        totals = {unit: sum(self.counts(unit)) for unit in UNITS}
         head = {"format": FORMAT, "version": VERSION, "name": self.name, "media_type": self.media_type}
         shards = [{key: value for key, value in asdict(shard).items() if value != ""} for shard in self.shards]
         elsewhere = {"tars": self.tars} if self.tars else {}
@@ -131,9 +129,7 @@ def named_shards(url: str) -> tuple[str, list[str]]:
     """(folder, names of tars in it) of a URL that names tars, as webdataset's users write them; of a folder, no names.
 
     One tar (`folder/x.tar`), a brace list (`folder/x-{000..009}.tar`), or several of them with `::` between.
-
-    Raises:
-        ValueError: the braces do not fit, or list something else than the tars of one folder.
+    Raises ValueError: the braces do not fit, or list something else than the tars of one folder.
     """
     if not (url.endswith(".tar") or "{" in url) or ("://" not in url and os.path.isdir(url)):
         return url, []
@@ -167,15 +163,14 @@ def brace_list(url: str) -> list[str]:
 def read_corpus(url: str, storage_options: dict[str, Any] | None = None) -> Corpus:
     """Read `corpus.json` of the folder `url`; where that names tars (see `named_shards`), the corpus has only those.
 
-    Raises:
-        FileNotFoundError: there is no `corpus.json`.
-        ValueError: the file is not a corpus description or of another version, or does not list a tar that `url` names.
+    Raises FileNotFoundError: there is no `corpus.json`. ValueError: the file is not a corpus description or of another
+    version, or does not list a tar that `url` names.
     """
     try:
         data = retry(read_file, description_url(url), storage_options)
     except FileNotFoundError:
         raise no_corpus(url, storage_options) from None
-    return corpus_at(url, data.decode("utf-8", "replace"))
+    return corpus_at(url, data)
 
 
 def description_url(url: str) -> str:
@@ -183,10 +178,10 @@ def description_url(url: str) -> str:
     return join_url(named_shards(url)[0], "corpus.json")
 
 
-def corpus_at(url: str, text: str) -> Corpus:
-    """The corpus that `url` means, from the text of its `corpus.json`; raises ValueError as `read_corpus`."""
+def corpus_at(url: str, data: bytes) -> Corpus:
+    """The corpus that `url` means, from the bytes of its `corpus.json`; raises ValueError as `read_corpus`."""
     folder, names = named_shards(url)
-    corpus = parse_corpus(text, folder)
+    corpus = parse_corpus(data, folder)
     return with_shards(corpus, names) if names else corpus
 
 
@@ -212,23 +207,22 @@ def no_corpus(url: str, storage_options: Mapping[str, Any] | None = None) -> Mis
     )
 
 
-def checksum_matches(text: str) -> bool:
-    """Whether the text of a `corpus.json` is as written; True if it has no checksum."""
-    before, mark, after = text.rpartition(CHECKSUM)
-    return not mark or after == hashlib.sha256(before.encode()).hexdigest() + '"\n}\n'
+def checksum_matches(data: bytes) -> bool:
+    """Whether the bytes of a `corpus.json` are as written; True if it has no checksum."""
+    before, mark, after = data.rpartition(CHECKSUM.encode())
+    return not mark or after.decode("utf-8", "replace") == hashlib.sha256(before).hexdigest() + '"\n}\n'
 
 
-def parse_corpus(text: str, url: str, also_damaged: bool = False) -> Corpus:
-    """`Corpus` from the text of a `corpus.json`.
+def parse_corpus(content: bytes, url: str, also_damaged: bool = False) -> Corpus:
+    """`Corpus` from the bytes of a `corpus.json`.
 
     Raises ValueError naming `url` when it is not one, or, unless `also_damaged`, does not match its own checksum.
     """
+    rebuild = f"`python -m sharding.verify {url} --repair` rebuilds it"
     try:
-        data = json.loads(text)
+        data = json.loads(content.decode("utf-8", "replace"))
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"{url}/corpus.json is not valid JSON ({error}): `python -m sharding.verify {url} --repair` rebuilds it"
-        ) from None
+        raise UserError(f"{url}/corpus.json is not valid JSON ({error}): {rebuild}") from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise UserError(f"{url}/corpus.json is not a {FORMAT} description; pack the corpus again")
     if data.get("version") != VERSION:
@@ -238,27 +232,21 @@ def parse_corpus(text: str, url: str, also_damaged: bool = False) -> Corpus:
         )
     if data.get("media_type") not in MEDIA_TYPES:
         raise UserError(f"{url}/corpus.json: media_type is {data.get('media_type')!r}, must be one of {MEDIA_TYPES}")
-    if not also_damaged and not checksum_matches(text):
-        raise UserError(
-            f"{url}/corpus.json is damaged (it does not match its own checksum): "
-            f"`python -m sharding.verify {url} --repair` rebuilds it"
-        )
+    if not also_damaged and not checksum_matches(content):
+        raise UserError(f"{url}/corpus.json is damaged (it does not match its own checksum): {rebuild}")
     try:
         shards = tuple(ShardInfo(**shard) for shard in data["shards"])
         more = data.get("settings", {}), data.get("files", {}), data.get("tars", "")
         return Corpus(url, data["name"], data["media_type"], shards, *more)
     except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{url}/corpus.json is damaged ({error}): `python -m sharding.verify {url} --repair` rebuilds it"
-        ) from None
+        raise UserError(f"{url}/corpus.json is damaged ({error}): {rebuild}") from None
 
 
 def read_index(corpus: Corpus, shard: int, storage_options: dict[str, Any] | None = None) -> pa.Table:
     """The index of one shard, a table of INDEX_SCHEMA with `corpus.shards[shard].samples` rows.
 
-    Raises:
-        FileNotFoundError: the index file is missing.
-        ValueError: it has another number of rows than `corpus.json` says, or other columns.
+    Raises FileNotFoundError: the index file is missing. ValueError: it has another number of rows than `corpus.json`
+    says, or other columns.
     """
     try:
         data = retry(read_file, corpus.index_url(shard), storage_options)

@@ -37,9 +37,7 @@ def verify_corpus(url: str, decode: bool = False, workers: int = 1) -> list[Faul
     """Every fault of a corpus: any byte that is not as it was written, anything missing or too much.
 
     decode: also decode every frame and compare its size in pixels with the index.
-
-    Raises:
-        FileNotFoundError: there is neither a corpus nor a shard at `url`.
+    Raises FileNotFoundError: there is neither a corpus nor a shard at `url`.
     """
     return examine(url, decode, workers).all
 
@@ -74,7 +72,7 @@ def read_description(url: str) -> tuple[Corpus | None, list[Fault]]:
     try:
         with fsspec.open(join_url(url, DESCRIPTION), "rb") as file:
             data = file.read()
-        corpus = parse_corpus(data.decode("utf-8", "replace"), url)
+        corpus = parse_corpus(data, url)
     except FileNotFoundError:
         return None, [Fault(DESCRIPTION, "is missing")]
     except (OSError, ValueError) as error:

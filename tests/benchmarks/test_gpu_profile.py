@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 
-from benchmarks.gpu_profile import covered, kind_of, noted_waits, summary
+from benchmarks.gpu_profile import counted_waits, covered, kind_of, summary
 
 
 def kernel(name, begin, duration):
@@ -53,7 +53,7 @@ def test_waits_are_counted_by_place(monkeypatch):
     modes = []
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
-    with noted_waits() as found:
+    with counted_waits() as found:
         torch.cuda.synchronize()
         warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
         warnings.warn("the mode does not yet detect all synchronizing operations", stacklevel=1)
@@ -70,7 +70,7 @@ def test_a_wait_of_another_thread_is_not_the_steps(monkeypatch):
         torch.cuda.synchronize()
         warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
 
-    with noted_waits() as found:
+    with counted_waits() as found:
         thread = threading.Thread(target=copies)
         thread.start()
         thread.join()
@@ -82,6 +82,6 @@ def test_a_call_that_the_mode_tells_of_too_counts_once(monkeypatch):
     monkeypatch.setattr(
         torch.cuda, "synchronize", lambda: warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
     )
-    with noted_waits() as found:
+    with counted_waits() as found:
         torch.cuda.synchronize()
     assert found.total() == 1

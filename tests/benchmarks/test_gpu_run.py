@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from benchmarks.gpu_run import TWINS, Commands, verdict
+from benchmarks.gpu_run import TWINS, Commands, checked
 
 
 @pytest.fixture
@@ -47,4 +47,4 @@ def test_a_twin_that_fails_says_why(commands):
 
 def test_that_bits_differ_does_not_make_a_run_fail():
     found = {"steps": [1, 2], "last_loss": 2.0, "whole_loss": 2.0, "deterministic_equal": False}
-    assert verdict(found, 2)["ok"]
+    assert checked(found, 2)["ok"]

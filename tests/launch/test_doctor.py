@@ -1,4 +1,4 @@
-"""The doctor finds what is wrong with a cluster, and where: every fault here is a real one."""
+"""The doctor finds real faults of a cluster and names the host."""
 
 import importlib.metadata
 import json
@@ -42,7 +42,7 @@ def bad(found):
 
 @pytest.fixture
 def restored(hosts):
-    """node2 as it was before, whatever a test does to it."""
+    """Restores node2 after a test."""
     yield
     hosts.kill("node2")
     hosts.start("node2")
@@ -55,7 +55,6 @@ def test_a_sound_cluster_passes_with_an_estimate(hosts, job):
     by_check = {finding["check"]: finding["found"] for finding in found}
     checks = {"reach", "versions", "code", "hardware", "GPU", "clock", "ports", "link", "all-reduce", "output_dir"}
     assert by_check.keys() == checks | {"ssh", "decoding", "storage", "shards", "loading", "epoch"}
-    assert "all-reduce" in by_check
     assert "over gloo" in by_check["all-reduce"]
     epochs = {finding["where"]: finding["found"] for finding in found if finding["check"] == "epoch"}
     assert epochs.keys() == {"loading", "training, 5 steps"}
@@ -73,28 +72,24 @@ def test_a_host_that_differs_and_cannot_reach_the_store_or_be_reached(hosts, job
     hosts.run("node2", "mount", "--bind", other_version, metadata)
     hosts.run("node2", "mount", "--bind", other_code, code)
     hosts.run("node2", "sh", "-c", f"mkdir -p {job}/run && mount -t tmpfs tmpfs {job}/run")
-    hosts.firewall(
-        "node2",
-        "table inet f { chain in { type filter hook input priority 0; tcp dport 29500 drop; }; "
-        "chain out { type filter hook output priority 0; tcp dport 5000 drop; }; }",
-    )
+    hosts.firewall("node2", "table inet f { chain in { type filter hook input priority 0; tcp dport 29500 drop; }; "
+        "chain out { type filter hook output priority 0; tcp dport 5000 drop; }; }")  # fmt: skip
     index = next((corpora / "images_train").glob("*.parquet")).name
-    hosts.run(
-        "store", sys.executable, "-c", f"import fsspec; fsspec.filesystem('s3').rm('doctor/images_train/{index}')"
-    )
+    removal = f"import fsspec; fsspec.filesystem('s3').rm('doctor/images_train/{index}')"
+    hosts.run("store", sys.executable, "-c", removal)
     found, code = doctor(hosts, job)
     hosts.fill(corpora / "images_train", "s3://doctor/images_train")
-    told = bad(found)
+    reported = bad(found)
     assert code == 1
-    assert told["versions", "node2"] == f"timm 0.0.9; others timm {own}"
-    assert told.keys() >= {("code", "node2"), ("ports", "node1 -> node2")}
-    assert told["ports", "node1 -> node2"] == "port 29500: no response"
-    assert told["output_dir", "node2"] == "cannot see the file that the first host wrote"
-    assert "was not read within" in told["storage", "node2: s3://doctor/clips_train"]
-    assert told["shards", "s3://doctor/images_train"] == f"1 files are missing: {index}"
-    assert ("storage", "node1: s3://doctor/clips_train") not in told
-    assert ("ports", "node2 -> node1") not in told
-    assert not any(where == "node1" for _, where in told)
+    assert reported["versions", "node2"] == f"timm 0.0.9; others timm {own}"
+    assert reported.keys() >= {("code", "node2"), ("ports", "node1 -> node2")}
+    assert reported["ports", "node1 -> node2"] == "port 29500: no response"
+    assert reported["output_dir", "node2"] == "cannot see the file that the first host wrote"
+    assert "was not read within" in reported["storage", "node2: s3://doctor/clips_train"]
+    assert reported["shards", "s3://doctor/images_train"] == f"1 files are missing: {index}"
+    assert ("storage", "node1: s3://doctor/clips_train") not in reported
+    assert ("ports", "node2 -> node1") not in reported
+    assert not any(where == "node1" for _, where in reported)
 
 
 def test_a_slow_link_and_a_host_that_is_down(hosts, job, restored):
@@ -108,16 +103,3 @@ def test_a_slow_link_and_a_host_that_is_down(hosts, job, restored):
     found, code = doctor(hosts, job, config=False)
     assert code == 1
     assert "node2" in bad(found)["reach", "node2"]
-
-
-def test_the_table_says_what_to_do(hosts, job):
-    words = [sys.executable, "-m", "launch.doctor", "--hostfile", "hostfile", "--least-gbit", "1e9"]
-    result = hosts.run("node1", *words, cwd=job, check=False)
-    assert result.returncode == 1
-    lines = result.stdout.splitlines()
-    assert lines[0].split() == ["check", "where", "found"]
-    assert any(line.startswith("link") and "node1 -> node2  BAD   " in line for line in lines)
-    assert "- repair the link (at least --least-gbit 1e+09" in result.stdout
-    nothing = hosts.run("node1", sys.executable, "-m", "launch.doctor", "--hostfile", "nowhere", cwd=job, check=False)
-    assert nothing.returncode == 2
-    assert nothing.stderr == "error: --hostfile nowhere has no hosts: write one per line, such as `node1 slots=8`\n"

@@ -12,7 +12,7 @@ from model.config import LossWeights, ModelConfig, TextConfig, VisionConfig
 from model.singularity import Singularity
 from runtime.errors import UserError
 from runtime.ranks import Ranks
-from train.config.files import load_settings
+from train.config.settings import load_settings
 
 CORPORA = ("images_test", "clips_test_motion", "clips_test_appearance")
 
@@ -58,30 +58,20 @@ def test_the_same_evaluation_is_replaced_and_others_are_kept(again, tmp_path, to
     shutil.move(tmp_path / "moved", tmp_path / "weights")
     shutil.copytree(tmp_path / "images_test", tmp_path / "copy")
     assert again("label=x", f"test_corpus={{images: {tmp_path}/copy}}") == first  # and the same corpus
-    more = again("label=x", f"test_corpus.motion={tmp_path}/clips_test_motion")
+    motion = f"test_corpus.motion={tmp_path}/clips_test_motion"
+    more = again("label=x", motion)
     assert set(more) > set(first)
+    other = f"test_corpus={{images: {tmp_path}/images_test, motion: {tmp_path}/clips_test_appearance}}"
+    moved = f"motion was {tmp_path}/clips_test_motion, is {tmp_path}/clips_test_appearance"
+    changed = [motion, "k_test=3", "video_input.num_frames_test=3"]
     for settings, difference in (
-        (["label=x"], "it also has the split motion"),
-        (
-            ["label=x", "splits=[motion]", f"test_corpus.motion={tmp_path}/clips_test_motion"],
-            "it also has the split images",
-        ),
-        (
-            ["label=x", f"test_corpus={{images: {tmp_path}/images_test, motion: {tmp_path}/clips_test_appearance}}"],
-            f"motion was {tmp_path}/clips_test_motion, is {tmp_path}/clips_test_appearance",
-        ),
-        (
-            [
-                "label=x",
-                f"test_corpus.motion={tmp_path}/clips_test_motion",
-                "k_test=3",
-                "video_input.num_frames_test=3",
-            ],
-            "test frames were 2, are 3; k_test was 2, is 3",
-        ),
+        ([], "it also has the split motion"),
+        (["splits=[motion]", motion], "it also has the split images"),
+        ([other], moved),
+        (changed, "test frames were 2, are 3; k_test was 2, is 3"),
     ):
         with pytest.raises(UserError) as caught:
-            again(*settings)
+            again("label=x", *settings)
         assert difference in str(caught.value)
         assert str(caught.value).endswith("choose another name with label=NAME, or another output_dir")
         assert json.loads((tmp_path / "out/metrics.json").read_text()) == more

@@ -15,11 +15,9 @@ from tests.eval.small import small_model
 
 pytestmark = pytest.mark.timeout(400)
 
+SPLITS = "motion: CORPORA/clips_test_motion", "images: CORPORA/images_test"
 TASKS = {
-    "retrieval": (
-        "retrieval",
-        "test_corpus: {motion: CORPORA/clips_test_motion, images: CORPORA/images_test}\nk_test: 9\n",
-    ),
+    "retrieval": ("retrieval", f"k_test: 9\ntest_corpus: {{{', '.join(SPLITS)}}}\n"),
     "qa": ("qa", "task: qa\ntest_corpus: {test: CORPORA/qa_test}\nanswer_list: DRAWN/answer_list.json\nk_test: 7\n"),
     "choice": ("retrieval", "task: choice\ntest_corpus: {test: CORPORA/mc_test}\n"),
 }  # fmt: skip
@@ -38,13 +36,17 @@ def checkpoints(shapes, tmp_path_factory):
     return folder
 
 
+def recipe_of(task, shapes, folder):
+    recipe = folder / f"{task}.yaml"
+    text = TASKS[task][1].replace("CORPORA", str(shapes.shards)).replace("DRAWN", str(shapes.folder))
+    recipe.write_text(COMMON + text)
+    return recipe
+
+
 def evaluated(task, shapes, checkpoints, folder, *settings, processes=1):
     """Evaluate into `folder` and return it."""
-    weights, yaml = TASKS[task]
-    recipe = folder.with_suffix(".yaml")
-    recipe.write_text(COMMON + yaml.replace("CORPORA", str(shapes.shards)).replace("DRAWN", str(shapes.folder)))
-    where = (f"checkpoint={checkpoints / weights}", f"output_dir={folder}")
-    result = run("evaluate", recipe, *where, *settings, processes=processes)
+    where = (f"checkpoint={checkpoints / TASKS[task][0]}", f"output_dir={folder}")
+    result = run("evaluate", recipe_of(task, shapes, folder.parent), *where, *settings, processes=processes)
     assert result.returncode == 0, result.stderr + result.stdout
     return folder
 
@@ -81,32 +83,21 @@ def assert_same_results(first, second):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_two_processes_give_the_files_of_one(task, shapes, checkpoints, tmp_path):
+def test_three_processes_give_the_files_of_one(task, shapes, checkpoints, tmp_path):
     alone = evaluated(task, shapes, checkpoints, tmp_path / "alone")
     sizes = ("batch_size_test.video=5", "batch_size_test.image=3", "pair_batch_size=24")
-    assert_same_results(alone, evaluated(task, shapes, checkpoints, tmp_path / "two", *sizes, processes=2))
+    assert_same_results(alone, evaluated(task, shapes, checkpoints, tmp_path / "three", *sizes, processes=3))
     assert (alone / "report.html").is_file()
     metrics = json.loads((alone / "metrics.json").read_text())
     expected = {"retrieval": ["motion/", "motion_emb/", "images/", "images_emb/"]}.get(task, ["test"])
     assert list(metrics) == expected
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("task", TASKS)
-def test_three_processes_and_any_batch_size(task, shapes, checkpoints, tmp_path):
-    alone = evaluated(task, shapes, checkpoints, tmp_path / "alone", "batch_size_test.video=1", "pair_batch_size=1")
-    three = evaluated(task, shapes, checkpoints, tmp_path / "three", "batch_size_test.video=7", processes=3)
-    assert_same_results(alone, three)
-
-
 def test_several_numbers_of_frames_in_one_run(shapes, checkpoints, tmp_path):
     settings = ("eval_num_frames=[1,2,4]", f"feature_cache={tmp_path / 'features'}")
     first = evaluated("retrieval", shapes, checkpoints, tmp_path / "first", *settings)
-    assert {path.parent.name for path in first.glob("evaluation/*/evaluation.json")} == {
-        "1_frame",
-        "2_frames",
-        "4_frames",
-    }
+    labels = {path.parent.name for path in first.glob("evaluation/*/evaluation.json")}
+    assert labels == {"1_frame", "2_frames", "4_frames"}
     four = (first / "evaluation/4_frames/metrics.json").read_bytes()
     assert (first / "metrics.json").read_bytes() == four
     assert "motion, mean of R@1, 5, 10, text to clip" in (first / "report.html").read_text()
@@ -119,20 +110,12 @@ def test_several_numbers_of_frames_in_one_run(shapes, checkpoints, tmp_path):
 
 
 def test_a_checkpoint_of_another_task_is_refused(shapes, checkpoints, tmp_path):
-    for task, weights, message in (
-        ("qa", "retrieval", "has no answer decoder"),
-        ("choice", "qa", "is a question-answering model"),
+    for task, weights, settings, message in (
+        ("choice", "qa", [], "is a question-answering model"),
+        ("qa", "qa", [f"answer_list={tmp_path}/none.json"], "none.json does not exist"),
+        ("qa", "qa", [f"test_corpus={{test: {shapes.url('mc_test')}}}"], "has no questions, which task=qa needs"),
     ):
-        recipe = tmp_path / f"{task}.yaml"
-        yaml = TASKS[task][1].replace("CORPORA", str(shapes.shards)).replace("DRAWN", str(shapes.folder))
-        recipe.write_text(COMMON + yaml)
-        where = (f"checkpoint={checkpoints / weights}", f"output_dir={tmp_path / 'run'}")
-        result = run("evaluate", recipe, *where, processes=1)
+        where = f"checkpoint={checkpoints / weights}", f"output_dir={tmp_path / 'run'}"
+        result = run("evaluate", recipe_of(task, shapes, tmp_path), *where, *settings, processes=1)
         assert result.returncode == 2
         assert message in result.stderr
-    questions = ("task=qa", f"answer_list={shapes.folder}/answer_list.json")
-    result = run("evaluate", recipe, f"checkpoint={checkpoints / 'qa'}", "output_dir=x", *questions, processes=1)
-    assert result.returncode == 2
-    assert "has no questions, which task=qa needs" in result.stderr
-    result = run("evaluate", tmp_path / "qa.yaml", *where, f"answer_list={tmp_path}/none.json", processes=1)
-    assert "none.json does not exist" in result.stderr

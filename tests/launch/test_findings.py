@@ -1,4 +1,4 @@
-"""The doctor's judgements: which of several hosts is the odd one, and how it is told."""
+"""The doctor's judgements: which of several hosts differs, and the line that reports it."""
 
 import pytest
 
@@ -29,17 +29,17 @@ def test_the_host_that_differs_from_most_is_the_odd_one():
     assert compare("code", {"a": "x", "b": "x"}, "mend") == [Finding("code", "all", OK, "x")]
 
 
-def test_a_package_that_one_host_lacks_is_told():
+def test_a_package_that_one_host_lacks_is_reported():
     facts = {
         "a": {"python": "3.11.7", "versions": {"torch": "2.13.0", "s3fs": "1"}},
         "b": {"python": "3.11.7", "versions": {"torch": "2.13.0"}},
         "c": {"python": "3.12.0", "versions": {"torch": "2.13.0", "s3fs": "1"}},
     }
-    told = {(finding.where, finding.found) for finding in versions(facts)}
-    assert told == {("c", "python 3.12.0; others python 3.11.7"), ("b", "s3fs missing; others s3fs 1")}
+    reported = {(finding.where, finding.found) for finding in versions(facts)}
+    assert reported == {("c", "python 3.12.0; others python 3.11.7"), ("b", "s3fs missing; others s3fs 1")}
 
 
-def test_a_host_with_fewer_gpus_is_told():
+def test_a_host_with_fewer_gpus_is_reported():
     facts = {name: {"gpus": ["H100"] * count, "cores": 8} for name, count in (("a", 8), ("b", 7), ("c", 8))}
     assert [finding.found for finding in hardware(facts)] == ["7 x H100; others 8 x H100"]
 
@@ -50,17 +50,17 @@ def host(cards=1, driver="580.65.06", fault="", dali=("nvidia-dali-cuda130",), c
     return {"gpus": ["NVIDIA H200"] * cards, "gpu_fault": fault, "driver": driver, "versions": versions}
 
 
-def told(facts):
+def reported(facts):
     return [(finding.check, finding.verdict, finding.found) for finding in gpus({"a": facts})]
 
 
-def test_a_gpu_is_told_with_its_versions():
+def test_a_gpu_is_reported_with_its_versions():
     card = ("GPU", OK, "8 x NVIDIA H200, driver 580.65.06, CUDA of torch 13.0, NCCL 2.29.7")
-    assert told(host(8)) == [card, ("DALI", OK, "nvidia-dali-cuda130")]
-    assert told({**host(0), "versions": {}}) == [("GPU", OK, "no GPU: the CPU computes and decodes")]
+    assert reported(host(8)) == [card, ("DALI", OK, "nvidia-dali-cuda130")]
+    assert reported({**host(0), "versions": {}}) == [("GPU", OK, "no GPU: the CPU computes and decodes")]
 
 
-def test_a_gpu_that_pytorch_cannot_use_is_told_with_the_remedy():
+def test_a_gpu_that_pytorch_cannot_use_is_reported_with_the_remedy():
     fault = "this host has an NVIDIA GPU, but PyTorch cannot use it; update the driver; or set DS_ACCELERATOR=cpu"
     (finding,) = gpus({"a": host(0, fault=fault)})
     assert (finding.verdict, finding.found) == (BAD, "this host has an NVIDIA GPU, but PyTorch cannot use it")
@@ -82,7 +82,7 @@ def test_dali_must_be_built_for_the_cuda_of_pytorch(dali, cuda, driver, verdict,
     _, finding = gpus({"a": host(dali=dali, cuda=cuda, driver=driver)})
     assert finding.verdict == verdict
     assert text in finding.found
-    assert verdict == OK or f"`make DALI=cuda{cuda[:2]}`" in finding.advice
+    assert verdict == OK or f"`make install DALI=cuda{cuda[:2]}`" in finding.advice
 
 
 def test_nccl_must_be_the_same_everywhere():
@@ -120,7 +120,7 @@ def test_links_and_hosts_far_below_the_others_hold_them_up():
     assert odd(lagging("loading", "/s", {"a": 100.0, "b": 40.0, "c": 90.0}, "mend", WARNING)) == [("b", WARNING)]
 
 
-def test_the_table_tells_each_advice_once_and_wraps_what_is_long():
+def test_the_table_shows_each_advice_once_and_wraps_what_is_long():
     long = "x " * 200
     text = table([Finding("reach", "a", BAD, long, "mend it"), Finding("reach", "b", BAD, "no", "mend it")])
     assert text.count("- mend it") == 1

@@ -25,20 +25,13 @@ def with_path():
 
 def finish(processes):
     for process in processes:
-        told, _ = process.communicate()
-        assert process.returncode == 0, told
+        reported, _ = process.communicate()
+        assert process.returncode == 0, reported
 
 
 def begin(words, **settings):
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        list(map(str, words)),
-        env={**with_path(), **settings},
-        cwd=ROOT,
-        stdout=pipe,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    pipe, both, variables = subprocess.PIPE, subprocess.STDOUT, {**with_path(), **settings}
+    return subprocess.Popen(list(map(str, words)), env=variables, cwd=ROOT, stdout=pipe, stderr=both, text=True)
 
 
 def pod(number, folder, corpora, port):
@@ -47,14 +40,9 @@ def pod(number, folder, corpora, port):
     container = job["spec"]["template"]["spec"]["containers"][0]
     variables = {each["name"]: each["value"] for each in container["env"]}
     assert int(variables["NODES"]) == job["spec"]["completions"] == job["spec"]["parallelism"]
-    variables |= {
-        "NODES": "2",
-        "GPUS": "1",
-        "MASTER": "127.0.0.1",
-        "PORT": str(port),
-        "JOB_COMPLETION_INDEX": str(number),
-    }
-    variables |= {"CONFIG": str(corpora / "tiny.yaml"), "OUTPUT": str(folder), "SETTINGS": "scheduler.epochs=1"}
+    variables |= {"NODES": "2", "GPUS": "1", "JOB_COMPLETION_INDEX": str(number)}
+    variables |= {"MASTER": "127.0.0.1", "PORT": str(port), "SETTINGS": "scheduler.epochs=1"}
+    variables |= {"CONFIG": str(corpora / "tiny.yaml"), "OUTPUT": str(folder)}
     return begin([*container["command"], *container["args"]], **variables)
 
 
@@ -116,7 +104,7 @@ def test_every_launcher_says_which_process_this_is(monkeypatch, variables, expec
     assert os.environ["RANK"] == str(expected.rank)
 
 
-def test_processes_that_do_not_know_where_they_meet_are_told(monkeypatch):
+def test_processes_that_do_not_know_where_they_meet_are_reported(monkeypatch):
     names = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
     variables = {f"OMPI_COMM_WORLD_{name}": "2" for name in names}
     monkeypatch.setattr(os, "environ", variables)

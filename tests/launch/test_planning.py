@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from launch.plan import CLIP, PHOTO, SETS, STEP_PARTS, Cluster, Medium, main, make_plan, measure, training_seconds
+from launch.plan import CLIP, SETS, STEP_PARTS, Cluster, Medium, main, make_plan, measure, training_seconds
 from loaders.config import CacheConfig, LoaderConfig, PerMedia
 from sharding.shards.schema import read_corpus
 from storage.limits import RemoteReads
@@ -33,9 +33,7 @@ def test_the_scarcest_part_binds(part):
 
 
 def test_an_epoch_by_hand():
-    cluster = Cluster(
-        gpus=8, gpu_rate=100, parameters=100e6, epochs=10, gpu_hour=2, egress_gb=0.1, requests_1000=0.0004
-    )
+    cluster = Cluster(gpu_rate=100, parameters=100e6, egress_gb=0.1)
     plan = make_plan(Medium(1_600_000, 10_000, 2, 50_000), cluster, nodes=4)
     assert plan.times["GPU"] == 500
     assert plan.egress_bytes == 16e9
@@ -59,29 +57,16 @@ def test_the_all_reduce_adds_to_the_arithmetic_unless_it_overlaps():
     hidden = make_plan(medium, replace(cluster, overlap=True), 8)
     assert hidden.seconds == pytest.approx(plan.times["GPU"] + plan.times["all-reduce"] / 3)  # weights go afterwards
     assert training_seconds(30, 60, overlap=True) == 70  # gradients go beside the backward pass only
-    assert make_plan(medium, cluster, 1).seconds == pytest.approx(make_plan(medium, cluster, 1).times["GPU"])
+    assert make_plan(medium, cluster, 1).times["all-reduce"] == 0
 
 
-def test_the_shipped_configurations_overlap_as_the_planner_says():
-    """`--overlap` is not the default: ZeRO 1, the runs' default, reduces after the backward pass."""
+@pytest.mark.parametrize(("name", "overlaps"), [(RunConfig().deepspeed, False), ("deepspeed_configs/zero2.json", True)])
+def test_the_shipped_configurations_overlap_as_the_planner_says(name, overlaps):
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    def overlaps(name):
-        return DeepSpeedZeroConfig(
-            **json.loads(find_deepspeed_config(name).read_text())["zero_optimization"]
-        ).overlap_comm
-
-    assert overlaps(RunConfig().deepspeed) is Cluster().overlap
-    assert overlaps("deepspeed_configs/zero2.json") is True
-
-
-def test_photos_and_clips_together_are_their_sum():
-    photos, clips = SETS["webvid_cc3m"]
-    both = make_plan(photos + clips, Cluster(), 1)
-    each = [make_plan(medium, Cluster(), 1) for medium in (photos, clips)]
-    assert both.samples == 5_440_000
-    for part in ("egress_bytes", "requests", "stored_bytes"):
-        assert getattr(both, part) == pytest.approx(sum(getattr(plan, part) for plan in each))
+    section = json.loads(find_deepspeed_config(name).read_text())["zero_optimization"]
+    assert DeepSpeedZeroConfig(**section).overlap_comm is overlaps
+    assert Cluster().overlap is False  # the default runs reduce after the backward pass
 
 
 def test_what_a_real_epoch_takes_is_what_was_planned(s3, shapes):
@@ -117,10 +102,10 @@ def test_on_a_slow_cable_the_network_binds_and_the_time_is_the_plans(hosts, corp
     )
     hosts.shape("node1", "tbf", "rate", "400kbit", "burst", "32kbit", "latency", "5s")
     try:
-        told, seconds = json.loads(hosts.run("node1", "python", "-c", code).stdout.splitlines()[-1])
+        reported, seconds = json.loads(hosts.run("node1", "python", "-c", code).stdout.splitlines()[-1])
     finally:
         hosts.shape("node1")
-    plan = make_plan(Medium(**told), Cluster(gpus=1, node_gbit=4e-4), 1)
+    plan = make_plan(Medium(**reported), Cluster(gpus=1, node_gbit=4e-4), 1)
     assert plan.bottleneck == "network"
     assert seconds >= 0.8 * plan.seconds
 
@@ -128,13 +113,12 @@ def test_on_a_slow_cable_the_network_binds_and_the_time_is_the_plans(hosts, corp
 def test_the_command_prints_a_table_for_every_set(capsys):
     for name in SETS:
         assert main(["--set", name, "--nodes", "1", "64"]) == 0
-        told = capsys.readouterr().out
-        assert "The GPUs are the bottleneck" in told
-        assert "The request rate of the store is the bottleneck" in told
+        reported = capsys.readouterr().out
+        assert "The GPUs are the bottleneck" in reported
+        assert "The request rate of the store is the bottleneck" in reported
         assert main(["--set", name, "--cached", "--prefixes", "4", "--nodes", "64", "--json"]) == 0
         (plan,) = json.loads(capsys.readouterr().out)
         assert plan["nodes"] == 64
         assert plan["requests"] < 1.2 * CLIP.requests * 2_490_000
     assert main([]) == 2
     assert "name a training set" in capsys.readouterr().err
-    assert PHOTO.samples == 0

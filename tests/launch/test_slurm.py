@@ -50,32 +50,28 @@ def preempted(slurm, job):
 
 @pytest.mark.parametrize(
     "interrupt",
-    [
-        requeued,
-        pytest.param(at_the_end_of_its_time, marks=pytest.mark.slow),
-        pytest.param(preempted, marks=pytest.mark.slow),
-    ],
+    [requeued, *(pytest.param(each, marks=pytest.mark.slow) for each in (at_the_end_of_its_time, preempted))],
 )
-def test_an_interrupted_job_goes_on_by_itself(slurm, submit, corpora, tmp_path, interrupt):
+def test_an_interrupted_job_resumes_by_itself(slurm, submit, corpora, tmp_path, interrupt):
     folder, epochs = tmp_path / "run", 20
     settings = (corpora / "tiny.yaml", f"output_dir={folder}", f"scheduler.epochs={epochs}", "save_every=100000")
     job = submit("pretrain.sbatch", *settings, options=["--nodes=2"])
     log = tmp_path / f"job-{job}.log"
 
-    def told():
+    def state():
         return (log.read_text() if log.exists() else "") + str(slurm.job(job)) + slurm.told()
 
-    until(lambda: any(line["step"] >= 13 for line in metrics(folder)), told)
+    until(lambda: any(line["step"] >= 13 for line in metrics(folder)), state)
     before = max(line["step"] for line in metrics(folder))
     signal = interrupt(slurm, job)
-    until(lambda: "run the same command to resume" in log.read_text(), told)
+    until(lambda: "run the same command to resume" in log.read_text(), state)
     stopped = int(re.search(rf"stopped \({signal}\) at step (\d+), saved", log.read_text())[1])
     assert before <= stopped < epochs * STEPS
 
-    until(lambda: slurm.job(job)["Restarts"] == "1", told)
-    until(lambda: slurm.job(job)["JobState"] == "PENDING", told)
+    until(lambda: slurm.job(job)["Restarts"] == "1", state)
+    until(lambda: slurm.job(job)["JobState"] == "PENDING", state)
     slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now+5")  # by itself it gives its nodes two minutes
-    until(lambda: slurm.job(job)["JobState"] == "COMPLETED", told)
+    until(lambda: slurm.job(job)["JobState"] == "COMPLETED", state)
     assert f"Resuming the run in {folder} from step {stopped}" in log.read_text()
     assert "2 processes" in log.read_text()
     assert [line["step"] for line in learned(folder)] == list(range(1, epochs * STEPS + 1))
@@ -84,14 +80,8 @@ def test_an_interrupted_job_goes_on_by_itself(slurm, submit, corpora, tmp_path, 
 @pytest.mark.slow
 def test_a_cancelled_job_saves_and_stays_cancelled(slurm, submit, corpora, tmp_path):
     folder = tmp_path / "run"
-    job = submit(
-        "pretrain.sbatch",
-        corpora / "tiny.yaml",
-        f"output_dir={folder}",
-        "scheduler.epochs=400",
-        "save_every=100000",
-        options=["--nodes=2"],
-    )
+    settings = (corpora / "tiny.yaml", f"output_dir={folder}", "scheduler.epochs=400", "save_every=100000")
+    job = submit("pretrain.sbatch", *settings, options=["--nodes=2"])
     until(lambda: any(line["step"] >= 5 for line in metrics(folder)), slurm.told)
     slurm.run("scancel", job)
     until(lambda: not slurm.run("squeue", "-h", "-j", job), slurm.told)
@@ -132,16 +122,11 @@ def test_processes_see_all_gpus_of_their_node(tmp_path, gpus, expected):
     for name, text in {"srun": 'printf "%s\\n" "$@" > srun.txt', "scontrol": "echo node1"}.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
-    job = {
-        "SLURM_JOB_NODELIST": "node[1-2]",
-        "SLURM_JOB_ID": "1",
-        "SLURM_JOB_NUM_NODES": "2",
-        "SLURM_CPUS_ON_NODE": "8",
-    }
-    job |= {"SLURM_GPUS_ON_NODE": gpus} if gpus else {}
+    job = {"JOB_NODELIST": "node[1-2]", "JOB_ID": "1", "JOB_NUM_NODES": "2", "CPUS_ON_NODE": "8"}
+    job = {f"SLURM_{name}": value for name, value in (job | ({"GPUS_ON_NODE": gpus} if gpus else {})).items()}
     path = f"{tmp_path}:{os.environ['PATH']}"
     outside = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
     words = ["bash", ROOT / "launch/slurm/run.sh", "pretrain", "tiny.yaml"]
     subprocess.run(words, cwd=tmp_path, env={**outside, **job, "PATH": path}, check=True)
-    told = (tmp_path / "srun.txt").read_text().splitlines()
-    assert [word for word in told if word.startswith(("--gpu", "--ntasks="))] == expected
+    state = (tmp_path / "srun.txt").read_text().splitlines()
+    assert [word for word in state if word.startswith(("--gpu", "--ntasks="))] == expected

@@ -11,9 +11,9 @@ from small_run import ROOT
 
 from launch.study import CAPTION, Share, direction_share, table
 from loaders.order.choices import choose_frames
-from sharding.shapes.captions import motion_words
 from sharding.shapes.draw import FPS, FRAMES
 from sharding.shapes.scenes import MOTIONS, Clip, clip_of
+from sharding.shapes.texts import motion_words
 
 LABELS = [CAPTION.format(motion_words(motion)) for motion in MOTIONS]
 

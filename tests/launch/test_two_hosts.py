@@ -85,7 +85,7 @@ def switch_off(hosts, name):
         pytest.param("store", switch_off, "node1", "is gone", marks=pytest.mark.slow),
     ],
 )
-def test_a_lost_host_ends_the_job_and_the_one_left_goes_on(hosts, recipe, tmp_path, start_at, lose, lost, sign):
+def test_a_lost_host_ends_the_job_and_the_one_left_resumes(hosts, recipe, tmp_path, start_at, lose, lost, sign):
     left = "node1" if lost == "node2" else "node2"
     folder, log = tmp_path / "run", tmp_path / "run.log"
     settings = (recipe, "scheduler.epochs=400", "stall_seconds=6")
@@ -94,9 +94,9 @@ def test_a_lost_host_ends_the_job_and_the_one_left_goes_on(hosts, recipe, tmp_pa
     until(lambda: any(line["step"] >= 13 for line in metrics(folder)), log.read_text, process)
     lose(hosts, lost)
     assert process.wait(PATIENCE) != 0  # stall_seconds, and some for ssh and DeepSpeed
-    told = log.read_text()
-    assert re.search(rf"rank \d \({lost}\b.*{sign}", told), told
-    assert "run the same command to resume from the last checkpoint" in told
+    reported = log.read_text()
+    assert re.search(rf"rank \d \({lost}\b.*{sign}", reported), reported
+    assert "run the same command to resume from the last checkpoint" in reported
     for name in {"node1", "node2"} - ({lost} if lose is switch_off else set()):
         until(lambda name=name: not hosts.processes(name, "witness.py"), lambda: "processes are left")
 
@@ -150,6 +150,6 @@ def test_gloo_gets_the_interface_that_leads_to_the_first_host(hosts):
         "from runtime.network import interface_towards as way; "
         "print(way('{}'), way('127.0.0.1'), way('nowhere.invalid'))"
     )
-    told = hosts.run("node2", "python", "-c", code.format("node1")).stdout
-    assert told.split() == ["eth0"]
+    reported = hosts.run("node2", "python", "-c", code.format("node1")).stdout
+    assert reported.split() == ["eth0"]
     assert hosts.run("node1", "python", "-c", code.format("10.203.77.11")).stdout.split() == ["eth0"]

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 from faulty_proxy import Faults
-from object_stores import STORES, MakeFaulty, Store
+from object_stores import STORES
 from places import ROOT
 
 from loaders.config import CacheConfig, LoaderConfig, PerMedia
-from loaders.text import Tokenizer
 from loaders.train import TrainLoader
 from loaders.vocab import corpus_texts, learn_vocabulary
 from sharding.build import build_corpus
@@ -70,9 +69,7 @@ def told(process: subprocess.Popen) -> tuple[list, dict[str, float]]:
     return [json.loads(batch) for batch in batches], json.loads(figures)
 
 
-def test_two_loaders_share_one_cache_within_its_budget_and_without_damage(
-    http: Store, shapes, large: Path, tmp_path: Path
-) -> None:
+def test_two_loaders_share_one_cache_within_its_budget_and_without_damage(http, shapes, large, tmp_path):
     url = http.fill(large, "photos")
     size = sum(shard.bytes for shard in read_corpus(url).shards)
     assert len(read_corpus(url).shards) >= 6
@@ -100,9 +97,7 @@ def bytes_of(path: Path) -> int:
 
 
 @pytest.mark.parametrize("ahead_mb", [1, 2])
-def test_what_is_read_ahead_stays_within_its_bytes(
-    http: Store, faulty: MakeFaulty, large: Path, tokenizer: Tokenizer, ahead_mb: int
-) -> None:
+def test_what_is_read_ahead_stays_within_its_bytes(http, faulty, large, tokenizer, ahead_mb):
     http.fill(large, "photos")
     proxy = faulty(http, Faults())
     remote = RemoteReads(ahead_mb=ahead_mb, connections=1000, gap_kb=0, hedge_percentile=0)
@@ -127,9 +122,7 @@ def test_what_is_read_ahead_stays_within_its_bytes(
 
 
 @pytest.mark.parametrize("store", STORES, indirect=True)
-def test_descriptions_and_texts_come_through_passing_errors_whoever_reads_them(
-    store: Store, faulty: MakeFaulty, shapes, tmp_path: Path
-) -> None:
+def test_descriptions_and_texts_come_through_passing_errors_whoever_reads_them(store, faulty, shapes, tmp_path):
     store.fill(shapes.url("qa_train"), "questions")
     proxy = faulty(store, Faults(error=0.25, cut=0.15, seed=2))
     url = store.url("questions", proxy)

@@ -1,22 +1,26 @@
-"""One sample in a hundred damaged in every way there is: each is written down with its reason, all others arrive."""
+"""Bad samples of every kind: recorded with their reason, replaced by others of their stripes, and never too many."""
 
+import itertools
 import json
 import shutil
 import zlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from test_train_loader import texts_by_key
 
-from loaders.config import LoaderConfig, PerMedia
+from loaders.config import LoaderConfig, PerMedia, VideoInput
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader
 from sharding.build import build_corpus
 from sharding.shapes import write_shapes
 from sharding.shards.schema import INDEX_SCHEMA, read_corpus
+from storage.limits import RemoteReads
 
 SAMPLES = 1200
 WAYS = (
@@ -37,23 +41,16 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def damage(row: dict, tar: bytearray, way: str) -> None:
     """Spoil one sample in its tar or its index row."""
     offset, size = row["offsets"][0], row["sizes"][0]
-
-    def write(data: bytes, agree: bool) -> None:
-        """Other bytes in place; the index agrees with them where only a decoder is to find out."""
-        data = data.ljust(size, b"\0")[:size]
-        tar[offset : offset + size] = data
-        row["crc32s"] = [zlib.crc32(data)] if agree else row["crc32s"]
-
     good = bytes(tar[offset : offset + size])
     match way:
         case "flipped bytes":
-            write(good[:-40] + bytes(byte ^ 255 for byte in good[-40:]), agree=False)
+            put(row, tar, good[:-40] + bytes(byte ^ 255 for byte in good[-40:]), agree=False)
         case "cut short":
             row["sizes"] = [size // 2]
         case "zeros":
-            write(b"", agree=True)
+            put(row, tar, b"")
         case "not a JPEG":
-            write(b"\x89PNG\r\n\x1a\n broken", agree=True)
+            put(row, tar, b"\x89PNG\r\n\x1a\n broken")
         case "a wrong offset":
             row["offsets"] = [offset + 7]
         case "an offset past the end":
@@ -67,35 +64,49 @@ def damage(row: dict, tar: bytearray, way: str) -> None:
         case "another size":
             row["width"] += 8
         case "a page instead":
-            write(b"<html>403 Forbidden</html>", agree=True)
+            put(row, tar, b"<html>403 Forbidden</html>")
         case "a lost end":
-            write(good[:120], agree=True)
+            put(row, tar, good[:120])
+
+
+def rewritten(source: str | Path, folder: Path, damage: Callable[[int, dict, bytearray], bool]) -> list[str]:
+    """Copy a corpus and damage samples by number, index row and tar; returns the names of those that were damaged."""
+    shutil.copytree(source, folder)
+    corpus, names, numbers = read_corpus(str(folder)), [], itertools.count()
+    for info in corpus.shards:
+        rows = pq.read_table(folder / info.index_name).to_pylist()
+        tar = bytearray((folder / info.name).read_bytes())
+        for row in rows:
+            names += [f"{corpus.name}/{row['key']}"] if damage(next(numbers), row, tar) else []
+        (folder / info.name).write_bytes(tar)
+        pq.write_table(pa.Table.from_pylist(rows, INDEX_SCHEMA), folder / info.index_name)
+    return names
+
+
+def put(row: dict, tar: bytearray, data: bytes, agree: bool = True, frame: int = 0) -> None:
+    """Other bytes in a frame's place; the index agrees with them where only a decoder is to find out."""
+    offset, size = row["offsets"][frame], row["sizes"][frame]
+    data = data.ljust(size, b"\0")[:size]
+    tar[offset : offset + size] = data
+    if agree:
+        row["crc32s"][frame] = zlib.crc32(data)
 
 
 @pytest.fixture
 def damaged(large: Path, tmp_path: Path) -> tuple[str, dict[str, str]]:
     """A corpus of which every hundredth sample is spoiled, and how each of those is."""
-    folder = tmp_path / "packed"
-    shutil.copytree(large, folder)
-    corpus, spoiled, number = read_corpus(str(folder)), {}, 0
-    for info in corpus.shards:
-        rows = pq.read_table(folder / info.index_name).to_pylist()
-        tar = bytearray((folder / info.name).read_bytes())
-        for row in rows:
-            if number % 100 == 50:
-                way = WAYS[number // 100]
-                damage(row, tar, way)
-                spoiled[f"{corpus.name}/{row['key']}"] = way
-            number += 1
-        (folder / info.name).write_bytes(tar)
-        pq.write_table(pa.Table.from_pylist(rows, INDEX_SCHEMA), folder / info.index_name)
-    return str(folder), spoiled
+
+    def spoil(number: int, row: dict, tar: bytearray) -> bool:
+        if number % 100 == 50:
+            damage(row, tar, WAYS[number // 100])
+        return number % 100 == 50
+
+    names = rewritten(large, tmp_path / "packed", spoil)
+    return str(tmp_path / "packed"), dict(zip(names, WAYS, strict=True))
 
 
 @pytest.mark.parametrize("decode", ["cpu", "dali"])
-def test_all_bad_samples_are_written_down_and_all_others_arrive(
-    large: Path, damaged, tokenizer: Tokenizer, tmp_path: Path, decode: str
-) -> None:
+def test_all_bad_samples_are_written_down_and_all_others_arrive(large, damaged, tokenizer, tmp_path, decode):
     url, spoiled = damaged
     own = texts_by_key(url)
     assert set(spoiled.values()) == set(WAYS)
@@ -155,3 +166,73 @@ def test_a_few_bad_samples_early_on_end_no_run(damaged, tokenizer: Tokenizer) ->
         assert len(list(loader)) == 12
         assert len(loader.quarantine) == len(spoiled)
         loader.close()
+
+
+def config(**settings) -> LoaderConfig:
+    options = {"batch_size": PerMedia(12, 6), "image_res": 32, "decode": "cpu", "threads": 1, "stripes": 8}
+    options |= {"video_input": VideoInput(num_frames=2), "max_bad_share": 0.9}
+    return LoaderConfig(**options | settings)
+
+
+def spoil(source: str, folder: Path, numbers: Iterable[int], frame: int = 0) -> list[str]:
+    """Copy a corpus and overwrite a frame of the samples of these numbers; returns their names."""
+    chosen = set(numbers)
+
+    def overwrite(number: int, row: dict, tar: bytearray) -> bool:
+        if number in chosen:
+            put(row, tar, b"not an image", frame=frame)
+        return number in chosen
+
+    return rewritten(source, folder, overwrite)
+
+
+def test_batches_wholly_bad_are_survived(shapes, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    first = next(iter(TrainLoader([shapes.url("images_train")], tokenizer, config())))
+    names = list(texts_by_key(shapes.url("images_train")))
+    bad = spoil(shapes.url("images_train"), tmp_path / "bad", map(names.index, first.keys))
+    batches = list(TrainLoader([str(tmp_path / "bad")], tokenizer, config()))
+    assert len(batches) == 12
+    assert len(batches[0].keys) == 12
+    assert not {key for batch in batches for key in batch.keys} & set(bad)
+
+
+def test_one_bad_frame_of_a_clip_does_not_make_the_order_depend_on_the_past(shapes, tokenizer, tmp_path):
+    spoil(shapes.url("clips_train"), tmp_path / "bad", range(0, 40, 3), frame=1)
+    settings = config(video_input=VideoInput(num_frames=1))
+    loader = TrainLoader([str(tmp_path / "bad")], tokenizer, settings)
+    epochs = [list(loader) for _ in range(3)]
+    assert 0 < len(loader.quarantine) <= 14
+    fresh = list(TrainLoader([str(tmp_path / "bad")], tokenizer, settings).epoch(2))
+    assert [batch.keys for batch in fresh] == [batch.keys for batch in epochs[2]]
+    assert all(torch.equal(one.frames, other.frames) for one, other in zip(fresh, epochs[2], strict=True))
+
+
+def test_too_many_bad_samples_end_the_run_naming_one(shapes, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    spoil(shapes.url("images_train"), tmp_path / "bad", range(0, 50, 5))
+    loader = TrainLoader([str(tmp_path / "bad")], tokenizer, config(max_bad_share=0.001))
+    with pytest.raises(ValueError, match=r"unusable, more than max_bad_share=0.001; the last is images_train/"):
+        [list(loader) for _ in range(4)]
+
+
+def test_nothing_but_bad_samples_ends_the_run(shapes, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    spoil(shapes.url("images_train"), tmp_path / "bad", range(150))
+    with pytest.raises(ValueError, match=r"64 samples in a row are unusable, the last images_train/.*sharding.verify"):
+        list(TrainLoader([str(tmp_path / "bad")], tokenizer, config()))
+
+
+def test_a_shard_lost_on_the_way_ends_the_run_naming_it(shapes, tokenizer: Tokenizer) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.put(shapes.url("images_train"), "/photos", recursive=True)
+    settings = config(batch_size=PerMedia(6), prefetch=1, remote=RemoteReads(ahead_steps=1))  # of 25 steps few ahead
+    local = list(TrainLoader([shapes.url("images_train")], tokenizer, settings))
+    loader = TrainLoader(["memory://photos"], tokenizer, settings)
+    batches = iter(loader)
+    for expected in local[:2]:
+        batch = next(batches)
+        assert batch.keys == expected.keys
+        assert torch.equal(batch.frames, expected.frames)
+    for tar in memory.glob("/photos/*.tar"):
+        memory.rm(tar)
+    with pytest.raises(FileNotFoundError, match=r"memory://photos/images_train-0000.*\.tar is missing"):
+        list(batches)
+    loader.close()

@@ -7,14 +7,10 @@ import pytest
 from PIL import Image
 
 from loaders import bench, preview, vocab
-from loaders.bench import Results, Setup, advice
-from loaders.config import LoaderConfig, PerMedia
-from loaders.train import TrainLoader
-from runtime.errors import UserError
+from loaders.bench import Results, advice
 from sharding.build import build_corpus
 
-RESULTS = Results(1000, 10.0, 100.0, 1.0, 0.4, 0.3, 0.2, 0.9, 0.0, 110.0, 0.9, 200.0, 0)
-SETUP = Setup(threads=2, cores=2, backend="cpu", remote=False, stored_size=224, shown_size=224)
+RESULTS = Results(1000, 10.0, 100.0, 1.0, 0.4, 0.3, 0.2, 0.9, 0.0, 110.0, 0.9, 200.0, 0, 2, 2, "cpu", False, 224, 224)
 
 
 @pytest.mark.parametrize(
@@ -52,18 +48,18 @@ def test_a_slow_step_hides_the_loading(shapes, capsys) -> None:
 
 
 def test_advice_names_the_bottleneck() -> None:
-    assert "all 2 cores" in advice(RESULTS, SETUP)[0]
-    assert "raise threads" in advice(RESULTS, replace(SETUP, cores=8))[0]
-    assert "pack them with --size 256" in advice(RESULTS, replace(SETUP, stored_size=480))[1]
+    assert "all 2 cores" in advice(RESULTS)[0]
+    assert "raise threads" in advice(replace(RESULTS, cores=8))[0]
+    assert "pack them with --size 256" in advice(replace(RESULTS, stored_size=480))[1]
     slow = replace(RESULTS, decode_wait_share=0.8)
-    assert advice(slow, SETUP) == [
+    assert advice(slow) == [
         "Reading is the bottleneck: decoding waits for it 80% of the time: use a faster disk. "
         "Decoding alone reaches 110 samples/s."
     ]
-    assert advice(replace(RESULTS, wait_share=0.01), SETUP) == [
+    assert advice(replace(RESULTS, wait_share=0.01)) == [
         "The loader is not a bottleneck: the loop has 50% of its speed with batches in memory."
     ]
-    assert "local disk" in advice(slow, replace(SETUP, remote=True))[0]
+    assert "local disk" in advice(replace(slow, remote=True))[0]
 
 
 @pytest.mark.parametrize(
@@ -98,17 +94,6 @@ def test_the_tools_take_a_corpus_of_one_picture(one_picture, tmp_path, capsys) -
     assert "sheet.png: 1 samples" in capsys.readouterr().out
     assert bench.main([one_picture, "--seconds", "0.2", "--size", "32", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["samples"] >= 1
-
-
-def test_a_corpus_smaller_than_a_batch_is_told_with_the_size_that_fits(shapes, tokenizer) -> None:
-    config = LoaderConfig(batch_size=PerMedia(64, 64))
-    told = r"batch_size\.image=64 is more than the 24 samples of images_test: set batch_size\.image=24 or less"
-    with pytest.raises(UserError, match=told):
-        TrainLoader([shapes.url("images_test")], tokenizer, config)
-    with pytest.raises(UserError, match=r"set batch_size\.image=16 or less"):
-        TrainLoader([shapes.url("images_test")], tokenizer, config, world_size=16)
-    with pytest.raises(UserError, match="use at most 24 processes, or more data"):
-        TrainLoader([shapes.url("images_test")], tokenizer, config, world_size=32)
 
 
 @pytest.mark.parametrize(

@@ -34,21 +34,13 @@ def million(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("million")
     jpeg = simplejpeg.encode_jpeg(torch.full((32, 32, 3), 120, dtype=torch.uint8).numpy())
     (folder / "frames").write_bytes(b"\0" * 512 + jpeg + b"\0" * 1024)
-    lists = {"offsets": [512], "sizes": [len(jpeg)], "crc32s": [zlib.crc32(jpeg)], "captions": ["a large red star"]}
-    values = {"width": 32, "height": 32, "source": "photo.jpg"}
+    row = {"offsets": [512], "sizes": [len(jpeg)], "crc32s": [zlib.crc32(jpeg)], "captions": ["a large red star"]}
+    row |= {"width": 32, "height": 32, "source": "photo.jpg", "frame_times": [], "questions": [], "choices": []}
+    table = pa.Table.from_pylist([row] * EACH, schema=INDEX_SCHEMA)
     infos = []
     for shard in range(SHARDS):
-        columns = []
-        for field in INDEX_SCHEMA:
-            if field.name == "key":
-                columns.append(pa.array([f"{shard:06d}{row:06d}" for row in range(EACH)], field.type))
-            elif field.name in values:
-                columns.append(pa.array([values[field.name]] * EACH, field.type))
-            else:
-                empty = [] if pa.types.is_list(field.type) else None
-                columns.append(pa.array([lists.get(field.name, empty)] * EACH, field.type))
-        name = f"large-{shard:06d}"
-        pq.write_table(pa.Table.from_arrays(columns, schema=INDEX_SCHEMA), folder / f"{name}.parquet")
+        name, keys = f"large-{shard:06d}", pa.array([f"{shard:06d}{row:06d}" for row in range(EACH)])
+        pq.write_table(table.set_column(0, INDEX_SCHEMA.field("key"), keys), folder / f"{name}.parquet")
         os.link(folder / "frames", folder / f"{name}.tar")
         size = (folder / "frames").stat().st_size
         infos.append(ShardInfo(f"{name}.tar", EACH, EACH, EACH, 0, 0, size, "0", 1, "0"))

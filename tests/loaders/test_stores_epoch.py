@@ -3,7 +3,6 @@
 import threading
 import time
 import traceback
-from pathlib import Path
 
 import pytest
 import torch
@@ -37,9 +36,7 @@ def assert_same(batches, expected) -> None:
 
 @pytest.mark.parametrize("cached", [False, True], ids=["direct", "cached"])
 @pytest.mark.parametrize("store", STORES, indirect=True)
-def test_an_epoch_through_every_fault_is_that_of_the_local_corpus(
-    store: Store, faulty: MakeFaulty, shapes, tokenizer: Tokenizer, tmp_path: Path, cached: bool
-) -> None:
+def test_an_epoch_through_every_fault_is_that_of_the_local_corpus(store, faulty, shapes, tokenizer, tmp_path, cached):
     names = ["images_train", "clips_train"]
     for name in names:
         store.fill(shapes.url(name), name)
@@ -62,9 +59,7 @@ def test_an_epoch_through_every_fault_is_that_of_the_local_corpus(
 
 
 @pytest.mark.parametrize("store", STORES, indirect=True)
-def test_with_a_cache_the_second_epoch_asks_for_nothing(
-    store: Store, faulty: MakeFaulty, shapes, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_with_a_cache_the_second_epoch_asks_for_nothing(store, faulty, shapes, tokenizer, tmp_path):
     store.fill(shapes.url("images_train"), "images_train")
     proxy = faulty(store, Faults())
     once = RemoteReads(hedge_percentile=0)
@@ -94,9 +89,7 @@ def test_a_permanent_error_ends_the_epoch_within_the_deadline_and_names_the_url(
 
 
 @pytest.mark.parametrize("store", ["s3"], indirect=True)
-def test_a_store_that_goes_down_ends_the_epoch_at_the_deadline(
-    store: Store, faulty: MakeFaulty, shapes, tokenizer: Tokenizer
-) -> None:
+def test_a_store_that_goes_down_ends_the_epoch_at_the_deadline(store, faulty, shapes, tokenizer):
     store.fill(shapes.url("images_train"), "images_train")
     proxy = faulty(store, Faults())
     loader = TrainLoader([store.url("images_train")], tokenizer, config(remote=RemoteReads(deadline=5)))
@@ -110,9 +103,7 @@ def test_a_store_that_goes_down_ends_the_epoch_at_the_deadline(
 
 
 @pytest.mark.parametrize("store", ["http"], indirect=True)
-def test_an_epoch_that_stands_still_says_what_it_waits_for(
-    store: Store, faulty: MakeFaulty, shapes, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_epoch_that_stands_still_says_what_it_waits_for(store, faulty, shapes, tokenizer, caplog):
     store.fill(shapes.url("images_train"), "images_train")
     proxy = faulty(store, Faults())
     url = store.url("images_train", proxy)
@@ -126,9 +117,7 @@ def test_an_epoch_that_stands_still_says_what_it_waits_for(
 
 
 @pytest.mark.parametrize("store", ["s3", "http"], indirect=True)
-def test_leaving_an_epoch_ends_its_reads_and_threads_at_once(
-    store: Store, faulty: MakeFaulty, shapes, tokenizer: Tokenizer
-) -> None:
+def test_leaving_an_epoch_ends_its_reads_and_threads_at_once(store, faulty, shapes, tokenizer):
     store.fill(shapes.url("images_train"), "images_train")
     proxy = faulty(store, Faults())
     before = {thread.name for thread in threading.enumerate()}
@@ -145,9 +134,7 @@ def test_leaving_an_epoch_ends_its_reads_and_threads_at_once(
     assert not {name for name in left if name.startswith(("loader", "step", "batch", "read", "decode"))}
 
 
-def test_credentials_in_urls_and_options_are_refused_without_being_told(
-    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_credentials_in_urls_and_options_are_refused_without_being_told(tokenizer, caplog):
     for url, options in (
         ("https://user:hunter2@host/photos", {}),
         ("s3://AKIAEXAMPLE:hunter2@bucket/photos", {}),
@@ -161,9 +148,7 @@ def test_credentials_in_urls_and_options_are_refused_without_being_told(
 
 
 @pytest.mark.parametrize("store", ["s3"], indirect=True)
-def test_a_secret_of_the_environment_is_in_no_message(
-    store: Store, faulty: MakeFaulty, shapes, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_secret_of_the_environment_is_in_no_message(store, faulty, shapes, tokenizer, caplog):
     caplog.set_level("DEBUG", logger="loaders")
     store.fill(shapes.url("images_train"), "images_train")
     for faults in (Faults(permanent=r"\.tar"), Faults(error=1, only=r"\.tar"), Faults(cut=1, only=r"\.tar")):
@@ -176,9 +161,7 @@ def test_a_secret_of_the_environment_is_in_no_message(
         assert store.url("images_train") in told
 
 
-def test_a_cache_that_cannot_hold_what_is_read_is_refused_with_the_number(
-    http: Store, shapes, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_a_cache_that_cannot_hold_what_is_read_is_refused_with_the_number(http, shapes, tokenizer, tmp_path):
     url = http.fill(shapes.url("images_train"), "images_train")
     with pytest.raises(ValueError, match=r"cache\.gb=1e-05 is too little: 8 stripes .* [\d.e-]+ GB at a time"):
         TrainLoader([url], tokenizer, config(cache=CacheConfig(str(tmp_path), 0.00001)))
@@ -186,9 +169,7 @@ def test_a_cache_that_cannot_hold_what_is_read_is_refused_with_the_number(
         TrainLoader([url], tokenizer, config(cache=CacheConfig(str(tmp_path))))
 
 
-def test_a_damaged_file_of_the_cache_is_found_and_fetched_again(
-    http: Store, shapes, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_a_damaged_file_of_the_cache_is_found_and_fetched_again(http, shapes, tokenizer, tmp_path):
     url = http.fill(shapes.url("images_train"), "images_train")
     settings = config(cache=CacheConfig(str(tmp_path), 1.0))
     expected, _, _ = epoch_of([url], tokenizer, settings)

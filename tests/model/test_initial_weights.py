@@ -7,7 +7,7 @@ import torch
 from small_models import small_config
 
 from model.checkpoints.files import Weights
-from model.checkpoints.pretrained import find_folder, new_model
+from model.checkpoints.pretrained import new_model
 from model.export import official_state
 
 
@@ -48,40 +48,23 @@ def test_encoders_start_from_folders_and_the_rest_at_random(tmp_path):
             assert name not in same
 
 
-def test_another_image_size_interpolates_the_positions(tmp_path):
-    config = small_config()
-    write_folders(tmp_path, config)
-    config.vision_encoder.pretrained, config.image_res = str(tmp_path / "vision"), 48
+def test_another_image_size_interpolates_the_positions_and_other_weights_are_refused(tmp_path):
+    write_folders(tmp_path, small_config())
+    config = small_config(image_res=48)
+    config.vision_encoder.pretrained = str(tmp_path / "vision")
     table = new_model(config).vision_encoder.transformer.blocks[0].attn.relative_position_bias_table
     assert table.shape == (11 * 11 + 3, 3)
-
-
-def test_weights_of_another_size_are_refused(tmp_path):
-    config = small_config()
-    write_folders(tmp_path, config)
-    config.vision_encoder.pretrained, config.vision_encoder.depth = str(tmp_path / "vision"), 3
-    with pytest.raises(ValueError, match=r"does not fit the sizes under vision_encoder .*blocks\.2"):
-        new_model(config)
-
-
-def test_a_text_encoder_must_be_a_bert(tmp_path):
-    config = small_config()
-    write_folders(tmp_path, config)
-    config.text_encoder.pretrained = str(tmp_path / "vision")
-    with pytest.raises(ValueError, match="holds a beit model"):
-        new_model(config)
-
-
-def test_a_folder_without_weights_is_named(tmp_path):
-    config = small_config()
-    config.vision_encoder.pretrained = str(tmp_path)
-    with pytest.raises(ValueError, match=r"vision_encoder\.pretrained: .* has neither model\.safetensors"):
-        new_model(config)
-
-
-def test_a_folder_that_does_not_exist_is_not_looked_for_on_the_hub():
-    with pytest.raises(ValueError, match=r"the folder /nowhere/beit does not exist; set vision_encoder\.pretrained"):
-        find_folder("/nowhere/beit", "vision_encoder.pretrained")
+    for part, pretrained, changes, message in (
+        ("vision", tmp_path / "vision", {"depth": 3}, r"does not fit the sizes under vision_encoder .*blocks\.2"),
+        ("text", tmp_path / "vision", {}, "holds a beit model"),
+        ("vision", tmp_path, {}, r"vision_encoder\.pretrained: .* has neither model\.safetensors"),
+        ("vision", "/no/beit", {}, r"the folder /no/beit does not exist; set vision_encoder\.pretrained"),
+    ):
+        config = small_config()
+        for name, value in {"pretrained": str(pretrained), **changes}.items():
+            setattr(getattr(config, f"{part}_encoder"), name, value)
+        with pytest.raises(ValueError, match=message):
+            new_model(config)
 
 
 @pytest.mark.parametrize("name", ["bert-base-uncased", "beit_base_patch16_224"])
@@ -128,7 +111,7 @@ def difference_between_visuals(config):
     with torch.no_grad():
         attended = model.text_encoder.attend_texts(model.encode_text(ids, mask)[0], mask)
         keys = model.visual_keys(torch.randn(32, 5, config.vision_encoder.width))
-        return spread(model.text_encoder.fuse_first(attended, mask, keys))
+        return spread(model.text_encoder.fuse_pairs(attended, mask, keys)[0])
 
 
 @pytest.mark.parametrize("difference", [difference_between_texts, difference_between_visuals])

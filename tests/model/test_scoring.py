@@ -61,7 +61,8 @@ def test_matching_computes_no_more_than_the_first_token_needs(fusion_layer):
         keys = model.visual_keys(model.encode_visual(images)[0])
         for where in (None, index):
             whole = model.text_encoder.fuse(states, mask, keys, where)
-            first = model.text_encoder.fuse_first(model.text_encoder.attend_texts(states, mask), mask, keys, where)
+            attended = model.text_encoder.attend_texts(states, mask)
+            first, _ = model.text_encoder.fuse_pairs(attended, mask, keys, where)
             torch.testing.assert_close(first, whole[:, 0])
 
 

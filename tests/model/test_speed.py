@@ -40,7 +40,7 @@ class Watch(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def answering_batch():
+def answering():
     """A small model that answers questions, and what its step takes: six answers of three questions."""
     torch.manual_seed(0)
     config = small_config(answer_decoder=AnswerDecoderConfig(True, 2), loss_weight=LossWeights(mlm=0.0))
@@ -50,63 +50,39 @@ def answering_batch():
     return SingularityQA(config, PAD, CLS, MASK), batch
 
 
-def test_a_step_of_questions_never_waits_and_is_one_graph():
-    model, batch = answering_batch()
-    with Watch() as watch:
-        model(*batch)["loss_qa"].backward()
-    assert "aten.mm.default" in watch.seen
-    assert not watch.seen & WAITING
-    plain = model.answer_decoder.layer[0].output.dense.weight.grad.clone()
+CASES = {
+    "image": lambda: (small_model(layers=2), small_batch(frames=2)),
+    "temporal": lambda: (small_model(layers=2, **TEMPORAL), small_batch(frames=2)),
+    "questions": answering,
+}
+
+
+def gradients(model, batch):
     model.zero_grad()
-    torch.compile(model, fullgraph=True, backend="eager")(*batch)["loss_qa"].backward()
-    torch.testing.assert_close(model.answer_decoder.layer[0].output.dense.weight.grad, plain)
+    torch.manual_seed(3)
+    torch.stack(list(model(*batch).values())).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def test_recomputing_the_answer_decoder_changes_no_gradient():
-    model, batch = answering_batch()
-    gradients, calls = [], []
-    model.answer_decoder.layer[1].register_forward_pre_hook(lambda *_: calls.append(1))
-    for recompute in (False, True):
-        model.set_gradient_checkpointing(recompute)
-        model.zero_grad()
-        model(*batch)["loss_qa"].backward()
-        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-    assert len(calls) == 1 + 2  # with recomputing the layer runs once more, in the backward pass
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradient, gradients[1][name], msg=name)
-
-
-@pytest.mark.parametrize("changes", [{}, TEMPORAL], ids=["image", "temporal"])
-def test_a_step_never_waits_for_the_device(changes):
-    model, batch = small_model(**changes), small_batch(frames=2)
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_never_waits_is_one_graph_and_can_recompute_its_activations(case):
+    model, batch = CASES[case]()
     with Watch() as watch:
-        losses = model(*batch)
-        torch.stack(list(losses.values())).sum().backward()
+        plain = gradients(model, batch)
     assert "aten.mm.default" in watch.seen
     assert not watch.seen & WAITING
-
-
-@pytest.mark.parametrize("changes", [{}, TEMPORAL], ids=["image", "temporal"])
-def test_a_step_compiles_to_one_graph(changes):
-    model = small_model(layers=2, **changes)
-    compiled = torch.compile(model, fullgraph=True, backend="eager")  # raises at the first graph break
-    losses = compiled(*small_batch(frames=2))
-    torch.stack(list(losses.values())).sum().backward()
-    assert model.text_encoder.layer[-1].output.dense.weight.grad.any()
-
-
-@pytest.mark.parametrize("changes", [{}, TEMPORAL], ids=["image", "temporal"])
-def test_recomputing_activations_changes_no_gradient(changes):
-    batch, gradients = small_batch(frames=2), []
-    for recompute in (False, True):
-        model = small_model(**changes)
-        model.set_gradient_checkpointing(recompute)
-        torch.manual_seed(3)
-        torch.stack(list(model(*batch).values())).sum().backward()
-        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys()
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradient, gradients[1][name], msg=name)
+    compiled = gradients(torch.compile(model, fullgraph=True, backend="eager"), batch)  # raises at a graph break
+    assert compiled
+    model.set_gradient_checkpointing()
+    calls = []
+    (model.text_encoder if case != "questions" else model.answer_decoder).layer[1].register_forward_pre_hook(
+        lambda *_: calls.append(1)
+    )
+    recomputed = gradients(model, batch)
+    assert case != "questions" or len(calls) == 2  # once more in the backward pass
+    assert plain.keys() == recomputed.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(gradient, recomputed[name], msg=name)
 
 
 @pytest.mark.parametrize("changes", [{}, TEMPORAL, {"loss_weight": LossWeights(mlm=0.0)}], ids=str)

@@ -26,30 +26,26 @@ def with_position_biases(**changes):
     return model
 
 
+def assert_same(found, expected):
+    torch.testing.assert_close(found[0], expected[0])
+    assert found[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        torch.testing.assert_close(found[1][name], gradient, msg=name)
+
+
 def test_position_biases_gathered_together_are_those_of_each_layer(monkeypatch):
     model, (images, *_) = with_position_biases(), small_batch()
     together = gradients(model, images)
     assert all(attention.bias is None for attention in model.vision_encoder._biased)
-    calls = []
-    monkeypatch.setattr(model.vision_encoder, "_position_biases", lambda: calls.append(1) or ())
-    one_by_one = gradients(model, images)
-    assert calls
-    torch.testing.assert_close(together[0], one_by_one[0])
     tables = [name for name in together[1] if "relative_position" in name]
     assert len(tables) == 2
-    for name in tables:
-        assert together[1][name].any()
-        torch.testing.assert_close(together[1][name], one_by_one[1][name], msg=name)
-
-
-def test_position_biases_stay_with_their_layers_where_activations_are_computed_again():
-    model, (images, *_) = with_position_biases(), small_batch()
-    expected = gradients(model, images)
+    assert all(together[1][name].any() for name in tables)
+    with monkeypatch.context() as layer_by_layer:
+        layer_by_layer.setattr(model.vision_encoder, "_position_biases", lambda: ())
+        assert_same(gradients(model, images), together)
     model.set_gradient_checkpointing()
     assert model.vision_encoder._position_biases() == ()
-    found = gradients(model, images)
-    for name, gradient in expected[1].items():
-        torch.testing.assert_close(found[1][name], gradient, msg=name)
+    assert_same(gradients(model, images), together)
 
 
 @pytest.mark.parametrize("limit", [1, 16, 20])
@@ -58,7 +54,4 @@ def test_the_temporal_encoder_takes_more_sequences_than_a_kernel_does(monkeypatc
     images, *_ = small_batch(frames=3)  # 4 clips of 17 positions
     expected = gradients(model, images)
     monkeypatch.setattr(temporal, "MAX_SEQUENCES", limit)
-    found = gradients(model, images)
-    torch.testing.assert_close(found[0], expected[0])
-    for name, gradient in expected[1].items():
-        torch.testing.assert_close(found[1][name], gradient, msg=name)
+    assert_same(gradients(model, images), expected)

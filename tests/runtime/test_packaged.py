@@ -7,7 +7,7 @@ from places import ROOT
 
 from runtime.packaged import find_file, packaged_folder
 from sharding.annotations.config import load_corpus
-from train.config.files import load_settings
+from train.config.settings import load_settings
 from train.deepspeed.engine import find_deepspeed_config
 
 

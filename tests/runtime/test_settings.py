@@ -7,9 +7,8 @@ import pytest
 from places import ROOT
 
 from runtime.settings import EVALUATION, FIXED, FREE, build, change_on_resume, declarations, flatten, nearest, setting
-from train.config.files import load_settings, to_yaml
 from train.config.page import page
-from train.config.settings import RunConfig
+from train.config.settings import RunConfig, load_settings, to_yaml
 
 
 def test_every_setting_has_a_help_and_says_whether_a_resumed_run_may_change_it():

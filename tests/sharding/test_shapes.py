@@ -9,8 +9,8 @@ import pytest
 
 from runtime.errors import UserError
 from sharding.shapes import write_shapes
-from sharding.shapes.captions import appearance_caption, motion_caption
 from sharding.shapes.scenes import MOTIONS, Clip, clip_of, image_scene
+from sharding.shapes.texts import appearance_caption, motion_caption
 
 
 def digest(folder: Path) -> dict[str, str]:

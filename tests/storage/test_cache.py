@@ -1,14 +1,11 @@
-"""The node's cache: bounded, shared, whole after any crash, and never wrong."""
+"""The node's cache: bounded, shared by processes, consistent after any crash, never wrong bytes."""
 
 import os
 import random
-import signal
-import sqlite3
 import subprocess
 import sys
-import threading
 import time
-import zlib
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -19,13 +16,13 @@ from storage.cache import FOLDER, DiskCache, this_process
 
 
 def content(name: str) -> bytes:
-    """What an item of that name must hold: its bytes tell whose they are."""
+    """The content of an item, derived from its name."""
     rng = random.Random(name)
     return rng.randbytes(rng.randint(500, 5000))
 
 
 def get(cache: DiskCache, name: str) -> bytes:
-    """An item as a reader gets it."""
+    """Read an item, and put it into the cache if it is missing."""
     data = cache.read(name)
     if data is None:
         data = content(name)
@@ -49,13 +46,13 @@ def test_items_are_kept_and_read_in_parts(tmp_path: Path) -> None:
     assert again.bytes_used() == len(content("aa"))
 
 
-def test_the_least_recently_used_leave_first_and_the_budget_holds(tmp_path: Path) -> None:
+def test_the_least_recently_used_items_are_evicted_within_the_budget(tmp_path: Path) -> None:
     cache = DiskCache(str(tmp_path), 3000)
     for name in ("a1", "b2", "c3"):
         assert cache.reserve({name: 1000}) == {name: True}
         cache.put(name, name.encode() * 500)
     cache.read("a1")
-    cache._recorded = 0.0  # long ago: uses are noted now
+    cache._recorded = 0.0  # long ago: uses are recorded now
     cache.reserve({"d4": 1000})
     cache.put("d4", b"d4" * 500)
     assert sorted(files(cache)) == ["a1", "c3", "d4"]
@@ -63,7 +60,7 @@ def test_the_least_recently_used_leave_first_and_the_budget_holds(tmp_path: Path
     assert cache.bytes_used() == 3000
 
 
-def test_what_is_being_fetched_does_not_leave_and_counts(tmp_path: Path) -> None:
+def test_reserved_items_are_not_evicted_and_count(tmp_path: Path) -> None:
     cache = DiskCache(str(tmp_path), 3000)
     assert cache.reserve({"a1": 2000, "b2": 1000}) == {"a1": True, "b2": True}
     assert cache.reserve({"c3": 1}) == {"c3": False}
@@ -72,7 +69,7 @@ def test_what_is_being_fetched_does_not_leave_and_counts(tmp_path: Path) -> None
     assert cache.reserve({"c3": 2000}) == {"c3": True}
 
 
-def test_a_damaged_list_begins_anew_and_touches_nothing_else(tmp_path: Path) -> None:
+def test_a_damaged_database_is_replaced_and_other_files_are_kept(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("mine")
     cache = DiskCache(str(tmp_path), 10**6)
     get(cache, "aa")
@@ -93,29 +90,21 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 def test_threads_share_a_cache(tmp_path: Path) -> None:
     cache = DiskCache(str(tmp_path), 60_000)
-    wrong: list[str] = []
 
     def work(seed: int) -> None:
         rng = random.Random(seed)
         for _ in range(150):
             name = f"{rng.randrange(40):02}"
-            if get(cache, name) != content(name):
-                wrong.append(name)
+            assert get(cache, name) == content(name)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
-    assert sum(files(cache).values()) <= 60_000
-    assert cache.bytes_used() == sum(files(cache).values())
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert cache.bytes_used() == sum(files(cache).values()) <= 60_000
 
 
-PATHS = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
-WORKER = """
-import random, sys
-sys.path[:0] = {paths!r}
+PATHS = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests'), str(Path(__file__).parent)]!r}\n"
+WORKER = f"""{PATHS}
+import random
 from test_cache import content, get
 from storage.cache import DiskCache
 cache, rng = DiskCache(sys.argv[1], 60_000), random.Random(int(sys.argv[2]))
@@ -127,27 +116,18 @@ cache.close()
 """
 
 
-def start(folder: Path, seed: int, rounds: int) -> subprocess.Popen:
-    program = WORKER.format(paths=PATHS)
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, str(folder), str(seed), str(rounds)], stdout=subprocess.PIPE, text=True
-    )
+def start(program: str, *arguments: object) -> subprocess.Popen:
+    """Run a program that prints a line when it is ready, and wait for that line."""
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process
 
 
-def test_what_a_process_was_removing_when_it_died_takes_no_room(tmp_path: Path) -> None:
-    cache = DiskCache(str(tmp_path), 60_000)
-    assert cache.reserve({"00": 100}) == {"00": True}
-    cache.put("00", b"x" * 100)
-    (path,) = (tmp_path / FOLDER / "items").glob("*/*")
-    path.unlink()  # the file leaves before its row does
-    assert DiskCache(str(tmp_path), 60_000).bytes_used() == 0
-
-
 def fill(folder: Path, items: int) -> DiskCache:
-    """A closed cache that holds so many items of one byte, eight in each folder."""
+    """A closed cache of items of one byte, eight in each folder."""
     cache = DiskCache(str(folder), 10**9)
     names = [f"{number // 8:02x}{number}" for number in range(items)]
     cache.reserve(dict.fromkeys(names, 1))
@@ -157,7 +137,7 @@ def fill(folder: Path, items: int) -> DiskCache:
     return cache
 
 
-def test_opening_looks_at_a_few_items_and_the_next_opening_at_the_next_ones(tmp_path: Path, monkeypatch) -> None:
+def test_each_opening_checks_the_next_few_items(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("storage.cache.ITEMS_CHECKED", 16)
     cache = fill(tmp_path, 320)  # in 40 folders
     for folder in (cache.folder / "items").iterdir():
@@ -173,7 +153,7 @@ def test_opening_looks_at_a_few_items_and_the_next_opening_at_the_next_ones(tmp_
     assert again.bytes_used() == sum(files(again).values()) == 280
 
 
-def test_opening_a_large_cache_reads_no_more_than_opening_a_small_one(tmp_path: Path, monkeypatch) -> None:
+def test_opening_a_large_cache_reads_as_much_as_opening_a_small_one(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("storage.cache.ITEMS_CHECKED", 16)
     steps: dict[int, list[None]] = {80: [], 1600: []}
     seen: list[int] = []
@@ -184,67 +164,40 @@ def test_opening_a_large_cache_reads_no_more_than_opening_a_small_one(tmp_path: 
         seen.clear()
         cache = DiskCache(str(tmp_path / str(items)), 10**9)
         assert seen == [8, 8]
-        cache._database.set_progress_handler(partial(counted.append, None), 1)  # each step of SQLite's machine
+        cache._database.set_progress_handler(partial(counted.append, None), 1)  # each instruction of SQLite
         cache._reclaim(cache._database)
         cache._database.set_progress_handler(None, 0)
     assert 0 < len(steps[1600]) <= len(steps[80])
 
 
-def test_a_cache_of_an_earlier_version_is_taken_over(tmp_path: Path) -> None:
-    folder = tmp_path / FOLDER
-    (folder / "items" / "aa").mkdir(parents=True)
-    (folder / "items" / "aa" / "aa").write_bytes(content("aa"))
-    with sqlite3.connect(folder / "items.sqlite") as database:
-        database.executescript("""
-            CREATE TABLE items (name TEXT PRIMARY KEY, size INTEGER NOT NULL, used REAL NOT NULL, owner TEXT)
-            WITHOUT ROWID; CREATE INDEX by_use ON items (used); CREATE TABLE total (bytes INTEGER NOT NULL);
-            CREATE TRIGGER added AFTER INSERT ON items BEGIN UPDATE total SET bytes = bytes + new.size; END;
-            CREATE TRIGGER removed AFTER DELETE ON items BEGIN UPDATE total SET bytes = bytes - old.size; END;
-        """)
-        database.execute("INSERT INTO total VALUES (0)")
-        database.execute("INSERT INTO items VALUES ('aa', ?, 1.0, NULL)", (len(content("aa")),))
-        database.execute("INSERT INTO items VALUES ('ab', 500, 1.0, '4194303 1')")
-    database.close()
+def test_partial_files_of_dead_processes_are_removed(tmp_path: Path) -> None:
     cache = DiskCache(str(tmp_path), 10**6)
-    assert cache.read("aa") == content("aa")
-    assert cache.bytes_used() == len(content("aa"))
-    assert list(files(cache)) == ["aa"]
-
-
-def test_what_a_dead_process_was_writing_goes_and_what_a_living_one_writes_stays(tmp_path: Path) -> None:
-    cache = DiskCache(str(tmp_path), 10**6)
-    for name in (
-        f"{this_process()} 7",
-        f"{2**22 - 1} 123 7",
-        f"{os.getpid()} 1 7",
-    ):  # the last one's number was used before
+    for name in (f"{this_process()} 7", f"{2**22 - 1} 123 7", f"{os.getpid()} 1 7"):  # the last number was used before
         (cache.folder / "parts" / name).write_bytes(b"half")
     DiskCache(str(tmp_path), 10**6)
     assert os.listdir(cache.folder / "parts") == [f"{this_process()} 7"]
 
 
-def test_processes_killed_at_any_moment_leave_a_whole_cache_to_the_others(tmp_path: Path) -> None:
+def test_processes_killed_at_any_moment_leave_a_consistent_cache(tmp_path: Path) -> None:
     rng = random.Random(7)
-    survivor = start(tmp_path, 1000, 1500)
+    survivor = start(WORKER, tmp_path, 1000, 1500)
     for seed in range(6):
-        victim = start(tmp_path, seed, 10**9)
+        victim = start(WORKER, tmp_path, seed, 10**9)
         time.sleep(rng.uniform(0.01, 0.3))
-        os.kill(victim.pid, signal.SIGKILL)
-        victim.wait()
-        victim.stdout.close()
-    assert survivor.wait(120) == 0  # every item it read was right
-    survivor.stdout.close()
-    cache = DiskCache(str(tmp_path), 60_000)  # takes back what the dead had reserved
+        victim.kill()
+        victim.communicate()
+    survivor.communicate(timeout=120)
+    assert survivor.returncode == 0  # every item it read was correct
+    cache = DiskCache(str(tmp_path), 60_000)  # frees what the killed ones had reserved
     found = files(cache)
-    assert all(zlib.crc32(cache.read(name)) == zlib.crc32(content(name)) for name in found)
+    assert all(cache.read(name) == content(name) for name in found)
     assert cache.bytes_used() == sum(found.values()) <= 60_000
     assert not [name for name in found if name.endswith(".part")]
-    assert cache.reserve({"zz": 60_000}) == {"zz": True}  # nothing holds room for the dead
+    assert cache.reserve({"zz": 60_000}) == {"zz": True}  # nothing stays reserved for the killed ones
 
 
-FULL = """
-import resource, signal, sys
-sys.path[:0] = {paths!r}
+FULL = f"""{PATHS}
+import resource, signal
 from test_cache import content, get
 from storage.cache import DiskCache
 cache = DiskCache(sys.argv[1], 10**6)
@@ -258,23 +211,19 @@ cache.close()
 
 
 @pytest.mark.parametrize("size", [0, 4096, 20_000])
-def test_a_disk_that_is_full_costs_the_cache_and_nothing_else(tmp_path: Path, size: int) -> None:
-    """Neither the items nor their list can be written."""
-    program = FULL.format(paths=PATHS)
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path), str(size)], capture_output=True, text=True, check=True
-    )
+def test_on_a_full_disk_reading_continues_without_the_cache(tmp_path: Path, size: int) -> None:
+    """Neither the items nor the database can be written."""
+    command = [sys.executable, "-c", FULL, str(tmp_path), str(size)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stderr.count("reading continues without it") == 1
     cache = DiskCache(str(tmp_path), 10**6)
     assert get(cache, "50") == content("50")
     assert cache.bytes_used() == sum(files(cache).values())
 
 
-OPEN = f"""
-import sys, time
-sys.path.insert(0, {str(ROOT)!r})
+OPEN = f"""{PATHS}
 from storage.cache import DiskCache
-print("begun", flush=True)
+print("ready", flush=True)
 sys.stdin.readline()
 for folder in sys.argv[1:]:
     cache = DiskCache(folder, 10**6)
@@ -284,14 +233,8 @@ print("opened")
 """
 
 
-def test_processes_that_open_a_new_cache_at_once_all_get_it(tmp_path: Path) -> None:
-    folders = [str(tmp_path / str(number)) for number in range(40)]
-    command = [sys.executable, "-c", OPEN, *folders]
-    pipe = subprocess.PIPE
-    processes = [subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) for _ in range(6)]
-    for process in processes:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "begun\n"
+def test_processes_that_open_a_new_cache_at_the_same_time_all_succeed(tmp_path: Path) -> None:
+    processes = [start(OPEN, *(tmp_path / str(number) for number in range(40))) for _ in range(6)]
     for process in processes:
         assert process.stdin is not None
         process.stdin.write("now\n")
@@ -301,10 +244,10 @@ def test_processes_that_open_a_new_cache_at_once_all_get_it(tmp_path: Path) -> N
         assert process.returncode == 0
 
 
-def test_a_list_that_cannot_be_opened_again_costs_the_cache_and_nothing_else(
+def test_without_its_database_reading_continues_without_the_cache(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A process opens its list anew after a fork, and after `close`; the disk may have become full meanwhile."""
+    """A process reopens the database after a fork and after `close`; the disk may be full by then."""
     cache = DiskCache(str(tmp_path), 10**6)
     assert get(cache, "one") == content("one")
     cache.close()

@@ -1,4 +1,4 @@
-"""Packing from web servers whose answers have no end, grow when unpacked, or come a byte at a time."""
+"""Packing from web servers whose responses are endless, grow when decompressed, or arrive a byte at a time."""
 
 import contextlib
 import gzip
@@ -36,42 +36,42 @@ def jpeg() -> bytes:
 
 
 def bomb() -> bytes:
-    """Half a megabyte that unpacks to 400."""
+    """Half a megabyte that decompresses to 400 MB."""
     return gzip.compress(bytes(400 * MB), 6)
 
 
-def without_end(head: bytes, part: bytes, pause: float = 0) -> Callable[[str], Iterator[bytes]]:
-    def answer(host: str) -> Iterator[bytes]:
+def endless(head: bytes, part: bytes, pause: float = 0) -> Callable[[str], Iterator[bytes]]:
+    def response(host: str) -> Iterator[bytes]:
         yield head
         for _ in itertools.repeat(None):
             yield part
             time.sleep(pause)
 
-    return answer
+    return response
 
 
 def once(*parts: bytes) -> Callable[[str], Iterator[bytes]]:
     return lambda host: iter(parts)
 
 
-ANSWERS: dict[str, Callable[[str], Iterator[bytes]]] = {
+RESPONSES: dict[str, Callable[[str], Iterator[bytes]]] = {
     "/good.jpg": once(OK + LENGTH % len(jpeg()) + b"\r\n" + jpeg()),
-    "/chunked": without_end(OK + b"Transfer-Encoding: chunked\r\n\r\n", CHUNK),
-    "/unlimited": without_end(OK + b"Connection: close\r\n\r\n", bytes(MB // 4)),
-    "/huge": without_end(OK + LENGTH % 10**13 + b"\r\n", bytes(MB // 4)),
-    "/more": without_end(OK + LENGTH % 10 + b"\r\n", bytes(MB // 4)),
+    "/chunked": endless(OK + b"Transfer-Encoding: chunked\r\n\r\n", CHUNK),
+    "/unlimited": endless(OK + b"Connection: close\r\n\r\n", bytes(MB // 4)),
+    "/huge": endless(OK + LENGTH % 10**13 + b"\r\n", bytes(MB // 4)),
+    "/more": endless(OK + LENGTH % 10 + b"\r\n", bytes(MB // 4)),
     "/bomb": once(OK + b"Content-Encoding: gzip\r\n" + LENGTH % len(bomb()) + b"\r\n", bomb()),
-    "/drip": without_end(OK + LENGTH % MB + b"\r\n", b"x", 0.1),
-    "/trickle": without_end(OK + LENGTH % MB + b"\r\n", bytes(500), 0.1),
-    "/headers": without_end(OK, b"X-More: " + b"x" * 1000 + b"\r\n"),
-    "/header": without_end(OK + b"X-More: ", b"x" * 1000),
-    "/dripping-headers": without_end(OK, b"X: y\r\n", 0.1),
-    "/continue": without_end(b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.001),
-    "/moved": without_end(b"HTTP/1.1 302 Found\r\nLocation: /good.jpg\r\n" + LENGTH % 10**13 + b"\r\n", bytes(MB)),
+    "/drip": endless(OK + LENGTH % MB + b"\r\n", b"x", 0.1),
+    "/trickle": endless(OK + LENGTH % MB + b"\r\n", bytes(500), 0.1),
+    "/headers": endless(OK, b"X-More: " + b"x" * 1000 + b"\r\n"),
+    "/header": endless(OK + b"X-More: ", b"x" * 1000),
+    "/dripping-headers": endless(OK, b"X: y\r\n", 0.1),
+    "/continue": endless(b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.001),
+    "/moved": endless(b"HTTP/1.1 302 Found\r\nLocation: /good.jpg\r\n" + LENGTH % 10**13 + b"\r\n", bytes(MB)),
     "/round": once(b"HTTP/1.1 302 Found\r\nLocation: /round\r\n" + LENGTH % 0 + b"\r\n"),
     "/farther": lambda host: iter([b"HTTP/1.1 302 Found\r\nLocation: /farther/x\r\n" + LENGTH % 0 + b"\r\n"]),
-    "/gone": without_end(b"HTTP/1.1 404 Not Found\r\nConnection: close\r\n\r\n", bytes(MB // 4)),
-    "/busy": without_end(b"HTTP/1.1 503 Busy\r\nConnection: close\r\n\r\n", bytes(MB // 4)),
+    "/gone": endless(b"HTTP/1.1 404 Not Found\r\nConnection: close\r\n\r\n", bytes(MB // 4)),
+    "/busy": endless(b"HTTP/1.1 503 Busy\r\nConnection: close\r\n\r\n", bytes(MB // 4)),
 }
 
 
@@ -85,7 +85,7 @@ def serve(connection: socket.socket) -> None:
                     return
                 request += data
             path = request.split(b" ")[1].decode()
-            for part in ANSWERS.get(path, ANSWERS["/farther"])(path):
+            for part in RESPONSES.get(path, RESPONSES["/farther"])(path):
                 connection.sendall(part)
 
 
@@ -132,7 +132,7 @@ REASONS = {
 }
 
 
-def test_every_answer_without_an_end_ends_with_its_reason(server: str, client: WebClient) -> None:
+def test_every_endless_response_is_ended_with_its_reason(server: str, client: WebClient) -> None:
     files = {path: io.BytesIO() for path in [*REASONS, "/more"]}
     began = time.monotonic()
     futures = {path: client.fetch(server + path, file, BOUNDS) for path, file in files.items()}
@@ -144,7 +144,7 @@ def test_every_answer_without_an_end_ends_with_its_reason(server: str, client: W
     assert max(len(file.getbuffer()) for file in files.values()) <= BOUNDS.bytes
 
 
-def test_a_medium_that_is_too_large_is_not_tried_again_and_a_busy_one_is(server: str) -> None:
+def test_a_busy_server_is_retried_and_too_large_a_response_is_not(server: str) -> None:
     client = WebClient(Fetching(attempts=2, timeout=20))
     began = time.monotonic()
     with pytest.raises(StoreError, match=TOO_LARGE):

@@ -1,4 +1,4 @@
-"""Locks between processes and machines, with what file systems make of them: NFS, none at all, each machine its own."""
+"""Locks between processes and machines, also on NFS, without locks, and with separate locks for each machine."""
 
 import contextlib
 import errno
@@ -43,7 +43,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def hold(quick: None):
-    """Starts a process that holds a lock, as on another machine with a kernel of its own."""
+    """Starts a process that holds a lock, as on another machine."""
     processes: list[subprocess.Popen] = []
 
     def start(path: Path, machine: str = "other", kind: str = "flock") -> subprocess.Popen:
@@ -66,14 +66,14 @@ def refusing(number: int) -> Callable:
 
 
 def nfs_flock(descriptor: int, kind: int, real: Callable = fcntl.flock) -> None:
-    """As the client of NFS does it: by fcntl, which wants a file that is open for writing."""
+    """As the client of NFS: by fcntl, which requires a file that is open for writing."""
     writable = fcntl.fcntl(descriptor, fcntl.F_GETFL) & (os.O_RDWR | os.O_WRONLY)
     if kind & fcntl.LOCK_EX and not writable:
         raise OSError(errno.EBADF, os.strerror(errno.EBADF))
     real(descriptor, kind)
 
 
-def test_a_build_is_kept_out_on_nfs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_build_is_refused_on_nfs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fcntl, "flock", nfs_flock)
     with open_output(str(tmp_path / "out")):
         with pytest.raises(ValueError, match=rf"another build is writing to .*out \(process {os.getpid()} on "):
@@ -82,8 +82,8 @@ def test_a_build_is_kept_out_on_nfs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("kind", ["flock", str(errno.ENOLCK), str(errno.EOPNOTSUPP)])
-def test_another_machine_is_kept_out_while_it_lives(tmp_path: Path, hold, monkeypatch, kind: str) -> None:
-    """Whether its kernel's lock is seen here or not."""
+def test_a_lock_of_another_machine_holds_while_that_runs(tmp_path: Path, hold, monkeypatch, kind: str) -> None:
+    """With and without the kernel's lock."""
     path = tmp_path / "lock"
     holder = hold(path, kind=kind)
     if kind != "flock":
@@ -100,14 +100,14 @@ def test_another_machine_is_kept_out_while_it_lives(tmp_path: Path, hold, monkey
     Lock(path).acquire()
 
 
-def test_a_mount_where_each_machine_has_locks_of_its_own(tmp_path: Path, hold) -> None:
+def test_a_mount_with_separate_locks_for_each_machine(tmp_path: Path, hold) -> None:
     path = tmp_path / "lock"
-    holder = hold(path, kind=str(errno.ENOLCK))  # no lock of it is seen here
+    holder = hold(path, kind=str(errno.ENOLCK))  # its lock is not visible here
     with pytest.raises(HeldError, match=f"process {holder.pid} on "):
         Lock(path).acquire()
 
 
-def test_a_process_of_this_machine_that_was_killed_is_not_watched_for(tmp_path: Path, hold, monkeypatch) -> None:
+def test_a_killed_process_of_this_machine_causes_no_waiting(tmp_path: Path, hold, monkeypatch) -> None:
     path = tmp_path / "lock"
     holder = hold(path, machine=locks.machine())
     holder.kill()
@@ -117,9 +117,9 @@ def test_a_process_of_this_machine_that_was_killed_is_not_watched_for(tmp_path: 
     Lock(path).acquire()
 
 
-def test_of_two_that_begin_at_once_without_locks_one_gets_it(tmp_path: Path, quick, monkeypatch) -> None:
+def test_without_locks_only_one_of_several_processes_gets_it(tmp_path: Path, quick, monkeypatch) -> None:
     monkeypatch.setattr(fcntl, "flock", refusing(errno.ENOLCK))
-    monkeypatch.setattr(Lock, "_watch_notes", lambda _: None)  # each looked before the others had written
+    monkeypatch.setattr(Lock, "_watch_notes", lambda _: None)  # each one looked before the others had written
     held: list[Lock] = []
 
     def begin() -> None:
@@ -137,7 +137,7 @@ def test_of_two_that_begin_at_once_without_locks_one_gets_it(tmp_path: Path, qui
     held[0].release()
 
 
-def test_whole_builds_and_parts_keep_each_other_out_without_locks(tmp_path: Path, quick, monkeypatch) -> None:
+def test_whole_builds_and_job_parts_exclude_each_other_without_locks(tmp_path: Path, quick, monkeypatch) -> None:
     monkeypatch.setattr(fcntl, "flock", refusing(errno.ENOLCK))
     output = str(tmp_path / "out")
     with open_output(output, part="1/2"):

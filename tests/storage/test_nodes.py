@@ -1,4 +1,4 @@
-"""Many processes and nodes at one store: what a node needs is fetched once, in turn, within bounds, and no more."""
+"""Many processes and nodes at one store: a node fetches what it needs once, within its limits."""
 
 import json
 import multiprocessing
@@ -23,16 +23,16 @@ from loaders.config import CacheConfig, LoaderConfig, PerMedia
 from loaders.shards import CorpusReader, describe, open_corpus
 from loaders.text import Tokenizer
 from loaders.train import TrainLoader
-from runtime.ranks import Ranks, current_ranks, ranks_of
+from runtime.ranks import Ranks, ranks_of
 from sharding.index import index_shards
 from storage import limits
 from storage.cache import DiskCache
-from storage.limits import RemoteReads, share_of
+from storage.limits import RemoteReads
 from storage.ranges import ByteRange
 
 SHARDS, EACH = 64, 4
 
-# A process of a node, as a launcher starts it: opens a corpus when told to, and reads what it is asked for.
+# A process of a node: after a line of input it opens a corpus and reads every index and some frames.
 RANK = f"""
 import json, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -103,7 +103,7 @@ class Processes:
             process.communicate()
 
     def counters(self) -> list[Counter[str]]:
-        """What each has counted, once all have read every row of every index."""
+        """The counters of each process, after all have read every row of every index."""
         found = []
         for process in self.all:
             told, _ = process.communicate(timeout=120)
@@ -114,13 +114,13 @@ class Processes:
         return found
 
 
-def asked(proxy: FaultyProxy) -> Counter[str]:
-    """How often each file was asked for."""
+def request_counts(proxy: FaultyProxy) -> Counter[str]:
+    """Number of requests for each file."""
     return Counter(seen.path.partition("?")[0].rsplit("/", 1)[-1] for seen in proxy.log)
 
 
 @pytest.mark.parametrize(("store", "cached"), [("s3", True), ("http", True), ("http", False)], indirect=["store"])
-def test_the_processes_of_a_node_ask_for_descriptions_and_indices_as_often_as_one(
+def test_several_processes_of_a_node_send_as_many_requests_as_one(
     store: Store, faulty: MakeFaulty, many: Path, tmp_path: Path, cached: bool
 ) -> None:
     store.fill(many, "many")
@@ -133,13 +133,13 @@ def test_the_processes_of_a_node_ask_for_descriptions_and_indices_as_often_as_on
         remote = RemoteReads(hedge_percentile=0)
         with Processes(store.url("many", proxy), count, cache, remote, folder) as processes:
             counters = processes.counters()
-        seen.append(asked(proxy))
+        seen.append(request_counts(proxy))
         assert sum(each["requests"] for each in counters) == 1 + SHARDS
         assert bool(sum(each["files_shared"] for each in counters)) == (count > 1)
     assert seen[0] == seen[1] == Counter(path.name for path in many.iterdir() if path.suffix in (".json", ".parquet"))
 
 
-def test_where_no_cache_is_wanted_each_process_fetches_its_own(
+def test_without_a_cache_each_process_fetches_its_own_files(
     http: Store, faulty: MakeFaulty, many: Path, tmp_path: Path
 ) -> None:
     http.fill(many, "many")
@@ -147,11 +147,11 @@ def test_where_no_cache_is_wanted_each_process_fetches_its_own(
     remote = RemoteReads(hedge_percentile=0)
     with Processes(http.url("many", proxy), 2, CacheConfig(index_mb=0), remote, tmp_path) as processes:
         processes.counters()
-    assert set(asked(proxy).values()) == {2}
+    assert set(request_counts(proxy).values()) == {2}
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_process_was_fetching_when_it_was_killed_another_one_fetches(
+def test_after_a_kill_another_process_fetches_the_file(
     http: Store, faulty: MakeFaulty, many: Path, tmp_path: Path
 ) -> None:
     http.fill(many, "many")
@@ -161,7 +161,7 @@ def test_what_a_process_was_fetching_when_it_was_killed_another_one_fetches(
         while not proxy.log:
             time.sleep(0.02)
         time.sleep(0.5)
-        assert len(proxy.log) == 1  # one fetches, the other one waits for it
+        assert len(proxy.log) == 1  # one process fetches, the other one waits for it
         proxy.faults = Faults()
         fetching = next(process for process in processes.all if connected(process.pid, proxy.port))
         os.kill(fetching.pid, signal.SIGKILL)
@@ -190,24 +190,24 @@ print(describe(sys.argv[1], LoaderConfig(cache=CacheConfig(sys.argv[2], 1.0))).n
 """
 
 
-def test_a_corpus_packed_anew_is_seen_by_who_opens_it_later(http: Store, many: Path, tmp_path: Path) -> None:
+def test_a_process_started_later_sees_a_corpus_that_was_packed_again(http: Store, many: Path, tmp_path: Path) -> None:
     url, cache = http.fill(many, "many"), str(tmp_path / "cache")
     config = LoaderConfig(cache=CacheConfig(cache, 1.0))
+    description = Path(http.folder or "") / "files" / "many" / "corpus.json"
     command = [sys.executable, "-c", DESCRIBE, url, cache]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as older:
         assert older.stdout is not None
         assert older.stdout.readline() == "begun\n"
         corpus = describe(url, config)
-        description = Path(http.folder or "") / "files" / "many" / "corpus.json"
         description.write_text(replace(corpus, name="another", url="").to_json())
         assert describe(url, config).name == "another"
         description.write_text(replace(corpus, name="a third", url="").to_json())
-        assert older.communicate("now\n", timeout=60)[0] == "another\n"  # fetched after it began: as good as its own
+        assert older.communicate("now\n", timeout=60)[0] == "another\n"  # fetched after it began: fresh enough
     later = subprocess.run(command, input="now\n", capture_output=True, text=True, timeout=60, check=True)
     assert later.stdout == "begun\na third\n"
 
 
-def test_a_cache_that_takes_no_locks_costs_the_sharing_only(
+def test_without_locks_in_the_cache_processes_only_share_less(
     http: Store, many: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     url = http.fill(many, "many")
@@ -217,7 +217,7 @@ def test_a_cache_that_takes_no_locks_costs_the_sharing_only(
     assert "processes do not share this work" in caplog.text
 
 
-def test_a_description_that_comes_damaged_is_fetched_again_and_one_that_stays_so_is_refused(
+def test_a_damaged_description_is_fetched_again_and_refused_if_it_stays_damaged(
     http: Store, faulty: MakeFaulty, many: Path
 ) -> None:
     url = http.fill(many, "many")
@@ -237,7 +237,7 @@ def test_a_description_that_comes_damaged_is_fetched_again_and_one_that_stays_so
 
 
 def begin(url: str, ranks: Ranks, folder: str, config: LoaderConfig, go) -> None:
-    """A node's first process: opens the corpus when all do."""
+    """The first process of a node: opens the corpus at the same time as the others."""
     limits._waited.clear()
     go.wait()
     reader = open_corpus(url, replace(config, cache=CacheConfig(folder, 1.0)), ranks=ranks)
@@ -245,7 +245,7 @@ def begin(url: str, ranks: Ranks, folder: str, config: LoaderConfig, go) -> None
     reader.close()
 
 
-def test_64_nodes_that_start_at_once_begin_to_read_one_after_another(
+def test_64_nodes_that_start_at_once_begin_to_read_in_turn(
     http: Store, faulty: MakeFaulty, many: Path, tmp_path: Path
 ) -> None:
     http.fill(many, "many")
@@ -268,12 +268,12 @@ def test_64_nodes_that_start_at_once_begin_to_read_one_after_another(
         each.join(120)
         assert each.exitcode == 0
     names = [path.name for path in many.iterdir() if path.suffix == ".parquet"]
-    assert asked(proxy) == Counter({"corpus.json": 64} | dict.fromkeys(names, 1))
+    assert request_counts(proxy) == Counter({"corpus.json": 64} | dict.fromkeys(names, 1))
     arrivals = sorted(seen.at - began for seen in proxy.log if "corpus.json" in seen.path)
     assert all(arrival >= number / 16 - 0.05 for number, arrival in enumerate(arrivals))
 
 
-def test_who_needs_all_indices_begins_with_others_than_its_neighbours(
+def test_processes_that_need_all_indices_start_at_different_ones(
     http: Store, faulty: MakeFaulty, many: Path, tmp_path: Path
 ) -> None:
     http.fill(many, "many")
@@ -291,39 +291,33 @@ def test_who_needs_all_indices_begins_with_others_than_its_neighbours(
     assert set(begins[1]) <= set(range(40, 52))
 
 
-def test_a_nodes_connections_are_shared_by_its_processes(
-    http: Store, faulty: MakeFaulty, many: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("latency", "limit", "seconds", "most"),
+    [
+        (0.08, {"connections": 8}, 0.075, 8),  # each takes longer: as many are concurrent
+        (0.0, {"requests_per_second": 60}, 2.0, 2 * 60 + 12),  # a few were delayed by a busy machine
+    ],
+)
+def test_the_limits_of_a_node_are_shared_by_its_processes(
+    http: Store, faulty: MakeFaulty, many: Path, tmp_path: Path, latency: float, limit: dict, seconds: float, most: int
 ) -> None:
     http.fill(many, "many")
-    proxy = faulty(http, Faults(latency=0.08))
-    remote = RemoteReads(connections=8, gap_kb=0)
+    proxy = faulty(http, Faults(latency=latency))
+    remote = RemoteReads(gap_kb=0, **limit)
     with Processes(http.url("many", proxy), 4, CacheConfig(), remote, tmp_path, frames=16) as processes:
         processes.counters()
     times = [seen.at for seen in proxy.log if seen.path.endswith(".tar")]
     assert len(times) >= 4 * 16 * EACH
-    assert most_within(times, 0.075) <= 8  # each takes longer: so many are under way at a time
-
-
-def test_a_nodes_requests_a_second_are_shared_by_its_processes(
-    http: Store, faulty: MakeFaulty, many: Path, tmp_path: Path
-) -> None:
-    http.fill(many, "many")
-    proxy = faulty(http, Faults())
-    remote = RemoteReads(requests_per_second=60, gap_kb=0)
-    with Processes(http.url("many", proxy), 4, CacheConfig(), remote, tmp_path, frames=16) as processes:
-        processes.counters()
-    times = [seen.at for seen in proxy.log]
-    assert len(times) >= 1 + SHARDS + 4 * 16 * EACH
-    assert most_within(times, 2.0) <= 2 * 60 + 12  # a few that a busy machine has held up
+    assert most_within(times, seconds) <= most
 
 
 def most_within(times: list[float], seconds: float) -> int:
-    """The most of the times that lie within so many seconds."""
+    """The largest number of times within that many seconds."""
     times = sorted(times)
     return max(sum(first <= at < first + seconds for at in times[n:]) for n, first in enumerate(times))
 
 
-def test_the_bounds_are_those_of_all_corpora_of_a_process_together(
+def test_the_limits_hold_for_all_corpora_of_a_process_together(
     http: Store, faulty: MakeFaulty, many: Path, tokenizer: Tokenizer
 ) -> None:
     for name in ("one", "two"):
@@ -336,13 +330,13 @@ def test_the_bounds_are_those_of_all_corpora_of_a_process_together(
     loader = TrainLoader([http.url(name, proxy) for name in ("one", "two")], tokenizer, config)
     batches = iter(loader)
     next(batches)
-    log = list(proxy.log)  # ending breaks requests off, and others take their place
+    log = list(proxy.log)  # closing cancels requests, and others start instead
     loader.close()
     assert {seen.path.split("/")[2] for seen in log} == {"one", "two"}
     assert most_within([seen.at for seen in log], 0.055) <= 3
 
 
-def test_waiting_for_the_own_bound_is_not_the_stores_fault(http: Store, many: Path) -> None:
+def test_waiting_for_the_rate_limiter_does_not_count_towards_the_deadline(http: Store, many: Path) -> None:
     url = http.fill(many, "many")
     remote = RemoteReads(connections=1, requests_per_second=16, deadline=1.5, hedge_percentile=0)
     reader = CorpusReader(url, remote=remote)
@@ -351,7 +345,9 @@ def test_waiting_for_the_own_bound_is_not_the_stores_fault(http: Store, many: Pa
     reader.close()
 
 
-def test_each_node_reads_its_own_part_only(http: Store, faulty: MakeFaulty, many: Path, tokenizer: Tokenizer) -> None:
+def test_each_node_reads_only_its_own_samples(
+    http: Store, faulty: MakeFaulty, many: Path, tokenizer: Tokenizer
+) -> None:
     http.fill(many, "many")
     config = LoaderConfig(
         batch_size=PerMedia(16, 16), image_res=32, decode="cpu", threads=1, stripes=4, window_shards=2,
@@ -363,33 +359,21 @@ def test_each_node_reads_its_own_part_only(http: Store, faulty: MakeFaulty, many
         for first in (0, 2):  # two nodes of two processes
             proxy = faulty(http, Faults())
             for rank in (first, first + 1):
-                loader = TrainLoader([http.url("many", proxy)], tokenizer, config, rank, 4, ranks_here=2)
+                loader = TrainLoader([http.url("many", proxy)], tokenizer, config, rank, 4, local_world_size=2)
                 stack.callback(loader.close)
                 keys += [key for batch in loader for key in batch.keys]
             seen.append([(item.path.rsplit("/", 1)[-1], item.range) for item in proxy.log])
     assert sorted(keys) == sorted(f"{many.name}/{number:06d}" for number in range(SHARDS * EACH))  # each sample once
     frames = [Counter(item for item in items if item[0].endswith(".tar")) for items in seen]
-    assert sum(map(len, frames)) == SHARDS * EACH == sum(map(Counter.total, frames))  # and each frame's bytes
+    assert sum(map(len, frames)) == SHARDS * EACH == sum(map(Counter.total, frames))  # and the bytes of each frame
     for kind in (".tar", ".parquet"):
         one, two = ({name for name, _ in items if name.endswith(kind)} for items in seen)
         assert len(one | two) == SHARDS
         assert one.isdisjoint(two)
 
 
-def test_the_ranks_of_a_process_are_found_in_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    assert current_ranks() == Ranks()
-    for name, value in {"RANK": "13", "WORLD_SIZE": "32", "LOCAL_WORLD_SIZE": "8"}.items():
-        monkeypatch.setenv(name, value)
-    assert current_ranks() == Ranks(rank=13, world_size=32, local_world_size=8)
-    assert (current_ranks().node_rank, current_ranks().num_nodes) == (1, 4)
-    share = share_of(RemoteReads(connections=128, requests_per_second=3000), current_ranks())
-    assert (share.connections, share.requests_per_second) == (16, 375)
-
-
 @pytest.mark.parametrize("name", ["requests_per_second", "starts_per_second", "connections"])
-def test_bounds_that_cannot_be_meant_are_named(name: str, shapes, tokenizer: Tokenizer) -> None:
+def test_impossible_limits_are_named(name: str, shapes, tokenizer: Tokenizer) -> None:
     config = LoaderConfig(remote=RemoteReads(**{name: -1}))
     with pytest.raises(ValueError, match=rf"remote\.{name} is -1: must be"):
         TrainLoader([shapes.url("images_train")], tokenizer, config)

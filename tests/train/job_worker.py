@@ -19,7 +19,7 @@ from launch.command import set_up_logging
 from model.checkpoints.pretrained import new_model
 from runtime.ranks import ranks_from_environment
 from train import prepare
-from train.config.files import load_settings
+from train.config.settings import load_settings
 from train.job.interrupted import TrainingInterrupted
 
 FROZEN_SECONDS = 50  # just before the watchdog of another rank ends a job whose process makes no heartbeat

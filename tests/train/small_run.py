@@ -106,8 +106,8 @@ def run_jobs(folder: Path, jobs: list[dict], processes: int = 2, timeout: int = 
     """Run launches one after another in the same processes; fails with the first one's error. Returns the output."""
     path, words = _jobs_command(folder, jobs, processes)
     result = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=timeout)
-    told = [each.read_text() for each in sorted(path.parent.glob(f"{path.stem}.[0-9]*"))]
-    failures = [failure for text in told for failure in json.loads(text) if failure]
+    reported = [each.read_text() for each in sorted(path.parent.glob(f"{path.stem}.[0-9]*"))]
+    failures = [failure for text in reported for failure in json.loads(text) if failure]
     assert not failures, "\n".join(failures)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout + result.stderr

@@ -4,7 +4,6 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from small_run import job, learned, run_jobs
 
 from sharding.build import build_corpus
@@ -44,10 +43,6 @@ def losses(folder):
     return torch.tensor([line["loss_qa"] for line in learned(folder)])
 
 
-def weights(folder, step):
-    return load_file(folder / f"checkpoints/step_{step:08}/weights/model.safetensors")
-
-
 def assert_close(one, other, rtol):
     torch.testing.assert_close(losses(one), losses(other), rtol=rtol, atol=0)
 
@@ -56,7 +51,7 @@ def zero(name):
     return f"deepspeed=deepspeed_configs/{name}.json"
 
 
-def test_a_run_goes_on_with_other_numbers_of_processes_and_other_stages(recipe, tmp_path):
+def test_a_run_resumes_with_other_numbers_of_processes_and_other_stages(recipe, tmp_path):
     steps = "max_steps=12", "scheduler.epochs=12"
     whole = tmp_path / "whole"
     run_jobs(tmp_path, [job("pretrain", recipe, f"output_dir={whole}", zero("zero1"), *steps)])
@@ -92,42 +87,22 @@ def test_accumulation_equals_the_larger_batch(recipe, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_every_stage_and_offload_learn_the_same_over_50_steps(recipe, tmp_path):
+def test_every_stage_and_offload_learn_the_same_from_images_and_clips_in_turn(corpora, tmp_path):
     names = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
-    settings = "max_steps=50", "scheduler.epochs=50"
-    run_jobs(
-        tmp_path,
-        [job("pretrain", recipe, f"output_dir={tmp_path}/{name}", zero(name), *settings) for name in names],
-        timeout=1200,
-    )
-    for name in names:
-        assert len(losses(tmp_path / name)) == 50
-        assert_close(tmp_path / name, tmp_path / "zero0", rtol=2e-3)
-    assert losses(tmp_path / "zero0")[-1] < losses(tmp_path / "zero0")[0]
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_images_and_clips_in_turn_teach_the_temporal_encoder_the_same_in_every_arrangement(corpora, tmp_path):
-    names = ("zero0", "zero2", "zero3", "zero2_offload", "zero3_offload")
     settings = (
         "video_input.num_frames=2", "add_temporal_embed=true", "temporal_vision_encoder.enable=true",
         "temporal_vision_encoder.num_layers=1", "vision_encoder.drop_path=0", "text_encoder.dropout=0",
-        "max_steps=16", "scheduler.epochs=2",
     )  # fmt: skip
-    config = corpora / "tiny.yaml"
-    run_jobs(
-        tmp_path,
-        [job("pretrain", config, f"output_dir={tmp_path}/{name}", zero(name), *settings) for name in names],
-        timeout=1200,
-    )
-    found = {name: torch.tensor([line["loss"] for line in learned(tmp_path / name)]) for name in names}
-    kinds = [line["media_type"] for line in learned(tmp_path / "zero0")]
-    assert (kinds.count("image"), kinds.count("video")) == (10, 6)
+    jobs = [
+        job("pretrain", corpora / "tiny.yaml", f"output_dir={tmp_path}/{name}", zero(name), *settings)
+        for name in names
+    ]  # fmt: skip
+    run_jobs(tmp_path, jobs, timeout=1200)
+    plain = learned(tmp_path / "zero0")
+    assert [line["step"] for line in plain] == list(range(1, 33))
+    assert {line["media_type"] for line in plain} == {"image", "video"}
+    assert plain[-1]["loss"] < plain[0]["loss"]
     for name in names:
-        torch.testing.assert_close(found[name], found["zero0"], rtol=5e-3, atol=0)
-        encoder = {
-            key: value for key, value in weights(tmp_path / name, 16).items() if "temporal_vision_encoder" in key
-        }
-        for key, value in encoder.items():
-            assert (value - weights(tmp_path / "zero0", 16)[key]).abs().max() < 2e-3, (name, key)
+        for key in ("loss", "grad_norm"):
+            found, expected = ([line[key] for line in learned(tmp_path / each)] for each in (name, "zero0"))
+            assert found == pytest.approx(expected, rel=5e-3), (name, key)

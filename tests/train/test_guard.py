@@ -1,10 +1,9 @@
-"""A step without a finite gradient changes nothing, is told with its samples, and too many in a row end the run."""
+"""A step without a finite gradient changes nothing, is logged with its samples, and too many in a row end the run."""
 
 import pytest
 import torch
 from small_engine import SMALL, make, numbers, step
 from small_run import PRECISIONS
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.singularity import Singularity
 from train.config.settings import OptimizerConfig
@@ -20,7 +19,7 @@ CASES = [(zero, precision) for zero in EVERY for precision in ("fp32", "bf16")] 
 
 
 @pytest.mark.parametrize(("zero", "precision"), CASES)
-def test_a_poisoned_step_changes_nothing_and_is_told(zero, precision, caplog):
+def test_a_poisoned_step_changes_nothing_and_is_reported(zero, precision, caplog):
     engine, guard = make(zero, precision)
     guard.loss_scale.load({"cur_scale": 64.0})  # where fp16 has one: it fits, so no step is lost looking for it
     step(engine, guard, 1)
@@ -82,28 +81,6 @@ def test_too_many_in_a_row_end_the_run():
     step(engine, guard, 6, poisoned=True)
     with pytest.raises(ValueError, match=r"3 steps in a row, the last one 6, .*max_bad_steps=3.*lower optimizer\.lr"):
         guard.inspect()
-
-
-class Reads(TorchDispatchMode):
-    """Counts how often a tensor's value is asked for, which waits on a GPU."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("stage", [1, 2])
-def test_no_step_waits_for_the_device_in_bf16(stage):
-    engine, guard = make(f"zero{stage}", "bf16")
-    step(engine, guard, 1)
-    with Reads() as reads:
-        step(engine, guard, 2, poisoned=True)
-    assert reads.count == 0
-    with Reads() as reads:
-        guard.inspect()
-    assert reads.count > 0
 
 
 @pytest.mark.parametrize(("zero", "precision"), CASES)

@@ -23,15 +23,6 @@ def runs(tmp_path):
     return [str(tmp_path / name) for name in ("first", "second")]
 
 
-def test_curves_are_read_as_logged(runs, tmp_path):
-    run = read_run(tmp_path / "second")
-    assert run.steps == 100
-    assert run.curves["loss"][0] == list(range(1, 101))
-    assert run.curves["loss"][1][9] == 0.25
-    assert run.curves["val/r_mean"] == ([50], [20.0])
-    assert "mfu" not in run.curves
-
-
 def test_images_and_clips_have_a_curve_each_and_losses_their_weight(tmp_path):
     lines = [
         {"step": step, "media_type": medium, "loss": loss, "loss_itc": loss / 2, "lr": 1e-4}
@@ -44,25 +35,23 @@ def test_images_and_clips_have_a_curve_each_and_losses_their_weight(tmp_path):
     assert run.curves_of("loss") == {"images": ([1, 3, 5, 7], [1.0] * 4), "clips": ([2, 4, 6, 8], [4.0] * 4)}
     assert list(run.curves_of("lr")) == [""]
     assert run.last("loss") == "1 images, 4 clips"
-    assert [title(name, [run]) for name in ("loss", "loss_itc", "lr")] == [
-        "loss (weighted sum)",
-        "loss_itc (x 2)",
-        "lr",
-    ]
-    assert main([str(tmp_path), "--output", str(tmp_path / "out.png")]) == 0
-    assert list(read_run(tmp_path).curves_of("loss")) == ["images", "clips"]
+    titles = [title(name, [run]) for name in ("loss", "loss_itc", "lr")]
+    assert titles == ["loss (weighted sum)", "loss_itc (x 2)", "lr"]
 
 
 def test_a_picture_and_a_page(runs, tmp_path, capsys):
+    run = read_run(tmp_path / "second")
+    assert (run.steps, run.curves_of("loss")[""][1][9]) == (100, 0.25)
+    assert run.curves_of("val/r_mean") == {"": ([50], [20.0])}
+    assert "mfu" not in run.metrics
     assert main([*runs, "--output", str(tmp_path / "out/curves.png")]) == 0
     assert capsys.readouterr().out.strip().endswith("curves.png: loss, lr, val/r_mean")
     with Image.open(tmp_path / "out/curves.png") as picture:
         colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 24)}
         assert {ImageColor.getrgb(colour) for colour in COLORS[:2]} <= colours  # a line of each run
         assert picture.width > 1000
-    assert (
-        main([runs[0], "--output", str(tmp_path / "page.html"), "--figures", "loss", "val/r_mean", "val/txt_r1"]) == 0
-    )
+    words = ["--output", str(tmp_path / "page.html"), "--figures", "loss", "val/r_mean", "val/txt_r1"]
+    assert main([runs[0], *words]) == 0
     page = (tmp_path / "page.html").read_text()
     assert "<svg" in page
     assert "<td>40" in page
@@ -70,10 +59,14 @@ def test_a_picture_and_a_page(runs, tmp_path, capsys):
     assert "http" not in page
 
 
-def test_mistakes_are_told(runs, tmp_path, capsys):
-    assert main([str(tmp_path)]) == 2
-    assert "has no metrics.jsonl" in capsys.readouterr().err
-    assert main([*runs, "--figures", "los"]) == 2
-    assert "no run has logged 'los': there are loss, lr" in capsys.readouterr().err
-    assert main([*runs, "--output", "x.pdf"]) == 2
-    assert "ends in .png" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "reported"),
+    [
+        (["nowhere"], "has no metrics.jsonl"),
+        (["--figures", "los"], "no run has logged 'los': there are loss, lr"),
+        (["--output", "x.pdf"], "ends in .png"),
+    ],
+)
+def test_mistakes_are_reported(runs, capsys, words, reported):
+    assert main([runs[0], *words]) == 2
+    assert reported in capsys.readouterr().err

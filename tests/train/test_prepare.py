@@ -1,4 +1,4 @@
-"""What is said before a run starts about a checkpoint that brings no vocabulary."""
+"""Errors before a run starts: checkpoints without a vocabulary."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from model.building import build_model
 from model.checkpoints.loading import save_model
 from model.config import ModelConfig, TextConfig, VisionConfig
 from runtime.errors import UserError
-from train.config.files import load_settings
+from train.config.settings import load_settings
 from train.prepare import prepare_evaluation
 
 
@@ -44,11 +44,11 @@ def test_weights_without_a_vocabulary_ask_for_it(settings, weights, tmp_path, mo
     (tmp_path / "published.txt").write_text(
         "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(900))])
     )
-    told = r"name the vocabulary that the model was trained with, tokenizer=vocab\.txt"
-    with pytest.raises(UserError, match=rf"tokenizer=bert-base-uncased has 905 words, .*: {told}"):
+    reported = r"name the vocabulary that the model was trained with, tokenizer=vocab\.txt"
+    with pytest.raises(UserError, match=rf"tokenizer=bert-base-uncased has 905 words, .*: {reported}"):
         prepare_evaluation(settings())
-    told = rf"{weights} has no vocabulary, and tokenizer: {tmp_path} is neither a vocabulary file nor a folder with"
-    with pytest.raises(UserError, match=told):
+    reported = rf"{weights} has no vocabulary, and tokenizer: {tmp_path} is neither a vocabulary file nor a folder with"
+    with pytest.raises(UserError, match=reported):
         prepare_evaluation(settings(f"tokenizer={tmp_path}"))
     with pytest.raises(
         UserError, match=r"model\.safetensors is not a text file, so it is not a BERT vocabulary: give a vocab\.txt"

@@ -1,4 +1,4 @@
-"""What takes long outside of training steps reports progress as it goes, so that the watchdog leaves it alone."""
+"""What takes long outside of training steps reports progress as it goes, so that the watchdog does not end the job."""
 
 import fsspec
 import pytest
@@ -12,9 +12,9 @@ from train.checkpoints.copies import RemoteCheckpoints
 @pytest.fixture
 def reports(monkeypatch):
     """Everything that is reported."""
-    told = []
-    monkeypatch.setattr(activity, "_report", lambda **changes: told.append(changes["position"]))
-    return told
+    reported = []
+    monkeypatch.setattr(activity, "_report", lambda **changes: reported.append(changes["position"]))
+    return reported
 
 
 def test_a_report_names_task_position_and_exchange():
@@ -36,11 +36,7 @@ def test_a_large_file_is_flushed_piece_by_piece(monkeypatch, tmp_path, reports):
     files.flush(path)
     files.flush(tmp_path)
     sizes = [each.split(", ")[-1] for each in reports if ", " in each]
-    assert sizes == [
-        "0 bytes of 2.6 MB",
-        "1.0 MB of 2.6 MB",
-        "2.1 MB of 2.6 MB",
-    ]
+    assert sizes == ["0 bytes of 2.6 MB", "1.0 MB of 2.6 MB", "2.1 MB of 2.6 MB"]
     assert path.read_bytes() == b"\1" * (5 << 19)
 
 

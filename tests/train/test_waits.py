@@ -4,7 +4,6 @@ The model's part runs on the meta device, the engine's on the CPU as if that com
 """
 
 import contextlib
-import copy
 import inspect
 from types import SimpleNamespace
 
@@ -14,11 +13,11 @@ from deepspeed.accelerator import get_accelerator
 from small_engine import make, step
 from waits import watched
 
+import train.step
 from loaders.batch import Answers, Batch
+from model.building import build_model
 from model.config import AnswerDecoderConfig, ModelConfig, TemporalConfig, TextConfig, VisionConfig
-from model.singularity import Singularity
-from model.vqa import SingularityQA
-from train.deepspeed.compat import LossScale
+from train.config.settings import RunConfig
 from train.guard import StepGuard, gradient_norm
 from train.schedule import Schedule
 from train.step import Stepper, without_padding
@@ -53,17 +52,19 @@ class MetaEngine:
         self.spent.append(self.kernels.launched - before)
 
 
+KINDS = {
+    "image": ModelConfig(),
+    "video": ModelConfig(
+        num_frames=4, add_temporal_embed=True, temporal_vision_encoder=TemporalConfig(enable=True)
+    ),
+    "qa": ModelConfig(answer_decoder=AnswerDecoderConfig(enable=True)),
+}  # fmt: skip
+
+
 def meta_model(kind):
     """The published model, in bf16 and in training, without memory."""
-    config = copy.deepcopy(ModelConfig())
-    if kind == "video":
-        config.num_frames, config.add_temporal_embed = 4, True
-        config.temporal_vision_encoder = TemporalConfig(enable=True)
-    if kind == "qa":
-        config.answer_decoder = AnswerDecoderConfig(enable=True)
     with torch.device("meta"):
-        model = SingularityQA(config) if kind == "qa" else Singularity(config)
-    return model.to(torch.bfloat16).train()
+        return build_model(KINDS[kind]).to(torch.bfloat16).train()
 
 
 def host_batch(kind):
@@ -80,18 +81,12 @@ def host_batch(kind):
     return Batch("image", 0, 0, frames, mask * 7, mask, torch.arange(PAIRS), keys, answers)
 
 
-class MetaGuard:
-    """What Stepper uses of StepGuard."""
-
-    def __init__(self, engine):
-        self.loss_scale = LossScale.__new__(LossScale)
-        self.loss_scale._scaler, self.loss_scale._scale_loss = None, False
-
-    def step(self):
-        pass
-
-    def record(self, step, keys, losses):
-        torch.stack(list(losses.values())).sum()
+# What Stepper uses of StepGuard.
+META_GUARD = SimpleNamespace(
+    loss_scale=SimpleNamespace(apply=lambda loss: loss),
+    step=lambda: None,
+    record=lambda step, keys, losses: torch.stack(list(losses.values())).sum(),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -100,28 +95,21 @@ def plain_linear(monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "linear", LINEAR)
 
 
-def meta_step(kind):
-    """Take three steps of the published model on the meta device; what would wait in the last, and its kernels."""
-    model = meta_model(kind)
-    engine = MetaEngine(model)
-    stepper = Stepper.__new__(Stepper)
-    stepper.engine, stepper.groups, stepper.model, stepper.schedule = engine, [], model, Schedule(0, 10, 0.1)
-    stepper.guard, stepper._device, stepper._dtype = MetaGuard(engine), torch.device("meta"), torch.bfloat16
-    stepper._seed, stepper._rank, stepper._accumulate, stepper._temperatures = 0, 0, 1, []
-    for number in range(3):  # the first ones make what is kept
+@pytest.mark.parametrize("kind", BUDGET)
+def test_nothing_of_a_step_waits_and_its_kernels_are_counted(kind, monkeypatch):
+    """Three steps of the published model on the meta device: the first ones make what is kept."""
+    monkeypatch.setattr(train.step, "fragments", lambda engine: [])
+    model, device = meta_model(kind), torch.device("meta")
+    engine, run = MetaEngine(model), RunConfig(precision="bf16")
+    stepper = Stepper(engine, [], model, Schedule(0, 10, 0.1), META_GUARD, device, run, 0)
+    for number in range(3):
         model.zero_grad()
         engine.spent = []
         batch = without_padding(host_batch(kind))
         with watched("meta") as (found, engine.kernels):
             stepper(batch, number)
-    return found, engine.spent
-
-
-@pytest.mark.parametrize("kind", BUDGET)
-def test_nothing_of_a_step_waits_and_its_kernels_are_counted(kind):
-    found, spent = meta_step(kind)
     assert found == []
-    assert all(used <= limit for used, limit in zip(spent, BUDGET[kind])), spent
+    assert all(used <= limit for used, limit in zip(engine.spent, BUDGET[kind])), engine.spent
 
 
 # As many parameters as the published model has, with little to compute.
@@ -164,7 +152,7 @@ def test_nothing_of_the_engine_waits(zero, precision, monkeypatch):
         step(engine, guard, number)
     waits.clear()
     with watched("cpu") as (found, _):
-        step(engine, guard, 5)
+        step(engine, guard, 5, poisoned=True)
     # The small model itself runs on the CPU here: reading its shapes and drawing its batch is not the engine's doing.
     assert waits == []
     assert [wait for wait in found if "tests/" not in wait] == []

@@ -1,15 +1,15 @@
-"""Watching a run: the progress line, a profiler's trace of some steps, and the curves of what was logged."""
+"""Watching a run: the progress line, a profiler's trace of some steps, the loader's counters, memory."""
 
 import json
 import re
 from collections import Counter
 
 import pytest
-from PIL import Image
+import torch
 from small_run import job, metrics, run_jobs
 
 from train.config.settings import RunConfig
-from train.plot import main as plot
+from train.tracking.profiling import StepProfiler
 from train.tracking.trackers import step_line
 
 GROUPS = 2  # of parameters, with weight decay and without; ZeRO's steps are taken group by group
@@ -36,7 +36,7 @@ def test_the_progress_line_says_how_a_run_is_doing(watched):
     assert line.findall((folder / "log.txt").read_text()) == list("123456")
 
 
-def test_the_share_of_a_gpus_arithmetic_stands_in_it_where_it_is_known():
+def test_the_share_of_a_gpus_arithmetic_is_shown_where_it_is_known():
     figures = {
         "step": 1, "epoch": 0, "media_type": "image", "loss": 1.0, "lr": 1e-4, "temperature": None, "grad_norm": None,
         "samples_per_second": 900.0, "data_wait": 0.014, "memory_gb": 40.0, "mfu": 0.412, "skipped": 2,
@@ -59,12 +59,16 @@ def test_the_trace_holds_the_steps_that_were_asked_for(watched):
         assert traced(path)["cpu_op", "aten::scaled_dot_product_attention"] > 2
 
 
-def test_a_run_that_ends_among_them_leaves_what_there_is(corpora, tmp_path):
-    settings = (f"output_dir={tmp_path}/run", "max_steps=3", "profile_steps=[3,9]")
-    shown = run_jobs(tmp_path, [job("pretrain", corpora / "tiny.yaml", *settings)], processes=1)
-    (path,) = (tmp_path / "run/profile").iterdir()
-    assert f"Trace of steps 3 to 3: {path}" in shown
-    assert traced(path)["user_annotation", "Optimizer.step#AdamW.step"] == 1 * GROUPS
+def test_a_run_that_ends_among_them_leaves_what_there_is(tmp_path, caplog):
+    caplog.set_level("INFO", "train")
+    profiler = StepProfiler([3, 9], tmp_path / "profile", 0, torch.device("cpu"))
+    profiler.before(3)
+    torch.ones(2).sum()
+    profiler.after(3)
+    profiler.close()
+    (path,) = (tmp_path / "profile").iterdir()
+    assert f"Trace of steps 3 to 3: {path}" in caplog.text
+    assert traced(path)["cpu_op", "aten::sum"]
 
 
 @pytest.mark.parametrize("steps", [[3], [4, 3], [0, 2]])
@@ -73,21 +77,19 @@ def test_steps_that_cannot_be_traced_are_refused(steps):
         RunConfig(profile_steps=steps)
 
 
-def test_its_curves_can_be_drawn(watched, tmp_path, capsys):
-    folder, _ = watched
-    assert len(metrics(folder)) == 6
-    assert plot([str(folder), "--output", str(tmp_path / "curves.png")]) == 0
-    drawn = capsys.readouterr().out
-    for figure in (
-        "loss_itc",
-        "loss_itm",
-        "loss_mlm",
-        "grad_norm",
-        "temperature",
-        "lr",
-        "samples_per_second",
-        "data_wait",
-    ):
-        assert figure in drawn
-    with Image.open(tmp_path / "curves.png") as picture:
-        assert picture.height > 900
+def test_the_loaders_counters_are_logged_beside_the_losses(watched):
+    steps = [line for line in metrics(watched[0]) if "loss" in line]
+    read = [line["loader/bytes_read"] for line in steps]
+    assert read == sorted(read)
+    assert read[0] > 0
+    assert all(0 <= line["loader/decode_ready"] <= 1 for line in steps)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_memory_is_flat_over_500_steps(corpora, tmp_path):
+    settings = ("scheduler.epochs=100", "max_steps=500", "log_every=10", "save_every=100", "keep_checkpoints=1")
+    run_jobs(tmp_path, [job("pretrain", corpora / "tiny.yaml", f"output_dir={tmp_path}/run", *settings)], timeout=800)
+    used = {line["step"]: line["memory_gb"] for line in metrics(tmp_path / "run") if "memory_gb" in line}
+    early = max(value for step, value in used.items() if 100 <= step <= 200)
+    assert max(value for step, value in used.items() if step >= 400) <= 1.02 * early, used

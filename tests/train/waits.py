@@ -49,7 +49,7 @@ class OneKernel(torch.autograd.Function):
 
 
 class Calls(TorchFunctionMode):
-    """Notes the calls of PyTorch's functions that wait; `device` stands for the GPU."""
+    """Records calls of PyTorch's functions that would wait; `device` is the GPU's."""
 
     def __init__(self, device: str, found: list[str], kernels: "Kernels") -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class Calls(TorchFunctionMode):
 
 
 class Kernels(TorchDispatchMode):
-    """Notes reads of values, whoever asks for them, and counts the operators that launch a kernel on a GPU."""
+    """Records all reads of values and counts the operators that launch a kernel on a GPU."""
 
     def __init__(self, device: str, found: list[str]) -> None:
         super().__init__()

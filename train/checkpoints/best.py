@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 BEST = "best"
 MARKER = "best.json"  # in a version: its step, score and split, and a unique id
 WEIGHTS = "weights"
-BEFORE_VERSIONS = 0  # stands for the only best model of a run made before December 2026
+BEFORE_VERSIONS = 0  # the step given to the only best model of a run made before December 2026
 _NAME = re.compile(r"best_(\d{8,})")
 
 
@@ -38,11 +38,10 @@ def best_steps(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
-def write_marker(version: Path, step: int, score: float | None, split: str | None) -> Path:
-    """Write a version's step, score and split; returns the file."""
-    path = version / MARKER
-    path.write_text(json.dumps({"step": step, "split": split, "score": score, "id": uuid.uuid4().hex}) + "\n")
-    return path
+def write_marker(version: Path, step: int, score: float | None, split: str | None) -> None:
+    """Write a version's step, score and split."""
+    marker = {"step": step, "split": split, "score": score, "id": uuid.uuid4().hex}
+    (version / MARKER).write_text(json.dumps(marker) + "\n")
 
 
 def point_to(folder: Path, step: int) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import fsspec
+from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from runtime.activity import progress
@@ -17,7 +18,7 @@ from runtime.errors import AccessError, UserError
 from runtime.units import data_size
 from storage.files import temporary_path
 from storage.policy import BUCKETS, check_bucket
-from storage.urls import check_no_credentials, hide_secrets, join_url
+from storage.urls import check_no_credentials, hide_secrets
 from train.checkpoints.best import BEST, MARKER, best_version
 from train.checkpoints.writing import STATE, complete_checkpoints
 
@@ -27,15 +28,16 @@ SETTINGS, METRICS = "config.yaml", "metrics.jsonl"
 
 
 class RemoteCheckpoints:
-    """The checkpoints of one run below a URL; each complete or absent: its state.json is written last."""
+    """The checkpoints of one run below a URL. A folder is complete once its marker, written last, is there."""
 
     def __init__(self, url: str, storage: Mapping[str, str]) -> None:
         """storage: fsspec's options. Raises ValueError for credentials in the URL, or a protocol unknown to fsspec."""
         check_no_credentials(url, storage)
         try:
-            self._files, self._root = fsspec.core.url_to_fs(url, **dict(storage))
+            files, root = fsspec.core.url_to_fs(url, **dict(storage))
         except (ValueError, ImportError) as error:
             raise UserError(f"checkpoint_url={url}: {error}") from None
+        self._files = DirFileSystem(root, files)
         self._url, self._storage = url, storage
         self._copied = ""  # the checkpoint that this process has copied whole
         self._failed: tuple[Path, Path, int] | None = None
@@ -46,16 +48,15 @@ class RemoteCheckpoints:
 
     def steps(self) -> list[str]:
         """Names of the complete ones, oldest first."""
-        return self._folders("step_", STATE)
+        return self._complete("step_", STATE)
 
-    def _folders(self, prefix: str, marker: str) -> list[str]:
+    def _complete(self, prefix: str, marker: str) -> list[str]:
         """Names of the folders that begin so and hold `marker`, in order; without patterns, which URLs may contain."""
         try:
-            paths = self._files.ls(self._root, detail=False)
+            names = sorted(path.rstrip("/").rpartition("/")[-1] for path in self._files.ls("", detail=False))
         except FileNotFoundError:
             return []
-        names = sorted(path.rstrip("/").rpartition("/")[-1] for path in paths)
-        return [n for n in names if n.startswith(prefix) and self._files.exists(join_url(self._root, f"{n}/{marker}"))]
+        return [name for name in names if name.startswith(prefix) and self._files.exists(f"{name}/{marker}")]
 
     def upload(self, path: Path, settings: Path, keep: int) -> bool:
         """Copy a complete checkpoint with the best model that it names, the run's settings and its metrics so far.
@@ -78,45 +79,33 @@ class RemoteCheckpoints:
         log.error("The run has ended, and %s is not in %s: copy it and %s_* there", self._failed[0], self._url, BEST)
 
     def _upload(self, path: Path, settings: Path, keep: int) -> None:
-        target = join_url(self._root, path.name)
-        if self._copied != path.name and not self._holds(path):
+        if self._copied != path.name and not self._holds(path, STATE):
             self._copied = ""
-            self._remove_if_there(
-                join_url(target, STATE)
-            )  # of a run that was resumed from an earlier checkpoint: it is incomplete now
-            self._put_files(path, target, but=STATE)
+            self._put_all_but(path, STATE)
         step = _best_step((path / STATE).read_bytes())
-        if step is not None:
-            self._upload_best(best_version(path.parent, step))
-        for file in (settings, settings.parent / METRICS):
+        best = None if step is None else best_version(path.parent, step)
+        if best and not self._holds(best, MARKER):
+            self._put_all_but(best, MARKER)
+            self._put_whole(best / MARKER, f"{best.name}/{MARKER}")
+        for file in (settings, settings.parent / METRICS, path / STATE):
             if file.is_file():
-                self._put_whole(file, join_url(target, file.name))
-        self._put_whole(path / STATE, join_url(target, STATE))
+                self._put_whole(file, f"{path.name}/{file.name}")
         self._copied = path.name
         self._prune(path.name, keep)
 
-    def _holds(self, path: Path) -> bool:
-        """Whether an earlier process has copied all of this checkpoint."""
-        state = join_url(self._root, f"{path.name}/{STATE}")
-        return bool(self._files.exists(state)) and self._files.cat_file(state) == (path / STATE).read_bytes()
+    def _holds(self, folder: Path, marker: str) -> bool:
+        """Whether an earlier upload has copied all of a folder."""
+        there = f"{folder.name}/{marker}"
+        return bool(self._files.exists(there)) and self._files.cat_file(there) == (folder / marker).read_bytes()
 
-    def _upload_best(self, version: Path) -> None:
-        """Copy a version of the best model, unless it is there; its marker is written last."""
-        target = join_url(self._root, version.name)
-        marker = join_url(target, MARKER)
-        if self._files.exists(marker):
-            if self._files.cat_file(marker) == (version / MARKER).read_bytes():
-                return
-            self._remove_if_there(marker)
-        self._put_files(version, target, but=MARKER)
-        self._put_whole(version / MARKER, marker)
-
-    def _put_files(self, folder: Path, target: str, but: str) -> None:
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            name = path.relative_to(folder).as_posix()
-            if name != but:
-                self._files.makedirs(join_url(target, name).rpartition("/")[0], exist_ok=True)
-                self._files.put_file(str(path), join_url(target, name), callback=_Reporting(f"uploading {name}"))
+    def _put_all_but(self, folder: Path, marker: str) -> None:
+        """Copy a folder without its marker; another one, of a run that went back to an earlier step, is removed."""
+        if self._files.exists(f"{folder.name}/{marker}"):
+            self._files.rm_file(f"{folder.name}/{marker}")
+        for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / marker):
+            name = path.relative_to(folder.parent).as_posix()
+            self._files.makedirs(name.rpartition("/")[0], exist_ok=True)
+            self._files.put_file(str(path), name, callback=_Reporting(f"uploading {path.relative_to(folder)}"))
 
     def _put_whole(self, path: Path, target: str) -> None:
         """Copy a file atomically, as buckets do by themselves."""
@@ -127,30 +116,24 @@ class RemoteCheckpoints:
         self._files.put_file(str(path), f"{target}.part")
         self._files.mv(f"{target}.part", target)
 
-    def _remove_if_there(self, path: str) -> None:
-        if self._files.exists(path):
-            self._files.rm_file(path)
-
     def _prune(self, newest: str, keep: int) -> None:
         """Keep `newest` and those before it, `keep` in all, and the best models that they name."""
         steps = self.steps()
         kept = [name for name in steps if name <= newest][-keep:]
         for name in set(steps) - set(kept):
-            self._files.rm_file(join_url(self._root, f"{name}/{STATE}"))  # first: it is no longer complete
-            self._remove_folder(name)
-        named = {_best_step(self._files.cat_file(join_url(self._root, f"{name}/{STATE}"))) for name in kept}
+            self._remove(name, STATE)
+        named = {_best_step(self._files.cat_file(f"{name}/{STATE}")) for name in kept}
         wanted = {best_version(Path(), step).name for step in named if step is not None}
-        for name in set(self._folders(f"{BEST}_", MARKER)) - wanted:
-            self._files.rm_file(join_url(self._root, f"{name}/{MARKER}"))
-            self._remove_folder(name)
+        for name in set(self._complete(f"{BEST}_", MARKER)) - wanted:
+            self._remove(name, MARKER)
 
-    def _remove_folder(self, name: str) -> None:
-        """Remove a folder and its contents; fsspec's own `rm` reads names as patterns."""
-        folder = join_url(self._root, name)
-        if isinstance(self._files, LocalFileSystem):
-            shutil.rmtree(folder)
+    def _remove(self, name: str, marker: str) -> None:
+        """Remove a folder, its marker first; fsspec's own `rm` reads names as patterns."""
+        self._files.rm_file(f"{name}/{marker}")
+        if isinstance(self._files.fs, LocalFileSystem):
+            shutil.rmtree(Path(self._files.path) / name)
             return
-        for path in self._files.find(folder):
+        for path in self._files.find(name):
             self._files.rm_file(path)
 
     def fetch(self, folder: Path) -> None:
@@ -172,26 +155,25 @@ class RemoteCheckpoints:
     def _fetch(self, name: str, folder: Path) -> None:
         log.info("Fetching %s from %s", name, self._url)
         final = folder / "checkpoints" / name
-        temporary = self._fetch_folder(name, final)
+        temporary = self._fetch_folder(final)
         if not (temporary / SETTINGS).is_file():  # made before December 2026
-            self._files.get_file(join_url(self._root, SETTINGS), str(temporary / SETTINGS))
+            self._files.get_file(SETTINGS, str(temporary / SETTINGS))
         step = _best_step((temporary / STATE).read_bytes())
-        if step is not None and self._files.exists(join_url(self._root, f"{best_version(Path(), step).name}/{MARKER}")):
-            version = best_version(final.parent, step)
-            shutil.rmtree(version, ignore_errors=True)
-            os.replace(self._fetch_folder(version.name, version), version)
+        best = None if step is None else best_version(final.parent, step)
+        if best and self._files.exists(f"{best.name}/{MARKER}"):
+            shutil.rmtree(best, ignore_errors=True)
+            os.replace(self._fetch_folder(best), best)
         for file in (SETTINGS, METRICS):
             if (temporary / file).is_file():
                 os.replace(temporary / file, folder / file)
         os.replace(temporary, final)
 
-    def _fetch_folder(self, name: str, final: Path) -> Path:
-        """Fetch a folder to a temporary one, to be renamed to `final`; returns it."""
+    def _fetch_folder(self, final: Path) -> Path:
+        """Fetch the folder of the same name to a temporary one, to be renamed to `final`; returns it."""
         temporary = temporary_path(final)
         shutil.rmtree(temporary, ignore_errors=True)
-        source = join_url(self._root, name)
-        for path in self._files.find(source):
-            target = temporary / path[len(source) :].lstrip("/")
+        for path in self._files.find(final.name):
+            target = temporary / Path(path).relative_to(final.name)
             target.parent.mkdir(parents=True, exist_ok=True)
             self._files.get_file(path, str(target), callback=_Reporting(f"fetching {path}"))
         return temporary

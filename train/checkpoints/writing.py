@@ -85,94 +85,11 @@ def read_state(path: Path) -> TrainingState:
 
 
 def check_checkpoint(path: Path) -> None:
-    """Raise UserError unless a checkpoint's files are complete, as far as their sizes and headers tell."""
+    """Raise UserError unless the sizes and headers of a checkpoint's files show that they are complete."""
     read_state(path)
     if fault := weights_fault(path / WEIGHTS):
         raise UserError(f"{path} is damaged ({fault}): remove it, an earlier one is used")
     check_shards(path / SHARDS)
-
-
-def save_checkpoint(
-    folder: Path,
-    engine: DeepSpeedEngine,
-    state: TrainingState,
-    model_config: ModelConfig,
-    tokenizer: Tokenizer,
-    ranks: Ranks,
-    keep: int,
-) -> Path:
-    """Write `folder/step_XXXXXXXX`, to be called by all ranks at the same step; keep the newest `keep`.
-
-    It is written under another name, flushed to the disk and then renamed, so that a crash at any moment leaves the
-    earlier checkpoints and at most an incomplete folder, which is not taken for one.
-    """
-    final = folder / f"step_{state.step:08d}"
-    temporary = temporary_path(final)
-
-    def write_rest() -> None:
-        _write_whole_weights(temporary, engine, model_config, tokenizer)
-        _write_state(temporary, replace(state, world_size=ranks.world_size, **_optimizer_state(engine)))
-        flush(*(temporary / WEIGHTS).iterdir(), temporary / WEIGHTS, temporary / SHARDS, temporary)
-        replace_folder(temporary, final)
-        for old in complete_checkpoints(folder)[:-keep]:
-            remove_folder(old)
-        keep_only(folder, named_best_steps(folder))
-
-    write = _CollectiveWrite(final, temporary, ranks)
-    write.on_first_rank(lambda: _make_empty(temporary))
-    write.on_every_rank(lambda: flush(write_shard(temporary / SHARDS, engine, ranks)))
-    write.on_first_rank(write_rest)
-    return final
-
-
-def save_best(
-    folder: Path,
-    engine: DeepSpeedEngine,
-    state: TrainingState,
-    model_config: ModelConfig,
-    tokenizer: Tokenizer,
-    ranks: Ranks,
-    split: str,
-) -> None:
-    """Keep the present weights as the best ones, with the score in `state`; to be called by all ranks."""
-    version = best_version(folder, state.step)
-    save_weights(version, engine, model_config, tokenizer, ranks, (state.step, state.best, split))
-    if ranks.is_first:
-        point_to(folder, state.step)
-        keep_only(folder, named_best_steps(folder) | {state.step})
-
-
-def save_weights(
-    folder: Path,
-    engine: DeepSpeedEngine,
-    model_config: ModelConfig,
-    tokenizer: Tokenizer,
-    ranks: Ranks,
-    marker: tuple[int, float | None, str] = (0, None, ""),
-) -> None:
-    """Write `folder/weights`, the model in single precision with its vocabulary, or leave the old one; all call.
-
-    marker: arguments of `write_marker`.
-    """
-    temporary = temporary_path(folder)
-
-    def write_rest() -> None:
-        _write_whole_weights(temporary, engine, model_config, tokenizer)
-        shutil.rmtree(temporary / SHARDS)
-        flush(*(temporary / WEIGHTS).iterdir(), temporary / WEIGHTS, write_marker(temporary, *marker), temporary)
-        replace_folder(temporary, folder)
-
-    write = _CollectiveWrite(folder, temporary, ranks)
-    write.on_first_rank(lambda: _make_empty(temporary))
-    write.on_every_rank(lambda: write_shard(temporary / SHARDS, engine, ranks, moments=False))
-    write.on_first_rank(write_rest)
-
-
-def update_state(path: Path, state: TrainingState, ranks: Ranks) -> None:
-    """Add the result of an evaluation to the state of a complete checkpoint; all ranks call."""
-    found = {name: getattr(state, name) for name in ("best", "best_step", "evaluated_epochs")}
-    writing = _CollectiveWrite(path, temporary_path(path / STATE), ranks)
-    writing.on_first_rank(lambda: _write_state(path, replace(read_state(path), **found)))
 
 
 def named_best_steps(folder: Path) -> set[int]:
@@ -188,21 +105,84 @@ def named_best_steps(folder: Path) -> set[int]:
     return named
 
 
-class _CollectiveWrite:
-    """Steps of writing a folder, each by one rank or all. Where one fails all ranks raise, and nothing is left.
+class CheckpointWriter:
+    """Writes the checkpoints and the best weights of a run; all ranks call each method at the same step.
 
-    Raises UserError for a disk that is full or cannot be written to.
+    A folder is written under another name, flushed to the disk and then renamed, so that a crash at any moment leaves
+    the earlier ones and at most an incomplete folder, which is not taken for one. Where one rank cannot write, all
+    raise UserError and nothing is left.
     """
 
-    def __init__(self, final: Path, temporary: Path, ranks: Ranks) -> None:
-        self._final, self._temporary, self._ranks = final, temporary, ranks
+    def __init__(
+        self, folder: Path, engine: DeepSpeedEngine, model_config: ModelConfig, tokenizer: Tokenizer, ranks: Ranks
+    ) -> None:
+        self._folder, self._engine, self._ranks = folder, engine, ranks
+        self._model_config, self._tokenizer = model_config, tokenizer
 
-    def on_first_rank(self, step: Callable[[], object]) -> None:
-        """Run a step on the first rank; all ranks call it and wait."""
-        self.on_every_rank(step if self._ranks.is_first else lambda: None)
+    def save(self, state: TrainingState, keep: int) -> Path:
+        """Write `step_XXXXXXXX` and return it; the newest `keep` are kept, with the best weights that they name."""
+        final = self._folder / f"step_{state.step:08d}"
+        state = replace(state, world_size=self._ranks.world_size, **_optimizer_state(self._engine))
 
-    def on_every_rank(self, step: Callable[[], object]) -> None:
-        """Do a step on every rank, and wait until all have."""
+        def prune() -> None:
+            for old in complete_checkpoints(self._folder)[:-keep]:
+                remove_folder(old)
+            keep_only(self._folder, named_best_steps(self._folder))
+
+        self._write(final, lambda temporary: _write_state(temporary, state), prune)
+        return final
+
+    def save_best(self, state: TrainingState, split: str) -> None:
+        """Keep the present weights, in single precision, as the best ones, with the score in `state`."""
+
+        def finish(temporary: Path) -> None:
+            shutil.rmtree(temporary / SHARDS)
+            write_marker(temporary, state.step, state.best, split)
+
+        def prune() -> None:
+            point_to(self._folder, state.step)
+            keep_only(self._folder, named_best_steps(self._folder) | {state.step})
+
+        self._write(best_version(self._folder, state.step), finish, prune, moments=False)
+
+    def update(self, state: TrainingState) -> Path:
+        """Add the result of an evaluation to the state of the complete checkpoint at its step, and return that."""
+        path = self._folder / f"step_{state.step:08d}"
+        found = {name: getattr(state, name) for name in ("best", "best_step", "evaluated_epochs")}
+        self._on_first_rank(path, lambda: _write_state(path, replace(read_state(path), **found)))
+        return path
+
+    def _write(
+        self, final: Path, finish: Callable[[Path], None], prune: Callable[[], None], moments: bool = True
+    ) -> None:
+        """Write the shards and the whole weights, `finish` the folder and rename it, then `prune` others."""
+        temporary = temporary_path(final)
+
+        def create() -> None:
+            shutil.rmtree(temporary, ignore_errors=True)
+            (temporary / SHARDS).mkdir(parents=True)
+
+        def write_own() -> None:
+            path = write_shard(temporary / SHARDS, self._engine, self._ranks, moments)
+            if moments:  # otherwise it is removed as soon as the whole weights are assembled
+                flush(path)
+
+        def complete() -> None:
+            _write_whole_weights(temporary, self._engine, self._model_config, self._tokenizer)
+            finish(temporary)
+            flush(*(temporary / WEIGHTS).iterdir(), *temporary.iterdir(), temporary)
+            replace_folder(temporary, final)
+            prune()
+
+        self._on_first_rank(final, create)
+        self._on_every_rank(final, write_own)
+        self._on_first_rank(final, complete)
+
+    def _on_first_rank(self, final: Path, step: Callable[[], object]) -> None:
+        self._on_every_rank(final, step if self._ranks.is_first else lambda: None)
+
+    def _on_every_rank(self, final: Path, step: Callable[[], object]) -> None:
+        """Do a step of writing `final`, and wait until all ranks have."""
         fault: tuple[int, str] | None = None
         try:
             step()
@@ -211,27 +191,18 @@ class _CollectiveWrite:
             if number is None:
                 raise
             fault = (number, os.strerror(number))
-        faults = gather_objects(fault, self._ranks.world_size)
-        failed = next((rank for rank, each in enumerate(faults) if each is not None), None)
-        if failed is None:
-            return
-        if self._ranks.is_first:
-            shutil.rmtree(self._temporary, ignore_errors=True)
-        raise UserError(self._error_text(failed, *faults[failed]))  # type: ignore[misc]
+        for rank, each in enumerate(gather_objects(fault, self._ranks.world_size)):
+            if each is not None:
+                if self._ranks.is_first:
+                    shutil.rmtree(temporary_path(final), ignore_errors=True)
+                raise UserError(self._error_text(final, rank, *each))
 
-    def _error_text(self, rank: int, number: int, reason: str) -> str:
+    def _error_text(self, final: Path, rank: int, number: int, reason: str) -> str:
         who = f" by rank {rank}" if self._ranks.world_size > 1 else ""
         remedy = "free some space" if number in FULL else "make it writable"
-        earlier = complete_checkpoints(self._final.parent)
+        earlier = complete_checkpoints(self._folder)
         start = f"continues from {earlier[-1].name}, which is complete" if earlier else "starts from the beginning"
-        return (
-            f"{self._final} cannot be written{who} ({reason}): {remedy} and run the same command again, which {start}"
-        )
-
-
-def _make_empty(temporary: Path) -> None:
-    shutil.rmtree(temporary, ignore_errors=True)
-    (temporary / SHARDS).mkdir(parents=True)
+        return f"{final} cannot be written{who} ({reason}): {remedy} and run the same command again, which {start}"
 
 
 def _write_state(folder: Path, state: TrainingState) -> None:
@@ -259,7 +230,7 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def load_checkpoint(path: Path, engine: DeepSpeedEngine) -> TrainingState:
-    """Set the engine to a checkpoint of `save_checkpoint`, of any number of ranks and ZeRO stage; all ranks call.
+    """Set the engine to a checkpoint, written by any number of ranks under any ZeRO stage; all ranks call.
 
     Returns where training was.
     """

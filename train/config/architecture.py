@@ -11,8 +11,7 @@ from loaders.text import Tokenizer
 from model.config import AnswerDecoderConfig, ModelConfig, ModelSettings
 from runtime.errors import UserError
 from runtime.settings import ANY, FINE_TUNING, START, TRAINING, declarations, flatten
-from train.config.files import Settings
-from train.config.settings import RunConfig
+from train.config.settings import RunConfig, Settings
 
 # What neither tensors nor settings of an official file show, and its name in the JSON files beside it.
 _NOT_IN_OFFICIAL = {"heads": "num_attention_heads", "layer_norm_eps": "layer_norm_eps"}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import fields
-from typing import Any
 
 from eval.config import EvalRunConfig
 from loaders.config import LoaderConfig
@@ -41,16 +40,12 @@ def page() -> str:
     defaults = flatten(RunConfig())
     for key, declared in declarations(RunConfig).items():
         choices = f" ({', '.join(declared.choices)})" if declared.choices else ""
-        cells = [f"`{key}`", f"`{_as_yaml(defaults[key])}`", RESUMED[declared.resumed or FIXED]]
+        cells = [f"`{key}`", f"`{json.dumps(defaults[key])}`", RESUMED[declared.resumed or FIXED]]
         cells += [CHECKPOINT[declared.checkpoint], f"{declared.help}{choices}"]
         name = key.partition(".")[0]
         title = next(title for title, part in PARTS.items() if name in {item.name for item in fields(part)})
         rows[title].append("| " + " | ".join(cells) + " |")
     return "\n".join([HEAD, *("\n".join([f"## {title}\n", COLUMNS, *lines, ""]) for title, lines in rows.items())])
-
-
-def _as_yaml(value: Any) -> str:
-    return json.dumps(value)
 
 
 if __name__ == "__main__":

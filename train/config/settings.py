@@ -1,15 +1,18 @@
-"""Every setting of a run: its default, its help and its rules."""
+"""Every setting of a run: its default, its help and its rules; reading them from YAML and `key=value` overrides."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
+
+from omegaconf import OmegaConf
 
 from eval.config import EvalRunConfig, resolve_corpora
 from model.config import ModelSettings
 from runtime.errors import UserError
-from runtime.settings import fixed, free, setting
+from runtime.settings import build, explicit_values, fixed, free, read_layers, setting
 from train.config.other_names import EXPLAINED
 
 PRECISIONS = ("bf16", "fp16", "fp32")
@@ -71,7 +74,9 @@ class RunConfig(ModelSettings, EvalRunConfig):
 
     optimizer: OptimizerConfig = fixed(OptimizerConfig)
     scheduler: SchedulerConfig = fixed(SchedulerConfig)
-    accumulate: int = free(1, "micro-batches that a rank's part of a batch is split into", least=1)
+    accumulate: int = free(
+        1, "micro-batches that a rank's part of a batch is split into; VTC and VTM take negatives from one", least=1
+    )
     gradient_checkpointing: bool = free(False, "recompute activations in the backward pass: slower, less memory")
     compile: bool = free(False, "torch.compile for the step: minutes at the start, faster steps; not with ZeRO 3")
     precision: str = fixed("bf16", "data type of the weights in a step", choices=PRECISIONS)
@@ -83,7 +88,7 @@ class RunConfig(ModelSettings, EvalRunConfig):
         None, "weights to start from: a run folder, a weights folder or an official .pth"
     )
     checkpoint: str | None = free(None, "weights to evaluate, in the same forms as pretrained_path")
-    expected_tensors: list[str] = fixed(list, "tensors of those weights that may differ in shape, such as itm_head.*")
+    expected_tensors: list[str] = fixed(list, "tensors that may be missing, unexpected or of another shape")
     stop_key: str | None = fixed(None, "split whose metric chooses the best checkpoint; null: the last one is used")
     log_every: int = free(10, "steps between log lines", least=1)
     save_every: int = free(1000, "steps between checkpoints; also written at signals and at the end", least=1)
@@ -118,3 +123,22 @@ class RunConfig(ModelSettings, EvalRunConfig):
         if not self.train_corpus:
             raise UserError("train_corpus is not set: give the name or the URL of a packed corpus, or a list of them")
         return resolve_corpora(self.train_corpus, self.available_corpus, "train_corpus")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A checked configuration, and which of its dotted keys the user has set (others have their defaults)."""
+
+    config: RunConfig
+    explicit: frozenset[str]
+
+
+def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
+    """The configuration of the YAML at `path`, its bases and overrides; raises as `read_layers` and `build`."""
+    given = read_layers(RunConfig, path, overrides)
+    return Settings(build(RunConfig, given), frozenset(key for key, _ in explicit_values(RunConfig, given)))
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The whole configuration as YAML, which `load_settings` reads back to an equal one."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))

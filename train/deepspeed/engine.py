@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,8 +156,8 @@ def trainable_groups(model: nn.Module, run: RunConfig) -> list[ParameterGroup]:
     """
     parameters = dict(model.named_parameters())
     groups = parameter_groups({name: p.ndim for name, p in parameters.items()}, run.optimizer)
-    own = [tuple(name for name in group.names if parameters[name].requires_grad) for group in groups]
-    trainable = [ParameterGroup(group.lr, group.weight_decay, names) for group, names in zip(groups, own) if names]
+    own = (tuple(name for name in group.names if parameters[name].requires_grad) for group in groups)
+    trainable = [replace(group, names=names) for group, names in zip(groups, own) if names]
     if not trainable:
         raise UserError("every parameter of the model is frozen (requires_grad=False): leave some trainable")
     return trainable

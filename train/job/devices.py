@@ -115,7 +115,7 @@ def _remedy(cuda: int, driver: str) -> str:
     older = [major for major, oldest in OLDEST_DRIVER.items() if oldest <= branch]
     if not older:
         return update
-    return f"{update}, or install the build for CUDA {max(older)} (`make clean`, `make DALI=cuda{max(older)}`)"
+    return f"{update}, or install the build for CUDA {max(older)} (`make clean`, `make install DALI=cuda{max(older)}`)"
 
 
 def _gpu_number(ranks: Ranks) -> int:
@@ -196,7 +196,7 @@ def collective_timeout(stall_seconds: float) -> timedelta:
     return timedelta(seconds=max(LEAST_TIMEOUT, 2 * stall_seconds))
 
 
-def start_processes(device: torch.device, stall_seconds: float = 0.0) -> None:
+def start_processes(device: torch.device, stall_seconds: float) -> None:
     """Join the other processes of the job; must follow everything that can be checked without them.
 
     stall_seconds: the watchdog's limit, which the timeout of all collectives exceeds. Raises UserError where the port

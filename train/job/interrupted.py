@@ -1,4 +1,4 @@
-"""The two ways in which training ends early: a checkpoint after a signal, or another rank that is gone."""
+"""The end of training by a signal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,3 @@ class TrainingInterrupted(Exception):
         self.signal, self.step = number, step
         cause = "the launcher is gone" if number == signal.SIGHUP else signal.Signals(number).name
         super().__init__(f"stopped ({cause}) at step {step}, saved: run the same command to resume")
-
-
-class LostRankError(RuntimeError):
-    """Another rank is gone, which made a collective of this one fail. The message names that rank."""

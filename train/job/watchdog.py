@@ -19,6 +19,7 @@ from types import FrameType
 from torch.distributed import TCPStore, distributed_c10d
 
 from runtime.activity import begin, present_activity
+from runtime.errors import UserError
 from runtime.ranks import Ranks
 from runtime.rendezvous import connect
 from runtime.threads import thread_frames
@@ -35,7 +36,6 @@ from train.job.hang import (
     silence_limit,
     waiting_for_it,
 )
-from train.job.interrupted import LostRankError
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,12 @@ EXIT_CODE = 75
 REMEDY = "run the same command to resume from the last checkpoint"
 
 _made = 0  # watchdogs in this process, the same number on all ranks
+
+
+class LostRankError(UserError):
+    """Another rank is gone, which made a collective of this one fail. The message names that rank."""
+
+    exit_code = 1
 
 
 def present_collective() -> str:

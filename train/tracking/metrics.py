@@ -23,12 +23,7 @@ PEAKS = {
     "A100": 312e12, "A40": 150e12, "A30": 165e12, "A10": 125e12, "A10G": 70e12, "RTX A6000": 155e12, "RTX 3090": 71e12,
     "V100": 125e12, "V100 PCIe": 112e12, "V100S": 130e12, "T4": 65e12,
 }  # fmt: skip
-PARTIAL = {
-    "mig",
-    "laptop",
-    "ti",
-    "d",
-}  # words of a name that mark a part of a GPU, or a smaller model
+PARTIAL = {"mig", "laptop", "ti", "d"}  # words of a name that mark a part of a GPU, or a smaller model
 FORWARD_AND_BACKWARD = 3  # times the forward's arithmetic
 
 

@@ -28,9 +28,8 @@ def check_tracking(run: RunConfig) -> None:
     for setting, enabled in {"wandb.enable": run.wandb.enable, "tensorboard": run.tensorboard}.items():
         package = setting.partition(".")[0]
         if enabled and importlib.util.find_spec(package) is None:
-            raise UserError(
-                f"{setting} is true and {package} is not installed: pip install {package}, or {setting}=false"
-            )
+            remedy = f"pip install {package}, or {setting}=false"
+            raise UserError(f"{setting} is true and {package} is not installed: {remedy}")
 
 
 class Tracker:
@@ -48,7 +47,12 @@ class Tracker:
         drop_after(self._path, step, evaluated_epochs)
         self._file = self._path.open("a", encoding="utf-8")
         self._wandb = _start_wandb(folder, run) if run.wandb.enable else None
-        self._board = _start_tensorboard(folder, step) if run.tensorboard else None
+        self._board: Any = None
+        if run.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # Entries after `step` are hidden: those steps are trained again.
+            self._board = SummaryWriter(str(folder.path / "tensorboard"), purge_step=step + 1)
 
     def step(self, metrics: dict[str, Any]) -> None:
         """Record a training step's metrics; `metrics["step"]` is its number."""
@@ -74,7 +78,8 @@ class Tracker:
             self._board.close()
 
     def _write(self, metrics: dict[str, Any]) -> None:
-        metrics = {key: None if _is_nan(value) else value for key, value in metrics.items()}
+        infinite = (key for key, value in metrics.items() if isinstance(value, float) and not math.isfinite(value))
+        metrics = {**metrics, **dict.fromkeys(infinite)}  # null: JSON has no word for NaN
         with file_errors(self._path):
             self._file.write(json.dumps(metrics) + "\n")
             self._file.flush()
@@ -100,11 +105,6 @@ def _report(folder: Path) -> dict[str, Any]:
     if (folder / "report.html").is_file():
         found["report"] = wandb.Html((folder / "report.html").read_text(encoding="utf-8"), inject=False)
     return {f"{folder.name}/{name}": value for name, value in found.items() if value}
-
-
-def _is_nan(value: Any) -> bool:
-    """Whether a metric is a number that JSON cannot express."""
-    return isinstance(value, float) and not math.isfinite(value)
 
 
 def step_line(metrics: dict[str, Any], total_steps: int) -> str:
@@ -149,13 +149,6 @@ def drop_after(path: Path, step: int, evaluated_epochs: int = 0) -> None:
 def evaluated_epoch(label: str) -> float:
     """The epoch after which an evaluation `epoch_XX` was made; infinite for that at the end."""
     return int(label[6:]) if label.startswith("epoch_") else math.inf
-
-
-def _start_tensorboard(folder: RunFolder, step: int) -> Any:
-    """A writer of event files; entries after `step` are hidden, since those steps are trained again."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder.path / "tensorboard"), purge_step=step + 1)
 
 
 def _start_wandb(folder: RunFolder, run: RunConfig) -> Any:

@@ -20,8 +20,7 @@ SWALLOWED = "a quote is opened, and closed only in a later row: close it, or dou
 def delimited_rows(handle: IO[bytes], encoding: str, delimiter: str, quoting: int) -> Iterator[tuple[list[str], str]]:
     """(fields, fault) of each row that is not empty; a fault is the reason why the fields are unusable.
 
-    Raises:
-        UnicodeDecodeError: bytes are not in an encoding that does not tell where the next character begins.
+    Raises UnicodeDecodeError: bytes are not in an encoding that does not tell where the next character begins.
     """
     csv.field_size_limit(LONGEST_FIELD)
     with io.TextIOWrapper(handle, encoding=encoding, errors="surrogateescape", newline="") as text:

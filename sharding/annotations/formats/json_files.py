@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import ijson
 
 from runtime.errors import UserError
-from sharding.annotations.files import AnnotationFile, Record
+from sharding.annotations.files import AnnotationFile, Record, record_of
 from sharding.annotations.formats.json_text import CheckedJson, Located, RepairedJson, Unparsable
 
 LONGEST_LINE = 2**20  # bytes of a line of JSON that is looked at to tell lines from an object
@@ -25,8 +25,7 @@ def json_records(file: AnnotationFile, location: str = "") -> Iterator[Record]:
 
     An entry KEY: VALUE becomes a record of KEY under "key" and VALUE's own fields, or "value" if it is not an object.
 
-    Raises:
-        ValueError: the file is not JSON, or of another form.
+    Raises ValueError: the file is not JSON, or of another form.
     """
     check_form(file, "list" if location == "" else "object")
     if location == "*":
@@ -40,10 +39,7 @@ def json_records(file: AnnotationFile, location: str = "") -> Iterator[Record]:
     )
     for number, value in enumerate(values, 1):
         found = True
-        if isinstance(value, dict):
-            yield Record(file.name, number, value)
-        else:
-            yield Record(file.name, number, {}, fault=f"must be an object, not {str(value)[:60]!r}")
+        yield record_of(file, number, value)
     if location and not found and location.split(".")[0] not in list(json_keys(file)):
         has = first_keys(file) or "nothing"
         raise UserError(f'annotation file {file.name} has no "{location}", but {has}: check --corpus and --records')
@@ -52,8 +48,7 @@ def json_records(file: AnnotationFile, location: str = "") -> Iterator[Record]:
 def parsed(file: AnnotationFile, parse: Callable[[Any], Iterator[Found]]) -> Iterator[Found]:
     """The values that `parse` finds in a JSON file; after a parse error it continues with RepairedJson.
 
-    Raises:
-        ValueError: the file is not JSON.
+    Raises ValueError: the file is not JSON.
     """
     done = 0
     with file.opened() as handle:

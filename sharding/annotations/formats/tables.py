@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from runtime.errors import UserError
 from sharding.annotations.columns import used_names
 from sharding.annotations.config import Reading
-from sharding.annotations.files import AnnotationFile, Record
+from sharding.annotations.files import AnnotationFile, Record, record_of
 from sharding.annotations.formats.delimited import delimited_rows, guessed_delimiter
 from storage.parquet import ParquetError, parquet_file, read_batches
 
@@ -38,8 +38,7 @@ def tsv_records(file: AnnotationFile, reading: Reading) -> Iterator[Record]:
 def table_records(file: AnnotationFile, reading: Reading, delimiter: str, quoting: int) -> Iterator[Record]:
     """Rows of a table as text; the first line names the columns unless `reading.header` does.
 
-    Raises:
-        ValueError: it is empty, its header cannot be read, or two columns that may be used have one name.
+    Raises ValueError: it is empty, its header cannot be read, or two columns that may be used have one name.
     """
     if len(delimiter) != 1:
         raise UserError(f"--delimiter {delimiter!r}: must be one character")
@@ -72,8 +71,7 @@ def table_records(file: AnnotationFile, reading: Reading, delimiter: str, quotin
 def parquet_records(file: AnnotationFile, reading: Reading, more: Sequence[str] = ()) -> Iterator[Record]:
     """Rows of a Parquet file, of which only columns that `reading` may use are read, and those called `more`.
 
-    Raises:
-        ValueError: it is not a Parquet file, damaged, or two of these columns have one name.
+    Raises ValueError: it is not a Parquet file, damaged, or two of these columns have one name.
     """
     used = used_names(reading.columns, reading.keep).union(more)
     with file.opened() as handle:
@@ -173,10 +171,7 @@ def jsonl_records(file: AnnotationFile, reading: Reading) -> Iterator[Record]:
                     position, reason = f"line {row}, column {column}", error.msg
                 yield Record(file.name, number, {}, fault=f"{position} is not JSON ({reason})")
                 continue
-            if not isinstance(fields, dict):
-                yield Record(file.name, number, {}, fault=f"must be an object, not {str(fields)[:60]!r}")
-            else:
-                yield Record(file.name, number, fields)
+            yield record_of(file, number, fields)
 
 
 def text_lines(file: AnnotationFile, reading: Reading) -> Iterator[str]:

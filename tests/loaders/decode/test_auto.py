@@ -2,16 +2,13 @@
 
 import logging
 import threading
-import time
 
 import numpy as np
 import pytest
 import torch
-from test_decoder import SIZE, clips
+from test_decoder import SIZE
 
 from loaders.decode.auto import TURN, TURNS, AutoDecoder
-from loaders.decode.cpu import CpuDecoder
-from loaders.decode.dali import DaliDecoder
 from loaders.index import Record
 from loaders.samples import DecodedSamples, whole_sample
 
@@ -134,30 +131,6 @@ def test_an_error_of_the_chosen_one_is_not_hidden(winner) -> None:
     (cpu if winner == "cpu" else dali).decode = failing  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="out of memory"):
         auto.decode([])
-
-
-def test_the_real_ones_in_turns_give_the_same_pictures() -> None:
-    """With antialiasing the two kernels agree; two threads, as in the loader."""
-    cpu, dali = CpuDecoder(SIZE, 1, antialias=True), DaliDecoder(SIZE, 1, antialias=True, device=None)
-    expected, _ = cpu.decode(clips())
-    auto = AutoDecoder(cpu, dali, time.perf_counter)
-    differences: list[float] = []
-
-    def work() -> None:
-        for _ in range(TURN * TURNS // 2 + 4):
-            frames, bad = auto.decode(clips())
-            assert not bad
-            differences.append(float((frames.float() - expected.float()).abs().max()))
-
-    threads = [threading.Thread(target=work) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(differences) == TURN * TURNS + 8
-    assert max(differences) <= 4
-    assert auto.name in ("cpu", "dali")
-    auto.close()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 import gc
 import logging
+import re
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +20,7 @@ from loaders.decode.choice import make_decoder
 from loaders.decode.cpu import CpuDecoder
 from loaders.decode.dali import INTACT, DaliDecoder, DaliWorker, is_device_failure, reason
 from loaders.decode.dali_graph import GraphSettings, build_pipeline, feed
-from loaders.samples import Clip, Window
+from loaders.samples import Clip
 from loaders.train import TrainLoader
 
 IMAGE_FAILS = (
@@ -99,22 +101,13 @@ COPIED = ["run", "clone on copies", "synchronize", "used on default", "release"]
 def test_dali_memory_is_copied_on_its_own_stream_before_it_is_used_again(monkeypatch) -> None:
     gpu = FakeGPU(monkeypatch)
     worker = DaliWorker(GraphSettings(SIZE, 1, False, 0, 0.65))
-    for _ in range(2):
-        assert not worker.decode([INTACT, INTACT])[1]
-    worker.close()
-    assert gpu.log == COPIED * 2
-
-
-def test_a_copy_that_fails_is_waited_for_too_and_is_no_bad_sample(monkeypatch) -> None:
-    gpu = FakeGPU(monkeypatch)
-    worker = DaliWorker(GraphSettings(SIZE, 1, False, 0, 0.65))
-    with pytest.raises(torch.OutOfMemoryError):
+    assert not worker.decode([INTACT, INTACT])[1]
+    with pytest.raises(torch.OutOfMemoryError):  # a copy that fails is waited for too, and is no bad sample
         worker.decode([INTACT] * 3)
     gc.collect()
-    assert gpu.log == ["run", "clone on copies", "synchronize", "release"]
     assert not worker.decode([INTACT])[1]
     worker.close()
-    assert gpu.log[4:] == COPIED
+    assert gpu.log == [*COPIED, "run", "clone on copies", "synchronize", "release", *COPIED]
 
 
 def test_a_batch_put_together_from_parts_is_finished_too(monkeypatch) -> None:
@@ -158,19 +151,19 @@ def worker():
     worker.close()
 
 
-def test_a_cuda_error_ends_the_run_at_once_and_nobody_is_bad(monkeypatch, worker: DaliWorker) -> None:
-    pipeline = Failing(monkeypatch, worker, OUT_OF_MEMORY)
-    with pytest.raises(RuntimeError, match="not caused by an image: CUDA runtime API error cudaErrorMemoryAlloc"):
+@pytest.mark.parametrize(
+    ("message", "sticky", "error", "runs"),
+    [
+        (OUT_OF_MEMORY, False, "not caused by an image: CUDA runtime API error cudaErrorMemoryAlloc", 1),  # no search
+        # Whatever its words are: the batch, and the sound image on this pipeline and on a new one.
+        (IMAGE_FAILS + "unspecified launch failure", True, "DALI fails on the CPU, .* image: Failed to decode", 3),
+    ],
+)
+def test_a_failure_of_the_device_ends_the_run(monkeypatch, worker: DaliWorker, message, sticky, error, runs) -> None:
+    pipeline = Failing(monkeypatch, worker, message, sticky)
+    with pytest.raises(RuntimeError, match=error):
         worker.decode(clips())
-    assert pipeline.runs == 1  # no search
-
-
-def test_a_failure_that_a_sound_image_shares_is_the_devices(monkeypatch, worker: DaliWorker) -> None:
-    """Whatever its words are."""
-    pipeline = Failing(monkeypatch, worker, IMAGE_FAILS + "unspecified launch failure", sticky=True)
-    with pytest.raises(RuntimeError, match="DALI fails on the CPU, not caused by an image: Failed to decode"):
-        worker.decode(clips())
-    assert pipeline.runs == 3  # the batch, and the sound image on this pipeline and on a new one
+    assert pipeline.runs == runs
 
 
 def test_what_libjpeg_decodes_is_never_a_bad_sample(monkeypatch, worker: DaliWorker, caplog) -> None:
@@ -184,30 +177,20 @@ def test_what_libjpeg_decodes_is_never_a_bad_sample(monkeypatch, worker: DaliWor
     assert caplog.text.count("words nobody has seen") == 1
 
 
-@pytest.mark.parametrize("place", range(6))
-def test_one_bad_image_is_found_by_halving(monkeypatch, worker: DaliWorker, place: int) -> None:
+def test_one_bad_image_is_found_by_halving_and_the_pipeline_lives_on(monkeypatch, worker: DaliWorker) -> None:
     monkeypatch.setattr(dali, "header_faults", lambda clips: {})  # leave it to DALI
-    batch = clips()
-    good, _ = worker.decode(batch)
-    batch[place] = batch[place]._replace(jpegs=[headless()] * 2)
-    frames, bad = worker.decode(batch)
-    assert set(bad) == {place}
-    assert "broken image: Premature end of JPEG file" in bad[place]
-    others = [number for number in range(6) if number != place]
-    assert torch.equal(frames[others], good[others])
-
-
-def test_the_pipeline_lives_through_a_failed_run(monkeypatch, worker: DaliWorker) -> None:
-    monkeypatch.setattr(dali, "header_faults", lambda clips: {})
     good, _ = worker.decode(clips())
     pipeline = worker.pipeline
-    for _ in range(3):
-        _, bad = worker.decode([*clips()[:5], Clip([headless(), headless()], 60, 80, Window(0, 0, 60, 80))])
-        assert set(bad) == {5}
-        frames, bad = worker.decode(clips())
-        assert not bad
-        assert torch.equal(frames, good)
+    for place in range(6):
+        batch = clips()
+        batch[place] = batch[place]._replace(jpegs=[headless()] * 2)
+        frames, bad = worker.decode(batch)
+        assert set(bad) == {place}
+        assert "broken image: Premature end of JPEG file" in bad[place]
+        others = [number for number in range(6) if number != place]
+        assert torch.equal(frames[others], good[others])
         assert worker.pipeline is pipeline
+    assert torch.equal(worker.decode(clips())[0], good)
 
 
 def test_batches_at_once_do_not_harm_each_other(monkeypatch) -> None:
@@ -263,38 +246,35 @@ def test_what_failed_is_read_from_the_message(encountered: str, device: bool) ->
 GPU = torch.device("cuda", 0)
 
 
-def test_auto_says_why_dali_is_not_used(monkeypatch, caplog) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "loaders.decode.dali", None)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+def assert_unusable(caplog, reason: str) -> None:
+    """decode=dali is an error on a GPU, decode=auto takes the CPU path; both give the reason."""
+    with pytest.raises(ValueError, match=f"decode=dali, but {reason}, or set decode=cpu"):
+        make_decoder("dali", SIZE, 1, antialias=False, device=GPU)
     decoder = make_decoder("auto", SIZE, 1, antialias=False, device=GPU)
     decoder.close()
     assert isinstance(decoder, CpuDecoder)
-    assert "decode=auto: using the CPU decoder, because NVIDIA DALI cannot be imported" in caplog.text
-    with pytest.raises(ValueError, match=r"decode=dali, but NVIDIA DALI cannot be imported .*, or set decode=cpu"):
-        make_decoder("dali", SIZE, 1, antialias=False, device=GPU)
+    assert re.search(f"decode=auto: using the CPU decoder, because {reason}", caplog.text)
+
+
+def test_a_dali_that_is_not_installed_is_not_used(monkeypatch, caplog) -> None:
+    monkeypatch.setitem(sys.modules, "loaders.decode.dali", None)
+    assert_unusable(caplog, "NVIDIA DALI cannot be imported .*")
 
 
 def test_dali_and_pytorch_of_other_cuda_majors_are_refused(monkeypatch, caplog) -> None:
-    names = ["numpy", "nvidia_dali_cuda120"]
-    monkeypatch.setattr(
-        "loaders.decode.choice.distributions", lambda: [SimpleNamespace(metadata={"Name": name}) for name in names]
-    )
+    names = [SimpleNamespace(metadata={"Name": name}) for name in ("numpy", "nvidia_dali_cuda120")]
+    monkeypatch.setattr("loaders.decode.choice.distributions", lambda: names)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    said = "NVIDIA DALI is installed for CUDA 12 and PyTorch for CUDA 13: install DALI with `pip install .[cuda13]`"
-    with pytest.raises(ValueError, match="decode=dali, but " + said.replace("[", r"\[").replace(".", r"\.")):
-        make_decoder("dali", SIZE, 1, antialias=False, device=GPU)
-    make_decoder("auto", SIZE, 1, antialias=False, device=GPU).close()
-    assert said in caplog.text
+    assert_unusable(
+        caplog, r"NVIDIA DALI is installed for CUDA 12 and PyTorch for CUDA 13: install DALI with `pip .*\[cuda13\]`"
+    )
     make_decoder("dali", SIZE, 1, antialias=False, device=torch.device("cpu")).close()  # its CPU graph needs no CUDA
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="shows what is said where DALI finds no GPU")
 def test_a_dali_that_cannot_use_the_gpu_shows_at_the_start(monkeypatch, caplog) -> None:
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
-    with pytest.raises(ValueError, match=r"decode=dali, but NVIDIA DALI cannot decode on cuda:0 .*launch.doctor"):
-        make_decoder("dali", SIZE, 1, antialias=False, device=GPU)
-    make_decoder("auto", SIZE, 1, antialias=False, device=GPU).close()
-    assert "because NVIDIA DALI cannot decode on cuda:0" in caplog.text
+    assert_unusable(caplog, "NVIDIA DALI cannot decode on cuda:0 .*launch.doctor`")
 
 
 def test_a_run_on_the_cpu_leaves_a_gpu_alone(monkeypatch, shapes, tokenizer) -> None:

@@ -18,6 +18,7 @@ from PIL import Image
 from places import ROOT
 
 from sharding.annotations.config import load_corpus
+from sharding.annotations.items import Row
 from sharding.annotations.reading import read_rows
 from sharding.build import main
 from sharding.shards.schema import read_corpus, read_index
@@ -25,9 +26,7 @@ from sharding.shards.schema import read_corpus, read_index
 CORPORA = ROOT / "configs" / "corpora"
 NAMES = sorted(path.stem for path in CORPORA.glob("*.yaml"))
 
-Files = dict[
-    str, Any
-]  # name -> text, or what is to be written as JSON; a name that begins with "media/" is a media file
+Files = dict[str, Any]  # name -> text or bytes, or what is to be written as JSON
 
 
 def url(root: Path, name: str) -> str:
@@ -36,31 +35,19 @@ def url(root: Path, name: str) -> str:
 
 
 def coco(root: Path) -> Files:
-    return {
-        "captions_train2017.json": {
-            "info": {"year": 2017},
-            "images": [
-                {"license": 1, "file_name": "000000000009.jpg", "height": 48, "width": 64, "id": 9},
-                {"license": 2, "file_name": "000000000025.jpg", "height": 48, "width": 64, "id": 25},
-            ],
-            "annotations": [
-                {"image_id": 25, "id": 1, "caption": "A giraffe."},
-                {"image_id": 9, "id": 2, "caption": "A plate of food."},
-                {"image_id": 25, "id": 3, "caption": "Two giraffes.\n"},
-            ],
-        }
-    }
+    images = [{"file_name": f"{number:012d}.jpg", "height": 48, "width": 64, "id": number} for number in (9, 25)]
+    texts = [(25, "A giraffe."), (9, "A plate of food."), (25, "Two giraffes.\n")]
+    annotations = [{"image_id": image, "id": number, "caption": text} for number, (image, text) in enumerate(texts)]
+    return {"captions_train2017.json": {"info": {"year": 2017}, "images": images, "annotations": annotations}}
 
 
 def karpathy(folder: str, dataset: str) -> Callable[[Path], Files]:
     def files(root: Path) -> Files:
         images = []
         for number, split in enumerate(("train", "restval", "test")):
-            sentences = [
-                {"tokens": ["x"], "raw": f"{split} {each}", "imgid": number, "sentid": each} for each in (0, 1)
-            ]
+            sentences = [{"tokens": ["x"], "raw": f"{split} {each}", "imgid": number} for each in (0, 1)]
             image = {"filename": f"{number}.jpg", "imgid": number, "split": split, "sentences": sentences}
-            images.append({**image, "sentids": [0, 1], **({"filepath": folder, "cocoid": number} if folder else {})})
+            images.append({**image, **({"filepath": folder, "cocoid": number} if folder else {})})
         return {f"dataset_{dataset}.json": {"images": images, "dataset": dataset}}
 
     return files
@@ -82,11 +69,7 @@ def visual_genome(name: str, key: str, parts: list[dict]) -> Callable[[Path], Fi
 def msrvtt(split: str) -> Callable[[Path], Files]:
     def files(root: Path) -> Files:
         videos = [{"video_id": f"video{number}", "split": "train", "id": number, "url": "u"} for number in range(3)]
-        sentences = [
-            {"video_id": f"video{number}", "sen_id": number * 2 + each, "caption": f"sentence {each}"}
-            for each in (0, 1)
-            for number in range(3)
-        ]
+        sentences = [{"video_id": f"video{n % 3}", "sen_id": n, "caption": f"sentence {n}"} for n in range(6)]
         data = {"info": {}, "videos": videos, "sentences": sentences}
         return {"MSRVTT_data.json": data, f"MSRVTT_train.{split}.csv": "video_id\nvideo0\nvideo2\n"}
 
@@ -95,35 +78,28 @@ def msrvtt(split: str) -> Callable[[Path], Files]:
 
 def vqa(split: str, answered: bool) -> Callable[[Path], Files]:
     def files(root: Path) -> Files:
-        ids = (458752000, 458752001)
-        texts = ("What is this photo taken looking through?", "What position is this man playing?")
-        questions = [
-            {"image_id": 458752, "question": text, "question_id": number}
-            for number, text in zip(ids, texts, strict=True)
-        ]
+        texts = {
+            458752000: "What is this photo taken looking through?",
+            458752001: "What position is this man playing?",
+        }
+        questions = [{"image_id": 458752, "question": text, "question_id": number} for number, text in texts.items()]
         head = {"info": {"version": "2.0"}, "license": {"name": "CC"}, "data_type": "mscoco", "data_subtype": split}
-        answers = [
-            {"answer": "net" if each < 8 else "mesh", "answer_confidence": "yes", "answer_id": each + 1}
-            for each in range(10)
-        ]
-        about = {"question_type": "what is this", "multiple_choice_answer": "net", "answers": answers}
-        annotations = [{**about, "image_id": 458752, "answer_type": "other", "question_id": id} for id in reversed(ids)]
+        answers = [{"answer": text, "answer_confidence": "yes"} for text in ["net"] * 8 + ["mesh"] * 2]
+        about = {"image_id": 458752, "question_type": "what is this", "answer_type": "other", "answers": answers}
+        annotations = [{**about, "question_id": number} for number in reversed(texts)]
         asked = {**head, "task_type": "Open-Ended", "questions": questions}
         result: Files = {f"v2_OpenEnded_mscoco_{split}_questions.json": asked}
-        if answered:
-            result[f"v2_mscoco_{split}_annotations.json"] = {**head, "annotations": annotations}
-        return result
+        return result | (
+            {f"v2_mscoco_{split}_annotations.json": {**head, "annotations": annotations}} if answered else {}
+        )
 
     return files
 
 
 def something(root: Path) -> Files:
     labels = [("74225", "spinning cube", "Spinning [something]"), ("59391", "showing book", "Showing [something]")]
-    return {
-        "something-something-v2-train.json": [
-            {"id": id, "label": label, "template": template, "placeholders": ["x"]} for id, label, template in labels
-        ]
-    }
+    records = [{"id": id, "label": label, "template": template} for id, label, template in labels]
+    return {"something-something-v2-train.json": records}
 
 
 def activitynet_qa(root: Path) -> Files:
@@ -154,14 +130,13 @@ def webvid(root: Path) -> Files:
     return {"results_10M_train.csv": "\n".join([*lines, "8,u,PT00H00M01S,001_050,A lake\n"])}
 
 
+def cc3m(root: Path) -> Files:
+    return {"t.tsv": f'a "lake\t{url(root, "a.jpg")}\nb\t{url(root, "b.jpg")}\n'}
+
+
 def sbu(root: Path) -> Files:
-    names = ("a.jpg", "b.jpg")
-    lists = {
-        "captions": ["A boat", "My dog"],
-        "user_ids": ["1", "2"],
-        "image_urls": [url(root, name) for name in names],
-    }
-    return {"sbu-captions-all.json": lists}
+    urls = [url(root, name) for name in ("a.jpg", "b.jpg")]
+    return {"sbu-captions-all.json": {"captions": ["A boat", "My dog"], "user_ids": ["1", "2"], "image_urls": urls}}
 
 
 def msrvtt_qa(root: Path) -> Files:
@@ -195,45 +170,27 @@ def img2dataset_shards(root: Path) -> Files:
     return tables
 
 
+KARPATHY_COCO = karpathy("val2014", "coco")
+FLICKR = "1.jpg#0\tTwo men .\n1.jpg#1\tMen .\n2.jpg#0\tA dog .\n"
+REGIONS = visual_genome("region_descriptions", "regions", [{"region_id": 1, "phrase": "a clock", "x": 1, "y": 2}] * 3)
+VG_QA = visual_genome("question_answers", "qas", [{"qa_id": 986768, "question": "What color?", "answer": "Green."}])
+JSFUSION = "key,vid_key,video_id,sentence\nret0,msr9770,video9770,a person\n"
+
 # YAML -> its files, flags, {media as they come out: their number of texts}
 LAYOUTS: dict[str, tuple[Callable[[Path], Files], list[str], dict[str, int]]] = {
     "webvid": (webvid, [], {"001_050/7.mp4": 1, "001_050/8.mp4": 1}),
-    "cc3m": (
-        lambda root: {"t.tsv": f'a "lake\t{url(root, "a.jpg")}\nb\t{url(root, "b.jpg")}\n'},
-        [],
-        {"a.jpg": 1, "b.jpg": 1},
-    ),
+    "cc3m": (cc3m, [], {"a.jpg": 1, "b.jpg": 1}),
     "cc12m": (lambda root: {"cc12m.tsv": f"{url(root, 'a.jpg')}\t<PERSON> at sea\n"}, [], {"a.jpg": 1}),
     "sbu": (sbu, [], {"a.jpg": 1, "b.jpg": 1}),
     "coco": (coco, [], {"000000000025.jpg": 2, "000000000009.jpg": 1}),
-    "coco_karpathy": (
-        karpathy("val2014", "coco"),
-        ["--keep", "split=train,restval"],
-        {"val2014/0.jpg": 2, "val2014/1.jpg": 2},
-    ),
+    "coco_karpathy": (KARPATHY_COCO, ["--keep", "split=train,restval"], {"val2014/0.jpg": 2, "val2014/1.jpg": 2}),
     "flickr30k_karpathy": (karpathy("", "flickr30k"), ["--keep", "split=test"], {"2.jpg": 2}),
-    "flickr30k": (
-        lambda root: {"results.token": "1.jpg#0\tTwo men .\n1.jpg#1\tMen .\n2.jpg#0\tA dog .\n"},
-        [],
-        {"1.jpg": 2, "2.jpg": 1},
-    ),
-    "visual_genome": (
-        visual_genome("region_descriptions", "regions", [{"region_id": 1, "phrase": "a clock", "x": 1, "y": 2}] * 3),
-        [],
-        {"VG_100K_2/1.jpg": 3, "VG_100K/2.jpg": 3},
-    ),
-    "vg_qa": (
-        visual_genome("question_answers", "qas", [{"qa_id": 986768, "question": "What color?", "answer": "Green."}]),
-        [],
-        {"VG_100K_2/1.jpg": 1, "VG_100K/2.jpg": 1},
-    ),
+    "flickr30k": (lambda root: {"results.token": FLICKR}, [], {"1.jpg": 2, "2.jpg": 1}),
+    "visual_genome": (REGIONS, [], {"VG_100K_2/1.jpg": 3, "VG_100K/2.jpg": 3}),
+    "vg_qa": (VG_QA, [], {"VG_100K_2/1.jpg": 1, "VG_100K/2.jpg": 1}),
     "msrvtt_7k": (msrvtt("7k"), [], {"video0.mp4": 2, "video2.mp4": 2}),
     "msrvtt_9k": (msrvtt("9k"), [], {"video0.mp4": 2, "video2.mp4": 2}),
-    "msrvtt_1k_test": (
-        lambda root: {"MSRVTT_JSFUSION_test.csv": "key,vid_key,video_id,sentence\nret0,msr9770,video9770,a person\n"},
-        [],
-        {"video9770.mp4": 1},
-    ),
+    "msrvtt_1k_test": (lambda root: {"MSRVTT_JSFUSION_test.csv": JSFUSION}, [], {"video9770.mp4": 1}),
     "didemo": (didemo, [], {"1@N01_2_3.mov#t=0,30": 2}),
     "activitynet": (activitynet, [], {"v_abc.mp4": 2}),
     "ssv2_label": (something, [], {"74225.webm": 1, "59391.webm": 1}),
@@ -304,32 +261,32 @@ def test_a_yaml_packs_the_files_of_its_data_set(tmp_path: Path, clip: bytes, nam
     assert not any(text != text.strip() for row in rows for text in row["captions"])
 
 
-def questions(name: str, root: Path) -> list[dict]:
-    layout = LAYOUTS[name][0]
-    config = load_corpus(str(CORPORA / f"{name}.yaml"))
-    return [row.question for row in read_rows(write(layout(root), root), config)]
+def rows_of(name: str, root: Path) -> list[Row]:
+    return list(read_rows(write(LAYOUTS[name][0](root), root), load_corpus(str(CORPORA / f"{name}.yaml"))))
 
 
 def test_questions_carry_their_answers_and_types(tmp_path: Path) -> None:
-    asked = questions("vqa", tmp_path)[1]
-    assert (asked["question"], asked["question_id"]) == ("What position is this man playing?", "458752001")
-    assert (asked["answers"], asked["weights"]) == (["net", "mesh"], [0.8, 0.2])
-    assert (asked["question_type"], asked["answer_type"]) == ("what is this", "other")
-    assert [each["answers"] for each in questions("vqa_test", tmp_path)] == [[], []]
-    assert [(each["answers"], each["question_type"]) for each in questions("activitynet_qa", tmp_path)] == [
-        (["no"], "3"),
-        (["2"], "7"),
-    ]
-    assert [(each["question_id"], each["answers"]) for each in questions("vg_qa", tmp_path)] == [
-        ("986768", ["Green."]),
-        ("986768", ["Green."]),
-    ]
+    questions = {
+        name: [row.question for row in rows_of(name, tmp_path)]
+        for name in ("vqa", "vqa_test", "activitynet_qa", "vg_qa")
+    }
+    assert questions["vqa"][1] == {
+        "question_id": "458752001",
+        "question": "What position is this man playing?",
+        "answers": ["net", "mesh"],
+        "weights": [0.8, 0.2],
+        "question_type": "what is this",
+        "answer_type": "other",
+    }
+    assert [each["answers"] for each in questions["vqa_test"]] == [[], []]
+    answered = [(each["answers"], each["question_type"]) for each in questions["activitynet_qa"]]
+    assert answered == [(["no"], "3"), (["2"], "7")]
+    assert [(each["question_id"], each["answers"]) for each in questions["vg_qa"]] == [("986768", ["Green."])] * 2
 
 
 def test_captions_are_those_of_the_data_set(tmp_path: Path) -> None:
     def captions(name: str) -> list[tuple[str, ...]]:
-        config = load_corpus(str(CORPORA / f"{name}.yaml"))
-        return [row.captions for row in read_rows(write(LAYOUTS[name][0](tmp_path), tmp_path), config)]
+        return [row.captions for row in rows_of(name, tmp_path)]
 
     assert captions("webvid")[0] == ("Disco light,\nin two lines",)
     assert captions("cc3m") == [('a "lake',), ("b",)]
@@ -347,16 +304,12 @@ def test_visual_genome_without_the_list_of_images(tmp_path: Path) -> None:
 
 
 def test_sbu_as_two_text_files(tmp_path: Path) -> None:
-    name = "SBU_captioned_photo_dataset"
-    files = write(
-        {f"{name}_captions.txt": "A boat\nMy dog\n", f"{name}_urls.txt": "http://a/1\nhttp://a/2\n"}, tmp_path
-    )
+    captions, urls = (f"SBU_captioned_photo_dataset_{kind}.txt" for kind in ("captions", "urls"))
+    files = write({captions: "A boat\nMy dog\n", urls: "http://a/1\nhttp://a/2\n"}, tmp_path)
     config = load_corpus(str(CORPORA / "sbu.yaml"))
-    assert [(row.source, *row.captions) for row in read_rows(files, config)] == [
-        ("http://a/1", "A boat"),
-        ("http://a/2", "My dog"),
-    ]
-    (tmp_path / f"{name}_urls.txt").write_text("http://a/1\n")
+    found = [(row.source, *row.captions) for row in read_rows(files, config)]
+    assert found == [("http://a/1", "A boat"), ("http://a/2", "My dog")]
+    (tmp_path / urls).write_text("http://a/1\n")
     with pytest.raises(ValueError, match="record 2: it has a caption but no address: the two lists must be equally"):
         list(read_rows(files, config))
     with pytest.raises(ValueError, match=r"needs its list of captions \(..._captions.txt\)"):
@@ -393,12 +346,8 @@ def test_tables_in_any_form_give_the_same_rows(tmp_path: Path) -> None:
     table = [{"path": "a/1.jpg", "text": 'He said "no",\nthen left'}, {"path": "b/2.jpg", "text": "Zürich; snow"}]
     quoted = ['"' + row["text"].replace('"', '""') + '"' for row in table]
     lines = [f"{row['path']},{text}" for row, text in zip(table, quoted, strict=True)]
-    files = {
-        "a.csv": "path,text\r\n" + "\r\n".join(lines) + "\r\n",
-        "b.json": table,
-        "c.jsonl": "\n\n".join(json.dumps(row) for row in table),
-    }
-    write(files, tmp_path)
+    files = {"a.csv": "path,text\r\n" + "\r\n".join(lines) + "\r\n", "b.json": table}
+    write({**files, "c.jsonl": "\n\n".join(json.dumps(row) for row in table)}, tmp_path)
     pq.write_table(pa.Table.from_pylist(table), tmp_path / "d.parquet")
     config = load_corpus(str(CORPORA / "generic.yaml"))
     results = [list(read_rows([str(path)], config)) for path in sorted(tmp_path.glob("?.*"))]

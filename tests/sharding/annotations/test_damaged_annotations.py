@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from runtime.errors import UserError
 from sharding.annotations.columns import Columns
 from sharding.annotations.config import Reading
-from sharding.annotations.items import Row
 from sharding.annotations.reading import read_rows
 from sharding.annotations.staging import stage
 
@@ -28,29 +28,13 @@ COCO = {
 QUOTED = "".join(
     '{image},"{caption}",{start},{end}\n'.format(**{**r, "caption": r["caption"].replace('"', '""')}) for r in RECORDS
 )
-PIECES = [
-    b'"',
-    b"\\ud83d",
-    b"\\u",
-    b"NaN",
-    b"\0",
-    b"\xff",
-    b"\xed\xa0\x80",
-    b"[",
-    b"}",
-    b",",
-    b"\n",
-    b"\r",
-    b"\\",
-    b"9" * 30,
-]
+PIECES = [b"\\ud83d", b"\\u", b"NaN", b"\xed\xa0\x80", b"9" * 30, *(bytes([byte]) for byte in b'"\0\xff[},\n\r\\')]
 
 
 def parquet() -> bytes:
     buffer = io.BytesIO()
-    pq.write_table(
-        pa.Table.from_pylist(RECORDS), buffer, row_group_size=5, compression="none", write_page_checksum=True
-    )
+    options = {"row_group_size": 5, "compression": "none", "write_page_checksum": True}
+    pq.write_table(pa.Table.from_pylist(RECORDS), buffer, **options)
     return buffer.getvalue()
 
 
@@ -84,30 +68,22 @@ def damaged(data: bytes, chance: random.Random) -> bytes:
     return data
 
 
-def outcome(path: Path, reading: Reading) -> tuple[list[Row], ValueError | None]:
-    """The rows of a file, or what is said of it."""
-    try:
-        return list(read_rows([str(path)], reading)), None
-    except ValueError as error:
-        return [], error
-
-
 @pytest.mark.parametrize("name", FILES)
 def test_damage_gives_rows_or_one_line_that_names_the_file(tmp_path: Path, name: str) -> None:
     data, form = FILES[name]
     chance = random.Random(name)
     columns = Columns(media="file_name") if form == "coco" else Columns()
     path = tmp_path / name
+    messages = []
     for attempt in range(120):
         path.write_bytes(damaged(data, chance))
-        reading = Reading(format=form, columns=columns, skip_bad_rows=attempt % 2 == 0)
-        rows, said = outcome(path, reading)
-        if said is not None:
-            assert type(said).__name__ in ("UserError", "RowError"), path.read_bytes()
-            assert name in str(said)
-            assert "\n" not in str(said)
-            assert "codec can't" not in str(said)
-        else:
-            staged = stage(rows, tmp_path / "rows.sqlite", tmp_path)
-            assert staged.rows == len(rows)
-            assert sum(item.rows for item in staged.between(0, staged.items)) == staged.kept
+        try:
+            rows = list(read_rows([str(path)], Reading(format=form, columns=columns, skip_bad_rows=attempt % 2 == 0)))
+        except UserError as error:
+            messages.append(str(error))
+            continue
+        staged = stage(rows, tmp_path / "rows.sqlite", tmp_path)
+        assert staged.rows == len(rows)
+        assert sum(item.rows for item in staged.between(0, staged.items)) == staged.kept
+    assert messages
+    assert not [each for each in messages if name not in each or "\n" in each or "codec can't" in each]

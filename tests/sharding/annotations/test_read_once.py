@@ -3,17 +3,15 @@
 import gzip
 import hashlib
 import json
-import os
 import sys
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from faulty_proxy import Faults
+from object_stores import MakeFaulty, Store
+from packed import write_photos
 
 from sharding.build import main
 
@@ -45,14 +43,12 @@ sys.addaudithook(lambda event, arguments: opened.append(str(arguments[0])) if ev
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    (tmp_path / "media").mkdir()
-    for number in range(3):
-        Image.fromarray(np.full((48, 64, 3), number * 80, np.uint8)).save(tmp_path / "media" / f"{number}.jpg")
+    write_photos(tmp_path, 3, (64, 48))
     return tmp_path
 
 
 def build(corpus: Path, files: list[str], flags: list[str]) -> None:
-    words = ["--annotations", *files, "--media-root", str(corpus / "media"), "--media-type", "image", *flags]
+    words = ["--annotations", *files, "--media-root", str(corpus / "photos"), "--media-type", "image", *flags]
     assert main([*words, "--output", str(corpus / "out"), "--workers", "1"]) == 0
 
 
@@ -71,25 +67,11 @@ def test_each_file_is_opened_once(corpus: Path, form: str) -> None:
     assert json.loads((corpus / "out" / "build.json").read_text())["annotations_sha256"] == digest
 
 
-def test_a_remote_file_is_fetched_once(corpus: Path) -> None:
-    (corpus / "coco.json").write_text(json.dumps(COCO))
-    fetched = []
-
-    class Handler(SimpleHTTPRequestHandler):
-        def __init__(self, *arguments: object) -> None:
-            super().__init__(*arguments, directory=str(corpus))  # type: ignore[arg-type]
-
-        def do_GET(self) -> None:
-            fetched.append(self.path)
-            super().do_GET()
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_address[1]}/coco.json"
-    build(corpus, [url], FILES["coco"][1])
-    server.shutdown()
-    assert fetched == ["/coco.json"]
-    assert len(os.listdir(corpus / "out")) == 5
+def test_a_remote_file_is_fetched_once(corpus: Path, http: Store, faulty: MakeFaulty) -> None:
+    (corpus / "remote").mkdir()
+    (corpus / "remote" / "coco.json").write_text(json.dumps(COCO))
+    http.fill(corpus / "remote", "remote")
+    proxy = faulty(http, Faults())
+    build(corpus, [http.url("remote/coco.json", proxy)], FILES["coco"][1])
+    assert [seen.path.rpartition("/")[2] for seen in proxy.log if seen.method == "GET"] == ["coco.json"]
+    assert len(list((corpus / "out").iterdir())) == 5

@@ -1,28 +1,25 @@
 """Rows on disk: media in order of first appearance, each once with all its texts, in memory that does not grow."""
 
 import json
-import os
 import pickle
 import resource
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
-from PIL import Image
+from packed import build_command, contents, pack, write_photos
 from places import ROOT
 
 from runtime.progress import counted
 from sharding.annotations.items import Item, Row
 from sharding.annotations.staging import open_staged, stage
-from sharding.build import build_corpus
 from sharding.shards.plan import ShardSettings, plan_shards
-from sharding.shards.schema import read_index
 from storage.web import Fetching
 
 
@@ -76,13 +73,9 @@ def test_tasks_stay_small_and_are_read_by_whoever_builds_them(tmp_path: Path) ->
 def test_a_full_disk_is_named_and_leaves_nothing_half_read(photos: Path, tmp_path: Path) -> None:
     records = [{"image": "0.jpg", "caption": f"a long caption {number} " * 20} for number in range(5000)]
     (tmp_path / "long.json").write_text(json.dumps(records))
-    words = [sys.executable, "-m", "sharding.build", "--annotations", str(tmp_path / "long.json"), "--size", "32"]
-    words += ["--media-root", str(photos), "--media-type", "image", "--workers", "1", "--output", str(tmp_path / "out")]
-
-    def small_disk() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2**19, 2**19))
-
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, preexec_fn=small_disk)
+    words = build_command(photos, tmp_path / "out", "--annotations", str(tmp_path / "long.json"), "--workers", "1")
+    small = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (2**19, 2**19))
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, preexec_fn=small)
     assert done.returncode == 2
     assert "error: annotation rows cannot be staged in" in done.stderr
     assert done.stderr.count("\n") == 1
@@ -128,54 +121,31 @@ def test_memory_does_not_grow_with_rows(tmp_path: Path, few: int, many: int) -> 
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """150 photos, annotated twice each: all of them, then all of them again."""
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    noise = np.random.default_rng(0).integers(0, 255, (9, 12, 3), np.uint8)
-    Image.fromarray(noise).resize((1600, 1200)).save(folder / "0.jpg", quality=85)
-    for number in range(1, 150):
-        os.link(folder / "0.jpg", folder / f"{number}.jpg")
-    records = [{"image": f"{n % 150}.jpg", "caption": f"text {n}"} for n in range(300)]
-    (tmp_path / "photos.json").write_text(json.dumps(records))
-    return folder
+    return write_photos(tmp_path, 150, (12, 9), (1600, 1200))
 
 
-def test_a_photo_of_many_rows_is_stored_once(photos: Path, tmp_path: Path) -> None:
-    settings = {"size": 32, "workers": 1}
-    corpus = build_corpus([str(photos.parent / "photos.json")], str(photos), "image", str(tmp_path / "out"), **settings)
-    assert (corpus.samples, sum(corpus.counts("captions")), len(corpus.shards)) == (150, 300, 3)
-    rows = [row for shard in range(3) for row in read_index(corpus, shard).to_pylist()]
-    assert [row["source"] for row in rows] == [f"{number}.jpg" for number in range(150)]
-    assert [row["captions"] for row in rows] == [[f"text {number}", f"text {number + 150}"] for number in range(150)]
-
-
-def test_a_killed_build_finds_its_rows_again(photos: Path, tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "sharding.build", "--annotations", str(photos.parent / "photos.json")]
-    words += ["--media-root", str(photos), "--media-type", "image", "--size", "32", "--workers", "1", "--output"]
+def test_a_killed_build_finds_its_rows_again(photos: Path, tmp_path: Path, caplog) -> None:
     out = tmp_path / "out"
-    process = subprocess.Popen([*words, str(out)], cwd=ROOT, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(build_command(photos, out, "--workers", "1"), cwd=ROOT, stderr=subprocess.DEVNULL)
     while not (out / "build.json").exists():  # written when the rows are staged
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert len(list((out / ".partial").glob("rows-*.sqlite"))) == 1
-    done = subprocess.run([*words, str(out)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "annotations: read by an earlier run" in done.stderr
+    caplog.set_level("INFO", "sharding")
+    pack(photos, out, name="out")
+    assert "annotations: read by an earlier run" in caplog.text
     assert not (out / ".partial").exists()
-    subprocess.run([*words, str(tmp_path / "whole" / "out")], cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
-    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole" / "out").iterdir()}
-    assert whole == {path.name: path.read_bytes() for path in out.iterdir()}
+    pack(photos, tmp_path / "whole", name="out")
+    assert contents(out) == contents(tmp_path / "whole")
 
 
 def test_rows_of_other_annotations_are_not_taken_for_these(photos: Path, tmp_path: Path) -> None:
-    file = photos.parent / "photos.json"
-    out = tmp_path / "out"
     (photos / "0.jpg").unlink()
     with pytest.raises(ValueError, match="media failed"):
-        build_corpus([str(file)], str(photos), "image", str(out), size=32, workers=1, max_failures=0.0)
-    kept = list((out / ".partial").glob("rows-*.sqlite"))
-    assert len(kept) == 1
-    file.write_text(file.read_text().replace("text 7", "text seven"))
+        pack(photos, tmp_path / "out", max_failures=0.0)
+    assert len(list((tmp_path / "out" / ".partial").glob("rows-*.sqlite"))) == 1
+    file = photos.parent / "photos.json"
+    file.write_text(file.read_text().replace("photo 7", "photo seven"))
     with pytest.raises(ValueError, match="built with another annotations_sha256"):
-        build_corpus([str(file)], str(photos), "image", str(out), size=32, workers=1)
+        pack(photos, tmp_path / "out")

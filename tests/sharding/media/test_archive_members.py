@@ -97,28 +97,17 @@ def test_names_in_any_encoding(tmp_path: Path, encoding: str, form: int) -> None
     assert [found(tmp_path / "a.tar", each) for each in ("0.jpg", name)] == [b"zero", b"here"]
 
 
-def test_what_lies_behind_a_damaged_header_is_found_and_the_damage_is_named(tmp_path: Path) -> None:
+def test_what_is_before_and_behind_damage_is_found_and_the_damage_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w") as tar:
         for number in range(4):
             add(tar, f"{number}.jpg", bytes([number]) * 700)
     data = bytearray(path.read_bytes())
     data[1536 + 20] ^= 1
-    path.write_bytes(data)
-    assert [found(path, f"{number}.jpg") for number in (0, 2, 3)] == [bytes([number]) * 700 for number in (0, 2, 3)]
-    assert found(path, "1.jpg") == "not in the archive a.tar, which is damaged at byte 1536 (damaged tar header)"
-
-
-def test_a_tar_that_was_cut_off_keeps_its_first_members(tmp_path: Path) -> None:
-    path = tmp_path / "a.tar"
-    with tarfile.open(path, "w") as tar:
-        for number in range(4):
-            add(tar, f"{number}.jpg", bytes([number]) * 700)
-    path.write_bytes(path.read_bytes()[: 2 * 1536 + 600])
-    assert found(path, "1.jpg") == bytes([1]) * 700
-    assert found(path, "2.jpg").startswith(
-        "not in the archive a.tar, which is damaged at byte 3672 (the tar ends inside"
-    )
+    path.write_bytes(data[: 3 * 1536 + 600])
+    assert [found(path, f"{number}.jpg") for number in (0, 2)] == [bytes([number]) * 700 for number in (0, 2)]
+    for name in ("1.jpg", "3.jpg"):
+        assert found(path, name) == "not in the archive a.tar, which is damaged at byte 1536 (damaged tar header)"
 
 
 def test_a_size_beyond_all_measure_is_damage(tmp_path: Path) -> None:
@@ -220,9 +209,8 @@ def test_a_name_that_is_not_the_utf8_that_a_zip_says_costs_nothing_else(tmp_path
     assert [found(tmp_path / "a.zip", name) for name in ("éé.jpg", "日本.jpg")] == [b"here", b"flag"]
 
 
-@pytest.mark.parametrize("encoding", ["cp437", "cp932", "utf-8"])
-def test_names_in_zips_without_the_flag(tmp_path: Path, encoding: str) -> None:
-    name = "é.jpg" if encoding == "cp437" else "日本.jpg"
+@pytest.mark.parametrize(("name", "encoding"), [("é.jpg", "cp437"), ("日本.jpg", "cp932"), ("日本.jpg", "utf-8")])
+def test_names_in_zips_without_the_flag(tmp_path: Path, name: str, encoding: str) -> None:
     raw = name.encode(encoding)
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
         file.writestr("x" * len(raw), b"here")

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import simplejpeg
-from ffmpeg_frames import difference, ffmpeg, shown_frames
+from ffmpeg_frames import difference, ffmpeg, shown_frames, step_of
 from PIL import Image
 
 from sharding.build import build_corpus
@@ -151,6 +151,18 @@ def check_against_ffmpeg(path: Path, fps: float) -> None:
     for moment, jpeg in zip(stored.times, stored.jpegs, strict=True):
         shown = frames[np.searchsorted(seconds, moment + 1e-3, side="right") - 1].astype(int)
         assert difference(simplejpeg.decode_jpeg(jpeg, "RGB") - shown) < 5, moment
+
+
+@pytest.mark.parametrize("words", [("-ss", "1.3"), ("-ss", "7.9"), ("-ss", "6.2", "-t", "3"), ("-itsoffset", "2.5")])
+def test_an_edit_list_decides_what_is_shown(folder: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
+    path = tmp_path / "edited.mp4"
+    ffmpeg(*words, "-i", folder / "a.mp4", "-c", "copy", path)
+    assert b"elst" in path.read_bytes()
+    whole = pack_video(path.read_bytes(), 36, 95, 10)
+    _, seconds = shown_frames(path, whole.width, whole.height)
+    assert whole.duration == pytest.approx(seconds[-1] + step_of(seconds), abs=0.051)
+    check_against_ffmpeg(path, 10)
+    assert pack_video(path.read_bytes(), 36, 95, 10, 0, 1.5, 2.5).jpegs == whole.jpegs[15:25]
 
 
 def held(folder: Path, name: str) -> Path:

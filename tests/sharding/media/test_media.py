@@ -1,4 +1,4 @@
-"""Real-world media: every kind of picture comes out upright and in colour, clips keep their timing."""
+"""Pictures lose no detail when they shrink, and clips keep their timing."""
 
 import io
 from fractions import Fraction
@@ -8,113 +8,12 @@ import cv2
 import numpy as np
 import pytest
 import simplejpeg
+from pictures import photo, saved
 from PIL import Image
 
 from sharding.media.frames import MediaError, stored_size
 from sharding.media.image import pack_image, shrink
 from sharding.media.video import pack_video
-
-RED, GREEN = (220, 30, 30), (30, 160, 60)
-
-
-def halves(width: int = 80, height: int = 60) -> Image.Image:
-    """Left half red, right half green."""
-    pixels = np.empty((height, width, 3), np.uint8)
-    pixels[:, : width // 2], pixels[:, width // 2 :] = RED, GREEN
-    return Image.fromarray(pixels)
-
-
-def saved(image: Image.Image, form: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, form, **options)
-    return buffer.getvalue()
-
-
-def shown(data: bytes, size: int = 40) -> np.ndarray:
-    frames = pack_image(data, size, 95)
-    pixels = simplejpeg.decode_jpeg(frames.jpegs[0], "RGB")
-    assert pixels.shape[:2] == (frames.height, frames.width)
-    return pixels
-
-
-def near(pixel: np.ndarray, colour: tuple[int, int, int], margin: int = 30) -> bool:
-    return bool(np.abs(pixel.astype(int) - colour).max() <= margin)
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        saved(halves(), "JPEG", quality=95),
-        saved(halves(), "JPEG", quality=95, progressive=True),
-        saved(halves().convert("CMYK"), "JPEG", quality=95),
-        saved(halves(), "PNG"),
-        saved(halves().convert("P"), "PNG"),
-        saved(halves().convert("RGBA"), "PNG"),
-        saved(halves(), "WEBP", lossless=True),
-        saved(halves(), "GIF", save_all=True, append_images=[Image.new("RGB", (80, 60))]),
-        saved(halves(), "BMP"),
-    ],
-    ids=["jpeg", "progressive", "cmyk", "png", "palette", "alpha", "webp", "animated", "bmp"],
-)
-def test_pictures_of_all_kinds(data: bytes) -> None:
-    pixels = shown(data)
-    assert pixels.shape == (40, 53, 3)
-    assert near(pixels[20, 8], RED)
-    assert near(pixels[20, 45], GREEN)
-
-
-def test_exif_rotation_is_applied() -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 3  # upside down
-    pixels = shown(saved(halves(), "JPEG", quality=95, exif=exif))
-    assert near(pixels[20, 8], GREEN)
-    exif[0x0112] = 6  # on its side
-    assert shown(saved(halves(), "JPEG", exif=exif)).shape[0] > shown(saved(halves(), "JPEG", exif=exif)).shape[1]
-
-
-def test_gray_and_sixteen_bits_and_transparency() -> None:
-    assert near(shown(saved(Image.new("L", (80, 60), 200), "PNG"))[20, 20], (200, 200, 200))
-    deep = Image.fromarray(np.full((60, 80), 200 * 256, np.uint16))
-    assert near(shown(saved(deep, "PNG"))[20, 20], (200, 200, 200))
-    clear = Image.new("RGBA", (80, 60), (0, 0, 0, 0))
-    assert near(shown(saved(clear, "PNG"))[20, 20], (255, 255, 255))
-
-
-def test_a_small_jpeg_keeps_its_bytes_and_a_large_one_shrinks() -> None:
-    data = saved(halves(), "JPEG", quality=80)
-    assert pack_image(data, 60, 90).jpegs == [data]
-    assert pack_image(data, 30, 90).height == 30
-    wide = pack_image(saved(halves(2000, 10), "JPEG"), 64, 90)
-    assert (wide.width, wide.height) == (2000, 10)
-
-
-def shown_at(data: bytes, size: int) -> np.ndarray:
-    return simplejpeg.decode_jpeg(pack_image(data, size, 100).jpegs[0], "RGB")
-
-
-def psnr(one: np.ndarray, other: np.ndarray) -> float:
-    return 10 * np.log10(255**2 / np.mean((one.astype(float) - other) ** 2))
-
-
-@pytest.mark.parametrize("width", [700, 1024, 1500, 4000])
-def test_a_large_jpeg_decoded_at_a_smaller_size_is_as_good_as_one_decoded_in_full(width: int) -> None:
-    grey = np.random.default_rng(0).integers(0, 255, (75, 100, 1), np.uint8).repeat(3, 2)
-    large = Image.fromarray(grey).resize((width, width * 3 // 4), Image.Resampling.BICUBIC)
-    data = saved(large, "JPEG", quality=90)
-    stored = shown_at(data, 224)
-    size = (stored.shape[1], stored.shape[0])
-    truth = cv2.resize(np.asarray(large), size, interpolation=cv2.INTER_AREA)
-    assert psnr(stored, truth) > 30
-
-
-@pytest.mark.parametrize(
-    "data",
-    [b"", b"<html>404</html>", saved(halves(), "JPEG")[:-100], saved(halves(), "PNG")[:-60], b"\xff\xd8\xff\xe0"],
-    ids=["empty", "html", "cut-jpeg", "cut-png", "header"],
-)
-def test_broken_pictures_are_refused(data: bytes) -> None:
-    with pytest.raises(MediaError):
-        pack_image(data, 40, 90)
 
 
 def clip(times: list[float], size: tuple[int, int] = (64, 48), codec: str = "libx264", form: str = "mp4") -> bytes:
@@ -160,12 +59,6 @@ def test_a_late_start_and_a_single_frame() -> None:
     assert numbers(clip([0.0]), 2) == [0]
 
 
-def test_an_odd_size_shrinks_and_other_codecs_are_read() -> None:
-    data = clip([number / 10 for number in range(5)], (128, 96), "mpeg4", "avi")
-    packed = pack_video(data, 48, 90, 10, 0)
-    assert (packed.width, packed.height) == (64, 48)
-
-
 @pytest.mark.parametrize("data", [b"", b"no video", clip([0.0, 0.5])[:300]], ids=["empty", "text", "header"])
 def test_broken_clips_are_refused(data: bytes) -> None:
     with pytest.raises(MediaError):
@@ -196,8 +89,16 @@ def test_shrinking_is_as_close_to_lanczos_as_the_area_filter(size: int) -> None:
     assert np.sqrt(((shrunk - best) ** 2).mean()) <= 1.02 * np.sqrt(((area - best) ** 2).mean())
 
 
+def test_a_small_jpeg_keeps_its_bytes_and_a_large_one_shrinks() -> None:
+    data = saved(photo(60, 80), quality=80)
+    assert pack_image(data, 60, 90).jpegs == [data]
+    assert pack_image(data, 30, 90).height == 30
+    wide = pack_image(saved(photo(10, 2000)), 64, 90)
+    assert (wide.width, wide.height) == (2000, 10)
+
+
 def test_the_shape_is_that_of_the_whole_picture_also_where_a_fraction_is_decoded() -> None:
-    packed = pack_image(saved(Image.fromarray(natural(383, 256)), "JPEG", quality=90), 96, 90)
+    packed = pack_image(saved(Image.fromarray(natural(383, 256))), 96, 90)
     assert (packed.width, packed.height) == (round(383 * 96 / 256), 96)
 
 
@@ -206,10 +107,8 @@ def test_a_fraction_that_is_decoded_keeps_the_detail_of_the_stored_size(size: in
     data = saved(Image.fromarray(natural(600, 450)), "JPEG", quality=95)
     pixels = simplejpeg.decode_jpeg(data, "RGB")
     width, height = stored_size(600, 450, size)
-    best = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS).convert("L")).astype(
-        int
-    )
-    stored = Image.open(io.BytesIO(pack_image(data, size, 100).jpegs[0])).convert("L")
-    area = Image.fromarray(cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)).convert("L")
-    loss, usual = (np.sqrt(((np.asarray(image).astype(int) - best) ** 2).mean()) for image in (stored, area))
-    assert loss <= 1.5 * usual
+    best = Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS)
+    stored = Image.open(io.BytesIO(pack_image(data, size, 100).jpegs[0]))
+    area = Image.fromarray(cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA))
+    lanczos, ours, usual = (np.asarray(image.convert("L")).astype(int) for image in (best, stored, area))
+    assert np.sqrt(((ours - lanczos) ** 2).mean()) <= 1.5 * np.sqrt(((usual - lanczos) ** 2).mean())

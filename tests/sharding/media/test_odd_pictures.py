@@ -66,79 +66,57 @@ THUMBNAIL = exif() + saved(photo(12, 16))
 SCAN = PLAIN.index(b"\xff\xda")
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        PLAIN + bytes(range(256)) * 100,
-        PLAIN + bytes(10_000),
-        PLAIN + b"\0\0\0\x18ftypmp42" + b"\xff\xd8\xff\xd9" * 2000 + b"clip" * 5000,
-        PLAIN + PROGRESSIVE,
-        PROGRESSIVE + b"\n" * 9000,
-        with_segment(PLAIN, 0xE1, THUMBNAIL) + bytes(5000),
-        PLAIN[:-2] + b"\xff\xff\xff\xd9" + b"fill" * 2000,
-        saved(photo(96, 128), restart_marker_blocks=3) + b"x" * 9000,
-        PLAIN[:-2] + b"\x12\x34" + PLAIN[-2:],
-        PLAIN[:-2] + b"\x12" * 3000 + PLAIN[-2:],
-        PLAIN[: SCAN - 2].replace(b"\xff\xdb", b"\x01\x02\xff\xdb", 1) + PLAIN[SCAN - 2 :],
-        PLAIN[: SCAN + 11] + b"\0\0\0" + PLAIN[SCAN + 14 :],
-        with_segment(PLAIN, 0xEE, b"Adobe\0\x64\0\0\0\0\x05"),
-        with_segment(PLAIN, 0xE0, b"JFIF\0\x07\x01\0\0\x01\0\x01\0\0"),
-    ],
-    ids=[
-        "tail",
-        "zeros",
-        "motion-photo",
-        "two-jpegs",
-        "progressive",
-        "thumbnail",
-        "fill",
-        "restarts",
-        "extraneous",
-        "extraneous-3000",
-        "extraneous-dqt",
-        "bad-sos",
-        "adobe-5",
-        "jfif-7",
-    ],
-)
-def test_what_viewers_show_without_a_wrong_pixel_is_packed(data: bytes) -> None:
-    with Image.open(io.BytesIO(data)) as image:
-        assert_shown(data, np.asarray(image.convert("RGB")))
+SHOWN = {
+    "tail": PLAIN + bytes(range(256)) * 100,
+    "zeros": PLAIN + bytes(10_000),
+    "motion photo": PLAIN + b"\0\0\0\x18ftypmp42" + b"\xff\xd8\xff\xd9" * 2000 + b"clip" * 5000,
+    "two JPEGs": PLAIN + PROGRESSIVE,
+    "progressive": PROGRESSIVE + b"\n" * 9000,
+    "thumbnail": with_segment(PLAIN, 0xE1, THUMBNAIL) + bytes(5000),
+    "fill": PLAIN[:-2] + b"\xff\xff\xff\xd9" + b"fill" * 2000,
+    "restarts": saved(photo(96, 128), restart_marker_blocks=3) + b"x" * 9000,
+    "extraneous": PLAIN[:-2] + b"\x12\x34" + PLAIN[-2:],
+    "3000 extraneous": PLAIN[:-2] + b"\x12" * 3000 + PLAIN[-2:],
+    "extraneous before DQT": PLAIN[: SCAN - 2].replace(b"\xff\xdb", b"\x01\x02\xff\xdb", 1) + PLAIN[SCAN - 2 :],
+    "bad SOS": PLAIN[: SCAN + 11] + b"\0\0\0" + PLAIN[SCAN + 14 :],
+    "Adobe 5": with_segment(PLAIN, 0xEE, b"Adobe\0\x64\0\0\0\0\x05"),
+    "JFIF 7": with_segment(PLAIN, 0xE0, b"JFIF\0\x07\x01\0\0\x01\0\x01\0\0"),
+    "animated": saved(Image.linear_gradient("L"), "GIF", save_all=True, append_images=[Image.new("L", (256, 256))]),
+}
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        PLAIN[:-2],
-        PLAIN[: len(PLAIN) // 2],
-        PLAIN[: len(PLAIN) // 2] + bytes(9000),
-        PLAIN[: len(PLAIN) // 2] + PLAIN,
-        PROGRESSIVE[: len(PROGRESSIVE) // 2] + PLAIN,
-        PROGRESSIVE[: -len(PROGRESSIVE) // 3],
-        with_segment(PLAIN, 0xE1, THUMBNAIL)[:-400],
-        saved(photo(96, 128).convert("L"))[:-300],
-        saved(photo(96, 128).convert("L"))[:-300] + bytes(9000),
-        saved(photo(96, 128).convert("CMYK"))[:-300],
-        with_segment(PLAIN, 0xE1, exif((0x112, 3, 1, b"\6\0\0\0")))[:-300] + PLAIN,
-    ],
-    ids=[
-        "no-eoi",
-        "half",
-        "half-and-zeros",
-        "before-another",
-        "progressive-before-another",
-        "progressive",
-        "thumbnail",
-        "grey",
-        "grey-and-zeros",
-        "cmyk",
-        "turned-before-another",
-    ],
-)
-def test_a_jpeg_that_is_cut_is_refused_by_name(data: bytes) -> None:
+@pytest.mark.parametrize("kind", SHOWN)
+def test_what_viewers_show_without_a_wrong_pixel_is_packed(kind: str) -> None:
+    with Image.open(io.BytesIO(SHOWN[kind])) as image:
+        assert_shown(SHOWN[kind], np.asarray(image.convert("RGB")))
+
+
+CUT = {
+    "no EOI": PLAIN[:-2],
+    "half": PLAIN[: len(PLAIN) // 2],
+    "half and zeros": PLAIN[: len(PLAIN) // 2] + bytes(9000),
+    "before another": PLAIN[: len(PLAIN) // 2] + PLAIN,
+    "progressive before another": PROGRESSIVE[: len(PROGRESSIVE) // 2] + PLAIN,
+    "progressive": PROGRESSIVE[: -len(PROGRESSIVE) // 3],
+    "thumbnail": with_segment(PLAIN, 0xE1, THUMBNAIL)[:-400],
+    "grey": saved(photo(96, 128).convert("L"))[:-300],
+    "grey and zeros": saved(photo(96, 128).convert("L"))[:-300] + bytes(9000),
+    "CMYK": saved(photo(96, 128).convert("CMYK"))[:-300],
+    "turned, before another": with_segment(PLAIN, 0xE1, exif((0x112, 3, 1, b"\6\0\0\0")))[:-300] + PLAIN,
+}
+
+
+@pytest.mark.parametrize("kind", CUT)
+def test_a_jpeg_that_is_cut_is_refused_by_name(kind: str) -> None:
     with pytest.raises(MediaError, match=r"truncated JPEG|premature end"):
-        pack_image(data, 4096, 90)
-    assert undecodable(data, 128, 96)
+        pack_image(CUT[kind], 4096, 90)
+    assert undecodable(CUT[kind], 128, 96)
+
+
+@pytest.mark.parametrize("data", [b"", b"<html>404</html>", b"\xff\xd8\xff\xe0", saved(photo(), "PNG")[:-60]])
+def test_what_is_no_picture_is_refused_by_name(data: bytes) -> None:
+    with pytest.raises(MediaError, match=r"empty file|unreadable image"):
+        pack_image(data, 40, 90)
 
 
 def test_the_end_that_counts_is_the_pictures_own() -> None:
@@ -244,10 +222,19 @@ def test_a_transparent_value_is_compared_with_all_its_bits() -> None:
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "RGBX"])
-def test_every_colour_mode_is_shown(mode: str) -> None:
-    image = photo(96, 128).convert(mode)
+def test_every_colour_mode_is_shown_over_white(mode: str) -> None:
+    image = photo(96, 128).quantize(4) if mode == "P" else photo(96, 128).convert(mode)
+    if mode in ("LA", "RGBA"):
+        image.putalpha(Image.linear_gradient("L").resize(image.size))
+    over = (
+        Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")) if "A" in mode else image
+    )
     form = "PNG" if mode in ("1", "L", "LA", "P", "RGB", "RGBA") else "TIFF"
-    assert stored(saved(image, form)).shape == (96, 128, 3)
+    data = saved(image, form)
+    if mode == "LAB":
+        assert stored(data).shape == (96, 128, 3)
+    else:
+        assert_shown(data, np.asarray(over.convert("RGB")), 8)
 
 
 def test_sixteen_bits_become_eight_whatever_the_file() -> None:

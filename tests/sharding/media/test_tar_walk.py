@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sharding.media.links import LinkError, Locations
-from sharding.media.tar import Damage, TarStream
+from sharding.media.tar import Damage, LinkError, Locations, TarStream
 from sharding.shards.foreign import read_contents
 
 NAMES = st.sampled_from(["a", "b", "d/a", "d.0/c", "./a", "é", "caf\udce9", "._a", ".h", "d/../b"])

@@ -15,7 +15,7 @@ from sharding.inspect import main as inspect_main
 from sharding.shards.indexing import index_shards
 from sharding.shards.schema import named_shards, read_corpus
 from sharding.verify import main as verify_main
-from train.config.files import load_settings
+from train.config.settings import load_settings
 
 
 @pytest.fixture

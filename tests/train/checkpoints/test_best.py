@@ -16,10 +16,9 @@ from model.config import ModelConfig
 from runtime.ranks import Ranks
 from storage.files import recover_folders
 from train import loop
-from train.checkpoints import writing
 from train.checkpoints.best import best_steps, best_version
 from train.checkpoints.copies import RemoteCheckpoints
-from train.checkpoints.writing import STATE, complete_checkpoints, read_state
+from train.checkpoints.writing import STATE, CheckpointWriter, complete_checkpoints, read_state
 from train.config.settings import RunConfig
 from train.folder import RunFolder
 from train.loop import Trainer
@@ -75,7 +74,8 @@ class TinyTrainer(Trainer):
         self.folder.begin(run)
         quiet = SimpleNamespace(inspect=lambda: None, enter=lambda *_: None, pause=lambda _: None, restart=lambda: None)
         self.guard = self.watchdog = self._clock = quiet
-        self.model, self.model_config, self.tokenizer, self.tracker = None, ModelConfig(), None, None
+        self.model, self.tracker = None, None
+        self.writer = CheckpointWriter(self.folder.checkpoints, self.engine, ModelConfig(), None, self.ranks)
         self.state = self._resume()
         self._saved_step, self._saved_at = self.state.step, 0.0
 
@@ -100,26 +100,12 @@ class TinyTrainer(Trainer):
         return self.state.step >= STEPS
 
 
-def write_shard(folder, engine, ranks, moments=True):
-    path = folder / "rank_00000_of_00001.safetensors"
-    path.write_text(str(engine.weight))
-    return path
-
-
-def load_checkpoint(path, engine):
-    engine.weight = int((path / "parts/rank_00000_of_00001.safetensors").read_text())
-    return read_state(path)
-
-
 @pytest.fixture(autouse=True)
-def tiny(monkeypatch):
-    def whole(folder, engine, config, tokenizer):
-        write_weights(Weights(config, {"step": torch.tensor(engine.weight)}), folder / "weights")
+def loaded(tiny, monkeypatch):
+    def load_checkpoint(path, engine):
+        engine.weight = int((path / "parts/rank_00000_of_00001.safetensors").read_text())
+        return read_state(path)
 
-    monkeypatch.setattr(writing, "write_shard", write_shard)
-    monkeypatch.setattr(writing, "_write_whole_weights", whole)
-    monkeypatch.setattr(writing, "_optimizer_state", lambda engine: {})
-    monkeypatch.setattr(writing, "flush", lambda *paths: None)
     monkeypatch.setattr(loop, "load_checkpoint", load_checkpoint)
 
 
@@ -166,7 +152,7 @@ def test_a_kill_at_any_use_of_the_disk_or_the_copies_loses_nothing(tmp_path, sav
         with KILLER.watching(tmp_path, last), pytest.raises(Killed):
             TinyTrainer(run, f"file://{copies}", save_every).train()
         found = [path for path in (run / "checkpoints").glob("*_*") if not path.name.startswith(".")]
-        if found:  # whoever reads the run finds its best model, or its newest
+        if found:  # a reader of the run finds its best model, or its newest
             seen = weight(run)
         best = [weight(path) for path in found if path.name.startswith("best_")]
         assert not best or seen == max(best), last
@@ -210,7 +196,7 @@ def test_a_score_whose_weights_are_gone_does_not_count(tmp_path, caplog):
     assert weight(tmp_path) == STEPS
 
 
-def test_an_upload_that_fails_at_the_end_is_tried_again_and_told(tmp_path, monkeypatch, caplog):
+def test_an_upload_that_fails_at_the_end_is_retried_and_logged(tmp_path, monkeypatch, caplog):
     trainer = TinyTrainer(tmp_path / "run", f"file://{tmp_path}/copies", save_every=2)
 
     def refuse(*_, **__):

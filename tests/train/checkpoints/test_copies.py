@@ -1,4 +1,4 @@
-"""Copies of checkpoints in an object store: a run goes on from them, and no fault of the store ends a run."""
+"""Copies of checkpoints in an object store: a run resumes from them, and no error of the store ends a run."""
 
 import shutil
 
@@ -18,7 +18,7 @@ from train.checkpoints.writing import STATE
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """What lies in a checkpoint's folder, small, and the settings beside it."""
+    """A small checkpoint folder, and the settings of its run."""
     folder = tmp_path / "run/checkpoints/step_00000005"
     for name in ("parts/0.safetensors", "weights/model.safetensors", STATE):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -32,7 +32,7 @@ def upload(copies, checkpoint):
 
 
 @pytest.mark.parametrize("store", ["s3", "gcs"], indirect=True)
-def test_a_store_that_refuses_is_told_and_the_next_one_tries_again(
+def test_a_store_that_refuses_is_logged_and_the_next_upload_retries(
     store, faulty, monkeypatch, checkpoint, tmp_path, caplog
 ):
     proxy = faulty(store, Faults(permanent="upload|safetensors", permanent_status=403))
@@ -51,7 +51,7 @@ def test_a_store_that_refuses_is_told_and_the_next_one_tries_again(
     assert (fetched / "weights/model.safetensors").read_text() == "weights/model.safetensors"
 
 
-def test_a_store_that_has_gone_does_not_end_a_run_but_is_told_at_its_start(
+def test_a_store_that_has_gone_does_not_end_a_run_but_is_reported_at_its_start(
     s3, monkeypatch, checkpoint, tmp_path, caplog
 ):
     activate({**environment_of("s3", f"127.0.0.1:{free_port()}"), "AWS_MAX_ATTEMPTS": "1"}, monkeypatch)
@@ -72,12 +72,12 @@ def test_a_url_may_hold_what_means_something_to_patterns(place, name, checkpoint
         assert copies.upload(newer, newer.parents[1] / "config.yaml", keep=2)
         checkpoint = newer
     assert RemoteCheckpoints(url, {}).steps() == ["step_00000010", "step_00000015"]
-    assert not copies._files.find(f"{copies._root}/step_00000005")
+    assert not copies._files.find("step_00000005")
     copies.fetch(tmp_path / "elsewhere")
     assert (tmp_path / "elsewhere/checkpoints/step_00000015" / STATE).is_file()
 
 
-def test_a_bucket_that_does_not_exist_is_told_at_the_start(s3):
+def test_a_bucket_that_does_not_exist_is_reported_at_the_start(s3):
     with pytest.raises(UserError, match=r"bucket no-such-bucket does not exist: create it"):
         RemoteCheckpoints("s3://no-such-bucket/runs/a", {}).check()
 
@@ -88,7 +88,7 @@ def test_credentials_in_the_url_are_refused():
 
 
 @pytest.mark.timeout(600)
-def test_a_run_whose_disk_is_lost_goes_on_from_s3_and_is_exported(corpora, s3, tmp_path):
+def test_a_run_whose_disk_is_lost_resumes_from_s3_and_is_exported(corpora, s3, tmp_path):
     run, lost = tmp_path / "run", tmp_path / "lost"
     settings = (
         f"output_dir={run}", f"checkpoint_url={s3.url('copies')}", "deepspeed=deepspeed_configs/zero3.json",
@@ -100,7 +100,7 @@ def test_a_run_whose_disk_is_lost_goes_on_from_s3_and_is_exported(corpora, s3, t
     copies = RemoteCheckpoints(s3.url("copies"), {})
     assert copies.steps() == ["step_00000002", "step_00000004"]
     for file in ("parts/rank_00000_of_00001.safetensors", STATE):  # as an upload that was cut off leaves it
-        copies._files.rm_file(f"{copies._root}/step_00000004/{file}")
+        copies._files.rm_file(f"step_00000004/{file}")
     run_jobs(tmp_path, [job("pretrain", corpora / "tiny.yaml", *settings)], processes=1)
     assert [line["step"] for line in learned(run)] == [1, 2, 3, 4]  # the metrics were copied too
     assert learned(run) == learned(lost)

@@ -8,7 +8,7 @@ from loaders.text import SPECIAL, Tokenizer
 from model.config import ModelConfig, TemporalConfig, TextConfig, VisionConfig
 from runtime.settings import flatten
 from train.config.architecture import adopt, changes_to, check_texts, fresh_architecture
-from train.config.files import load_settings
+from train.config.settings import load_settings
 
 STORED = ModelConfig(
     vision_encoder=VisionConfig(type="vit", width=64, depth=2, heads=2),
@@ -132,8 +132,10 @@ def test_what_training_began_with_is_no_difference(settings):
 
 def test_what_an_official_file_does_not_hold_is_set_beside_it(settings, tmp_path):
     (tmp_path / "x.pth").touch()
-    told = r"heads is 4 here and 2 in the checkpoint .*x\.pth: .* num_attention_heads in a vision_config\.json beside"
-    with pytest.raises(ValueError, match=told):
+    message = (
+        r"heads is 4 here and 2 in the checkpoint .*x\.pth: .* num_attention_heads in a vision_config\.json beside"
+    )
+    with pytest.raises(ValueError, match=message):
         changes_to(settings("vision_encoder.heads=4"), STORED, str(tmp_path / "x.pth"), training=False)
     with pytest.raises(ValueError, match=r"set layer_norm_eps in a bert_config\.json beside it"):
         changes_to(settings("text_encoder.layer_norm_eps=1e-6"), STORED, str(tmp_path / "x.pth"), training=True)

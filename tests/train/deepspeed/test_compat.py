@@ -18,10 +18,7 @@ from train.deepspeed.state import optimizer_step
 pytestmark = pytest.mark.usefixtures("one_process")
 
 TEMPORAL = replace(
-    SMALL,
-    num_frames=2,
-    add_temporal_embed=True,
-    temporal_vision_encoder=TemporalConfig(enable=True, num_layers=1),
+    SMALL, num_frames=2, add_temporal_embed=True, temporal_vision_encoder=TemporalConfig(enable=True, num_layers=1)
 )
 
 
@@ -106,7 +103,7 @@ def test_what_a_step_does_not_use_learns_nothing_from_the_step_before(zero, plai
     assert not differing(after_steps(zero), plain)
 
 
-def test_training_goes_on_after_an_evaluation_under_zero_3_as_without_one():
+def test_training_continues_after_an_evaluation_under_zero_3_as_without_one():
     ids, learned = torch.ones(2, 8, dtype=torch.long), []
     for evaluates in (False, True):
         started, guard = make("zero3", "bf16")

@@ -6,8 +6,7 @@ import pytest
 from small_run import ROOT
 
 from runtime.ranks import Ranks
-from train.config.files import load_settings
-from train.config.settings import OptimizerConfig, RunConfig
+from train.config.settings import OptimizerConfig, RunConfig, load_settings
 from train.deepspeed.engine import deepspeed_config, find_deepspeed_config
 
 JSONS = sorted((ROOT / "deepspeed_configs").glob("*.json"))
@@ -23,19 +22,12 @@ def complete(tmp_path):
     return build
 
 
-def test_the_yaml_decides(complete):
-    config = complete({}, precision="bf16", optimizer=OptimizerConfig(max_grad_norm=2.0))
-    assert config["bf16"]["enabled"] is True
-    assert config["fp16"]["enabled"] is False
+def test_the_yaml_decides_and_the_json_may_say_the_same_or_leave_it_open(complete):
+    config = complete({"gradient_clipping": "auto"}, precision="bf16", optimizer=OptimizerConfig(max_grad_norm=2.0))
+    assert (config["bf16"]["enabled"], config["fp16"]["enabled"]) == (True, False)
     assert config["gradient_clipping"] == 2.0
-    assert config["train_batch_size"] == 128
-    assert config["train_micro_batch_size_per_gpu"] == 32
-    assert complete({}, optimizer=OptimizerConfig(max_grad_norm=-1))["gradient_clipping"] == 0
-
-
-def test_the_json_may_say_the_same_or_leave_it_open(complete):
-    same = {"bf16": {"enabled": True}, "gradient_clipping": "auto", "fp16": {"initial_scale_power": 10}}
-    config = complete(same, precision="bf16")
+    assert (config["train_batch_size"], config["train_micro_batch_size_per_gpu"]) == (128, 32)
+    config = complete({"bf16": {"enabled": True}, "fp16": {"initial_scale_power": 10}}, precision="bf16")
     assert config["gradient_clipping"] == 0
     assert config["fp16"] == {"initial_scale_power": 10, "enabled": False}
 
@@ -63,7 +55,7 @@ def test_nvme_offload_is_refused_with_what_to_use_instead(complete, section):
         load_settings(ROOT / "configs/base.yaml", ["nvme_path=/disk"])
 
 
-def test_mistakes_in_the_file_are_told(complete):
+def test_mistakes_in_the_file_are_reported(complete):
     with pytest.raises(ValueError, match=r"zero\.json is not valid JSON"):
         complete("{stage: 1}")
     with pytest.raises(FileNotFoundError, match=r"deepspeed=nowhere\.json does not exist.*cpu\.json"):

@@ -12,15 +12,15 @@ from train.job.stopping import Decision, StopRequest, StopVote
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_is_noted_and_decided_on(number):
     before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    told = []
+    reported = []
     try:
-        request = StopRequest(lambda: told.append(True))
+        request = StopRequest(lambda: reported.append(True))
         request.install()
         vote = StopVote(request, world_size=1)
         assert vote.decided() == Decision()
         os.kill(os.getpid(), number)
         assert vote.decided() == Decision(signal=number)
-        assert told == [True]
+        assert reported == [True]
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)

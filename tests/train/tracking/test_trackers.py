@@ -22,64 +22,60 @@ FIGURES = {
 }  # fmt: skip
 
 
-def steps(folder):
-    return [json.loads(line)["step"] for line in folder.metrics.read_text().splitlines()]
+@pytest.fixture
+def tracked(tmp_path):
+    """Opens a tracker of tmp_path, with `settings`, lets the caller log, and closes it; the lines of metrics.jsonl."""
+
+    def track(*log, step=0, **settings):
+        tracker = Tracker(RunFolder(tmp_path), RunConfig(**settings), total_steps=10, step=step)
+        for call in log:
+            call(tracker)
+        tracker.close()
+        return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+
+    return track
 
 
-def test_lines_beyond_the_checkpoint_are_dropped(tmp_path, caplog):
-    folder = RunFolder(tmp_path)
-    tracker = Tracker(folder, RunConfig(), total_steps=10, step=0)
+def steps(*numbers, **changed):
+    """Calls that log training steps."""
+    return [lambda tracker, step=step: tracker.step({"step": step, **FIGURES, **changed}) for step in numbers]
+
+
+def test_lines_beyond_the_checkpoint_are_dropped(tracked, tmp_path, caplog):
     with caplog.at_level("INFO", "train"):
-        for step in range(1, 6):
-            tracker.step({"step": step, **FIGURES})
-    tracker.close()
+        tracked(*steps(1, 2, 3, 4, 5))
     assert "step 1/10 epoch 0 image | loss 3.000 (itc 1.000 itm 2.000) | lr 1.00e-04" in caplog.messages[0]
     assert caplog.messages[-1].endswith("| 0 s left")
-    tracker = Tracker(folder, RunConfig(), total_steps=10, step=3)
-    tracker.step({"step": 4, **FIGURES})
-    tracker.close()
-    assert steps(folder) == [1, 2, 3, 4]
+    assert [line["step"] for line in tracked(*steps(4), step=3)] == [1, 2, 3, 4]
+    assert not (tmp_path / "tensorboard").exists()  # unless it is asked for
 
 
-def test_weights_of_losses_are_told_once_where_they_are_not_1(tmp_path, caplog):
+def test_weights_of_losses_are_logged_once_where_they_are_not_1(tracked, caplog):
     caplog.set_level("INFO", "train")
-    Tracker(RunFolder(tmp_path), RunConfig(), total_steps=10, step=0).close()
+    tracked()
     assert not caplog.messages
-    weights = LossWeights(itc=2.0, mlm=0.5)
-    Tracker(RunFolder(tmp_path), RunConfig(loss_weight=weights), total_steps=10, step=0).close()
-    told = "Logged losses are multiplied by loss_weight: loss_itc x 2, loss_mlm x 0.5; loss is their sum"
-    assert caplog.messages == [told]
+    tracked(loss_weight=LossWeights(itc=2.0, mlm=0.5))
+    reported = "Logged losses are multiplied by loss_weight: loss_itc x 2, loss_mlm x 0.5; loss is their sum"
+    assert caplog.messages == [reported]
 
 
-def test_evaluations_that_are_made_again_are_dropped(tmp_path):
-    folder = RunFolder(tmp_path)
-    tracker = Tracker(folder, RunConfig(), total_steps=4, step=0)
-    for epoch in (1, 2):
-        tracker.step({"step": 2 * epoch, **FIGURES})
-        tracker.evaluation(2 * epoch, epoch, {"val/": {"r_mean": 50.0}}, tmp_path / f"epoch_{epoch:02}")
-    tracker.evaluation(4, 2, {"val/": {"r_mean": 50.0}}, tmp_path / "final")
-    tracker.close()
-    drop_after(folder.metrics, 4, evaluated_epochs=1)
-    assert steps(folder) == [2, 2, 4]
+def test_evaluations_that_are_made_again_and_a_line_cut_short_are_dropped(tracked, tmp_path):
+    def evaluation(step, label):
+        return lambda tracker: tracker.evaluation(step, 1, {"val/": {"r_mean": 50.0}}, tmp_path / label)
 
-
-def test_a_line_cut_short_is_dropped(tmp_path):
+    tracked(*steps(2), evaluation(2, "epoch_01"), *steps(4), evaluation(4, "epoch_02"), evaluation(4, "final"))
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2, "lo')
-    drop_after(path, 10)
-    assert path.read_text() == '{"step": 1}\n'
+    path.write_text(path.read_text() + '{"step": 2, "lo')
+    drop_after(path, 4, evaluated_epochs=1)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [2, 2, 4]
     drop_after(tmp_path / "none.jsonl", 10)
 
 
-def test_what_json_has_no_word_for_becomes_null(tmp_path):
-    folder = RunFolder(tmp_path)
-    tracker = Tracker(folder, RunConfig(), total_steps=10, step=0)
-    tracker.step({"step": 1, **FIGURES, "loss": float("nan"), "grad_norm": float("inf")})
-    tracker.evaluation(1, 1, {"val/": {"r_mean": 50.0}, "val_emb/": {"r_mean": 40.0}})
-    tracker.close()
-    first, second = (json.loads(line) for line in folder.metrics.read_text().splitlines())
-    assert first["loss"] is None
-    assert first["grad_norm"] is None
+def test_what_json_has_no_word_for_becomes_null(tracked):
+    metrics = {"val/": {"r_mean": 50.0}, "val_emb/": {"r_mean": 40.0}}
+    log = [*steps(1, loss=float("nan"), grad_norm=float("inf")), lambda tracker: tracker.evaluation(1, 1, metrics)]
+    first, second = tracked(*log)
+    assert first["loss"] is first["grad_norm"] is None
     assert second == {"step": 1, "epoch": 1, "val/r_mean": 50.0, "val_emb/r_mean": 40.0}
 
 
@@ -153,34 +149,23 @@ def scalars(folder):
     return {tag: [(event.step, event.value) for event in shown.Scalars(tag)] for tag in shown.Tags()["scalars"]}
 
 
-def test_tensorboard_shows_what_metrics_jsonl_holds(tmp_path):
+def test_tensorboard_shows_what_metrics_jsonl_holds(tracked, tmp_path):
     module("tensorboard", "tensorboard")
-    run = RunConfig(tensorboard=True)
-    folder = RunFolder(tmp_path)
-    for first, count in ((0, 4), (2, 3)):  # killed without a word after step 4, resumed from step 2
-        tracker = Tracker(folder, run, total_steps=10, step=first)
-        for step in range(first + 1, first + count + 1):
-            tracker.step({"step": step, **FIGURES, "loss": 3.0 - step - first / 8, "grad_norm": math.inf})
-    tracker.evaluation(5, 1, {"val/": {"r_mean": 50.0}})
-    tracker.close()
+    tracked(*steps(1, 2, 3, 4, loss=2.0, grad_norm=math.inf), tensorboard=True)
+    evaluation = [lambda tracker: tracker.evaluation(5, 1, {"val/": {"r_mean": 50.0}})]
+    resumed = [*steps(3, 4, 5, loss=1.0), *evaluation]
+    lines = tracked(*resumed, step=2, tensorboard=True)  # killed without a word after step 4
     shown = scalars(tmp_path)
-    lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
     assert shown["loss"] == [(line["step"], line["loss"]) for line in lines if "loss" in line]
     assert len(shown["loss"]) == 5
     assert shown["val/r_mean"] == [(5, 50.0)]
     assert {"loss_itc", "lr", "temperature", "samples_per_second", "data_wait", "memory_gb", "epoch"} <= shown.keys()
-    assert not {"step", "media_type", "mfu", "grad_norm"} & shown.keys()
-
-
-def test_without_being_asked_for_there_are_no_event_files(tmp_path):
-    tracker = Tracker(RunFolder(tmp_path), RunConfig(), total_steps=10, step=0)
-    tracker.step({"step": 1, **FIGURES})
-    tracker.close()
-    assert not (tmp_path / "tensorboard").exists()
+    assert [step for step, _ in shown["grad_norm"]] == [3, 4, 5]
+    assert not {"step", "media_type", "mfu"} & shown.keys()
 
 
 @pytest.mark.parametrize("setting", ["tensorboard", "wandb.enable"])
-def test_a_tracker_that_is_not_installed_is_told_at_once(setting, monkeypatch):
+def test_a_tracker_that_is_not_installed_is_reported_at_once(setting, monkeypatch):
     run = RunConfig(tensorboard=setting == "tensorboard")
     run.wandb.enable = setting == "wandb.enable"
     package = setting.partition(".")[0]

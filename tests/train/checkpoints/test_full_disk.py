@@ -12,10 +12,10 @@ from small_run import command, environment, learned, metrics, run
 
 from model.checkpoints.loading import load_weights
 from model.config import ModelConfig
-from runtime.errors import UserError, os_error_number, user_message
+from runtime.errors import UserError, user_message
 from runtime.ranks import Ranks
 from train.checkpoints import writing
-from train.checkpoints.writing import STATE, TrainingState, save_checkpoint, save_weights, update_state
+from train.checkpoints.writing import STATE, CheckpointWriter, TrainingState
 from train.config.settings import RunConfig
 from train.folder import RunFolder
 from train.tracking.profiling import StepProfiler
@@ -28,20 +28,9 @@ READ_ONLY = OSError(errno.EROFS, "Read-only file system")
 
 
 @pytest.fixture
-def saving(tmp_path, monkeypatch):
-    """Save step N below tmp_path, without an engine; `fail` makes one of the steps of it fail."""
-
-    def part(folder, engine, ranks, moments=True):
-        path = folder / "rank_00000_of_00001.safetensors"
-        path.write_text("half")
-        return path
-
-    monkeypatch.setattr(writing, "write_shard", part)
-    monkeypatch.setattr(writing, "_write_whole_weights", lambda folder, *_: (folder / "weights").mkdir())
-    monkeypatch.setattr(writing, "_optimizer_state", lambda engine: {})
-
-    def save(step):
-        return save_checkpoint(tmp_path, None, TrainingState(step=step), ModelConfig(), None, Ranks(), keep=2)
+def saving(tiny, tmp_path, monkeypatch):
+    """A writer of checkpoints in tmp_path; `fail` makes one of its steps fail."""
+    writer = CheckpointWriter(tmp_path, SimpleNamespace(weight=1), ModelConfig(), None, Ranks())
 
     def fail(where, error):
         whole = getattr(writing, where)
@@ -52,43 +41,47 @@ def saving(tmp_path, monkeypatch):
 
         monkeypatch.setattr(writing, where, failing)
 
-    return SimpleNamespace(save=save, fail=fail)
+    def save(step):
+        return writer.save(TrainingState(step=step), keep=2)
+
+    return SimpleNamespace(save=save, fail=fail, writer=writer)
 
 
-@pytest.mark.parametrize("where", ["write_shard", "_write_whole_weights", "_write_state"])
+SPACE, RIGHTS = "(No space left on device): free some space and", "(Read-only file system): make it writable and"
+
+
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("where", "error", "reported"),
     [
-        (FULL, "(No space left on device): free some space and"),
-        (RUST, "(No space left on device): free some space and"),
-        (QUOTA, "(Disk quota exceeded): free some space and"),
-        (READ_ONLY, "(Read-only file system): make it writable and"),
+        ("write_shard", RUST, SPACE),
+        ("write_shard", FULL, SPACE),
+        ("_write_whole_weights", RUST, SPACE),
+        ("_write_state", QUOTA, "(Disk quota exceeded): free some space and"),
+        ("_write_state", READ_ONLY, RIGHTS),
     ],
-    ids=["full", "full, by safetensors", "quota", "read-only"],
 )
 def test_a_checkpoint_that_cannot_be_written_is_one_line_and_leaves_the_earlier_one(
-    saving, tmp_path, where, error, told
+    saving, tmp_path, where, error, reported
 ):
     saving.save(3)
     saving.fail(where, error)
     with pytest.raises(UserError) as caught:
         saving.save(5)
     assert str(caught.value) == (
-        f"{tmp_path}/step_00000005 cannot be written {told} run the same command again, which continues from "
+        f"{tmp_path}/step_00000005 cannot be written {reported} run the same command again, which continues from "
         "step_00000003, which is complete"
     )
     assert os.listdir(tmp_path) == ["step_00000003"]
 
 
-def test_the_first_checkpoint_and_the_best_model_and_a_state_alike(saving, tmp_path, monkeypatch):
-    monkeypatch.setattr(writing, "flush", lambda *paths: None)
+def test_the_first_checkpoint_and_the_best_model_and_a_state_alike(saving, tmp_path):
     path = saving.save(1)
     saving.fail("_write_state", FULL)
     with pytest.raises(UserError, match=r"step_00000001 cannot be written"):
-        update_state(path, TrainingState(step=1), Ranks())
+        saving.writer.update(TrainingState(step=1))
     saving.fail("write_shard", RUST)
     with pytest.raises(UserError, match=r"best_00000001 cannot be written \(No space"):
-        save_weights(tmp_path / "best_00000001", None, ModelConfig(), None, Ranks())
+        saving.writer.save_best(TrainingState(step=1), "val")
     assert os.listdir(tmp_path) == ["step_00000001"]
     assert (path / STATE).is_file()
     shutil.rmtree(path)
@@ -97,15 +90,10 @@ def test_the_first_checkpoint_and_the_best_model_and_a_state_alike(saving, tmp_p
 
 
 def test_an_error_that_is_no_fault_of_the_disk_stays_what_it_is(saving):
+    assert user_message(RUST).startswith("No space left on device: free some")
     saving.fail("write_shard", SafetensorError("Error while serializing: InvalidTensor"))
     with pytest.raises(SafetensorError):
         saving.save(5)
-
-
-def test_errors_of_rust_libraries_are_told_like_those_of_the_system():
-    assert os_error_number(RUST) == errno.ENOSPC
-    assert user_message(RUST).startswith("No space left on device: free some")
-    assert user_message(SafetensorError("header too large")) is None
 
 
 def test_metrics_that_cannot_be_written_name_their_file(tmp_path):
@@ -140,7 +128,7 @@ def small_disk(folder, megabytes, words):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_real_disk_that_gets_full_ends_all_processes_and_a_larger_one_goes_on(corpora, tmp_path, processes):
+def test_a_real_disk_that_gets_full_ends_all_processes_and_a_larger_one_continues(corpora, tmp_path, processes):
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(small_disk(disk, 1, ["true"]), capture_output=True).returncode:
@@ -148,11 +136,11 @@ def test_a_real_disk_that_gets_full_ends_all_processes_and_a_larger_one_goes_on(
     settings = ("scheduler.epochs=2", "save_every=2", "keep_checkpoints=99")
     words = command("pretrain", corpora / "tiny.yaml", f"output_dir={disk}/run", *settings, processes=processes)
     ended = subprocess.run(small_disk(disk, 6, words), env=environment(), capture_output=True, text=True, timeout=600)
-    told = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    reported = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
     assert ended.returncode == 2, ended.stdout + ended.stderr
-    assert len(told) == 1
-    assert "cannot be written" in told[0]
-    assert "(No space left on device): free some space and run the same command again" in told[0]
+    assert len(reported) == 1
+    assert "cannot be written" in reported[0]
+    assert "(No space left on device): free some space and run the same command again" in reported[0]
     assert "Traceback" not in ended.stderr
     kept = tmp_path / "disk.kept"
     assert not [path for path in (kept / "checkpoints").iterdir() if path.name.startswith(".")]
