@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # else a file h
 import numpy as np
 import torch
 
-from benchmarks.model import SIZES
+from benchmarks.model import SIZES, random_texts
 from eval.config import EvalConfig
 from eval.features import TextFeatures, VisualFeatures, collect_visuals, encode_blocks, encode_texts
 from eval.metrics import top_k_mask
@@ -66,16 +66,6 @@ def clips(model: Singularity, count: int, frames: int, batch: int) -> Iterator[t
         yield torch.randn(shape, generator=generator, device=device).to(model.temp.dtype), indices
 
 
-def texts(model: Singularity, count: int, length: int, words: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask (count, length) of random texts of `words` tokens on average."""
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(1000, model.config.text_encoder.vocab_size, (count, length), generator=generator)
-    ids[:, 0] = 101
-    lengths = (torch.randn(count, generator=generator) * words / 3 + words).round().clamp(4, length)
-    mask = (torch.arange(length)[None] < lengths[:, None]).long()
-    return ids * mask, mask
-
-
 def match_one_query(model: Singularity, states: torch.Tensor, mask: torch.Tensor, tokens: torch.Tensor) -> np.ndarray:
     """VTM logits (P,) of P pairs, row by row, without sharing."""
     fused = model.text_encoder.fuse(states, mask, model.visual_keys(tokens))
@@ -107,7 +97,8 @@ def encoded(
     """Clips and texts through their encoders, and the texts' states and mask at their full length."""
     blocks = encode_blocks(model, clips(model, size, options.frames, options.batch), config)
     visuals = collect_visuals(model, blocks, size, config)
-    ids, mask = (part.to(options.device) for part in texts(model, size, options.length, options.words))
+    texts = random_texts(torch.Generator().manual_seed(1), model.config, size, options.length, options.words)
+    ids, mask = (part.to(options.device) for part in texts)
     states = torch.cat([model.encode_text(*part)[0] for part in zip(ids.split(256), mask.split(256))])
     return visuals, encode_texts(model, ids, mask), states, mask
 
@@ -128,10 +119,7 @@ def peak_memory(device: str) -> float:
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     """Both variants, alternating."""
-    model, config = (
-        make_model(options),
-        EvalConfig(k_test=options.k_test, pair_batch_size=options.pairs),
-    )
+    model, config = make_model(options), EvalConfig(k_test=options.k_test, pair_batch_size=options.pairs)
     visuals, found, states, mask = encoded(options, model, options.gallery, config)
     seconds: dict[str, list[float]] = {"ours": [], "one query at a time": []}
     deviation = 0.0
@@ -165,10 +153,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
 
 def grow(options: argparse.Namespace, size: int) -> dict[str, Any]:
     """Ours for one gallery size; features are on disk if a folder is given."""
-    model, config = (
-        make_model(options),
-        EvalConfig(k_test=options.k_test, pair_batch_size=options.pairs),
-    )
+    model, config = make_model(options), EvalConfig(k_test=options.k_test, pair_batch_size=options.pairs)
     began = seconds_now(options.device)
     visuals, found, _, _ = encoded(options, model, size, config)
     ready = seconds_now(options.device)

@@ -44,23 +44,31 @@ SIZES = {
 }
 
 
-def make_batch(config: ModelConfig, pairs: int, frames: int, length: int, words: float) -> dict[str, torch.Tensor]:
-    """Random clips and texts of `words` tokens on average (at least 4), padded to `length`; and random choices."""
-    generator = torch.Generator().manual_seed(0)
-    size, vocabulary = config.image_res, config.text_encoder.vocab_size
-    ids = torch.randint(1000, vocabulary, (pairs, length), generator=generator)
+def random_texts(
+    generator: torch.Generator, config: ModelConfig, count: int, length: int, words: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask (count, length) of random texts of `words` tokens on average, at least 4."""
+    ids = torch.randint(1000, config.text_encoder.vocab_size, (count, length), generator=generator)
     ids[:, 0] = 101
-    lengths = (torch.randn(pairs, generator=generator) * words / 3 + words).round().clamp(4, length)
+    lengths = (torch.randn(count, generator=generator) * words / 3 + words).round().clamp(4, length)
     mask = (torch.arange(length)[None] < lengths[:, None]).long()
+    return ids * mask, mask
+
+
+def make_batch(config: ModelConfig, pairs: int, frames: int, length: int, words: float) -> dict[str, torch.Tensor]:
+    """Random clips and texts of `words` tokens on average, padded to `length`; and random choices."""
+    generator = torch.Generator().manual_seed(0)
+    size = config.image_res
+    ids, mask = random_texts(generator, config, pairs, length, words)
     chosen = (torch.rand(pairs, length, generator=generator) < config.mlm_prob) & mask.bool()
     chosen[:, 0] = False
     return {
         "frames": torch.randn(pairs, frames, 3, size, size, generator=generator),
-        "input_ids": ids * mask,
+        "input_ids": ids,
         "attention_mask": mask,
         "idx": torch.arange(pairs),
         "negatives": torch.arange(pairs).roll(1),
-        "masked_ids": torch.where(chosen, 103, ids * mask),
+        "masked_ids": torch.where(chosen, 103, ids),
         "labels": torch.where(chosen, ids, -100),
     }
 

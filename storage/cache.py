@@ -153,11 +153,6 @@ class DiskCache:
             for name in names:
                 self._remove(database, name)
 
-    def bytes_used(self) -> int:
-        """Bytes that are taken or reserved."""
-        with self._transaction() as database:
-            return self._total(database)
-
     def close(self) -> None:
         """Record what was used, and close the database; the next use reopens it."""
         with self._tolerating_errors(), self._transaction() as database:

@@ -1,4 +1,4 @@
-"""`benchmarks/gpu.sh`: everything that is worth measuring on a GPU, in one command; here on a CPU, in small."""
+"""`benchmarks/gpu.sh`: all measurements on a GPU in one command; here on a CPU with small sizes."""
 
 import importlib
 import json
@@ -38,7 +38,7 @@ def lines(result: subprocess.CompletedProcess) -> dict[str, dict]:
 
 @pytest.fixture
 def corpora(tmp_path):
-    """Corpora that are packed, as far as the script looks."""
+    """Corpora that pass the script's check for packed ones."""
     for name in ("photos/corpus.json", "clips/corpus.json", "vocab.txt"):
         (tmp_path / "corpora" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "corpora" / name).touch()
@@ -76,14 +76,14 @@ def quick(corpora, program):
 
 @pytest.fixture
 def on_gpu(tmp_path, corpora, program):
-    """Variables for a run that takes this machine for one with a GPU; it writes its commands down instead."""
+    """Variables for a run as on a GPU that only records its commands."""
     program("python", f'case "$*" in -c*) ;; *) exec {sys.executable} "$@" ;; esac')
     path = program("timeout", f"printf '%s\\n' \"$@\" '' >>{tmp_path}/commands")
     return {"CORPORA": corpora, "PATH": path, "LIMIT": "10000"}
 
 
-def written_down(folder: Path) -> list[tuple[int, str, list[str]]]:
-    """Of each command that the script would have run: its limit, the script's module, its arguments."""
+def recorded_commands(folder: Path) -> list[tuple[int, str, list[str]]]:
+    """Limit, module and arguments of each command that the script would have run."""
     found = []
     for command in (folder / "commands").read_text().removesuffix("\n\n").split("\n\n"):
         _, _, limit, _, script, *arguments = command.split("\n")  # timeout -k 5 LIMIT python SCRIPT
@@ -92,7 +92,7 @@ def written_down(folder: Path) -> list[tuple[int, str, list[str]]]:
     return found
 
 
-def test_a_gpu_that_cannot_be_used_is_told_with_the_reason(tmp_path, program):
+def test_an_unusable_gpu_is_reported_with_the_reason(tmp_path, program):
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev/nvidia0").touch()
     elsewhere = f"import pathlib, train.job.devices; train.job.devices.DEVICES = pathlib.Path('{tmp_path}/dev')"
@@ -106,7 +106,7 @@ def test_a_gpu_that_cannot_be_used_is_told_with_the_reason(tmp_path, program):
 def test_on_a_gpu_every_script_gets_valid_arguments_and_fits_into_its_limit(tmp_path, on_gpu):
     result = gpu_script(tmp_path / "out", **on_gpu)
     assert list(lines(result)) == BOTH, result.stderr
-    commands = written_down(tmp_path)
+    commands = recorded_commands(tmp_path)
     options = [importlib.import_module(module).parser().parse_args(given) for _, module, given in commands]
     profile, compiled = (options[BOTH.index(name)] for name in ("profile", "compile"))
     assert (profile.steps, profile.blocks, profile.threads) == (10, 2, 0)
@@ -119,7 +119,7 @@ def test_on_a_gpu_every_script_gets_valid_arguments_and_fits_into_its_limit(tmp_
     assert int(documented["a"]) + int(documented["b"]) + start_and_transfers <= 15 * 60
 
 
-def test_a_load_has_its_parts_and_ends_with_a_line_of_json_for_each(tmp_path, quick):
+def test_a_load_ends_with_a_line_of_json_per_part(tmp_path, quick):
     result = gpu_script(tmp_path / "out", PARTS="a", **quick)
     found = lines(result)
     assert list(found) == LOADS["a"]
@@ -148,7 +148,7 @@ def test_a_part_that_fails_or_hangs_leaves_the_others(tmp_path, quick, parts, li
         assert found["stream_dali"]["seconds"] < 10
 
 
-def test_run_again_it_goes_on_after_what_is_done(tmp_path, quick):
+def test_a_second_run_continues_after_the_finished_parts(tmp_path, quick):
     gpu_script(tmp_path / "out", PARTS="versions losses", **quick)
     (tmp_path / "out/versions.txt").write_text('{"figure": "of the first time"}\n')
     again = lines(gpu_script(tmp_path / "out", PARTS="versions losses", **quick))
@@ -167,7 +167,7 @@ def test_wrong_input_is_an_error(tmp_path, quick):
         assert message in result.stderr
 
 
-def test_without_its_drawn_corpus_it_ends(tmp_path):
+def test_without_its_generated_corpus_it_fails(tmp_path):
     (tmp_path / "steps").mkdir()
     (tmp_path / "steps/shapes").touch()
     result = gpu_script(tmp_path, SMALL="1")

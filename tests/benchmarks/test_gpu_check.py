@@ -1,4 +1,4 @@
-"""`benchmarks/gpu_check.py`: its checks notice what they are for."""
+"""`benchmarks/gpu_check.py`: each check detects its fault."""
 
 import argparse
 
@@ -30,7 +30,7 @@ class Sound:
 
 
 class Reusing(Sound):
-    """Gives the same memory again and again, as a decoder does whose copy has not happened yet."""
+    """Returns the same memory each time, as a decoder whose copy is still pending."""
 
     def __init__(self):
         self.memory = np.zeros((2, 1, 4, 4, 3), np.uint8)
@@ -41,7 +41,7 @@ class Reusing(Sound):
 
 
 class Spilling(Sound):
-    """A damaged picture changes the one after it."""
+    """A damaged image changes the next one."""
 
     def decode(self, clips):
         frames, bad = super().decode(clips)
@@ -50,13 +50,13 @@ class Spilling(Sound):
         return frames, bad
 
 
-def test_pictures_that_later_ones_overwrite_are_counted():
+def test_images_overwritten_by_later_batches_are_counted():
     first, others = [clip(10), clip(200)], [clip(60), clip(60)]
     assert race(Sound(), first, others, lambda: None) == 0
     assert race(Reusing(), first, others, lambda: None) == 2
 
 
-def test_damage_is_named_shown_or_harms():
+def test_damaged_images_are_named_shown_or_harmful():
     batch = [clip(grey) for grey in (10, 60, 120, 180)]
     to_255 = lambda data: b"\xff"  # noqa: E731
     assert survival(Sound(), batch, to_255) == "named"
@@ -64,7 +64,7 @@ def test_damage_is_named_shown_or_harms():
     assert survival(Spilling(), batch, to_255) == "harmed"
 
 
-def test_losses_and_gradients_have_tolerances():
+def test_deviations_above_the_tolerance_are_faults():
     reference = Outcome({"loss_itc": 2.0, "loss_itm": 0.5}, torch.tensor([1.0, 2.0, 3.0]))
     assert compare(reference, reference, TOLERANCES["fp32"])["ok"]
     for other in (
@@ -79,7 +79,7 @@ def test_losses_and_gradients_have_tolerances():
         assert faults({"cuda bf16": found})
 
 
-def test_a_setting_that_a_gpu_refuses_is_named_and_the_others_stand(monkeypatch):
+def test_a_setting_that_a_gpu_refuses_is_reported_and_others_are_measured(monkeypatch):
     def made(size, threads, batch, load, fancy):
         if load == 1:
             raise RuntimeError("traceback\nno hardware decoder")

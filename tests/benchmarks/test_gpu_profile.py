@@ -1,9 +1,8 @@
-"""`benchmarks/gpu_profile.py`: what a trace of a GPU tells, without a GPU."""
+"""`benchmarks/gpu_profile.py`: the summary of a trace and the counting of waits, without a GPU."""
 
 import threading
 import warnings
 
-import pytest
 import torch
 
 from benchmarks.gpu_profile import counted_waits, covered, kind_of, summary
@@ -17,7 +16,7 @@ def test_overlapping_spans_count_once():
     assert covered([(5, 6), (0, 2), (1, 3), (3, 4)]) == [(0, 4), (5, 6)]
 
 
-def test_a_trace_tells_how_busy_the_gpu_was_and_with_what():
+def test_the_summary_of_a_trace_has_busy_time_kinds_and_waits():
     calls = [{"cat": "cuda_runtime", "name": name} for name in ("cudaLaunchKernel",) * 4 + ("cudaStreamSynchronize",)]
     found = summary([kernel("sm90_xmma_gemm_bf16", 0, 600), kernel("fmha_cutlassF", 800, 200), *calls], steps=2)
     assert found["busy_share"] == 0.8
@@ -28,25 +27,24 @@ def test_a_trace_tells_how_busy_the_gpu_was_and_with_what():
     assert found["longest"][0] == "75.0% 1x sm90_xmma_gemm_bf16"
 
 
-def test_a_trace_without_a_gpu_says_so():
+def test_a_trace_without_a_gpu_has_the_slowest_operators():
     found = summary([{"cat": "cpu_op", "name": "aten::mm", "ts": 0, "dur": 3}], steps=1)
     assert found == {"gpu": "none in the trace", "longest": ["100.0% 1x aten::mm"]}
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("fmha_cutlassB_bf16_aligned_64x64_k64_sm80", "attention"),
-        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", "attention"),
-        ("nvjet_tst_128x256_64x4_2x1_v_bz_TNT", "matrix products"),
-        ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimiser"),
-        ("Memcpy DtoD (Device -> Device)", "copies"),
-        ("void at::native::vectorized_layer_norm_kernel", "normalisation"),
-        ("void at::native::vectorized_elementwise_kernel<4, GeluCUDA>", "elementwise"),
-    ],
-)
-def test_kernels_are_told_apart_by_their_names(name, kind):
-    assert kind_of(name) == kind
+KINDS = {
+    "fmha_cutlassB_bf16_aligned_64x64_k64_sm80": "attention",
+    "cudnn_generated_fort_native_sdpa_sm90_flash_fprop": "attention",
+    "nvjet_tst_128x256_64x4_2x1_v_bz_TNT": "matrix products",
+    "void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>": "optimiser",
+    "Memcpy DtoD (Device -> Device)": "copies",
+    "void at::native::vectorized_layer_norm_kernel": "normalisation",
+    "void at::native::vectorized_elementwise_kernel<4, GeluCUDA>": "elementwise",
+}
+
+
+def test_kernels_are_classified_by_name():
+    assert {name: kind_of(name) for name in KINDS} == KINDS
 
 
 def test_waits_are_counted_by_place(monkeypatch):
@@ -62,7 +60,7 @@ def test_waits_are_counted_by_place(monkeypatch):
     assert all("tests/benchmarks/test_gpu_profile.py:" in where for where in found)
 
 
-def test_a_wait_of_another_thread_is_not_the_steps(monkeypatch):
+def test_waits_of_other_threads_are_not_counted(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda _: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
 
@@ -77,11 +75,10 @@ def test_a_wait_of_another_thread_is_not_the_steps(monkeypatch):
     assert not found
 
 
-def test_a_call_that_the_mode_tells_of_too_counts_once(monkeypatch):
+def test_a_call_that_also_causes_a_warning_counts_once(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda _: None)
-    monkeypatch.setattr(
-        torch.cuda, "synchronize", lambda: warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
-    )
+    warn = lambda: warnings.warn("called a synchronizing CUDA operation", stacklevel=1)  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "synchronize", warn)
     with counted_waits() as found:
         torch.cuda.synchronize()
     assert found.total() == 1

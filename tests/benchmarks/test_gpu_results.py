@@ -1,17 +1,17 @@
-"""`benchmarks/gpu_results.py`: lines of JSON that fit into the end of a log."""
+"""`benchmarks/gpu_results.py`: lines of JSON of limited length."""
 
 import json
 
 from benchmarks.gpu_results import figures, fitted
 
 
-def test_figures_are_the_lines_of_json_that_a_part_has_printed():
+def test_results_are_the_lines_of_json_in_the_output():
     assert figures('words\n{"a": 1}\n{"cut": ') == {"a": 1}
     assert figures('{"a": 1}\n{"b": 2}\n') == [{"a": 1}, {"b": 2}]
     assert figures("words\n") == ["words"]
 
 
-def test_of_too_long_results_the_longest_figures_stay_in_the_archive():
+def test_the_longest_results_stay_in_the_archive():
     results = [{"part": "long", "figures": "x" * 500}, {"part": "short", "figures": {"rate": 1}}]
     long, short = map(json.loads, fitted(results, 300))
     assert long["figures"] == "in results.tgz, long.txt"

@@ -1,4 +1,4 @@
-"""`benchmarks/gpu_run.py`: what it makes of what its runs have logged."""
+"""`benchmarks/gpu_run.py`: comparison of the metrics that its runs log."""
 
 import argparse
 import json
@@ -30,7 +30,7 @@ def ended(code):
 
 
 @pytest.mark.parametrize(("last", "equal"), [(2.0, True), (2.0 + 2**-50, False)])
-def test_twins_are_equal_to_the_last_bit_whatever_time_they_took(commands, last, equal):
+def test_twins_are_compared_bit_for_bit_except_for_times(commands, last, equal):
     for name, loss, rate in zip(TWINS, (2.0, last), (100.0, 90.0), strict=True):
         log(commands, name, [3.0, loss], samples_per_second=rate)
     assert commands.twins_are_equal([ended(0), ended(0)]) is equal
@@ -40,11 +40,11 @@ def test_twins_without_a_step_are_not_equal(commands):
     assert commands.twins_are_equal([ended(0), ended(0)]) is False
 
 
-def test_a_twin_that_fails_says_why(commands):
+def test_a_failed_twin_is_reported_with_its_last_line(commands):
     (commands.output / f"{TWINS[1]}.log").write_text("words\nno deterministic kernel\n")
     assert commands.twins_are_equal([ended(0), ended(1)]) == f"{TWINS[1]}: exit code 1: no deterministic kernel"
 
 
-def test_that_bits_differ_does_not_make_a_run_fail():
+def test_different_bits_are_not_a_fault():
     found = {"steps": [1, 2], "last_loss": 2.0, "whole_loss": 2.0, "deterministic_equal": False}
     assert checked(found, 2)["ok"]

@@ -1,4 +1,4 @@
-"""`benchmarks/training.py`: a compiled model meets every length of texts before it is measured."""
+"""`benchmarks/training.py`: the warm-up of a compiled model covers every text length."""
 
 import torch
 
@@ -14,7 +14,7 @@ def padded(*lengths, longest):
     return Batch("image", 0, 0, frames, mask * 7, mask, torch.arange(count), ("key",) * count)
 
 
-def test_a_batch_is_cut_to_every_length_that_texts_are_computed_at():
+def test_a_batch_is_truncated_to_every_text_length_of_a_run():
     for longest in (20, 32):
         cut = of_each_length(padded(3, 12, longest=longest))
         shapes = {tuple(batch.input_ids.shape) for batch in cut}

@@ -1,4 +1,4 @@
-"""What a process says of its progress."""
+"""Progress reported during calls of libraries that report none."""
 
 import time
 
@@ -7,7 +7,7 @@ import pytest
 from runtime import activity
 
 
-def test_a_library_that_reports_nothing_is_trusted_until_it_ends(monkeypatch):
+def test_keep_alive_reports_progress_until_the_block_ends(monkeypatch):
     monkeypatch.setattr(activity, "REPORT_SECONDS", 0.01)
     seen = set()
 

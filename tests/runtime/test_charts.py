@@ -1,4 +1,4 @@
-"""Charts: the same bytes each time, the page's colours, and nothing where there is nothing to draw."""
+"""Charts: the same bytes each time, in the colours of the page, and empty without points."""
 
 import subprocess
 import sys

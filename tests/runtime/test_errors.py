@@ -1,4 +1,4 @@
-"""What a user can mend is told in one line; what is our bug shows its traceback."""
+"""A user error is one line; a bug shows its traceback."""
 
 import errno
 import os

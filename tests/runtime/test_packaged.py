@@ -25,7 +25,7 @@ def write(name: str, text: str) -> str:
 @pytest.mark.parametrize(
     "name", ["configs/small/pretrain.yaml", "./configs/qa/../base.yaml", "deepspeed_configs/cpu.json"]
 )
-def test_a_recipe_by_its_name(name: str) -> None:
+def test_a_recipe_is_found_by_its_name(name: str) -> None:
     assert find_file(name) == (ROOT / name).resolve()
 
 
@@ -50,10 +50,7 @@ def test_a_file_in_the_current_folder_comes_first() -> None:
     [
         ("mine.yaml", "configs/small/pretrain.yaml"),  # the packaged recipe, from any folder
         ("some/where/mine.yaml", "configs/small/pretrain.yaml"),
-        (
-            "configs/small/mine.yaml",
-            "pretrain.yaml",
-        ),  # a changed copy of a recipe
+        ("configs/small/mine.yaml", "pretrain.yaml"),  # a changed copy of a recipe
         ("configs/mine.yaml", "small/pretrain.yaml"),
     ],
 )
@@ -62,7 +59,7 @@ def test_a_base_may_be_a_recipe(copy: str, base: str) -> None:
     assert (config.log_every, config.batch_size.video) == (7, 42)
 
 
-def test_a_base_of_ones_own_comes_first() -> None:
+def test_a_base_in_the_same_folder_comes_first() -> None:
     write("configs/base.yaml", "log_every: 5\n")
     assert load_settings(write("configs/mine.yaml", "base: base.yaml\n")).config.log_every == 5
 

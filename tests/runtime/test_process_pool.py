@@ -1,4 +1,4 @@
-"""Tasks dealt out to processes: each once, whatever becomes of a worker, and its progress is told."""
+"""Tasks in worker processes: each runs once, errors and dead workers are reported, progress is counted."""
 
 import os
 import signal
@@ -29,8 +29,8 @@ def fail_at_seven(number: int, advance: Advance) -> int:
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_every_task_is_done_once_and_tasks_are_drawn_as_they_are_needed(workers: int) -> None:
-    drawn, told = [], [0, 0, 0]
+def test_every_task_runs_once_and_tasks_are_taken_as_needed(workers: int) -> None:
+    drawn, counted = [], [0, 0, 0]
 
     def tasks():
         for number in range(50):
@@ -38,23 +38,23 @@ def test_every_task_is_done_once_and_tasks_are_drawn_as_they_are_needed(workers:
             yield number
 
     def advance(*more: int) -> None:
-        told[:] = [old + new for old, new in zip(told, more)]
+        counted[:] = [old + new for old, new in zip(counted, more)]
 
     results = {}
     for task, result in run_tasks(square, tasks(), workers, advance):
         results[task] = result
         assert len(drawn) <= len(results) + 2 * workers
     assert results == {number: number * number for number in range(50)}
-    assert told == [50, 0, sum(range(50))]
+    assert counted == [50, 0, sum(range(50))]
 
 
-def test_a_worker_that_dies_is_an_error_that_says_what_to_do() -> None:
+def test_a_dead_worker_is_an_error_with_the_remedy() -> None:
     with pytest.raises(ChildProcessError, match=r"a worker process died .* run the same command again"):
         list(run_tasks(die_at_seven, range(20), 2, lambda *_: None))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_an_error_of_a_task_is_raised_as_it_is(workers: int) -> None:
+def test_an_error_of_a_task_is_raised_unchanged(workers: int) -> None:
     with pytest.raises(ValueError, match="seven"):
         list(run_tasks(fail_at_seven, range(20), workers, lambda *_: None))
 

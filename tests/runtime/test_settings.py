@@ -1,4 +1,4 @@
-"""What a setting declares: who may change it, its rule, its earlier name; what a run of an earlier version recorded."""
+"""Declarations of settings: changes on resume, rules, earlier names; settings recorded by earlier versions."""
 
 from dataclasses import dataclass, fields
 from typing import ClassVar
@@ -11,7 +11,7 @@ from train.config.page import page
 from train.config.settings import RunConfig, load_settings, to_yaml
 
 
-def test_every_setting_has_a_help_and_says_whether_a_resumed_run_may_change_it():
+def test_every_setting_declares_its_help_and_whether_a_resumed_run_may_change_it():
     for key, declared in declarations(RunConfig).items():
         assert declared.help, key
         assert declared.resumed in (FIXED, EVALUATION, FREE), key
@@ -58,7 +58,7 @@ def recorded_earlier(folder, **changes):
     return folder / "config.yaml"
 
 
-def test_what_a_run_of_an_earlier_version_recorded_is_translated(tmp_path):
+def test_settings_recorded_by_an_earlier_version_are_translated(tmp_path):
     config = load_settings(recorded_earlier(tmp_path)).config
     assert (config.stripes, config.stall_timeout, config.epoch_unit) == (8, 7.0, "captions")
     with pytest.raises(ValueError, match=r"nvme_path.*NVMe offload is no longer supported"):
@@ -77,7 +77,7 @@ class Outer:
     inner: Inner = setting(Inner)
 
 
-def test_names_in_sections_are_told_with_the_section(tmp_path):
+def test_messages_name_a_setting_with_its_section(tmp_path):
     assert build(Outer, {"inner": {"size": 2}}).inner.size == 2
     with pytest.raises(ValueError, match=r"inner\.length is renamed to inner\.size"):
         build(Outer, {"inner": {"length": 2}})

@@ -1,4 +1,4 @@
-"""Durations and sizes in the unit that fits."""
+"""Durations and sizes in a suitable unit."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Names below a web server are names of files, whatever signs are in them; schemes may be in capitals."""
+"""Names below a web server are file names with any characters; URL schemes may be in upper case."""
 
 import functools
 import io
@@ -32,7 +32,7 @@ def picture(shade: int) -> bytes:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
-    """The address of a server of photos with the names NAMES, each of another shade."""
+    """The address of a server with a photo of its own shade for each of NAMES."""
     folder = tmp_path / "web" / "my dir"
     (folder / "c").mkdir(parents=True)
     for number, name in enumerate(NAMES):
@@ -56,12 +56,12 @@ def packed(tmp_path: Path, names: list[str], root: str, annotations: str = "") -
 
 
 @pytest.mark.parametrize("root", ["my dir", "my%20dir/"])
-def test_a_name_below_a_web_server_is_that_of_a_file(tmp_path: Path, server: str, root: str) -> None:
+def test_names_below_a_web_server_are_quoted(tmp_path: Path, server: str, root: str) -> None:
     found = packed(tmp_path, NAMES, f"{server.replace('http', 'HTTP')}/{root}")
     assert found == {name: pytest.approx(number * 30, abs=2) for number, name in enumerate(NAMES)}
 
 
-def test_a_name_as_addresses_have_it_is_not_found_and_the_reason_says_why(tmp_path: Path, server: str) -> None:
+def test_a_name_that_is_already_quoted_is_not_found_with_a_remedy(tmp_path: Path, server: str) -> None:
     names = ["c/100%25.jpg", "d+e&f=g;h,i.jpg", "none.jpg"]
     (tmp_path / "a.json").write_text(json.dumps([{"image": name, "caption": "x"} for name in names]))
     out = str(tmp_path / "out")
@@ -73,12 +73,12 @@ def test_a_name_as_addresses_have_it_is_not_found_and_the_reason_says_why(tmp_pa
     }
 
 
-def test_a_source_that_is_an_address_stays_as_it_is(tmp_path: Path, server: str) -> None:
+def test_a_source_that_is_a_url_is_not_changed(tmp_path: Path, server: str) -> None:
     url = f"{server.replace('http', 'Http')}/my%20dir/%C3%A9%E6%97%A5.jpg?size=1#t"
     assert packed(tmp_path, [url], f"{server}/elsewhere") == {url: pytest.approx(120, abs=2)}
 
 
-def test_schemes_of_files_and_annotations_may_be_in_capitals(tmp_path: Path) -> None:
+def test_schemes_may_be_in_upper_case(tmp_path: Path) -> None:
     (tmp_path / "1.jpg").write_bytes(picture(30))
     root = f"File://{tmp_path}"
     assert packed(tmp_path, ["1.jpg", f"FILE://{tmp_path}/1.jpg"], root, f"{root}/a.json") == {

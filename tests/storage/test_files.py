@@ -1,4 +1,4 @@
-"""Files and folders appear whole or not at all, with the permissions of any new file."""
+"""Files and folders are written atomically, with the permissions of any new file."""
 
 import errno
 import os
@@ -9,7 +9,7 @@ from storage.files import atomic_file, atomic_folder, remove_temporary, temporar
 
 
 def half_written(path, error):
-    """Write half of what is to be at `path`, as a folder where it is one, and fail."""
+    """Write half of a file, or of a folder if `path` is one, and fail."""
     if path.is_dir():
         with atomic_folder(path) as temporary:
             (temporary / "new").write_text("half")
@@ -20,7 +20,7 @@ def half_written(path, error):
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_a_writer_that_fails_leaves_what_was_there(tmp_path, kind):
+def test_a_failed_write_leaves_the_earlier_file_or_folder(tmp_path, kind):
     path = tmp_path / "x"
     if kind == "folder":
         path.mkdir()
@@ -47,14 +47,14 @@ def test_errors_of_the_disk_name_the_file(tmp_path, error):
     assert caught.value.filename == str(tmp_path / "x")
 
 
-def test_an_error_about_another_file_stays_what_it_is(tmp_path):
+def test_an_error_about_another_file_is_not_changed(tmp_path):
     with pytest.raises(FileNotFoundError) as caught, atomic_file(tmp_path / "x"):
         open("/nowhere")  # noqa: SIM115
     assert caught.value.filename == "/nowhere"
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o007])
-def test_permissions_are_those_of_new_files_and_the_folder_replaces_the_earlier_one(tmp_path, umask):
+def test_permissions_are_those_of_new_files_and_a_folder_replaces_the_earlier_one(tmp_path, umask):
     before = os.umask(umask)
     try:
         write_text(tmp_path / "file", "text", sync=True)
@@ -70,7 +70,7 @@ def test_permissions_are_those_of_new_files_and_the_folder_replaces_the_earlier_
     assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o777 & ~umask
 
 
-def test_what_killed_writers_left_is_removed(tmp_path):
+def test_temporary_files_of_killed_writers_are_removed(tmp_path):
     temporary_path(tmp_path / "a").mkdir()
     temporary_path(tmp_path / "b", "1").touch()
     temporary_path(tmp_path / "c", "link").symlink_to(tmp_path)

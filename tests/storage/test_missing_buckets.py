@@ -1,4 +1,4 @@
-"""A bucket that does not exist is what the error says, whichever command meets it."""
+"""Every command names a bucket that does not exist."""
 
 import json
 from pathlib import Path
@@ -22,12 +22,12 @@ def test_a_bucket_that_does_not_exist_is_named(store: Store, tmp_path: Path, cap
     Image.new("RGB", (48, 32)).save(tmp_path / "0.jpg")
     (tmp_path / "a.json").write_text(json.dumps([{"image": "0.jpg", "caption": "x"}]))
     media = ["--media-root", str(tmp_path), "--media-type", "image", "--workers", "1"]
-    here, afar = str(tmp_path / "out"), ["--media-root", url, *media[2:]]
+    here, remote = str(tmp_path / "out"), ["--media-root", url, *media[2:]]
     words = {
         "build --output": (build, ["--annotations", str(tmp_path / "a.json"), *media, "--output", url]),
         "build --annotations": (build, ["--annotations", url + "/a.json", *media, "--output", here]),
         "build pattern": (build, ["--annotations", url + "/*.json", *media, "--output", here]),
-        "build --media-root": (build, ["--annotations", str(tmp_path / "a.json"), *afar, "--output", here]),
+        "build --media-root": (build, ["--annotations", str(tmp_path / "a.json"), *remote, "--output", here]),
         "index": (index, [url]),
         "index named": (index, [url + "/x-{000..001}.tar"]),
         "inspect": (inspect, [url]),
@@ -38,10 +38,10 @@ def test_a_bucket_that_does_not_exist_is_named(store: Store, tmp_path: Path, cap
         "bench": (bench, [url, "--seconds", "0.2"]),
     }
     bucket = url.split("/")[2]
-    said = {}
+    printed = {}
     for name, (command, arguments) in words.items():
         code = command(arguments)
-        said[name] = code, capsys.readouterr().err.strip().splitlines()[-1]
+        printed[name] = code, capsys.readouterr().err.strip().splitlines()[-1]
     message = f"bucket {bucket} does not exist: create it, or check the name"
-    wrong = {name: line for name, line in said.items() if line[0] != 2 or message not in line[1]}
+    wrong = {name: line for name, line in printed.items() if line[0] != 2 or message not in line[1]}
     assert not wrong

@@ -1,4 +1,4 @@
-"""One policy decides what is transient and how long to wait; messages name the URL and have no secrets."""
+"""The policy for transient errors, pauses and messages, which name the URL and have no secrets."""
 
 import math
 import threading
@@ -43,12 +43,12 @@ def test_errors_of_clients_and_of_the_system(error: Exception, transient: bool) 
     assert describe_error(error).transient == transient
 
 
-def test_no_signature_of_a_url_is_in_a_message() -> None:
+def test_messages_contain_no_signature_of_a_url() -> None:
     error = ValueError("GET https://jane:sesame@store.test/things/x?Signature=sesame failed")
     assert str(describe_error(error)) == "unreadable file: GET https://store.test/things/x failed"
 
 
-def test_backoff_grows_with_jitter_and_a_server_may_ask_for_more() -> None:
+def test_backoff_grows_with_jitter_and_retry_after_is_added() -> None:
     policy, busy = RetryPolicy(attempts=4), StoreError("busy", transient=True, retry_after=7)
     for attempt, longest in ((1, 0.6), (2, 1.2), (3, 2.4)):
         assert longest / 2 <= policy.pause(StoreError("timed out", transient=True), attempt) <= longest
@@ -65,7 +65,7 @@ def test_retry_after_is_seconds_or_a_date() -> None:
     assert retry_after({"Retry-After": "soon"}) == 0
 
 
-def test_retrying_ends_with_a_result_with_the_last_attempt_or_when_it_is_stopped() -> None:
+def test_retries_end_with_a_result_the_last_attempt_or_when_stopped() -> None:
     errors: list[Exception] = [ConnectionResetError(), TimeoutError()]
 
     def read() -> str:
@@ -84,7 +84,7 @@ def test_retrying_ends_with_a_result_with_the_last_attempt_or_when_it_is_stopped
 
 
 @pytest.mark.parametrize(
-    ("error", "kind", "says"),
+    ("error", "kind", "message"),
     [
         (FileNotFoundError(), MissingError, "cannot read memory://a: it does not exist; check the name"),
         (PermissionError("no"), AccessError, r"access refused \(no\); check the credentials"),
@@ -92,6 +92,8 @@ def test_retrying_ends_with_a_result_with_the_last_attempt_or_when_it_is_stopped
         (KeyError("a bug"), KeyError, "a bug"),
     ],
 )
-def test_errors_of_a_store_become_user_errors_with_the_url(error: Exception, kind: type[Exception], says: str) -> None:
-    with pytest.raises(kind, match=says), storage_errors("memory://a", "read"):
+def test_errors_of_a_store_become_user_errors_with_the_url(
+    error: Exception, kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message), storage_errors("memory://a", "read"):
         raise error

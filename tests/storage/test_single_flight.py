@@ -1,4 +1,4 @@
-"""Values that several threads want at the same time are made once."""
+"""Values requested by several threads at the same time are made once."""
 
 import threading
 from collections import Counter
@@ -8,7 +8,7 @@ import pytest
 from storage.single_flight import LastUsed
 
 
-def test_threads_that_want_the_same_value_wait_for_one_making() -> None:
+def test_several_threads_wait_for_one_value() -> None:
     made: Counter[int] = Counter()
     begun = threading.Event()
 
@@ -31,7 +31,7 @@ def test_threads_that_want_the_same_value_wait_for_one_making() -> None:
     assert 1 not in values
 
 
-def test_a_making_that_fails_is_tried_again() -> None:
+def test_the_next_call_tries_again_after_an_error() -> None:
     answers = iter([OSError("not now"), "there"])
 
     def make(_: int) -> str:
