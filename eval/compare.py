@@ -106,8 +106,8 @@ def compare(
             )
         )
     if not found:
-        listed = f"the first has {_listed(first)}, the second {_listed(second)}"
-        raise UserError(refused or f"the evaluations share no test set: {listed}")
+        a, b = (", ".join(dict.fromkeys(part.metrics for part in parts)) or "none" for parts in (first, second))
+        raise UserError(refused or f"the evaluations share no test set: the first has {a}, the second {b}")
     return found
 
 
@@ -137,10 +137,6 @@ def _incompatibility(pairs: Sequence[tuple[Outcomes, Outcomes]]) -> str:
     if not any(set(keys_a) & set(keys_b) for keys_a, keys_b in (_keys(a, b) for a, b in pairs)):
         return "the evaluations share no query: evaluate both on one corpus"
     return ""
-
-
-def _listed(outcomes: Sequence[Outcomes]) -> str:
-    return ", ".join(dict.fromkeys(part.metrics for part in outcomes)) or "none"
 
 
 def _paired(first: Outcomes, second: Outcomes) -> tuple[Outcomes, Outcomes]:
@@ -222,11 +218,8 @@ def _gain(first: Outcomes, second: Outcomes) -> np.ndarray:
 def _changes(first: Outcomes, second: Outcomes, count: int, sign: int) -> list[Change]:
     gain = sign * _gain(first, second)
     chosen = [int(i) for i in np.argsort(-gain, kind="stable")[:count] if gain[i] > 0]
-    return [Change(first.queries[i], first.visuals[i], _value(first, i), _value(second, i)) for i in chosen]
-
-
-def _value(part: Outcomes, row: int) -> float | None:
-    return float(part.values[row]) if np.isfinite(part.values[row]) else None
+    values = ([float(v) if np.isfinite(v) else None for v in part.values[chosen]] for part in (first, second))
+    return [Change(first.queries[i], first.visuals[i], *both) for i, *both in zip(chosen, *values)]
 
 
 def load(path: str | Path) -> tuple[str, list[Outcomes]]:
@@ -250,9 +243,8 @@ def as_text(names: Sequence[str], comparisons: Sequence[Comparison]) -> str:
     """The comparisons as plain tables."""
     lines = [f"A: {names[0]}", f"B: {names[1]}"]
     for one in comparisons:
-        left_out = (
-            f", without {one.only_first} of A and {one.only_second} of B" if one.only_first + one.only_second else ""
-        )
+        some_left_out = one.only_first + one.only_second
+        left_out = f", without {one.only_first} of A and {one.only_second} of B" if some_left_out else ""
         lines += ["", f"{one.metrics}  ({one.shared} queries{left_out})"]
         lines.append(f"  {'':24}{'A':>8}{'B':>8}{'B - A':>8}   {'95 % interval':<18}{'p':>7}")
         for name, d in one.differences.items():

@@ -118,7 +118,7 @@ def resolve_corpora(what: Any, available: dict[str, Any], key: str) -> list[str]
     """URLs of the corpora that `what` means: a name in `available`, a URL, a folder, or a list of them.
 
     available: name -> the same forms, so that names can stand for several corpora. Raises ValueError, with the name
-    that `key` holds, when it stands nowhere and looks like no URL or folder.
+    that `key` holds, when it is neither in `available` nor a URL or a folder.
     """
     if isinstance(what, list):
         return [url for item in what for url in resolve_corpora(item, available, key)]

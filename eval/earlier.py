@@ -43,20 +43,15 @@ def check_replaceable(folder: Path, subject: Subject, config: EvalConfig, splits
             return
     except (OSError, ValueError, KeyError, TypeError):
         return
-    differences = [
-        *_weights_differ(earlier, subject),
-        *_splits_differ(earlier, splits),
-        *_settings_differ(earlier, config),
-    ]
+    differences = [*_weights(earlier, subject), *_splits(earlier, splits), *_settings(earlier, config)]
     if differences:
-        listed = "; ".join(differences[:MAX_LISTED])
         raise UserError(
-            f"{folder} has another evaluation, which this one would replace ({listed}): choose another name with "
-            "label=NAME, or another output_dir"
+            f"{folder} has another evaluation, which this one would replace ({'; '.join(differences[:MAX_LISTED])}): "
+            "choose another name with label=NAME, or another output_dir"
         )
 
 
-def _weights_differ(earlier: Mapping[str, Any], subject: Subject) -> Iterator[str]:
+def _weights(earlier: Mapping[str, Any], subject: Subject) -> Iterator[str]:
     there, here = earlier.get("checkpoint", ""), subject.checkpoint
     if earlier.get("weights") and subject.weights:
         if earlier["weights"] != subject.weights:
@@ -65,7 +60,7 @@ def _weights_differ(earlier: Mapping[str, Any], subject: Subject) -> Iterator[st
         yield f"checkpoint was {there or 'the training itself'}, is {here}"
 
 
-def _splits_differ(earlier: Mapping[str, Any], splits: Mapping[str, SplitInput]) -> Iterator[str]:
+def _splits(earlier: Mapping[str, Any], splits: Mapping[str, SplitInput]) -> Iterator[str]:
     for name, details in earlier["splits"].items():
         if name not in splits:
             yield f"it also has the split {name}"
@@ -80,7 +75,7 @@ def _splits_differ(earlier: Mapping[str, Any], splits: Mapping[str, SplitInput])
             yield f"test frames were {details['num_frames']}, are {given.num_frames}"
 
 
-def _settings_differ(earlier: Mapping[str, Any], config: EvalConfig) -> Iterator[str]:
+def _settings(earlier: Mapping[str, Any], config: EvalConfig) -> Iterator[str]:
     here = json.loads(json.dumps(recorded_settings(config)))
     for key, value in earlier["settings"].items():
         if key not in WITHOUT_EFFECT and key in here and here[key] != value:

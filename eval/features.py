@@ -169,17 +169,15 @@ def encode_texts(
     ids, mask = input_ids[:, :longest].to(device), attention_mask[:, :longest].to(device)
     first, last = (len(ids) * number // ranks.world_size for number in (ranks.rank, ranks.rank + 1))
     attended, embeddings = [], []
-    for rows in _slices(first, last, TEXT_BATCH) if last > first else [slice(0, 1)]:
-        progress(f"encoding texts, {rows.start - first} of {last - first} done")
+    for start in range(first, max(last, first + 1), TEXT_BATCH):
+        progress(f"encoding texts, {start - first} of {last - first} done")
+        rows = slice(start, min(start + TEXT_BATCH, last)) if last > first else slice(0, 1)
         states, pooled = model.encode_text(ids[rows], mask[rows])
         own = slice(0, last - first)  # a rank without texts encodes one only to know the shapes
         attended.append(model.text_encoder.attend_texts(states, mask[rows])[own])
         embeddings.append(model.project_text(pooled).float()[own])
-    return TextFeatures(
-        gather_rows(torch.cat(attended), ranks.world_size),
-        mask,
-        gather_rows(torch.cat(embeddings), ranks.world_size),
-    )
+    states, pooled = (gather_rows(torch.cat(part), ranks.world_size) for part in (attended, embeddings))
+    return TextFeatures(states, mask, pooled)
 
 
 def encode_test_set(
@@ -196,10 +194,6 @@ def encode_test_set(
     visuals = collect_visuals(model, blocks, dataset.num_visuals, config, ranks)
     length = int(getattr(dataset.config.max_txt_l, dataset.media_type))
     return visuals, encode_texts(model, *tokenizer.encode(texts, length), ranks)
-
-
-def _slices(first: int, last: int, step: int) -> Iterator[slice]:
-    return (slice(start, min(start + step, last)) for start in range(first, last, step))
 
 
 def match_marked(

@@ -33,10 +33,7 @@ class TrueRanks:
 
 @dataclass(frozen=True)
 class RetrievalMetrics:
-    """Metrics in percent by their official names.
-
-    `values` ranks ties by index; `best` and `worst` break them in favour of and against the true items.
-    """
+    """Metrics in percent by their official names, for the orders of ties as in `TrueRanks`: `values` by index."""
 
     values: dict[str, float]
     best: dict[str, float]

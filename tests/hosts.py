@@ -1,15 +1,15 @@
-"""Real hosts for tests on one machine: each with its own network address, name, processes and sshd.
+"""Hosts for tests on one machine: each with its own network address, name, processes and sshd.
 
-A host is a set of Linux namespaces whose first process is an sshd. They meet at a bridge of the host `store`, which
-serves S3 at its address. Needs root, the programs that `make packages` installs and the right to make namespaces;
-`why_not` says what is missing, and then tests are left out, saying so.
+A host is a set of Linux namespaces whose first process is an sshd. A bridge of the host `store` connects them; `store`
+also serves S3. Needs root, the programs that `make packages` installs and the right to create namespaces; without them
+the tests are skipped, with the reason of `why_not`.
 
     def test_something(hosts: Hosts) -> None:
         hosts.run("node1", "ssh", "node2", "hostname")
         hosts.cut("node2")                                   # as with a pulled cable
-        hosts.shape("node2", "tbf", "rate", "8mbit", ...)    # tc's words
+        hosts.shape("node2", "tbf", "rate", "8mbit", ...)    # arguments of tc
 
-Nothing of the machine's own network changes, and everything goes when the test's process does.
+The network of the machine itself does not change, and everything ends with the process of the test.
 """
 
 from __future__ import annotations
@@ -17,22 +17,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 from needs import lacks, leave_out, program
-from object_stores import die_with_parent, environment_of, store_server
+from object_stores import environment_of, start, store_server, until
 from places import ROOT
 
 ADDRESSES = {"store": "10.203.77.1", "node1": "10.203.77.11", "node2": "10.203.77.12"}
 PROGRAMS = ("ip", "tc", "nft", "ssh", "sshd", "ssh-keygen", "unshare", "nsenter", "pdsh")
 NAMESPACES = ("--net", "--uts", "--mount", "--pid")
 S3_PORT = 5000
-PATIENCE = 120.0  # seconds given to a server to answer
 SSHD = """
 Port 22
 HostKey {folder}/host
@@ -61,7 +59,7 @@ exec {sshd} -D -e -f {folder}/sshd_config
 
 
 def why_not() -> str:
-    """Why this machine cannot give hosts; empty where it can."""
+    """Why this machine cannot run hosts; empty if it can."""
     if reason := lacks(*PROGRAMS, root="hosts of their own need network namespaces"):
         return reason
     trial = "hostname trial && ip link add name one type veth peer name two && ip link add name eth0 type bridge"
@@ -72,12 +70,12 @@ def why_not() -> str:
 
 
 class Hosts:
-    """`store`, `node1` and `node2`. Their files are the machine's, as with a network file system."""
+    """`store`, `node1` and `node2`, on the file system of this machine, as with a network file system."""
 
     def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
         self.root, self.folder, self.environment = ROOT, folder, dict(environment)
         self.environment["PATH"] += ":/usr/sbin:/sbin"
-        self._first: dict[str, int] = {}  # the process that a host begins and ends with
+        self._first: dict[str, int] = {}  # process 1 of each host
         self._running: dict[str, subprocess.Popen] = {}
         self._make_files()
         for name in ADDRESSES:
@@ -94,18 +92,12 @@ class Hosts:
         (self.folder / "ssh" / "config").write_text(SSH.format(folder=self.folder))
 
     def start(self, name: str) -> None:
-        """Start a host and plug its cable in."""
+        """Start a host and connect it."""
         boot = BOOT.format(name=name, folder=self.folder, sshd=program("sshd"))
         path = self.folder / f"{name}.log"
-        with path.open("wb") as log:
-            self._running[name] = subprocess.Popen(
-                ["unshare", *NAMESPACES, "--fork", "--kill-child", "--mount-proc", "sh", "-c", boot],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=self.environment,
-                preexec_fn=die_with_parent,
-            )
+        path.unlink(missing_ok=True)
+        words = ("unshare", *NAMESPACES, "--fork", "--kill-child", "--mount-proc", "sh", "-c", boot)
+        self._running[name] = start(*words, log=path, env=self.environment)
         until(lambda: "listening on" in path.read_text(), path.read_text, self._running[name])
         self._first[name] = psutil.Process(self._running[name].pid).children()[0].pid
         if name == "store":
@@ -121,7 +113,7 @@ class Hosts:
         self.ip(name, "link", "set", "eth0", "up")
 
     def _forget_cable(self, name: str) -> None:
-        """The kernel takes its time with the cable of a host that was switched off."""
+        """Remove the cable of an ended host: the kernel may not have done so yet."""
         words = ["nsenter", "-t", str(self._first["store"]), "--net", "--", "ip", "link", "del", f"to-{name}"]
         subprocess.run(words, capture_output=True, env=self.environment)
 
@@ -130,11 +122,11 @@ class Hosts:
         self._in_network(name, "ip", *words)
 
     def cut(self, name: str) -> None:
-        """Pull a host's cable: everything in it goes on, and reaches nobody."""
+        """Disconnect a host: its processes continue without a network."""
         self.ip("store", "link", "set", f"to-{name}", "down")
 
     def heal(self, name: str) -> None:
-        """Plug it in again."""
+        """Connect it again."""
         self.ip("store", "link", "set", f"to-{name}", "up")
 
     def shape(self, name: str, *words: str) -> None:
@@ -150,21 +142,13 @@ class Hosts:
         self._in_network(name, "nft", "flush ruleset; " + rules)
 
     def kill(self, name: str) -> None:
-        """Switch a host off: all its processes end at once, and its network with them."""
+        """End all processes of a host at once, and its network."""
         self._running[name].kill()
         self._running[name].wait()
 
     def popen(self, name: str, *words: object, log: Path, cwd: Path | str = ROOT, **settings: str) -> subprocess.Popen:
         """Start a command in a host, its output into `log`; settings: of the environment."""
-        with log.open("ab") as output:
-            return subprocess.Popen(
-                self._enter(name, cwd, *words),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env={**self.environment, **settings},
-                preexec_fn=die_with_parent,
-            )
+        return start(*self._enter(name, cwd, *words), log=log, env={**self.environment, **settings})
 
     def run(
         self, name: str, *words: object, cwd: Path | str = ROOT, check: bool = True, **settings: str
@@ -217,15 +201,6 @@ class Hosts:
         """End all hosts."""
         for name in reversed(ADDRESSES):
             self.kill(name)
-
-
-def until(done: Callable[[], bool], told: Callable[[], str], process: subprocess.Popen | None = None) -> None:
-    """Wait for an event; fails, with what was told, when the process ends before or it takes far too long."""
-    deadline = time.monotonic() + PATIENCE
-    while not done():
-        assert process is None or process.poll() is None, f"ended with {process.returncode}:\n{told()}"
-        assert time.monotonic() < deadline, told()
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")

@@ -36,6 +36,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -91,6 +92,19 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
+def start(*words: object, log: Path, **options: Any) -> subprocess.Popen:
+    """Start a command that appends its output to `log` and ends when this process ends."""
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            list(map(str, words)),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            preexec_fn=die_with_parent,
+            **options,
+        )
+
+
 def free_port() -> int:
     """An unused port."""
     with socket.socket() as sock:
@@ -109,28 +123,30 @@ def store_server(program: str) -> Path:
 @contextmanager
 def server(program: str, *arguments: str, port: int) -> Iterator[str]:
     """A running server of the servers' environment; yields its address."""
-    path = store_server(program)
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen([path, *arguments], stdout=log, stderr=log, preexec_fn=die_with_parent)
+    with tempfile.NamedTemporaryFile() as file:
+        log = Path(file.name)
+        process = start(store_server(program), *arguments, log=log)
         try:
-            wait_for_port(port, process, log)
+            until(lambda: listens(port), lambda: log.read_text(errors="replace"), process)
             yield f"127.0.0.1:{port}"
         finally:
             process.terminate()
             process.wait(10)
 
 
-def wait_for_port(port: int, process: subprocess.Popen, log) -> None:
-    """Return when the server answers; raise with its output if it does not."""
-    for _ in range(600):
-        with socket.socket() as sock:
-            if sock.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        if process.poll() is not None:
-            break
-        time.sleep(0.1)
-    log.seek(0)
-    raise RuntimeError(f"{process.args} does not answer on port {port}:\n{log.read().decode(errors='replace')}")
+def listens(port: int) -> bool:
+    """Whether a server of this machine answers on the port."""
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) == 0
+
+
+def until(done: Callable[[], bool], log: Callable[[], str], process: subprocess.Popen | None = None) -> None:
+    """Wait for an event; fails with the log if the process ends first, or after 120 seconds."""
+    deadline = time.monotonic() + 120
+    while not done():
+        assert process is None or process.poll() is None, f"ended with {process.returncode}:\n{log()}"
+        assert time.monotonic() < deadline, log()
+        time.sleep(0.05)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
-"""A real Slurm of two nodes on this machine, for tests: slurmctld, munged and two slurmd, all ended with the test.
+"""A Slurm cluster of two nodes on this machine, for tests: slurmctld, munged and two slurmd.
 
-Needs root and Debian's slurm-wlm and munge (`make packages`); where they are missing the tests are left out, saying so.
+Needs root and Debian's slurm-wlm and munge (`make packages`); without them the tests are skipped.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hosts import until
 from needs import lacks, leave_out, program
-from object_stores import die_with_parent, free_port
+from object_stores import free_port, start, until
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue", "scancel")
 CONFIG = """
@@ -70,27 +69,18 @@ class Slurm:
         key.chmod(0o400)
         files = [f"--{name}-file={folder}/munge.{name}" for name in ("log", "pid", "seed")]
         self._serve("munged", "--foreground", "--force", f"--socket={socket}", f"--key-file={key}", *files)
-        until(socket.exists, self.told, self._servers[-1])
+        until(socket.exists, self.logs, self._servers[-1])
         self._serve("slurmctld", "-D")
         for node in ("n1", "n2"):
             self._serve("slurmd", "-D", "-N", node)
-        until(lambda: self.run("sinfo", "-h", "-o", "%t %D", check=False).split() == ["idle", "2"], self.told)
+        until(lambda: self.run("sinfo", "-h", "-o", "%t %D", check=False).split() == ["idle", "2"], self.logs)
 
     def _serve(self, name: str, *words: str) -> None:
-        with (self.folder / "servers.log").open("ab") as log:
-            self._servers.append(
-                subprocess.Popen(
-                    [program(name), *words],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    env=self.environment,
-                    preexec_fn=die_with_parent,
-                )
-            )
+        log = self.folder / "servers.log"
+        self._servers.append(start(program(name), *words, log=log, env=self.environment))
 
-    def told(self) -> str:
-        """What the servers have logged."""
+    def logs(self) -> str:
+        """The end of all logs."""
         return "\n".join(path.read_text(errors="replace")[-3000:] for path in sorted(self.folder.glob("*.log")))
 
     def run(self, *words: object, check: bool = True, cwd: Path | str | None = None, **settings: str) -> str:
@@ -106,7 +96,7 @@ class Slurm:
         return self.run("sbatch", "--parsable", *words, cwd=cwd, **settings).strip()
 
     def job(self, number: str) -> dict[str, str]:
-        """What `scontrol show job` tells about it."""
+        """The fields of `scontrol show job`."""
         words = self.run("scontrol", "--oneliner", "show", "job", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 

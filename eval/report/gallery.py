@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,6 @@ from sharding.report.contact_sheet import jpeg, side_by_side, square
 
 CELL = 128  # pixels of a frame's side in a strip
 SHOWN = 5  # results of a query
-KINDS = ("best", "worst", "random")
 
 
 @dataclass(frozen=True)
@@ -45,18 +44,14 @@ class Query:
     correct: Hit | None
     correct_item: int
 
-    def to_json(self) -> dict:
-        """The same as a dictionary of plain values."""
-        return asdict(self)
-
 
 def choose_queries(
     scores: np.ndarray, truth: Truth, count: int, unranked: float = -np.inf, seed: int = 0
 ) -> dict[str, list[Query]]:
-    """`count` best, worst and random queries of scores (Q, G); a query is random at most once and never twice a kind.
+    """`count` best, worst and random queries of scores (Q, G), each at most once per kind.
 
-    Best: the true item leads by the widest margin. Worst: it stands lowest. `unranked`: the score of items that were
-    not among a query's candidates. The random ones depend only on `seed` and Q: the same for two models.
+    Best: the true item leads by the widest margin. Worst: it has the lowest rank. Random: depends only on `seed` and
+    Q, so it is the same for two models. unranked: the score of items that were not among a query's candidates.
     """
     queries = np.array([query for query, items in enumerate(truth) if len(items)], dtype=np.int64)
     ranks = true_ranks(scores, truth).by_index
@@ -64,10 +59,9 @@ def choose_queries(
     best = np.lexsort((-margins, ranks))[:count]
     worst = np.lexsort((margins, -ranks))[:count]
     random = np.sort(np.random.default_rng(seed).permutation(len(queries))[:count])
-    kinds = zip(KINDS, (best, worst, random))
     return {
         kind: [_query(int(queries[i]), scores, truth, int(ranks[i]), unranked) for i in chosen]
-        for kind, chosen in kinds
+        for kind, chosen in {"best": best, "worst": worst, "random": random}.items()
     }
 
 

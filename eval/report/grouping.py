@@ -25,7 +25,7 @@ class Member:
 
     @property
     def details(self) -> dict[str, Any]:
-        """Sizes, chance level and the like."""
+        """The entry of the test set in evaluation.json."""
         return self.evaluation.details["splits"][self.split]
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from eval.config import EvalConfig, EvalRunConfig
 from eval.features import TextFeatures, VisualFeatures, encode_test_set, evaluating, match_marked, missing_visuals
-from eval.metrics import chance_metrics, ordered, retrieval_metrics, row_blocks, top_k_mask, true_ranks
+from eval.metrics import Truth, chance_metrics, ordered, retrieval_metrics, row_blocks, top_k_mask, true_ranks
 from eval.outcomes import Outcomes, outcomes_of_ranks
 from eval.outputs import SplitOutput
-from eval.report.gallery import Query, choose_queries, draw_visuals
+from eval.report.gallery import choose_queries, draw_visuals
 from eval.tasks.task import TaskResult, common_details
 from loaders.evaluation import RetrievalSet
 from loaders.text import Tokenizer
@@ -92,11 +92,10 @@ class RetrievalTask:
         """Metrics, rankings, score matrices and examples."""
         assert result.scores is not None, "only rank 0 has the scores"
         matrices = score_matrices(result.name, result.scores)
-        visual_to_text, text_to_visual = next(iter(matrices.values()))
-        gallery, shown = _gallery(visual_to_text, text_to_visual, dataset, config)
-        visuals, pictures = draw_visuals(
-            sorted(shown), dataset, result.name, set(result.missing), config.gallery_frames
-        )
+        directions = {key: _directions(*pair, dataset) for key, pair in matrices.items()}
+        final = next(iter(directions.values()))
+        gallery, shown = _gallery(final, config)
+        visuals, pictures = draw_visuals(shown, dataset, result.name, set(result.missing), config.gallery_frames)
         named = {
             "i2t_x": result.scores.visual_to_text,
             "t2i_x": result.scores.text_to_visual,
@@ -112,8 +111,8 @@ class RetrievalTask:
                 "chance": chance_metrics(dataset.texts_of_visual, dataset.visuals_of_text),
                 "depends_on_ties": result.depends_on_ties,
             },
-            outcomes=[part for key, pair in matrices.items() for part in _outcomes(key, *pair, dataset)],
-            predictions=_predictions(visual_to_text, text_to_visual, dataset),
+            outcomes=[_outcomes(key, each) for key, both in directions.items() for each in both],
+            predictions={each.kind: _predictions(each) for each in final},
             gallery={**gallery, "visuals": visuals},
             pictures=pictures,
             matrices={key: matrix for key, matrix in named.items() if matrix is not None},
@@ -162,63 +161,63 @@ def _metrics(dataset: RetrievalSet, scores: Scores) -> tuple[dict[str, dict[str,
     return {key: value.values for key, value in metrics.items()}, ties
 
 
-def _outcomes(
-    key: str, visual_to_text: np.ndarray, text_to_visual: np.ndarray, dataset: RetrievalSet
-) -> list[Outcomes]:
-    sources, found = dataset.sources, []
-    texts = [m for m, visuals in enumerate(dataset.visuals_of_text) if visuals]
-    visuals = [n for n, own in enumerate(dataset.texts_of_visual) if own]
-    ranks = true_ranks(text_to_visual, dataset.visuals_of_text).by_index
-    names, owners = [dataset.texts[m] for m in texts], [sources[dataset.visuals_of_text[m][0]] for m in texts]
-    found.append(outcomes_of_ranks(key, "text_to_visual", names, owners, ranks))
-    ranks = true_ranks(visual_to_text, dataset.texts_of_visual).by_index
-    names = [sources[n] for n in visuals]
-    found.append(outcomes_of_ranks(key, "visual_to_text", names, names, ranks))
-    return found
+@dataclass(frozen=True)
+class _Direction:
+    """One direction of retrieval: scores (Q, G) of Q queries and G items, their names, and the true items.
+
+    kind: text_to_visual | visual_to_text. asked: text | visual.
+    """
+
+    kind: str
+    asked: str
+    scores: np.ndarray
+    truth: Truth
+    queries: Sequence[str]
+    items: Sequence[str]
 
 
-def _predictions(
-    visual_to_text: np.ndarray, text_to_visual: np.ndarray, dataset: RetrievalSet
-) -> dict[str, list[dict[str, Any]]]:
-    """For each text its first visuals, for each visual its first texts."""
+def _directions(visual_to_text: np.ndarray, text_to_visual: np.ndarray, dataset: RetrievalSet) -> list[_Direction]:
     sources, texts = dataset.sources, dataset.texts
-    return {
-        "text_to_visual": [
-            {"text": texts[m], "correct": [sources[n] for n in dataset.visuals_of_text[m]], "found": found}
-            for m, found in enumerate(_first(text_to_visual, sources))
-        ],
-        "visual_to_text": [
-            {"visual": sources[n], "correct": [texts[m] for m in dataset.texts_of_visual[n]], "found": found}
-            for n, found in enumerate(_first(visual_to_text, texts))
-        ],
-    }
+    return [
+        _Direction("text_to_visual", "text", text_to_visual, dataset.visuals_of_text, texts, sources),
+        _Direction("visual_to_text", "visual", visual_to_text, dataset.texts_of_visual, sources, texts),
+    ]
 
 
-def _first(scores: np.ndarray, names: Sequence[str]) -> list[list[dict[str, Any]]]:
-    found = []
-    for block in row_blocks(*scores.shape):
-        for row, marked in zip(scores[block], top_k_mask(scores[block], LISTED)):
+def _outcomes(key: str, one: _Direction) -> Outcomes:
+    """The ranks of the queries that have a true item; `key` is their entry of metrics.json."""
+    asked = [query for query, items in enumerate(one.truth) if items]
+    names = [one.queries[query] for query in asked]
+    visuals = names if one.asked == "visual" else [one.items[one.truth[query][0]] for query in asked]
+    return outcomes_of_ranks(key, one.kind, names, visuals, true_ranks(one.scores, one.truth).by_index)
+
+
+def _predictions(one: _Direction) -> list[dict[str, Any]]:
+    """Each query with its true items and those found first."""
+    predictions = []
+    for block in row_blocks(*one.scores.shape):
+        rows = zip(one.scores[block], top_k_mask(one.scores[block], LISTED))
+        for query, (row, marked) in enumerate(rows, start=block.start):
             items = [int(i) for i in ordered(row, np.flatnonzero(marked)) if row[i] > NOT_RERANKED]
-            found.append([{"item": names[i], "score": round(float(row[i]), 4)} for i in items])
-    return found
+            predictions.append(
+                {
+                    one.asked: one.queries[query],
+                    "correct": [one.items[i] for i in one.truth[query]],
+                    "found": [{"item": one.items[i], "score": round(float(row[i]), 4)} for i in items],
+                }
+            )
+    return predictions
 
 
-def _gallery(
-    visual_to_text: np.ndarray, text_to_visual: np.ndarray, dataset: RetrievalSet, config: EvalConfig
-) -> tuple[dict[str, Any], set[int]]:
+def _gallery(directions: Sequence[_Direction], config: EvalConfig) -> tuple[dict[str, Any], list[int]]:
     """The chosen queries of both directions with the texts they need, and the visuals to be shown."""
-    by_text = choose_queries(text_to_visual, dataset.visuals_of_text, config.gallery, NOT_RERANKED)
-    by_visual = choose_queries(visual_to_text, dataset.texts_of_visual, config.gallery, NOT_RERANKED)
-    text_queries = [query for queries in by_text.values() for query in queries]
-    visual_queries = [query for queries in by_visual.values() for query in queries]
-    texts = _items(visual_queries) | {query.query for query in text_queries}
-    gallery = {
-        "text_to_visual": {kind: [query.to_json() for query in queries] for kind, queries in by_text.items()},
-        "visual_to_text": {kind: [query.to_json() for query in queries] for kind, queries in by_visual.items()},
-        "texts": {str(m): dataset.texts[m] for m in sorted(texts)},
-    }
-    return gallery, _items(text_queries) | {query.query for query in visual_queries}
-
-
-def _items(queries: Sequence[Query]) -> set[int]:
-    return {item for query in queries for item in [query.correct_item, *(hit.item for hit in query.top)]}
+    gallery: dict[str, Any] = {}
+    needed: dict[str, set[int]] = {"text": set(), "visual": set()}
+    for one, other in zip(directions, reversed(directions)):
+        chosen = choose_queries(one.scores, one.truth, config.gallery, NOT_RERANKED)
+        gallery[one.kind] = {kind: [asdict(query) for query in queries] for kind, queries in chosen.items()}
+        for query in (query for queries in chosen.values() for query in queries):
+            needed[one.asked].add(query.query)
+            needed[other.asked] |= {query.correct_item, *(hit.item for hit in query.top)}
+    gallery["texts"] = {str(text): directions[0].queries[text] for text in sorted(needed["text"])}
+    return gallery, sorted(needed["visual"])

@@ -8,9 +8,8 @@ import sys
 import psutil
 import pytest
 import yaml
-from hosts import until
 from needs import lacks, leave_out
-from object_stores import free_port
+from object_stores import free_port, until
 from small_run import ROOT, environment, learned, metrics
 
 from runtime.ranks import Ranks, ranks_from_environment

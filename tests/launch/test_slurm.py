@@ -5,7 +5,8 @@ import re
 import subprocess
 
 import pytest
-from hosts import ROOT, until
+from object_stores import until
+from places import ROOT
 from small_run import environment, learned, metrics
 
 from sharding.build import build_corpus
@@ -59,7 +60,7 @@ def test_an_interrupted_job_resumes_by_itself(slurm, submit, corpora, tmp_path, 
     log = tmp_path / f"job-{job}.log"
 
     def state():
-        return (log.read_text() if log.exists() else "") + str(slurm.job(job)) + slurm.told()
+        return (log.read_text() if log.exists() else "") + str(slurm.job(job)) + slurm.logs()
 
     until(lambda: any(line["step"] >= 13 for line in metrics(folder)), state)
     before = max(line["step"] for line in metrics(folder))
@@ -82,9 +83,9 @@ def test_a_cancelled_job_saves_and_stays_cancelled(slurm, submit, corpora, tmp_p
     folder = tmp_path / "run"
     settings = (corpora / "tiny.yaml", f"output_dir={folder}", "scheduler.epochs=400", "save_every=100000")
     job = submit("pretrain.sbatch", *settings, options=["--nodes=2"])
-    until(lambda: any(line["step"] >= 5 for line in metrics(folder)), slurm.told)
+    until(lambda: any(line["step"] >= 5 for line in metrics(folder)), slurm.logs)
     slurm.run("scancel", job)
-    until(lambda: not slurm.run("squeue", "-h", "-j", job), slurm.told)
+    until(lambda: not slurm.run("squeue", "-h", "-j", job), slurm.logs)
     assert slurm.job(job)["JobState"] == "CANCELLED"
     assert "stopped (SIGTERM)" in (tmp_path / f"job-{job}.log").read_text()
     assert list((folder / "checkpoints").glob("step_*"))
@@ -97,7 +98,7 @@ def test_a_mistake_ends_the_job_at_once(slurm, submit, corpora, tmp_path):
     )
     slurm.environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), slurm.environment.get("PYTHONPATH", "")])
     job = submit("pretrain.sbatch", corpora / "tiny.yaml", "no_such_key=1", options=["--nodes=2"])
-    until(lambda: slurm.job(job)["JobState"] == "FAILED", slurm.told)
+    until(lambda: slurm.job(job)["JobState"] == "FAILED", slurm.logs)
     assert slurm.job(job)["Restarts"] == "0"
     assert "no_such_key" in (tmp_path / f"job-{job}.log").read_text()
 
@@ -108,7 +109,7 @@ def test_an_array_packs_what_one_process_packs(slurm, submit, tmp_path):
     options = ["--array=1-2", "--cpus-per-task=1", "--mem-per-cpu=10M"]
     words = ["--annotations", annotations, "--media-root", media, "--media-type", "image", "--output", output]
     job = submit("build.sbatch", *words, "--name", "x", "--size", 64, "--shard-mb", 1, options=options)
-    until(lambda: not slurm.run("squeue", "-h", "-j", job), slurm.told)
+    until(lambda: not slurm.run("squeue", "-h", "-j", job), slurm.logs)
     plain = tmp_path / "plain"
     build_corpus([str(annotations)], str(media), "image", str(plain), name="x", size=64, shard_mb=1, workers=1)
     packed, expected = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in (output, plain))

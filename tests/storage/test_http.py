@@ -16,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hosts import ROOT, why_not
+from hosts import why_not
 from needs import leave_out
+from places import ROOT
 from web_servers import Handler, encrypt, serving
 
 from storage.ranges import ByteRange

@@ -80,15 +80,15 @@ def write(folder, *outputs, recorded=True):
     return folder
 
 
-def found(*folders):
-    return find_evaluations(folders)
+def grouped(*folders):
+    return group_test_sets(find_evaluations(folders))
 
 
 @pytest.mark.parametrize("recorded", [True, False])
 def test_two_corpora_of_one_name_have_tables_and_chance_levels_of_their_own(tmp_path, capsys, recorded):
     one = write(tmp_path / "a/evaluation/x", retrieval(20, hit=0.25), recorded=recorded)
     other = write(tmp_path / "b/evaluation/x", retrieval(200, hit=0.25), recorded=recorded)
-    sets = group_test_sets(found(one, other))
+    sets = grouped(one, other)
     assert [each.title for each in sets] == ["test (20 clips, 20 texts)", "test (200 clips, 200 texts)"]
     times = [bar["times"] for group in bars(tables(sets), "retrieval") for bar in group["bars"]]
     assert times == [5, 50]
@@ -101,18 +101,21 @@ def test_two_corpora_of_one_name_have_tables_and_chance_levels_of_their_own(tmp_
     assert "2 evaluations on 2 test sets" in page
 
 
-@pytest.mark.parametrize("recorded", [True, False])
-def test_corpora_of_one_name_and_size_are_told_apart_too(tmp_path, recorded):
-    one = write(tmp_path / "a/evaluation/x", retrieval(20), recorded=recorded)
-    other = write(tmp_path / "b/evaluation/x", retrieval(20, words="other"), recorded=recorded)
-    assert [each.title for each in group_test_sets(found(one, other))] == ["test (a · x)", "test (b · x)"]
+CATS, DOGS = ({"url": f"data/{name}", "sha256": name * 8} for name in ("cats", "dogs"))
 
 
-def test_corpora_are_told_apart_by_where_they_lie(tmp_path):
-    corpora = [{"url": f"data/{name}", "sha256": name * 8} for name in ("cats", "dogs")]
-    one = write(tmp_path / "a/evaluation/x", retrieval(20, corpus=corpora[0]))
-    other = write(tmp_path / "b/evaluation/x", retrieval(30, corpus=corpora[1]))
-    assert [each.title for each in group_test_sets(found(one, other))] == ["test (data/cats)", "test (data/dogs)"]
+@pytest.mark.parametrize(
+    ("corpora", "recorded", "titles"),
+    [
+        ((None, None), True, ["test (a · x)", "test (b · x)"]),
+        ((None, None), False, ["test (a · x)", "test (b · x)"]),
+        ((CATS, DOGS), True, ["test (data/cats)", "test (data/dogs)"]),
+    ],
+)
+def test_corpora_of_one_name_and_size_are_told_apart_too(tmp_path, corpora, recorded, titles):
+    one = write(tmp_path / "a/evaluation/x", retrieval(20, corpus=corpora[0]), recorded=recorded)
+    other = write(tmp_path / "b/evaluation/x", retrieval(20, words="other", corpus=corpora[1]), recorded=recorded)
+    assert [each.title for each in grouped(one, other)] == titles
 
 
 @pytest.mark.parametrize("recorded", [True, False])
@@ -120,9 +123,9 @@ def test_a_test_set_is_one_whatever_its_name_its_order_and_its_url(tmp_path, rec
     moved = {"url": "s3://b/x", "sha256": "1" * 64}
     one = write(tmp_path / "a/evaluation/x", retrieval(20, corpus=moved | {"url": "data/x"}), recorded=recorded)
     other = write(tmp_path / "b/evaluation/x", retrieval(20, "photos", order=-1, corpus=moved), recorded=recorded)
-    (test_set,) = group_test_sets(found(one, other))
+    (test_set,) = grouped(one, other)
     assert (test_set.title, test_set.packings) == ("test, photos", ["", ""])
-    text = console_table(found(one, other))
+    text = console_table(find_evaluations([one, other]))
     assert text.count("chance test, photos") == 1
     assert "b · x: photos_emb" in text
 
@@ -130,7 +133,7 @@ def test_a_test_set_is_one_whatever_its_name_its_order_and_its_url(tmp_path, rec
 def test_a_repacked_corpus_is_the_same_test_set_and_the_rows_tell(tmp_path):
     corpora = [{"url": f"data/x{size}", "sha256": str(size) * 16} for size in (1128, 1256)]
     folders = [write(tmp_path / f"{i}/evaluation/x", retrieval(9, corpus=c)) for i, c in enumerate(corpora)]
-    (test_set,) = group_test_sets(found(*folders))
+    (test_set,) = grouped(*folders)
     assert test_set.packings == ["data/x1128 (11281128)", "data/x1256 (12561256)"]
     assert report([*map(str, folders), "--output", str(tmp_path / "page.html")]) == 0
     assert "hold the same items in different shards" in (tmp_path / "page.html").read_text()
@@ -139,12 +142,12 @@ def test_a_repacked_corpus_is_the_same_test_set_and_the_rows_tell(tmp_path):
 def test_answers_to_choose_from_and_accuracies_have_tables_of_their_own(tmp_path):
     variants = [{}, {"answers": 50}, {"accuracy": "VQA soft accuracy"}]
     folders = [write(tmp_path / f"{i}/evaluation/x", questions(9, **v)) for i, v in enumerate(variants)]
-    assert [table["chance"]["overall"] for table in tables(group_test_sets(found(*folders)))] == [25, 2, 25]
+    assert [table["chance"]["overall"] for table in tables(grouped(*folders))] == [25, 2, 25]
 
 
 def test_one_corpus_under_two_names_in_one_evaluation_has_two_rows(tmp_path):
     folder = write(tmp_path / "a/evaluation/x", retrieval(20, "a", hit=0.5), retrieval(20, "b", hit=0.25))
-    (table,) = tables(group_test_sets(found(folder)))
+    (table,) = tables(grouped(folder))
     assert [row["title"] for row in table["rows"]] == ["a · x: a", "a · x: b"]
     assert [bar["value"] for bar in bars([table], "retrieval")[0]["bars"]] == [50, 25]
 
@@ -155,7 +158,7 @@ def test_runs_of_one_name_keep_their_rows_bars_and_curves(tmp_path):
         for frames in (1, 2):
             output = retrieval(20, frames=frames, hit=(1 + number + frames) / 10)
             folders.append(write(tmp_path / run / "evaluation" / f"{frames}_frames", output))
-    evaluations = found(*folders)
+    evaluations = find_evaluations(folders)
     assert [each.run_name for each in evaluations] == ["first/small"] * 2 + ["second/small"] * 2
     sets = group_test_sets(evaluations)
     assert len(bars(tables(sets), "retrieval")[0]["bars"]) == 4

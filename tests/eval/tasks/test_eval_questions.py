@@ -72,17 +72,13 @@ def test_questions_about_unreadable_clips_count_as_wrong(shapes, tokenizer):
     assert result.missing == {0: "truncated JPEG"}
 
 
-def test_bad_settings_are_refused(shapes, tokenizer):
-    dataset, model = QASet(shapes.url("qa_test"), LOADER), small_model(tokenizer, SingularityQA)
-    with pytest.raises(ValueError, match="answer list is empty"):
-        QATask([]).evaluate(model, dataset, tokenizer, EvalConfig(), 1)
-    with pytest.raises(ValueError, match="k_test is 0"):
-        QATask(["red"]).evaluate(model, dataset, tokenizer, EvalConfig(k_test=0), 1)
-
-
-def test_weights_that_are_not_finite_are_an_error_not_a_result(shapes, tokenizer):
+def test_bad_settings_and_weights_that_are_not_finite_are_errors(shapes, tokenizer):
     questions, choices = QASet(shapes.url("qa_test"), LOADER), ChoiceSet(shapes.url("mc_test"), LOADER)
     answering, matching = small_model(tokenizer, SingularityQA), small_model(tokenizer)
+    with pytest.raises(ValueError, match="answer list is empty"):
+        QATask([])
+    with pytest.raises(ValueError, match="k_test is 0"):
+        QATask(["red"]).evaluate(answering, questions, tokenizer, EvalConfig(k_test=0), 1)
     for model in (answering, matching):
         next(model.vision_encoder.parameters()).data.fill_(float("nan"))
     with pytest.raises(ValueError, match="scores hold NaN"):
