@@ -8,7 +8,7 @@ import functools
 import itertools
 import math
 import re
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 from weakref import WeakValueDictionary
@@ -131,18 +131,21 @@ class WebClient:
 
         The future raises StoreError, or what writing to the file raised. Cancelling it ends the attempts.
         """
+        if self._loop is not get_loop():
+            raise RuntimeError("a download client does not work in a forked process")
         transfer = Transfer(str(URL(url)) if TO_QUOTE.search(url) else url, file, bounds)
         return asyncio.run_coroutine_threadsafe(self._fetch(transfer), self._loop)
 
     def close(self) -> None:
         """Cancel all transfers and close all connections; a later download opens new ones."""
-        asyncio.run_coroutine_threadsafe(self._end_all(), self._loop).result(5)
+        if self._loop is get_loop():  # not in a forked child
+            wait([asyncio.run_coroutine_threadsafe(self._end_all(), self._loop)], timeout=5)
         atexit.unregister(self.close)
 
     async def _end_all(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
+        while self._tasks:  # also those that began meanwhile
+            for task in self._tasks:
+                task.cancel()
             await asyncio.wait(self._tasks)
         if self._curl is not None:
             self._curl.close()

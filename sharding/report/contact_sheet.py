@@ -111,11 +111,12 @@ def _fit_text(text: str, font: Any, width: int, lines: int) -> list[str]:
 
 
 def short_names(names: Sequence[str], fits: Callable[[str], bool]) -> list[str]:
-    """Names cut until they fit, before their end or from where they differ, so that different ones stay different."""
+    """Names cut until they fit, in the first way that keeps different ones different."""
     differ = next((i for i, letters in enumerate(zip(*names)) if len(set(letters)) > 1), 0)
     cuts: list[Callable[[str, int], str]] = [
         lambda name, kept: f"…{name[-kept:]}",
         lambda name, kept: f"{'…' if differ else ''}{name[differ : differ + kept]}…",
+        lambda name, kept: f"{name[: kept // 2]}…{name[-(kept - kept // 2) :]}",
     ]
     shortened = list(names)
     for cut in cuts:

@@ -174,6 +174,10 @@ def test_a_clips_card_shows_a_frame_that_is_not_dark(dark, shown: int) -> None:
         (["cat/a_long_name_of_a_frame.jpg", "dog/a_long_name_of_a_frame.jpg"], ["cat/a_long_nam…", "dog/a_long_nam…"]),
         (["a.jpg", "photos/images/000145.jpg"], ["a.jpg", "…ges/000145.jpg"]),
         (["x" * 30 + c + "y" * 30 for c in "12"], ["…" + c + "y" * 12 + "…" for c in "12"]),
+        (
+            [f"{a}-{'x' * 30}-{b}" for a, b in ("A1", "A2", "B1")],
+            ["A-xxxxx…xxxxx-1", "A-xxxxx…xxxxx-2", "B-xxxxx…xxxxx-1"],
+        ),
         (["photos/images/000123.jpg"] * 2, ["…ges/000123.jpg"] * 2),
         ([], []),
     ],

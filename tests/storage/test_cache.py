@@ -2,6 +2,7 @@
 
 import os
 import random
+import sqlite3
 import subprocess
 import sys
 import time
@@ -263,3 +264,24 @@ def test_without_its_database_reading_continues_without_the_cache(
     assert get(cache, "two") == content("two")
     cache.close()
     assert "reading continues without it" in caplog.text
+
+
+def test_a_cache_of_an_earlier_version_is_upgraded(tmp_path: Path) -> None:
+    folder = tmp_path / FOLDER
+    (folder / "items" / "aa").mkdir(parents=True)
+    (folder / "items" / "aa" / "aa").write_bytes(content("aa"))
+    with sqlite3.connect(folder / "items.sqlite") as database:
+        database.executescript("""
+            CREATE TABLE items (name TEXT PRIMARY KEY, size INTEGER NOT NULL, used REAL NOT NULL, owner TEXT)
+            WITHOUT ROWID; CREATE INDEX by_use ON items (used); CREATE TABLE total (bytes INTEGER NOT NULL);
+            CREATE TRIGGER added AFTER INSERT ON items BEGIN UPDATE total SET bytes = bytes + new.size; END;
+            CREATE TRIGGER removed AFTER DELETE ON items BEGIN UPDATE total SET bytes = bytes - old.size; END;
+        """)
+        database.execute("INSERT INTO total VALUES (0)")
+        database.execute("INSERT INTO items VALUES ('aa', ?, 1.0, NULL)", (len(content("aa")),))
+        database.execute("INSERT INTO items VALUES ('ab', 500, 1.0, '4194303 1')")
+    database.close()
+    cache = DiskCache(str(tmp_path), 10**6)
+    assert cache.read("aa") == content("aa")
+    assert bytes_used(cache) == len(content("aa"))
+    assert list(files(cache)) == ["aa"]

@@ -20,7 +20,10 @@ from sharding.build import build_corpus
 from storage.parquet import ParquetError, parquet_file, read_batches, read_schema, read_table
 
 # Functions of pyarrow and pandas that start threads by default.
-READING = r"\b(pq|pd|pa\.\w+)\.(ParquetDataset|ParquetFile|read_\w+)\(|pyarrow\.(dataset|csv|json|feather)|\.group_by\("
+READING = (
+    r"\b(pq|pd|(pa|pyarrow)\.\w+)\.(ParquetDataset|ParquetFile|read_\w+)\(|pyarrow\.(dataset|csv|json|feather)|"
+    r"\.group_by\(|from (pyarrow\.parquet|pandas) import"
+)
 
 RUN = """
 import importlib, os, sys, threading

@@ -101,6 +101,17 @@ def test_slow_requests_are_hedged(store: Store, folder: str, faulty: MakeFaulty,
 
 
 @pytest.mark.parametrize("store", ["http"], indirect=True)
+def test_hedging_can_be_disabled(store: Store, folder: str, faulty: MakeFaulty, remote_store) -> None:
+    proxy = faulty(store, Faults())
+    reading = remote_store(store.url(folder, proxy), hedge_percentile=0)
+    reading.read_ranges(PARTS)
+    proxy.faults = Faults(slow=1, slow_seconds=0.5)
+    reading.read_ranges(PARTS)
+    assert reading.counters["hedges"] == 0
+    assert len(proxy.log) == 2 * len(PARTS)
+
+
+@pytest.mark.parametrize("store", ["http"], indirect=True)
 def test_a_request_that_exceeds_try_seconds_is_retried(
     store: Store, folder: str, faulty: MakeFaulty, remote_store
 ) -> None:

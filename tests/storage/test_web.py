@@ -2,9 +2,11 @@
 
 import gzip
 import io
+import multiprocessing
+import os
 import threading
 from concurrent.futures import CancelledError
-from contextlib import closing
+from contextlib import closing, suppress
 from http.server import ThreadingHTTPServer
 from urllib.parse import unquote
 
@@ -97,6 +99,19 @@ def test_closing_cancels_downloads_and_later_ones_work(server, client) -> None:
     with pytest.raises(CancelledError):
         future.result(timeout=60)
     assert download(client, address(server, "/1")) == b"/1"
+
+
+def test_a_forked_process_gets_an_error_instead_of_waiting_forever(client) -> None:
+    def fetch() -> None:
+        with suppress(RuntimeError):
+            client.fetch("http://127.0.0.1:9/", io.BytesIO(), BOUNDS)
+            os._exit(1)
+        os._exit(0)
+
+    child = multiprocessing.get_context("fork").Process(target=fetch)
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
 
 
 def test_certificates_are_verified_with_those_that_python_trusts(
