@@ -26,7 +26,8 @@ from storage.files import atomic_file, temporary_path
 
 log = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 2  # another one makes new entries; earlier ones may be deleted
+FILE_BYTES = 256 << 20  # of tokens, from which on a file is written
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,10 @@ def write_entry(folder: Path, blocks: Iterable[Block], num_visuals: int, batch_s
         barrier(ranks.world_size)
         if not temporary.is_dir():
             raise UserError(f"feature_cache={folder.parent}: ranks see different folders: use a shared one")
-        own = [_write(temporary / f"{ranks.rank:04}-{number:06}.safetensors", b) for number, b in enumerate(blocks)]
+        own = [
+            _write(temporary / f"{ranks.rank:04}-{number:06}.safetensors", block)
+            for number, block in enumerate(_joined(blocks))
+        ]
         names = [name for part in gather_objects(own, ranks.world_size) for name in part]
         stored = [_read(temporary / name) for name in names]
         barrier(ranks.world_size)  # a mapped file stays readable after it is removed
@@ -124,10 +128,31 @@ def write_entry(folder: Path, blocks: Iterable[Block], num_visuals: int, batch_s
     return CachedBlocks(stored, batch_size, ranks)
 
 
+def _joined(blocks: Iterable[Block]) -> Iterator[Block]:
+    """The blocks on the CPU, joined to larger ones: a process may map 65,530 files only."""
+    waiting: list[Block] = []
+    size = 0
+    for block in blocks:
+        embeddings = None if block.embeddings is None else block.embeddings.float().cpu()
+        waiting.append(Block(block.indices, block.tokens.detach().cpu(), embeddings))
+        size += block.tokens.nbytes
+        if size >= FILE_BYTES:
+            yield _concatenated(waiting)
+            waiting, size = [], 0
+    if waiting:
+        yield _concatenated(waiting)
+
+
+def _concatenated(blocks: Sequence[Block]) -> Block:
+    embeddings = [block.embeddings for block in blocks if block.embeddings is not None]
+    indices, tokens = np.concatenate([block.indices for block in blocks]), torch.cat([block.tokens for block in blocks])
+    return Block(indices, tokens, torch.cat(embeddings) if embeddings else None)
+
+
 def _write(path: Path, block: Block) -> str:
-    tensors = {"indices": torch.from_numpy(block.indices), "tokens": block.tokens.detach().cpu().contiguous()}
+    tensors = {"indices": torch.from_numpy(block.indices), "tokens": block.tokens}
     if block.embeddings is not None:
-        tensors["embeddings"] = block.embeddings.float().cpu().contiguous()
+        tensors["embeddings"] = block.embeddings
     with atomic_file(path) as temporary:
         save_file(tensors, temporary)
     return path.name

@@ -17,7 +17,7 @@ import numpy as np
 
 from eval.metrics import with_means
 from eval.outcomes import Outcomes, VisualSums, bootstrap, read_outcomes, sum_by_visual
-from eval.report.evaluations import find_evaluations
+from eval.report.evaluations import Evaluation, find_evaluations
 from eval.report.grouping import item_key, read_predictions, recorded_digest
 from runtime.errors import UserError, command
 
@@ -129,6 +129,11 @@ def _incompatibility(pairs: Sequence[tuple[Outcomes, Outcomes]]) -> str:
     """The reason why two evaluations cannot be compared; empty where they can."""
     for a, b in pairs:
         same_items = not (a.test_set and b.test_set) or a.test_set == b.test_set
+        if a.kind == "accuracy" and not same_items and not (a.keys and b.keys):
+            return (
+                "the evaluations ask different questions, and without predictions.json of both it is not known which "
+                "they share: evaluate both on one corpus, or keep that file"
+            )
         if a.kind != "accuracy" and not (same_items and Counter(a.queries) == Counter(b.queries)):
             return (
                 "the evaluations rank different candidates, so their ranks cannot be compared: "
@@ -231,12 +236,19 @@ def load(path: str | Path) -> tuple[str, list[Outcomes]]:
     outcomes = []
     for part in read_outcomes(evaluation.folder / "outcomes.parquet"):
         split = part.metrics.removesuffix(_ranking(part.metrics))
-        keys: Sequence[str] = ()
-        if part.kind == "accuracy":  # the ids of questions may be reused elsewhere
-            items = read_predictions(evaluation, split)
-            keys = [item_key(item) for item in items if item["accuracy"] is not None]
-        outcomes.append(replace(part, test_set=recorded_digest(evaluation, split), keys=keys))
+        digest = recorded_digest(evaluation, split) if split in evaluation.details["splits"] else ""
+        keys = _question_keys(evaluation, split) if part.kind == "accuracy" else []
+        outcomes.append(replace(part, test_set=digest, keys=keys))
     return str(evaluation.folder), outcomes
+
+
+def _question_keys(evaluation: Evaluation, split: str) -> list[str]:
+    """The whole content of each question, as ids may be reused elsewhere; empty where the predictions do not tell."""
+    try:
+        items = read_predictions(evaluation, split)
+        return [item_key(item) for item in items if item["accuracy"] is not None]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def as_text(names: Sequence[str], comparisons: Sequence[Comparison]) -> str:

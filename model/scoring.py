@@ -24,7 +24,10 @@ def combine(scores: torch.Tensor, ensemble: str) -> torch.Tensor:
         return whole
     if ensemble == "mean":
         return scores.mean(0)
-    return scores.amax(0) if ensemble == "max" else scores.logsumexp(0)
+    if ensemble == "max":
+        return scores.amax(0)
+    assert ensemble == "lse", ensemble
+    return scores.logsumexp(0)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ with suppress(ModuleNotFoundError):  # neither library needs it
     try:
         import torchvision
     except RuntimeError:
+        if hasattr(torch.ops.torchvision, "nms"):  # the extension is loaded: another error
+            raise
         _library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 

@@ -43,7 +43,7 @@ def test_what_a_machine_lacks_leaves_out_the_tests_that_need_it(tmp_path: Path) 
     leave_out("" if permitted else "user namespaces are not permitted here")
     (tmp_path / "hide.py").write_text(HIDE)
     words = ["-p", "hide", "-p", "no:cacheprovider", f"--basetemp={tmp_path}/temp", "-m", "not slow"]
-    chosen = "test_optimizer or mistake_ends or two_hosts or cannot_be_written or through_a_proxy or certificate"
+    chosen = "test_optimizer or mistake_ends or two_hosts or read_only_disk or through_a_proxy or certificate"
     files = [*(name for name in NEEDY), "tests/train/test_optimizer.py"]
     result = subprocess.run(
         [*AS_ANYBODY, sys.executable, "-m", "pytest", *words, *files, "-k", chosen],

@@ -155,8 +155,13 @@ class Probe:
         children = [
             _start(COLLECTIVE, **common, RANK=first_rank + local, LOCAL_RANK=local) for local in range(processes)
         ]
-        answers = [_answer(child, "the all-reduce") for child in children]
-        return answers[0]
+        try:
+            answers = [_answer(child, "the all-reduce") for child in children]
+            return answers[0]
+        finally:
+            for child in children:  # of a failed one the others wait in vain
+                child.kill()
+                child.wait()
 
     def decode_one(self) -> dict[str, Any]:
         """Decode a picture in a separate process, which a faulty GPU or driver may crash; see decode_one.py."""
@@ -263,8 +268,9 @@ def _answer(child: subprocess.Popen[str], task: str, seconds: float | None = Non
         output, errors = child.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         child.kill()
+        child.communicate()
         raise RuntimeError(f"{task} did not end within {seconds:.0f} s") from None
-    if child.returncode:
+    if child.returncode or not output:
         ended = f"{task} ended with signal {-child.returncode}: " if child.returncode < 0 else ""
         raise RuntimeError(ended + (errors.strip().splitlines() or ["no reason given"])[-1])
     return json.loads(output.splitlines()[-1])

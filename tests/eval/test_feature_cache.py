@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from eval import cache
 from eval.cache import Block, CachedBlocks, read_entry, write_entry
 from eval.config import EvalConfig
 from eval.tasks.retrieval import RetrievalTask
@@ -21,6 +22,12 @@ def blocks(count=7, dtype=torch.float32, embeddings=True):
         Block(np.arange(count)[part], tokens[part], rows[part] if embeddings else None)
         for part in (slice(0, 3), slice(3, 4), slice(4, count))
     ]
+
+
+@pytest.fixture(autouse=True)
+def small_files(monkeypatch):
+    """Files of two blocks."""
+    monkeypatch.setattr(cache, "FILE_BYTES", 300)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -41,6 +48,15 @@ def test_what_was_written_is_read_by_any_number_of_processes(tmp_path, dtype):
 def test_models_without_embeddings_have_none(tmp_path):
     found = write_entry(tmp_path / "entry", blocks(embeddings=False), 7, 4, ALONE)
     assert all(block.embeddings is None for block in found)
+
+
+def test_files_hold_many_blocks_because_a_process_maps_few_files(tmp_path):
+    many = [Block(np.array([number]), torch.zeros(1, 2, 5, 8), None) for number in range(100)]
+    write_entry(tmp_path / "entry", many, 100, 4, ALONE)
+    assert len(list((tmp_path / "entry").iterdir())) == 100
+    cache.FILE_BYTES = 256 << 20
+    write_entry(tmp_path / "other", many, 100, 4, ALONE)
+    assert len(list((tmp_path / "other").iterdir())) == 1
 
 
 def test_an_entry_is_complete_or_absent(tmp_path):

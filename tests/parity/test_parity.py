@@ -42,13 +42,22 @@ def changed_token(case):
     path.write_text(json.dumps(table))
 
 
+def changed_learning_rate(case):
+    path = case / "tables/lr_schedule.json"
+    cases = json.loads(path.read_text())
+    cases[0]["lr_at_step"][20][0] *= 1.001
+    path.write_text(json.dumps(cases))
+
+
 def changed_image(case):
     shutil.copy(case / "images/im0.png", case / "images/im2.png")
 
 
 @pytest.mark.shared
 @pytest.mark.skipif(not CASES, reason="no recorded cases here")
-@pytest.mark.parametrize(("name", "change"), [("tokenizer", changed_token), ("image", changed_image)])
+@pytest.mark.parametrize(
+    ("name", "change"), [("tokenizer", changed_token), ("lr_schedule", changed_learning_rate), ("image", changed_image)]
+)
 def test_a_changed_table_fails_the_command(name, change, tmp_path, capsys):
     case = shutil.copytree(GOLDEN / "08_pure", tmp_path / "08_pure")
     shutil.copy(GOLDEN / "vocab.txt", tmp_path)

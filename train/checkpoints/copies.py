@@ -37,7 +37,7 @@ class RemoteCheckpoints:
             files, root = fsspec.core.url_to_fs(url, **dict(storage))
         except (ValueError, ImportError) as error:
             raise UserError(f"checkpoint_url={url}: {error}") from None
-        self._files = DirFileSystem(root, files)
+        self._files = DirFileSystem(root.rstrip("/") or root, files)  # gcsfs keeps a trailing slash
         self._url, self._storage = url, storage
         self._copied = ""  # the checkpoint that this process has copied whole
         self._failed: tuple[Path, Path, int] | None = None

@@ -206,6 +206,17 @@ def test_questions_of_one_id_and_visual_are_not_taken_for_each_other(tmp_path, c
     assert "test  (5 queries, without 4 of A and 0 of B)" in capsys.readouterr().out
 
 
+def test_without_predictions_the_same_questions_are_compared_and_others_are_refused(tmp_path, capsys):
+    one = write(tmp_path / "a/evaluation/x", questions(9), recorded=True)
+    other = write(tmp_path / "b/evaluation/x", questions(9, right=1), recorded=True)
+    part = write(tmp_path / "c/evaluation/x", questions(5), recorded=True)
+    (other / "predictions.json").unlink()
+    assert compare([str(one), str(other), "--resamples", "9"]) == 0
+    assert "test  (9 queries)" in capsys.readouterr().out
+    assert compare([str(part), str(other)]) == 2
+    assert "without predictions.json of both" in capsys.readouterr().err
+
+
 def test_one_test_set_under_two_names_is_compared(tmp_path, capsys):
     one = write(tmp_path / "a/evaluation/x", retrieval(20, "val"))
     other = write(tmp_path / "b/evaluation/x", retrieval(20, "photos", hit=0.75))
