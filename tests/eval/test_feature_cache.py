@@ -50,11 +50,11 @@ def test_models_without_embeddings_have_none(tmp_path):
     assert all(block.embeddings is None for block in found)
 
 
-def test_files_hold_many_blocks_because_a_process_maps_few_files(tmp_path):
+def test_files_hold_many_blocks_because_a_process_maps_few_files(tmp_path, monkeypatch):
     many = [Block(np.array([number]), torch.zeros(1, 2, 5, 8), None) for number in range(100)]
     write_entry(tmp_path / "entry", many, 100, 4, ALONE)
     assert len(list((tmp_path / "entry").iterdir())) == 100
-    cache.FILE_BYTES = 256 << 20
+    monkeypatch.undo()
     write_entry(tmp_path / "other", many, 100, 4, ALONE)
     assert len(list((tmp_path / "other").iterdir())) == 1
 
