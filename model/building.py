@@ -7,6 +7,7 @@ import torch
 from model.config import ModelConfig
 from model.singularity import Singularity
 from model.vqa import SingularityQA
+from runtime.plugins import load_plugins
 
 Model = Singularity | SingularityQA
 
@@ -14,8 +15,10 @@ Model = Singularity | SingularityQA
 def build_model(config: ModelConfig, special_ids: dict[str, int] | None = None) -> Model:
     """A model with random weights: `SingularityQA` where `answer_decoder.enable`, else `Singularity`.
 
-    special_ids: pad_id, cls_id, mask_id of the vocabulary. Raises ValueError when sizes do not fit together.
+    special_ids: pad_id, cls_id, mask_id of the vocabulary. Imports `config.plugins` first.
+    Raises UserError when sizes do not fit together, or there is no such plugin.
     """
+    load_plugins(config.plugins)
     kind = SingularityQA if config.answer_decoder.enable else Singularity
     return kind(config, **(special_ids or {}))
 

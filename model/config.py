@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from runtime.errors import UserError
-from runtime.settings import ANY, FINE_TUNING, START, TRAINING, fixed, flatten, nearest
+from runtime.settings import ANY, FINE_TUNING, START, TRAINING, fixed, flatten, free, nearest
 
 # How frames are combined: `concat` in the fusion layers, the others by their scores.
 ENSEMBLES = ("concat", "mean", "max", "lse")
@@ -96,6 +96,9 @@ class ModelSettings:
     )
     mlm_prob: float = fixed(0.5, "share of the tokens that MLM masks", checkpoint=TRAINING)
     loss_weight: LossWeights = fixed(LossWeights)
+    plugins: list[str] = free(
+        list, "modules of your own with losses, backbones, tasks ...: docs/extending.md", checkpoint=ANY
+    )
 
 
 @dataclass

@@ -35,7 +35,8 @@ def imported_rooms(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and "." in node.value:
             rooms |= {node.value.split(".")[0]} if node.value in MODULES else set()
-        assert not (isinstance(node, ast.Name | ast.Attribute) and "import_module" in ast.unparse(node)), path
+        by_name = isinstance(node, ast.Name | ast.Attribute) and "import_module" in ast.unparse(node)
+        assert not by_name or path == ROOT / "runtime/plugins.py", path
         if isinstance(node, ast.Import):
             rooms |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:

@@ -58,6 +58,8 @@ def changes_to(settings: Settings, stored: ModelConfig, source: str, training: b
             continue
         if not training and (policy == TRAINING or _is_unused(key, stored)):
             continue
+        if key == "plugins":
+            value = list(dict.fromkeys([*stored.plugins, *value]))
         if policy == ANY or (training and policy in (FINE_TUNING, TRAINING)):
             changes[key] = value
             continue

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from eval.config import EvalRunConfig, resolve_corpora
 from model.config import ModelSettings
 from runtime.errors import UserError
+from runtime.plugins import load_plugins
 from runtime.settings import build, explicit_values, fixed, free, read_layers, setting
 from train.config.other_names import EXPLAINED
 
@@ -134,8 +135,13 @@ class Settings:
 
 
 def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
-    """The configuration of the YAML at `path`, its bases and overrides; raises as `read_layers` and `build`."""
+    """The configuration of the YAML at `path`, its bases and overrides; imports its plugins.
+
+    Raises as `read_layers`, `build` and `load_plugins`.
+    """
     given = read_layers(RunConfig, path, overrides)
+    plugins = given.get("plugins") or []
+    load_plugins([plugins] if isinstance(plugins, str) else plugins, Path(path).parent)
     return Settings(build(RunConfig, given), frozenset(key for key, _ in explicit_values(RunConfig, given)))
 
 

@@ -1,0 +1,79 @@
+"""A user's own modules, named by the setting `plugins`, and the registries that they add implementations to."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from runtime.errors import MissingError, UserError
+from runtime.settings import nearest
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Implementations by the name that a setting chooses.
+
+    As a decorator, `@REGISTRY("name")`, it adds a function or a class. Iterating gives the names.
+    """
+
+    def __init__(self, setting: str) -> None:
+        """setting: the dotted key that chooses among them, for messages."""
+        self._setting = setting
+        self._known: dict[str, T] = {}
+
+    def __call__(self, name: str) -> Callable[[T], T]:
+        """Add what is decorated under `name`. Raises UserError if another implementation has the name."""
+
+        def add(implementation: T) -> T:
+            if name in self._known:
+                raise UserError(f"{self._setting}={name} exists already: register yours under another name")
+            self._known[name] = implementation
+            return implementation
+
+        return add
+
+    def __getitem__(self, name: str) -> T:
+        """The implementation called `name`. Raises UserError, with the nearest names, if there is none."""
+        if name in self._known:
+            return self._known[name]
+        listed = ", ".join(nearest(name, self._known) or sorted(self._known)) or "none"
+        raise UserError(
+            f"{self._setting} is {name!r}, must be one of {listed}; a module of your own that registers it must be "
+            "named in plugins, plugins=[my_module]"
+        )
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._known
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._known)
+
+
+def load_plugins(names: Sequence[str], beside: Path | None = None) -> None:
+    """Import modules by name: files or packages in the working folder, in folder `beside`, or installed ones.
+
+    Modules of one folder can import each other. A module is imported once. An error in its code shows its traceback.
+    Raises MissingError if there is no such module, UserError if another module has the name.
+    """
+    folders = [folder.resolve() for folder in (Path.cwd(), beside) if folder is not None]
+    for name in names:
+        if name.endswith(".py") or not all(part.isidentifier() for part in name.split(".")):
+            raise UserError(f"plugins names {name!r}: write the name of a module without .py, such as my_losses")
+        parts = name.replace(".", "/")
+        files = [folder / f"{parts}{end}" for folder in folders for end in (".py", "/__init__.py")]
+        file = next((file for file in files if file.is_file()), None)
+        if file is not None:
+            folder = str(next(folder for folder in folders if file.is_relative_to(folder)))
+            if folder not in sys.path:
+                sys.path.append(folder)  # at the end: its other files must not replace installed modules
+        elif find_spec(name.partition(".")[0]) is None:
+            listed = " or ".join(dict.fromkeys(map(str, folders)))
+            raise MissingError(f"plugins names {name}, but there is no {parts}.py in {listed}, and no such package")
+        module = import_module(name)
+        if file is not None and Path(module.__file__ or "").resolve() != file.resolve():
+            raise UserError(f"plugins names {name}, which {file} is, but also {module.__file__}: rename your file")
