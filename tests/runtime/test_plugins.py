@@ -20,8 +20,11 @@ def _restore_imports(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_a_registry_chooses_by_name() -> None:
     registry: Registry[int] = Registry("colour")
     assert registry("red")(1) == 1
-    assert registry["red"] == 1 and list(registry) == ["red"] and "red" in registry and "blue" not in registry
-    with pytest.raises(UserError, match="colour is 'rad', must be one of red; .* plugins"):
+    assert registry["red"] == 1
+    assert list(registry) == ["red"]
+    assert "red" in registry
+    assert "blue" not in registry
+    with pytest.raises(UserError, match=r"colour is 'rad', must be one of red; .* plugins"):
         registry["rad"]
     with pytest.raises(UserError, match="colour=red exists already"):
         registry("red")(2)
@@ -51,9 +54,9 @@ def test_a_missing_plugin_names_the_folders(tmp_path: Path) -> None:
 
 def test_a_file_with_the_name_of_another_module_is_refused() -> None:
     Path("model.py").write_text("")
-    with pytest.raises(UserError, match=r"plugins names model, which .*work/model.py is, but also .*: rename your file"):
+    with pytest.raises(UserError, match=r"plugins names model, which .*work/model.py is, but also .*: rename"):
         load_plugins(["model"])
-    with pytest.raises(UserError, match="plugins names 'my_losses.py': write the name of a module without .py"):
+    with pytest.raises(UserError, match=r"plugins names 'my_losses\.py': write the name of a module without"):
         load_plugins(["my_losses.py"])
 
 
