@@ -40,8 +40,10 @@ OFFICIAL_SETTINGS = (
 
 
 def official_settings(config: ModelConfig) -> dict[str, Any]:
-    """The settings of an official checkpoint that describe the model, and our ModelConfig, which it ignores."""
+    """The settings of an official checkpoint that describe the model, and our ModelConfig, which the official code
+    ignores. A user's losses are left out: their tensors have no place in it."""
     ours = asdict(config)
+    ours["losses"] = {}
     own_names = {"vit_type": config.vision_encoder.type, "video_input": {"num_frames": config.num_frames}}
     return own_names | {name: ours[name] for name in OFFICIAL_SETTINGS} | {MODEL: ours}
 
@@ -50,7 +52,8 @@ def official_state(weights: Weights) -> dict[str, torch.Tensor]:
     """All entries of an official checkpoint's state dict: tensors, tied copies and index tables."""
     config, mlm = weights.config, "word_head.bias" in weights.state
     prefix = "text_encoder.bert." if mlm else "text_encoder."
-    result = to_official(weights.state, prefix)
+    state = {name: tensor for name, tensor in weights.state.items() if not name.startswith("losses.")}
+    result = to_official(state, prefix)
     positions = torch.arange(config.text_encoder.max_positions)[None]
     result[prefix + "embeddings.position_ids"] = positions
     heads = [("text_encoder.", prefix)] if mlm else []

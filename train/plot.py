@@ -89,8 +89,9 @@ def read_run(folder: Path) -> Run:
 def metrics_of(runs: Sequence[Run]) -> list[str]:
     """All metrics of the runs: losses first, then evaluations, speed last."""
     found = list(dict.fromkeys(metric for run in runs for metric in run.metrics))
-    other = sorted(metric for metric in found if metric not in FIRST + LAST)
-    return [name for name in FIRST if name in found] + other + [name for name in LAST if name in found]
+    own = [metric for metric in found if metric.startswith("loss_") and metric not in FIRST]
+    other = sorted(metric for metric in found if metric not in [*FIRST, *own, *LAST])
+    return [name for name in FIRST if name in found] + own + other + [name for name in LAST if name in found]
 
 
 def panel(metric: str, runs: Sequence[Run]) -> Panel:
