@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -24,8 +24,7 @@ IGNORED = -100
 LOSSES: Registry[Callable[..., Any]] = Registry("losses")
 
 
-@dataclass(frozen=True)
-class LossInputs:
+class LossInputs(NamedTuple):
     """What a training forward of pre-training or retrieval gives to each loss: B pairs of a visual and a text.
 
     N rows stand for those of all ranks with `gather_negatives`, otherwise for the B of this rank.
@@ -50,11 +49,10 @@ class LossInputs:
     match_logits: torch.Tensor  # (3B, 2) of these, column 1 for a match
     mlm_logits: torch.Tensor | None = None  # (M, V) at masked tokens; None where loss_weight.mlm is 0
     mlm_labels: torch.Tensor | None = None  # (M,) their ids, -100 where there is nothing to predict
-    columns: Mapping[str, Any] = field(default_factory=dict)  # of the index, as in the batch
+    columns: Mapping[str, Any] = MappingProxyType({})  # of the index, as in the batch
 
 
-@dataclass(frozen=True)
-class AnswerLossInputs:
+class AnswerLossInputs(NamedTuple):
     """What a training forward of question answering gives to each loss: B questions with A answers in all."""
 
     tokens: torch.Tensor  # (B, T·L, D) visual tokens, frame after frame
@@ -67,7 +65,7 @@ class AnswerLossInputs:
     owner: torch.Tensor  # (A,) the question of each answer
     logits: torch.Tensor  # (A, La, V) of the token after each
     answer_losses: torch.Tensor  # (A,) negative log-likelihood of each answer
-    columns: Mapping[str, Any] = field(default_factory=dict)  # of the index, as in the batch
+    columns: Mapping[str, Any] = MappingProxyType({})  # of the index, as in the batch
 
 
 class Losses(nn.Module):
@@ -87,8 +85,8 @@ class Losses(nn.Module):
                 self.add_module(name, loss)
             self._losses[name] = loss
 
-    def forward(self, inputs: Any) -> dict[str, torch.Tensor]:
-        """Every weighted loss (), as `loss_NAME`, of the inputs of this model. Raises UserError if one is no scalar."""
+    def compute(self, inputs: LossInputs | AnswerLossInputs) -> dict[str, torch.Tensor]:
+        """Every loss () times its weight, as `loss_NAME`. Raises UserError if one is no scalar."""
         result = {}
         for name, loss in self._losses.items():
             value = loss(inputs)

@@ -158,7 +158,7 @@ class Singularity(Encoders):
             temperature=temperature, to_text=to_text, to_visual=to_visual, match_states=first,
             match_logits=match_logits, mlm_logits=mlm_logits, mlm_labels=labels, columns=columns,
         )  # fmt: skip
-        return self.losses(inputs)
+        return self.losses.compute(inputs)
 
     def _gather(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows (B, ...) of this rank, or with `gather_negatives` those (N, ...) of all ranks."""

@@ -132,7 +132,7 @@ class SingularityQA(Encoders):
             answer_mask=answer_mask, answer_weights=answer_weights, owner=owner, logits=logits, answer_losses=losses,
             columns=columns,
         )  # fmt: skip
-        return self.losses(inputs)
+        return self.losses.compute(inputs)
 
     def frame_states(self, tokens: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
         """Question states for `rank_answers`, F times (B, Lq, D), from tokens (B, F, S, D) of `encode_clips`."""
