@@ -61,7 +61,7 @@ class AnswerLossInputs(NamedTuple):
     question_mask: torch.Tensor  # (B, Lq), 0 where padded
     answer_ids: torch.Tensor  # (A, La)
     answer_mask: torch.Tensor  # (A, La), 0 where padded
-    answer_weights: torch.Tensor  # (A,) those of a question sum to 1
+    answer_weights: torch.Tensor  # (A,) share of those who gave it
     owner: torch.Tensor  # (A,) the question of each answer
     logits: torch.Tensor  # (A, La, V) of the token after each
     answer_losses: torch.Tensor  # (A,) negative log-likelihood of each answer
