@@ -61,6 +61,9 @@ class LoaderConfig:
     corpus_weights: dict[str, float] = fixed(
         dict, "name of a corpus: its traversals per epoch; default 1", replaced=True
     )
+    extra_columns: list[str] = fixed(
+        list, "columns of your own in the index that batches carry: docs/how-to/extra-column.md"
+    )
     seed: int = fixed(42, "seed of the sample order, all random choices and the initial weights", least=0)
     stripes: int = fixed(
         64, "parts of an epoch that are read in parallel; a multiple of the ranks", least=1, renamed_from="lanes"

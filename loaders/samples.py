@@ -12,9 +12,10 @@ chains them for test sets, and reports such samples. No stage calls an earlier o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -58,6 +59,7 @@ class SampleSpec(NamedTuple):
     text: str = ""
     answers: tuple[tuple[str, float], ...] = ()  # with their weights
     reason: str = ""  # the reason why it cannot be used, known from its index
+    extra: Mapping[str, Any] = MappingProxyType({})  # its values of the extra columns
 
     @property
     def visual(self) -> int:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from loaders.batch import Batch, collate
+from loaders.columns import ExtraColumns
 from loaders.config import LoaderConfig, check_weights
 from loaders.decode.choice import make_decoder
 from loaders.decode.decoder import BATCHES_AT_ONCE, decode_samples
@@ -76,9 +77,13 @@ class TrainLoader:
         self.config, self.tokenizer, self.rank, self.world_size = config, tokenizer, rank, world_size
         stripes = config.stripes // math.gcd(config.stripes, world_size)  # that this rank reads
         ranks = ranks_of(rank, world_size, local_world_size)
-        self.readers = [open_corpus(url, config, stripes * (config.window_shards + 2), ranks) for url in corpora]
+        extra, shards_open = ExtraColumns(config.extra_columns), stripes * (config.window_shards + 2)
+        self.readers = [open_corpus(url, config, shards_open, ranks, extra) for url in corpora]
         check_cache(self.readers, config, min(config.stripes, stripes * (local_world_size or world_size)))
         check_weights(config, [reader.corpus.name for reader in self.readers])
+        if extra.names:
+            for reader in self.readers:
+                reader.index(0)  # raises where a column is missing
         self._read_pool = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="read")
         self._batch_pool = ThreadPoolExecutor(BATCHES_AT_ONCE, thread_name_prefix="batch")
         self.mixtures: dict[str, Mixture] = {}
