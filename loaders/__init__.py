@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from loaders.augment import AUGMENTATIONS
     from loaders.batch import Answers, Batch, normalize
     from loaders.config import LoaderConfig, PerMedia, VideoInput
     from loaders.order.frames import FRAME_SAMPLERS
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
     from loaders.train import TrainLoader
 
 __all__ = [
+    "AUGMENTATIONS",
     "FRAME_SAMPLERS",
     "Answers",
     "Batch",
@@ -26,6 +28,7 @@ def __getattr__(name: str) -> object:
     """A public name, imported when it is first used: the decoding processes start faster without PyTorch."""
     if name not in __all__:
         raise AttributeError(f"module 'loaders' has no attribute {name!r}")
+    from loaders.augment import AUGMENTATIONS  # noqa: F401
     from loaders.batch import Answers, Batch, normalize  # noqa: F401
     from loaders.config import LoaderConfig, PerMedia, VideoInput  # noqa: F401
     from loaders.order.frames import FRAME_SAMPLERS  # noqa: F401

@@ -57,7 +57,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`; the host does not wait for the copies."""
-        return _mapped(self, partial(_copied, device=torch.device(device)))
+        return _mapped(self, partial(copied, device=torch.device(device)))
 
     def rows(self, rows: slice) -> Batch:
         """The batch of some of the pairs."""
@@ -117,7 +117,7 @@ def _answers(specs: Sequence[SampleSpec], tokenizer: Tokenizer, length: int) -> 
     return Answers(input_ids, attention_mask, weights, torch.tensor([len(spec.answers) for spec in specs]))
 
 
-def _copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor on `device`. To a GPU it goes from pinned memory: CUDA may wait for the stream before it reads other."""
     if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
         tensor = tensor.contiguous().pin_memory()

@@ -70,6 +70,7 @@ class LoaderConfig:
     )
     window_shards: int = fixed(4, "shards of a stripe whose samples are shuffled together", least=1)
     augment: bool = fixed(True, "random resized crop and flip; false: resize only")
+    augmentations: list[str] = fixed(list, "augmentations of your own, after crop and flip, in order")
     flip: bool = fixed(True, "horizontal flips; set false where left and right carry meaning")
     antialias: bool = fixed(False, "antialiasing when resizing; the official transform has none")
     decode: str = free(

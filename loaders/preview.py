@@ -45,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--frames", type=positive, default=1, help="frames per clip (default: %(default)s)")
     result.add_argument("--sample-type", default="rand", help="frames of a clip (default: %(default)s)")
     result.add_argument("--plugins", nargs="+", default=[], metavar="MODULE", help="modules of your own to import")
+    result.add_argument("--augmentations", nargs="+", default=[], metavar="NAME", help="those of your plugins to apply")
     result.add_argument("--length", type=positive, default=32, help="maximum tokens of a text (default: %(default)s)")
     result.add_argument("--epoch", type=int, default=0, help="(default: %(default)s)")
     result.add_argument("--seed", type=int, default=42, help="(default: %(default)s)")
@@ -70,6 +71,7 @@ def first_batch(options: argparse.Namespace, tokenizer: Tokenizer) -> Batch:
         epoch_unit=unit,
         seed=options.seed,
         augment=not options.no_augment,
+        augmentations=[] if options.no_augment else options.augmentations,
         prefetch=1,
         max_bad_share=1.0,
     )

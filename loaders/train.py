@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from loaders.augment import AUGMENTATIONS, augmented
 from loaders.batch import Batch, collate
 from loaders.columns import ExtraColumns
 from loaders.config import LoaderConfig, check_weights
@@ -74,6 +75,8 @@ class TrainLoader:
         if not corpora:
             raise UserError("train_corpus is empty: name at least one packed corpus")
         check_declared(config)
+        for name in config.augmentations:
+            AUGMENTATIONS[name]  # raises where there is none
         self.config, self.tokenizer, self.rank, self.world_size = config, tokenizer, rank, world_size
         stripes = config.stripes // math.gcd(config.stripes, world_size)  # that this rank reads
         ranks = ranks_of(rank, world_size, local_world_size)
@@ -96,8 +99,11 @@ class TrainLoader:
         self._steps_at_once, self._steps_kept = self._read_depth()
         self._step_pool = ThreadPoolExecutor(self._steps_at_once, thread_name_prefix="step")
         threads = config.threads or cores_per_process(local_world_size or world_size)
+        self.device = torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:  # the threads' own device is the first one
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self.decoder = make_decoder(
-            config.decode, config.image_res, threads, config.antialias, torch.device(device), config.deterministic
+            config.decode, config.image_res, threads, config.antialias, self.device, config.deterministic
         )
         self.quarantine = Quarantine(rank, config.max_bad_share, config.quarantine_file.replace("{rank}", str(rank)))
         self._counters: dict[str, float] = defaultdict(float)
@@ -232,6 +238,7 @@ class TrainLoader:
         """The batch of one step, decoded from the bytes of its samples."""
         step, raw = read
         samples = self._replace_bad(step, decode_samples(self.decoder, raw))
+        samples = augmented(samples, self.config.augmentations, self.device)
         batch = collate(samples, self.tokenizer, self.config, step.media_type, step.plan.epoch, step.number)
         with self._counting:
             self._counters["samples"] += len(raw)
