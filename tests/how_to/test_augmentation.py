@@ -91,7 +91,7 @@ def test_wrong_frames_are_one_clear_error(run: RunConfig, tokenizer, wrong) -> N
 def test_numbers_of_a_sample_are_evenly_spread(run: RunConfig, tokenizer) -> None:
     seen = []
     AUGMENTATIONS("seen")(lambda frames, numbers: seen.append(numbers) or frames)
-    run.augmentations = ["seen"]
+    run.augmentations, run.train_corpus = ["seen"], [run.train_urls()[0]]
     batches(run, tokenizer)
     numbers = torch.cat(seen)
     assert numbers.dtype == torch.float32
