@@ -154,9 +154,18 @@ class TrainLoader:
         """Batches of an epoch."""
         return sum(self.media_steps.values())
 
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return self.steps_per_epoch
+
     def __iter__(self) -> Iterator[Batch]:
         """The rest of the current epoch; the next iteration is the next epoch."""
         yield from self.epoch(self.next_epoch, self.next_step)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the start of an epoch; one that has begun goes on. Iterating does this by itself, epoch after epoch."""
+        if epoch != self.next_epoch:
+            self.next_epoch, self.next_step = epoch, 0
 
     def state_dict(self) -> dict[str, int]:
         """The position of the next batch; O(1), valid on any world size that divides the batch sizes."""
