@@ -10,18 +10,9 @@ from needs import leave_out
 from places import ROOT
 
 OPTIONAL = (
-    "accelerate",
-    "lightning",
-    "playwright",
-    "ray",
-    "tensorboard",
-    "wandb",
-    "s3fs",
-    "gcsfs",
-    "trustme",
-    "imageio_ffmpeg",
-    "requests",
-)
+    "accelerate", "lightning", "playwright", "ray", "tensorboard", "wandb", "s3fs", "gcsfs", "trustme",
+    "imageio_ffmpeg", "requests",
+)  # fmt: skip
 # A plugin of pytest that hides packages as if they had never been installed.
 HIDE = f"""
 import sys
