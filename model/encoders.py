@@ -6,13 +6,14 @@ import torch
 from torch import nn
 
 from model.config import ENSEMBLES, ModelConfig
+from model.freezing import Freezable
 from model.temporal import TemporalEncoder, embeddings_for_frames
 from model.text import CrossAttentionKeys, TextEncoder
 from model.vision import FrameEncoder, pixel_statistics
 from runtime.errors import UserError
 
 
-class Encoders(nn.Module):
+class Encoders(Freezable):
     """Encodes clips (B, T, 3, H, W) and texts (B, Lt), and fuses the two."""
 
     def __init__(self, config: ModelConfig, pad_id: int = 0) -> None:

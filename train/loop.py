@@ -34,6 +34,7 @@ from train.checkpoints.writing import (
 from train.config.settings import RunConfig
 from train.deepspeed.compat import gathered_weights
 from train.deepspeed.engine import start_engine
+from train.deepspeed.state import whole_shape
 from train.guard import StepGuard
 from train.job.devices import slow_precision
 from train.job.hang import END, EVALUATE, LOADER, SAVE, STEP
@@ -102,7 +103,7 @@ class Trainer:
                 self.loader.steps_per_epoch,
                 ", ".join(f"{steps} {kind}" for kind, steps in self.loader.media_steps.items()),
                 self.ranks.world_size,
-                f"{sum(p.numel() for p in self.model.parameters()) / 1e6:.1f} M parameters",
+                _sizes(self.model),
             )
         self.engine.train()
         gc.collect()
@@ -290,6 +291,14 @@ def deciding_score(metrics: Metrics, split: str) -> tuple[str, float]:
     row = next(metrics[name] for name in (split, f"{split}/", f"{split}_emb/") if name in metrics)
     measure = "overall" if "overall" in row else "r_mean"
     return measure, row[measure]
+
+
+def _sizes(model: Model) -> str:
+    """How many parameters the model has, and how many of them are trained where some are frozen."""
+    sizes = [(whole_shape(parameter).numel(), parameter.requires_grad) for parameter in model.parameters()]
+    total, trained = sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+    frozen = "" if trained == total else f", {trained / 1e6:.1f} M of them trained"
+    return f"{total / 1e6:.1f} M parameters{frozen}"
 
 
 def _temperature(model: Model) -> float | None:

@@ -29,7 +29,7 @@ from train.config.architecture import adopt, changes_to, check_texts, fresh_arch
 from train.config.settings import RunConfig, Settings
 from train.deepspeed.engine import deepspeed_config
 from train.folder import RunFolder
-from train.optimizer import parameter_groups
+from train.optimizer import trainable_groups
 from train.tracking.trackers import check_tracking
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,8 @@ def prepare_training(settings: Settings, ranks: Ranks, evaluates: bool, device: 
     log.info("Building the model")
     progress("building the model")
     model, tokenizer = _model(settings)
-    parameter_groups({name: p.ndim for name, p in model.named_parameters()}, run.optimizer)
+    model.freeze(run.freeze)
+    trainable_groups(model, run.optimizer)
     progress("opening the corpora")
     quarantine = run.quarantine_file or str(Path(run.output_dir) / "quarantine-{rank}.jsonl")
     loader_settings = replace(run, quarantine_file=quarantine)

@@ -101,7 +101,7 @@ class Stepper:
         if not total.requires_grad:
             raise UserError(
                 f"all parameters that a batch of {MEDIA[batch.media_type]} uses are frozen: leave some of them "
-                "trainable, or leave that medium out of train_corpus"
+                "out of freeze, or leave that medium out of train_corpus"
             )
         self.engine.backward(self.guard.loss_scale.apply(total))
         self.guard.step()

@@ -100,11 +100,12 @@ def load_model(
     path: a folder that `save_model` wrote, a run folder, or an official .pth. changes: dotted settings to load it
     with, for example {"num_frames": 4, "temporal_vision_encoder.enable": True, "image_res": 384}: position tables
     are interpolated, temporal embeddings truncated or extended with zeros, a new temporal encoder is initialised
-    randomly, an answer decoder from the fusion layers. expected: see `fit_weights`. The changes are logged.
+    randomly, an answer decoder from the fusion layers; a user's losses are left out. expected: see `fit_weights`. The
+    changes are logged.
     Raises UserError, listing the tensors, when anything else does not fit.
     """
     weights = load_weights(path)
-    config = with_changes(weights.config, changes or {})
+    config = with_changes(weights.config, {"losses": {}, **(changes or {})})
     model = build_model(config, special_ids or weights.special_ids)
     report = fit_weights(model, weights, str(path), expected)
     logger.info("Loaded %s: %s", path, report)
@@ -150,7 +151,7 @@ def fit_weights(
         listed = "; ".join(f"{what}: {_shortened(names, 20)}" for what, names in named.items() if names)
         raise UserError(
             f"{source} does not fit the model ({listed}): take its architecture from the checkpoint and change only "
-            "image_res, num_frames, temporal_vision_encoder, loss_weight or answer_decoder; the vocabulary has "
+            "image_res, num_frames, temporal_vision_encoder, loss_weight, losses or answer_decoder; the vocabulary has "
             f"{weights.config.text_encoder.vocab_size} tokens in the checkpoint and "
             f"{model.config.text_encoder.vocab_size} in the model. List tensors that may differ in expected_tensors"
         )
@@ -180,6 +181,8 @@ def _is_new(name: str, old: ModelConfig, new: ModelConfig) -> bool:
     """Whether a tensor belongs to a module that the old configuration did not have and that may be random."""
     if name.startswith("answer_decoder.") and not old.answer_decoder.enable:
         return _reads_visuals(name) and old.vision_encoder.width != old.text_encoder.width
+    if name.startswith("losses."):
+        return name.split(".")[1] not in old.own_losses
     return name.startswith("temporal_vision_encoder.") and (
         new.temporal_vision_encoder.enable and not old.temporal_vision_encoder.enable
     )
@@ -190,6 +193,8 @@ def _is_obsolete(name: str, old: ModelConfig, new: ModelConfig) -> bool:
     answering = new.answer_decoder.enable and not old.answer_decoder.enable
     if answering and (name == "temp" or name.startswith(_WITHOUT_ANSWERS)):
         return True
+    if name.startswith("losses."):
+        return name.split(".")[1] not in new.own_losses
     if name.startswith("word_head."):
         return old.loss_weight.mlm > 0 and new.loss_weight.mlm <= 0
     return name.startswith("temporal_vision_encoder.") and not new.temporal_vision_encoder.enable
