@@ -26,7 +26,7 @@ from eval.tasks.answers import (
 )
 from loaders.batch import normalize
 from loaders.decode.cpu import CpuDecoder
-from loaders.order.choices import choose_frames, frames_at_rate
+from loaders.order.frames import choose_frames, frames_at_rate
 from loaders.samples import Clip, Window
 from loaders.text import Tokenizer, clean_text
 from model.checkpoints.files import VOCABULARY
