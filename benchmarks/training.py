@@ -35,15 +35,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from loaders.batch import Batch, normalize
+from loaders.batch import Batch
 from loaders.config import BACKENDS, LoaderConfig, PerMedia, VideoInput
 from loaders.shards import CorpusReader
-from loaders.text import Tokenizer
 from loaders.train import TrainLoader
 from model.building import build_model
 from model.config import ModelConfig, TextConfig, VisionConfig, with_changes
 from model.flops import step_flops
 from model.singularity import Singularity
+from preprocessing.normalization import normalize
+from preprocessing.text import Tokenizer
 from runtime.ranks import Ranks, ranks_from_environment
 from train.checkpoints.writing import special_ids
 from train.config.settings import OptimizerConfig, RunConfig

@@ -19,9 +19,9 @@ from eval.tasks.retrieval import RetrievalTask
 from eval.tasks.task import Task
 from loaders.evaluation import corpus_digest
 from loaders.shards import describe
-from loaders.text import Tokenizer
 from model.building import Model
 from model.singularity import Singularity
+from preprocessing.text import Tokenizer
 from runtime.activity import begin, progress
 from runtime.errors import UserError, file_errors
 from runtime.ranks import Ranks

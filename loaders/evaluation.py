@@ -18,7 +18,7 @@ from loaders.order.choices import choose_frames, parse_sample_type
 from loaders.prefetch import Prefetcher
 from loaders.samples import SampleSpec, whole_sample
 from loaders.shards import open_corpus
-from loaders.text import clean_text
+from preprocessing.text import clean_text
 from runtime.activity import progress
 from runtime.errors import UserError
 from runtime.ranks import cores_per_process, current_ranks, processes_on_node

@@ -13,12 +13,12 @@ import torch
 from eval.run import make_task
 from eval.tasks.task import Task
 from loaders.shards import describe
-from loaders.text import Tokenizer
 from loaders.train import TrainLoader
 from model.building import Model, build_model
 from model.checkpoints.loading import find_weights, fit_weights
 from model.checkpoints.pretrained import new_model
 from model.config import with_changes
+from preprocessing.text import Tokenizer
 from runtime.activity import progress
 from runtime.errors import MissingError, UserError
 from runtime.ranks import Ranks, cores_per_process

@@ -15,8 +15,8 @@ from eval.outputs import SplitOutput
 from eval.tasks.questions import questions_output
 from eval.tasks.task import TaskResult
 from loaders.evaluation import Choice, ChoiceSet
-from loaders.text import Tokenizer
 from model.singularity import Singularity
+from preprocessing.text import Tokenizer
 from runtime.errors import UserError
 from runtime.ranks import ALONE, Ranks
 

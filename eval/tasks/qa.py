@@ -24,8 +24,8 @@ from eval.tasks.answers import Annotated, accuracies, accuracy_by_type, answer_b
 from eval.tasks.questions import questions_output
 from eval.tasks.task import TaskResult
 from loaders.evaluation import QASet, Question
-from loaders.text import Tokenizer
 from model.vqa import SingularityQA
+from preprocessing.text import Tokenizer
 from runtime.activity import progress
 from runtime.collectives import gather_rows
 from runtime.errors import MissingError, UserError

@@ -17,8 +17,8 @@ from eval.outputs import SplitOutput
 from eval.report.gallery import choose_queries, draw_visuals
 from eval.tasks.task import TaskResult, common_details
 from loaders.evaluation import RetrievalSet
-from loaders.text import Tokenizer
 from model.singularity import Singularity
+from preprocessing.text import Tokenizer
 from runtime.collectives import broadcast
 from runtime.ranks import ALONE, Ranks
 

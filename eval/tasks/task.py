@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 from eval.config import EvalConfig, EvalRunConfig
 from eval.outputs import SplitOutput
 from loaders.evaluation import VisualSet
-from loaders.text import Tokenizer
+from preprocessing.text import Tokenizer
 from runtime.ranks import ALONE, Ranks
 
 

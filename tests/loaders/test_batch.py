@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from loaders.batch import Answers, Batch, _copied, normalize
+from loaders.batch import Answers, Batch, _copied
+from preprocessing.normalization import normalize
 
 
 class Recorded:

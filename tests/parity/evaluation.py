@@ -18,10 +18,10 @@ from eval.tasks.answers import Annotated, accuracies, accuracy_by_type
 from eval.tasks.multiple_choice import score_options
 from eval.tasks.qa import rank_for_block
 from eval.tasks.retrieval import Scores, score, score_matrices
-from loaders.text import clean_text
 from model.config import ENSEMBLES
 from model.singularity import Singularity
 from model.vqa import SingularityQA, answer_losses
+from preprocessing.text import clean_text
 from tests.parity.comparison import Case, Comparison, as_lists
 from tests.parity.forward import compare_gradients
 

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from loaders.text import Tokenizer
 from model.checkpoints.files import TENSORS, weights_fault
 from model.checkpoints.loading import save_model
 from model.config import ModelConfig
+from preprocessing.text import Tokenizer
 from runtime.activity import progress
 from runtime.collectives import gather_objects
 from runtime.errors import FULL, UserError, os_error_number
