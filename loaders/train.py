@@ -102,6 +102,13 @@ class TrainLoader:
         self._readiness: dict[str, float] = {}
         self.next_epoch, self.next_step = 0, 0
 
+    def __enter__(self) -> TrainLoader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.close()
+
     def _count_steps(self, media_type: str) -> int:
         """Batches of a medium in an epoch; the samples that do not fill one are left out, others in each epoch."""
         size, units = self.batch_size[media_type], self.mixtures[media_type].units

@@ -25,13 +25,13 @@ from eval.tasks.answers import (
     without_punctuation,
 )
 from loaders.decode.cpu import CpuDecoder
-from loaders.order.choices import choose_frames, frames_at_rate
 from loaders.samples import Clip, Window
 from model.checkpoints.files import VOCABULARY
 from model.checkpoints.positions import resize_relative
 from model.config import ModelConfig, VisionConfig
 from model.temporal import embeddings_for_frames, resize_embeddings
 from model.vision import FrameEncoder, pixel_statistics
+from preprocessing.frames import choose_frames, frames_at_rate
 from preprocessing.normalization import normalize
 from preprocessing.text import Tokenizer, clean_text
 from runtime.settings import read_layers
