@@ -46,7 +46,6 @@ from model.singularity import Singularity
 from preprocessing.normalization import normalize
 from preprocessing.text import Tokenizer
 from runtime.ranks import Ranks, ranks_from_environment
-from train.checkpoints.writing import special_ids
 from train.config.settings import OptimizerConfig, RunConfig
 from train.deepspeed.engine import DTYPES, deepspeed_config, start_engine
 from train.guard import StepGuard
@@ -148,14 +147,14 @@ class Ways:
         self.waited, self.flops, self.taken, self.warmed_up = 0.0, 0, 0, 0.0
         self.device, self._keeps = device, len(options.ways) > 1
         self.kept: list[Batch] = []
-        model = build_model(self.config, special_ids(tokenizer))
+        model = build_model(self.config, tokenizer.special_ids)
         engine, groups = start_engine(model, self.run, deepspeed_config(self.run, ranks), device)
         engine.train()
         guard = StepGuard(engine, ranks, 10, 1.0)
         schedule = Schedule(0, 10**6, 0.1)
         self.stepper = Stepper(engine, groups, model, schedule, guard, device, self.run, ranks.rank)
         if "plain" in options.ways:
-            self.alone = build_model(self.config, special_ids(tokenizer)).to(device)
+            self.alone = build_model(self.config, tokenizer.special_ids).to(device)
             self.optimizer = adamw(self.alone, self.run)
 
     def block(self, way: str, count: int) -> Seconds:

@@ -103,7 +103,7 @@ def encode_blocks(
 ) -> Iterator[Block]:
     """Encode normalised frames (B, T, 3, H, W) on the model's device, with their indices (B,), batch by batch."""
     for frames, indices in batches:
-        tokens, pooled = model.encode_clips(frames, config.eval_frame_ensemble, config.ensemble_skips_temporal)
+        tokens, pooled = model.clip_tokens(frames, config.eval_frame_ensemble, config.ensemble_skips_temporal)
         embeddings = model.project_visual(pooled).float().mean(1) if isinstance(model, Singularity) else None
         yield Block(indices.cpu().numpy(), tokens, embeddings)
 

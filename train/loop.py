@@ -66,7 +66,12 @@ class Trainer:
         self.model.set_gradient_checkpointing(self.run.gradient_checkpointing)
         self.engine, groups = start_engine(self.model, self.run, prepared.deepspeed, device)
         self.writer = CheckpointWriter(
-            self.folder.checkpoints, self.engine, self.model_config, prepared.tokenizer, self.ranks
+            self.folder.checkpoints,
+            self.engine,
+            self.model_config,
+            prepared.tokenizer,
+            self.ranks,
+            prepared.preprocessing,
         )
         self.state = self._resume()
         self.total_steps = total_steps(self.run, self.loader.steps_per_epoch)
