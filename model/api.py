@@ -110,15 +110,17 @@ class Pretrained(Encoders, ModelHubMixin):
         finally:
             self.train(training)
 
-    def _tokens(self, texts: Sequence[str], what: str, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and mask (M, Lt), cut to the longest text, on the model's device."""
+    def _tokens(
+        self, texts: Sequence[str], what: str, length: int, form: Callable[[str], str] = clean_text
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and mask (M, Lt) of `form(text)`, cut to the longest, on the model's device."""
         if self.tokenizer is None:
             raise UserError("the model has no vocabulary: from_pretrained(..., tokenizer='bert-base-uncased' or FILE)")
         _check_list(texts, what)
         for number, text in enumerate(texts):
             if not isinstance(text, str):
                 raise UserError(f"{what}[{number}] is of type {type(text).__name__}: must be a str")
-        ids, mask = self.tokenizer.encode(texts, min(length, self.config.text_encoder.max_positions))
+        ids, mask = self.tokenizer.encode(list(map(form, texts)), min(length, self.config.text_encoder.max_positions))
         longest = max(1, int(mask.sum(1).max())) if len(texts) else 1
         device = self.temporal_embeddings.device
         return ids[:, :longest].to(device), mask[:, :longest].to(device)
@@ -214,8 +216,7 @@ class Singularity(Pretrained, singularity.Singularity):
 
     def _text_features(self, texts: Sequence[str], batch_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """States (M, Lt, D) for `match_attended`, mask (M, Lt) and embeddings (M, E) of texts."""
-        cleaned = [clean_text(text) if isinstance(text, str) else text for text in texts]
-        ids, mask = self._tokens(cleaned, "texts", max(self.preprocessing.max_txt_l.values()))
+        ids, mask = self._tokens(texts, "texts", max(self.preprocessing.max_txt_l.values()))
         attended = [torch.empty(0, ids.shape[1], self.config.text_encoder.width, device=ids.device)]
         embeddings = [torch.empty(0, self.config.embed_dim, device=ids.device)]
         with self._inference():
@@ -246,10 +247,9 @@ class SingularityQA(Pretrained, vqa.SingularityQA):
         if not answers:
             raise UserError("answers is empty: give the texts to choose from")
         medium, batches = self._visual_batches(visuals, num_frames, batch_size)
-        cleaned = [clean_text(text) if isinstance(text, str) else text for text in questions]
-        ids, mask = self._tokens(cleaned, "questions", self.preprocessing.max_q_len)
-        endings = [f"{text} [SEP]" for text in answers]
-        answer_ids, answer_mask = self._tokens(endings, "answers", self.preprocessing.max_a_len[medium])
+        ids, mask = self._tokens(questions, "questions", self.preprocessing.max_q_len)
+        length = self.preprocessing.max_a_len[medium]
+        answer_ids, answer_mask = self._tokens(answers, "answers", length, "{} [SEP]".format)
         found: list[tuple[str, float]] = []
         with self._inference():
             for frames in batches:
