@@ -15,7 +15,7 @@ from eval.metrics import Truth, chance_metrics, ordered, retrieval_metrics, row_
 from eval.outcomes import Outcomes, outcomes_of_ranks
 from eval.outputs import SplitOutput
 from eval.report.gallery import choose_queries, draw_visuals
-from eval.tasks.task import TaskResult, common_details
+from eval.tasks.task import Task, TaskResult, common_details
 from loaders.evaluation import RetrievalSet
 from model.singularity import Singularity
 from preprocessing.text import Tokenizer
@@ -50,7 +50,7 @@ class RetrievalResult(TaskResult):
     scores: Scores | None = None
 
 
-class RetrievalTask:
+class RetrievalTask(Task[RetrievalSet, RetrievalResult]):
     """Text-to-visual and visual-to-text retrieval."""
 
     texts = "captions"
