@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 
 import pytest
 from blocks import blocks
@@ -16,7 +15,7 @@ from model import Singularity
 from runtime.errors import UserError
 from runtime.ranks import ALONE
 from tests.eval.small import small_model
-from tests.train.small_run import command, environment, make_corpora
+from tests.train.small_run import job, make_corpora, run_jobs
 from train.config.settings import load_settings
 from train.loop import deciding_score
 
@@ -69,27 +68,23 @@ def test_accuracy_is_that_of_the_classes_in_the_captions(run, shapes, tokenizer)
     assert result.metrics[dataset.name]["overall"] == round(100 * sum(right) / len(right), 2)
 
 
-@pytest.mark.timeout(300)
-def test_page_evaluates_and_trains_by_the_commands(folder, tmp_path):
-    """With two processes; the task's metric chooses the best checkpoint."""
+def test_page_trains_and_evaluates_in_two_processes(folder, tmp_path):
+    """The task's metric chooses the best checkpoint, whose weights name their corpora."""
     corpora = make_corpora(tmp_path)
     for name in blocks("evaluation-task"):
         text = (folder / name).read_text().replace("configs/demo/finetune.yaml", str(corpora / "tiny.yaml"))
         (tmp_path / name).write_text(text)
-    where = (f"data_root={corpora}", "output_dir=runs/mine", "scheduler.epochs=1", "max_steps=2")
-    train = command("finetune_retrieval", "my_run.yaml", *where)
-    result = subprocess.run(train, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=200)
-    assert result.returncode == 0, result.stdout + result.stderr
-    metrics = json.loads((tmp_path / "runs/mine/evaluation/final/metrics.json").read_text())
-    assert re.search(r"Best so far: images overall \d+\.\d\d", result.stdout + result.stderr)
-    logged = [json.loads(line) for line in (tmp_path / "runs/mine/metrics.jsonl").read_text().splitlines()]
+    where, mine = [f"data_root={corpora}"], tmp_path / "mine"
+    short = ["scheduler.epochs=1", "max_steps=2", f"output_dir={mine}"]
+    train = job("finetune_retrieval", tmp_path / "my_run.yaml", *where, *short)
+    again = [f"checkpoint={mine}", f"output_dir={tmp_path / 'again'}"]
+    output = run_jobs(tmp_path, [train, job("evaluate", tmp_path / "my_run.yaml", *where, *again)])
+    metrics = json.loads((mine / "evaluation/final/metrics.json").read_text())
+    assert re.search(r"Best so far: images overall \d+\.\d\d", output)
+    logged = [json.loads(line) for line in (mine / "metrics.jsonl").read_text().splitlines()]
     assert any(metrics["images"]["overall"] in line.values() for line in logged)
-    where = ("checkpoint=runs/mine", f"data_root={corpora}", "output_dir=runs/again")
-    evaluate = command("evaluate", "my_run.yaml", *where, processes=1)
-    result = subprocess.run(evaluate, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=200)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert json.loads((tmp_path / "runs/again/metrics.json").read_text()) == metrics
-    weights = json.loads((tmp_path / "runs/mine/checkpoints/best/weights/model.json").read_text())
+    assert json.loads((tmp_path / "again/metrics.json").read_text()) == metrics
+    weights = json.loads((mine / "checkpoints/best/weights/model.json").read_text())
     assert [each["name"] for each in weights["preprocessing"]["corpora"]] == ["images_train", "clips_train"]
     assert weights["preprocessing"]["corpora"][1]["fps"] == 4.0
 
