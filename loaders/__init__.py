@@ -4,11 +4,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from loaders.augment import AUGMENTATIONS
-    from loaders.batch import Answers, Batch, normalize
+    from loaders.batch import Answers, Batch
     from loaders.config import LoaderConfig, PerMedia, VideoInput
-    from loaders.order.frames import FRAME_SAMPLERS
-    from loaders.text import Tokenizer
     from loaders.train import TrainLoader
+    from preprocessing.frames import FRAME_SAMPLERS
+    from preprocessing.normalization import normalize
+    from preprocessing.text import Tokenizer
 
 __all__ = [
     "AUGMENTATIONS",
@@ -29,11 +30,12 @@ def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module 'loaders' has no attribute {name!r}")
     from loaders.augment import AUGMENTATIONS  # noqa: F401
-    from loaders.batch import Answers, Batch, normalize  # noqa: F401
+    from loaders.batch import Answers, Batch  # noqa: F401
     from loaders.config import LoaderConfig, PerMedia, VideoInput  # noqa: F401
-    from loaders.order.frames import FRAME_SAMPLERS  # noqa: F401
-    from loaders.text import Tokenizer  # noqa: F401
     from loaders.train import TrainLoader  # noqa: F401
+    from preprocessing.frames import FRAME_SAMPLERS  # noqa: F401
+    from preprocessing.normalization import normalize  # noqa: F401
+    from preprocessing.text import Tokenizer  # noqa: F401
 
     globals().update({key: value for key, value in locals().items() if key in __all__})
     return globals()[name]

@@ -14,11 +14,11 @@ from loaders.config import LoaderConfig
 from loaders.decode.choice import make_decoder
 from loaders.decode.decoder import Decoder, decode_samples
 from loaders.index import ShardIndex
-from loaders.order.frames import choose_frames, frame_sampler
 from loaders.prefetch import Prefetcher
 from loaders.samples import SampleSpec, whole_sample
 from loaders.shards import open_corpus
-from loaders.text import clean_text
+from preprocessing.frames import choose_frames, frame_sampler
+from preprocessing.text import clean_text
 from runtime.activity import progress
 from runtime.errors import UserError
 from runtime.ranks import cores_per_process, current_ranks, processes_on_node

@@ -11,8 +11,8 @@ from PIL import Image
 from loaders.batch import Batch
 from loaders.config import LoaderConfig, PerMedia, VideoInput
 from loaders.shards import describe
-from loaders.text import Tokenizer
 from loaders.train import TrainLoader
+from preprocessing.text import Tokenizer
 from runtime.errors import command
 from runtime.flags import positive
 from runtime.plugins import load_plugins

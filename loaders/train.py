@@ -31,7 +31,7 @@ from loaders.prefetch import Prefetcher, StalledError, overlapped
 from loaders.quarantine import Quarantine
 from loaders.samples import DecodedSamples, RawSample
 from loaders.shards import check_cache, open_corpus
-from loaders.text import Tokenizer
+from preprocessing.text import Tokenizer
 from runtime.errors import UserError
 from runtime.ranks import cores_per_process, ranks_of
 from runtime.settings import check_declared

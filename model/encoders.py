@@ -58,7 +58,7 @@ class Encoders(Freezable):
                 pooled = tokens[:, :, 0]
         return tokens.flatten(1, 2), pooled
 
-    def encode_clips(
+    def clip_tokens(
         self, frames: torch.Tensor, ensemble: str = "concat", skip_temporal: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Clips (B, T, 3, H, W) to tokens (B, F, S, D) to score texts with, and pooled vectors (B, T, D).

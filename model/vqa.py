@@ -135,7 +135,7 @@ class SingularityQA(Encoders):
         return self.losses.compute(inputs)
 
     def frame_states(self, tokens: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
-        """Question states for `rank_answers`, F times (B, Lq, D), from tokens (B, F, S, D) of `encode_clips`."""
+        """Question states for `rank_answers`, F times (B, Lq, D), from tokens (B, F, S, D) of `clip_tokens`."""
         return [self.question_states(each, ids, mask) for each in tokens.unbind(1)]
 
     def first_token_probabilities(

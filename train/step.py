@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from eval.report.losses import MEDIA
-from loaders.batch import Batch, normalize
+from loaders.batch import Batch
 from model.building import Model
 from model.singularity import TEMPERATURE_RANGE
+from preprocessing.normalization import normalize
 from runtime.errors import UserError
 from train.config.settings import RunConfig
 from train.deepspeed.compat import finish_step

@@ -9,8 +9,8 @@ import numpy as np
 
 from loaders.config import VideoInput
 from loaders.index import Record
-from loaders.order.frames import choose_frames, random_frames
 from loaders.samples import Window
+from preprocessing.frames import choose_frames, random_frames
 
 CROP_AREA = (0.5, 1.0)
 CROP_ASPECT = (3 / 4, 4 / 3)

@@ -12,9 +12,9 @@ from loaders.descriptions import rotated
 from loaders.index import ShardIndex
 from loaders.order.choices import random_choices, sample_keys
 from loaders.order.epoch import EpochPlan
-from loaders.order.frames import frame_sampler
 from loaders.samples import RawSample, SampleSpec
 from loaders.shards import CorpusReader
+from preprocessing.frames import frame_sampler
 from runtime.errors import UserError
 
 Answers = tuple[tuple[str, float], ...]  # with their weights

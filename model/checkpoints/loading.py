@@ -20,6 +20,7 @@ from model.config import ModelConfig, with_changes
 from model.singularity import Singularity
 from model.temporal import resize_embeddings
 from model.vqa import SingularityQA
+from preprocessing.config import Preprocessing
 from runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ def save_model(
     config: ModelConfig,
     folder: str | Path,
     special_ids: dict[str, int] | None = None,
+    preprocessing: Preprocessing | None = None,
 ) -> None:
     """Write `folder/model.safetensors` and `folder/model.json`, each whole or not at all.
 
@@ -64,7 +66,7 @@ def save_model(
         special_ids = {**own, **(special_ids or {})}
     else:
         state = model_or_state
-    write_weights(Weights(config, state, special_ids or {}), folder)
+    write_weights(Weights(config, state, special_ids or {}, preprocessing or Preprocessing()), folder)
 
 
 def load_weights(path: str | Path) -> Weights:

@@ -8,8 +8,8 @@ from blocks import blocks
 
 from loaders import TrainLoader
 from loaders.evaluation import VisualSet
-from loaders.order.frames import FRAME_SAMPLERS, choose_frames
 from loaders.preview import main as preview
+from preprocessing.frames import FRAME_SAMPLERS, choose_frames
 from runtime.errors import UserError
 from train.config.settings import RunConfig, load_settings
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from loaders.batch import Answers, Batch, copied, normalize
+from loaders.batch import Answers, Batch, copied
+from preprocessing.normalization import normalize
 
 
 class Recorded:

@@ -11,8 +11,8 @@ import torch
 
 from loaders.batch import Batch
 from loaders.config import LoaderConfig, PerMedia, VideoInput
-from loaders.text import Tokenizer, clean_text
 from loaders.train import TrainLoader
+from preprocessing.text import Tokenizer, clean_text
 from runtime.errors import UserError
 from sharding.build import build_corpus
 from sharding.shards.schema import read_corpus, read_index

@@ -16,7 +16,7 @@ from loaders.order.choices import (
     random_windows,
     sample_keys,
 )
-from loaders.order.frames import choose_frames, random_frames
+from preprocessing.frames import choose_frames, random_frames
 
 
 def keys(count: int, **other: int) -> np.ndarray:

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from loaders.text import SPECIAL, Tokenizer
 from model.config import ModelConfig, TemporalConfig, TextConfig, VisionConfig
+from preprocessing.text import SPECIAL, Tokenizer
 from runtime.settings import flatten
 from train.config.architecture import adopt, changes_to, check_texts, fresh_architecture
 from train.config.settings import load_settings
