@@ -95,7 +95,7 @@ def straightforward_fusion(
 ) -> torch.Tensor:
     """Fusion layers over pairs, row by row: states (P, Lt, D), tokens (P, S, D)."""
     self_mask = additive_mask(mask, states.dtype)
-    for layer in model.text_encoder.layer[model.text_encoder.fusion_layer :]:
+    for layer in model.text_encoder.fusion_layers:
         states, _ = layer.attention(states, self_mask)
         cross = eager_cross_attention(layer.crossattention.self, states, tokens)
         states = layer.crossattention.output(cross, states)
@@ -116,8 +116,8 @@ def straightforward(model: Singularity, batch: dict[str, torch.Tensor], _: bool 
         torch.cat([tokens, tokens[negatives], tokens]),
     )
     has_negative = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
-    masked = straightforward_fusion(model, model.text_encoder.encode(batch["masked_ids"], mask), mask, tokens)
-    words = model.word_head(masked, model.text_encoder.embeddings.word_embeddings.weight)
+    masked = straightforward_fusion(model, model.text_encoder(batch["masked_ids"], mask), mask, tokens)
+    words = model.word_head(masked, model.text_encoder.word_matrix())
     return {
         "loss_itc": contrastive_loss(similarity, similarity.T, contrastive_targets(batch["idx"])),
         "loss_itm": matching_loss(model.itm_head(fused[:, 0]), has_negative),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from runtime.errors import UserError
-from runtime.settings import ANY, FINE_TUNING, START, TRAINING, fixed, flatten, free, nearest
+from runtime.settings import ANY, FINE_TUNING, START, TRAINING, declarations, explicit_values, fixed, free, nearest
 
 # How frames are combined: `concat` in the fusion layers, the others by their scores.
 ENSEMBLES = ("concat", "mean", "max", "lse")
@@ -16,9 +16,10 @@ _INITIALIZER_RANGE = "standard deviation of random initial matrices; narrower mo
 
 @dataclass
 class VisionConfig:
-    """The vision transformer. Defaults: BEiT-B/16 as published."""
+    """The vision backbone. Defaults: BEiT-B/16 as published."""
 
-    type: str = fixed("beit", "beit, vit, deit, or the name of another vision transformer of timm")
+    type: str = fixed("beit", "beit, vit, deit, the name of another vision transformer of timm, or one of your own")
+    options: dict[str, Any] = fixed(dict, "settings of a backbone of your own: arguments of its class")
     pretrained: str | None = fixed(None, "initial weights: a hub name or a local folder", checkpoint=START)
     patch_size: int = fixed(16, "height and width of a patch in pixels")
     width: int = fixed(768, "width of the tokens")
@@ -35,6 +36,8 @@ class VisionConfig:
 class TextConfig:
     """BERT, split in two: layers below `fusion_layer` see text only, those above also see the visual."""
 
+    type: str = fixed("bert", "bert, or a text encoder of your own, below the same fusion layers")
+    options: dict[str, Any] = fixed(dict, "settings of a text encoder of your own: arguments of its class")
     pretrained: str | None = fixed(None, "initial weights: a hub name or a local folder", checkpoint=START)
     vocab_size: int = fixed(30522, "size of the vocabulary; by default the tokenizer's")
     width: int = fixed(768, "width of the states")
@@ -116,7 +119,7 @@ class ModelConfig(ModelSettings):
 
 def config_from_dict(data: dict[str, Any]) -> ModelConfig:
     """The inverse of `dataclasses.asdict`; absent keys take their defaults. Raises UserError for unknown keys."""
-    return with_changes(ModelConfig(), flatten(data))
+    return with_changes(ModelConfig(), dict(explicit_values(ModelConfig, data)))
 
 
 def with_changes(config: ModelConfig, changes: dict[str, Any]) -> ModelConfig:
@@ -124,7 +127,7 @@ def with_changes(config: ModelConfig, changes: dict[str, Any]) -> ModelConfig:
 
     Raises UserError, with the nearest keys, if a key does not exist.
     """
-    result, known = deepcopy(config), flatten(config)
+    result, known = deepcopy(config), declarations(ModelConfig)
     for key, value in changes.items():
         if key not in known:
             near = nearest(key, known)

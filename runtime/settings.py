@@ -87,10 +87,16 @@ def declarations(kind: Any) -> dict[str, Declaration]:
     return result
 
 
+def setting_values(config: Any) -> dict[str, Any]:
+    """Every dotted key of a dataclass of settings and its value; of a mapping the whole."""
+    return {key: reduce(getattr, key.split("."), config) for key in declarations(typing.cast(Any, type(config)))}
+
+
 def check_declared(config: Any) -> None:
     """Raise UserError for a value that is none of its setting's `choices`, or below `least`, or not above `above`."""
+    values = setting_values(config)
     for key, declaration in declarations(typing.cast(Any, type(config))).items():
-        value = reduce(getattr, key.split("."), config)
+        value = values[key]
         rule = ""
         if declaration.choices and value not in declaration.choices:
             rule = f"one of {', '.join(declaration.choices)}"

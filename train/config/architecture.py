@@ -10,7 +10,7 @@ from typing import Any
 from loaders.text import Tokenizer
 from model.config import AnswerDecoderConfig, ModelConfig, ModelSettings
 from runtime.errors import UserError
-from runtime.settings import ANY, FINE_TUNING, START, TRAINING, declarations, flatten
+from runtime.settings import ANY, FINE_TUNING, START, TRAINING, declarations, setting_values
 from train.config.settings import RunConfig, Settings
 
 # What neither tensors nor settings of an official file show, and its name in the JSON files beside it.
@@ -50,7 +50,7 @@ def changes_to(settings: Settings, stored: ModelConfig, source: str, training: b
     Only keys that the user has set count. For evaluation nothing that needs training may change.
     Raises UserError when a set value contradicts the checkpoint.
     """
-    wanted, there = flatten(ModelConfig.of(settings.config, stored.num_frames)), flatten(stored)
+    wanted, there = setting_values(ModelConfig.of(settings.config, stored.num_frames)), setting_values(stored)
     changes: dict[str, Any] = {}
     for key in sorted(settings.explicit & set(wanted)):
         value, policy = wanted[key], declarations(ModelConfig)[key].checkpoint
