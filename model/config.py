@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from runtime.errors import UserError
-from runtime.settings import ANY, FINE_TUNING, START, TRAINING, declarations, explicit_values, fixed, free, nearest
+from runtime.settings import ANY, FINE_TUNING, START, TRAINING, declarations, fixed, flatten, free, nearest
 
 # How frames are combined: `concat` in the fusion layers, the others by their scores.
 ENSEMBLES = ("concat", "mean", "max", "lse")
@@ -119,7 +119,7 @@ class ModelConfig(ModelSettings):
 
 def config_from_dict(data: dict[str, Any]) -> ModelConfig:
     """The inverse of `dataclasses.asdict`; absent keys take their defaults. Raises UserError for unknown keys."""
-    return with_changes(ModelConfig(), dict(explicit_values(ModelConfig, data)))
+    return with_changes(ModelConfig(), flatten(data, whole=declarations(ModelConfig)))
 
 
 def with_changes(config: ModelConfig, changes: dict[str, Any]) -> ModelConfig:

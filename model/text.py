@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from model.config import ModelConfig, TextConfig
+from model.probe import run_counted
 from model.torchvision_cpu import (
     BertAttention,
     BertConfig,
@@ -204,6 +205,7 @@ class TextEncoder(nn.Module):
     layer: nn.ModuleDict | nn.ModuleList
     word_embeddings: nn.Embedding  # (V, D), see `word_matrix`
     recompute = False  # whether gradient checkpointing is on, see `run_layer`
+    measured: tuple[int, int] | None = None  # of an own encoder: FLOPs of a text of one token, and of two
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Ids and mask (B, Lt) to states (B, Lt, D) of the tokens; no visual is involved.
@@ -338,11 +340,11 @@ def build_text(config: ModelConfig, pad_id: int = 0) -> TextEncoder:
 
 
 def _check_outputs(encoder: TextEncoder, config: ModelConfig, pad_id: int) -> None:
-    """Raise UserError unless states and word embeddings have the shapes that the rest of the model expects."""
+    """Measure an own encoder; raise UserError unless states and word embeddings have the shapes that are expected."""
     text, ids = config.text_encoder, torch.full((2, 2), pad_id)
-    with torch.no_grad():
-        states = encoder.eval()(ids, torch.ones_like(ids))
-    encoder.train()
+    _, one = run_counted(encoder, ids[:1, :1], torch.ones_like(ids[:1, :1]))
+    states, four = run_counted(encoder, ids, torch.ones_like(ids))
+    encoder.measured = one, four // 2
     if states.shape != (2, 2, text.width):
         raise UserError(
             f"text_encoder.type={text.type} makes states {tuple(states.shape)} of 2 texts of 2 tokens; they must be "

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from model.checkpoints.positions import resize_relative
 from model.config import ModelConfig, VisionConfig
+from model.probe import run_counted
 from model.torchvision_cpu import (
     Beit,
     BeitAttention,
@@ -56,6 +57,7 @@ class VisionEncoder(nn.Module):
     mean: tuple[float, ...] = _HALF  # that pixels in [0, 1] are normalised with
     std: tuple[float, ...] = _HALF
     recompute = False  # whether gradient checkpointing is on, see `model.text.run_layer`
+    measured: tuple[int, int] | None = None  # of an own backbone: FLOPs and tokens of an image, set when it is built
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Normalised images (N, 3, H, W), H = W = image_res, to tokens (N, L, D) and pooled vectors (N, D).
@@ -101,11 +103,10 @@ def build_vision(config: ModelConfig) -> VisionEncoder:
 
 
 def _check_outputs(encoder: VisionEncoder, config: ModelConfig) -> None:
-    """Raise UserError unless the tokens and pooled vectors of an image are as wide as the rest of the model expects."""
+    """Measure an own backbone; raise UserError unless its outputs have the shapes that the model expects."""
     width, size = config.vision_encoder.width, config.image_res
-    with torch.no_grad():
-        tokens, pooled = encoder.eval()(torch.zeros(2, 3, size, size))
-    encoder.train()
+    (tokens, pooled), flops = run_counted(encoder, torch.zeros(2, 3, size, size))
+    encoder.measured = flops // 2, tokens.shape[1]
     if tokens.shape != (2, tokens.shape[1], width) or pooled.shape != (2, width):
         raise UserError(
             f"vision_encoder.type={config.vision_encoder.type} makes tokens {tuple(tokens.shape)} and pooled vectors "

@@ -87,16 +87,10 @@ def declarations(kind: Any) -> dict[str, Declaration]:
     return result
 
 
-def setting_values(config: Any) -> dict[str, Any]:
-    """Every dotted key of a dataclass of settings and its value; of a mapping the whole."""
-    return {key: reduce(getattr, key.split("."), config) for key in declarations(typing.cast(Any, type(config)))}
-
-
 def check_declared(config: Any) -> None:
     """Raise UserError for a value that is none of its setting's `choices`, or below `least`, or not above `above`."""
-    values = setting_values(config)
     for key, declaration in declarations(typing.cast(Any, type(config))).items():
-        value = values[key]
+        value = reduce(getattr, key.split("."), config)
         rule = ""
         if declaration.choices and value not in declaration.choices:
             rule = f"one of {', '.join(declaration.choices)}"
@@ -125,12 +119,17 @@ def nearest(name: str, known: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(near))[:3]
 
 
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """A dataclass or a nested mapping, {"optimizer": {"lr": 1}}, by dotted keys: {"optimizer.lr": 1}."""
+def flatten(value: Any, prefix: str = "", whole: Collection[str] = ()) -> dict[str, Any]:
+    """A dataclass or a nested mapping, {"optimizer": {"lr": 1}}, by dotted keys: {"optimizer.lr": 1}.
+
+    whole: dotted keys whose values stay mappings.
+    """
     flat: dict[str, Any] = {}
     nested: Mapping[str, Any] = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
     for name, item in nested.items():
-        flat |= flatten(item, f"{prefix}{name}.") if isinstance(item, dict) and item else {f"{prefix}{name}": item}
+        key = f"{prefix}{name}"
+        nests = isinstance(item, dict) and item and key not in whole
+        flat |= flatten(item, f"{key}.", whole) if nests else {key: item}
     return flat
 
 

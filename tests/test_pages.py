@@ -10,7 +10,7 @@ from places import ROOT
 
 from train.config.settings import load_settings
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FOLDERS = "runtime|storage|sharding|loaders|model|train|eval|launch|tests|benchmarks|configs|deepspeed_configs"
 NAMED_FILE = re.compile(rf"(?<![\w/.])(?:{FOLDERS})/[\w/]+\.(?:py|yaml|json|sh|sbatch|md)\b")
 PLACEHOLDER = re.compile(r"NAME|DATASET|/X\.")

@@ -10,7 +10,7 @@ from typing import Any
 from loaders.text import Tokenizer
 from model.config import AnswerDecoderConfig, ModelConfig, ModelSettings
 from runtime.errors import UserError
-from runtime.settings import ANY, FINE_TUNING, START, TRAINING, declarations, setting_values
+from runtime.settings import ANY, FINE_TUNING, START, TRAINING, declarations, flatten
 from train.config.settings import RunConfig, Settings
 
 # What neither tensors nor settings of an official file show, and its name in the JSON files beside it.
@@ -50,10 +50,12 @@ def changes_to(settings: Settings, stored: ModelConfig, source: str, training: b
     Only keys that the user has set count. For evaluation nothing that needs training may change.
     Raises UserError when a set value contradicts the checkpoint.
     """
-    wanted, there = setting_values(ModelConfig.of(settings.config, stored.num_frames)), setting_values(stored)
+    known = declarations(ModelConfig)
+    there = flatten(stored, whole=known)
+    wanted = flatten(ModelConfig.of(settings.config, stored.num_frames), whole=known)
     changes: dict[str, Any] = {}
     for key in sorted(settings.explicit & set(wanted)):
-        value, policy = wanted[key], declarations(ModelConfig)[key].checkpoint
+        value, policy = wanted[key], known[key].checkpoint
         if value == there[key] or _is_same(key, value, stored):
             continue
         if not training and (policy == TRAINING or _is_unused(key, stored)):
