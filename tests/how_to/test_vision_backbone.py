@@ -1,0 +1,62 @@
+"""docs/how-to/vision-backbone.md, word for word: its module and YAML in a folder of one's own."""
+
+import json
+
+import pytest
+import torch
+from backbones import check_engine, one_process, overrides, page_model, write_files  # noqa: F401
+from small_run import job, learned, run_jobs
+
+from model.building import build_model
+from model.checkpoints.files import resolve_weights
+from model.checkpoints.loading import load_model
+from model.export import main as export
+from model.flops import image_flops
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The user's folder; one for all tests, because a process imports a module once."""
+    folder = tmp_path_factory.mktemp("own")
+    write_files("vision-backbone", folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def there(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+
+
+def test_the_commands_of_the_page(shapes, folder):
+    few = overrides(shapes)
+    jobs = [
+        job("pretrain", "my_run.yaml", *few, "output_dir=runs/cnn", "log_every=1"),
+        job(
+            "finetune_retrieval", "configs/demo/finetune.yaml", *few, "pretrained_path=runs/cnn", "image_res=48",
+            "output_dir=runs/cnn_temporal", "splits=[motion]", "gallery=0",
+        ),
+    ]  # fmt: skip
+    run_jobs(folder, jobs, processes=1)
+    assert [line["step"] for line in learned(folder / "runs/cnn")] == [1, 2, 3]
+    assert "motion/" in json.loads((folder / "runs/cnn_temporal/evaluation/final/metrics.json").read_text())
+    description = json.loads((resolve_weights("runs/cnn_temporal") / "model.json").read_text())["config"]
+    assert description["plugins"] == ["my_backbone"]
+    assert description["vision_encoder"]["options"] == {"channels": 48}
+    assert export(["runs/cnn_temporal", "exported"]) == 0
+    clip, images = torch.randn(1, 2, 3, 48, 48), load_model("runs/cnn_temporal", {"image_res": 64})
+    assert load_model("exported").encode_frames(clip)[0].shape == (1, 2, 1 + 3 * 3, 128)
+    assert images.encode_frames(torch.randn(1, 2, 3, 64, 64))[0].shape == (1, 2, 1 + 4 * 4, 128)
+
+
+@pytest.mark.parametrize("zero, precision", [("cpu", "fp32"), ("zero3", "fp32"), ("zero3", "bf16")])
+def test_it_trains_and_resumes_under_zero(one_process, shapes, tokenizer, tmp_path, zero, precision):  # noqa: F811
+    check_engine(page_model(shapes), zero, precision, tokenizer, tmp_path)
+
+
+def test_its_work_is_counted_and_its_settings_reach_it(shapes):
+    model = build_model(page_model(shapes))
+    layers = model.vision_encoder.layers
+    assert [layer.out_channels for layer in layers[::3]] == [48, 96, 192, 128]
+    sizes = zip(layers[::3], (16, 8, 4, 2))
+    products = sum(2 * layer.weight.numel() * size**2 for layer, size in sizes)
+    assert image_flops(model) == (products, 1 + 2 * 2)
