@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from model.checkpoints.positions import resize_relative
 from model.config import ModelConfig, VisionConfig
@@ -112,12 +111,6 @@ def _check_outputs(encoder: VisionEncoder, config: ModelConfig) -> None:
             f"vision_encoder.type={config.vision_encoder.type} makes tokens {tuple(tokens.shape)} and pooled vectors "
             f"{tuple(pooled.shape)} of 2 images; they must be (2, tokens, {width}) and (2, {width}), as wide as "
             "vision_encoder.width"
-        )
-    if any(isinstance(module, _BatchNorm) and module.track_running_stats for module in encoder.modules()):
-        raise UserError(
-            f"vision_encoder.type={config.vision_encoder.type} has BatchNorm layers, whose running statistics each "
-            "process would keep for itself: take GroupNorm or LayerNorm, or freeze them, for example with "
-            "timm.layers.freeze_batch_norm_2d"
         )
 
 

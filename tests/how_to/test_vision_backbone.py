@@ -45,7 +45,7 @@ def test_the_commands_of_the_page(shapes, folder):
     assert larger.encode_frames(torch.randn(1, 2, 3, 64, 64))[0].shape == (1, 2, 1 + 4 * 4, 128)
 
 
-@pytest.mark.parametrize("mode", ["cpu fp32", "zero3 fp32", "zero3 bf16"])
+@pytest.mark.parametrize("mode", ["cpu fp32", "zero3 bf16"])
 def test_it_trains_and_resumes_under_zero(shapes, tokenizer, tmp_path, mode):
     check_engine(page_model(shapes), "vision_encoder.layers", mode, tokenizer, tmp_path)
 
