@@ -100,7 +100,7 @@ class SingularityQA(Encoders):
 
     def question_states(self, visual_tokens: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """States (B, Lq, D) of questions (B, Lq) fused with their visual's tokens (B, S, D)."""
-        return self.text_encoder.fuse(self.text_encoder.encode(ids, mask), mask, self.visual_keys(visual_tokens))
+        return self.text_encoder.fuse(self.text_encoder(ids, mask), mask, self.visual_keys(visual_tokens))
 
     def forward(
         self,

@@ -92,7 +92,7 @@ class Trainer:
             epochs = self.state.evaluated_epochs
             self.tracker = Tracker(self.folder, self.run, self.total_steps, self.state.step, epochs)
         self._saved_step, self._saved_at = self.state.step, time.monotonic()
-        self._clock = Clock(self.model_config, self.loader.batch_size, self.run.video_input.num_frames)
+        self._clock = Clock(self.model, self.loader.batch_size, self.run.video_input.num_frames)
 
     def train(self, evaluate: Evaluate | None = None) -> None:
         """Train to the end. With `evaluate`: `stop_key` is evaluated after each epoch, all splits at the end.
