@@ -13,6 +13,7 @@ from loaders.config import LoaderConfig, PerMedia
 from loaders.train import TrainLoader
 from runtime.errors import UserError, command
 from runtime.flags import add_flags, flag
+from runtime.program import as_started, command_line
 from runtime.units import data_size, duration
 
 NODES = (1, 2, 4, 8, 16, 32, 64)
@@ -193,7 +194,7 @@ def table(plans: Sequence[Plan], cluster: Cluster) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser("python -m launch.plan", description=__doc__)
+    result = argparse.ArgumentParser(command_line("launch.plan"), description=as_started(__doc__))
     result.add_argument("--set", choices=SETS, help="a training set of the paper")
     result.add_argument("--measure", nargs="+", metavar="URL", help="read an epoch of these corpora and count instead")
     result.add_argument(

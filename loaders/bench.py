@@ -23,6 +23,7 @@ from loaders.text import Tokenizer
 from loaders.train import TrainLoader
 from runtime.errors import UserError, command
 from runtime.flags import positive
+from runtime.program import command_line
 from runtime.ranks import cores_per_process
 
 READ_BOUND_SHARE = 0.3  # share of the time that decoding waits for reading, from which reading is the bottleneck
@@ -217,7 +218,7 @@ def parse_options(pairs: Sequence[str]) -> dict[str, str]:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(
-        "python -m loaders.bench", description="Measure loader throughput on this machine and name the bottleneck."
+        command_line("loaders.bench"), description="Measure loader throughput on this machine and name the bottleneck."
     )
     result.add_argument("corpora", nargs="+", metavar="URL", help="folders or URLs of packed corpora")
     result.add_argument("--batch-size", type=positive, default=128, help="samples per batch (default: %(default)s)")

@@ -15,6 +15,7 @@ from loaders.text import Tokenizer
 from loaders.train import TrainLoader
 from runtime.errors import command
 from runtime.flags import positive
+from runtime.program import command_line
 from sharding.report.contact_sheet import Cell, contact_sheet
 from sharding.shards.outside import check_outside_corpora
 
@@ -33,7 +34,7 @@ def batch_sheet(batch: Batch, tokenizer: Tokenizer, columns: int) -> Image.Image
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(
-        "python -m loaders.preview", description="Draw the first batch of an epoch as the model sees it."
+        command_line("loaders.preview"), description="Draw the first batch of an epoch as the model sees it."
     )
     result.add_argument("corpus", metavar="URL", help="a packed corpus")
     result.add_argument("--tokenizer", required=True, help="vocab.txt, a folder that holds one, or a hub name")

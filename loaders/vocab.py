@@ -18,6 +18,7 @@ from loaders.config import LoaderConfig
 from loaders.shards import open_corpus
 from loaders.text import SPECIAL, clean_text
 from runtime.errors import UserError, command
+from runtime.program import command_line
 from storage.files import write_text
 
 ALPHABET = 1000  # characters that words may consist of, at most
@@ -107,17 +108,22 @@ def _repeated(counts: Mapping[str, int]) -> Iterator[str]:
             yield " ".join([word] * min(WORDS_OF_A_TEXT, count - begin))
 
 
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        command_line("loaders.vocab"),
+        description="Learn a WordPiece vocabulary from packed corpora, for training from scratch.",
+    )
+    result.add_argument("corpora", nargs="+", metavar="CORPUS", help="folders or URLs of packed corpora")
+    result.add_argument("--size", type=int, default=8000, help="largest number of entries (default: %(default)s)")
+    result.add_argument("--output", required=True, metavar="FILE", help="the vocab.txt to write")
+    return result
+
+
 @command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        "python -m loaders.vocab",
-        description="Learn a WordPiece vocabulary from packed corpora, for training from scratch.",
-    )
-    parser.add_argument("corpora", nargs="+", metavar="CORPUS", help="folders or URLs of packed corpora")
-    parser.add_argument("--size", type=int, default=8000, help="largest number of entries (default: %(default)s)")
-    parser.add_argument("--output", required=True, metavar="FILE", help="the vocab.txt to write")
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     count = learn_vocabulary(options.corpora, options.size, options.output)
     sys.stdout.write(f"{options.output}: {count} entries\n")
     return 0

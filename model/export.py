@@ -27,6 +27,7 @@ from model.checkpoints.official_names import to_official
 from model.config import ModelConfig
 from model.vision import VISION_TYPES, relative_position_index
 from runtime.errors import UserError, command
+from runtime.program import command_line
 from sharding.shards.outside import check_outside_corpora
 from storage.files import atomic_file
 
@@ -122,17 +123,22 @@ def without_vocabulary(output: str, vocabulary: Path | None) -> str:
     )
 
 
-@command()
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m model.export",
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        prog=command_line("model.export"),
         description="Write a model, ours or official, to an official checkpoint (OUTPUT ends in .pth) or to a folder "
         "of ours (model.safetensors, model.json and vocab.txt). All tensors are written bit for bit.",
     )
-    parser.add_argument("model", help="a folder with model.json, a run folder (its best or newest), or a .pth")
-    parser.add_argument("output", help="what to write: NAME.pth, or a folder; an earlier export is replaced")
-    options = parser.parse_args(arguments)
+    result.add_argument("model", help="a folder with model.json, a run folder (its best or newest), or a .pth")
+    result.add_argument("output", help="what to write: NAME.pth, or a folder; an earlier export is replaced")
+    return result
+
+
+@command()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    options = parser().parse_args(arguments)
     check_outside_corpora(options.output, "OUTPUT")
     check_output(options.output)
     found, weights = find_weights(options.model)

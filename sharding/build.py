@@ -10,6 +10,7 @@ from typing import Any
 
 from runtime.errors import command
 from runtime.flags import add_flags, changed
+from runtime.program import command_line
 from sharding.packing import estimate, pack
 from sharding.settings import BuildSettings, read_settings
 from sharding.shards.schema import Corpus
@@ -27,7 +28,7 @@ def build_corpus(annotations: Sequence[str], media_root: str, media_type: str, o
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(
-        "python -m sharding.build",
+        command_line("sharding.build"),
         description="Pack images or videos with their texts into webdataset shards.",
         epilog="Exit code: 0 packed; 1 too many media failed; 2 user error; 130 interrupted.",
     )

@@ -14,6 +14,7 @@ from typing import Any
 
 from runtime.errors import command
 from runtime.flags import positive
+from runtime.program import command_line
 from runtime.progress import LOG_EVERY, Progress
 from sharding.arguments import folder_of_shards
 from sharding.reasons import count_kinds
@@ -97,7 +98,7 @@ def png_file(text: str) -> Path:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(
-        "python -m sharding.inspect",
+        command_line("sharding.inspect"),
         description="Show the content of a packed corpus, local or remote; by default a summary and the first sample.",
     )
     add = result.add_argument
@@ -118,7 +119,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--failures", action="store_true", help="show the failures with their reasons")
     add("--json", action="store_true", help="print one JSON object instead of text")
-    add("--log-every", type=float, default=LOG_EVERY, metavar="SECONDS", help="see sharding.build")
+    add("--log-every", type=float, default=LOG_EVERY, metavar="SECONDS", help=f"see {command_line('sharding.build')}")
     return result
 
 

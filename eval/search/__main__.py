@@ -16,6 +16,7 @@ from eval.search.server import SearchServer
 from eval.search.visual_search import VisualSearch, hits_table, search_sheet
 from loaders.decode.choice import usual_device
 from runtime.errors import AccessError, UserError, command
+from runtime.program import command_line
 from sharding.shards.outside import check_outside_corpora
 
 log = logging.getLogger(__name__)
@@ -58,9 +59,9 @@ def cache_folder(asked: Path | None) -> Iterator[Path]:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(
-        prog="python -m eval.search",
+        prog=command_line("eval.search"),
         description=__doc__,
-        epilog='example: python -m eval.search runs/msrvtt data/my_clips "a red car turning left" --output hits.jpg',
+        epilog=f'example: {command_line("eval.search")} runs/msrvtt data/my_clips "a red car" --output hits.jpg',
     )
     result.add_argument("checkpoint", metavar="CHECKPOINT", help="a run, a weights folder or an official .pth")
     result.add_argument("corpus", metavar="CORPUS", help="folder or URL of a packed corpus")
