@@ -17,7 +17,6 @@ if not __package__:  # started by its path, as a rank
 from runtime.errors import UserError, command
 from runtime.program import subcommands
 from runtime.ranks import started_by_launcher
-from runtime.settings import nearest
 
 ROOT = str(Path(__file__).resolve().parent.parent)
 # Subcommand -> module and what it does.
@@ -154,6 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code: int = pkgutil.resolve_name(f"{code_of(MODULES[name])}:main")(rest)
         return code
     else:
+        from runtime.settings import nearest
+
         listed = f"nearest are {', '.join(near)}" if (near := nearest(name, MODULES)) else "see `singularity --help`"
         raise UserError(f"there is no subcommand {name!r}: {listed}")
     return 0

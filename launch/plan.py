@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 
 from loaders.config import LoaderConfig, PerMedia
-from loaders.train import TrainLoader
 from runtime.errors import UserError, command
 from runtime.flags import add_flags, flag
 from runtime.program import as_started, command_line
@@ -139,6 +138,8 @@ def make_plan(medium: Medium, cluster: Cluster, nodes: int) -> Plan:
 
 def measure(corpora: Sequence[str], config: LoaderConfig) -> tuple[Medium, float]:
     """Read one epoch of corpora and count: what a sample takes, and the seconds of the epoch; raises as TrainLoader."""
+    from loaders.train import TrainLoader
+
     loader = TrainLoader(corpora, None, config)  # frames only: texts are read with the indices
     try:
         before = loader.counters()

@@ -5,25 +5,29 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from PIL import Image
-
-from loaders.batch import Batch
 from loaders.config import LoaderConfig, PerMedia, VideoInput
-from loaders.shards import describe
-from loaders.text import Tokenizer
-from loaders.train import TrainLoader
 from runtime.errors import command
 from runtime.flags import positive
 from runtime.program import command_line
-from sharding.report.contact_sheet import Cell, contact_sheet
 from sharding.shards.outside import check_outside_corpora
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from loaders.batch import Batch
+    from loaders.text import Tokenizer
 
 TEXT_LINES = 4
 
 
 def batch_sheet(batch: Batch, tokenizer: Tokenizer, columns: int) -> Image.Image:
     """The pairs of a batch side by side: the frames of each in a row, its key and its tokens below."""
+    from PIL import Image
+
+    from sharding.report.contact_sheet import Cell, contact_sheet
+
     cells = []
     for key, frames, ids, mask in zip(batch.keys, batch.frames.numpy(), batch.input_ids, batch.attention_mask):
         text = " ".join(tokenizer.pieces(ids[mask.bool()].tolist()))
@@ -58,6 +62,9 @@ def parser() -> argparse.ArgumentParser:
 
 def first_batch(options: argparse.Namespace, tokenizer: Tokenizer) -> Batch:
     """The first batch of the epoch; the whole corpus if it has fewer samples than `options.count`."""
+    from loaders.shards import describe
+    from loaders.train import TrainLoader
+
     corpus = describe(options.corpus, LoaderConfig())
     unit = options.unit or ("samples" if sum(corpus.counts("captions")) else "questions")
     count = min(options.count, sum(corpus.counts(unit)))
@@ -84,6 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = parser().parse_args(arguments)
     check_outside_corpora(options.output, "--output")
+    from loaders.text import Tokenizer
+
     tokenizer = Tokenizer.load(options.tokenizer)
     batch = first_batch(options, tokenizer)
     batch_sheet(batch, tokenizer, options.columns).save(options.output)

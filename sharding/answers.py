@@ -11,7 +11,6 @@ from pathlib import Path
 
 from runtime.errors import UserError, command
 from runtime.program import command_line
-from sharding.shards.schema import read_corpus, read_index
 from storage.files import write_text
 
 
@@ -20,6 +19,8 @@ def answer_list(corpora: Sequence[str], size: int = 0, least: int = 1) -> list[s
 
     Raises FileNotFoundError, ValueError: as `read_corpus`, or no answer is that frequent.
     """
+    from sharding.shards.schema import read_corpus, read_index
+
     counts: Counter[str] = Counter()
     for corpus in map(read_corpus, corpora):
         for shard in range(len(corpus.shards)):

@@ -13,8 +13,6 @@ from runtime.flags import positive
 from runtime.program import command_line
 from runtime.progress import LOG_EVERY
 from sharding.arguments import folder_of_shards
-from sharding.shards.indexing import index_shards
-from storage.policy import storage_errors
 
 
 def parser() -> argparse.ArgumentParser:
@@ -50,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options = vars(parser().parse_args(arguments))
+    from sharding.shards.indexing import index_shards
+    from storage.policy import storage_errors
+
     with storage_errors(options["url"], "read"):
         corpus = index_shards(progress=True, **options)
     sys.stdout.write(f"{corpus.url}: {len(corpus.shards)} shards, {corpus.samples} samples\n")

@@ -9,17 +9,16 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from runtime.errors import UserError, command
 from runtime.flags import positive
 from runtime.program import command_line
 from runtime.progress import LOG_EVERY
 from sharding.arguments import folder_of_shards
-from sharding.shards.checks import Fault
-from sharding.shards.repair import repair
-from sharding.shards.schema import named_shards
-from sharding.shards.verification import examine
-from storage.policy import storage_errors
+
+if TYPE_CHECKING:
+    from sharding.shards.checks import Fault
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,6 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0 if all is intact, 1 with faults, 2 for user errors."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options = parser().parse_args(arguments)
+    from sharding.shards.repair import repair
+    from sharding.shards.schema import named_shards
+    from sharding.shards.verification import examine
+    from storage.policy import storage_errors
+
     done: list[str] = []
     how = (options.decode, options.workers or os.cpu_count() or 1, True, options.log_every)
     with storage_errors(options.url, "read"):

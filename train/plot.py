@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, select_autoescape
-
 from eval.report.grouping import ambiguous_splits
 from eval.report.losses import MEDIA, loss_weights, read_metrics, weighted_name
 from runtime.charts import Curve, Panel, panels_figure, png, svg
@@ -145,6 +143,8 @@ def write_plot(folders: Sequence[Path], output: Path, metrics: Sequence[str] = (
     if output.suffix == ".png":
         output.write_bytes(png(curves))
         return chosen
+    from jinja2 import Environment, select_autoescape
+
     page = Environment(autoescape=select_autoescape(default=True)).from_string(PAGE)
     title = ", ".join(run.name for run in runs)
     columns = [metric for metric in chosen if "/" in metric or metric == "loss"]

@@ -6,9 +6,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from eval.report.evaluations import find_evaluations
-from eval.report.page import write_report
-from eval.report.tables import console_table
 from runtime.errors import command
 from runtime.program import command_line
 from sharding.shards.outside import check_outside_corpora
@@ -27,6 +24,10 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = parser().parse_args(arguments)
+    from eval.report.evaluations import find_evaluations
+    from eval.report.page import write_report
+    from eval.report.tables import console_table
+
     check_outside_corpora(options.output, "--output")
     output = write_report(options.runs, options.output, options.title)
     table = console_table(find_evaluations(options.runs))

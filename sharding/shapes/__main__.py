@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 from runtime.errors import command
 from runtime.program import command_line
-from sharding.shapes.write import write_shapes
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,6 +34,8 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = vars(parser().parse_args(arguments))
+    from sharding.shapes.write import write_shapes
+
     folder = write_shapes(options.pop("output"), progress=True, **options)
     sys.stdout.write(f"Shapes in {folder}: media/ and {len(list(folder.glob('*.json')))} annotation files\n")
     return 0
