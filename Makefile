@@ -35,7 +35,7 @@ export PATH := $(BIN):$(PATH)
 
 # Programs of the tests that pip does not have. `make test` skips the tests whose programs are missing, and lists them.
 # PROGRAM, or PROGRAM:PACKAGE if the package has another name; or FILE:PACKAGE.
-PACKAGES := chromium pdsh ssh:openssh-client sshd:openssh-server ip:iproute2 nft:nftables munged:munge sbatch:slurm-wlm mpirun:openmpi-bin
+PACKAGES := chromium pdsh ssh:openssh-client sshd:openssh-server ip:iproute2 nft:nftables munged:munge sbatch:slurm-wlm mpirun:openmpi-bin zsh fish
 AS_ROOT := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
 
 # Most tests wait for their own processes and servers: three files at a time keep two cores busy. tests/conftest.py

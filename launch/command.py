@@ -78,7 +78,9 @@ def parser(script: str, description: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     result.add_argument("config", metavar="CONFIG.yaml", help="a configuration, for example one of configs/")
-    result.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the configuration")
+    result.add_argument(
+        "settings", nargs="*", metavar="key=value", default=[], help="settings that override the configuration"
+    )
     result.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher's
     return result
 

@@ -52,6 +52,11 @@ GROUPS = {
 MODULES = {name: module for group in GROUPS.values() for name, (module, _) in group.items()}
 TRAINING = {"pretrain": "", "finetune": "", "evaluate": "evaluation"}  # -> the folder of logs below output_dir
 SHELLS = ("bash", "zsh", "fish")
+# bash puts a space after a completed word, which must not follow `optimizer.lr=`.
+NO_SPACE = """
+_singularity() { _shtab_singularity "$@"; [[ ${COMPREPLY[0]-} != *= ]] || compopt -o nospace; }
+complete -o bashdefault -F _singularity singularity
+"""
 RELATED = ("torch", "deepspeed", "timm", "transformers", "nvidia-dali-cuda120", "nvidia-dali-cuda130")
 
 
@@ -120,9 +125,26 @@ def completion(shell: str) -> str:
     subparsers = result.add_subparsers()
     for group in GROUPS.values():
         for name, (module, sentence) in group.items():
-            own = pkgutil.resolve_name(f"{code_of(module)}:parser")()
+            own = training_parser(module) if name in TRAINING else pkgutil.resolve_name(f"{code_of(module)}:parser")()
+            for action in own._actions:  # argparse has no other way to list them
+                if action.nargs != 0 and not action.choices and action.type not in (int, float):
+                    action.complete = shtab.FILE
             subparsers.add_parser(name, parents=[own], add_help=False, help=sentence)
-    return shtab.complete(result, shell)
+    subparsers.add_parser("completion", help="print a script for a shell").add_argument("shell", choices=SHELLS)
+    return shtab.complete(result, shell) + (NO_SPACE if shell == "bash" else "")
+
+
+def training_parser(module: str) -> argparse.ArgumentParser:
+    """The command line of a subcommand of TRAINING, with every setting as a choice."""
+    from launch.command import parser
+    from runtime.settings import declarations
+    from train.config.settings import RunConfig
+
+    entry = pkgutil.resolve_name(module)
+    result = parser(entry.__file__, entry.__doc__)
+    (settings,) = (action for action in result._actions if action.dest == "settings")
+    settings.choices = [f"{key}=" for key in declarations(RunConfig)]
+    return result
 
 
 def code_of(module: str) -> str:

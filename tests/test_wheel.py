@@ -7,6 +7,8 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from functools import partial
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -124,19 +126,44 @@ def test_jobs_of_slurm_start_from_any_folder(site: Path, environment: dict[str, 
             assert told[-4:] == ["-u", "-m", f"launch.{path.stem}", "configs/a.yaml"]
 
 
-def test_packing_and_training_in_an_empty_folder(environment: dict[str, str], tmp_path: Path) -> None:
-    run(environment, tmp_path, "python", "-m", "sharding.shapes", "--output", "shapes", "--images", 80, "--clips", 0,
-        "--test-items", 8, "--size", 64)  # fmt: skip
-    media = ("--annotations", "shapes/images_train.json", "--media-root", "shapes/media")
-    corpus = ("--corpus", "configs/corpora/generic.yaml", "--media-type", "image")
-    run(environment, tmp_path, "python", "-m", "sharding.build", *corpus, *media, "--output", "data/images_train")
-    run(environment, tmp_path, "python", "-m", "loaders.vocab", "data/images_train", "--output", "data/vocab.txt")
-    settings = ("train_corpus=data/images_train", "tokenizer=data/vocab.txt", "output_dir=run")
-    recipe = ("configs/demo/pretrain.yaml", *settings, "batch_size.image=8", "max_steps=2", "log_every=1")
-    run(environment, tmp_path, "deepspeed", "--num_accelerators", 2, "--master_port", free_port(),
-        "--module", "launch.pretrain", *recipe)  # fmt: skip
+# Modules that a folder of one's own may have: of our packages, of PyTorch, of Python itself.
+STRANGERS = ("eval", "json", "launch", "loaders", "model", "random", "runtime", "sharding", "storage", "torch", "train")
+
+
+@pytest.fixture
+def singularity(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The console command, as pip writes it for the wheel."""
+    (found,) = entry_points(group="console_scripts", name="singularity", path=[str(site)])
+    script = tmp_path_factory.mktemp("bin") / "singularity"
+    script.write_text(f"#!{sys.executable}\nimport sys\nfrom {found.module} import {found.attr}\n")
+    with script.open("a") as file:
+        file.write(f"if __name__ == '__main__':\n    sys.exit({found.attr}())\n")
+    script.chmod(0o755)
+    return script
+
+
+def test_a_session_in_a_folder_with_modules_of_the_same_names(
+    environment: dict[str, str], singularity: Path, tmp_path: Path
+) -> None:
+    for name in STRANGERS:
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name}.py of the working folder is imported')\n")
+    do = partial(run, environment, tmp_path, singularity)
+    do("shapes", "--output", "shapes", "--images", 80, "--clips", 0, "--test-items", 8, "--size", 64, "--workers", 2)
+    for part in ("train", "test"):
+        media = ("--annotations", f"shapes/images_{part}.json", "--media-root", "shapes/media", "--workers", 2)
+        corpus = ("--corpus", "configs/corpora/generic.yaml", "--media-type", "image", "--output", f"data/{part}")
+        do("pack", *corpus, *media)
+    assert "no faults" in do("verify", "data/train", "--decode", "--workers", 2)
+    do("vocab", "data/train", "--output", "data/vocab.txt")
+    recipe = ("configs/demo/pretrain.yaml", "tokenizer=data/vocab.txt", "output_dir=run")
+    settings = ("train_corpus=data/train", "batch_size.image=8", "max_steps=2", "log_every=1")
+    do("pretrain", "--num_accelerators", 2, "--master_port", free_port(), *recipe, *settings)
     assert json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
-    assert {path.name for path in tmp_path.iterdir()} == {"shapes", "data", "run"}
+    do("evaluate", *recipe, "checkpoint=run", "test_corpus={test: data/test}")
+    assert "chance test" in do("report", "run")
+    assert "contact sheet: hits.jpg" in do("search", "run", "data/test", "a red circle")
+    made = {"shapes", "data", "run", "report.html", "hits.jpg"}
+    assert {path.name for path in tmp_path.iterdir()} == made | {f"{name}.py" for name in STRANGERS}
 
 
 @pytest.mark.slow
