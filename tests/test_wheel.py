@@ -8,7 +8,7 @@ import sys
 import tarfile
 import zipfile
 from functools import partial
-from importlib.metadata import entry_points
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
@@ -133,7 +133,8 @@ STRANGERS = ("eval", "json", "launch", "loaders", "model", "random", "runtime", 
 @pytest.fixture
 def singularity(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The console command, as pip writes it for the wheel."""
-    (found,) = entry_points(group="console_scripts", name="singularity", path=[str(site)])
+    (distribution,) = distributions(path=[str(site)])
+    (found,) = distribution.entry_points
     script = tmp_path_factory.mktemp("bin") / "singularity"
     script.write_text(f"#!{sys.executable}\nimport sys\nfrom {found.module} import {found.attr}\n")
     with script.open("a") as file:
