@@ -83,7 +83,7 @@ def build_vision(config: VisionConfig, image_res: int, pooler: bool = True) -> n
     elif config.type != "beit":
         vision = VisionTransformer(global_pool="token", **common)
     else:
-        beit: dict[str, Any] = {"use_fc_norm": True, "use_abs_pos_emb": False, "use_rel_pos_bias": True}
+        beit: dict[str, Any] = {"use_abs_pos_emb": False, "use_rel_pos_bias": True}
         vision = Beit(global_pool="avg", init_values=config.layer_scale, **beit, **common)
         if not pooler:
             vision.fc_norm = nn.Identity()
