@@ -157,6 +157,8 @@ def code_of(module: str) -> str:
 @command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code, that of the module."""
+    if sys.platform != "linux":
+        raise UserError(f"this runs on Linux only, not on {sys.platform}: use WSL 2, a container or a Linux machine")
     keep_working_folder_out()
     subcommands.update({module: name for name, module in MODULES.items()})
     subcommands.update({"launch.finetune_retrieval": "finetune", "launch.finetune_qa": "finetune"})
