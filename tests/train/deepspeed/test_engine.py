@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from small_engine import make
 from small_run import ROOT
 
 from runtime.ranks import Ranks
@@ -69,3 +70,13 @@ def test_every_shipped_configuration_fits(path, monkeypatch, tmp_path):
     assert find_deepspeed_config(name) == path
     stage = deepspeed_config(RunConfig(deepspeed=name), Ranks())["zero_optimization"]["stage"]
     assert path.stem in (f"zero{stage}", f"zero{stage}_offload", "cpu")
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2"])
+def test_weights_begin_where_matrix_products_of_a_gpu_are_fast(zero):
+    engine, _ = make(zero, "bf16")  # with a temperature of one element among the weights
+    parameters = dict(engine.module.named_parameters())
+    assert any(parameter.numel() % 8 for parameter in parameters.values())
+    misaligned = [name for name, each in parameters.items() if each.numel() % 8 == 0 and each.data_ptr() % 16]
+    assert misaligned == []
