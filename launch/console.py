@@ -7,7 +7,6 @@ import os
 import pkgutil
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -71,6 +70,8 @@ def overview() -> str:
 
 def versions() -> str:
     """The installed versions of this package and of those that results depend on."""
+    from importlib.metadata import PackageNotFoundError, version
+
     found = []
     for name in ("singularity-at-scale", *RELATED):
         try:

@@ -128,6 +128,12 @@ def test_jobs_of_slurm_start_from_any_folder(site: Path, environment: dict[str, 
 
 # Modules that a folder of one's own may have: of our packages, of PyTorch, of Python itself.
 STRANGERS = ("eval", "json", "launch", "loaders", "model", "random", "runtime", "sharding", "storage", "torch", "train")
+PLUGIN = """
+import os
+from pathlib import Path
+
+Path(f"plugin_{os.environ.get('RANK')}").touch()
+"""
 
 
 @pytest.fixture
@@ -148,6 +154,7 @@ def test_a_session_in_a_folder_with_modules_of_the_same_names(
 ) -> None:
     for name in STRANGERS:
         (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name}.py of the working folder is imported')\n")
+    (tmp_path / "my_plugin.py").write_text(PLUGIN)
     do = partial(run, environment, tmp_path, singularity)
     do("shapes", "--output", "shapes", "--images", 80, "--clips", 0, "--test-items", 8, "--size", 64, "--workers", 2)
     for part in ("train", "test"):
@@ -157,13 +164,15 @@ def test_a_session_in_a_folder_with_modules_of_the_same_names(
     assert "no faults" in do("verify", "data/train", "--decode", "--workers", 2)
     do("vocab", "data/train", "--output", "data/vocab.txt")
     recipe = ("configs/demo/pretrain.yaml", "tokenizer=data/vocab.txt", "output_dir=run")
-    settings = ("train_corpus=data/train", "batch_size.image=8", "max_steps=2", "log_every=1")
+    settings = ("train_corpus=data/train", "batch_size.image=8", "max_steps=2", "log_every=1", "plugins=[my_plugin]")
     do("pretrain", "--num_accelerators", 2, "--master_port", free_port(), *recipe, *settings)
     assert json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
     do("evaluate", *recipe, "checkpoint=run", "test_corpus={test: data/test}")
     assert "chance test" in do("report", "run")
     assert "contact sheet: hits.jpg" in do("search", "run", "data/test", "a red circle")
-    made = {"shapes", "data", "run", "report.html", "hits.jpg"}
+    loaded = {path.name for path in tmp_path.glob("plugin_*")}
+    assert loaded >= {"plugin_0", "plugin_1"}
+    made = {"shapes", "data", "run", "report.html", "hits.jpg", "my_plugin.py"} | loaded
     assert {path.name for path in tmp_path.iterdir()} == made | {f"{name}.py" for name in STRANGERS}
 
 
