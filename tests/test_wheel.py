@@ -2,12 +2,13 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
-from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -155,21 +156,18 @@ def test_a_session_in_a_folder_with_modules_of_the_same_names(
     for name in STRANGERS:
         (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name}.py of the working folder is imported')\n")
     (tmp_path / "my_plugin.py").write_text(PLUGIN)
-    do = partial(run, environment, tmp_path, singularity)
-    do("shapes", "--output", "shapes", "--images", 80, "--clips", 0, "--test-items", 8, "--size", 64, "--workers", 2)
-    for part in ("train", "test"):
-        media = ("--annotations", f"shapes/images_{part}.json", "--media-root", "shapes/media", "--workers", 2)
-        corpus = ("--corpus", "configs/corpora/generic.yaml", "--media-type", "image", "--output", f"data/{part}")
-        do("pack", *corpus, *media)
-    assert "no faults" in do("verify", "data/train", "--decode", "--workers", 2)
-    do("vocab", "data/train", "--output", "data/vocab.txt")
-    recipe = ("configs/demo/pretrain.yaml", "tokenizer=data/vocab.txt", "output_dir=run")
-    settings = ("train_corpus=data/train", "batch_size.image=8", "max_steps=2", "log_every=1", "plugins=[my_plugin]")
-    do("pretrain", "--num_accelerators", 2, "--master_port", free_port(), *recipe, *settings)
+    two = ("--num_accelerators", 2, "--master_port", free_port())
+    smaller = ("train_corpus=data/train", "batch_size.image=8", "max_steps=2", "log_every=1", "plugins=[my_plugin]")
+    options = {"shapes": ("--images", 80, "--test-items", 8, "--size", 64, "--workers", 2), "pretrain": smaller}
+    shown = {}
+    for line in re.findall(r"^singularity .*", (ROOT / "docs/commands.md").read_text(), re.MULTILINE):
+        _, name, *words = shlex.split(line, comments=True)
+        before = two if name == "pretrain" else ()
+        shown[name] = run(environment, tmp_path, singularity, name, *before, *words, *options.get(name, ()))
+    assert "no faults" in shown["verify"]
     assert json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
-    do("evaluate", *recipe, "checkpoint=run", "test_corpus={test: data/test}")
-    assert "chance test" in do("report", "run")
-    assert "contact sheet: hits.jpg" in do("search", "run", "data/test", "a red circle")
+    assert "chance test" in shown["report"]
+    assert "contact sheet: hits.jpg" in shown["search"]
     loaded = {path.name for path in tmp_path.glob("plugin_*")}
     assert loaded >= {"plugin_0", "plugin_1"}
     made = {"shapes", "data", "run", "report.html", "hits.jpg", "my_plugin.py"} | loaded
