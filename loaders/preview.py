@@ -5,25 +5,30 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from PIL import Image
-
-from loaders.batch import Batch
 from loaders.config import LoaderConfig, PerMedia, VideoInput
-from loaders.shards import describe
-from loaders.train import TrainLoader
-from preprocessing.text import Tokenizer
 from runtime.errors import command
 from runtime.flags import positive
 from runtime.plugins import load_plugins
-from sharding.report.contact_sheet import Cell, contact_sheet
+from runtime.program import command_line
 from sharding.shards.outside import check_outside_corpora
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from loaders.batch import Batch
+    from preprocessing.text import Tokenizer
 
 TEXT_LINES = 4
 
 
 def batch_sheet(batch: Batch, tokenizer: Tokenizer, columns: int) -> Image.Image:
     """The pairs of a batch side by side: the frames of each in a row, its key and its tokens below."""
+    from PIL import Image
+
+    from sharding.report.contact_sheet import Cell, contact_sheet
+
     cells = []
     for key, frames, ids, mask in zip(batch.keys, batch.frames.numpy(), batch.input_ids, batch.attention_mask):
         text = " ".join(tokenizer.pieces(ids[mask.bool()].tolist()))
@@ -34,7 +39,7 @@ def batch_sheet(batch: Batch, tokenizer: Tokenizer, columns: int) -> Image.Image
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(
-        "python -m loaders.preview", description="Draw the first batch of an epoch as the model sees it."
+        command_line("loaders.preview"), description="Draw the first batch of an epoch as the model sees it."
     )
     result.add_argument("corpus", metavar="URL", help="a packed corpus")
     result.add_argument("--tokenizer", required=True, help="vocab.txt, a folder that holds one, or a hub name")
@@ -60,6 +65,9 @@ def parser() -> argparse.ArgumentParser:
 
 def first_batch(options: argparse.Namespace, tokenizer: Tokenizer) -> Batch:
     """The first batch of the epoch; the whole corpus if it has fewer samples than `options.count`."""
+    from loaders.shards import describe
+    from loaders.train import TrainLoader
+
     corpus = describe(options.corpus, LoaderConfig())
     unit = options.unit or ("samples" if sum(corpus.counts("captions")) else "questions")
     count = min(options.count, sum(corpus.counts(unit)))
@@ -88,6 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     check_outside_corpora(options.output, "--output")
     load_plugins(options.plugins)
+    from preprocessing.text import Tokenizer
+
     tokenizer = Tokenizer.load(options.tokenizer)
     batch = first_batch(options, tokenizer)
     batch_sheet(batch, tokenizer, options.columns).save(options.output)

@@ -11,13 +11,10 @@ from runtime.errors import UserError
 from runtime.flags import changed, flag, part
 from runtime.progress import LOG_EVERY
 from sharding.annotations.config import CorpusConfig, Reading, load_corpus, parse_pairs, with_columns
-from sharding.annotations.reading import expanded
 from sharding.executors.executor import Executor
-from sharding.media.sources import check_root
 from sharding.shards.plan import ShardSettings
 from sharding.shards.schema import check_columns
-from storage.urls import local_form
-from storage.web import Fetching
+from storage.fetching import Fetching
 
 
 @dataclass(frozen=True)
@@ -61,6 +58,10 @@ class BuildSettings:
 
         Raises FileNotFoundError: an annotation file or the media root is missing. ValueError: a setting cannot work.
         """
+        from sharding.annotations.reading import expanded
+        from sharding.media.sources import check_root
+        from storage.urls import local_form
+
         values = {"name": self.shards.name or usual_name(self.output)}
         values |= {"output": local_form(self.output), "media_root": local_form(self.media_root)}
         settings = changed(self, values)

@@ -8,13 +8,15 @@ import string
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from decimal import Decimal
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from runtime.errors import UserError
 from sharding.annotations.extra import extra_value
-from sharding.annotations.files import Record
 from sharding.annotations.items import Row, identifier, plain, question_of, segment_suffix
 from sharding.reasons import kind_of
+
+if TYPE_CHECKING:
+    from sharding.annotations.files import Record
 
 ABSENT: Any = object()  # the value of a column that a record does not have; null is a value
 QUOTED = re.compile(r'("[^"]*")')  # a column's name in a reason

@@ -19,7 +19,6 @@ from sharding.report.contact_sheet import Cell, contact_sheet, read_picture
 from sharding.report.statistics import columns_of, in_threads, spread
 from sharding.shards.schema import INDEX_SCHEMA, Corpus
 
-SHARDS = 16  # of a corpus that pictures are taken from by default
 FRAMES = 8  # of a clip that are shown, at most
 TILE = 160  # pixels of a picture's side on the contact sheet
 SHEET_WIDTH = 8  # pictures a row
@@ -34,7 +33,7 @@ class Picked:
     frames: list[bytes | None]
 
 
-def pick(corpus: Corpus, count: int, shards: int = SHARDS, frames: int = FRAMES) -> list[Picked]:
+def pick(corpus: Corpus, count: int, shards: int, frames: int = FRAMES) -> list[Picked]:
     """`count` samples evenly spread over `shards` shards, each with up to `frames` of its frames.
 
     Raises OSError, ValueError: an index cannot be read. Frames that cannot be read are None.
@@ -80,7 +79,7 @@ def ranges(spans: Sequence[tuple[str, int, int]]) -> list[bytes | None]:
     return [data if isinstance(data, bytes) and data else None for data in found]
 
 
-def sample_sheet(corpus: Corpus, count: int, shards: int = SHARDS) -> Image.Image:
+def sample_sheet(corpus: Corpus, count: int, shards: int) -> Image.Image:
     """A contact sheet of `count` samples from all over the corpus with their first text; of a clip four frames."""
     frames = 1 if corpus.media_type == "image" else 4
     cells = []

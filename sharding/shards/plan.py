@@ -9,10 +9,9 @@ from pathlib import Path
 
 from runtime.errors import UserError
 from runtime.flags import flag
-from sharding.annotations.items import Item
+from sharding.annotations.items import MEDIA_TYPES, Item
 from sharding.annotations.staging import Staged
-from sharding.shards.schema import MEDIA_TYPES
-from storage.web import Fetching
+from storage.fetching import Fetching
 
 FRAMES_PER_CLIP = 24  # assumed when clips are spread over shards, before any is opened
 BYTES_PER_PIXEL = 0.25  # of a JPEG at the usual quality, assumed likewise

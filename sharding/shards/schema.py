@@ -14,13 +14,13 @@ import pyarrow as pa
 from braceexpand import braceexpand
 
 from runtime.errors import MissingError, UserError
+from sharding.annotations.items import MEDIA_TYPES
 from storage.parquet import read_schema, read_table
 from storage.policy import check_bucket, retry
 from storage.urls import join_url
 
 FORMAT = "singularity-shards"
 VERSION = 1
-MEDIA_TYPES = ("image", "video")
 UNITS = ("samples", "frames", "captions", "questions", "choices", "bytes")  # that corpus.json counts
 CHECKSUM = ',\n "sha256": "'  # begins the last line of corpus.json: of all text before it
 UNREADABLE = (OSError, ValueError, pa.ArrowException)  # what reading a damaged parquet file may raise

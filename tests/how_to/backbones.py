@@ -12,10 +12,10 @@ from places import ROOT
 
 sys.path.append(str(ROOT / "tests/train"))
 
-from loaders.text import Tokenizer
 from small_engine import make, numbers, step
 
 from model.config import ModelConfig
+from preprocessing.text import Tokenizer
 from runtime.ranks import Ranks
 from train.checkpoints.writing import CheckpointWriter, TrainingState, load_checkpoint
 from train.config.architecture import fresh_architecture
