@@ -90,7 +90,7 @@ test-all: $(READY) $(SERVERS_READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy runtime storage sharding loaders model train eval launch
+	$(BIN)/mypy runtime storage sharding preprocessing loaders model train eval launch
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

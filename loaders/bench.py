@@ -15,12 +15,13 @@ from dataclasses import asdict, dataclass
 import psutil
 import torch
 
-from loaders.batch import Batch, normalize
+from loaders.batch import Batch
 from loaders.config import BACKENDS, LoaderConfig, PerMedia, VideoInput
 from loaders.decode.choice import usual_device
 from loaders.shards import describe
-from loaders.text import Tokenizer
 from loaders.train import TrainLoader
+from preprocessing.normalization import normalize
+from preprocessing.text import Tokenizer
 from runtime.errors import UserError, command
 from runtime.flags import positive
 from runtime.ranks import cores_per_process

@@ -11,10 +11,11 @@ from PIL import Image
 from loaders.batch import Batch
 from loaders.config import LoaderConfig, PerMedia, VideoInput
 from loaders.shards import describe
-from loaders.text import Tokenizer
 from loaders.train import TrainLoader
+from preprocessing.text import Tokenizer
 from runtime.errors import command
 from runtime.flags import positive
+from runtime.plugins import load_plugins
 from sharding.report.contact_sheet import Cell, contact_sheet
 from sharding.shards.outside import check_outside_corpora
 
@@ -42,7 +43,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--columns", type=positive, default=6, help="samples side by side (default: %(default)s)")
     result.add_argument("--size", type=positive, default=224, help="image_res (default: %(default)s)")
     result.add_argument("--frames", type=positive, default=1, help="frames per clip (default: %(default)s)")
-    result.add_argument("--sample-type", default="rand", help="rand, middle or fpsX (default: %(default)s)")
+    result.add_argument("--sample-type", default="rand", help="frames of a clip (default: %(default)s)")
+    result.add_argument("--plugins", nargs="+", default=[], metavar="MODULE", help="modules of your own to import")
+    result.add_argument("--augmentations", nargs="+", default=[], metavar="NAME", help="those of your plugins to apply")
     result.add_argument("--length", type=positive, default=32, help="maximum tokens of a text (default: %(default)s)")
     result.add_argument("--epoch", type=int, default=0, help="(default: %(default)s)")
     result.add_argument("--seed", type=int, default=42, help="(default: %(default)s)")
@@ -68,6 +71,7 @@ def first_batch(options: argparse.Namespace, tokenizer: Tokenizer) -> Batch:
         epoch_unit=unit,
         seed=options.seed,
         augment=not options.no_augment,
+        augmentations=[] if options.no_augment else options.augmentations,
         prefetch=1,
         max_bad_share=1.0,
     )
@@ -83,6 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = parser().parse_args(arguments)
     check_outside_corpora(options.output, "--output")
+    load_plugins(options.plugins)
     tokenizer = Tokenizer.load(options.tokenizer)
     batch = first_batch(options, tokenizer)
     batch_sheet(batch, tokenizer, options.columns).save(options.output)

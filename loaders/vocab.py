@@ -16,7 +16,7 @@ from tokenizers.trainers import WordPieceTrainer
 
 from loaders.config import LoaderConfig
 from loaders.shards import open_corpus
-from loaders.text import SPECIAL, clean_text
+from preprocessing.text import SPECIAL, clean_text
 from runtime.errors import UserError, command
 from storage.files import write_text
 

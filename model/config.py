@@ -16,9 +16,10 @@ _INITIALIZER_RANGE = "standard deviation of random initial matrices; narrower mo
 
 @dataclass
 class VisionConfig:
-    """The vision transformer. Defaults: BEiT-B/16 as published."""
+    """The vision backbone. Defaults: BEiT-B/16 as published."""
 
-    type: str = fixed("beit", "beit, vit, deit, or the name of another vision transformer of timm")
+    type: str = fixed("beit", "beit, vit, deit, the name of another vision transformer of timm, or one of your own")
+    options: dict[str, Any] = fixed(dict, "settings of a backbone of your own: arguments of its class")
     pretrained: str | None = fixed(None, "initial weights: a hub name or a local folder", checkpoint=START)
     patch_size: int = fixed(16, "height and width of a patch in pixels")
     width: int = fixed(768, "width of the tokens")
@@ -35,6 +36,8 @@ class VisionConfig:
 class TextConfig:
     """BERT, split in two: layers below `fusion_layer` see text only, those above also see the visual."""
 
+    type: str = fixed("bert", "bert, or a text encoder of your own, below the same fusion layers")
+    options: dict[str, Any] = fixed(dict, "settings of a text encoder of your own: arguments of its class")
     pretrained: str | None = fixed(None, "initial weights: a hub name or a local folder", checkpoint=START)
     vocab_size: int = fixed(30522, "size of the vocabulary; by default the tokenizer's")
     width: int = fixed(768, "width of the states")

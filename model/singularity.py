@@ -138,7 +138,7 @@ class Singularity(Encoders):
         if self.word_head is not None:
             masked_ids, labels = self._mask_tokens(input_ids, choices)
             all_ids, all_masks = torch.cat([input_ids, masked_ids]), torch.cat([attention_mask, attention_mask])
-        all_states = self.text_encoder.encode(all_ids, all_masks)
+        all_states = self.text_encoder(all_ids, all_masks)
         states = all_states[: len(input_ids)]
 
         visual, text = self.project_visual(pooled).mean(1), self.project_text(states[:, 0])
@@ -197,7 +197,7 @@ class Singularity(Encoders):
         most `limit` are not -100."""
         assert self.word_head is not None
         chosen = masked_positions(labels, limit)
-        logits = self.word_head(states.flatten(0, 1)[chosen], self.text_encoder.embeddings.word_embeddings.weight)
+        logits = self.word_head(states.flatten(0, 1)[chosen], self.text_encoder.word_matrix())
         return logits, labels.flatten()[chosen]
 
     @torch.no_grad()

@@ -100,7 +100,7 @@ class SingularityQA(Encoders):
 
     def question_states(self, visual_tokens: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """States (B, Lq, D) of questions (B, Lq) fused with their visual's tokens (B, S, D)."""
-        return self.text_encoder.fuse(self.text_encoder.encode(ids, mask), mask, self.visual_keys(visual_tokens))
+        return self.text_encoder.fuse(self.text_encoder(ids, mask), mask, self.visual_keys(visual_tokens))
 
     def forward(
         self,
@@ -135,7 +135,7 @@ class SingularityQA(Encoders):
         return self.losses.compute(inputs)
 
     def frame_states(self, tokens: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
-        """Question states for `rank_answers`, F times (B, Lq, D), from tokens (B, F, S, D) of `encode_clips`."""
+        """Question states for `rank_answers`, F times (B, Lq, D), from tokens (B, F, S, D) of `clip_tokens`."""
         return [self.question_states(each, ids, mask) for each in tokens.unbind(1)]
 
     def first_token_probabilities(

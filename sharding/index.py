@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from runtime.errors import command
 from runtime.flags import positive
 from runtime.progress import LOG_EVERY
+from sharding.annotations.config import parse_pairs
 from sharding.arguments import folder_of_shards
 from sharding.shards.indexing import index_shards
 from storage.policy import storage_errors
@@ -42,8 +43,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="SHARE",
         help="allowed share of failures (default: %(default)s)",
     )
+    add(
+        "--extra-columns",
+        nargs="+",
+        default=[],
+        metavar="KEY=TYPE",
+        help="keys of KEY.json to keep in the index, with their type float, int, bool or str, such as similarity=float",
+    )
     add("--log-every", type=float, default=LOG_EVERY, metavar="SECONDS", help="see sharding.build")
     options = vars(parser.parse_args(arguments))
+    options["extra_columns"] = parse_pairs("--extra-columns", options["extra_columns"])
     with storage_errors(options["url"], "read"):
         corpus = index_shards(progress=True, **options)
     sys.stdout.write(f"{corpus.url}: {len(corpus.shards)} shards, {corpus.samples} samples\n")

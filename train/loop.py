@@ -67,7 +67,12 @@ class Trainer:
         self.model.set_gradient_checkpointing(self.run.gradient_checkpointing)
         self.engine, groups = start_engine(self.model, self.run, prepared.deepspeed, device)
         self.writer = CheckpointWriter(
-            self.folder.checkpoints, self.engine, self.model_config, prepared.tokenizer, self.ranks
+            self.folder.checkpoints,
+            self.engine,
+            self.model_config,
+            prepared.tokenizer,
+            self.ranks,
+            prepared.preprocessing,
         )
         self.state = self._resume()
         self.total_steps = total_steps(self.run, self.loader.steps_per_epoch)
@@ -87,7 +92,7 @@ class Trainer:
             epochs = self.state.evaluated_epochs
             self.tracker = Tracker(self.folder, self.run, self.total_steps, self.state.step, epochs)
         self._saved_step, self._saved_at = self.state.step, time.monotonic()
-        self._clock = Clock(self.model_config, self.loader.batch_size, self.run.video_input.num_frames)
+        self._clock = Clock(self.model, self.loader.batch_size, self.run.video_input.num_frames)
 
     def train(self, evaluate: Evaluate | None = None) -> None:
         """Train to the end. With `evaluate`: `stop_key` is evaluated after each epoch, all splits at the end.
@@ -287,9 +292,12 @@ def total_steps(run: RunConfig, per_epoch: int) -> int:
 
 
 def deciding_score(metrics: Metrics, split: str) -> tuple[str, float]:
-    """The metric that chooses the best checkpoint, and its value: `overall` of QA, `r_mean` of re-ranked retrieval."""
+    """The metric that chooses the best checkpoint, and its value.
+
+    `overall` of QA, `r_mean` of re-ranked retrieval, of a task of one's own that has neither the first one.
+    """
     row = next(metrics[name] for name in (split, f"{split}/", f"{split}_emb/") if name in metrics)
-    measure = "overall" if "overall" in row else "r_mean"
+    measure = next((name for name in ("overall", "r_mean") if name in row), next(iter(row)))
     return measure, row[measure]
 
 

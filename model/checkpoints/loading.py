@@ -15,11 +15,11 @@ from torch import nn
 from model.building import build_model
 from model.checkpoints.files import Weights, read_weights, resolve_weights, write_weights
 from model.checkpoints.official import read_official
-from model.checkpoints.positions import resize_relative
 from model.config import ModelConfig, with_changes
 from model.singularity import Singularity
 from model.temporal import resize_embeddings
 from model.vqa import SingularityQA
+from preprocessing.config import Preprocessing
 from runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ def save_model(
     config: ModelConfig,
     folder: str | Path,
     special_ids: dict[str, int] | None = None,
+    preprocessing: Preprocessing | None = None,
 ) -> None:
     """Write `folder/model.safetensors` and `folder/model.json`, each whole or not at all.
 
@@ -64,7 +65,7 @@ def save_model(
         special_ids = {**own, **(special_ids or {})}
     else:
         state = model_or_state
-    write_weights(Weights(config, state, special_ids or {}), folder)
+    write_weights(Weights(config, state, special_ids or {}, preprocessing or Preprocessing()), folder)
 
 
 def load_weights(path: str | Path) -> Weights:
@@ -180,6 +181,8 @@ def _take_expected(problems: dict[str, list[str]], expected: Sequence[str], sour
 def _is_new(name: str, old: ModelConfig, new: ModelConfig) -> bool:
     """Whether a tensor belongs to a module that the old configuration did not have and that may be random."""
     if name.startswith("answer_decoder.") and not old.answer_decoder.enable:
+        if name.startswith("answer_decoder.embeddings.") and old.text_encoder.type != "bert":
+            return True
         return _reads_visuals(name) and old.vision_encoder.width != old.text_encoder.width
     if name.startswith("losses."):
         return name.split(".")[1] not in old.own_losses
@@ -210,6 +213,11 @@ def _decoder_from_fusion(state: dict[str, torch.Tensor], old: ModelConfig, new: 
     same_width = old.vision_encoder.width == old.text_encoder.width
     first = old.text_encoder.layers - new.answer_decoder.num_layers
     sources = {"answer_decoder.embeddings.": "text_encoder.embeddings.", "answer_decoder.word_head.": "word_head."}
+    if old.text_encoder.type != "bert":  # it has other embeddings, of which those of words fit
+        sources = {
+            "answer_decoder.embeddings.word_embeddings.": "text_encoder.word_embeddings.",
+            "answer_decoder.word_head.": "word_head.",
+        }
     for i in range(new.answer_decoder.num_layers):
         sources[f"answer_decoder.layer.{i}."] = f"text_encoder.layer.{first + i}."
     for target, source in sources.items():
@@ -225,17 +233,12 @@ def _resize(
     report: FitReport,
 ) -> None:
     """Fit position tables to the image size and temporal embeddings to the number of frames, in place."""
-    config = model.config
-    patches = config.image_res // config.vision_encoder.patch_size
     for name, tensor in state.items():
-        if name not in target or tensor.shape == target[name].shape:
+        if name not in target or tensor.shape == (shape := target[name].shape):
             continue
-        if name.endswith("relative_position_bias_table") and tensor.shape[1] == target[name].shape[1]:
-            state[name] = resize_relative(tensor, patches)
-        elif name.endswith("transformer.pos_embed") and tensor.shape[2] == target[name].shape[2]:
-            state[name] = model.vision_encoder.resize_positions(tensor, patches)
-        elif name == "temporal_embeddings" and tensor.shape[3] == target[name].shape[3]:
-            state[name] = resize_embeddings(tensor, config.num_frames)
-        else:
-            continue
-        report.resized.append(name)
+        if name.startswith("vision_encoder."):
+            state[name] = model.vision_encoder.resized(name.removeprefix("vision_encoder."), tensor, shape)
+        elif name == "temporal_embeddings" and tensor.shape[3] == shape[3]:
+            state[name] = resize_embeddings(tensor, model.config.num_frames)
+        if state[name].shape == shape:
+            report.resized.append(name)

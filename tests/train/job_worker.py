@@ -35,7 +35,8 @@ def run_job(job, ranks):
     finally:
         faulthandler.cancel_dump_traceback_later()
         for logger in map(
-            logging.getLogger, ("launch", "train", "eval", "loaders", "model", "sharding", "storage", "runtime")
+            logging.getLogger,
+            ("launch", "train", "eval", "loaders", "model", "preprocessing", "sharding", "storage", "runtime"),
         ):
             for handler in [h for h in logger.handlers if isinstance(h, logging.FileHandler)]:
                 logger.removeHandler(handler)

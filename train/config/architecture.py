@@ -7,8 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from loaders.text import Tokenizer
 from model.config import AnswerDecoderConfig, ModelConfig, ModelSettings
+from preprocessing.text import Tokenizer
 from runtime.errors import UserError
 from runtime.settings import ANY, FINE_TUNING, START, TRAINING, declarations, flatten
 from train.config.settings import RunConfig, Settings

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from loaders.text import SPECIAL, Tokenizer
 from model.config import ModelConfig, TemporalConfig, TextConfig, VisionConfig
+from preprocessing.text import SPECIAL, Tokenizer
 from runtime.settings import flatten
 from train.config.architecture import adopt, changes_to, check_texts, fresh_architecture
 from train.config.settings import load_settings
@@ -91,6 +91,7 @@ OTHERWISE = {
     "itm_hard_neg": "false", "gather_negatives": "true", "mlm_prob": 0.3, "loss_weight.itc": 0.5,
     "loss_weight.itm": 0.5, "loss_weight.mlm": 0.5, "losses": "{mine: 0.5}",
     "plugins": "[colorsys]",
+    "vision_encoder.options": "{depth: 2}", "text_encoder.options": "{depth: 2}", "text_encoder.type": "other",
 }  # fmt: skip
 # What no model has whose tensors and outputs are those of the checkpoint.
 REFUSED_BY_BOTH = {
@@ -98,7 +99,7 @@ REFUSED_BY_BOTH = {
     "vision_encoder.heads", "vision_encoder.mlp_ratio", "vision_encoder.layer_norm_eps", "text_encoder.vocab_size",
     "text_encoder.width", "text_encoder.layers", "text_encoder.fusion_layer", "text_encoder.heads",
     "text_encoder.intermediate", "text_encoder.max_positions", "text_encoder.layer_norm_eps", "answer_decoder.enable",
-    "embed_dim",
+    "embed_dim", "vision_encoder.options", "text_encoder.options", "text_encoder.type",
 }  # fmt: skip
 CHANGED_BY_TRAINING = {
     "image_res", "add_temporal_embed", "temporal_vision_encoder.enable", "temporal_vision_encoder.num_layers",

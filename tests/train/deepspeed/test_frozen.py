@@ -9,12 +9,12 @@ from small_engine import SMALL, make, numbers, step
 from small_run import PRECISIONS
 
 from loaders.batch import Batch
-from loaders.text import SPECIAL, Tokenizer
 from model.checkpoints.loading import load_weights
 from model.config import TemporalConfig
 from model.export import main as export
 from model.freezing import names_below
 from model.singularity import Singularity
+from preprocessing.text import SPECIAL, Tokenizer
 from runtime.errors import UserError
 from runtime.ranks import Ranks
 from train.checkpoints.best import best_version

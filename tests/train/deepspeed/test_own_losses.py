@@ -7,9 +7,9 @@ import torch
 from small_engine import SMALL, make, numbers, step
 from torch import nn
 
-from loaders.text import SPECIAL, Tokenizer
 from model.checkpoints.loading import load_weights
 from model.losses import LOSSES, LossInputs
+from preprocessing.text import SPECIAL, Tokenizer
 from runtime.ranks import Ranks
 from train.checkpoints.writing import CheckpointWriter, TrainingState, load_checkpoint
 
