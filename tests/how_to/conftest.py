@@ -1,4 +1,4 @@
-"""The launches of tests/train, and the smallest size of the demo's model, for the pages of docs/how-to."""
+"""The launches of tests/train, for the pages of docs/how-to."""
 
 import sys
 from pathlib import Path
