@@ -48,7 +48,7 @@ def _package(package: ModuleType) -> Iterator[str]:
         if isinstance(value, Registry):
             yield f'Registry: `@{name}("NAME")` adds to it. Built in: {_built_in(value)}.\n'
         else:
-            yield f"```python\n{name}{_signature(value)}\n```\n\n{_text(value)}\n"
+            yield f"```text\n{name}{_signature(value)}\n```\n\n{_text(value)}\n"
             yield from _methods(name, value) if inspect.isclass(value) else ()
 
 
