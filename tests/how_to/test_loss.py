@@ -8,6 +8,7 @@ from small_run import job, learned, run_jobs
 
 from eval.report.evaluations import Evaluation
 from eval.report.tables import loss_curves
+from model import Singularity
 from model.checkpoints.loading import load_model, load_weights
 from model.export import main as export
 from train.plot import write_plot
@@ -54,7 +55,8 @@ def test_plots_and_reports_show_them(run: Path) -> None:
 
 def test_evaluation_and_export_do_without_them(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # where there is no my_losses.py
-    assert not list(load_model(run).losses.parameters())
+    for model in (load_model(run), Singularity.from_pretrained(run)):
+        assert not list(model.losses.parameters())
     assert export([str(run), "official.pth"]) == 0
     official = load_weights("official.pth")
     assert official.config.losses == {}
