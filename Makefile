@@ -2,6 +2,7 @@
 #   make demo   the whole system on a small data set of coloured shapes, in a few minutes on a CPU
 #   make study  the paper's claim in small: one frame for appearance, four for motion; 10 minutes
 #   make test   the tests        make test-all   with those that take minutes
+#   make test-newest   the tests with the newest timm and transformers on PyPI, beyond the bounds of setup.cfg
 #   make packages  system packages of some tests, by apt-get, as root: a browser, Slurm, sshd ...; without them these tests are skipped
 #   make servers   only the object stores of the tests
 #   make lint   style and types  make clean      remove what these targets made
@@ -35,15 +36,16 @@ export PATH := $(BIN):$(PATH)
 
 # Programs of the tests that pip does not have. `make test` skips the tests whose programs are missing, and lists them.
 # PROGRAM, or PROGRAM:PACKAGE if the package has another name; or FILE:PACKAGE.
-PACKAGES := chromium pdsh ssh:openssh-client sshd:openssh-server ip:iproute2 nft:nftables munged:munge sbatch:slurm-wlm mpirun:openmpi-bin
+PACKAGES := chromium pdsh ssh:openssh-client sshd:openssh-server ip:iproute2 nft:nftables munged:munge sbatch:slurm-wlm mpirun:openmpi-bin zsh fish
 AS_ROOT := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
 
 # Most tests wait for their own processes and servers: three files at a time keep two cores busy. tests/conftest.py
 # orders the files.
 JOBS ?= 3
+NEWEST ?= .venv-newest
 SIDE_BY_SIDE := --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install servers packages demo study test test-all lint format clean
+.PHONY: help install servers packages demo study test test-all test-newest lint format clean
 
 help:
 	@sed -n 's/^#  *make/make/p' Makefile
@@ -87,6 +89,10 @@ test: $(READY) $(SERVERS_READY)
 test-all: $(READY) $(SERVERS_READY)
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
+test-newest: $(READY)
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --upgrade --no-deps --target $(NEWEST) timm transformers
+	PYTHONPATH=$(abspath $(NEWEST)) $(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow" tests/model tests/loaders tests/eval tests/train
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -97,5 +103,5 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(SERVERS) $(DEMO) build *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(SERVERS) $(NEWEST) $(DEMO) build *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

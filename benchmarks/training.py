@@ -147,7 +147,7 @@ class Ways:
         self.waited, self.flops, self.taken, self.warmed_up = 0.0, 0, 0, 0.0
         self.device, self._keeps = device, len(options.ways) > 1
         self.kept: list[Batch] = []
-        model = build_model(self.config, tokenizer.special_ids)
+        self.model = model = build_model(self.config, tokenizer.special_ids)
         engine, groups = start_engine(model, self.run, deepspeed_config(self.run, ranks), device)
         engine.train()
         guard = StepGuard(engine, ranks, 10, 1.0)
@@ -176,7 +176,7 @@ class Ways:
         batch = without_padding(next(self.batches))
         self.waited += time.perf_counter() - began
         pairs, frames = batch.frames.shape[:2]
-        self.flops += FORWARD_AND_BACKWARD * step_flops(self.config, pairs, frames, batch.input_ids.shape[1])["total"]
+        self.flops += FORWARD_AND_BACKWARD * step_flops(self.model, pairs, frames, batch.input_ids.shape[1])["total"]
         self.taken += 1
         self.kept += [batch] if self._keeps else []
         self.stepper(batch, self.taken)

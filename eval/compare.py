@@ -20,6 +20,7 @@ from eval.outcomes import Outcomes, VisualSums, bootstrap, read_outcomes, sum_by
 from eval.report.evaluations import Evaluation, find_evaluations
 from eval.report.grouping import item_key, read_predictions, recorded_digest
 from runtime.errors import UserError, command
+from runtime.program import command_line
 
 log = logging.getLogger(__name__)
 
@@ -278,20 +279,25 @@ def _format(value: float | None) -> str:
     return "not ranked" if value is None else f"{value:g}"
 
 
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(prog=command_line("eval.compare"), description=__doc__)
+    result.add_argument("first", metavar="RUN_A", help="a run (its newest evaluation), evaluation or outcomes.parquet")
+    result.add_argument("second", metavar="RUN_B", help="the same forms; differences are RUN_B minus RUN_A")
+    result.add_argument(
+        "--resamples", type=int, default=2000, metavar="N", help="resamples for intervals and p (default: %(default)s)"
+    )
+    result.add_argument(
+        "--changes", type=int, default=5, metavar="N", help="changed queries listed of each kind (default: %(default)s)"
+    )
+    result.add_argument("--json", metavar="FILE", help="also write the comparison to this file")
+    return result
+
+
 @command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m eval.compare", description=__doc__)
-    parser.add_argument("first", metavar="RUN_A", help="a run (its newest evaluation), evaluation or outcomes.parquet")
-    parser.add_argument("second", metavar="RUN_B", help="the same forms; differences are RUN_B minus RUN_A")
-    parser.add_argument(
-        "--resamples", type=int, default=2000, metavar="N", help="resamples for intervals and p (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--changes", type=int, default=5, metavar="N", help="changed queries listed of each kind (default: %(default)s)"
-    )
-    parser.add_argument("--json", metavar="FILE", help="also write the comparison to this file")
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     (first, outcomes_a), (second, outcomes_b) = load(options.first), load(options.second)
     found = compare(outcomes_a, outcomes_b, max(1, options.resamples), max(0, options.changes))

@@ -10,12 +10,13 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import NoReturn
 
 from runtime.errors import ROOMS, USER_ERROR, UserError, user_message
+from runtime.program import command_line, subcommands
 from runtime.ranks import Ranks, ranks_from_environment
 from train.config.settings import Settings, load_settings
 from train.job.interrupted import TrainingInterrupted
@@ -28,14 +29,26 @@ OTHERS_WAIT = 10.0  # seconds in which other ranks let rank 0 report an error
 
 _kept = MemoryHandler(100_000, flushLevel=logging.CRITICAL + 1)
 
-EPILOG = """\
+STARTED_AS_SCRIPT = """\
 start it with
-  one process a GPU    deepspeed {deepspeed} CONFIG.yaml key=value ...
-  two on the CPU       DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 {deepspeed} ...
-  N processes          torchrun --nproc_per_node N {python} ...
-  a single process     python {python} ...
+  one process a GPU    deepspeed {option} CONFIG.yaml key=value ...
+  two on the CPU       DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 {option} ...
+  N processes          torchrun --nproc_per_node N {script} ...
+  a single process     python {script} ...
   many nodes           sbatch {folder}/slurm/*.sbatch ..., deepspeed --hostfile, ...: docs/launching.md
 
+"""
+STARTED_AS_SUBCOMMAND = """\
+start it with
+  one process a GPU    {prog} CONFIG.yaml key=value ...
+  two on the CPU       DS_ACCELERATOR=cpu {prog} --num_accelerators 2 CONFIG.yaml ...
+  many nodes           {prog} --hostfile HOSTS CONFIG.yaml ..., sbatch {folder}/slurm/*.sbatch ...: docs/launching.md
+  another launcher     torchrun --nproc_per_node N --no-python {prog} CONFIG.yaml ...
+
+Options before CONFIG.yaml are those of `deepspeed`.
+
+"""
+EPILOG = """\
 settings are those of the YAML, as dotted keys: optimizer.lr=1e-5 batch_size.image=64 "splits=[val,test]"
 docs/settings.md lists them all."""
 
@@ -45,39 +58,50 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError."""
-        raise UserError(f"{message}; see `python {self.prog} --help`")
+        raise UserError(f"{message}; see `{self.prog} --help`")
 
 
-def parse(script: str, description: str) -> argparse.Namespace:
+def parser(script: str, description: str) -> argparse.ArgumentParser:
     """The command line of an entry point: a configuration and settings."""
     path = Path(script)
-    name = option = f"launch/{path.name}"
-    folder = path.parent.name
-    if getattr(sys.modules["__main__"], "__spec__", None):  # by `python -m`, as from a wheel
-        name, option, folder = f"-m launch.{path.stem}", f"--module launch.{path.stem}", str(path.parent)
-    parser = _Parser(
-        prog=name,
+    module = f"launch.{path.stem}"
+    words = {"script": f"launch/{path.name}", "option": f"launch/{path.name}", "folder": path.parent.name}
+    if module in subcommands or getattr(sys.modules["__main__"], "__spec__", None):  # by `python -m`, as from a wheel
+        words = {"script": f"-m {module}", "option": f"--module {module}", "folder": str(path.parent)}
+    started = STARTED_AS_SUBCOMMAND if module in subcommands else STARTED_AS_SCRIPT
+    prog = command_line(module) if module in subcommands else f"python {words['script']}"
+    result = _Parser(
+        prog=prog,
+        usage=f"{prog} [options of deepspeed] CONFIG.yaml [key=value ...]" if module in subcommands else None,
         description=description,
-        epilog=EPILOG.format(deepspeed=option, python=name, folder=folder),
+        epilog=started.format(prog=prog, **words) + EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", metavar="CONFIG.yaml", help="a configuration, for example one of configs/")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the configuration")
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher's
-    return parser.parse_args()
+    result.add_argument("config", metavar="CONFIG.yaml", help="a configuration, for example one of configs/")
+    result.add_argument(
+        "settings", nargs="*", metavar="key=value", default=[], help="settings that override the configuration"
+    )
+    result.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher's
+    return result
 
 
-def run(script: str, description: str, body: Callable[[Settings, Ranks], None], logs: str = "") -> NoReturn:
+def run(
+    script: str,
+    description: str,
+    body: Callable[[Settings, Ranks], None],
+    logs: str = "",
+    arguments: Sequence[str] | None = None,
+) -> NoReturn:
     """Run an entry point and exit: 0 done, 2 an error of the user, 128 + signal stopped by it, 1 a bug.
 
     body: imports what it needs itself, so that errors in the settings show before PyTorch is loaded. logs: the folder
-    below output_dir with the log of a failure.
+    below output_dir with the log of a failure. arguments: of the command line; None: those of this process.
     """
     ranks, folder = Ranks(), None
     try:
         ranks = ranks_from_environment()
         set_up_logging(ranks)
-        options = parse(script, description)
+        options = parser(script, description).parse_args(arguments)
         settings = load_settings(options.config, options.settings)
         if settings.config.output_dir is not None:
             folder = Path(settings.config.output_dir) / logs

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 
 from loaders.config import LoaderConfig, PerMedia
-from loaders.train import TrainLoader
 from runtime.errors import UserError, command
 from runtime.flags import add_flags, flag
+from runtime.program import as_started, command_line
 from runtime.units import data_size, duration
 
 NODES = (1, 2, 4, 8, 16, 32, 64)
@@ -138,6 +138,8 @@ def make_plan(medium: Medium, cluster: Cluster, nodes: int) -> Plan:
 
 def measure(corpora: Sequence[str], config: LoaderConfig) -> tuple[Medium, float]:
     """Read one epoch of corpora and count: what a sample takes, and the seconds of the epoch; raises as TrainLoader."""
+    from loaders.train import TrainLoader
+
     loader = TrainLoader(corpora, None, config)  # frames only: texts are read with the indices
     try:
         before = loader.counters()
@@ -193,7 +195,7 @@ def table(plans: Sequence[Plan], cluster: Cluster) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser("python -m launch.plan", description=__doc__)
+    result = argparse.ArgumentParser(command_line("launch.plan"), description=as_started(__doc__))
     result.add_argument("--set", choices=SETS, help="a training set of the paper")
     result.add_argument("--measure", nargs="+", metavar="URL", help="read an epoch of these corpora and count instead")
     result.add_argument(

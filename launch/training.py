@@ -25,10 +25,13 @@ from train.prepare import Prepared, prepare_training
 log = logging.getLogger(__name__)
 
 
-def finetune(settings: Settings, ranks: Ranks, answers: bool) -> None:
-    """Fine-tune, for task=qa (answers) or for any other, and evaluate. Raises UserError without test corpora."""
+def finetune(settings: Settings, ranks: Ranks, answers: bool | None = None) -> None:
+    """Fine-tune and evaluate. answers: for task=qa only, or for any other only; by default for any.
+
+    Raises UserError for another task, or without test corpora.
+    """
     run = settings.config
-    if (run.task == "qa") != answers:
+    if answers is not None and (run.task == "qa") != answers:
         other = "finetune_retrieval" if answers else "finetune_qa"
         raise UserError(f"the configuration is for task={run.task}: start it with launch/{other}.py")
     if not run.test_corpus:

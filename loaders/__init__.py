@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from loaders.augment import AUGMENTATIONS
     from loaders.batch import Answers, Batch
     from loaders.config import LoaderConfig, PerMedia, VideoInput
     from loaders.train import TrainLoader
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from preprocessing.text import Tokenizer
 
 __all__ = [
+    "AUGMENTATIONS",
     "FRAME_SAMPLERS",
     "Answers",
     "Batch",
@@ -27,6 +29,7 @@ def __getattr__(name: str) -> object:
     """A public name, imported when it is first used: the decoding processes start faster without PyTorch."""
     if name not in __all__:
         raise AttributeError(f"module 'loaders' has no attribute {name!r}")
+    from loaders.augment import AUGMENTATIONS  # noqa: F401
     from loaders.batch import Answers, Batch  # noqa: F401
     from loaders.config import LoaderConfig, PerMedia, VideoInput  # noqa: F401
     from loaders.train import TrainLoader  # noqa: F401

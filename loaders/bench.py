@@ -11,20 +11,20 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import psutil
-import torch
 
-from loaders.batch import Batch
 from loaders.config import BACKENDS, LoaderConfig, PerMedia, VideoInput
-from loaders.decode.choice import usual_device
-from loaders.shards import describe
-from loaders.train import TrainLoader
-from preprocessing.normalization import normalize
-from preprocessing.text import Tokenizer
 from runtime.errors import UserError, command
 from runtime.flags import positive
+from runtime.program import command_line
 from runtime.ranks import cores_per_process
+
+if TYPE_CHECKING:
+    from loaders.batch import Batch
+    from loaders.train import TrainLoader
+    from preprocessing.text import Tokenizer
 
 READ_BOUND_SHARE = 0.3  # share of the time that decoding waits for reading, from which reading is the bottleneck
 NEGLIGIBLE_WAIT = 0.02  # share of the time that the loop waits for batches, below which loading costs nothing
@@ -69,6 +69,9 @@ def measure(
 
     tokenizer: None measures frames only. Raises as TrainLoader.
     """
+    from loaders.decode.choice import usual_device
+    from loaders.train import TrainLoader
+
     started = time.perf_counter()
     loader = TrainLoader(corpora, tokenizer, config, device=usual_device())
     try:
@@ -137,6 +140,11 @@ def cpu_seconds() -> float:
 def step(batch: Batch, seconds: float) -> None:
     """A simulated training step: bytes to pixels on the device, then a wait."""
     if seconds:
+        import torch
+
+        from loaders.decode.choice import usual_device
+        from preprocessing.normalization import normalize
+
         normalize(batch.to(usual_device()).frames, HALF, HALF, torch.bfloat16)
         time.sleep(seconds)
 
@@ -218,7 +226,7 @@ def parse_options(pairs: Sequence[str]) -> dict[str, str]:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(
-        "python -m loaders.bench", description="Measure loader throughput on this machine and name the bottleneck."
+        command_line("loaders.bench"), description="Measure loader throughput on this machine and name the bottleneck."
     )
     result.add_argument("corpora", nargs="+", metavar="URL", help="folders or URLs of packed corpora")
     result.add_argument("--batch-size", type=positive, default=128, help="samples per batch (default: %(default)s)")
@@ -239,6 +247,8 @@ def parser() -> argparse.ArgumentParser:
 
 def configuration(options: argparse.Namespace) -> LoaderConfig:
     """The loader's settings for a benchmark; batches are no larger than the corpora allow."""
+    from loaders.shards import describe
+
     config = LoaderConfig(
         image_res=options.size,
         video_input=VideoInput(num_frames=options.frames),
@@ -262,6 +272,8 @@ def configuration(options: argparse.Namespace) -> LoaderConfig:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = parser().parse_args(arguments)
+    from preprocessing.text import Tokenizer
+
     config = configuration(options)
     tokenizer = Tokenizer.load(options.tokenizer) if options.tokenizer else None
     gc.collect()

@@ -5,25 +5,30 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from PIL import Image
-
-from loaders.batch import Batch
 from loaders.config import LoaderConfig, PerMedia, VideoInput
-from loaders.shards import describe
-from loaders.train import TrainLoader
-from preprocessing.text import Tokenizer
 from runtime.errors import command
 from runtime.flags import positive
 from runtime.plugins import load_plugins
-from sharding.report.contact_sheet import Cell, contact_sheet
+from runtime.program import command_line
 from sharding.shards.outside import check_outside_corpora
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from loaders.batch import Batch
+    from preprocessing.text import Tokenizer
 
 TEXT_LINES = 4
 
 
 def batch_sheet(batch: Batch, tokenizer: Tokenizer, columns: int) -> Image.Image:
     """The pairs of a batch side by side: the frames of each in a row, its key and its tokens below."""
+    from PIL import Image
+
+    from sharding.report.contact_sheet import Cell, contact_sheet
+
     cells = []
     for key, frames, ids, mask in zip(batch.keys, batch.frames.numpy(), batch.input_ids, batch.attention_mask):
         text = " ".join(tokenizer.pieces(ids[mask.bool()].tolist()))
@@ -34,7 +39,7 @@ def batch_sheet(batch: Batch, tokenizer: Tokenizer, columns: int) -> Image.Image
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(
-        "python -m loaders.preview", description="Draw the first batch of an epoch as the model sees it."
+        command_line("loaders.preview"), description="Draw the first batch of an epoch as the model sees it."
     )
     result.add_argument("corpus", metavar="URL", help="a packed corpus")
     result.add_argument("--tokenizer", required=True, help="vocab.txt, a folder that holds one, or a hub name")
@@ -45,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--frames", type=positive, default=1, help="frames per clip (default: %(default)s)")
     result.add_argument("--sample-type", default="rand", help="frames of a clip (default: %(default)s)")
     result.add_argument("--plugins", nargs="+", default=[], metavar="MODULE", help="modules of your own to import")
+    result.add_argument("--augmentations", nargs="+", default=[], metavar="NAME", help="those of your plugins to apply")
     result.add_argument("--length", type=positive, default=32, help="maximum tokens of a text (default: %(default)s)")
     result.add_argument("--epoch", type=int, default=0, help="(default: %(default)s)")
     result.add_argument("--seed", type=int, default=42, help="(default: %(default)s)")
@@ -59,6 +65,9 @@ def parser() -> argparse.ArgumentParser:
 
 def first_batch(options: argparse.Namespace, tokenizer: Tokenizer) -> Batch:
     """The first batch of the epoch; the whole corpus if it has fewer samples than `options.count`."""
+    from loaders.shards import describe
+    from loaders.train import TrainLoader
+
     corpus = describe(options.corpus, LoaderConfig())
     unit = options.unit or ("samples" if sum(corpus.counts("captions")) else "questions")
     count = min(options.count, sum(corpus.counts(unit)))
@@ -70,6 +79,7 @@ def first_batch(options: argparse.Namespace, tokenizer: Tokenizer) -> Batch:
         epoch_unit=unit,
         seed=options.seed,
         augment=not options.no_augment,
+        augmentations=[] if options.no_augment else options.augmentations,
         prefetch=1,
         max_bad_share=1.0,
     )
@@ -86,6 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     check_outside_corpora(options.output, "--output")
     load_plugins(options.plugins)
+    from preprocessing.text import Tokenizer
+
     tokenizer = Tokenizer.load(options.tokenizer)
     batch = first_batch(options, tokenizer)
     batch_sheet(batch, tokenizer, options.columns).save(options.output)

@@ -8,25 +8,20 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import tokenizers
-from tokenizers.models import WordPiece
-from tokenizers.normalizers import BertNormalizer
-from tokenizers.pre_tokenizers import BertPreTokenizer, WhitespaceSplit
-from tokenizers.trainers import WordPieceTrainer
-
 from loaders.config import LoaderConfig
-from loaders.shards import open_corpus
-from preprocessing.text import SPECIAL, clean_text
 from runtime.errors import UserError, command
+from runtime.program import command_line
 from storage.files import write_text
 
 ALPHABET = 1000  # characters that words may consist of, at most
-SMALLEST = len(SPECIAL) + 2
 WORDS_OF_A_TEXT = 1000
 
 
 def corpus_texts(url: str, config: LoaderConfig) -> Iterator[str]:
     """Every caption, question, answer and option of a corpus, cleaned."""
+    from loaders.shards import open_corpus
+    from preprocessing.text import clean_text
+
     reader = open_corpus(url, config, open_shards=1)
     try:
         for shard in range(len(reader.corpus.shards)):
@@ -52,8 +47,11 @@ def learn_vocabulary(corpora: Sequence[str], size: int, output: str | Path) -> i
 
 def learn_from_texts(texts: Iterable[str], size: int, output: str | Path, source: str = "the texts") -> int:
     """The same for any texts, independent of their order; raises UserError if `source` has none."""
-    if size < SMALLEST:
-        raise UserError(f"--size {size} is too small for a vocabulary: give at least {SMALLEST}")
+    from preprocessing.text import SPECIAL
+
+    smallest = len(SPECIAL) + 2
+    if size < smallest:
+        raise UserError(f"--size {size} is too small for a vocabulary: give at least {smallest}")
     counts = count_words(texts)
     if not counts:
         raise UserError(f"{source}: no texts to learn a vocabulary from")
@@ -66,6 +64,9 @@ def learn_from_texts(texts: Iterable[str], size: int, output: str | Path, source
 
 def count_words(texts: Iterable[str]) -> Counter[str]:
     """The count of each word, split as by `Tokenizer` (punctuation marks are separate words)."""
+    from tokenizers.normalizers import BertNormalizer
+    from tokenizers.pre_tokenizers import BertPreTokenizer
+
     normalizer, splitter = BertNormalizer(lowercase=True), BertPreTokenizer()
     between_spaces = Counter(word for text in texts for word in text.split())
     counts: Counter[str] = Counter()
@@ -82,6 +83,13 @@ def learn_entries(counts: Mapping[str, int], size: int) -> list[str]:
     between equally frequent pieces by those numbers. So it gets all characters in order, as special tokens: this fixes
     the entries and their order.
     """
+    import tokenizers
+    from tokenizers.models import WordPiece
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from tokenizers.trainers import WordPieceTrainer
+
+    from preprocessing.text import SPECIAL
+
     frequency: Counter[str] = Counter()
     for word, count in counts.items():
         for character in word:
@@ -107,17 +115,22 @@ def _repeated(counts: Mapping[str, int]) -> Iterator[str]:
             yield " ".join([word] * min(WORDS_OF_A_TEXT, count - begin))
 
 
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        command_line("loaders.vocab"),
+        description="Learn a WordPiece vocabulary from packed corpora, for training from scratch.",
+    )
+    result.add_argument("corpora", nargs="+", metavar="CORPUS", help="folders or URLs of packed corpora")
+    result.add_argument("--size", type=int, default=8000, help="largest number of entries (default: %(default)s)")
+    result.add_argument("--output", required=True, metavar="FILE", help="the vocab.txt to write")
+    return result
+
+
 @command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        "python -m loaders.vocab",
-        description="Learn a WordPiece vocabulary from packed corpora, for training from scratch.",
-    )
-    parser.add_argument("corpora", nargs="+", metavar="CORPUS", help="folders or URLs of packed corpora")
-    parser.add_argument("--size", type=int, default=8000, help="largest number of entries (default: %(default)s)")
-    parser.add_argument("--output", required=True, metavar="FILE", help="the vocab.txt to write")
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     count = learn_vocabulary(options.corpora, options.size, options.output)
     sys.stdout.write(f"{options.output}: {count} entries\n")
     return 0

@@ -5,30 +5,20 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import omegaconf
-import torch
-
-from model.checkpoints.files import (
-    DESCRIPTION,
-    OFFICIAL_SUFFIXES,
-    TENSORS,
-    VOCABULARY,
-    Weights,
-    find_vocabulary,
-    write_folder,
-)
-from model.checkpoints.loading import find_weights
-from model.checkpoints.official import MODEL
-from model.checkpoints.official_names import to_official
-from model.config import ModelConfig
-from model.vision import VISION_TYPES, relative_position_index
 from runtime.errors import UserError, command
+from runtime.program import command_line
 from sharding.shards.outside import check_outside_corpora
 from storage.files import atomic_file
+
+if TYPE_CHECKING:
+    import torch
+
+    from model.checkpoints.files import Weights
+    from model.config import ModelConfig
 
 # Endings of files that are not written here; folders in which a run's own weights are looked for.
 OTHER_SUFFIXES = (".safetensors", ".ckpt", ".json", ".onnx", ".pkl", ".h5", ".npz", ".zip", ".tar", ".gz")
@@ -41,6 +31,8 @@ OFFICIAL_SETTINGS = (
 
 def official_settings(config: ModelConfig) -> dict[str, Any]:
     """The settings of an official checkpoint that describe the model, and our ModelConfig, which it ignores."""
+    from model.checkpoints.official import MODEL
+
     ours = asdict(config)
     own_names = {"vit_type": config.vision_encoder.type, "video_input": {"num_frames": config.num_frames}}
     return own_names | {name: ours[name] for name in OFFICIAL_SETTINGS} | {MODEL: ours}
@@ -48,6 +40,11 @@ def official_settings(config: ModelConfig) -> dict[str, Any]:
 
 def official_state(weights: Weights) -> dict[str, torch.Tensor]:
     """All entries of an official checkpoint's state dict: tensors, tied copies and index tables."""
+    import torch
+
+    from model.checkpoints.official_names import to_official
+    from model.vision import relative_position_index
+
     config, mlm = weights.config, "word_head.bias" in weights.state
     prefix = "text_encoder.bert." if mlm else "text_encoder."
     result = to_official(weights.state, prefix)
@@ -68,12 +65,23 @@ def official_state(weights: Weights) -> dict[str, torch.Tensor]:
     return result
 
 
+def without_losses(weights: Weights) -> Weights:
+    """The weights without a user's losses, which have no place in an official checkpoint."""
+    state = {name: tensor for name, tensor in weights.state.items() if not name.startswith("losses.")}
+    return replace(weights, config=replace(weights.config, losses={}), state=state)
+
+
 def write_official(weights: Weights, path: str | Path) -> None:
     """Write an official checkpoint (.pth) without optimiser state, whole or not at all.
 
     Raises UserError for a model of another backbone than the official ones.
     """
-    path, kind = Path(path), weights.config.vision_encoder.type
+    import omegaconf
+    import torch
+
+    from model.vision import VISION_TYPES
+
+    path, kind, weights = Path(path), weights.config.vision_encoder.type, without_losses(weights)
     if kind not in VISION_TYPES:
         raise UserError(f"{path}: vision_encoder.type={kind} has no official format, give a folder to write to")
     content = {
@@ -93,6 +101,8 @@ def write_official(weights: Weights, path: str | Path) -> None:
 
 def check_output(output: str) -> None:
     """Raise UserError unless a model can be written to `output` without touching anything but an earlier export."""
+    from model.checkpoints.files import DESCRIPTION, OFFICIAL_SUFFIXES, TENSORS, VOCABULARY
+
     path = Path(output)
     official = path.suffix.lower() in OFFICIAL_SUFFIXES
     if path.suffix.lower() in OTHER_SUFFIXES:
@@ -114,6 +124,8 @@ def check_output(output: str) -> None:
 
 def without_vocabulary(output: str, vocabulary: Path | None) -> str:
     """The hint for an export without a vocabulary."""
+    from model.checkpoints.files import OFFICIAL_SUFFIXES, VOCABULARY
+
     found = f" ({vocabulary})" if vocabulary else ""
     remedy = "" if Path(output).suffix.lower() in OFFICIAL_SUFFIXES else f"copy it to {Path(output) / VOCABULARY}, or "
     return (
@@ -122,17 +134,25 @@ def without_vocabulary(output: str, vocabulary: Path | None) -> str:
     )
 
 
-@command()
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m model.export",
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        prog=command_line("model.export"),
         description="Write a model, ours or official, to an official checkpoint (OUTPUT ends in .pth) or to a folder "
         "of ours (model.safetensors, model.json and vocab.txt). All tensors are written bit for bit.",
     )
-    parser.add_argument("model", help="a folder with model.json, a run folder (its best or newest), or a .pth")
-    parser.add_argument("output", help="what to write: NAME.pth, or a folder; an earlier export is replaced")
-    options = parser.parse_args(arguments)
+    result.add_argument("model", help="a folder with model.json, a run folder (its best or newest), or a .pth")
+    result.add_argument("output", help="what to write: NAME.pth, or a folder; an earlier export is replaced")
+    return result
+
+
+@command()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    options = parser().parse_args(arguments)
+    from model.checkpoints.files import OFFICIAL_SUFFIXES, find_vocabulary, write_folder
+    from model.checkpoints.loading import find_weights
+
     check_outside_corpora(options.output, "OUTPUT")
     check_output(options.output)
     found, weights = find_weights(options.model)
@@ -141,6 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     vocabulary = find_vocabulary(found, weights.config.text_encoder.vocab_size)
     official = Path(options.output).suffix.lower() in OFFICIAL_SUFFIXES
     if official:
+        weights = without_losses(weights)
         write_official(weights, options.output)
     else:
         write_folder(weights, vocabulary, Path(options.output))

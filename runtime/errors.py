@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import ParamSpec
 
+from runtime.program import as_started
+
 USER_ERROR = 2  # exit code
 INTERRUPTED = 130
 PROGRAM = Path(__file__).resolve().parent.parent
@@ -51,7 +53,7 @@ class WorkerError(UserError, ChildProcessError):
 def user_message(error: BaseException) -> str | None:
     """The line that reports a user error; None for a bug."""
     if isinstance(error, UserError):
-        return " ".join(str(error).split())
+        return as_started(" ".join(str(error).split()))
     if _raised_in(error) in INPUT_MODULES and isinstance(error, ValueError | ImportError):
         return " ".join(str(error).split())
     number = os_error_number(error)

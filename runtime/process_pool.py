@@ -15,8 +15,6 @@ from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any, TypeVar
 
-import cv2
-
 from runtime.errors import WorkerError
 
 Advance = Callable[[int, int, int], None]  # numbers of items that succeeded, of items that failed, of bytes
@@ -138,6 +136,8 @@ def start_worker(counts: Any) -> None:
     """Prepare a worker process: it ends with its parent, however that ends."""
     global _counts
     _counts = counts
+    import cv2
+
     cv2.setNumThreads(1)  # there are as many processes as cores
     threading.Thread(target=end_with_parent, daemon=True).start()
 

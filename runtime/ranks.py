@@ -72,6 +72,11 @@ def ranks_from_environment() -> Ranks:
     return current_ranks()
 
 
+def started_by_launcher() -> bool:
+    """Whether `deepspeed`, `torchrun`, `srun` or MPI has started this process, as one of a job."""
+    return {"RANK", "WORLD_SIZE"} <= os.environ.keys() or _of_launcher(os.environ) is not None
+
+
 def current_ranks() -> Ranks:
     """The ranks from RANK and similar variables; without them a job of one process. Changes nothing."""
     environment = os.environ

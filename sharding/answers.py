@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from runtime.errors import UserError, command
-from sharding.shards.schema import read_corpus, read_index
+from runtime.program import command_line
 from storage.files import write_text
 
 
@@ -19,6 +19,8 @@ def answer_list(corpora: Sequence[str], size: int = 0, least: int = 1) -> list[s
 
     Raises FileNotFoundError, ValueError: as `read_corpus`, or no answer is that frequent.
     """
+    from sharding.shards.schema import read_corpus, read_index
+
     counts: Counter[str] = Counter()
     for corpus in map(read_corpus, corpora):
         for shard in range(len(corpus.shards)):
@@ -31,20 +33,25 @@ def answer_list(corpora: Sequence[str], size: int = 0, least: int = 1) -> list[s
     return kept
 
 
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        command_line("sharding.answers"),
+        description="Write the answers of packed training corpora as the JSON list that question answering ranks.",
+    )
+    result.add_argument("corpora", nargs="+", metavar="CORPUS", help="folders or URLs of packed corpora")
+    result.add_argument("--size", type=int, default=0, help="maximum number of answers, by frequency (default: all)")
+    result.add_argument(
+        "--least", type=int, default=1, help="minimum number of questions for an answer (default: %(default)s)"
+    )
+    result.add_argument("--output", required=True, metavar="FILE", help="the JSON file to write")
+    return result
+
+
 @command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        "python -m sharding.answers",
-        description="Write the answers of packed training corpora as the JSON list that question answering ranks.",
-    )
-    parser.add_argument("corpora", nargs="+", metavar="CORPUS", help="folders or URLs of packed corpora")
-    parser.add_argument("--size", type=int, default=0, help="maximum number of answers, by frequency (default: all)")
-    parser.add_argument(
-        "--least", type=int, default=1, help="minimum number of questions for an answer (default: %(default)s)"
-    )
-    parser.add_argument("--output", required=True, metavar="FILE", help="the JSON file to write")
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     answers = answer_list(options.corpora, options.size, options.least)
     target = Path(options.output)
     target.parent.mkdir(parents=True, exist_ok=True)

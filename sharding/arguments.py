@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import re
 
-from sharding.shards.schema import named_shards
-
 
 def folder_of_shards(text: str) -> str:
     """The URL of a corpus, or of tars in it, of the command line; the URL of another file is an error."""
+    from sharding.shards.schema import named_shards
+
     try:
         named_shards(text)
     except ValueError as error:

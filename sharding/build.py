@@ -6,13 +6,15 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from runtime.errors import command
 from runtime.flags import add_flags, changed
-from sharding.packing import estimate, pack
+from runtime.program import command_line
 from sharding.settings import BuildSettings, read_settings
-from sharding.shards.schema import Corpus
+
+if TYPE_CHECKING:
+    from sharding.shards.schema import Corpus
 
 
 def build_corpus(annotations: Sequence[str], media_root: str, media_type: str, output: str, **settings: Any) -> Corpus:
@@ -20,6 +22,8 @@ def build_corpus(annotations: Sequence[str], media_root: str, media_type: str, o
 
     Raises TypeError: there is no such setting. Whatever `pack` raises.
     """
+    from sharding.packing import pack
+
     given = {"annotations": annotations, "media_root": media_root, "media_type": media_type, "output": output}
     return pack(changed(BuildSettings(), given | settings))
 
@@ -27,7 +31,7 @@ def build_corpus(annotations: Sequence[str], media_root: str, media_type: str, o
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(
-        "python -m sharding.build",
+        command_line("sharding.build"),
         description="Pack images or videos with their texts into webdataset shards.",
         epilog="Exit code: 0 packed; 1 too many media failed; 2 user error; 130 interrupted.",
     )
@@ -51,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = {"progress": True, **vars(parser().parse_args(arguments))}
     dry_run = flags.pop("dry_run")
     settings = read_settings(flags, corpus=flags.pop("corpus"))
+    from sharding.packing import estimate, pack
+
     if dry_run:
         sys.stdout.writelines(f"{line}\n" for line in estimate(settings))
     else:

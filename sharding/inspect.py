@@ -10,22 +10,20 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from runtime.errors import command
 from runtime.flags import positive
+from runtime.program import command_line
 from runtime.progress import LOG_EVERY, Progress
 from sharding.arguments import folder_of_shards
 from sharding.reasons import count_kinds
-from sharding.report.gallery import gallery
-from sharding.report.samples import SHARDS, pick, sample_sheet
-from sharding.report.statistics import Statistics, measure, summary
-from sharding.report.text import failures_text, sample_facts, sample_text, statistics_text, summary_text
-from sharding.shards.failures import read_failures
-from sharding.shards.schema import Corpus, named_shards, read_corpus
-from storage.policy import storage_errors
-from storage.urls import local_form
 
+if TYPE_CHECKING:
+    from sharding.report.statistics import Statistics
+    from sharding.shards.schema import Corpus
+
+SHARDS = 16  # of a corpus that pictures are taken from by default
 SHEET_SAMPLES = 64
 GALLERY_SAMPLES = 96
 LISTED = 100  # failures listed by default
@@ -33,6 +31,8 @@ LISTED = 100  # failures listed by default
 
 def failures_of(url: str) -> tuple[Counter[str], list[dict[str, Any]]]:
     """Failures by kind, and the first LISTED of them."""
+    from sharding.shards.failures import read_failures
+
     kinds: Counter[str] = Counter()
     first: list[dict[str, Any]] = []
     for failure in read_failures(url):
@@ -44,6 +44,9 @@ def failures_of(url: str) -> tuple[Counter[str], list[dict[str, Any]]]:
 
 def write_gallery(corpus: Corpus, file: Path, count: int, shards: int, statistics: Statistics) -> None:
     """Write the HTML page."""
+    from sharding.report.gallery import gallery
+    from sharding.report.samples import pick
+
     try:
         kinds, _ = failures_of(corpus.url)
     except (OSError, ValueError):
@@ -55,6 +58,12 @@ def write_gallery(corpus: Corpus, file: Path, count: int, shards: int, statistic
 
 def inspect(options: argparse.Namespace) -> None:
     """Run the command line; raises OSError or ValueError."""
+    from sharding.report.samples import sample_sheet
+    from sharding.report.statistics import measure, summary
+    from sharding.report.text import failures_text, sample_facts, sample_text, statistics_text, summary_text
+    from sharding.shards.schema import named_shards, read_corpus
+    from storage.urls import local_form
+
     result: dict[str, Any] = {}
     lines: list[str] = []
     url = local_form(options.url)
@@ -97,7 +106,7 @@ def png_file(text: str) -> Path:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(
-        "python -m sharding.inspect",
+        command_line("sharding.inspect"),
         description="Show the content of a packed corpus, local or remote; by default a summary and the first sample.",
     )
     add = result.add_argument
@@ -118,7 +127,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--failures", action="store_true", help="show the failures with their reasons")
     add("--json", action="store_true", help="print one JSON object instead of text")
-    add("--log-every", type=float, default=LOG_EVERY, metavar="SECONDS", help="see sharding.build")
+    add("--log-every", type=float, default=LOG_EVERY, metavar="SECONDS", help=f"see {command_line('sharding.build')}")
     return result
 
 
@@ -127,6 +136,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options = parser().parse_args(arguments)
+    from storage.policy import storage_errors
+
     try:
         with storage_errors(options.url, "read"):
             inspect(options)

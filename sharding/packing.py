@@ -7,6 +7,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from runtime.units import data_size
 from sharding.annotations.reading import read_rows
 from sharding.annotations.staging import Staged, move_staged, open_staged, stage
 from sharding.estimate import estimate_build
-from sharding.executors.executor import build_shards
+from sharding.executors.executor import Executor
 from sharding.reasons import summary
 from sharding.settings import BuildSettings
 from sharding.shards.failures import FailureLog, TooManyFailures
@@ -29,12 +30,16 @@ from sharding.shards.output import (
     has_staged_rows,
     open_output,
     plan_of,
+    remove,
     staging_folder,
     write_text,
 )
 from sharding.shards.plan import Task, plan_shards
-from sharding.shards.schema import Corpus
+from sharding.shards.schema import Corpus, ShardInfo
+from sharding.shards.writing import FinishedShard, finished_shard
 from storage.urls import join_url
+
+LOOKUPS = 16  # shards looked up at once in a store
 
 log = logging.getLogger("sharding")
 
@@ -61,7 +66,8 @@ def pack(settings: BuildSettings) -> Corpus:
             staged.items, f"packing {shards.name}", settings.progress, log_every=settings.log_every
         ) as progress:
             built, rows = build_shards(tasks, settings.executor, settings.retry_failed, failures, progress)
-        corpus = Corpus(output, shards.name, shards.media_type, tuple(built), asdict(shards))
+        recorded = asdict(shards) | settings.reading.recorded_columns()
+        corpus = Corpus(output, shards.name, shards.media_type, tuple(built), recorded)
         if len(built) < len(tasks):
             return corpus
         files = {BUILD: digest_of([join_url(output, BUILD)]), **failures.publish(output)}
@@ -84,7 +90,8 @@ def estimate(settings: BuildSettings) -> Iterator[str]:
 
 def planned_tasks(settings: BuildSettings, staged: Staged, scratch: Path) -> list[Task]:
     """One task per shard."""
-    return plan_shards(staged, settings.shards, settings.media_root, settings.output, scratch, settings.fetching)
+    where = settings.media_root, settings.output, scratch
+    return plan_shards(staged, settings.shards, *where, settings.fetching, settings.reading.extra_columns)
 
 
 def staged_rows(settings: BuildSettings, scratch: Path) -> tuple[Staged, str]:
@@ -159,3 +166,61 @@ def check_failures(failed: int, media: int, settings: BuildSettings) -> None:
             f"see `python -m sharding.inspect {settings.output} --failures`; repair them and run the same command with "
             "--retry-failed, or raise --max-failures"
         )
+
+
+def build_shards(
+    tasks: list[Task], executor: Executor, retry_failed: bool, failures: FailureLog, progress: Progress
+) -> tuple[list[ShardInfo], int]:
+    """The complete shards, in order, and the annotation rows in them; those already complete are not built again.
+
+    They are all of them, unless this is one job of several and others are not done.
+
+    Raises ValueError: `executor.finish`, and shards are missing.
+    """
+    shards: dict[int, ShardInfo] = {}
+    rows = 0
+
+    def keep(number: int, shard: FinishedShard) -> None:
+        nonlocal rows
+        shards[number] = shard.info
+        rows += shard.rows
+        failures.add(number, shard.failures)
+
+    for task, done in finished(tasks):
+        if not (retry_failed and done.failures):
+            keep(task.number, done)
+            progress.skip(done.info.samples, len(done.failures), done.info.bytes)
+    pending = executor.of_this_job([task for task in tasks if task.number not in shards])
+    if pending:
+        unpublish(pending)
+    for task, shard in executor.run(pending, progress.advance):
+        keep(task.number, shard)
+    for task, done in finished([task for task in tasks if task.number not in shards]):  # by other jobs, meanwhile
+        keep(task.number, done)
+    missing = [task.name for task in tasks if task.number not in shards]
+    if missing and executor.finish:
+        raise UserError(
+            f"{len(missing)} of {len(tasks)} shards are not complete in {tasks[0].output} ({', '.join(missing[:5])}"
+            f"{' ...' if len(missing) > 5 else ''}): run the parts that build them again, then --finish"
+        )
+    if missing:
+        log.info("part %s is complete; other parts build %d of %d shards", executor.part, len(missing), len(tasks))
+    return [shards[number] for number in sorted(shards)], rows
+
+
+def finished(tasks: list[Task]) -> Iterator[tuple[Task, FinishedShard]]:
+    """The tasks whose shards are complete, with their shards."""
+    if not tasks:
+        return
+    with ThreadPoolExecutor(LOOKUPS if "://" in tasks[0].output else 1) as pool:
+        for task, done in zip(tasks, pool.map(lambda task: finished_shard(task.output, task.name), tasks)):
+            if done:
+                yield task, done
+
+
+def unpublish(tasks: list[Task]) -> None:
+    """Remove the descriptions of shards before these are rebuilt, so that nothing looks complete."""
+    remove(join_url(tasks[0].output, "corpus.json"))
+    with ThreadPoolExecutor(LOOKUPS) as pool:
+        indices = [join_url(task.output, task.name.removesuffix(".tar") + ".parquet") for task in tasks]
+        list(pool.map(remove, indices))

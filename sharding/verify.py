@@ -9,35 +9,45 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from runtime.errors import UserError, command
 from runtime.flags import positive
+from runtime.program import command_line
 from runtime.progress import LOG_EVERY
 from sharding.arguments import folder_of_shards
-from sharding.shards.checks import Fault
-from sharding.shards.repair import repair
-from sharding.shards.schema import named_shards
-from sharding.shards.verification import examine
-from storage.policy import storage_errors
+
+if TYPE_CHECKING:
+    from sharding.shards.checks import Fault
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        command_line("sharding.verify"),
+        description="Check a packed corpus byte by byte.",
+        epilog="Exit code: 0 intact or repaired; 1 faults; 2 user error.",
+    )
+    add = result.add_argument
+    add("url", metavar="URL", type=folder_of_shards, help="folder or URL of the corpus, or of some of its tars")
+    add("--decode", action="store_true", help="also decode every frame")
+    add("--repair", action="store_true", help="rebuild broken or missing indices, corpus.json and failures.parquet")
+    add("--workers", type=positive, default=None, help="worker processes (default: one per core)")
+    add("--json", action="store_true", help="print one JSON object instead of lines")
+    add("--log-every", type=float, default=LOG_EVERY, metavar="SECONDS", help=f"see {command_line('sharding.build')}")
+    return result
 
 
 @command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0 if all is intact, 1 with faults, 2 for user errors."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = argparse.ArgumentParser(
-        "python -m sharding.verify",
-        description="Check a packed corpus byte by byte.",
-        epilog="Exit code: 0 intact or repaired; 1 faults; 2 user error.",
-    )
-    add = parser.add_argument
-    add("url", metavar="URL", type=folder_of_shards, help="folder or URL of the corpus, or of some of its tars")
-    add("--decode", action="store_true", help="also decode every frame")
-    add("--repair", action="store_true", help="rebuild broken or missing indices, corpus.json and failures.parquet")
-    add("--workers", type=positive, default=None, help="worker processes (default: one per core)")
-    add("--json", action="store_true", help="print one JSON object instead of lines")
-    add("--log-every", type=float, default=LOG_EVERY, metavar="SECONDS", help="see sharding.build")
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
+    from sharding.shards.repair import repair
+    from sharding.shards.schema import named_shards
+    from sharding.shards.verification import examine
+    from storage.policy import storage_errors
+
     done: list[str] = []
     how = (options.decode, options.workers or os.cpu_count() or 1, True, options.log_every)
     with storage_errors(options.url, "read"):

@@ -24,9 +24,9 @@ from tenacity.nap import sleep_using_event
 from tenacity.stop import stop_when_event_set
 
 from runtime.errors import AccessError, MissingError, UserError
+from storage.fetching import ATTEMPTS
 from storage.urls import hide_secrets
 
-ATTEMPTS = 4
 LONGEST_BACKOFF = 20.0  # seconds
 TRANSIENT_STATUSES = {408, 425, 429, 500, 502, 503, 504, 509}
 TRANSIENT_ERRNOS = {

@@ -95,7 +95,7 @@ def recorded_commands(folder: Path) -> list[tuple[int, str, list[str]]]:
 def test_an_unusable_gpu_is_reported_with_the_reason(tmp_path, program):
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev/nvidia0").touch()
-    elsewhere = f"import pathlib, train.job.devices; train.job.devices.DEVICES = pathlib.Path('{tmp_path}/dev')"
+    elsewhere = f"import pathlib, train.job.gpus; train.job.gpus.DEVICES = pathlib.Path('{tmp_path}/dev')"
     path = program("python", f'exec {sys.executable} -c "{elsewhere}\n$2"')
     result = gpu_script(tmp_path / "out", PATH=path, CUDA_VISIBLE_DEVICES="99")
     assert result.returncode == 2

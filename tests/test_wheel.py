@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
@@ -124,19 +127,51 @@ def test_jobs_of_slurm_start_from_any_folder(site: Path, environment: dict[str, 
             assert told[-4:] == ["-u", "-m", f"launch.{path.stem}", "configs/a.yaml"]
 
 
-def test_packing_and_training_in_an_empty_folder(environment: dict[str, str], tmp_path: Path) -> None:
-    run(environment, tmp_path, "python", "-m", "sharding.shapes", "--output", "shapes", "--images", 80, "--clips", 0,
-        "--test-items", 8, "--size", 64)  # fmt: skip
-    media = ("--annotations", "shapes/images_train.json", "--media-root", "shapes/media")
-    corpus = ("--corpus", "configs/corpora/generic.yaml", "--media-type", "image")
-    run(environment, tmp_path, "python", "-m", "sharding.build", *corpus, *media, "--output", "data/images_train")
-    run(environment, tmp_path, "python", "-m", "loaders.vocab", "data/images_train", "--output", "data/vocab.txt")
-    settings = ("train_corpus=data/images_train", "tokenizer=data/vocab.txt", "output_dir=run")
-    recipe = ("configs/demo/pretrain.yaml", *settings, "batch_size.image=8", "max_steps=2", "log_every=1")
-    run(environment, tmp_path, "deepspeed", "--num_accelerators", 2, "--master_port", free_port(),
-        "--module", "launch.pretrain", *recipe)  # fmt: skip
+# Modules that a folder of one's own may have: of our packages, of PyTorch, of Python itself.
+STRANGERS = ("eval", "json", "launch", "loaders", "model", "random", "runtime", "sharding", "storage", "torch", "train")
+PLUGIN = """
+import os
+from pathlib import Path
+
+Path(f"plugin_{os.environ.get('RANK')}").touch()
+"""
+
+
+@pytest.fixture
+def singularity(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The console command, as pip writes it for the wheel."""
+    (distribution,) = distributions(path=[str(site)])
+    (found,) = distribution.entry_points
+    script = tmp_path_factory.mktemp("bin") / "singularity"
+    script.write_text(f"#!{sys.executable}\nimport sys\nfrom {found.module} import {found.attr}\n")
+    with script.open("a") as file:
+        file.write(f"if __name__ == '__main__':\n    sys.exit({found.attr}())\n")
+    script.chmod(0o755)
+    return script
+
+
+def test_a_session_in_a_folder_with_modules_of_the_same_names(
+    environment: dict[str, str], singularity: Path, tmp_path: Path
+) -> None:
+    for name in STRANGERS:
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name}.py of the working folder is imported')\n")
+    (tmp_path / "my_plugin.py").write_text(PLUGIN)
+    two = ("--num_accelerators", 2, "--master_port", free_port())
+    smaller = ("train_corpus=data/train", "batch_size.image=8", "max_steps=2", "log_every=1", "plugins=[my_plugin]")
+    options = {"shapes": ("--images", 80, "--test-items", 8, "--size", 64, "--workers", 2), "pretrain": smaller}
+    shown = {}
+    for line in re.findall(r"^singularity .*", (ROOT / "docs/commands.md").read_text(), re.MULTILINE):
+        _, name, *words = shlex.split(line, comments=True)
+        before = two if name == "pretrain" else ()
+        shown[name] = run(environment, tmp_path, singularity, name, *before, *words, *options.get(name, ()))
+    assert "no faults" in shown["verify"]
     assert json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
-    assert {path.name for path in tmp_path.iterdir()} == {"shapes", "data", "run"}
+    assert "chance test" in shown["report"]
+    assert "contact sheet: hits.jpg" in shown["search"]
+    loaded = {path.name for path in tmp_path.glob("plugin_*")}
+    assert loaded >= {"plugin_0", "plugin_1"}
+    made = {"shapes", "data", "run", "report.html", "hits.jpg", "my_plugin.py"} | loaded
+    assert {path.name for path in tmp_path.iterdir()} == made | {f"{name}.py" for name in STRANGERS}
 
 
 @pytest.mark.slow

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, select_autoescape
-
 from eval.report.grouping import ambiguous_splits
 from eval.report.losses import MEDIA, loss_weights, read_metrics, weighted_name
 from runtime.charts import Curve, Panel, panels_figure, png, svg
 from runtime.errors import MissingError, UserError, command
+from runtime.program import as_started, command_line
 from sharding.shards.outside import check_outside_corpora
 
-FIRST = ("loss", "loss_itc", "loss_itm", "loss_mlm", "loss_qa", "grad_norm", "temperature", "lr")
+FIRST = ("loss", "loss_itc", "loss_itm", "loss_mlm", "loss_qa")
+NEXT = ("grad_norm", "temperature", "lr")
 LAST = ("samples_per_second", "data_wait", "memory_gb", "mfu")
 ONE_CURVE = ("lr", "temperature", "memory_gb")  # for both media
 SUMMARIES = ("/r_mean", "/overall")  # the metrics of evaluations that are drawn by default
@@ -89,8 +89,10 @@ def read_run(folder: Path) -> Run:
 def metrics_of(runs: Sequence[Run]) -> list[str]:
     """All metrics of the runs: losses first, then evaluations, speed last."""
     found = list(dict.fromkeys(metric for run in runs for metric in run.metrics))
-    other = sorted(metric for metric in found if metric not in FIRST + LAST)
-    return [name for name in FIRST if name in found] + other + [name for name in LAST if name in found]
+    losses = [metric for metric in found if metric.startswith("loss_")]
+    first = dict.fromkeys([*FIRST, *losses, *NEXT])
+    other = sorted(metric for metric in found if metric not in first and metric not in LAST)
+    return [name for name in first if name in found] + other + [name for name in LAST if name in found]
 
 
 def panel(metric: str, runs: Sequence[Run]) -> Panel:
@@ -144,6 +146,8 @@ def write_plot(folders: Sequence[Path], output: Path, metrics: Sequence[str] = (
     if output.suffix == ".png":
         output.write_bytes(png(curves))
         return chosen
+    from jinja2 import Environment, select_autoescape
+
     page = Environment(autoescape=select_autoescape(default=True)).from_string(PAGE)
     title = ", ".join(run.name for run in runs)
     columns = [metric for metric in chosen if "/" in metric or metric == "loss"]
@@ -152,15 +156,20 @@ def write_plot(folders: Sequence[Path], output: Path, metrics: Sequence[str] = (
     return chosen
 
 
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(prog=command_line("train.plot"), description=as_started(__doc__))
+    result.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs, also of running ones")
+    result.add_argument("--output", type=Path, default=Path("plot.png"), help="a .png or .html (default: %(default)s)")
+    which = "for example loss val/txt_r1 (default: all, but only the means of evaluations)"
+    result.add_argument("--figures", dest="metrics", nargs="+", default=[], metavar="NAME", help=which)
+    return result
+
+
 @command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m train.plot", description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs, also of running ones")
-    parser.add_argument("--output", type=Path, default=Path("plot.png"), help="a .png or .html (default: %(default)s)")
-    which = "for example loss val/txt_r1 (default: all, but only the means of evaluations)"
-    parser.add_argument("--figures", dest="metrics", nargs="+", default=[], metavar="NAME", help=which)
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     check_outside_corpora(options.output, "--output")
     drawn = write_plot(options.runs, options.output, options.metrics)
     sys.stdout.write(f"{options.output}: {', '.join(drawn)}\n")

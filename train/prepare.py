@@ -32,7 +32,7 @@ from train.config.architecture import adopt, changes_to, check_texts, fresh_arch
 from train.config.settings import RunConfig, Settings
 from train.deepspeed.engine import deepspeed_config
 from train.folder import RunFolder
-from train.optimizer import parameter_groups
+from train.optimizer import trainable_groups
 from train.tracking.trackers import check_tracking
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,9 @@ def prepare_training(settings: Settings, ranks: Ranks, evaluates: bool, device: 
     log.info("Building the model")
     progress("building the model")
     model, tokenizer = _model(settings)
-    parameter_groups({name: p.ndim for name, p in model.named_parameters()}, run.optimizer)
+    model.freeze(run.freeze)
+    trainable_groups(model, run.optimizer)
+    _check_statistics(model)
     progress("opening the corpora")
     quarantine = run.quarantine_file or str(Path(run.output_dir) / "quarantine-{rank}.jsonl")
     loader_settings = replace(run, quarantine_file=quarantine)
@@ -116,6 +118,16 @@ def _claim(folder: RunFolder, run: RunConfig, remote: RemoteCheckpoints | None, 
     for path in complete_checkpoints(folder.checkpoints)[-1:]:
         check_checkpoint(path)
         _check_vocabulary(tokenizer, str(path / WEIGHTS), run)
+
+
+def _check_statistics(model: Model) -> None:
+    """Raise UserError for running statistics, which each process would collect of its own part of a batch."""
+    for name, module in model.named_modules():
+        if module.training and getattr(module, "track_running_stats", False):
+            raise UserError(
+                f"{name} is a {type(module).__name__}, whose running statistics would differ between processes: take "
+                "GroupNorm or LayerNorm, or keep it in evaluation mode"
+            )
 
 
 def _check_micro_batches(loader: TrainLoader, run: RunConfig, ranks: Ranks) -> None:

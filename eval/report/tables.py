@@ -182,7 +182,9 @@ def loss_curves(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
         media = by_medium(read_metrics(log) if log.is_file() else [])
         for medium, steps in media.items():
             lines: list[Curve] = []
-            for key, name in LOSSES.items():
+            own = dict.fromkeys(key for step in steps for key in step if key.startswith("loss_"))
+            for key in dict.fromkeys([*LOSSES, *own]):
+                name = LOSSES.get(key, key.removeprefix("loss_"))
                 points = [(step["step"], step[key]) for step in steps if isinstance(step.get(key), int | float)]
                 if points:
                     lines.append(Curve(weighted_name(key, weights, name), points, color=len(lines)))

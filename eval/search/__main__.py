@@ -11,12 +11,14 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from eval.search.server import SearchServer
-from eval.search.visual_search import VisualSearch, hits_table, search_sheet
-from loaders.decode.choice import usual_device
 from runtime.errors import AccessError, UserError, command
+from runtime.program import command_line
 from sharding.shards.outside import check_outside_corpora
+
+if TYPE_CHECKING:
+    from eval.search.visual_search import VisualSearch
 
 log = logging.getLogger(__name__)
 
@@ -58,9 +60,9 @@ def cache_folder(asked: Path | None) -> Iterator[Path]:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(
-        prog="python -m eval.search",
+        prog=command_line("eval.search"),
         description=__doc__,
-        epilog='example: python -m eval.search runs/msrvtt data/my_clips "a red car turning left" --output hits.jpg',
+        epilog=f'example: {command_line("eval.search")} runs/msrvtt data/my_clips "a red car" --output hits.jpg',
     )
     result.add_argument("checkpoint", metavar="CHECKPOINT", help="a run, a weights folder or an official .pth")
     result.add_argument("corpus", metavar="CORPUS", help="folder or URL of a packed corpus")
@@ -81,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--cache", type=Path, metavar="FOLDER", help=f"folder of encoded visuals (default: {usual_cache()})"
     )
-    result.add_argument("--device", default=usual_device(), help="default: %(default)s")
+    result.add_argument("--device", help="cuda or cpu (default: a GPU if PyTorch has one)")
     result.add_argument("--serve", action="store_true", help="serve a search page until Ctrl-C")
     result.add_argument("--host", default="127.0.0.1", help="address of the web page (default: %(default)s)")
     result.add_argument(
@@ -100,6 +102,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.top < 1 or options.candidates < 0 or options.frames < 1:
         raise UserError("--top and --frames must be at least 1, --candidates at least 0")
     check_outside_corpora(options.cache or usual_cache(), "--cache")
+    from eval.search.server import SearchServer
+    from eval.search.visual_search import hits_table, search_sheet
+
     if options.serve:
         with SearchServer(options.host, options.port, options.top, options.candidates) as server:
             with _encoded(options) as server.search:
@@ -116,8 +121,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 @contextmanager
 def _encoded(options: argparse.Namespace) -> Iterator[VisualSearch]:
     """The search for the given options, with its cache."""
+    from eval.search.visual_search import VisualSearch
+    from loaders.decode.choice import usual_device
+
+    device = options.device or usual_device()
     with cache_folder(options.cache) as cache:
-        yield VisualSearch(options.checkpoint, options.corpus, cache, options.frames, options.tokenizer, options.device)
+        yield VisualSearch(options.checkpoint, options.corpus, cache, options.frames, options.tokenizer, device)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from launch.doctor import findings
 from launch.doctor.examine import examine
 from launch.doctor.findings import BAD
 from runtime.errors import command
+from runtime.program import as_started, command_line
 
 EPILOG = """\
   python -m launch.doctor --hostfile HOSTS configs/pretrain.yaml data_root=s3://bucket output_dir=/shared/runs/first
@@ -24,7 +25,7 @@ Run it where and as the job will be started, with the same settings. Exit code 1
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(
-        "python -m launch.doctor", description=__doc__, epilog=EPILOG,
+        command_line("launch.doctor"), description=as_started(__doc__), epilog=as_started(EPILOG),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     result.add_argument(

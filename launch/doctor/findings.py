@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from train.job.devices import OLDEST_DRIVER
+from train.job.gpus import OLDEST_DRIVER
 
 OK, WARNING, BAD = "ok", "look", "BAD"
 CLOCK_WARNING, CLOCK_BAD = 2.0, 300.0  # seconds; signed requests to stores are refused from some minutes on

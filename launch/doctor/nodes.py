@@ -109,7 +109,7 @@ def _scontrol(*arguments: str) -> list[str]:
 def start(name: str, slots: int, way: str) -> Node:
     """Start the probe on a host, with the environment that `deepspeed` would give its processes there."""
     path = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}".rstrip(":")
-    words = ["env", f"PYTHONPATH={path}", sys.executable, "-u", "-m", "launch.doctor.probe"]
+    words = ["env", f"PYTHONPATH={path}", sys.executable, "-P", "-u", "-m", "launch.doctor.probe"]
     if way == "srun":
         words = ["srun", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={name}", *words]
     elif way == "ssh":

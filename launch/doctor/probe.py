@@ -68,7 +68,8 @@ class Probe:
 
     def facts(self) -> dict[str, Any]:
         """Hardware of this node and its installed packages."""
-        from train.job.devices import driver_version, gpu_fault
+        from train.job.devices import gpu_fault
+        from train.job.gpus import driver_version
 
         installed = {}
         for name in (*PACKAGES, *DALI):

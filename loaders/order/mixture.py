@@ -74,7 +74,9 @@ class Mixture:
             name = f"{self.readers[corpora[row]].corpus.name}/{record.key}"
             text, answers, reason = self._text(indices[row], record.row, rows[row][1], choices.captions[row])
             frames, window, reason = choices.frames[row], choices.windows[row], record.reason or reason
-            found.append(SampleSpec(record, frames, window, int(corpora[row]), name, text, answers, reason))
+            extra = indices[row].extra(record.row)
+            own = int(corpora[row]), name, text, answers, reason, extra, int(keys[row])
+            found.append(SampleSpec(record, frames, window, *own))
         return found
 
     def _indices(self, corpora: np.ndarray, shards: np.ndarray) -> list[ShardIndex]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import socket
@@ -60,13 +61,11 @@ def run_on_ray(tasks: list[Task], workers: int, advance: Advance) -> Iterator[tu
 def connect(ray: Any) -> None:
     """Join the cluster; its nodes get this code, so that they need only the packages that it uses."""
     address = os.environ.get("RAY_ADDRESS", "auto")
+    modules = [str(Path(str(room.__file__)).resolve().parent) for room in (runtime, storage, sharding)]
     try:
-        ray.init(
-            address=address,
-            log_to_driver=False,
-            logging_level="warning",
-            runtime_env={"py_modules": [str(Path(str(room.__file__)).parent) for room in (runtime, storage, sharding)]},
-        )
+        # Ray lets its workers import from the folder that this process is in: a file there must not replace a module.
+        with contextlib.chdir("/"):
+            ray.init(address=address, log_to_driver=False, logging_level="warning", runtime_env={"py_modules": modules})
     except ConnectionError as error:
         remedy = "start one with `ray start --head`, or set RAY_ADDRESS"
         raise UserError(f"--engine ray finds no cluster at {address} ({error}): {remedy}") from None

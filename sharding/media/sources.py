@@ -23,9 +23,10 @@ import fsspec
 from runtime.errors import AccessError, MissingError, UserError
 from sharding.media.archives import Archive, split_archive
 from sharding.media.frames import MediaError
+from storage.fetching import Fetching
 from storage.policy import StoreError, check_bucket, describe_error, retry, storage_errors
 from storage.urls import join_url, local_form
-from storage.web import Fetching, web_client
+from storage.web import web_client
 
 WINDOW = {"image": 1024, "video": 64}  # media: how far finished ones may precede a slow one
 PREFETCHED = 2  # media in transfer or waiting to be decoded, for each connection

@@ -19,7 +19,6 @@ from sharding.report.contact_sheet import Cell, contact_sheet, read_picture
 from sharding.report.statistics import columns_of, in_threads, spread
 from sharding.shards.schema import INDEX_SCHEMA, Corpus
 
-SHARDS = 16  # of a corpus that pictures are taken from by default
 FRAMES = 8  # of a clip that are shown, at most
 TILE = 160  # pixels of a picture's side on the contact sheet
 SHEET_WIDTH = 8  # pictures a row
@@ -34,7 +33,7 @@ class Picked:
     frames: list[bytes | None]
 
 
-def pick(corpus: Corpus, count: int, shards: int = SHARDS, frames: int = FRAMES) -> list[Picked]:
+def pick(corpus: Corpus, count: int, shards: int, frames: int = FRAMES) -> list[Picked]:
     """`count` samples evenly spread over `shards` shards, each with up to `frames` of its frames.
 
     Raises OSError, ValueError: an index cannot be read. Frames that cannot be read are None.
@@ -80,7 +79,7 @@ def ranges(spans: Sequence[tuple[str, int, int]]) -> list[bytes | None]:
     return [data if isinstance(data, bytes) and data else None for data in found]
 
 
-def sample_sheet(corpus: Corpus, count: int, shards: int = SHARDS) -> Image.Image:
+def sample_sheet(corpus: Corpus, count: int, shards: int) -> Image.Image:
     """A contact sheet of `count` samples from all over the corpus with their first text; of a clip four frames."""
     frames = 1 if corpus.media_type == "image" else 4
     cells = []
@@ -103,7 +102,7 @@ def locate(corpus: Corpus, number: int) -> tuple[int, dict[str, Any]]:
     rest = number
     for shard, info in enumerate(corpus.shards):
         if 0 <= rest < info.samples:
-            return shard, columns_of(corpus, shard, INDEX_SCHEMA.names).slice(rest, 1).to_pylist()[0]
+            return shard, columns_of(corpus, shard).slice(rest, 1).to_pylist()[0]
         rest -= info.samples
     raise UserError(f"--sample {number}: {corpus.url} has samples 0 to {corpus.samples - 1}")
 
@@ -124,7 +123,7 @@ def find(corpus: Corpus, name: str, shown: bool = False) -> tuple[int, dict[str,
             index = pc.index(same, True).as_py()
             progress.advance(1, 0, 0)
             if index >= 0:
-                return shard, columns_of(corpus, shard, INDEX_SCHEMA.names).slice(index, 1).to_pylist()[0]
+                return shard, columns_of(corpus, shard).slice(index, 1).to_pylist()[0]
     raise UserError(f"--sample {name}: no sample of {corpus.url} has this key, source or number")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from runtime.errors import UserError
-from sharding.shards.schema import FORMAT
 
 HEAD = 4096  # bytes of a corpus.json that identify it
 
@@ -26,6 +25,8 @@ def check_outside_corpora(path: str | Path, setting: str) -> None:
 
 
 def _is_corpus(folder: Path) -> bool:
+    from sharding.shards.schema import FORMAT
+
     try:
         with (folder / "corpus.json").open("rb") as file:
             return FORMAT.encode() in file.read(HEAD)

@@ -194,8 +194,8 @@ def counted(values: list[float]) -> Counter[float]:
 
 def test_samples_are_spread_over_the_corpus_and_broken_ones_are_marked(clips: Path, tmp_path: Path) -> None:
     known = read_corpus(str(clips))
-    assert {sample.shard for sample in pick(known, 10)} == set(range(len(known.shards)))
-    assert len(pick(known, 1000)) == 40
+    assert {sample.shard for sample in pick(known, 10, 16)} == set(range(len(known.shards)))
+    assert len(pick(known, 1000, 16)) == 40
     assert len({sample.row["key"] for sample in pick(known, 20, shards=2)}) == 2 * known.shards[0].samples
     assert spread(10, 3) == [0, 4, 9]
     assert spread(0, 5) == []

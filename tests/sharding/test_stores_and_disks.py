@@ -13,7 +13,7 @@ from packed import build_command, contents, pack, write_photos
 from places import ROOT
 
 from sharding.shards.verification import verify_corpus
-from storage.web import Fetching
+from storage.fetching import Fetching
 
 COUNT = 96
 FAILING = Faults(error=0.05, throttle=0.03, cut=0.05, slow=0.02, slow_seconds=0.3, seed=1)

@@ -19,8 +19,9 @@ from PIL import Image
 from sharding.build import build_corpus
 from sharding.media.sources import Media
 from sharding.shards.failures import read_failures
+from storage.fetching import Bounds, Fetching
 from storage.policy import StoreError
-from storage.web import Bounds, Fetching, WebClient
+from storage.web import WebClient
 
 MB = 10**6
 BOUNDS = Bounds(bytes=2 * MB, seconds=4)

@@ -13,8 +13,9 @@ from urllib.parse import unquote
 import pytest
 from web_servers import Handler, encrypt, serving
 
+from storage.fetching import Fetching
 from storage.policy import RetryPolicy, StoreError
-from storage.web import Fetching, WebClient
+from storage.web import WebClient
 
 BOUNDS = Fetching().bounds("image")
 BODY = bytes(range(256)) * 4000  # about a megabyte

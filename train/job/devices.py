@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
-import subprocess
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 from torch.distributed import distributed_c10d
@@ -15,13 +12,8 @@ from runtime.errors import UserError
 from runtime.network import choose_interface
 from runtime.ranks import Ranks, ranks_from_environment
 from runtime.rendezvous import master_port, remove_port_file
+from train.job.gpus import OLDEST_DRIVER, driver_loaded, driver_version, gpu_files, gpus_hidden
 
-DEVICES = Path("/dev")
-DRIVER = Path("/proc/driver/nvidia/version")
-WSL_DRIVER = Path("/usr/lib/wsl/lib/libcuda.so.1")
-HIDDEN = ("", "-1", "NoDevFiles")  # first entries of CUDA_VISIBLE_DEVICES that hide all GPUs; the last is Slurm's
-# The oldest driver branch that serves a CUDA major version (NVIDIA's table of minor version compatibility).
-OLDEST_DRIVER = {12: 525, 13: 580}
 LEAST_TIMEOUT = 3600.0  # seconds
 
 
@@ -50,33 +42,7 @@ def gpu_fault() -> str:
     asked = os.environ.get("DS_ACCELERATOR")
     if asked == "cpu" or torch.cuda.is_available():
         return ""
-    return _unusable() if asked == "cuda" or (gpu_files() and not _hidden()) else ""
-
-
-def gpu_files() -> list[str]:
-    """The device files of this host's NVIDIA GPUs; they exist even if PyTorch cannot use the GPUs."""
-    found = sorted(str(path) for path in DEVICES.glob("nvidia[0-9]*"))
-    wsl = DEVICES / "dxg"  # of any GPU; only NVIDIA's driver contains libcuda
-    return found or ([str(wsl)] if wsl.exists() and WSL_DRIVER.exists() else [])
-
-
-def _hidden() -> bool:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible is not None and visible.split(",")[0].strip() in HIDDEN
-
-
-def driver_version() -> str:
-    """Version of the NVIDIA driver, such as 580.65.06; empty where there is none."""
-    try:
-        text = DRIVER.read_text().split("\n")[0]
-    except OSError:
-        words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        try:
-            text = subprocess.run(words, capture_output=True, text=True, timeout=20).stdout
-        except (OSError, subprocess.TimeoutExpired):
-            return ""
-    found = re.search(r"\b\d{3,}(\.\d+)+\b", text)
-    return found.group() if found else ""
+    return _unusable() if asked == "cuda" or (gpu_files() and not gpus_hidden()) else ""
 
 
 def _unusable() -> str:
@@ -165,7 +131,7 @@ def describe(device: torch.device) -> str:
         )
     if gpu_files():
         return "the CPU; DS_ACCELERATOR or CUDA_VISIBLE_DEVICES excludes this host's GPU"
-    if DRIVER.exists():
+    if driver_loaded():
         return "the CPU; this host has an NVIDIA driver, but no GPU is passed to this container or job"
     return "the CPU; this host has no NVIDIA GPU"
 

@@ -20,7 +20,7 @@ from runtime.progress import counted
 from sharding.annotations.items import Item, Row
 from sharding.annotations.staging import open_staged, stage
 from sharding.shards.plan import ShardSettings, plan_shards
-from storage.web import Fetching
+from storage.fetching import Fetching
 
 
 def staged(rows: list[Row], folder: Path, limit: int = 0):

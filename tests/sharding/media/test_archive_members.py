@@ -12,7 +12,7 @@ import pytest
 from sharding.media.archives import Archive
 from sharding.media.frames import MediaError
 from sharding.media.sources import Media
-from storage.web import Fetching
+from storage.fetching import Fetching
 
 
 def add(tar: tarfile.TarFile, name: str, data: bytes = b"", link: str = "", kind: bytes = tarfile.REGTYPE) -> None:

@@ -18,7 +18,7 @@ from web_servers import Handler, serving
 
 from sharding.build import build_corpus
 from sharding.shards.schema import Corpus
-from storage.web import Fetching
+from storage.fetching import Fetching
 
 COUNT = 40
 QUICK = Fetching(connections=8, per_host=4, attempts=4, timeout=1.0)

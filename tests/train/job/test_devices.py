@@ -11,7 +11,7 @@ from torch.distributed import distributed_c10d
 
 from runtime.ranks import Ranks
 from train.config.settings import RunConfig
-from train.job import devices
+from train.job import devices, gpus
 from train.job.devices import choose_kernels, collective_timeout, describe, device_for, driver_version, start_processes
 
 OPEN_DRIVER = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (dvs-builder)\n"
@@ -27,8 +27,8 @@ def host(monkeypatch, tmp_path):
         for number in range(files):
             (tmp_path / f"nvidia{number}").touch()
         (tmp_path / "nvidiactl").touch()
-        monkeypatch.setattr(devices, "DEVICES", tmp_path)
-        monkeypatch.setattr(devices, "DRIVER", tmp_path / "version")
+        monkeypatch.setattr(gpus, "DEVICES", tmp_path)
+        monkeypatch.setattr(gpus, "DRIVER", tmp_path / "version")
         if driver:
             (tmp_path / "version").write_text(driver)
         monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi
@@ -91,7 +91,7 @@ def test_a_driver_too_old_for_pytorch_ends_the_run(host):
     with pytest.raises(ValueError, match="cannot use it") as error:
         device_for(Ranks())
     assert str(error.value) == (
-        f"this host has an NVIDIA GPU ({devices.DEVICES}/nvidia0), but PyTorch {torch.__version__} for CUDA 13.0 "
+        f"this host has an NVIDIA GPU ({gpus.DEVICES}/nvidia0), but PyTorch {torch.__version__} for CUDA 13.0 "
         "cannot use it (driver 535.104.05): The NVIDIA driver on your system is too old (found version 12020); "
         "CUDA 13 needs driver 580 or newer: update the driver, or install the build for CUDA 12 (`make clean`, "
         "`make install DALI=cuda12`); to compute on the CPU, set DS_ACCELERATOR=cpu"
@@ -102,7 +102,7 @@ def test_a_driver_too_old_for_pytorch_ends_the_run(host):
 def test_a_gpu_of_windows_counts(host, monkeypatch, tmp_path):
     host()
     (tmp_path / "dxg").touch()
-    monkeypatch.setattr(devices, "WSL_DRIVER", tmp_path / "libcuda.so.1")
+    monkeypatch.setattr(gpus, "WSL_DRIVER", tmp_path / "libcuda.so.1")
     assert device_for(Ranks()) == torch.device("cpu")  # a GPU of another make
     (tmp_path / "libcuda.so.1").touch()
     monkeypatch.delenv("DS_ACCELERATOR")
