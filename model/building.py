@@ -24,8 +24,9 @@ def build_model(
 ) -> Model:
     """A model with random weights: `SingularityQA` where `answer_decoder.enable`, else `Singularity`.
 
-    special_ids: pad_id, cls_id, mask_id of the vocabulary. kinds: classes to take instead. Imports `config.plugins` first; one that cannot be found is
-    logged, since the model may not need it. Raises UserError when sizes do not fit together, or when it needs one.
+    special_ids: pad_id, cls_id, mask_id of the vocabulary. kinds: classes to take instead of these. Imports
+    `config.plugins` first; one that cannot be found is logged, since the model may not need it.
+    Raises UserError when sizes do not fit together, or when it needs one.
     """
     for plugin in config.plugins:
         try:
