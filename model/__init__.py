@@ -6,11 +6,21 @@ if TYPE_CHECKING:
     from model.api import Singularity, SingularityQA
     from model.building import build_model
     from model.config import ModelConfig
+    from model.losses import LOSSES, AnswerLossInputs, LossInputs
+    from model.text import TEXT, TextEncoder
+    from model.vision import VISION, VisionEncoder
 
 __all__ = [
+    "LOSSES",
+    "TEXT",
+    "VISION",
+    "AnswerLossInputs",
+    "LossInputs",
     "ModelConfig",
     "Singularity",
     "SingularityQA",
+    "TextEncoder",
+    "VisionEncoder",
     "build_model",
 ]
 
@@ -22,6 +32,9 @@ def __getattr__(name: str) -> object:
     from model.api import Singularity, SingularityQA  # noqa: F401
     from model.building import build_model  # noqa: F401
     from model.config import ModelConfig  # noqa: F401
+    from model.losses import LOSSES, AnswerLossInputs, LossInputs  # noqa: F401
+    from model.text import TEXT, TextEncoder  # noqa: F401
+    from model.vision import VISION, VisionEncoder  # noqa: F401
 
     globals().update({key: value for key, value in locals().items() if key in __all__})
     return globals()[name]

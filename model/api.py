@@ -13,19 +13,20 @@ import numpy as np
 import torch
 from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 
+from model.building import build_model
 from model.card import model_card
 from model.checkpoints.files import DESCRIPTION, TENSORS, VOCABULARY, Weights, find_vocabulary, write_weights
 from model.checkpoints.loading import find_weights, fit_weights
+from model.config import with_changes
 from model.encoders import Encoders
 from model.scoring import match_pairs
-from model.singularity import Singularity as RetrievalModel
-from model.vqa import SingularityQA as QAModel
+from model.singularity import Singularity as Network
+from model.vqa import SingularityQA as QANetwork
 from preprocessing.config import Preprocessing
 from preprocessing.normalization import normalize
 from preprocessing.text import Tokenizer, clean_text
 from preprocessing.visuals import Clip, Picture, clip_pixels, image_pixels, is_clip
 from runtime.errors import MissingError, UserError
-from runtime.plugins import load_plugins
 from sharding.media.frames import MediaError
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -71,7 +72,8 @@ class Pretrained(Encoders, ModelHubMixin):
         if not path.exists() and HUB_NAME.fullmatch(str(source)):
             path = _fetch(str(source), revision, token, cache_dir, local_files_only)
         found, weights = find_weights(path)
-        config, vocabulary = weights.config, find_vocabulary(found, weights.config.text_encoder.vocab_size)
+        config = with_changes(weights.config, {"losses": {}})
+        vocabulary = find_vocabulary(found, config.text_encoder.vocab_size)
         name = tokenizer or vocabulary
         words = Tokenizer.load(str(name)) if name else None
         if words is not None and words.vocab_size > config.text_encoder.vocab_size:
@@ -79,9 +81,8 @@ class Pretrained(Encoders, ModelHubMixin):
                 f"{name} has {words.vocab_size} entries, the model {config.text_encoder.vocab_size}: give the "
                 "vocabulary that it was trained with, tokenizer=FILE"
             )
-        load_plugins(config.plugins)
-        kind = SingularityQA if config.answer_decoder.enable else Singularity
-        model = kind(config, **(words.special_ids if words is not None else weights.special_ids))
+        special_ids = words.special_ids if words is not None else weights.special_ids
+        model: Any = build_model(config, special_ids, (Singularity, SingularityQA))
         fit_weights(model, weights, str(source))
         model.tokenizer, model.preprocessing, model.source = words, weights.preprocessing, found
         return model.eval()
@@ -159,7 +160,7 @@ class Pretrained(Encoders, ModelHubMixin):
         return partial(clip_pixels, settings=self.preprocessing, size=self.config.image_res, num_frames=frames)
 
 
-class Singularity(Pretrained, RetrievalModel):
+class Singularity(Pretrained, Network):
     """The model of pre-training and retrieval: embeddings of images, clips and texts, and match scores of pairs.
 
     `model.singularity.Singularity` with its vocabulary and preprocessing; E is `config.embed_dim`.
@@ -228,7 +229,7 @@ class Singularity(Pretrained, RetrievalModel):
         return torch.cat(attended[1:] or attended), mask, torch.cat(embeddings)
 
 
-class SingularityQA(Pretrained, QAModel):
+class SingularityQA(Pretrained, QANetwork):
     """The model of question answering: `model.vqa.SingularityQA` with its vocabulary and preprocessing."""
 
     def answer(

@@ -17,18 +17,23 @@ log = logging.getLogger(__name__)
 Model = Singularity | SingularityQA
 
 
-def build_model(config: ModelConfig, special_ids: dict[str, int] | None = None) -> Model:
+def build_model(
+    config: ModelConfig,
+    special_ids: dict[str, int] | None = None,
+    kinds: tuple[type[Singularity], type[SingularityQA]] = (Singularity, SingularityQA),
+) -> Model:
     """A model with random weights: `SingularityQA` where `answer_decoder.enable`, else `Singularity`.
 
-    special_ids: pad_id, cls_id, mask_id of the vocabulary. Imports `config.plugins` first; one that cannot be found is
-    logged, since the model may not need it. Raises UserError when sizes do not fit together, or when it needs one.
+    special_ids: pad_id, cls_id, mask_id of the vocabulary. kinds: classes to take instead of these. Imports
+    `config.plugins` first; one that cannot be found is logged, since the model may not need it.
+    Raises UserError when sizes do not fit together, or when it needs one.
     """
     for plugin in config.plugins:
         try:
             load_plugins([plugin])
         except MissingError as error:
             log.warning("%s: continuing without it", error)
-    kind = SingularityQA if config.answer_decoder.enable else Singularity
+    kind = kinds[config.answer_decoder.enable]
     return kind(config, **(special_ids or {}))
 
 
