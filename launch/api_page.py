@@ -78,7 +78,8 @@ def _signature(value: Any) -> str:
         return "(message)"
     if inspect.isclass(value) and is_dataclass(value) and any(each.help for each in declarations(value).values()):
         return "(KEY=VALUE)"
-    unquoted = re.sub(r"(: |-> )'([^']*)'", r"\1\2", str(inspect.signature(value)))
+    resolved = re.sub(r"ForwardRef\('([^']*)'\)", r"\1", str(inspect.signature(value)))
+    unquoted = re.sub(r"(: |-> )'([^']*)'", r"\1\2", resolved)
     return re.sub(r"\(self(, )?", "(", re.sub(r" at 0x[0-9a-f]+", "", unquoted))
 
 

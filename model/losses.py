@@ -28,44 +28,76 @@ class LossInputs(NamedTuple):
     """What a training forward of pre-training or retrieval gives to each loss: B pairs of a visual and a text.
 
     N rows stand for those of all ranks with `gather_negatives`, otherwise for the B of this rank.
+
+    - tokens (B, T·L, D): visual tokens, frame after frame, as cross-attention reads them
+    - pooled (B, T, D): a vector for each frame
+    - input_ids (B, Lt)
+    - attention_mask (B, Lt): 0 where padded
+    - text_states (B, Lt, D): states of the text-only layers
+    - idx (B,): identities of the visuals
+    - visual (B, E): float32, mean of the unit vectors of the frames
+    - text (B, E): unit vectors, float32
+    - all_idx (N,), all_visual (N, E), all_text (N, E): the same of N pairs
+    - same (B, N) bool: whether two pairs have the same visual
+    - temperature (1, 1): of the contrastive loss
+    - to_text (B, N): similarities of visuals to texts, over the temperature
+    - to_visual (B, N): similarities of texts to visuals, over the temperature
+    - match_states (3B, D): fused first tokens of the pairs, visuals + negative texts, texts + negative visuals
+    - match_logits (3B, 2): logits of these, column 1 for a match
+    - mlm_logits (M, V): logits at masked tokens; None where loss_weight.mlm is 0
+    - mlm_labels (M,): the tokens' ids, -100 where there is nothing to predict
+    - columns: values of the index's extra columns by name, as in the batch
     """
 
-    tokens: torch.Tensor  # (B, T·L, D) visual tokens, frame after frame, as cross-attention reads them
-    pooled: torch.Tensor  # (B, T, D) a vector for each frame
-    input_ids: torch.Tensor  # (B, Lt)
-    attention_mask: torch.Tensor  # (B, Lt), 0 where padded
-    text_states: torch.Tensor  # (B, Lt, D) of the text-only layers
-    idx: torch.Tensor  # (B,) identities of the visuals
-    visual: torch.Tensor  # (B, E) unit vectors, float32, mean over the frames
-    text: torch.Tensor  # (B, E) unit vectors, float32
-    all_idx: torch.Tensor  # (N,)
-    all_visual: torch.Tensor  # (N, E)
-    all_text: torch.Tensor  # (N, E)
-    same: torch.Tensor  # (B, N) bool: whether two pairs have the same visual
-    temperature: torch.Tensor  # (1, 1) float32
-    to_text: torch.Tensor  # (B, N) similarities of visuals to texts, over the temperature
-    to_visual: torch.Tensor  # (B, N) similarities of texts to visuals, over the temperature
-    match_states: torch.Tensor  # (3B, D) fused first tokens: pairs, visuals + negative texts, texts + negative visuals
-    match_logits: torch.Tensor  # (3B, 2) of these, column 1 for a match
-    mlm_logits: torch.Tensor | None = None  # (M, V) at masked tokens; None where loss_weight.mlm is 0
-    mlm_labels: torch.Tensor | None = None  # (M,) their ids, -100 where there is nothing to predict
-    columns: Mapping[str, Any] = MappingProxyType({})  # of the index, as in the batch
+    tokens: torch.Tensor
+    pooled: torch.Tensor
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    text_states: torch.Tensor
+    idx: torch.Tensor
+    visual: torch.Tensor
+    text: torch.Tensor
+    all_idx: torch.Tensor
+    all_visual: torch.Tensor
+    all_text: torch.Tensor
+    same: torch.Tensor
+    temperature: torch.Tensor
+    to_text: torch.Tensor
+    to_visual: torch.Tensor
+    match_states: torch.Tensor
+    match_logits: torch.Tensor
+    mlm_logits: torch.Tensor | None = None
+    mlm_labels: torch.Tensor | None = None
+    columns: Mapping[str, Any] = MappingProxyType({})
 
 
 class AnswerLossInputs(NamedTuple):
-    """What a training forward of question answering gives to each loss: B questions with A answers in all."""
+    """What a training forward of question answering gives to each loss: B questions with A answers in all.
 
-    tokens: torch.Tensor  # (B, T·L, D) visual tokens, frame after frame
-    pooled: torch.Tensor  # (B, T, D) a vector for each frame
-    question_states: torch.Tensor  # (B, Lq, D) of the questions, fused with their visuals
-    question_mask: torch.Tensor  # (B, Lq), 0 where padded
-    answer_ids: torch.Tensor  # (A, La)
-    answer_mask: torch.Tensor  # (A, La), 0 where padded
-    answer_weights: torch.Tensor  # (A,) share of those who gave it
-    owner: torch.Tensor  # (A,) the question of each answer
-    logits: torch.Tensor  # (A, La, V) of the token after each
-    answer_losses: torch.Tensor  # (A,) negative log-likelihood of each answer
-    columns: Mapping[str, Any] = MappingProxyType({})  # of the index, as in the batch
+    - tokens (B, T·L, D): visual tokens, frame after frame
+    - pooled (B, T, D): a vector for each frame
+    - question_states (B, Lq, D): states of the questions, fused with their visuals
+    - question_mask (B, Lq): 0 where padded
+    - answer_ids (A, La)
+    - answer_mask (A, La): 0 where padded
+    - answer_weights (A,): shares of the question's answers
+    - owner (A,): the question of each answer
+    - logits (A, La, V): logits of the next token at each position
+    - answer_losses (A,): negative log-likelihood of each answer
+    - columns: values of the index's extra columns by name, as in the batch
+    """
+
+    tokens: torch.Tensor
+    pooled: torch.Tensor
+    question_states: torch.Tensor
+    question_mask: torch.Tensor
+    answer_ids: torch.Tensor
+    answer_mask: torch.Tensor
+    answer_weights: torch.Tensor
+    owner: torch.Tensor
+    logits: torch.Tensor
+    answer_losses: torch.Tensor
+    columns: Mapping[str, Any] = MappingProxyType({})
 
 
 class Losses(nn.Module):
