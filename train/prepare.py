@@ -82,7 +82,7 @@ def prepare_training(settings: Settings, ranks: Ranks, evaluates: bool, device: 
     model, tokenizer = _model(settings)
     model.freeze(run.freeze)
     trainable_groups(model, run.optimizer)
-    _check_statistics(model)
+    check_statistics(model)
     progress("opening the corpora")
     quarantine = run.quarantine_file or str(Path(run.output_dir) / "quarantine-{rank}.jsonl")
     loader_settings = replace(run, quarantine_file=quarantine)
@@ -120,13 +120,13 @@ def _claim(folder: RunFolder, run: RunConfig, remote: RemoteCheckpoints | None, 
         _check_vocabulary(tokenizer, str(path / WEIGHTS), run)
 
 
-def _check_statistics(model: Model) -> None:
+def check_statistics(model: Model) -> None:
     """Raise UserError for running statistics, which each process would collect of its own part of a batch."""
     for name, module in model.named_modules():
         if module.training and getattr(module, "track_running_stats", False):
             raise UserError(
                 f"{name} is a {type(module).__name__}, whose running statistics would differ between processes: take "
-                "GroupNorm or LayerNorm, or keep it in evaluation mode"
+                f"GroupNorm or LayerNorm, or freeze=[{name}], which keeps it in evaluation mode"
             )
 
 

@@ -6,14 +6,19 @@ import pytest
 import torch
 from backbones import check_engine, launch, one_process, overrides, page_model, write_files  # noqa: F401
 from small_run import learned
+from torch import nn
 
 from launch.finetune_retrieval import main as finetune_retrieval
 from launch.pretrain import main as pretrain
 from model.building import build_model
 from model.checkpoints.files import resolve_weights
 from model.checkpoints.loading import load_model
+from model.config import VisionConfig
 from model.export import main as export
 from model.flops import image_flops
+from model.vision import VISION, VisionEncoder
+from runtime.errors import UserError
+from train.prepare import check_statistics
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +61,25 @@ def test_its_work_is_counted_and_its_options_reach_it(shapes):
     assert [layer.out_channels for layer in convolutions] == [48, 96, 192, 128]
     products = sum(2 * layer.weight.numel() * size**2 for layer, size in zip(convolutions, (16, 8, 4, 2), strict=True))
     assert image_flops(model) == (products, 1 + 2 * 2)
+
+
+@VISION("with_batch_norm")
+class WithBatchNorm(VisionEncoder):
+    def __init__(self, config):
+        super().__init__()
+        self.cut = nn.Conv2d(3, config.vision_encoder.width, 16, 16)
+        self.norm = nn.BatchNorm2d(config.vision_encoder.width)
+
+    def forward(self, images):
+        tokens = self.norm(self.cut(images)).flatten(2).transpose(1, 2)
+        return tokens, tokens.mean(1)
+
+
+def test_batch_norm_is_refused_unless_frozen(shapes):
+    config = page_model(shapes)
+    config.vision_encoder = VisionConfig(type="with_batch_norm", width=128)
+    model = build_model(config)
+    with pytest.raises(UserError, match=r"vision_encoder\.norm is a BatchNorm2d, .* take GroupNorm or LayerNorm"):
+        check_statistics(model)
+    model.freeze(["vision_encoder.norm"])
+    check_statistics(model)
