@@ -16,6 +16,18 @@ from places import ROOT
 
 from loaders import TrainLoader
 
+# PyPI has torchvision for CUDA only. Beside a CPU build of PyTorch it lacks its operators and cannot be imported;
+# both trainers import it, and nothing here calls them.
+OPERATORS = """
+try:
+    import torchvision
+except RuntimeError:
+    import torch
+    operators = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        operators.define(f"{name}(Tensor boxes, Tensor scores, float threshold) -> Tensor")
+seen = []
+"""
 # Each trains 2 steps, then goes on to 5 from the checkpoint; an epoch has 4.
 ONE_CPU = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 LIGHTNING = """
@@ -82,11 +94,9 @@ def test_trainers_of_others_go_on_within_an_epoch(folder: Path, package: str, ex
     if find_spec(package) is None:
         leave_out(f"{package} not installed: `pip install {package}`, or `make install`")
     result = subprocess.run(
-        [sys.executable, "-c", f"seen = []{example}print(seen)"], capture_output=True, text=True,
+        [sys.executable, "-c", f"{OPERATORS}{example}print(seen)"], capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]), **ONE_CPU},
     )  # fmt: skip
-    if "operator torchvision::nms does not exist" in result.stderr:
-        leave_out("torchvision is not of the same build as PyTorch, so neither trainer can be imported")
     assert result.returncode == 0, result.stderr
     with runpy.run_path("own_data.py")["make_loader"]() as loader:
         whole = [batch.keys for batch in [*loader, next(iter(loader))]]
