@@ -96,7 +96,7 @@ test-newest: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy runtime storage sharding loaders model train eval launch
+	$(BIN)/mypy runtime storage sharding preprocessing loaders model train eval launch
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

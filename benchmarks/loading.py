@@ -34,9 +34,9 @@ from loading_peers import PEERS, serve
 from loaders.config import LoaderConfig, PerMedia
 from loaders.decode.pixels import odd_buffer
 from loaders.samples import Clip
-from loaders.text import Tokenizer
 from loaders.train import TrainLoader
 from loaders.vocab import learn_vocabulary
+from preprocessing.text import Tokenizer
 from sharding.build import build_corpus
 
 BATCH = {"image": 128, "video": 32}

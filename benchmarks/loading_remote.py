@@ -33,9 +33,9 @@ from object_stores import Store, environment_of, forget_clients, free_port, serv
 
 from loaders.bench import cpu_seconds  # noqa: E402
 from loaders.config import CacheConfig, LoaderConfig, PerMedia  # noqa: E402
-from loaders.text import Tokenizer  # noqa: E402
 from loaders.train import TrainLoader  # noqa: E402
 from loaders.vocab import learn_vocabulary  # noqa: E402
+from preprocessing.text import Tokenizer  # noqa: E402
 
 HTTP_PROXY_PROGRAM = f"""
 import sys, time

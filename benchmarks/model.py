@@ -27,7 +27,7 @@ import torch
 from torch.nn import functional
 
 from model.config import ModelConfig, TextConfig, VisionConfig
-from model.flops import layer_flops, step_flops
+from model.flops import image_flops, layer_flops, step_flops
 from model.losses import contrastive_loss, contrastive_targets, matching_loss, mlm_loss
 from model.singularity import RandomChoices, Singularity
 from model.text import additive_mask
@@ -95,7 +95,7 @@ def straightforward_fusion(
 ) -> torch.Tensor:
     """Fusion layers over pairs, row by row: states (P, Lt, D), tokens (P, S, D)."""
     self_mask = additive_mask(mask, states.dtype)
-    for layer in model.text_encoder.layer[model.text_encoder.fusion_layer :]:
+    for layer in model.text_encoder.fusion_layers:
         states, _ = layer.attention(states, self_mask)
         cross = eager_cross_attention(layer.crossattention.self, states, tokens)
         states = layer.crossattention.output(cross, states)
@@ -116,8 +116,8 @@ def straightforward(model: Singularity, batch: dict[str, torch.Tensor], _: bool 
         torch.cat([tokens, tokens[negatives], tokens]),
     )
     has_negative = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
-    masked = straightforward_fusion(model, model.text_encoder.encode(batch["masked_ids"], mask), mask, tokens)
-    words = model.word_head(masked, model.text_encoder.embeddings.word_embeddings.weight)
+    masked = straightforward_fusion(model, model.text_encoder(batch["masked_ids"], mask), mask, tokens)
+    words = model.word_head(masked, model.text_encoder.word_matrix())
     return {
         "loss_itc": contrastive_loss(similarity, similarity.T, contrastive_targets(batch["idx"])),
         "loss_itm": matching_loss(model.itm_head(fused[:, 0]), has_negative),
@@ -224,11 +224,11 @@ def report(
     return result | ({"mfu": round(rate / peak, 3)} if peak else {})
 
 
-def straightforward_flops(config: ModelConfig, pairs: int, frames: int, length: int) -> dict[str, int]:
+def straightforward_flops(model: Singularity, pairs: int, frames: int, length: int) -> dict[str, int]:
     """Forward operations of the straightforward variant: keys of every pair, MLM logits at every position."""
-    result = dict(step_flops(config, pairs, frames, length))
-    vision, text = config.vision_encoder, config.text_encoder
-    source = ((config.image_res // vision.patch_size) ** 2 + 1) * frames
+    result = dict(step_flops(model, pairs, frames, length))
+    vision, text = model.config.vision_encoder, model.config.text_encoder
+    source = image_flops(model)[1] * frames
     layer = layer_flops(length, text.width, text.intermediate, length)
     cross = 4 * length * text.width**2 + 4 * length * source * text.width + 4 * source * vision.width * text.width
     result["fusion"] = (text.layers - text.fusion_layer) * 4 * pairs * (layer + cross)
@@ -245,7 +245,7 @@ def memory_apart(way: str) -> Memory:
 
 def compare(options: argparse.Namespace, ways: list[str]) -> None:
     """Run the variants in turn; print a line for each and the ratios of their medians."""
-    cuda, config = options.device == "cuda", SIZES[options.size]
+    cuda = options.device == "cuda"
     sides = {way: prepare(options, way == "straightforward") for way in ways}
     memory = {}
     for way, (step, _, model, _) in sides.items():
@@ -265,7 +265,7 @@ def compare(options: argparse.Namespace, ways: list[str]) -> None:
     medians = {}
     for way, (_, given_words, model, length) in sides.items():
         count = straightforward_flops if way == "straightforward" else step_flops
-        flops = count(config, options.batch, options.frames, length)
+        flops = count(model, options.batch, options.frames, length)
         model.eval()
         with torch.no_grad():
             losses = {name: round(float(loss), 5) for name, loss in given_words().items()}

@@ -35,17 +35,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from loaders.batch import Batch, normalize
+from loaders.batch import Batch
 from loaders.config import BACKENDS, LoaderConfig, PerMedia, VideoInput
 from loaders.shards import CorpusReader
-from loaders.text import Tokenizer
 from loaders.train import TrainLoader
 from model.building import build_model
 from model.config import ModelConfig, TextConfig, VisionConfig, with_changes
 from model.flops import step_flops
 from model.singularity import Singularity
+from preprocessing.normalization import normalize
+from preprocessing.text import Tokenizer
 from runtime.ranks import Ranks, ranks_from_environment
-from train.checkpoints.writing import special_ids
 from train.config.settings import OptimizerConfig, RunConfig
 from train.deepspeed.engine import DTYPES, deepspeed_config, start_engine
 from train.guard import StepGuard
@@ -147,14 +147,14 @@ class Ways:
         self.waited, self.flops, self.taken, self.warmed_up = 0.0, 0, 0, 0.0
         self.device, self._keeps = device, len(options.ways) > 1
         self.kept: list[Batch] = []
-        model = build_model(self.config, special_ids(tokenizer))
+        self.model = model = build_model(self.config, tokenizer.special_ids)
         engine, groups = start_engine(model, self.run, deepspeed_config(self.run, ranks), device)
         engine.train()
         guard = StepGuard(engine, ranks, 10, 1.0)
         schedule = Schedule(0, 10**6, 0.1)
         self.stepper = Stepper(engine, groups, model, schedule, guard, device, self.run, ranks.rank)
         if "plain" in options.ways:
-            self.alone = build_model(self.config, special_ids(tokenizer)).to(device)
+            self.alone = build_model(self.config, tokenizer.special_ids).to(device)
             self.optimizer = adamw(self.alone, self.run)
 
     def block(self, way: str, count: int) -> Seconds:
@@ -176,7 +176,7 @@ class Ways:
         batch = without_padding(next(self.batches))
         self.waited += time.perf_counter() - began
         pairs, frames = batch.frames.shape[:2]
-        self.flops += FORWARD_AND_BACKWARD * step_flops(self.config, pairs, frames, batch.input_ids.shape[1])["total"]
+        self.flops += FORWARD_AND_BACKWARD * step_flops(self.model, pairs, frames, batch.input_ids.shape[1])["total"]
         self.taken += 1
         self.kept += [batch] if self._keeps else []
         self.stepper(batch, self.taken)

@@ -12,7 +12,6 @@ from model.config import ENSEMBLES
 from runtime.errors import UserError
 from runtime.settings import check_declared, evaluation, fixed, free, nearest
 
-TASKS = ("retrieval", "qa", "choice")
 ACCURACIES = ("exact", "vqa")
 
 
@@ -20,7 +19,8 @@ ACCURACIES = ("exact", "vqa")
 class EvalConfig:
     """Settings of the scores and of the report."""
 
-    task: str = fixed("retrieval", "task of fine-tuning and evaluation", choices=TASKS)
+    task: str = fixed("retrieval", "task of fine-tuning and evaluation: retrieval, qa, choice, or yours")
+    task_options: dict[str, Any] = evaluation(dict, "settings of a task of your own", replaced=True)
     k_test: int = evaluation(
         128, "candidates to re-rank for a query or question; retrieval: 0 for the dual encoder only", least=0
     )

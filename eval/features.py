@@ -14,12 +14,12 @@ from tqdm import tqdm
 
 from eval.cache import Block, CachedBlocks, entry_name, model_digest, read_entry, write_entry
 from eval.config import EvalConfig
-from loaders.batch import normalize
 from loaders.evaluation import VisualSet
-from loaders.text import Tokenizer
 from model.encoders import Encoders
 from model.scoring import match_pairs
 from model.singularity import Singularity
+from preprocessing.normalization import normalize
+from preprocessing.text import Tokenizer
 from runtime.activity import progress
 from runtime.collectives import broadcast, gather_objects, gather_rows
 from runtime.ranks import ALONE, Ranks
@@ -103,7 +103,7 @@ def encode_blocks(
 ) -> Iterator[Block]:
     """Encode normalised frames (B, T, 3, H, W) on the model's device, with their indices (B,), batch by batch."""
     for frames, indices in batches:
-        tokens, pooled = model.encode_clips(frames, config.eval_frame_ensemble, config.ensemble_skips_temporal)
+        tokens, pooled = model.clip_tokens(frames, config.eval_frame_ensemble, config.ensemble_skips_temporal)
         embeddings = model.project_visual(pooled).float().mean(1) if isinstance(model, Singularity) else None
         yield Block(indices.cpu().numpy(), tokens, embeddings)
 

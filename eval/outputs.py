@@ -141,7 +141,7 @@ def _details(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": recorded_settings(config),
         "intervals": intervals(outcomes),
-        "splits": {split.name: split.details | {"items_sha256": items_digest(split.predictions)} for split in splits},
+        "splits": {split.name: {"items_sha256": items_digest(split.predictions), **split.details} for split in splits},
     }
 
 

@@ -19,11 +19,12 @@ from eval.tasks.retrieval import RetrievalTask
 from eval.tasks.task import Task
 from loaders.evaluation import corpus_digest
 from loaders.shards import describe
-from loaders.text import Tokenizer
 from model.building import Model
 from model.singularity import Singularity
+from preprocessing.text import Tokenizer
 from runtime.activity import begin, progress
 from runtime.errors import UserError, file_errors
+from runtime.plugins import Registry
 from runtime.ranks import Ranks
 
 log = logging.getLogger(__name__)
@@ -31,18 +32,18 @@ log = logging.getLogger(__name__)
 Metrics = dict[str, dict[str, float]]
 FINAL = "final"  # label of the evaluation that ends a training
 
-# By the names of `eval.config.TASKS`.
-TASKS: dict[str, Callable[[EvalRunConfig], Task[Any, Any]]] = {
-    "retrieval": lambda _: RetrievalTask(),
-    "qa": lambda config: QATask(read_answer_list(config)),
-    "choice": lambda _: MultipleChoiceTask(),
-}
+# What makes the task that `task` names, from the settings of the run: a class of tasks, or a function.
+TASKS: Registry[Callable[[EvalRunConfig], Task[Any, Any]]] = Registry("task")
+TASKS("retrieval")(lambda _: RetrievalTask())
+TASKS("qa")(lambda config: QATask(read_answer_list(config)))
+TASKS("choice")(lambda _: MultipleChoiceTask())
 
 
 def make_task(run: EvalRunConfig) -> Task[Any, Any]:
     """The task that `run.task` names.
 
-    Raises UserError if a task setting is invalid, or a split is not a corpus with the texts that the task needs.
+    Raises UserError if there is none of this name, a setting of it is invalid, or a split is not a corpus with the
+    texts that it needs.
     """
     task = TASKS[run.task](run)
     for name, url in run.test_urls().items():

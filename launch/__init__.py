@@ -1,1 +1,3 @@
 """Entry points and cluster tools."""
+
+__all__: list[str] = []

@@ -11,9 +11,9 @@ from launch.command import Ranks, Settings, run
 
 def main(settings: Settings, ranks: Ranks) -> None:
     """Import PyTorch only now: errors in the settings show at once."""
-    from launch.training import ENTRY_POINTS, finetune
+    from launch.training import finetune
 
-    finetune(settings, ranks, tuple(ENTRY_POINTS))
+    finetune(settings, ranks)
 
 
 if __name__ == "__main__":

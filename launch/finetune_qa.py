@@ -13,7 +13,7 @@ def main(settings: Settings, ranks: Ranks) -> None:
     """Import PyTorch only now: errors in the settings show at once."""
     from launch.training import finetune
 
-    finetune(settings, ranks, ("qa",))
+    finetune(settings, ranks, answers=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,14 +24,16 @@ from train.prepare import Prepared, prepare_training
 
 log = logging.getLogger(__name__)
 
-ENTRY_POINTS = {"retrieval": "finetune_retrieval", "choice": "finetune_retrieval", "qa": "finetune_qa"}
 
+def finetune(settings: Settings, ranks: Ranks, answers: bool | None = None) -> None:
+    """Fine-tune and evaluate. answers: for task=qa only, or for any other only; by default for any.
 
-def finetune(settings: Settings, ranks: Ranks, tasks: Sequence[str]) -> None:
-    """Fine-tune for one of `tasks`, and evaluate. Raises UserError for another task or without test corpora."""
+    Raises UserError for another task, or without test corpora.
+    """
     run = settings.config
-    if run.task not in tasks:
-        raise UserError(f"the configuration is for task={run.task}: start it with launch/{ENTRY_POINTS[run.task]}.py")
+    if answers is not None and (run.task == "qa") != answers:
+        other = "finetune_retrieval" if answers else "finetune_qa"
+        raise UserError(f"the configuration is for task={run.task}: start it with launch/{other}.py")
     if not run.test_corpus:
         raise UserError("test_corpus is empty: name the packed corpora to evaluate, test_corpus.NAME=URL")
     train(settings, ranks, evaluates=True)

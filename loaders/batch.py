@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
 
+from loaders.columns import Column, collated
 from loaders.config import LoaderConfig
 from loaders.samples import DecodedSamples, SampleSpec
-from loaders.text import Tokenizer, clean_text
+from preprocessing.text import Tokenizer, clean_text
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,20 @@ class Answers:
     weights: torch.Tensor
     per_question: torch.Tensor
 
+    def rows(self, rows: slice) -> Answers:
+        """The answers of some of the questions."""
+        counts = self.per_question
+        own = slice(int(counts[: rows.start].sum()), int(counts[: rows.stop].sum()))
+        return Answers(self.input_ids[own], self.attention_mask[own], self.weights[own], counts[rows])
+
 
 @dataclass(frozen=True)
 class Batch:
     """One rank's part of a global batch: B pairs, all images or all videos, T frames each.
 
     frames (B, T, H, W, 3) uint8; input_ids and attention_mask (B, Lt) int64;
-    idx (B,) int64: equal numbers mean the same visual; keys: corpus and sample key of each pair.
+    idx (B,) int64: equal numbers mean the same visual; keys: corpus and sample key of each pair; columns: values of
+    each extra column of the index, a tensor (B,) or B texts.
     """
 
     media_type: str
@@ -45,16 +53,35 @@ class Batch:
     keys: tuple[str, ...]
     answers: Answers | None = None
 
+    columns: Mapping[str, Column] = field(default_factory=dict)
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`; the host does not wait for the copies."""
-        tensors: dict[str, Any] = {
-            name: _copied(getattr(self, name), torch.device(device))
-            for name in ("frames", "input_ids", "attention_mask", "idx")
-        }
-        answers = self.answers
-        if answers is not None:
-            answers = Answers(*(_copied(value, torch.device(device)) for value in vars(answers).values()))
-        return replace(self, **tensors, answers=answers)
+        return _mapped(self, partial(copied, device=torch.device(device)))
+
+    def rows(self, rows: slice) -> Batch:
+        """The batch of some of the pairs."""
+        return replace(self, **{item.name: _rows_of(getattr(self, item.name), rows) for item in fields(self)})
+
+
+def _mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A batch, or a field of it, with every tensor changed."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {name: _mapped(each, change) for name, each in value.items()}
+    if isinstance(value, Batch | Answers):
+        return replace(value, **{item.name: _mapped(getattr(value, item.name), change) for item in fields(value)})
+    return value
+
+
+def _rows_of(value: Any, rows: slice) -> Any:
+    """Some rows of a field of a batch; fields that are not by row stay."""
+    if isinstance(value, Mapping):
+        return {name: each[rows] for name, each in value.items()}
+    if isinstance(value, Answers):
+        return value.rows(rows)
+    return value[rows] if isinstance(value, torch.Tensor | tuple) else value
 
 
 def collate(
@@ -79,6 +106,7 @@ def collate(
         idx=torch.tensor([spec.visual for spec in samples.specs]),
         keys=tuple(spec.name for spec in samples.specs),
         answers=answers,
+        columns={name: collated([spec.extra[name] for spec in samples.specs]) for name in config.extra_columns},
     )
 
 
@@ -89,27 +117,8 @@ def _answers(specs: Sequence[SampleSpec], tokenizer: Tokenizer, length: int) -> 
     return Answers(input_ids, attention_mask, weights, torch.tensor([len(spec.answers) for spec in specs]))
 
 
-def _copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor on `device`. To a GPU it goes from pinned memory: CUDA may wait for the stream before it reads other."""
     if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
         tensor = tensor.contiguous().pin_memory()
     return tensor.to(device, non_blocking=True)
-
-
-def normalize(
-    frames: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
-    """Bytes (B, T, H, W, 3) to normalised pixels (B, T, 3, H, W) of `dtype`, on the device the bytes are on."""
-    scale, shift = _scale_and_shift(mean, std, frames.device)
-    return (frames.permute(0, 1, 4, 2, 3) * scale + shift).to(dtype)
-
-
-@lru_cache
-def _scale_and_shift(
-    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Factors and offsets (3, 1, 1) float32, made once per device: a copy to a GPU makes the host wait."""
-    with torch.inference_mode(False):  # they outlive it
-        scale = torch.tensor([1 / (255 * s) for s in std], dtype=torch.float32).view(3, 1, 1)
-        shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=torch.float32).view(3, 1, 1)
-        return scale.to(device), shift.to(device)

@@ -23,8 +23,8 @@ from runtime.ranks import cores_per_process
 
 if TYPE_CHECKING:
     from loaders.batch import Batch
-    from loaders.text import Tokenizer
     from loaders.train import TrainLoader
+    from preprocessing.text import Tokenizer
 
 READ_BOUND_SHARE = 0.3  # share of the time that decoding waits for reading, from which reading is the bottleneck
 NEGLIGIBLE_WAIT = 0.02  # share of the time that the loop waits for batches, below which loading costs nothing
@@ -142,8 +142,8 @@ def step(batch: Batch, seconds: float) -> None:
     if seconds:
         import torch
 
-        from loaders.batch import normalize
         from loaders.decode.choice import usual_device
+        from preprocessing.normalization import normalize
 
         normalize(batch.to(usual_device()).frames, HALF, HALF, torch.bfloat16)
         time.sleep(seconds)
@@ -272,7 +272,7 @@ def configuration(options: argparse.Namespace) -> LoaderConfig:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = parser().parse_args(arguments)
-    from loaders.text import Tokenizer
+    from preprocessing.text import Tokenizer
 
     config = configuration(options)
     tokenizer = Tokenizer.load(options.tokenizer) if options.tokenizer else None

@@ -26,7 +26,7 @@ class VideoInput:
     """How the frames of a clip are sampled."""
 
     num_frames: int = fixed(1, "frames per clip in training", checkpoint=FINE_TUNING, least=1)
-    sample_type: str = fixed("rand", "frames in training: rand (one of each segment), middle, or fpsX (X per second)")
+    sample_type: str = fixed("rand", "frames in training: rand (one a segment), middle, fpsX (X per second), or yours")
     num_frames_test: int = evaluation(4, "frames per clip in evaluation", least=1)
     sample_type_test: str = evaluation("middle", "frames in evaluation; the same forms as sample_type")
 
@@ -61,12 +61,16 @@ class LoaderConfig:
     corpus_weights: dict[str, float] = fixed(
         dict, "name of a corpus: its traversals per epoch; default 1", replaced=True
     )
+    extra_columns: list[str] = fixed(
+        list, "columns of your own in the index that batches carry: docs/how-to/extra-column.md"
+    )
     seed: int = fixed(42, "seed of the sample order, all random choices and the initial weights", least=0)
     stripes: int = fixed(
         64, "parts of an epoch that are read in parallel; a multiple of the ranks", least=1, renamed_from="lanes"
     )
     window_shards: int = fixed(4, "shards of a stripe whose samples are shuffled together", least=1)
     augment: bool = fixed(True, "random resized crop and flip; false: resize only")
+    augmentations: list[str] = fixed(list, "augmentations of your own, after crop and flip, in order")
     flip: bool = fixed(True, "horizontal flips; set false where left and right carry meaning")
     antialias: bool = fixed(False, "antialiasing when resizing; the official transform has none")
     decode: str = free(

@@ -14,11 +14,11 @@ from loaders.config import LoaderConfig
 from loaders.decode.choice import make_decoder
 from loaders.decode.decoder import Decoder, decode_samples
 from loaders.index import ShardIndex
-from loaders.order.choices import choose_frames, parse_sample_type
 from loaders.prefetch import Prefetcher
 from loaders.samples import SampleSpec, whole_sample
 from loaders.shards import open_corpus
-from loaders.text import clean_text
+from preprocessing.frames import choose_frames, frame_sampler
+from preprocessing.text import clean_text
 from runtime.activity import progress
 from runtime.errors import UserError
 from runtime.ranks import cores_per_process, current_ranks, processes_on_node
@@ -41,7 +41,7 @@ class VisualSet:
     """
 
     def __init__(self, url: str, config: LoaderConfig) -> None:
-        parse_sample_type(config.video_input.sample_type_test)
+        frame_sampler(config.video_input.sample_type_test)  # raises where there is none
         if config.video_input.sample_type_test == "rand":
             raise UserError(
                 "sample_type_test is 'rand', but test sets show the same frames each time: set middle or fpsX"

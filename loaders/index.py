@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from sharding.shards.schema import INDEX_SCHEMA
 
 UNITS = ("samples", "captions", "questions", "choices")
 
@@ -35,8 +39,9 @@ class Record(NamedTuple):
 class ShardIndex:
     """The rows of a shard's index; frame columns are flat arrays with an offset for each row."""
 
-    def __init__(self, table: pa.Table, shard: int) -> None:
-        column = {name: table[name].combine_chunks() for name in table.column_names}
+    def __init__(self, table: pa.Table, shard: int, extra: Mapping[str, pa.Array] = MappingProxyType({})) -> None:
+        """extra: values (rows,) of extra columns."""
+        column = {name: table[name].combine_chunks() for name in INDEX_SCHEMA.names}
         self._shard = shard
         self._keys = column["key"]
         frames = column["offsets"]
@@ -49,6 +54,7 @@ class ShardIndex:
         self._texts = {name: column[name] for name in UNITS[1:]}
         self._text_values = {name: texts.flatten() for name, texts in self._texts.items()}
         self._sources = column["source"]
+        self._extra = extra
         # (rows + 1,) number of each row's first text among the shard's
         self._text_first = {
             name: np.concatenate([[0], np.cumsum(pc.list_value_length(texts).fill_null(0).to_numpy())])
@@ -92,6 +98,10 @@ class ShardIndex:
     def text(self, name: str, row: int, number: int) -> Any:
         """One of a sample's captions, questions or choices."""
         return self._text_values[name][int(self._text_first[name][row]) + number].as_py()
+
+    def extra(self, row: int) -> dict[str, Any]:
+        """A sample's values of the extra columns."""
+        return {name: values[row].as_py() for name, values in self._extra.items()}
 
     def source(self, row: int) -> str:
         """The media's name in the annotations."""

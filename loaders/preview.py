@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from loaders.config import LoaderConfig, PerMedia, VideoInput
 from runtime.errors import command
 from runtime.flags import positive
+from runtime.plugins import load_plugins
 from runtime.program import command_line
 from sharding.shards.outside import check_outside_corpora
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from loaders.batch import Batch
-    from loaders.text import Tokenizer
+    from preprocessing.text import Tokenizer
 
 TEXT_LINES = 4
 
@@ -47,7 +48,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--columns", type=positive, default=6, help="samples side by side (default: %(default)s)")
     result.add_argument("--size", type=positive, default=224, help="image_res (default: %(default)s)")
     result.add_argument("--frames", type=positive, default=1, help="frames per clip (default: %(default)s)")
-    result.add_argument("--sample-type", default="rand", help="rand, middle or fpsX (default: %(default)s)")
+    result.add_argument("--sample-type", default="rand", help="frames of a clip (default: %(default)s)")
+    result.add_argument("--plugins", nargs="+", default=[], metavar="MODULE", help="modules of your own to import")
+    result.add_argument("--augmentations", nargs="+", default=[], metavar="NAME", help="those of your plugins to apply")
     result.add_argument("--length", type=positive, default=32, help="maximum tokens of a text (default: %(default)s)")
     result.add_argument("--epoch", type=int, default=0, help="(default: %(default)s)")
     result.add_argument("--seed", type=int, default=42, help="(default: %(default)s)")
@@ -76,6 +79,7 @@ def first_batch(options: argparse.Namespace, tokenizer: Tokenizer) -> Batch:
         epoch_unit=unit,
         seed=options.seed,
         augment=not options.no_augment,
+        augmentations=[] if options.no_augment else options.augmentations,
         prefetch=1,
         max_bad_share=1.0,
     )
@@ -91,7 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = parser().parse_args(arguments)
     check_outside_corpora(options.output, "--output")
-    from loaders.text import Tokenizer
+    load_plugins(options.plugins)
+    from preprocessing.text import Tokenizer
 
     tokenizer = Tokenizer.load(options.tokenizer)
     batch = first_batch(options, tokenizer)

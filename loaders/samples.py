@@ -3,7 +3,8 @@
     EpochPlan            order/epoch.py    which sample, caption or question is at a position of the epoch
       -> SampleSpec      order/mixture.py  the sample, and what is shown of it: frames, crop, flip, text
       -> RawSample       shards.py         the JPEG bytes of its frames, or the reason why there are none
-      -> DecodedSamples  decode/           the pixels of all samples of a step, or the reason of each without any
+      -> DecodedSamples  decode/           the pixels of all samples of a step, or the reason of each without any;
+                                           augment.py changes them
       -> Batch           batch.py          the tensors of a step; text.py makes the tokens
 
 train.py chains the stages for training, and replaces samples without pixels at the end of the chain; evaluation.py
@@ -12,9 +13,10 @@ chains them for test sets, and reports such samples. No stage calls an earlier o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -58,6 +60,8 @@ class SampleSpec(NamedTuple):
     text: str = ""
     answers: tuple[tuple[str, float], ...] = ()  # with their weights
     reason: str = ""  # the reason why it cannot be used, known from its index
+    extra: Mapping[str, Any] = MappingProxyType({})  # its values of the extra columns
+    key: int = 0  # of all random choices for it
 
     @property
     def visual(self) -> int:

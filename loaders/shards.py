@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from loaders.columns import ExtraColumns
 from loaders.config import LoaderConfig, check_storage
 from loaders.descriptions import REFETCHES, SharedFiles, content_name
 from loaders.index import Record, ShardIndex
@@ -38,6 +39,7 @@ class CorpusReader:
     """Reads one corpus: its indices and frames' bytes. Safe to use from several threads.
 
     open_shards: indices kept in memory; fewer than are in use at a time make it slow.
+    extra: columns of the indices that samples come with.
     remote: how this process may read a store. cache: where indices are kept, and shards of the media types in `keep`.
     Raises FileNotFoundError or ValueError when there is no corpus, or the URL or the options hold credentials.
     """
@@ -50,11 +52,12 @@ class CorpusReader:
         remote: RemoteReads | None = None,
         cache: DiskCache | None = None,
         keep: Sequence[str] = (),
+        extra: ExtraColumns | None = None,
     ) -> None:
         self.options: dict[str, Any] = dict(options or {})
         check_no_credentials(url, self.options)
         self.remote = remote or RemoteReads()
-        self.cache = cache
+        self.cache, self._extra = cache, extra or ExtraColumns(())
         self._indices = LastUsed(self._load_index, open_shards)
         self._stores: list[RemoteStore] = []  # that are open
         folder = self._connect(named_shards(url)[0])
@@ -159,8 +162,10 @@ class CorpusReader:
 
     def _load_index(self, shard: int) -> ShardIndex:
         if self._shared is None:
-            return ShardIndex(read_index(self.corpus, shard, self.options), shard)
-        return ShardIndex(parse_index(self.corpus, shard, self._shared.index(self.corpus, shard)), shard)
+            table = read_index(self.corpus, shard, self.options)
+        else:
+            table = parse_index(self.corpus, shard, self._shared.index(self.corpus, shard))
+        return ShardIndex(table, shard, self._extra.of(table, self.corpus.index_url(shard)))
 
     def bring_indices(self, start: float) -> None:
         """Have all indices of a remote corpus brought to the node's cache, from the one at `start` in [0, 1) on."""
@@ -199,11 +204,15 @@ class CorpusReader:
 
 
 def open_corpus(
-    url: str, config: LoaderConfig, open_shards: int = OPEN_SHARDS, ranks: Ranks | None = None
+    url: str,
+    config: LoaderConfig,
+    open_shards: int = OPEN_SHARDS,
+    ranks: Ranks | None = None,
+    extra: ExtraColumns | None = None,
 ) -> CorpusReader:
     """A reader with the settings of a run; raises as CorpusReader, and UserError for settings without a meaning.
 
-    ranks: of this process; by default from the environment.
+    ranks: of this process; by default from the environment. extra: see CorpusReader; those of `config` are training's.
     """
     check_storage(config)
     check_no_credentials(url, config.storage)
@@ -216,7 +225,7 @@ def open_corpus(
         else:
             cache, keep = index_cache(config.cache.index_mb), ()
         wait_for_turn(ranks, config.remote.starts_per_second)
-    return CorpusReader(url, config.storage, open_shards, share_of(config.remote, ranks), cache, keep)
+    return CorpusReader(url, config.storage, open_shards, share_of(config.remote, ranks), cache, keep, extra)
 
 
 def describe(url: str, config: LoaderConfig) -> Corpus:

@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from loaders.augment import AUGMENTATIONS, augmented
 from loaders.batch import Batch, collate
+from loaders.columns import ExtraColumns
 from loaders.config import LoaderConfig, check_weights
 from loaders.decode.choice import make_decoder
 from loaders.decode.decoder import BATCHES_AT_ONCE, decode_samples
@@ -29,7 +31,7 @@ from loaders.prefetch import Prefetcher, StalledError, overlapped
 from loaders.quarantine import Quarantine
 from loaders.samples import DecodedSamples, RawSample
 from loaders.shards import check_cache, open_corpus
-from loaders.text import Tokenizer
+from preprocessing.text import Tokenizer
 from runtime.errors import UserError
 from runtime.ranks import cores_per_process, ranks_of
 from runtime.settings import check_declared
@@ -73,12 +75,18 @@ class TrainLoader:
         if not corpora:
             raise UserError("train_corpus is empty: name at least one packed corpus")
         check_declared(config)
+        for name in config.augmentations:
+            AUGMENTATIONS[name]  # raises where there is none
         self.config, self.tokenizer, self.rank, self.world_size = config, tokenizer, rank, world_size
         stripes = config.stripes // math.gcd(config.stripes, world_size)  # that this rank reads
         ranks = ranks_of(rank, world_size, local_world_size)
-        self.readers = [open_corpus(url, config, stripes * (config.window_shards + 2), ranks) for url in corpora]
+        extra, shards_open = ExtraColumns(config.extra_columns), stripes * (config.window_shards + 2)
+        self.readers = [open_corpus(url, config, shards_open, ranks, extra) for url in corpora]
         check_cache(self.readers, config, min(config.stripes, stripes * (local_world_size or world_size)))
         check_weights(config, [reader.corpus.name for reader in self.readers])
+        if extra.names:
+            for reader in self.readers:
+                reader.index(0)  # raises where a column is missing
         self._read_pool = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="read")
         self._batch_pool = ThreadPoolExecutor(BATCHES_AT_ONCE, thread_name_prefix="batch")
         self.mixtures: dict[str, Mixture] = {}
@@ -91,8 +99,11 @@ class TrainLoader:
         self._steps_at_once, self._steps_kept = self._read_depth()
         self._step_pool = ThreadPoolExecutor(self._steps_at_once, thread_name_prefix="step")
         threads = config.threads or cores_per_process(local_world_size or world_size)
+        self.device = torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:  # the threads' own device is the first one
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self.decoder = make_decoder(
-            config.decode, config.image_res, threads, config.antialias, torch.device(device), config.deterministic
+            config.decode, config.image_res, threads, config.antialias, self.device, config.deterministic
         )
         self.quarantine = Quarantine(rank, config.max_bad_share, config.quarantine_file.replace("{rank}", str(rank)))
         self._counters: dict[str, float] = defaultdict(float)
@@ -101,6 +112,13 @@ class TrainLoader:
         self._stalled = False
         self._readiness: dict[str, float] = {}
         self.next_epoch, self.next_step = 0, 0
+
+    def __enter__(self) -> TrainLoader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.close()
 
     def _count_steps(self, media_type: str) -> int:
         """Batches of a medium in an epoch; the samples that do not fill one are left out, others in each epoch."""
@@ -136,9 +154,18 @@ class TrainLoader:
         """Batches of an epoch."""
         return sum(self.media_steps.values())
 
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return self.steps_per_epoch
+
     def __iter__(self) -> Iterator[Batch]:
         """The rest of the current epoch; the next iteration is the next epoch."""
         yield from self.epoch(self.next_epoch, self.next_step)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the start of an epoch; one that has begun goes on. Iterating does this by itself, epoch after epoch."""
+        if epoch != self.next_epoch:
+            self.next_epoch, self.next_step = epoch, 0
 
     def state_dict(self) -> dict[str, int]:
         """The position of the next batch; O(1), valid on any world size that divides the batch sizes."""
@@ -220,6 +247,7 @@ class TrainLoader:
         """The batch of one step, decoded from the bytes of its samples."""
         step, raw = read
         samples = self._replace_bad(step, decode_samples(self.decoder, raw))
+        samples = augmented(samples, self.config.augmentations, self.device)
         batch = collate(samples, self.tokenizer, self.config, step.media_type, step.plan.epoch, step.number)
         with self._counting:
             self._counters["samples"] += len(raw)

@@ -20,7 +20,7 @@ WORDS_OF_A_TEXT = 1000
 def corpus_texts(url: str, config: LoaderConfig) -> Iterator[str]:
     """Every caption, question, answer and option of a corpus, cleaned."""
     from loaders.shards import open_corpus
-    from loaders.text import clean_text
+    from preprocessing.text import clean_text
 
     reader = open_corpus(url, config, open_shards=1)
     try:
@@ -47,7 +47,7 @@ def learn_vocabulary(corpora: Sequence[str], size: int, output: str | Path) -> i
 
 def learn_from_texts(texts: Iterable[str], size: int, output: str | Path, source: str = "the texts") -> int:
     """The same for any texts, independent of their order; raises UserError if `source` has none."""
-    from loaders.text import SPECIAL
+    from preprocessing.text import SPECIAL
 
     smallest = len(SPECIAL) + 2
     if size < smallest:
@@ -88,7 +88,7 @@ def learn_entries(counts: Mapping[str, int], size: int) -> list[str]:
     from tokenizers.pre_tokenizers import WhitespaceSplit
     from tokenizers.trainers import WordPieceTrainer
 
-    from loaders.text import SPECIAL
+    from preprocessing.text import SPECIAL
 
     frequency: Counter[str] = Counter()
     for word, count in counts.items():

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from runtime.errors import UserError
-from runtime.settings import ANY, FINE_TUNING, START, TRAINING, fixed, flatten, free, nearest
+from runtime.settings import ANY, FINE_TUNING, START, TRAINING, declarations, fixed, flatten, free, nearest
 
 # How frames are combined: `concat` in the fusion layers, the others by their scores.
 ENSEMBLES = ("concat", "mean", "max", "lse")
@@ -16,9 +16,10 @@ _INITIALIZER_RANGE = "standard deviation of random initial matrices; narrower mo
 
 @dataclass
 class VisionConfig:
-    """The vision transformer. Defaults: BEiT-B/16 as published."""
+    """The vision backbone. Defaults: BEiT-B/16 as published."""
 
-    type: str = fixed("beit", "beit, vit, deit, or the name of another vision transformer of timm")
+    type: str = fixed("beit", "beit, vit, deit, the name of another vision transformer of timm, or one of your own")
+    options: dict[str, Any] = fixed(dict, "settings of a backbone of your own: arguments of its class")
     pretrained: str | None = fixed(None, "initial weights: a hub name or a local folder", checkpoint=START)
     patch_size: int = fixed(16, "height and width of a patch in pixels")
     width: int = fixed(768, "width of the tokens")
@@ -35,6 +36,8 @@ class VisionConfig:
 class TextConfig:
     """BERT, split in two: layers below `fusion_layer` see text only, those above also see the visual."""
 
+    type: str = fixed("bert", "bert, or a text encoder of your own, below the same fusion layers")
+    options: dict[str, Any] = fixed(dict, "settings of a text encoder of your own: arguments of its class")
     pretrained: str | None = fixed(None, "initial weights: a hub name or a local folder", checkpoint=START)
     vocab_size: int = fixed(30522, "size of the vocabulary; by default the tokenizer's")
     width: int = fixed(768, "width of the states")
@@ -96,6 +99,9 @@ class ModelSettings:
     )
     mlm_prob: float = fixed(0.5, "share of the tokens that MLM masks", checkpoint=TRAINING)
     loss_weight: LossWeights = fixed(LossWeights)
+    losses: dict[str, float] = fixed(
+        dict, "losses of your own and their weights: docs/how-to/loss.md", checkpoint=TRAINING, replaced=True
+    )
     plugins: list[str] = free(
         list, "modules of your own with losses, backbones, tasks ...: docs/extending.md", checkpoint=ANY
     )
@@ -107,6 +113,11 @@ class ModelConfig(ModelSettings):
 
     num_frames: int = fixed(1, "length of the temporal embeddings: a run's video_input.num_frames")
 
+    @property
+    def own_losses(self) -> dict[str, float]:
+        """The losses of a user that are computed, with their weights."""
+        return {name: weight for name, weight in self.losses.items() if weight}
+
     @classmethod
     def of(cls, settings: ModelSettings, num_frames: int) -> ModelConfig:
         """The model that the settings of a run describe, a copy."""
@@ -116,7 +127,7 @@ class ModelConfig(ModelSettings):
 
 def config_from_dict(data: dict[str, Any]) -> ModelConfig:
     """The inverse of `dataclasses.asdict`; absent keys take their defaults. Raises UserError for unknown keys."""
-    return with_changes(ModelConfig(), flatten(data))
+    return with_changes(ModelConfig(), flatten(data, whole=declarations(ModelConfig)))
 
 
 def with_changes(config: ModelConfig, changes: dict[str, Any]) -> ModelConfig:
@@ -124,7 +135,7 @@ def with_changes(config: ModelConfig, changes: dict[str, Any]) -> ModelConfig:
 
     Raises UserError, with the nearest keys, if a key does not exist.
     """
-    result, known = deepcopy(config), flatten(config)
+    result, known = deepcopy(config), declarations(ModelConfig)
     for key, value in changes.items():
         if key not in known:
             near = nearest(key, known)

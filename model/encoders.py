@@ -6,13 +6,14 @@ import torch
 from torch import nn
 
 from model.config import ENSEMBLES, ModelConfig
+from model.freezing import Freezable
 from model.temporal import TemporalEncoder, embeddings_for_frames
-from model.text import CrossAttentionKeys, TextEncoder
-from model.vision import FrameEncoder, pixel_statistics
+from model.text import CrossAttentionKeys, build_text
+from model.vision import build_vision
 from runtime.errors import UserError
 
 
-class Encoders(nn.Module):
+class Encoders(Freezable):
     """Encodes clips (B, T, 3, H, W) and texts (B, Lt), and fuses the two."""
 
     def __init__(self, config: ModelConfig, pad_id: int = 0) -> None:
@@ -23,15 +24,15 @@ class Encoders(nn.Module):
         self.config = config
         self.pad_id = pad_id
         width = config.vision_encoder.width
-        self.vision_encoder = FrameEncoder(config)
-        self.text_encoder = TextEncoder(config.text_encoder, width, pad_id)
+        self.vision_encoder = build_vision(config)
+        self.text_encoder = build_text(config, pad_id)
         self.temporal_embeddings = nn.Parameter(torch.zeros(1, config.num_frames, 1, width))
         self.temporal_vision_encoder = TemporalEncoder(config) if config.temporal_vision_encoder.enable else None
-        self.mean, self.std = pixel_statistics(config.vision_encoder.type)
+        self.mean, self.std = self.vision_encoder.mean, self.vision_encoder.std
 
     def set_gradient_checkpointing(self, enable: bool = True) -> None:
         """Keep only the layers' inputs for the backward pass, which computes the rest again: a third more time."""
-        self.vision_encoder.transformer.set_grad_checkpointing(enable)
+        self.vision_encoder.set_gradient_checkpointing(enable)
         self.text_encoder.recompute = enable
         if self.temporal_vision_encoder is not None:
             self.temporal_vision_encoder.recompute = enable
@@ -57,7 +58,7 @@ class Encoders(nn.Module):
                 pooled = tokens[:, :, 0]
         return tokens.flatten(1, 2), pooled
 
-    def encode_clips(
+    def clip_tokens(
         self, frames: torch.Tensor, ensemble: str = "concat", skip_temporal: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Clips (B, T, 3, H, W) to tokens (B, F, S, D) to score texts with, and pooled vectors (B, T, D).
@@ -72,7 +73,7 @@ class Encoders(nn.Module):
 
     def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Text-only layers: ids and mask (B, Lt) to states (B, Lt, D) and the first token's state (B, D)."""
-        states = self.text_encoder.encode(input_ids, attention_mask)
+        states = self.text_encoder(input_ids, attention_mask)
         return states, states[:, 0]
 
     def visual_keys(self, visual_tokens: torch.Tensor) -> CrossAttentionKeys:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +65,12 @@ def official_state(weights: Weights) -> dict[str, torch.Tensor]:
     return result
 
 
+def without_losses(weights: Weights) -> Weights:
+    """The weights without a user's losses, which have no place in an official checkpoint."""
+    state = {name: tensor for name, tensor in weights.state.items() if not name.startswith("losses.")}
+    return replace(weights, config=replace(weights.config, losses={}), state=state)
+
+
 def write_official(weights: Weights, path: str | Path) -> None:
     """Write an official checkpoint (.pth) without optimiser state, whole or not at all.
 
@@ -75,7 +81,7 @@ def write_official(weights: Weights, path: str | Path) -> None:
 
     from model.vision import VISION_TYPES
 
-    path, kind = Path(path), weights.config.vision_encoder.type
+    path, kind, weights = Path(path), weights.config.vision_encoder.type, without_losses(weights)
     if kind not in VISION_TYPES:
         raise UserError(f"{path}: vision_encoder.type={kind} has no official format, give a folder to write to")
     content = {
@@ -155,6 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     vocabulary = find_vocabulary(found, weights.config.text_encoder.vocab_size)
     official = Path(options.output).suffix.lower() in OFFICIAL_SUFFIXES
     if official:
+        weights = without_losses(weights)
         write_official(weights, options.output)
     else:
         write_folder(weights, vocabulary, Path(options.output))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from model.config import ModelConfig
+from model.encoders import Encoders
 from model.losses import max_masked
 
 
@@ -11,18 +12,37 @@ def layer_flops(tokens: int, width: int, hidden: int, context: int) -> int:
     return 8 * tokens * width**2 + 4 * tokens * context * width + 4 * tokens * width * hidden
 
 
-def step_flops(config: ModelConfig, pairs: int, frames: int, text_length: int) -> dict[str, int]:
+def image_flops(model: Encoders) -> tuple[int, int]:
+    """FLOPs of encoding an image, and the number of its tokens."""
+    if model.vision_encoder.measured is not None:
+        return model.vision_encoder.measured
+    vision = model.config.vision_encoder
+    patches = (model.config.image_res // vision.patch_size) ** 2
+    tokens, hidden = patches + 1, int(vision.width * vision.mlp_ratio)
+    embedding = 2 * patches * 3 * vision.patch_size**2 * vision.width
+    return embedding + vision.depth * layer_flops(tokens, vision.width, hidden, tokens), tokens
+
+
+def text_flops(model: Encoders, length: int) -> int:
+    """FLOPs of the text-only half for a text of `length` tokens."""
+    if model.text_encoder.measured is not None:
+        one, two = model.text_encoder.measured
+        squared = two // 2 - one  # attention grows with the square of the length, all else with the length
+        return length * (one - squared) + length**2 * squared
+    text = model.config.text_encoder
+    return text.fusion_layer * layer_flops(length, text.width, text.intermediate, length)
+
+
+def step_flops(model: Encoders, pairs: int, frames: int, text_length: int) -> dict[str, int]:
     """Forward FLOPs of one step by part; a step with its backward pass takes three times as many.
 
     Counts what the losses need: keys and values of a visual once for its four pairs, MLM logits at the masked positions
     only. Work that an implementation repeats is not counted.
     """
+    config: ModelConfig = model.config
     vision, text, temporal = config.vision_encoder, config.text_encoder, config.temporal_vision_encoder
-    patches = (config.image_res // vision.patch_size) ** 2
-    tokens, images = patches + 1, pairs * frames
-    hidden = int(vision.width * vision.mlp_ratio)
-    embedding = 2 * patches * 3 * vision.patch_size**2 * vision.width
-    result = {"vision": images * (embedding + vision.depth * layer_flops(tokens, vision.width, hidden, tokens))}
+    images, (each, tokens) = pairs * frames, image_flops(model)
+    result = {"vision": images * each}
     if temporal.enable and frames > 1:
         wide = text.intermediate * vision.width // text.width
         per_layer = layer_flops(frames, vision.width, wide, frames)
@@ -30,7 +50,7 @@ def step_flops(config: ModelConfig, pairs: int, frames: int, text_length: int) -
     mlm = config.loss_weight.mlm > 0
     texts, matched, read = (2 if mlm else 1) * pairs, 3 * pairs, pairs if mlm else 0
     width, inner, length, source = text.width, text.intermediate, text_length, tokens * frames
-    result["text"] = texts * text.fusion_layer * layer_flops(length, width, inner, length)
+    result["text"] = texts * text_flops(model, length)
     self_attention = 8 * length * width**2 + 4 * length**2 * width
     cross_attention = 4 * width**2 + 4 * source * width + 4 * width * inner  # of one token
     layers = text.layers - text.fusion_layer

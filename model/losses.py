@@ -1,13 +1,99 @@
-"""The objectives VTC, VTM and MLM and their random choices, as pure functions without a device synchronisation."""
+"""The losses: a registry, what a loss receives, and VTC, VTM and MLM with their random choices.
+
+All are pure functions without a device synchronisation.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.nn import functional
 
+from model.config import ModelConfig
+from runtime.errors import UserError
+from runtime.plugins import Registry
+
 IGNORED = -100
+
+# A function of the loss inputs to a scalar (), or an nn.Module class made with the ModelConfig whose forward is one.
+LOSSES: Registry[Callable[..., Any]] = Registry("losses")
+
+
+class LossInputs(NamedTuple):
+    """What a training forward of pre-training or retrieval gives to each loss: B pairs of a visual and a text.
+
+    N rows stand for those of all ranks with `gather_negatives`, otherwise for the B of this rank.
+    """
+
+    tokens: torch.Tensor  # (B, T·L, D) visual tokens, frame after frame, as cross-attention reads them
+    pooled: torch.Tensor  # (B, T, D) a vector for each frame
+    input_ids: torch.Tensor  # (B, Lt)
+    attention_mask: torch.Tensor  # (B, Lt), 0 where padded
+    text_states: torch.Tensor  # (B, Lt, D) of the text-only layers
+    idx: torch.Tensor  # (B,) identities of the visuals
+    visual: torch.Tensor  # (B, E) unit vectors, float32, mean over the frames
+    text: torch.Tensor  # (B, E) unit vectors, float32
+    all_idx: torch.Tensor  # (N,)
+    all_visual: torch.Tensor  # (N, E)
+    all_text: torch.Tensor  # (N, E)
+    same: torch.Tensor  # (B, N) bool: whether two pairs have the same visual
+    temperature: torch.Tensor  # (1, 1) float32
+    to_text: torch.Tensor  # (B, N) similarities of visuals to texts, over the temperature
+    to_visual: torch.Tensor  # (B, N) similarities of texts to visuals, over the temperature
+    match_states: torch.Tensor  # (3B, D) fused first tokens: pairs, visuals + negative texts, texts + negative visuals
+    match_logits: torch.Tensor  # (3B, 2) of these, column 1 for a match
+    mlm_logits: torch.Tensor | None = None  # (M, V) at masked tokens; None where loss_weight.mlm is 0
+    mlm_labels: torch.Tensor | None = None  # (M,) their ids, -100 where there is nothing to predict
+    columns: Mapping[str, Any] = MappingProxyType({})  # of the index, as in the batch
+
+
+class AnswerLossInputs(NamedTuple):
+    """What a training forward of question answering gives to each loss: B questions with A answers in all."""
+
+    tokens: torch.Tensor  # (B, T·L, D) visual tokens, frame after frame
+    pooled: torch.Tensor  # (B, T, D) a vector for each frame
+    question_states: torch.Tensor  # (B, Lq, D) of the questions, fused with their visuals
+    question_mask: torch.Tensor  # (B, Lq), 0 where padded
+    answer_ids: torch.Tensor  # (A, La)
+    answer_mask: torch.Tensor  # (A, La), 0 where padded
+    answer_weights: torch.Tensor  # (A,) share of those who gave it
+    owner: torch.Tensor  # (A,) the question of each answer
+    logits: torch.Tensor  # (A, La, V) of the token after each
+    answer_losses: torch.Tensor  # (A,) negative log-likelihood of each answer
+    columns: Mapping[str, Any] = MappingProxyType({})  # of the index, as in the batch
+
+
+class Losses(nn.Module):
+    """The losses of a model: the built-in ones, then those that `config.losses` names, each times its weight."""
+
+    def __init__(self, config: ModelConfig, builtin: Mapping[str, float]) -> None:
+        """builtin: names and weights of the model's built-in losses. Raises UserError for an unknown own loss."""
+        super().__init__()
+        if names := [name for name in config.losses if name in BUILT_IN]:
+            raise UserError(f"losses names {names[0]}, which is built in: loss_weight holds the weights of such losses")
+        self._weights = {**builtin, **config.own_losses}
+        self._losses: dict[str, Callable[[Any], torch.Tensor]] = {}
+        for name in self._weights:
+            loss = LOSSES[name]
+            if isinstance(loss, type):
+                loss = loss(config)
+                self.add_module(name, loss)
+            self._losses[name] = loss
+
+    def compute(self, inputs: LossInputs | AnswerLossInputs) -> dict[str, torch.Tensor]:
+        """Every loss () times its weight, as `loss_NAME`. Raises UserError if one is no scalar."""
+        result = {}
+        for name, loss in self._losses.items():
+            value = loss(inputs)
+            if value.ndim:
+                raise UserError(f"the loss {name} returns a tensor of shape {tuple(value.shape)}: return a scalar")
+            result[f"loss_{name}"] = value * self._weights[name]
+        return result
 
 
 def same_visual(idx: torch.Tensor, others: torch.Tensor | None = None) -> torch.Tensor:
@@ -101,3 +187,28 @@ def mlm_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum"
     )
     return total / (labels != IGNORED).sum().clamp_min(1)
+
+
+@LOSSES("itc")
+def _itc(inputs: LossInputs) -> torch.Tensor:
+    return contrastive_loss(inputs.to_text, inputs.to_visual, contrastive_targets(inputs.idx, inputs.all_idx))
+
+
+@LOSSES("itm")
+def _itm(inputs: LossInputs) -> torch.Tensor:
+    return matching_loss(inputs.match_logits, (~inputs.same).any(1))
+
+
+@LOSSES("mlm")
+def _mlm(inputs: LossInputs) -> torch.Tensor:
+    assert inputs.mlm_logits is not None
+    assert inputs.mlm_labels is not None
+    return mlm_loss(inputs.mlm_logits, inputs.mlm_labels)
+
+
+@LOSSES("qa")
+def _qa(inputs: AnswerLossInputs) -> torch.Tensor:
+    return (inputs.answer_weights * inputs.answer_losses).sum() / len(inputs.tokens)
+
+
+BUILT_IN = frozenset(LOSSES)

@@ -80,7 +80,7 @@ def match_pairs(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Match logits of the pairs that are marked in `pairs` (N, M) bool and whose visual is in `blocks`.
 
-    blocks: visual indices (B,) and tokens (B, F, S, D) of `encode_clips`, on any device. attended (M, Lt, D) of
+    blocks: visual indices (B,) and tokens (B, F, S, D) of `clip_tokens`, on any device. attended (M, Lt, D) of
     `attend_texts` and mask (M, Lt) on the model's. Returns visual and text of each of P pairs, and its score: (P,)
     int64, (P,) int64, (P,) float32; the scores of several frames (F > 1) combined by `ensemble`.
     """

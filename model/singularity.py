@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,13 +14,11 @@ from torch.nn import functional
 from model.config import ModelConfig
 from model.encoders import Encoders
 from model.losses import (
-    contrastive_loss,
-    contrastive_targets,
+    Losses,
+    LossInputs,
     mask_tokens,
     masked_positions,
-    matching_loss,
     max_masked,
-    mlm_loss,
     negative_weights,
     same_visual,
     sample_negatives,
@@ -61,6 +62,8 @@ class Singularity(Encoders):
         self.itm_head = ScoreHead(text_width, 2)
         # Its name in state dicts, of old checkpoints too.
         self.word_head = MLMHead(config.text_encoder) if config.loss_weight.mlm > 0 else None
+        weights = vars(config.loss_weight).items()
+        self.losses = Losses(config, {name: weight for name, weight in weights if name != "mlm" or weight > 0})
 
     def project_visual(self, pooled: torch.Tensor) -> torch.Tensor:
         """Pooled vectors (..., D) to unit vectors (..., E) in float32."""
@@ -119,12 +122,14 @@ class Singularity(Encoders):
         attention_mask: torch.Tensor,
         idx: torch.Tensor,
         choices: RandomChoices = RandomChoices(),
+        columns: Mapping[str, Any] = MappingProxyType({}),
     ) -> dict[str, torch.Tensor]:
-        """Weighted losses `loss_itc` (VTC), `loss_itm` (VTM) and, where the model has an MLM head, `loss_mlm`.
+        """Weighted losses `loss_itc` (VTC), `loss_itm` (VTM), where the model has an MLM head `loss_mlm`, and those of
+        `config.losses`.
 
         frames (B, T, 3, H, W) normalised, input_ids and attention_mask (B, Lt), idx (B,): identities of the visuals.
+        columns: of the batch, for losses.
         """
-        weights, batch = self.config.loss_weight, input_ids.shape[0]
         tokens, pooled = self.encode_visual(frames)
         keys = self.visual_keys(tokens)
 
@@ -133,46 +138,67 @@ class Singularity(Encoders):
         if self.word_head is not None:
             masked_ids, labels = self._mask_tokens(input_ids, choices)
             all_ids, all_masks = torch.cat([input_ids, masked_ids]), torch.cat([attention_mask, attention_mask])
-        all_states = self.text_encoder.encode(all_ids, all_masks)
-        states = all_states[:batch]
+        all_states = self.text_encoder(all_ids, all_masks)
+        states = all_states[: len(input_ids)]
 
-        gather = gather_with_gradient if self.config.gather_negatives else lambda rows: rows
         visual, text = self.project_visual(pooled).mean(1), self.project_text(states[:, 0])
-        all_idx, temperature = gather(idx), self.temperature()
-        to_text, to_visual = visual @ gather(text).T / temperature, text @ gather(visual).T / temperature
-        targets = contrastive_targets(idx, all_idx)
-        losses = {"loss_itc": contrastive_loss(to_text, to_visual, targets) * weights.itc}
-
-        # One traversal of the fusion layers: all tokens of the masked texts; only the first token of the true pairs,
-        # of visuals with negative texts, and of texts with negative visuals. The first layer's self-attention does not
-        # depend on the visual and is computed once for each text.
+        all_idx, temperature = self._gather(idx), self.temperature()
+        all_text, all_visual = self._gather(text), self._gather(visual)
+        to_text, to_visual = visual @ all_text.T / temperature, text @ all_visual.T / temperature
         same = same_visual(idx, all_idx)
-        negative_visuals, negative_texts = self._negatives(to_text, to_visual, same, choices)
-        attended = self.text_encoder.attend_texts(all_states, all_masks)
-        texts, masked = attended[:batch], len(attended) - batch
-        rows = [attended[batch:], texts, gather(texts)[negative_texts]]
-        masks = [all_masks[batch:], attention_mask, gather(attention_mask)[negative_texts]]
-        if self.config.gather_negatives:
-            first, whole = self.text_encoder.fuse_pairs(torch.cat(rows), torch.cat(masks), keys, whole=masked)
-            others = self.visual_keys(gather(tokens)[negative_visuals])
-            first = torch.cat([first, self.text_encoder.fuse_pairs(texts, attention_mask, others)[0]])
-        else:
-            rows, masks = [*rows, texts], [*masks, attention_mask]
-            first, whole = self.text_encoder.fuse_pairs(
-                torch.cat(rows), torch.cat(masks), keys, negative_visuals, whole=masked
-            )
-        losses["loss_itm"] = matching_loss(self.itm_head(first), (~same).any(1)) * weights.itm
+        negatives = self._negatives(to_text, to_visual, same, choices)
+        first, whole = self._fuse(tokens, keys, all_states, attention_mask, all_masks, *negatives)
+        match_logits, mlm_logits = self.itm_head(first), None
         if labels is not None:
             limit = labels.numel() if choices.labels is not None else max_masked(labels.numel(), self.config.mlm_prob)
-            losses["loss_mlm"] = self._mlm_loss(whole, labels, limit) * weights.mlm
-        return losses
+            mlm_logits, labels = self._mlm_logits(whole, labels, limit)
+        inputs = LossInputs(
+            tokens=tokens, pooled=pooled, input_ids=input_ids, attention_mask=attention_mask, text_states=states,
+            idx=idx, visual=visual, text=text, all_idx=all_idx, all_visual=all_visual, all_text=all_text, same=same,
+            temperature=temperature, to_text=to_text, to_visual=to_visual, match_states=first,
+            match_logits=match_logits, mlm_logits=mlm_logits, mlm_labels=labels, columns=columns,
+        )  # fmt: skip
+        return self.losses.compute(inputs)
 
-    def _mlm_loss(self, states: torch.Tensor, labels: torch.Tensor, limit: int) -> torch.Tensor:
-        """MLM loss of labels (B, Lt), of which at most `limit` are not -100, from fused states (B, Lt, D)."""
+    def _gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows (B, ...) of this rank, or with `gather_negatives` those (N, ...) of all ranks."""
+        return gather_with_gradient(rows) if self.config.gather_negatives else rows
+
+    def _fuse(
+        self,
+        tokens: torch.Tensor,
+        keys: CrossAttentionKeys,
+        all_states: torch.Tensor,
+        attention_mask: torch.Tensor,
+        all_masks: torch.Tensor,
+        negative_visuals: torch.Tensor,
+        negative_texts: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """First tokens (3B, D) of the pairs, of visuals with negative texts and of texts with negative visuals, and all
+        tokens (B, Lt, D) of the masked texts, from states and masks of texts and masked texts.
+
+        One traversal of the fusion layers. The first layer's self-attention does not depend on the visual and is
+        computed once for each text.
+        """
+        batch = len(attention_mask)
+        attended = self.text_encoder.attend_texts(all_states, all_masks)
+        texts, masked = attended[:batch], len(attended) - batch
+        rows = [attended[batch:], texts, self._gather(texts)[negative_texts]]
+        masks = [all_masks[batch:], attention_mask, self._gather(attention_mask)[negative_texts]]
+        if not self.config.gather_negatives:
+            pairs, pair_masks = torch.cat([*rows, texts]), torch.cat([*masks, attention_mask])
+            return self.text_encoder.fuse_pairs(pairs, pair_masks, keys, negative_visuals, whole=masked)
+        first, whole = self.text_encoder.fuse_pairs(torch.cat(rows), torch.cat(masks), keys, whole=masked)
+        others = self.visual_keys(self._gather(tokens)[negative_visuals])
+        return torch.cat([first, self.text_encoder.fuse_pairs(texts, attention_mask, others)[0]]), whole
+
+    def _mlm_logits(self, states: torch.Tensor, labels: torch.Tensor, limit: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (limit, V) and labels (limit,) of MLM, from fused states (B, Lt, D) and labels (B, Lt), of which at
+        most `limit` are not -100."""
         assert self.word_head is not None
         chosen = masked_positions(labels, limit)
-        logits = self.word_head(states.flatten(0, 1)[chosen], self.text_encoder.embeddings.word_embeddings.weight)
-        return mlm_loss(logits, labels.flatten()[chosen])
+        logits = self.word_head(states.flatten(0, 1)[chosen], self.text_encoder.word_matrix())
+        return logits, labels.flatten()[chosen]
 
     @torch.no_grad()
     def _negatives(

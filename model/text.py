@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import cast
 
 import torch
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from model.config import TextConfig
+from model.config import ModelConfig, TextConfig
+from model.probe import run_counted
 from model.torchvision_cpu import (
     BertAttention,
     BertConfig,
@@ -23,6 +23,7 @@ from model.torchvision_cpu import (
     BertSelfOutput,
 )
 from runtime.errors import UserError
+from runtime.plugins import Registry, build_with_options
 
 PADDED = -10000.0  # added to the attention scores of padded keys
 
@@ -194,36 +195,43 @@ class FusionLayer(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Embeddings, `fusion_layer` text-only layers, and the fusion layers above them."""
+    """A text encoder: its own text-only half, `forward`, and the fusion layers above it, which all share.
 
-    def __init__(self, config: TextConfig, visual_width: int, pad_id: int = 0) -> None:
-        super().__init__()
-        if not 0 <= config.fusion_layer <= config.layers:
-            raise UserError(
-                f"text_encoder.fusion_layer is {config.fusion_layer}: must be between 0 and "
-                f"text_encoder.layers {config.layers}"
-            )
-        bert = bert_config(config, pad_id=pad_id)
-        self.fusion_layer = config.fusion_layer
-        self.recompute = False
-        self.embeddings = BertEmbeddings(bert)
-        first, last = config.fusion_layer, config.layers
-        self.layer = nn.ModuleList(BertLayer(bert) for _ in range(first))
-        self.layer.extend(FusionLayer(bert, visual_width) for _ in range(first, last))
-        initialize_bert(self, config.initializer_range)
+    A class that derives from it, registered with `@TEXT("NAME")`, is chosen by `text_encoder.type: NAME`. It is built
+    as `Class(config, pad_id, **options)`: the ModelConfig, the id of [PAD], and `text_encoder.options`. `build_text`
+    adds the fusion layers as `layer`.
+    """
 
-    def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Text-only layers: ids and mask (B, Lt) to states (B, Lt, D)."""
-        states = self.embeddings(input_ids)
-        mask = additive_mask(attention_mask, states.dtype)
-        for layer in self.layer[: self.fusion_layer]:
-            states = run_layer(layer, self.recompute, states, mask)
-        return states
+    layer: nn.ModuleDict | nn.ModuleList
+    word_embeddings: nn.Embedding  # (V, D), see `word_matrix`
+    recompute = False  # whether gradient checkpointing is on, see `run_layer`
+    measured: tuple[int, int] | None = None  # of an own encoder: FLOPs of a text of one token, and of two
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Ids and mask (B, Lt) to states (B, Lt, D) of the tokens; no visual is involved.
+
+        D is `text_encoder.width`. The mask is 1 at tokens and 0 at padding, which follows them and must not change
+        their states. The first token's state stands for the whole text, in VTC and VTM.
+        """
+        raise NotImplementedError
+
+    def word_matrix(self) -> torch.Tensor:
+        """Word embeddings (V, D), the output matrix of the MLM head: those of the module `word_embeddings`."""
+        return self.word_embeddings.weight
+
+    def from_published(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors of `text_encoder.pretrained` by the names of this module; surplus ones are ignored."""
+        return state
+
+    def add_fusion_layers(self, layers: dict[str, FusionLayer], std: float) -> None:
+        """Take the fusion layers, by their number above the text-only ones, and initialise their weights."""
+        self.layer = nn.ModuleDict(layers)
+        initialize_bert(self.layer, std)
 
     @property
     def fusion_layers(self) -> list[FusionLayer]:
         """The layers with cross-attention."""
-        return [cast(FusionLayer, layer) for layer in self.layer[self.fusion_layer :]]
+        return [layer for layer in self.layer.children() if isinstance(layer, FusionLayer)]
 
     def fuse(
         self,
@@ -278,6 +286,78 @@ class TextEncoder(nn.Module):
         first = run_layer(last.cross_attend, self.recompute, first, keys, values, index)
         read = run_layer(last.cross_attend, self.recompute, read, keys, values) if whole else read
         return first[:, 0], read
+
+
+TEXT: Registry[Callable[..., TextEncoder]] = Registry("text_encoder.type")
+
+
+@TEXT("bert")
+class BertEncoder(TextEncoder):
+    """BERT: embeddings and `fusion_layer` text-only layers."""
+
+    def __init__(self, config: ModelConfig, pad_id: int = 0) -> None:
+        super().__init__()
+        bert = bert_config(config.text_encoder, pad_id=pad_id)
+        self.fusion_layer = config.text_encoder.fusion_layer
+        self.embeddings = BertEmbeddings(bert)
+        self.layer: nn.ModuleList = nn.ModuleList(BertLayer(bert) for _ in range(self.fusion_layer))
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """As `TextEncoder`."""
+        states = self.embeddings(input_ids)
+        mask = additive_mask(attention_mask, states.dtype)
+        for layer in self.layer[: self.fusion_layer]:
+            states = run_layer(layer, self.recompute, states, mask)
+        return states
+
+    def word_matrix(self) -> torch.Tensor:
+        """As `TextEncoder`."""
+        return self.embeddings.word_embeddings.weight
+
+    def add_fusion_layers(self, layers: dict[str, FusionLayer], std: float) -> None:
+        """As `TextEncoder`; initialises the whole encoder."""
+        self.layer.extend(layers.values())
+        initialize_bert(self, std)
+
+
+def build_text(config: ModelConfig, pad_id: int = 0) -> TextEncoder:
+    """The text encoder that `config.text_encoder` chooses, with its fusion layers and random weights.
+
+    Raises UserError when there is none, or when its options, sizes or outputs do not fit.
+    """
+    text = config.text_encoder
+    if not 0 <= text.fusion_layer <= text.layers:
+        raise UserError(
+            f"text_encoder.fusion_layer is {text.fusion_layer}: must be between 0 and text_encoder.layers {text.layers}"
+        )
+    encoder = build_with_options(TEXT[text.type], "text_encoder.options", text.options, config, pad_id)
+    bert, numbers = bert_config(text, pad_id=pad_id), range(text.fusion_layer, text.layers)
+    layers = {str(number): FusionLayer(bert, config.vision_encoder.width) for number in numbers}
+    encoder.add_fusion_layers(layers, text.initializer_range)
+    if not isinstance(encoder, BertEncoder):
+        _check_outputs(encoder, config, pad_id)
+    return encoder
+
+
+def _check_outputs(encoder: TextEncoder, config: ModelConfig, pad_id: int) -> None:
+    """Measure an own encoder; raise UserError unless states and word embeddings have the shapes that are expected."""
+    text, ids = config.text_encoder, torch.full((2, 2), pad_id)
+    _, one = run_counted(encoder, ids[:1, :1], torch.ones_like(ids[:1, :1]))
+    states, four = run_counted(encoder, ids, torch.ones_like(ids))
+    encoder.measured = one, four // 2
+    if states.shape != (2, 2, text.width):
+        raise UserError(
+            f"text_encoder.type={text.type} makes states {tuple(states.shape)} of 2 texts of 2 tokens; they must be "
+            f"(2, 2, {text.width}), as wide as text_encoder.width"
+        )
+    words = getattr(encoder, "word_embeddings", None)
+    if config.loss_weight.mlm > 0 and not config.answer_decoder.enable:
+        shape = None if words is None else tuple(words.weight.shape)
+        if shape != (text.vocab_size, text.width):
+            raise UserError(
+                f"text_encoder.type={text.type} has word_embeddings of shape {shape}; MLM needs an nn.Embedding "
+                f"({text.vocab_size}, {text.width}) of this name: add it, or loss_weight.mlm=0"
+            )
 
 
 class ScoreHead(nn.Linear):

@@ -1,7 +1,8 @@
-"""The vision transformer: frames to tokens and pooled vectors, built from timm."""
+"""Vision backbones: frames to tokens and pooled vectors. The registry, its contract, and the transformers of timm."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -10,7 +11,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from model.checkpoints.positions import resize_relative
 from model.config import ModelConfig, VisionConfig
+from model.probe import run_counted
 from model.torchvision_cpu import (
     Beit,
     BeitAttention,
@@ -22,6 +25,7 @@ from model.torchvision_cpu import (
     resample_abs_pos_embed,
 )
 from runtime.errors import UserError
+from runtime.plugins import Registry, build_with_options
 
 TIMM_RANGE = 0.02
 ROW = 8  # rows of an attention mask are padded to a multiple of 8 elements
@@ -42,12 +46,76 @@ def pixel_statistics(kind: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return (published.mean, published.std) if published else (_HALF, _HALF)
 
 
-def check_vision(config: VisionConfig, image_res: int) -> None:
-    """Raise UserError when the sizes of a vision transformer do not fit together."""
-    if config.type not in VISION_TYPES and not is_model(config.type):
+class VisionEncoder(nn.Module):
+    """What the model needs of a vision backbone; each frame of a clip is encoded by itself.
+
+    A class that derives from it, registered with `@VISION("NAME")`, is chosen by `vision_encoder.type: NAME`. It is
+    built as `Class(config, **options)`: the ModelConfig and `vision_encoder.options`.
+    """
+
+    mean: tuple[float, ...] = _HALF  # that pixels in [0, 1] are normalised with
+    std: tuple[float, ...] = _HALF
+    recompute = False  # whether gradient checkpointing is on, see `model.text.run_layer`
+    measured: tuple[int, int] | None = None  # of an own backbone: FLOPs and tokens of an image, set when it is built
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalised images (N, 3, H, W), H = W = image_res, to tokens (N, L, D) and pooled vectors (N, D).
+
+        D is `vision_encoder.width`, L the same for all images. The fusion layers attend to the tokens, of which the
+        first stands for the whole image; VTC compares the pooled vectors.
+        """
+        raise NotImplementedError
+
+    def set_gradient_checkpointing(self, enable: bool) -> None:
+        """Whether the backward pass computes activations again."""
+        self.recompute = enable
+
+    def resized(self, name: str, tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """Tensor `name` of a checkpoint, whose shape differs from `shape` here, for example for another image_res.
+
+        By default as it is, which is an error later.
+        """
+        return tensor
+
+    def from_published(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors of `vision_encoder.pretrained` by the names of this module; surplus ones are ignored."""
+        return state
+
+
+VISION: Registry[Callable[..., VisionEncoder]] = Registry(
+    "vision_encoder.type", "the name of another vision transformer of timm"
+)
+
+
+def build_vision(config: ModelConfig) -> VisionEncoder:
+    """The backbone that `config.vision_encoder` chooses, with random weights.
+
+    Raises UserError when there is none, or when its options, sizes or outputs do not fit.
+    """
+    vision = config.vision_encoder
+    timm = vision.type not in VISION and is_model(vision.type)
+    kind = TimmEncoder if timm else VISION[vision.type]
+    encoder = build_with_options(kind, "vision_encoder.options", vision.options, config)
+    if kind is not TimmEncoder:
+        _check_outputs(encoder, config)
+    return encoder
+
+
+def _check_outputs(encoder: VisionEncoder, config: ModelConfig) -> None:
+    """Measure an own backbone; raise UserError unless its outputs have the shapes that the model expects."""
+    width, size = config.vision_encoder.width, config.image_res
+    (tokens, pooled), flops = run_counted(encoder, torch.zeros(2, 3, size, size))
+    encoder.measured = flops // 2, tokens.shape[1]
+    if tokens.shape != (2, tokens.shape[1], width) or pooled.shape != (2, width):
         raise UserError(
-            f"vision_encoder.type is {config.type!r}: must be one of {', '.join(VISION_TYPES)}, or a model of timm"
+            f"vision_encoder.type={config.vision_encoder.type} makes tokens {tuple(tokens.shape)} and pooled vectors "
+            f"{tuple(pooled.shape)} of 2 images; they must be (2, tokens, {width}) and (2, {width}), as wide as "
+            "vision_encoder.width"
         )
+
+
+def check_sizes(config: VisionConfig, image_res: int) -> None:
+    """Raise UserError when the sizes of a vision transformer do not fit together."""
     if image_res % config.patch_size:
         raise UserError(
             f"image_res is {image_res}, not a multiple of vision_encoder.patch_size {config.patch_size}: "
@@ -59,13 +127,13 @@ def check_vision(config: VisionConfig, image_res: int) -> None:
         )
 
 
-def build_vision(config: VisionConfig, image_res: int, pooler: bool = True) -> nn.Module:
+def build_transformer(config: VisionConfig, image_res: int, pooler: bool = True) -> nn.Module:
     """timm's transformer of these sizes, with random weights.
 
     BEiT leaves its tokens un-normed and, with `pooler`, norms the mean of the patch tokens. Raises UserError when the
     sizes do not fit together.
     """
-    check_vision(config, image_res)
+    check_sizes(config, image_res)
     common: dict[str, Any] = {
         "img_size": image_res,
         "patch_size": config.patch_size,
@@ -130,8 +198,11 @@ class GivenBiasAttention(BeitAttention):
         return super()._get_rel_pos_bias() if self.bias is None else self.bias
 
 
-class FrameEncoder(nn.Module):
-    """Encodes frames one by one: tokens for the fusion layers, and a pooled vector."""
+@VISION("beit")
+@VISION("vit")
+@VISION("deit")
+class TimmEncoder(VisionEncoder):
+    """A vision transformer of timm."""
 
     transformer: Any
     weights_in_layers: bool = False  # whether weights exist only while their layer computes, as under ZeRO 3
@@ -140,10 +211,12 @@ class FrameEncoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         vision = config.vision_encoder
-        self.transformer = build_vision(vision, config.image_res, pooler=not config.answer_decoder.enable)
+        self.mean, self.std = pixel_statistics(vision.type)
+        self.transformer = build_transformer(vision, config.image_res, pooler=not config.answer_decoder.enable)
         # The official code's extra norm has this eps, independent of the transformer's own.
         self.layernorm = nn.LayerNorm(vision.width, eps=1e-12) if vision.type == "beit" else nn.Identity()
         self._official = vision.type in VISION_TYPES
+        self._patches = config.image_res // vision.patch_size
         self._leads = self._official or self.transformer.num_prefix_tokens > 0
         self._attentions: list[Any] = [module for module in self.transformer.modules() if hasattr(module, "fused_attn")]
         self._biased: list[Any] = []  # of GivenBiasAttention
@@ -156,10 +229,7 @@ class FrameEncoder(nn.Module):
             self.register_buffer("_bias_index", functional.pad(index, (0, -len(index) % ROW)), persistent=False)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images (N, 3, H, W) to tokens (N, L, D) and pooled vectors (N, D).
-
-        The first token is [CLS], or the pooled vector where the transformer has none.
-        """
+        """As `VisionEncoder`; the first token is [CLS], or the pooled vector where the transformer has none."""
         self._match_key_biases()
         self._choose_attention(images)
         for attention, bias in zip(self._biased, self._position_biases()):
@@ -170,6 +240,18 @@ class FrameEncoder(nn.Module):
         pooled = self.transformer.forward_head(raw, pre_logits=True)
         tokens = self.layernorm(raw)
         return tokens if self._leads else torch.cat([pooled[:, None], tokens], 1), pooled
+
+    def set_gradient_checkpointing(self, enable: bool) -> None:
+        """As `VisionEncoder`."""
+        self.transformer.set_grad_checkpointing(enable)
+
+    def resized(self, name: str, tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """As `VisionEncoder`, for the position tables."""
+        if name.endswith("relative_position_bias_table") and tensor.shape[1] == shape[1]:
+            return resize_relative(tensor, self._patches)
+        if name == "transformer.pos_embed" and tensor.shape[2] == shape[2]:
+            return self.resize_positions(tensor, self._patches)
+        return tensor
 
     def resize_positions(self, table: torch.Tensor, patches: int) -> torch.Tensor:
         """Position embeddings (1, L, D) of another image size for `patches` x `patches` patches.

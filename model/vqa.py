@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -10,7 +12,7 @@ from torch.nn import functional
 
 from model.config import ModelConfig, TextConfig
 from model.encoders import Encoders
-from model.losses import IGNORED
+from model.losses import IGNORED, AnswerLossInputs, Losses
 from model.scoring import combine
 from model.text import PADDED, CrossAttentionKeys, FusionLayer, MLMHead, bert_config, initialize_bert, run_layer
 from model.torchvision_cpu import BertEmbeddings
@@ -89,6 +91,7 @@ class SingularityQA(Encoders):
         super().__init__(config, pad_id)
         self.cls_id, self.mask_id = cls_id, mask_id
         self.answer_decoder = AnswerDecoder(config.text_encoder, config.answer_decoder.num_layers, pad_id)
+        self.losses = Losses(config, {"qa": 1.0})
 
     def set_gradient_checkpointing(self, enable: bool = True) -> None:
         """As `Encoders.set_gradient_checkpointing`, for the answer decoder too."""
@@ -97,7 +100,7 @@ class SingularityQA(Encoders):
 
     def question_states(self, visual_tokens: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """States (B, Lq, D) of questions (B, Lq) fused with their visual's tokens (B, S, D)."""
-        return self.text_encoder.fuse(self.text_encoder.encode(ids, mask), mask, self.visual_keys(visual_tokens))
+        return self.text_encoder.fuse(self.text_encoder(ids, mask), mask, self.visual_keys(visual_tokens))
 
     def forward(
         self,
@@ -108,23 +111,31 @@ class SingularityQA(Encoders):
         answer_mask: torch.Tensor,
         answer_weights: torch.Tensor,
         per_question: torch.Tensor,
+        columns: Mapping[str, Any] = MappingProxyType({}),
     ) -> dict[str, torch.Tensor]:
-        """Loss `loss_qa`: the weighted sum of the answers' losses over the number of questions.
+        """Loss `loss_qa`: the weighted sum of the answers' losses over the number of questions; those of
+        `config.losses`.
 
         frames (B, T, 3, H, W); questions (B, Lq); the A answers (A, La) of all questions, in order of the questions,
-        their weights (A,), and the number of answers of each question, per_question (B,).
+        their weights (A,), and the number of answers of each question, per_question (B,). columns: of the batch, for
+        losses.
         """
-        tokens, _ = self.encode_visual(frames)
+        tokens, pooled = self.encode_visual(frames)
         states = self.question_states(tokens, question_ids, question_mask)
         batch, answers = frames.shape[0], answer_ids.shape[0]
         owner = torch.arange(batch, device=frames.device).repeat_interleave(per_question, output_size=answers)
         questions = self.answer_decoder.project(states)
         logits = self.answer_decoder(answer_ids, answer_mask, questions, question_mask, owner)
         losses = answer_losses(logits, answer_ids, self.pad_id)
-        return {"loss_qa": (answer_weights * losses).sum() / batch}
+        inputs = AnswerLossInputs(
+            tokens=tokens, pooled=pooled, question_states=states, question_mask=question_mask, answer_ids=answer_ids,
+            answer_mask=answer_mask, answer_weights=answer_weights, owner=owner, logits=logits, answer_losses=losses,
+            columns=columns,
+        )  # fmt: skip
+        return self.losses.compute(inputs)
 
     def frame_states(self, tokens: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
-        """Question states for `rank_answers`, F times (B, Lq, D), from tokens (B, F, S, D) of `encode_clips`."""
+        """Question states for `rank_answers`, F times (B, Lq, D), from tokens (B, F, S, D) of `clip_tokens`."""
         return [self.question_states(each, ids, mask) for each in tokens.unbind(1)]
 
     def first_token_probabilities(

@@ -18,7 +18,8 @@ from runtime.program import as_started
 USER_ERROR = 2  # exit code
 INTERRUPTED = 130
 PROGRAM = Path(__file__).resolve().parent.parent
-ROOMS = {"launch", "train", "eval", "loaders", "model", "sharding", "storage", "runtime"}  # ours
+# Our packages.
+ROOMS = {"launch", "train", "eval", "loaders", "model", "preprocessing", "sharding", "storage", "runtime"}
 
 # Errors of the user's disks, files and permissions.
 USER_ERRNOS = {

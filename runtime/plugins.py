@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from runtime.errors import MissingError, UserError
 from runtime.settings import nearest
@@ -21,9 +22,9 @@ class Registry(Generic[T]):
     As a decorator, `@REGISTRY("name")`, it adds a function or a class. Iterating gives the names.
     """
 
-    def __init__(self, setting: str) -> None:
-        """setting: the dotted key that chooses among them, for messages."""
-        self._setting = setting
+    def __init__(self, setting: str, others: str = "") -> None:
+        """setting: the dotted key that chooses among them; others: what else it may be; for messages."""
+        self._setting, self._others = setting, others
         self._known: dict[str, T] = {}
 
     def __call__(self, name: str) -> Callable[[T], T]:
@@ -41,7 +42,8 @@ class Registry(Generic[T]):
         """The implementation called `name`. Raises UserError, with the nearest names, if there is none."""
         if name in self._known:
             return self._known[name]
-        listed = ", ".join(nearest(name, self._known) or sorted(self._known)) or "none"
+        known = [*(nearest(name, self._known) or sorted(self._known)), *([self._others] if self._others else [])]
+        listed = ", ".join(known) or "none"
         raise UserError(
             f"{self._setting} is {name!r}, must be one of {listed}; a module of your own that registers it must be "
             "named in plugins, plugins=[my_module]"
@@ -52,6 +54,21 @@ class Registry(Generic[T]):
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._known)
+
+
+def build_with_options(kind: Callable[..., T], setting: str, options: Mapping[str, Any], *arguments: object) -> T:
+    """`kind(*arguments, **options)`; raises UserError when `kind` does not take one of the options, or lacks one.
+
+    setting: the dotted key of the options, for messages.
+    """
+    taken = signature(kind)
+    try:
+        taken.bind(*arguments, **options)
+    except TypeError as error:
+        own = list(taken.parameters)[len(arguments) :]
+        listed = f"are {', '.join(own)}" if own else "none"
+        raise UserError(f"{setting}: {error}; the options of {kind.__qualname__} {listed}") from None
+    return kind(*arguments, **options)
 
 
 def load_plugins(names: Sequence[str], beside: Path | None = None) -> None:

@@ -119,12 +119,17 @@ def nearest(name: str, known: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(near))[:3]
 
 
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """A dataclass or a nested mapping, {"optimizer": {"lr": 1}}, by dotted keys: {"optimizer.lr": 1}."""
+def flatten(value: Any, prefix: str = "", whole: Collection[str] = ()) -> dict[str, Any]:
+    """A dataclass or a nested mapping, {"optimizer": {"lr": 1}}, by dotted keys: {"optimizer.lr": 1}.
+
+    whole: dotted keys whose values stay mappings.
+    """
     flat: dict[str, Any] = {}
     nested: Mapping[str, Any] = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
     for name, item in nested.items():
-        flat |= flatten(item, f"{prefix}{name}.") if isinstance(item, dict) and item else {f"{prefix}{name}": item}
+        key = f"{prefix}{name}"
+        nests = isinstance(item, dict) and item and key not in whole
+        flat |= flatten(item, f"{key}.", whole) if nests else {key: item}
     return flat
 
 

@@ -12,6 +12,7 @@ from runtime.errors import command
 from runtime.flags import positive
 from runtime.program import command_line
 from runtime.progress import LOG_EVERY
+from sharding.annotations.config import parse_pairs
 from sharding.arguments import folder_of_shards
 
 
@@ -39,6 +40,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="SHARE",
         help="allowed share of failures (default: %(default)s)",
     )
+    add(
+        "--extra-columns",
+        nargs="+",
+        default=[],
+        metavar="KEY=TYPE",
+        help="keys of KEY.json to keep in the index, with their type float, int, bool or str, such as similarity=float",
+    )
     add("--log-every", type=float, default=LOG_EVERY, metavar="SECONDS", help=f"see {command_line('sharding.build')}")
     return result
 
@@ -48,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options = vars(parser().parse_args(arguments))
+    options["extra_columns"] = parse_pairs("--extra-columns", options["extra_columns"])
     from sharding.shards.indexing import index_shards
     from storage.policy import storage_errors
 

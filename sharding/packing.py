@@ -66,7 +66,8 @@ def pack(settings: BuildSettings) -> Corpus:
             staged.items, f"packing {shards.name}", settings.progress, log_every=settings.log_every
         ) as progress:
             built, rows = build_shards(tasks, settings.executor, settings.retry_failed, failures, progress)
-        corpus = Corpus(output, shards.name, shards.media_type, tuple(built), asdict(shards))
+        recorded = asdict(shards) | settings.reading.recorded_columns()
+        corpus = Corpus(output, shards.name, shards.media_type, tuple(built), recorded)
         if len(built) < len(tasks):
             return corpus
         files = {BUILD: digest_of([join_url(output, BUILD)]), **failures.publish(output)}
@@ -89,7 +90,8 @@ def estimate(settings: BuildSettings) -> Iterator[str]:
 
 def planned_tasks(settings: BuildSettings, staged: Staged, scratch: Path) -> list[Task]:
     """One task per shard."""
-    return plan_shards(staged, settings.shards, settings.media_root, settings.output, scratch, settings.fetching)
+    where = settings.media_root, settings.output, scratch
+    return plan_shards(staged, settings.shards, *where, settings.fetching, settings.reading.extra_columns)
 
 
 def staged_rows(settings: BuildSettings, scratch: Path) -> tuple[Staged, str]:

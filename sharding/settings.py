@@ -13,6 +13,7 @@ from runtime.progress import LOG_EVERY
 from sharding.annotations.config import CorpusConfig, Reading, load_corpus, parse_pairs, with_columns
 from sharding.executors.executor import Executor
 from sharding.shards.plan import ShardSettings
+from sharding.shards.schema import check_columns
 from storage.fetching import Fetching
 
 
@@ -65,6 +66,7 @@ class BuildSettings:
         values |= {"output": local_form(self.output), "media_root": local_form(self.media_root)}
         settings = changed(self, values)
         settings.shards.check()
+        check_columns(settings.reading.extra_columns)
         if not 0 <= self.max_failures <= 1:
             raise UserError(f"--max-failures is {self.max_failures:g}, must be a share from 0 to 1, such as 0.05")
         self.fetching.check()
@@ -89,6 +91,8 @@ def read_settings(flags: Mapping[str, Any], corpus: str = "") -> BuildSettings:
     given = {name: value for name, value in found.items() if value is not None} | dict(flags)
     if "columns" in flags:
         given["columns"] = with_columns(config.columns, parse_pairs("--columns", flags["columns"]))
+    if "extra_columns" in flags:
+        given["extra_columns"] = config.extra_columns | parse_pairs("--extra-columns", flags["extra_columns"])
     if "keep" in flags:
         pairs = parse_pairs("--keep", flags["keep"])
         given["keep"] = {**config.keep, **{column: values.split(",") for column, values in pairs.items()}}

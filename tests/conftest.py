@@ -9,8 +9,8 @@ import pytest
 from hypothesis import settings
 from needs import LEFT_OUT
 
-from loaders.text import Tokenizer
 from loaders.vocab import learn_vocabulary
+from preprocessing.text import Tokenizer
 from sharding.build import build_corpus
 from sharding.shapes import write_shapes
 

@@ -9,7 +9,10 @@ from pathlib import Path
 from needs import leave_out
 from places import ROOT
 
-OPTIONAL = ("playwright", "ray", "tensorboard", "wandb", "s3fs", "gcsfs", "trustme", "imageio_ffmpeg", "requests")
+OPTIONAL = (
+    "accelerate", "lightning", "playwright", "ray", "tensorboard", "wandb", "s3fs", "gcsfs", "trustme",
+    "imageio_ffmpeg", "requests",
+)  # fmt: skip
 # A plugin of pytest that hides packages as if they had never been installed.
 HIDE = f"""
 import sys

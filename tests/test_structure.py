@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from places import ROOT
 
-FLOORS = ("runtime", "storage", "sharding", "loaders model", "eval", "train", "launch")
+FLOORS = ("runtime", "storage", "sharding", "preprocessing", "loaders model", "eval", "train", "launch")
 MAY_IMPORT = {
     room: {below for lower in FLOORS[:number] for below in lower.split()}
     for number, floor in enumerate(FLOORS)

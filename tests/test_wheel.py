@@ -19,7 +19,7 @@ from places import ROOT
 pytestmark = pytest.mark.timeout(600)
 
 
-PACKAGES = ("runtime", "storage", "sharding", "loaders", "model", "train", "eval", "launch")
+PACKAGES = ("runtime", "storage", "sharding", "preprocessing", "loaders", "model", "train", "eval", "launch")
 RECIPES = ("configs", "deepspeed_configs")
 HOME = "singularity_at_scale"  # of recipes and pages in a wheel
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from runtime.errors import UserError, file_errors
-from runtime.settings import EVALUATION, FIXED, FREE, change_on_resume, flatten
+from runtime.settings import EVALUATION, FIXED, FREE, build, change_on_resume, flatten, read_layers
 from storage.files import recover_folders, remove_temporary, write_text
 from train.checkpoints.writing import checkpoint_step, complete_checkpoints
-from train.config.settings import RunConfig, load_settings, to_yaml
+from train.config.settings import RunConfig, to_yaml
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ class RunFolder:
 
 def _changes(path: Path, config: RunConfig) -> dict[str, list[str]]:
     """The differences of `config` from the resolved configuration at `path`, as text, by their effect."""
-    there, here = flatten(load_settings(path).config), flatten(config)
+    there, here = flatten(build(RunConfig, read_layers(RunConfig, path))), flatten(config)
     changes: dict[str, list[str]] = {FIXED: [], EVALUATION: [], FREE: []}
     for key in dict.fromkeys([*here, *there]):
         if there.get(key) != here.get(key):

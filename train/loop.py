@@ -34,6 +34,7 @@ from train.checkpoints.writing import (
 from train.config.settings import RunConfig
 from train.deepspeed.compat import gathered_weights
 from train.deepspeed.engine import start_engine
+from train.deepspeed.state import whole_shape
 from train.guard import StepGuard
 from train.job.devices import slow_precision
 from train.job.hang import END, EVALUATE, LOADER, SAVE, STEP
@@ -66,7 +67,12 @@ class Trainer:
         self.model.set_gradient_checkpointing(self.run.gradient_checkpointing)
         self.engine, groups = start_engine(self.model, self.run, prepared.deepspeed, device)
         self.writer = CheckpointWriter(
-            self.folder.checkpoints, self.engine, self.model_config, prepared.tokenizer, self.ranks
+            self.folder.checkpoints,
+            self.engine,
+            self.model_config,
+            prepared.tokenizer,
+            self.ranks,
+            prepared.preprocessing,
         )
         self.state = self._resume()
         self.total_steps = total_steps(self.run, self.loader.steps_per_epoch)
@@ -86,7 +92,7 @@ class Trainer:
             epochs = self.state.evaluated_epochs
             self.tracker = Tracker(self.folder, self.run, self.total_steps, self.state.step, epochs)
         self._saved_step, self._saved_at = self.state.step, time.monotonic()
-        self._clock = Clock(self.model_config, self.loader.batch_size, self.run.video_input.num_frames)
+        self._clock = Clock(self.model, self.loader.batch_size, self.run.video_input.num_frames)
 
     def train(self, evaluate: Evaluate | None = None) -> None:
         """Train to the end. With `evaluate`: `stop_key` is evaluated after each epoch, all splits at the end.
@@ -102,7 +108,7 @@ class Trainer:
                 self.loader.steps_per_epoch,
                 ", ".join(f"{steps} {kind}" for kind, steps in self.loader.media_steps.items()),
                 self.ranks.world_size,
-                f"{sum(p.numel() for p in self.model.parameters()) / 1e6:.1f} M parameters",
+                _sizes(self.model),
             )
         self.engine.train()
         gc.collect()
@@ -286,10 +292,21 @@ def total_steps(run: RunConfig, per_epoch: int) -> int:
 
 
 def deciding_score(metrics: Metrics, split: str) -> tuple[str, float]:
-    """The metric that chooses the best checkpoint, and its value: `overall` of QA, `r_mean` of re-ranked retrieval."""
+    """The metric that chooses the best checkpoint, and its value.
+
+    `overall` of QA, `r_mean` of re-ranked retrieval, of a task of one's own that has neither the first one.
+    """
     row = next(metrics[name] for name in (split, f"{split}/", f"{split}_emb/") if name in metrics)
-    measure = "overall" if "overall" in row else "r_mean"
+    measure = next((name for name in ("overall", "r_mean") if name in row), next(iter(row)))
     return measure, row[measure]
+
+
+def _sizes(model: Model) -> str:
+    """How many parameters the model has, and how many of them are trained where some are frozen."""
+    sizes = [(whole_shape(parameter).numel(), parameter.requires_grad) for parameter in model.parameters()]
+    total, trained = sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+    frozen = "" if trained == total else f", {trained / 1e6:.1f} M of them trained"
+    return f"{total / 1e6:.1f} M parameters{frozen}"
 
 
 def _temperature(model: Model) -> float | None:

@@ -8,8 +8,8 @@ from math import cos, pi
 
 from torch import nn
 
+from model.freezing import names_below
 from runtime.errors import UserError
-from runtime.settings import nearest
 from train.config.settings import OptimizerConfig
 
 ALIGNED_SIZE = 8  # elements: 16 bytes of half precision
@@ -33,17 +33,10 @@ def parameter_groups(dimensions: Mapping[str, int], config: OptimizerConfig) -> 
     """
     own_lr = config.different_lr
     modules = own_lr.module_names if own_lr.enable else []
-    for module in modules:
-        if not any(_below(name, module) for name in dimensions):
-            known = {name.rsplit(".", depth)[0] for name in dimensions for depth in range(1, 6)} | set(dimensions)
-            near = nearest(module, sorted(known)) or sorted({name.split(".")[0] for name in dimensions})
-            raise UserError(
-                f"optimizer.different_lr.module_names names {module!r}, which matches no parameter of this model: "
-                f"nearest are {', '.join(near)}"
-            )
+    different = names_below(dimensions.keys(), modules, "optimizer.different_lr.module_names")
     groups: dict[tuple[float, float], list[str]] = {}
     for name, ndim in dimensions.items():
-        lr = own_lr.lr if any(_below(name, module) for module in modules) else config.lr
+        lr = own_lr.lr if name in different else config.lr
         decay = 0.0 if ndim == 1 or name.endswith(".bias") else config.weight_decay
         groups.setdefault((lr, decay), []).append(name)
     return [ParameterGroup(lr, decay, tuple(names)) for (lr, decay), names in groups.items()]
@@ -68,12 +61,8 @@ def trainable_groups(model: nn.Module, config: OptimizerConfig) -> list[Paramete
     )
     trainable = [replace(group, names=names) for group, names in zip(groups, own) if names]
     if not trainable:
-        raise UserError("every parameter of the model is frozen (requires_grad=False): leave some trainable")
+        raise UserError("every parameter of the model is frozen: leave some of them out of freeze")
     return trainable
-
-
-def _below(name: str, module: str) -> bool:
-    return name == module or name.startswith(module + ".")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from runtime.errors import MissingError, UserError, command
 from runtime.program import as_started, command_line
 from sharding.shards.outside import check_outside_corpora
 
-FIRST = ("loss", "loss_itc", "loss_itm", "loss_mlm", "loss_qa", "grad_norm", "temperature", "lr")
+FIRST = ("loss", "loss_itc", "loss_itm", "loss_mlm", "loss_qa")
+NEXT = ("grad_norm", "temperature", "lr")
 LAST = ("samples_per_second", "data_wait", "memory_gb", "mfu")
 ONE_CURVE = ("lr", "temperature", "memory_gb")  # for both media
 SUMMARIES = ("/r_mean", "/overall")  # the metrics of evaluations that are drawn by default
@@ -88,8 +89,10 @@ def read_run(folder: Path) -> Run:
 def metrics_of(runs: Sequence[Run]) -> list[str]:
     """All metrics of the runs: losses first, then evaluations, speed last."""
     found = list(dict.fromkeys(metric for run in runs for metric in run.metrics))
-    other = sorted(metric for metric in found if metric not in FIRST + LAST)
-    return [name for name in FIRST if name in found] + other + [name for name in LAST if name in found]
+    losses = [metric for metric in found if metric.startswith("loss_")]
+    first = dict.fromkeys([*FIRST, *losses, *NEXT])
+    other = sorted(metric for metric in found if metric not in first and metric not in LAST)
+    return [name for name in first if name in found] + other + [name for name in LAST if name in found]
 
 
 def panel(metric: str, runs: Sequence[Run]) -> Panel:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +14,25 @@ import torch
 from eval.run import make_task
 from eval.tasks.task import Task
 from loaders.shards import describe
-from loaders.text import Tokenizer
 from loaders.train import TrainLoader
 from model.building import Model, build_model
 from model.checkpoints.loading import find_weights, fit_weights
 from model.checkpoints.pretrained import new_model
 from model.config import with_changes
+from preprocessing.config import Preprocessing
+from preprocessing.text import Tokenizer
 from runtime.activity import progress
 from runtime.errors import MissingError, UserError
 from runtime.ranks import Ranks, cores_per_process
 from sharding.shards.outside import check_outside_corpora
+from sharding.shards.schema import Corpus
 from train.checkpoints.copies import RemoteCheckpoints
-from train.checkpoints.writing import WEIGHTS, check_checkpoint, complete_checkpoints, special_ids
+from train.checkpoints.writing import WEIGHTS, check_checkpoint, complete_checkpoints
 from train.config.architecture import adopt, changes_to, check_texts, fresh_architecture
 from train.config.settings import RunConfig, Settings
 from train.deepspeed.engine import deepspeed_config
 from train.folder import RunFolder
-from train.optimizer import parameter_groups
+from train.optimizer import trainable_groups
 from train.tracking.trackers import check_tracking
 
 log = logging.getLogger(__name__)
@@ -48,6 +51,7 @@ class Prepared:
     model: Model
     task: Task[Any, Any] | None  # None where the run evaluates nothing
     remote: RemoteCheckpoints | None  # where checkpoints are copied to
+    preprocessing: Preprocessing  # recorded with the weights
 
 
 def prepare_training(settings: Settings, ranks: Ranks, evaluates: bool, device: torch.device) -> Prepared:
@@ -67,15 +71,18 @@ def prepare_training(settings: Settings, ranks: Ranks, evaluates: bool, device: 
             raise UserError(f"stop_key={run.stop_key} is not among splits={run.splits}: add it, or splits=[] for all")
         task = make_task(run)
     log.info("Checking the corpora: %s", ", ".join(run.train_urls()))
+    corpora = []
     for url in run.train_urls():
         progress(f"checking {url}")
-        describe(url, run)
+        corpora.append(describe(url, run))
     share_cores(ranks)
     torch.manual_seed(run.seed)
     log.info("Building the model")
     progress("building the model")
     model, tokenizer = _model(settings)
-    parameter_groups({name: p.ndim for name, p in model.named_parameters()}, run.optimizer)
+    model.freeze(run.freeze)
+    trainable_groups(model, run.optimizer)
+    _check_statistics(model)
     progress("opening the corpora")
     quarantine = run.quarantine_file or str(Path(run.output_dir) / "quarantine-{rank}.jsonl")
     loader_settings = replace(run, quarantine_file=quarantine)
@@ -87,7 +94,18 @@ def prepare_training(settings: Settings, ranks: Ranks, evaluates: bool, device: 
     remote = RemoteCheckpoints(run.checkpoint_url, run.storage) if run.checkpoint_url else None
     if ranks.is_first:
         _claim(folder, run, remote, tokenizer)
-    return Prepared(run, ranks, folder, zero, tokenizer, loader, model, task, remote)
+    return Prepared(run, ranks, folder, zero, tokenizer, loader, model, task, remote, preprocessing(run, corpora))
+
+
+def preprocessing(run: RunConfig, corpora: Sequence[Corpus]) -> Preprocessing:
+    """How the inputs of the model are made, and what it is trained on."""
+    counted = ("samples", "captions", "questions")
+    known = [
+        {**each.settings, "name": each.name, "media_type": each.media_type}
+        | {unit: sum(each.counts(unit)) for unit in counted}
+        for each in corpora
+    ]
+    return Preprocessing.of({**asdict(run), "corpora": known})
 
 
 def _claim(folder: RunFolder, run: RunConfig, remote: RemoteCheckpoints | None, tokenizer: Tokenizer) -> None:
@@ -100,6 +118,16 @@ def _claim(folder: RunFolder, run: RunConfig, remote: RemoteCheckpoints | None, 
     for path in complete_checkpoints(folder.checkpoints)[-1:]:
         check_checkpoint(path)
         _check_vocabulary(tokenizer, str(path / WEIGHTS), run)
+
+
+def _check_statistics(model: Model) -> None:
+    """Raise UserError for running statistics, which each process would collect of its own part of a batch."""
+    for name, module in model.named_modules():
+        if module.training and getattr(module, "track_running_stats", False):
+            raise UserError(
+                f"{name} is a {type(module).__name__}, whose running statistics would differ between processes: take "
+                "GroupNorm or LayerNorm, or keep it in evaluation mode"
+            )
 
 
 def _check_micro_batches(loader: TrainLoader, run: RunConfig, ranks: Ranks) -> None:
@@ -147,7 +175,7 @@ def _model(settings: Settings) -> tuple[Model, Tokenizer]:
     tokenizer = Tokenizer.load(run.tokenizer)
     config = fresh_architecture(settings, tokenizer)
     adopt(settings, config)
-    return new_model(config, special_ids(tokenizer)), tokenizer
+    return new_model(config, tokenizer.special_ids), tokenizer
 
 
 def _from_checkpoint(settings: Settings, path: str, training: bool) -> tuple[Model, Tokenizer]:
@@ -171,7 +199,7 @@ def _from_checkpoint(settings: Settings, path: str, training: bool) -> tuple[Mod
             raise MissingError(f"{found} has no vocabulary, and {error}") from None
     check_texts(run, config, tokenizer)
     adopt(settings, config)
-    model = build_model(config, special_ids(tokenizer))
+    model = build_model(config, tokenizer.special_ids)
     report = fit_weights(model, weights, str(found), run.expected_tensors)
     log.info("Weights of %s: %s", found, report)
     return model, tokenizer

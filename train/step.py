@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from eval.report.losses import MEDIA
-from loaders.batch import Answers, Batch, normalize
+from loaders.batch import Batch
 from model.building import Model
 from model.singularity import TEMPERATURE_RANGE
+from preprocessing.normalization import normalize
 from runtime.errors import UserError
 from train.config.settings import RunConfig
 from train.deepspeed.compat import finish_step
@@ -56,21 +57,7 @@ def split(batch: Batch, micro_batches: int) -> list[Batch]:
     if micro_batches == 1:
         return [batch]
     size = len(batch.keys) // micro_batches
-    result = []
-    for first in range(0, size * micro_batches, size):
-        rows = slice(first, first + size)
-        tensors = {name: getattr(batch, name)[rows] for name in ("frames", "input_ids", "attention_mask", "idx")}
-        answers = None if batch.answers is None else _rows_of(batch.answers, rows)
-        result.append(replace(batch, **tensors, keys=batch.keys[rows], answers=answers))
-    return result
-
-
-def _rows_of(answers: Answers, rows: slice) -> Answers:
-    """The answers of some of the questions."""
-    counts = answers.per_question
-    first, end = int(counts[: rows.start].sum()), int(counts[: rows.stop].sum())
-    own = slice(first, end)
-    return Answers(answers.input_ids[own], answers.attention_mask[own], answers.weights[own], counts[rows])
+    return [batch.rows(slice(first, first + size)) for first in range(0, size * micro_batches, size)]
 
 
 class Stepper:
@@ -109,12 +96,13 @@ class Stepper:
     def _backward(self, batch: Batch) -> Losses:
         """Forward and backward of a micro-batch; AdamW acts after the last one, on the mean of the gradients."""
         frames = normalize(batch.frames, self.model.mean, self.model.std, self._dtype)
-        losses = self.engine(frames, *model_inputs(batch))
+        columns = {"columns": batch.columns} if batch.columns else {}
+        losses = self.engine(frames, *model_inputs(batch), **columns)
         total = torch.stack(list(losses.values())).sum()
         if not total.requires_grad:
             raise UserError(
                 f"all parameters that a batch of {MEDIA[batch.media_type]} uses are frozen: leave some of them "
-                "trainable, or leave that medium out of train_corpus"
+                "out of freeze, or leave that medium out of train_corpus"
             )
         self.engine.backward(self.guard.loss_scale.apply(total))
         self.guard.step()

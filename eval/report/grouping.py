@@ -160,12 +160,13 @@ def _sizes(members: Sequence[Member]) -> str:
     details = members[0].details
     what = "clips" if details["media_type"] == "video" else "images"
     kind = "texts" if details["task"] == "retrieval" else "questions"
-    return f"{details['num_visuals']:,} {what}, {details[f'num_{kind}']:,} {kind}"
+    texts = f", {details[f'num_{kind}']:,} {kind}" if f"num_{kind}" in details else ""
+    return f"{details['num_visuals']:,} {what}{texts}"
 
 
 def _protocol(members: Sequence[Member]) -> str:
     details = members[0].details
-    return "retrieval" if details["task"] == "retrieval" else f"{details['protocol']}, {details['accuracy']}"
+    return f"{details['protocol']}, {details['accuracy']}" if "protocol" in details else details["task"]
 
 
 def _evaluations(members: Sequence[Member]) -> str:

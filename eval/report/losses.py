@@ -27,7 +27,8 @@ def loss_weights(run: Path) -> dict[str, float]:
     """The weights in a run's config.yaml that are neither 1 nor 0, as {"loss_itc": 2.0}; empty where it has none."""
     try:
         settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-        weights = {f"loss_{name}": float(value) for name, value in settings["loss_weight"].items()}
+        named = {**settings["loss_weight"], **settings.get("losses", {})}
+        weights = {f"loss_{name}": float(value) for name, value in named.items()}
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError):
         return {}
     return {name: weight for name, weight in weights.items() if weight not in (0, 1)}

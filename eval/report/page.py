@@ -63,6 +63,8 @@ def _galleries(
     galleries = []
     for evaluation_number, evaluation in enumerate(evaluations):
         for split, gallery in evaluation.gallery.items():
+            if gallery.get("examples") == {}:  # of a task without examples
+                continue
             visuals = {}
             for number, visual in gallery["visuals"].items():
                 picture = visual["picture"]

@@ -32,7 +32,7 @@ def tables(test_sets: Sequence[TestSet]) -> list[dict[str, Any]]:
         for member in test_set.members:
             about = member.evaluation.details
             theirs |= {row.title: row for row in published(about["benchmark"], member.split, about["zero_shot"])}
-        columns = COLUMNS if details["task"] == "retrieval" else _type_columns(rows, "answer_type/")
+        columns = COLUMNS if details["task"] == "retrieval" else _columns(rows)
         found.append(
             {
                 "title": test_set.title,
@@ -87,7 +87,7 @@ def _baselines(details: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _rankings(member: Member) -> dict[str, str]:
     if member.details["task"] != "retrieval":
-        return {member.split: member.details["accuracy"]}
+        return {member.split: member.details.get("accuracy", member.details["task"])}
     return {f"{member.split}/": "re-ranked", f"{member.split}_emb/": "dual encoder"}
 
 
@@ -96,17 +96,28 @@ def _type_columns(rows: Sequence[dict[str, Any]], prefix: str) -> list[str]:
     return ["overall", *names]
 
 
+def _columns(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """`overall`, the accuracies by type of answer, and the metrics of a task of one's own."""
+    names = dict.fromkeys(name for row in rows for name in row["values"])
+    own = [name for name in names if name != "overall" and not name.startswith(("answer_type/", "question_type/"))]
+    known = _type_columns(rows, "answer_type/")
+    return [*known, *own] if not rows or "overall" in names else [*known[1:], *own]
+
+
 def _label(column: str) -> str:
     of_type = column.partition("/")[2]
-    return of_type or {"r_mean": "mean", "overall": "all"}.get(column, f"R@{column.rpartition('r')[2]}")
+    if of_type or column not in COLUMNS:
+        return of_type or {"overall": "all"}.get(column, column)
+    return "mean" if column == "r_mean" else f"R@{column.rpartition('r')[2]}"
 
 
 def bars(all_tables: Sequence[dict[str, Any]], task: str) -> list[dict[str, Any]]:
     """Bars of one metric for the test sets of a kind: their evaluations, re-ranked where they are, and a baseline:
     chance, or of questions always the same answer.
     """
-    mine = [table for table in all_tables if (table["task"] == "retrieval") == (task == "retrieval") and table["rows"]]
     column = "img_r1" if task == "retrieval" else "overall"
+    mine = [table for table in all_tables if (table["task"] == "retrieval") == (task == "retrieval") and table["rows"]]
+    mine = [table for table in mine if all(column in row["values"] for row in table["rows"])]
     values = [row["values"][column] for table in mine for row in table["rows"]]
     values += [row["values"].get(column, 0.0) for table in mine for row in table["baselines"]]
     scale = max([1.0, *values])
@@ -149,7 +160,8 @@ def frame_curves(test_sets: Sequence[TestSet]) -> list[dict[str, Any]]:
             words = [evaluation.run_name] if len(runs) > 1 else []
             words += [evaluation.details["settings"]["eval_frame_ensemble"]]
             words += [row["ranking"]] if ranked else []
-            lines.setdefault(", ".join(words), {})[row["details"]["num_frames"]] = row["values"][metric]
+            if metric in row["values"]:
+                lines.setdefault(", ".join(words), {})[row["details"]["num_frames"]] = row["values"][metric]
         several = {name: sorted(points.items()) for name, points in lines.items() if len(points) > 1}
         drawn = [
             Curve(name, points, color=number, markers=True) for number, (name, points) in enumerate(several.items())
@@ -170,7 +182,9 @@ def loss_curves(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
         media = by_medium(read_metrics(log) if log.is_file() else [])
         for medium, steps in media.items():
             lines: list[Curve] = []
-            for key, name in LOSSES.items():
+            own = dict.fromkeys(key for step in steps for key in step if key.startswith("loss_"))
+            for key in dict.fromkeys([*LOSSES, *own]):
+                name = LOSSES.get(key, key.removeprefix("loss_"))
                 points = [(step["step"], step[key]) for step in steps if isinstance(step.get(key), int | float)]
                 if points:
                     lines.append(Curve(weighted_name(key, weights, name), points, color=len(lines)))

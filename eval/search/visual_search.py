@@ -17,11 +17,11 @@ from eval.features import collect_visuals, encode_texts, visual_blocks
 from eval.metrics import top_items
 from loaders.config import LoaderConfig, VideoInput
 from loaders.evaluation import VisualSet
-from loaders.text import Tokenizer, clean_text
 from model.checkpoints.files import resolve_weights
 from model.checkpoints.loading import load_model
 from model.scoring import match_pairs
 from model.singularity import Singularity
+from preprocessing.text import Tokenizer, clean_text
 from runtime.errors import UserError
 from runtime.ranks import ALONE
 from sharding.report.contact_sheet import Cell, contact_sheet, read_picture

@@ -13,10 +13,10 @@ from eval.features import TextFeatures, VisualFeatures, encode_test_set, evaluat
 from eval.metrics import NOT_FINITE
 from eval.outputs import SplitOutput
 from eval.tasks.questions import questions_output
-from eval.tasks.task import TaskResult
+from eval.tasks.task import Task, TaskResult
 from loaders.evaluation import Choice, ChoiceSet
-from loaders.text import Tokenizer
 from model.singularity import Singularity
+from preprocessing.text import Tokenizer
 from runtime.errors import UserError
 from runtime.ranks import ALONE, Ranks
 
@@ -35,7 +35,7 @@ class MultipleChoiceResult(TaskResult):
     scores: list[np.ndarray]
 
 
-class MultipleChoiceTask:
+class MultipleChoiceTask(Task[ChoiceSet, MultipleChoiceResult]):
     """Choosing an option for each item by VTM. Items without a known answer are left out of the metric."""
 
     texts = "choices"

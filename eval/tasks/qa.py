@@ -22,10 +22,10 @@ from eval.metrics import NOT_FINITE
 from eval.outputs import SplitOutput
 from eval.tasks.answers import Annotated, accuracies, accuracy_by_type, answer_baselines
 from eval.tasks.questions import questions_output
-from eval.tasks.task import TaskResult
+from eval.tasks.task import Task, TaskResult
 from loaders.evaluation import QASet, Question
-from loaders.text import Tokenizer
 from model.vqa import SingularityQA
+from preprocessing.text import Tokenizer
 from runtime.activity import progress
 from runtime.collectives import gather_rows
 from runtime.errors import MissingError, UserError
@@ -51,7 +51,7 @@ class QAResult(TaskResult):
     accuracies: list[float | None]
 
 
-class QATask:
+class QATask(Task[QASet, QAResult]):
     """Answering each question with one of `answers`, at least one."""
 
     texts = "questions"

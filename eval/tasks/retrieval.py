@@ -15,10 +15,10 @@ from eval.metrics import Truth, chance_metrics, ordered, retrieval_metrics, row_
 from eval.outcomes import Outcomes, outcomes_of_ranks
 from eval.outputs import SplitOutput
 from eval.report.gallery import choose_queries, draw_visuals
-from eval.tasks.task import TaskResult, common_details
+from eval.tasks.task import Task, TaskResult, common_details
 from loaders.evaluation import RetrievalSet
-from loaders.text import Tokenizer
 from model.singularity import Singularity
+from preprocessing.text import Tokenizer
 from runtime.collectives import broadcast
 from runtime.ranks import ALONE, Ranks
 
@@ -50,7 +50,7 @@ class RetrievalResult(TaskResult):
     scores: Scores | None = None
 
 
-class RetrievalTask:
+class RetrievalTask(Task[RetrievalSet, RetrievalResult]):
     """Text-to-visual and visual-to-text retrieval."""
 
     texts = "captions"

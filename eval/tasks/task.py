@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from eval.config import EvalConfig, EvalRunConfig
 from eval.outputs import SplitOutput
 from loaders.evaluation import VisualSet
-from loaders.text import Tokenizer
+from preprocessing.text import Tokenizer
 from runtime.ranks import ALONE, Ranks
 
 
@@ -16,7 +16,8 @@ from runtime.ranks import ALONE, Ranks
 class TaskResult:
     """One test set's evaluation; all but the largest arrays are the same on all ranks.
 
-    metrics: entries of metrics.json. missing: visuals that could not be read and why. seconds: by stage.
+    metrics: entries of metrics.json, {"NAME": {"overall": percent, ...}}; the first metric, or the one called overall,
+    chooses the best checkpoint. missing: visuals that could not be read and why. seconds: by stage.
     """
 
     name: str
@@ -30,14 +31,17 @@ TestSet = TypeVar("TestSet", bound=VisualSet)
 Result = TypeVar("Result", bound=TaskResult)
 
 
-class Task(Protocol[TestSet, Result]):
-    """One evaluation task. A new one is a class of this form and an entry in `eval.run.TASKS`."""
+class Task(Generic[TestSet, Result]):
+    """One evaluation task, an entry of `eval.run.TASKS`. A new one defines `open` and `evaluate`."""
 
-    texts: str  # what a packed corpus must hold: captions | questions | choices
+    texts = "captions"  # what a packed corpus must hold: captions | questions | choices
+
+    def __init__(self, config: EvalRunConfig | None = None) -> None:
+        """config: of the run, for what the task checks or reads at the start."""
 
     def open(self, url: str, config: EvalRunConfig) -> TestSet:
         """Open a packed corpus as the task's test set."""
-        ...
+        raise NotImplementedError
 
     def evaluate(
         self,
@@ -53,11 +57,12 @@ class Task(Protocol[TestSet, Result]):
         The result does not depend on the number of ranks, nor on the batch sizes, beyond rounding. Raises UserError
         for settings that do not fit the model.
         """
-        ...
+        raise NotImplementedError
 
     def output(self, result: Result, dataset: TestSet, config: EvalConfig) -> SplitOutput:
-        """The outputs of a result; called by rank 0."""
-        ...
+        """What is written of a result, here its metrics; called by rank 0."""
+        details = {"task": config.task, "items_sha256": dataset.digest, **common_details(result, dataset)}
+        return SplitOutput(result.name, result.metrics, details, [], [], {"examples": {}, "visuals": {}})
 
 
 def common_details(result: TaskResult, dataset: VisualSet) -> dict[str, Any]:

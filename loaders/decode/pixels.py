@@ -10,9 +10,12 @@ import simplejpeg
 from PIL import Image
 
 from loaders.samples import BadSampleError, Clip, Window
+from preprocessing.resizing import resize
 from sharding.media.frames import MediaError
 from sharding.media.jpeg import SIDEWAYS, START_OF_IMAGE, has_end, is_plain_jpeg
 from sharding.media.picture import decode_picture, picture_size
+
+cv2.setNumThreads(0)  # pictures are decoded in parallel; threads within one would compete with them
 
 cv2.setNumThreads(0)  # pictures are decoded in parallel; threads within one would compete with them
 
@@ -145,10 +148,7 @@ def show(pixels: np.ndarray, window: Window, out: np.ndarray, antialias: bool, b
     crop = pixels[top : top + height, left : left + width]
     if (height, width) != (size, size):
         target = buffer[: out.size].reshape(out.shape) if flip else out
-        if antialias:  # Pillow's kernel is that of PyTorch's antialiased bicubic, OpenCV's that of the plain one
-            crop = np.asarray(Image.fromarray(crop).resize((size, size), Image.Resampling.BICUBIC))
-        else:
-            crop = cv2.resize(crop, (size, size), dst=target, interpolation=cv2.INTER_CUBIC)
+        crop = resize(crop, size, antialias, target)
     if flip:
         cv2.flip(crop, 1, dst=out)
     elif crop is not out:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +10,7 @@ import numpy as np
 from loaders.config import VideoInput
 from loaders.index import Record
 from loaders.samples import Window
-from runtime.errors import UserError
+from preprocessing.frames import choose_frames, random_frames
 
 CROP_AREA = (0.5, 1.0)
 CROP_ASPECT = (3 / 4, 4 / 3)
@@ -46,64 +45,13 @@ def random_choices(
 def clip_frames(records: Sequence[Record], keys: np.ndarray, video: VideoInput) -> list[np.ndarray]:
     """Indices of the sampled frames of each clip, (T,) each."""
     lengths = np.array([max(1, len(record.sizes)) for record in records])
+    numbers = random_numbers(keys, FRAMES, video.num_frames)
     if video.sample_type == "rand":
-        return list(random_frames(video.num_frames, lengths, random_numbers(keys, FRAMES, video.num_frames)))
+        return list(random_frames(video.num_frames, lengths, numbers))
     return [
-        choose_frames(video.sample_type, video.num_frames, length, record.fps)
-        for length, record in zip(lengths.tolist(), records, strict=True)
+        choose_frames(video.sample_type, video.num_frames, length, record.fps, own)
+        for length, record, own in zip(lengths.tolist(), records, numbers, strict=True)
     ]
-
-
-def choose_frames(
-    sample_type: str, num_frames: int, length: int, fps: float, numbers: np.ndarray | None = None
-) -> np.ndarray:
-    """Indices (num_frames,) int64 of the frames to show of a clip of `length` frames stored at `fps` per second.
-
-    `rand`: a random frame of each of num_frames equal intervals; `middle`: the middle one of each; `fpsX`: frames at
-    X per second, spread evenly where they are more than num_frames. Where there are too few, the last is repeated.
-
-    numbers: (num_frames,) random ones in [0, 1), for `rand`. Raises UserError: unknown sample_type.
-    """
-    rate = parse_sample_type(sample_type)
-    if rate is not None:
-        chosen = frames_at_rate(rate, length, fps)
-        if len(chosen) > num_frames:
-            chosen = chosen[np.linspace(0, len(chosen) - 1, num_frames).round().astype(np.int64)]
-    else:
-        edges = np.linspace(0, length, min(num_frames, length) + 1).astype(np.int64)
-        if sample_type == "middle":
-            chosen = (edges[:-1] + edges[1:] - 1) // 2
-        else:
-            assert numbers is not None
-            chosen = edges[:-1] + (numbers[: len(edges) - 1] * np.diff(edges)).astype(np.int64)
-    return np.concatenate([chosen, np.full(num_frames - len(chosen), chosen[-1], np.int64)])
-
-
-def random_frames(num_frames: int, lengths: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """`choose_frames("rand", ...)` of B clips at once: (B, num_frames) of lengths (B,) and numbers (B, num_frames)."""
-    edges = np.linspace(0, lengths, num_frames + 1, axis=1).astype(np.int64)
-    chosen = edges[:, :-1] + (numbers * np.diff(edges, axis=1)).astype(np.int64)
-    for row in np.flatnonzero(lengths < num_frames).tolist():
-        chosen[row] = choose_frames("rand", num_frames, int(lengths[row]), 1.0, numbers[row])
-    return chosen
-
-
-def parse_sample_type(sample_type: str) -> float | None:
-    """X of `fpsX`, None for `rand` and `middle`; raises UserError for anything else."""
-    if sample_type in ("rand", "middle"):
-        return None
-    with suppress(ValueError):
-        if sample_type.startswith("fps") and (rate := float(sample_type[3:])) > 0:
-            return rate
-    raise UserError(f"sample_type is {sample_type!r}, must be rand, middle or fpsX with X above 0, such as fps0.5")
-
-
-def frames_at_rate(rate: float, length: int, fps: float) -> np.ndarray:
-    """Indices of the frames nearest to 1/2X, 3/2X, 5/2X ... seconds; the middle one if there is none."""
-    seconds = np.arange(0.5 / rate, length / fps + 0.5 / rate, 1 / rate)
-    found = np.around(seconds * fps).astype(np.int64)
-    found = found[found < length]
-    return found if len(found) else np.array([length // 2], np.int64)
 
 
 def random_windows(heights: np.ndarray, widths: np.ndarray, keys: np.ndarray, flip: bool) -> list[Window]:

@@ -10,10 +10,11 @@ import numpy as np
 from loaders.config import LoaderConfig
 from loaders.descriptions import rotated
 from loaders.index import ShardIndex
-from loaders.order.choices import parse_sample_type, random_choices, sample_keys
+from loaders.order.choices import random_choices, sample_keys
 from loaders.order.epoch import EpochPlan
 from loaders.samples import RawSample, SampleSpec
 from loaders.shards import CorpusReader
+from preprocessing.frames import frame_sampler
 from runtime.errors import UserError
 
 Answers = tuple[tuple[str, float], ...]  # with their weights
@@ -35,7 +36,7 @@ class Mixture:
         with_texts: bool = True,
         start: float = 0.0,
     ) -> None:
-        parse_sample_type(config.video_input.sample_type)
+        frame_sampler(config.video_input.sample_type)  # raises where there is none
         self.media_type, self.readers, self.config = media_type, readers, config
         self._pool, self._with_texts, self._start = pool, with_texts, start
         self._video = config.video_input if media_type == "video" else None
@@ -73,7 +74,9 @@ class Mixture:
             name = f"{self.readers[corpora[row]].corpus.name}/{record.key}"
             text, answers, reason = self._text(indices[row], record.row, rows[row][1], choices.captions[row])
             frames, window, reason = choices.frames[row], choices.windows[row], record.reason or reason
-            found.append(SampleSpec(record, frames, window, int(corpora[row]), name, text, answers, reason))
+            extra = indices[row].extra(record.row)
+            own = int(corpora[row]), name, text, answers, reason, extra, int(keys[row])
+            found.append(SampleSpec(record, frames, window, *own))
         return found
 
     def _indices(self, corpora: np.ndarray, shards: np.ndarray) -> list[ShardIndex]:

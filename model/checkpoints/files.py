@@ -7,29 +7,34 @@ import shutil
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from model.config import ModelConfig, config_from_dict
+from preprocessing.config import Preprocessing
 from runtime.errors import MissingError, UserError
 from storage.files import atomic_file, atomic_folder, write_text
 
 FORMAT = "singularity-model"
 VERSION = 1
 DESCRIPTION, TENSORS, VOCABULARY = "model.json", "model.safetensors", "vocab.txt"
+RUN_SETTINGS = "config.yaml"  # of a run, with all its settings
 OFFICIAL_SUFFIXES = (".pth", ".pt", ".bin")
 _SPECIAL_TOKENS = {"pad_id": "[PAD]", "cls_id": "[CLS]", "mask_id": "[MASK]"}
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A model on disk: its architecture, its tensors by our names, and the ids of its special tokens."""
+    """A model on disk: its architecture, its tensors by our names, the ids of its special tokens, and its inputs."""
 
     config: ModelConfig
     state: dict[str, torch.Tensor]
     special_ids: dict[str, int] = field(default_factory=dict)
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
 
 
 def write_weights(weights: Weights, folder: str | Path) -> None:
@@ -43,6 +48,7 @@ def write_weights(weights: Weights, folder: str | Path) -> None:
         "version": VERSION,
         "config": asdict(weights.config),
         "special_ids": weights.special_ids,
+        "preprocessing": asdict(weights.preprocessing),
         "versions": {name: version(name) for name in ("torch", "timm", "transformers")},
     }
     with atomic_file(folder / TENSORS) as path:
@@ -141,7 +147,21 @@ def read_weights(folder: Path) -> Weights:
         )
     config = config_from_dict(description["config"])
     special_ids = read_special_ids(folder / VOCABULARY) or dict(description.get("special_ids", {}))
-    return Weights(config, read_tensors(folder / TENSORS), special_ids)
+    preprocessing = Preprocessing.of(description.get("preprocessing") or _run_settings(folder))
+    return Weights(config, read_tensors(folder / TENSORS), special_ids, preprocessing)
+
+
+def find_run(weights: Path) -> Path | None:
+    """The folder of the run whose checkpoint the weights in RUN/checkpoints/NAME/weights are."""
+    run = weights.absolute().parents[2] if len(weights.absolute().parents) > 2 else weights
+    return run if (run / RUN_SETTINGS).is_file() and weights.absolute().parents[1].name == "checkpoints" else None
+
+
+def _run_settings(weights: Path) -> dict[str, Any]:
+    """The settings of the run of a checkpoint; those of before November 2026 do not hold their preprocessing."""
+    run = find_run(weights)
+    found = OmegaConf.to_container(OmegaConf.load(run / RUN_SETTINGS)) if run else {}
+    return found if isinstance(found, dict) else {}  # type: ignore[return-value]
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

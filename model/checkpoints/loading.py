@@ -15,11 +15,11 @@ from torch import nn
 from model.building import build_model
 from model.checkpoints.files import Weights, read_weights, resolve_weights, write_weights
 from model.checkpoints.official import read_official
-from model.checkpoints.positions import resize_relative
 from model.config import ModelConfig, with_changes
 from model.singularity import Singularity
 from model.temporal import resize_embeddings
 from model.vqa import SingularityQA
+from preprocessing.config import Preprocessing
 from runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ def save_model(
     config: ModelConfig,
     folder: str | Path,
     special_ids: dict[str, int] | None = None,
+    preprocessing: Preprocessing | None = None,
 ) -> None:
     """Write `folder/model.safetensors` and `folder/model.json`, each whole or not at all.
 
@@ -64,7 +65,7 @@ def save_model(
         special_ids = {**own, **(special_ids or {})}
     else:
         state = model_or_state
-    write_weights(Weights(config, state, special_ids or {}), folder)
+    write_weights(Weights(config, state, special_ids or {}, preprocessing or Preprocessing()), folder)
 
 
 def load_weights(path: str | Path) -> Weights:
@@ -100,11 +101,12 @@ def load_model(
     path: a folder that `save_model` wrote, a run folder, or an official .pth. changes: dotted settings to load it
     with, for example {"num_frames": 4, "temporal_vision_encoder.enable": True, "image_res": 384}: position tables
     are interpolated, temporal embeddings truncated or extended with zeros, a new temporal encoder is initialised
-    randomly, an answer decoder from the fusion layers. expected: see `fit_weights`. The changes are logged.
+    randomly, an answer decoder from the fusion layers; a user's losses are left out. expected: see `fit_weights`. The
+    changes are logged.
     Raises UserError, listing the tensors, when anything else does not fit.
     """
     weights = load_weights(path)
-    config = with_changes(weights.config, changes or {})
+    config = with_changes(weights.config, {"losses": {}, **(changes or {})})
     model = build_model(config, special_ids or weights.special_ids)
     report = fit_weights(model, weights, str(path), expected)
     logger.info("Loaded %s: %s", path, report)
@@ -150,7 +152,7 @@ def fit_weights(
         listed = "; ".join(f"{what}: {_shortened(names, 20)}" for what, names in named.items() if names)
         raise UserError(
             f"{source} does not fit the model ({listed}): take its architecture from the checkpoint and change only "
-            "image_res, num_frames, temporal_vision_encoder, loss_weight or answer_decoder; the vocabulary has "
+            "image_res, num_frames, temporal_vision_encoder, loss_weight, losses or answer_decoder; the vocabulary has "
             f"{weights.config.text_encoder.vocab_size} tokens in the checkpoint and "
             f"{model.config.text_encoder.vocab_size} in the model. List tensors that may differ in expected_tensors"
         )
@@ -179,7 +181,11 @@ def _take_expected(problems: dict[str, list[str]], expected: Sequence[str], sour
 def _is_new(name: str, old: ModelConfig, new: ModelConfig) -> bool:
     """Whether a tensor belongs to a module that the old configuration did not have and that may be random."""
     if name.startswith("answer_decoder.") and not old.answer_decoder.enable:
+        if name.startswith("answer_decoder.embeddings.") and old.text_encoder.type != "bert":
+            return True
         return _reads_visuals(name) and old.vision_encoder.width != old.text_encoder.width
+    if name.startswith("losses."):
+        return name.split(".")[1] not in old.own_losses
     return name.startswith("temporal_vision_encoder.") and (
         new.temporal_vision_encoder.enable and not old.temporal_vision_encoder.enable
     )
@@ -190,6 +196,8 @@ def _is_obsolete(name: str, old: ModelConfig, new: ModelConfig) -> bool:
     answering = new.answer_decoder.enable and not old.answer_decoder.enable
     if answering and (name == "temp" or name.startswith(_WITHOUT_ANSWERS)):
         return True
+    if name.startswith("losses."):
+        return name.split(".")[1] not in new.own_losses
     if name.startswith("word_head."):
         return old.loss_weight.mlm > 0 and new.loss_weight.mlm <= 0
     return name.startswith("temporal_vision_encoder.") and not new.temporal_vision_encoder.enable
@@ -205,6 +213,11 @@ def _decoder_from_fusion(state: dict[str, torch.Tensor], old: ModelConfig, new: 
     same_width = old.vision_encoder.width == old.text_encoder.width
     first = old.text_encoder.layers - new.answer_decoder.num_layers
     sources = {"answer_decoder.embeddings.": "text_encoder.embeddings.", "answer_decoder.word_head.": "word_head."}
+    if old.text_encoder.type != "bert":  # it has other embeddings, of which those of words fit
+        sources = {
+            "answer_decoder.embeddings.word_embeddings.": "text_encoder.word_embeddings.",
+            "answer_decoder.word_head.": "word_head.",
+        }
     for i in range(new.answer_decoder.num_layers):
         sources[f"answer_decoder.layer.{i}."] = f"text_encoder.layer.{first + i}."
     for target, source in sources.items():
@@ -220,17 +233,12 @@ def _resize(
     report: FitReport,
 ) -> None:
     """Fit position tables to the image size and temporal embeddings to the number of frames, in place."""
-    config = model.config
-    patches = config.image_res // config.vision_encoder.patch_size
     for name, tensor in state.items():
-        if name not in target or tensor.shape == target[name].shape:
+        if name not in target or tensor.shape == (shape := target[name].shape):
             continue
-        if name.endswith("relative_position_bias_table") and tensor.shape[1] == target[name].shape[1]:
-            state[name] = resize_relative(tensor, patches)
-        elif name.endswith("transformer.pos_embed") and tensor.shape[2] == target[name].shape[2]:
-            state[name] = model.vision_encoder.resize_positions(tensor, patches)
-        elif name == "temporal_embeddings" and tensor.shape[3] == target[name].shape[3]:
-            state[name] = resize_embeddings(tensor, config.num_frames)
-        else:
-            continue
-        report.resized.append(name)
+        if name.startswith("vision_encoder."):
+            state[name] = model.vision_encoder.resized(name.removeprefix("vision_encoder."), tensor, shape)
+        elif name == "temporal_embeddings" and tensor.shape[3] == shape[3]:
+            state[name] = resize_embeddings(tensor, model.config.num_frames)
+        if state[name].shape == shape:
+            report.resized.append(name)

@@ -13,11 +13,11 @@ import torch
 from model.building import build_model
 from model.checkpoints.files import read_tensors
 from model.checkpoints.official_names import vision_parts
-from model.checkpoints.positions import resize_relative
 from model.config import ModelConfig
 from model.singularity import Singularity
+from model.text import BertEncoder
 from model.torchvision_cpu import create_model, get_pretrained_cfg, is_model
-from model.vision import VISION_TYPES, named_options
+from model.vision import VISION_TYPES, TimmEncoder, named_options
 from model.vqa import SingularityQA
 from runtime.activity import keep_alive
 from runtime.errors import UserError
@@ -27,15 +27,13 @@ logger = logging.getLogger(__name__)
 _FILES = ["config.json", "model.safetensors", "pytorch_model.bin"]
 _OLD_NORMS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 _VISION = "vision_encoder.transformer."
-# Of our tensors those that published BERT and ViT checkpoints do not have.
-_ALWAYS_FRESH = ("crossattention.",)
 
 
 def new_model(config: ModelConfig, special_ids: dict[str, int] | None = None) -> Singularity | SingularityQA:
     """A model with the weights that `vision_encoder.pretrained` and `text_encoder.pretrained` name, random elsewhere.
 
     A name is a local folder (config.json with model.safetensors or pytorch_model.bin), a Hugging Face hub name, or,
-    for the vision encoder, a timm name.
+    for the vision encoder, a timm name. An encoder of the user's own names its tensors in `from_published`.
     Raises ValueError when a name cannot be found or its weights do not fit.
     """
     model = build_model(config, special_ids)
@@ -50,22 +48,30 @@ def new_model(config: ModelConfig, special_ids: dict[str, int] | None = None) ->
 
 
 def _fill(model: Singularity | SingularityQA, state: dict[str, torch.Tensor], source: str, part: str) -> None:
-    """Copy `state` into `model`; it must have every tensor of `part` but cross-attention, in the right shape."""
-    target = model.state_dict()
-    scope = _VISION if part == "vision_encoder" else "text_encoder."
-    missing = [name for name in target if name.startswith(scope) and name not in state]
-    missing = [name for name in missing if not any(fresh in name for fresh in _ALWAYS_FRESH)]
+    """Copy `state` into `model`; it must have every tensor of `part` but those of `_fresh`, in the right shape."""
+    target, fresh = model.state_dict(), _fresh(model)
+    used = {name: tensor for name, tensor in state.items() if name in target}
+    for name, tensor in used.items():
+        if name.startswith("vision_encoder.") and tensor.shape != target[name].shape:
+            used[name] = model.vision_encoder.resized(name.removeprefix("vision_encoder."), tensor, target[name].shape)
+    missing = [name for name in target if name.startswith(f"{part}.") and name not in used]
+    missing = [name for name in missing if not any(each in name for each in fresh)]
     other = [
         f"{name} {tuple(tensor.shape)} for {tuple(target[name].shape)}"
-        for name, tensor in state.items()
-        if name in target and tensor.shape != target[name].shape
+        for name, tensor in used.items()
+        if tensor.shape != target[name].shape
     ]
     if missing or other:
         listed = "; ".join(", ".join(names[:10]) for names in (missing, other) if names)
         raise UserError(f"{source} does not fit the sizes under {part} (missing or with another shape: {listed})")
-    used = {name: tensor for name, tensor in state.items() if name in target}
     model.load_state_dict(used, strict=False)
     logger.info("%s: %d tensors loaded", source, len(used))
+
+
+def _fresh(model: Singularity | SingularityQA) -> tuple[str, ...]:
+    """Parts of the names of those of our tensors that no published encoder has: cross-attention, our extra norm."""
+    vision = ("vision_encoder.layernorm.",) if isinstance(model.vision_encoder, TimmEncoder) else ()
+    return (*vision, "crossattention." if isinstance(model.text_encoder, BertEncoder) else "text_encoder.layer.")
 
 
 def find_folder(name: str, key: str) -> Path:
@@ -114,8 +120,11 @@ def _without_prefix(state: dict[str, torch.Tensor], prefixes: tuple[str, ...]) -
 
 
 def _vision_weights(name: str, key: str, model: Singularity | SingularityQA) -> dict[str, torch.Tensor]:
-    """Our vision tensors from a Hugging Face (BEiT, ViT) or timm checkpoint, position tables resized to the model."""
+    """Our vision tensors from a Hugging Face (BEiT, ViT) or timm checkpoint."""
     config, folder = model.config, find_folder(name, key)
+    if not isinstance(model.vision_encoder, TimmEncoder):
+        own = model.vision_encoder.from_published(read_folder(folder, key))
+        return {f"vision_encoder.{ours}": tensor for ours, tensor in own.items()}
     if config.vision_encoder.type not in VISION_TYPES:
         options = named_options(config.vision_encoder, config.image_res)
         state = _timm_state(config.vision_encoder.type, _weights_file(folder, key), **options)
@@ -131,12 +140,6 @@ def _vision_weights(name: str, key: str, model: Singularity | SingularityQA) -> 
             for ours, theirs in parts.items()
             if all(part in state for part in theirs)
         }
-    patches = config.image_res // config.vision_encoder.patch_size
-    for ours in found:
-        if ours.endswith("relative_position_bias_table"):
-            found[ours] = resize_relative(found[ours], patches)
-        elif ours == "pos_embed":
-            found[ours] = model.vision_encoder.resize_positions(found[ours], patches)
     return {_VISION + ours: tensor for ours, tensor in found.items()}
 
 
@@ -155,6 +158,9 @@ def _timm_state(name: str, file: Path, **options: Any) -> dict[str, torch.Tensor
 def _text_weights(name: str, key: str, model: Singularity | SingularityQA) -> dict[str, torch.Tensor]:
     """Our text tensors from a BERT checkpoint; the answer decoder takes its first layers and its MLM head."""
     folder = find_folder(name, key)
+    if not isinstance(model.text_encoder, BertEncoder):
+        own = model.text_encoder.from_published(read_folder(folder, key))
+        return {f"text_encoder.{ours}": tensor for ours, tensor in own.items()}
     state = _without_prefix(read_folder(folder, key), ("bert.",))
     for old, new in _OLD_NORMS.items():
         state = {each.replace(old, new): tensor for each, tensor in state.items()}

@@ -6,11 +6,12 @@ import math
 import re
 import string
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from runtime.errors import UserError
+from sharding.annotations.extra import extra_value
 from sharding.annotations.items import Row, identifier, plain, question_of, segment_suffix
 from sharding.reasons import kind_of
 
@@ -58,10 +59,14 @@ class Columns:
 
 
 class RowMaker:
-    """Makes rows of records; `keep` maps a column to the values that rows must have to be kept."""
+    """Makes rows of records.
 
-    def __init__(self, columns: Columns, keep: Mapping[str, Any]) -> None:
+    keep: a column -> the values that rows must have to be kept. extra: a column whose value rows carry -> its type.
+    """
+
+    def __init__(self, columns: Columns, keep: Mapping[str, Any], extra: Mapping[str, str]) -> None:
         self.columns = columns
+        self.extra = [(name, finder(name), kind) for name, kind in extra.items()]
         self.find = {each.name: finder(getattr(columns, each.name)) for each in fields(columns)}
         self.keep = [
             (column, finder(column), {str(value) for value in (values if isinstance(values, list) else [values])})
@@ -95,7 +100,21 @@ class RowMaker:
             raise RowError(record, f"media must be {error}") from None
         if not name:
             return Row(filtered="no media path")
-        return self.with_texts(name + self.segment(record), record)
+        row = self.with_texts(name + self.segment(record), record)
+        return replace(row, extra=self.extra_values(record)) if self.extra else row
+
+    def extra_values(self, record: Record) -> dict[str, Any]:
+        """The values of the extra columns; raises RowError: the record lacks one, or it is of another type."""
+        values = {}
+        for name, find, kind in self.extra:
+            value = find(record.fields)
+            if value is ABSENT:
+                raise self.missing(record, name, f"--extra-columns NAME={kind}; write null where it has no value")
+            try:
+                values[name] = extra_value(value, kind)
+            except ValueError as error:
+                raise RowError(record, f'"{name}" must be {error}') from None
+        return values
 
     def matches(self, record: Record) -> bool:
         """Whether the record has media or texts in these columns, which are not those of Singularity's own JSON."""
@@ -213,10 +232,10 @@ def media_name(value: Any) -> str:
     return plain(value)
 
 
-def used_names(columns: Columns, keep: Mapping[str, Any]) -> set[str]:
-    """The names of all columns that rows may be made of."""
+def used_names(columns: Columns, *others: Mapping[str, Any]) -> set[str]:
+    """The names of all columns that rows may be made of; others: `keep` and `extra`."""
     return {name for each in fields(columns) for name in names_in(getattr(columns, each.name))}.union(
-        *(names_in(column) for column in keep)
+        *(names_in(column) for names in others for column in names)
     )
 
 

@@ -48,9 +48,19 @@ class Reading:
         nargs="+",
         metavar="COLUMN=VALUES",
     )
+    extra_columns: dict[str, str] = flag(
+        dict,  # column -> its type
+        "annotation columns to keep in the index, with their type float, int, bool or str, such as score=float",
+        nargs="+",
+        metavar="COLUMN=TYPE",
+    )
     limit: int = flag(0, "only the first N images or clips, for a trial (default: all)", metavar="N")
     skip_bad_rows: bool = flag(False, "count malformed rows as filtered")
     unanswered: bool = False  # questions may be without answers, as those of a test server are
+
+    def recorded_columns(self) -> dict[str, Any]:
+        """`extra_columns` as corpus.json and build.json record them; nothing where there are none."""
+        return {"extra_columns": self.extra_columns} if self.extra_columns else {}
 
 
 @dataclass

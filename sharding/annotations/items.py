@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
+from types import MappingProxyType
 from typing import Any
 
 MEDIA_TYPES = ("image", "video")
@@ -30,6 +31,7 @@ class Row:
     question: dict[str, Any] | None = None  # as schema.QUESTION; an empty question_id is filled in later
     choice: dict[str, Any] | None = None  # as schema.CHOICE; likewise
     filtered: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)  # values of the extra columns
 
 
 @dataclass
@@ -41,10 +43,18 @@ class Item:
     captions: list[str] = field(default_factory=list)
     questions: list[dict[str, Any]] = field(default_factory=list)
     choices: list[dict[str, Any]] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)  # the first value of each that is not null
 
-    def add(self, captions: Iterable[str], question: dict[str, Any] | None, choice: dict[str, Any] | None) -> None:
+    def add(
+        self,
+        captions: Iterable[str],
+        question: dict[str, Any] | None,
+        choice: dict[str, Any] | None,
+        extra: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         """Take in one more row."""
         self.rows += 1
+        self.extra |= {name: value for name, value in extra.items() if self.extra.get(name) is None}
         self.captions.extend(captions)
         for entry, entries in ((question, self.questions), (choice, self.choices)):
             if entry is not None:

@@ -133,9 +133,10 @@ def check_reading(reading: Reading) -> None:
 
 def rows_of(files: Sequence[AnnotationFile], reading: Reading) -> Iterator[Row]:
     """The rows of open files."""
-    maker = RowMaker(reading.columns, reading.keep)
+    maker = RowMaker(reading.columns, reading.keep, reading.extra_columns)
     # Segments set by the corpus, such as the first 30 seconds, apply to its official JSON as well.
-    own = RowMaker(Columns(start=reading.columns.start, end=reading.columns.end), reading.keep)
+    usual = Columns(start=reading.columns.start, end=reading.columns.end)
+    own = RowMaker(usual, reading.keep, reading.extra_columns)
     for official, group in groupby(files, key=lambda file: is_official(file, maker)):
         records = records_of(list(group), Reading(format="json") if official else reading)
         for record in records:

@@ -165,4 +165,5 @@ def kept_rows(rows: Iterable[Row], filtered: Counter[str]) -> Iterator[tuple[str
         if row.filtered:
             filtered[row.filtered] += 1
         else:
-            yield row.source, encode([row.captions, row.question, row.choice])
+            extra = [row.extra] if row.extra else []
+            yield row.source, encode([row.captions, row.question, row.choice, *extra])

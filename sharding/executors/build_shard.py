@@ -26,7 +26,8 @@ def build_shard(task: Task, advance: Advance = lambda *_: None) -> FinishedShard
     scratch = Path(task.scratch)
     failures: list[dict[str, Any]] = []
     rows = 0
-    with storage_errors(task.scratch, "write to"), ShardWriter(task.output, task.name, scratch) as writer:
+    writing = ShardWriter(task.output, task.name, scratch, task.extra_columns)
+    with storage_errors(task.scratch, "write to"), writing as writer:
         for number, (item, frames) in enumerate(in_order(packed(task, scratch), task.items)):
             if isinstance(frames, MediaError):
                 failures.append({"source": item.source, "rows": item.rows, "reason": str(frames)})
@@ -87,4 +88,5 @@ def index_row(item: Item, frames: Frames) -> dict[str, Any]:
         "captions": item.captions,
         "questions": item.questions,
         "choices": item.choices,
+        **item.extra,
     }

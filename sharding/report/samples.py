@@ -102,7 +102,7 @@ def locate(corpus: Corpus, number: int) -> tuple[int, dict[str, Any]]:
     rest = number
     for shard, info in enumerate(corpus.shards):
         if 0 <= rest < info.samples:
-            return shard, columns_of(corpus, shard, INDEX_SCHEMA.names).slice(rest, 1).to_pylist()[0]
+            return shard, columns_of(corpus, shard).slice(rest, 1).to_pylist()[0]
         rest -= info.samples
     raise UserError(f"--sample {number}: {corpus.url} has samples 0 to {corpus.samples - 1}")
 
@@ -123,7 +123,7 @@ def find(corpus: Corpus, name: str, shown: bool = False) -> tuple[int, dict[str,
             index = pc.index(same, True).as_py()
             progress.advance(1, 0, 0)
             if index >= 0:
-                return shard, columns_of(corpus, shard, INDEX_SCHEMA.names).slice(index, 1).to_pylist()[0]
+                return shard, columns_of(corpus, shard).slice(index, 1).to_pylist()[0]
     raise UserError(f"--sample {name}: no sample of {corpus.url} has this key, source or number")
 
 

@@ -155,8 +155,8 @@ def measure(corpus: Corpus, shards: int = 0, progress: Progress | None = None) -
     return statistics
 
 
-def columns_of(corpus: Corpus, shard: int, columns: Sequence[str]) -> pa.Table:
-    """Columns of a shard's index; raises an error that names it."""
+def columns_of(corpus: Corpus, shard: int, columns: Sequence[str] | None = None) -> pa.Table:
+    """Columns of a shard's index, by default all; raises an error that names it."""
     url = corpus.index_url(shard)
     try:
         filesystem, path = fsspec.url_to_fs(url)

@@ -18,7 +18,7 @@ from sharding.media.frames import MediaError
 from sharding.media.picture import decode_picture
 from sharding.media.tar import Damage, LinkError, Locations, Member, TarStream, open_stream
 from sharding.shards.foreign import PICTURES, split_name
-from sharding.shards.schema import INDEX_SCHEMA, UNREADABLE, ShardInfo, media_type_of, read_file
+from sharding.shards.schema import INDEX_SCHEMA, UNREADABLE, ShardInfo, is_index_schema, media_type_of, read_file
 from sharding.shards.writing import counts, read_note, shard_info, tar_header
 from storage.parquet import read_table
 from storage.policy import describe_error, retry
@@ -124,8 +124,8 @@ def read_checked_table(check: Check, name: str) -> tuple[pa.Table | None, bytes,
         table = read_table(data)
     except UNREADABLE as error:
         return None, data, [Fault(name, f"is not a readable index: {error}")]
-    if not table.schema.equals(INDEX_SCHEMA):
-        return None, data, [Fault(name, "has other columns than an index")]
+    if not is_index_schema(table.schema):
+        return None, data, [Fault(name, "lacks columns of an index")]
     return table, data, []
 
 
@@ -283,7 +283,12 @@ class TarCheck:
         if not self.texts or self.table is None:
             return
         numbers = list(self.texts)
-        columns = [column for column in INDEX_SCHEMA.names if column not in PLACES]
+        there = {name for text in self.texts.values() for name in text}  # extra columns may be in the index only
+        columns = [
+            name
+            for name in self.table.column_names
+            if name not in PLACES and (name in INDEX_SCHEMA.names or name in there)
+        ]
         wanted = self.table.select(columns).take(numbers)
         try:
             found = pa.Table.from_pylist([self.texts[number] for number in numbers], schema=wanted.schema)

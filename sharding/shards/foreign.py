@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 from sharding.media.frames import MediaError
@@ -15,6 +16,7 @@ from sharding.shards.foreign_texts import (
     SampleError,
     captions_of,
     choices_of,
+    extra_of,
     json_fields,
     number_of,
     questions_of,
@@ -169,9 +171,15 @@ class Reader:
             take(sample, ending, data, offset)
 
 
-def read_contents(file: BinaryIO, fps: float, on_read: Callable[[int], None] | None = None) -> Contents:
+def read_contents(
+    file: BinaryIO,
+    fps: float,
+    on_read: Callable[[int], None] | None = None,
+    columns: Mapping[str, str] = MappingProxyType({}),
+) -> Contents:
     """Index rows of a tar's samples in order; fps: rate of clips' frames where their JSON does not say it.
 
+    columns: keys of KEY.json -> their types, which become extra columns.
     Raises ValueError: it is not a plain tar, or holds whole videos instead of frames.
     """
     reader = Reader(file, on_read)
@@ -190,7 +198,7 @@ def read_contents(file: BinaryIO, fps: float, on_read: Callable[[int], None] | N
     rows, assumed = [], False
     for sample in samples:
         try:
-            row, guessed = row_of(sample, is_video, fps)
+            row, guessed = row_of(sample, is_video, fps, columns)
         except SampleError as error:
             reader.failures.append({"source": sample.key, "rows": 1, "reason": str(error)})
             continue
@@ -263,7 +271,9 @@ def picture_of(data: bytes, offset: int) -> Picture:
     return Picture(offset, len(data), zlib.crc32(data), width, height, broken)
 
 
-def row_of(sample: Sample, is_video: bool, fps: float) -> tuple[dict[str, Any], bool]:
+def row_of(
+    sample: Sample, is_video: bool, fps: float, columns: Mapping[str, str] = MappingProxyType({})
+) -> tuple[dict[str, Any], bool]:
     """A sample's row of the index, and whether its frame rate was guessed; raises SampleError."""
     check_duplicates(sample)
     frames = [sample.pictures[ending] for ending in sample.frame_endings]
@@ -288,6 +298,7 @@ def row_of(sample: Sample, is_video: bool, fps: float) -> tuple[dict[str, Any], 
         "captions": captions_of(sample.texts, stated),
         "questions": questions_of(stated, sample.key),
         "choices": choices_of(stated),
+        **extra_of(stated, columns),
     }
     return row, rate is not None and not number_of(stated.get("fps")) and not fps
 

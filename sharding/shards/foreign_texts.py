@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from sharding.annotations.extra import extra_value
 from sharding.annotations.items import question_of
 
 CAPTION_KEYS = ("captions", "caption", "text", "TEXT")
@@ -73,6 +74,17 @@ def captions_of(texts: Mapping[str, bytes], fields: Mapping[str, Any]) -> list[s
             return [text for text in captions if text.strip()]
     text = decoded(texts["txt"], "txt").strip() if "txt" in texts else ""
     return [text] if text else []
+
+
+def extra_of(fields: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """The values of extra columns, name -> type, in a sample's JSON; None where it has none."""
+    found = {}
+    for name, kind in columns.items():
+        try:
+            found[name] = extra_value(fields.get(name), kind)
+        except ValueError as error:
+            raise SampleError(f"its {name} must be {error}") from None
+    return found
 
 
 def times_of(fields: Mapping[str, Any], count: int, rate: float) -> list[float]:

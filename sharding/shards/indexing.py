@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import fsspec
@@ -24,11 +25,14 @@ from sharding.shards.foreign import Contents, read_contents
 from sharding.shards.output import open_output, write_text
 from sharding.shards.schema import (
     INDEX_SCHEMA,
+    TYPES,
     UNREADABLE,
     Corpus,
     ShardInfo,
+    check_columns,
     files_at,
     is_index,
+    is_index_schema,
     media_type_of,
     named_shards,
     read_corpus,
@@ -58,6 +62,7 @@ class IndexTask:
     scratch: str
     fps: float
     rebuild: bool = False  # index it again even if an index exists
+    columns: dict[str, str] = field(default_factory=dict)  # extra ones, keys of KEY.json -> their types
 
 
 @dataclass(frozen=True)
@@ -83,12 +88,14 @@ def index_shards(
     max_failures: float = 0.05,
     progress: bool = False,
     log_every: float = LOG_EVERY,
+    extra_columns: Mapping[str, str] = MappingProxyType({}),
 ) -> Corpus:
     """Write an index for every tar in the folder `url`, or those that it names, and `corpus.json`; returns the corpus.
 
     Samples are KEY.jpg (.png, .webp), or KEY.000.jpg, KEY.001.jpg ... for the frames of a clip, with KEY.txt or
     KEY.json for their texts (img2dataset's, video2dataset's and our own forms). fps: rate of clips' frames where
-    their JSON does not say it. Shards indexed earlier are kept, also when other tars are named. Index
+    their JSON does not say it. Shards indexed earlier are kept, also when other tars are named.
+    extra_columns: keys of KEY.json that become columns of the index -> their types; those of an earlier run stay. Index
     and corpus.json lie beside the tars, or in `output`; samples that cannot be indexed are in its failures.parquet.
     Raises FileNotFoundError: no tars at `url`. PermissionError: nothing can be written to `url`. ValueError: tars are
     compressed or hold whole videos, or pictures and clips are mixed. TooManyFailures: a tar is damaged, or a larger
@@ -99,13 +106,20 @@ def index_shards(
     known = known_corpus(output)
     sizes = named_tars(url, names, known) if names else tars_at(url)
     selected = bool(names) and (known is None or bool(known.settings.get("selected")))
+    columns = {**(known.settings.get("extra_columns", {}) if known else {}), **extra_columns}
+    check_columns(columns)
     with writable(output) as scratch:
-        tasks = [IndexTask(n, url, name, size, output, str(scratch), fps) for n, (name, size) in enumerate(sizes)]
+        tasks = [
+            IndexTask(n, url, name, size, output, str(scratch), fps, columns=columns)
+            for n, (name, size) in enumerate(sizes)
+        ]
         failures = FailureLog(scratch)
         with Progress(len(tasks), f"indexing {url}", progress, "shard", "indexed", log_every) as shown:
             shards = index_all(tasks, min(workers, len(tasks)), failures, shown)
         files = failures.publish(output) if failures.count else {}
         corpus = describe(shards, url, output, files, selected)
+        if columns:
+            corpus = replace(corpus, settings=corpus.settings | {"extra_columns": columns})
         write_text(join_url(output, "corpus.json"), corpus.to_json(), scratch)
     report(corpus, shards, failures, max_failures)
     return corpus
@@ -189,7 +203,7 @@ def index_shard(task: IndexTask, advance: Advance) -> IndexedShard:
 
     def read() -> Contents:
         with open_stream(join_url(task.tars, task.name)) as file:
-            return read_contents(file, task.fps, lambda size: advance(0, 0, size))
+            return read_contents(file, task.fps, lambda size: advance(0, 0, size), task.columns)
 
     try:
         with storage_errors(join_url(task.tars, task.name), "read"):
@@ -232,7 +246,7 @@ def write_shard(task: IndexTask, index_name: str, contents: Contents) -> Indexed
     note = {"facts": facts, "fps": task.fps, "failures": contents.failures, "damages": damages}
     note |= {"rules": RULES, "rate_assumed": contents.rate_assumed, "remarks": dict(contents.remarks)}
     index = Path(task.scratch) / index_name
-    write_index(index, contents.rows, note, INDEXED)
+    write_index(index, contents.rows, note, task.columns, INDEXED)
     info = shard_info(task.name, facts, index_name, index.read_bytes())
     try:
         publish(index, join_url(task.output, index_name))
@@ -253,7 +267,9 @@ def kept_index(task: IndexTask, index_name: str) -> IndexedShard | None:
         facts = note["facts"]
     except (*UNREADABLE, KeyError):
         return None
-    if facts["bytes"] != task.bytes or facts["samples"] != table.num_rows or not table.schema.equals(INDEX_SCHEMA):
+    if facts["bytes"] != task.bytes or facts["samples"] != table.num_rows or not is_index_schema(table.schema):
+        return None
+    if any(TYPES[kind] != dict(zip(table.schema.names, table.schema.types)).get(n) for n, kind in task.columns.items()):
         return None
     if note.get("fps", task.fps) != task.fps or note.get("damages"):
         return None

@@ -152,7 +152,9 @@ def part_folder(folder: Path, part: str) -> Iterator[Path]:
 def plan_of(settings: ShardSettings, reading: Reading, annotations_sha256: str = "") -> dict[str, Any]:
     """The settings that decide a corpus' bytes, for `build.json`; works before annotations are read."""
     annotations = {"annotations_sha256": annotations_sha256} if annotations_sha256 else {}
-    return {"version": VERSION, **asdict(settings), **annotations, "reading": asdict(reading)}
+    how = {name: value for name, value in asdict(reading).items() if name != "extra_columns"}
+    reading_settings = how | reading.recorded_columns()
+    return {"version": VERSION, **asdict(settings), **annotations, "reading": reading_settings}
 
 
 def check_claim(output: str, plan: dict[str, Any]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from runtime.errors import UserError
@@ -64,6 +64,7 @@ class Task:
     scratch: str
     settings: ShardSettings
     fetching: Fetching
+    extra_columns: dict[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -76,11 +77,17 @@ class Task:
 
 
 def plan_shards(
-    staged: Staged, settings: ShardSettings, media_root: str, output: str, scratch: Path, fetching: Fetching
+    staged: Staged,
+    settings: ShardSettings,
+    media_root: str,
+    output: str,
+    scratch: Path,
+    fetching: Fetching,
+    extra_columns: dict[str, str] | None = None,
 ) -> list[Task]:
     """One task per shard; together they contain every item once, in order."""
-    each = settings.samples_per_shard(staged.items)
+    each, where = settings.samples_per_shard(staged.items), (media_root, output, str(scratch))
     return [
-        Task(number, staged.between(first, first + each), media_root, output, str(scratch), settings, fetching)
+        Task(number, staged.between(first, first + each), *where, settings, fetching, extra_columns or {})
         for number, first in enumerate(range(0, staged.items, each))
     ]

@@ -30,12 +30,13 @@ def repair(url: str, corpus: Corpus | None, reports: list[Report]) -> list[str]:
         shards: list[ShardInfo] = []
         kinds: set[str] = set()
         failures = FailureLog(scratch)
+        columns = (corpus.settings if corpus else settings_at(url) or {}).get("extra_columns", {})
         failures_known = True  # whether the intact indices list all failures
         for number, report in enumerate(reports):
             known = corpus.shards[number] if corpus else None
             info, kind = report.info, report.media_type
             if not report.index_is_intact and report.tar_is_intact:
-                info, kind = new_index(url, report, scratch)
+                info, kind = new_index(url, report, scratch, columns)
                 done.append(f"{info.index_name} rebuilt from {info.name}")
                 failures_known = False
             elif not report.index_is_intact:
@@ -55,11 +56,12 @@ def repair(url: str, corpus: Corpus | None, reports: list[Report]) -> list[str]:
     return done
 
 
-def new_index(url: str, report: Report, scratch: Path) -> tuple[ShardInfo, str]:
-    """Index an intact tar again; returns its line of corpus.json and its media type."""
+def new_index(url: str, report: Report, scratch: Path, columns: dict[str, str]) -> tuple[ShardInfo, str]:
+    """Index an intact tar again, with extra columns; returns its line of corpus.json and its media type."""
     tars, name = report.check.tar.rsplit("/", 1)
     filesystem, path = fsspec.url_to_fs(report.check.tar)
-    task = IndexTask(report.check.number, tars, name, filesystem.size(path), url, str(scratch), 0.0, rebuild=True)
+    where = report.check.number, tars, name, filesystem.size(path), url, str(scratch)
+    task = IndexTask(*where, 0.0, rebuild=True, columns=columns)
     shard = index_shard(task, lambda good, bad, size: None)
     if shard.info is None:
         raise UserError(f"{report.check.tar}: {shard.damages[0]}")
@@ -106,6 +108,8 @@ def settings_at(url: str) -> dict[str, Any] | None:
     try:
         with fsspec.open(join_url(url, BUILD), "rb") as file:
             found = json.loads(file.read())
-        return {name: found[name] for name in ShardSettings.__dataclass_fields__}
+        columns = found["reading"].get("extra_columns")
+        settings = {name: found[name] for name in ShardSettings.__dataclass_fields__}
+        return settings | ({"extra_columns": columns} if columns else {})
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -61,6 +61,7 @@ INDEX_SCHEMA = pa.schema(
         ("choices", pa.list_(CHOICE)),
     ]
 )
+TYPES = {"float": pa.float64(), "int": pa.int64(), "bool": pa.bool_(), "str": pa.string()}  # of extra columns
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,21 @@ class Corpus:
         body = {"settings": self.settings, "files": self.files, "shards": shards}
         text = json.dumps({**head, **totals, **elsewhere, **body}, indent=1, sort_keys=False).removesuffix("\n}")
         return f'{text}{CHECKSUM}{hashlib.sha256(text.encode()).hexdigest()}"\n}}\n'
+
+
+def check_columns(columns: Mapping[str, str]) -> None:
+    """Raise UserError for an extra column with the name of another one, or of no known type."""
+    for name, kind in columns.items():
+        if name in INDEX_SCHEMA.names:
+            raise UserError(f"extra column {name!r}: the index has a column of this name, choose another")
+        if kind not in TYPES:
+            raise UserError(f"extra column {name}={kind}: the type must be one of {', '.join(TYPES)}")
+
+
+def is_index_schema(schema: pa.Schema) -> bool:
+    """Whether a table has the columns of an index; others, of users and later versions, may stand beside them."""
+    numbers = [schema.get_field_index(name) for name in INDEX_SCHEMA.names]  # -1: absent, or several of the name
+    return min(numbers) >= 0 and pa.schema([schema.field(number) for number in numbers]).equals(INDEX_SCHEMA)
 
 
 def named_shards(url: str) -> tuple[str, list[str]]:
@@ -235,18 +251,22 @@ def parse_corpus(content: bytes, url: str, also_damaged: bool = False) -> Corpus
     if not also_damaged and not checksum_matches(content):
         raise UserError(f"{url}/corpus.json is damaged (it does not match its own checksum): {rebuild}")
     try:
-        shards = tuple(ShardInfo(**shard) for shard in data["shards"])
+        known = ShardInfo.__dataclass_fields__  # a later version may write more
+        shards = tuple(
+            ShardInfo(**{key: value for key, value in shard.items() if key in known}) for shard in data["shards"]
+        )
         more = data.get("settings", {}), data.get("files", {}), data.get("tars", "")
         return Corpus(url, data["name"], data["media_type"], shards, *more)
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{url}/corpus.json is damaged ({error}): {rebuild}") from None
 
 
 def read_index(corpus: Corpus, shard: int, storage_options: dict[str, Any] | None = None) -> pa.Table:
-    """The index of one shard, a table of INDEX_SCHEMA with `corpus.shards[shard].samples` rows.
+    """The index of one shard, a table with the columns of INDEX_SCHEMA and
+    `corpus.shards[shard].samples` rows; it may have more columns.
 
     Raises FileNotFoundError: the index file is missing. ValueError: it has another number of rows than `corpus.json`
-    says, or other columns.
+    says, or lacks columns.
     """
     try:
         data = retry(read_file, corpus.index_url(shard), storage_options)
@@ -269,7 +289,7 @@ def is_index(url: str) -> bool | None:
     """Whether a Parquet file is a shard's index; None where it is missing or damaged."""
     try:
         with fsspec.open(url, "rb") as file:
-            return bool(read_schema(file).equals(INDEX_SCHEMA))
+            return is_index_schema(read_schema(file))
     except UNREADABLE:
         return None
 
@@ -301,7 +321,7 @@ def parse_index(corpus: Corpus, shard: int, data: bytes) -> pa.Table:
         raise UserError(
             f"{path} is damaged ({error}): rebuild it with `python -m sharding.verify {corpus.url} --repair`"
         ) from None
-    if table.num_rows != info.samples or not table.schema.equals(INDEX_SCHEMA):
+    if table.num_rows != info.samples or not is_index_schema(table.schema):
         raise UserError(
             f"{path} does not fit {corpus.url}/corpus.json ({table.num_rows} rows, {info.samples} expected): "
             f"check the corpus with `python -m sharding.verify {corpus.url}`"

@@ -19,7 +19,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sharding.shards.schema import INDEX_SCHEMA, UNREADABLE, ShardInfo
+from sharding.shards.schema import INDEX_SCHEMA, TYPES, UNREADABLE, ShardInfo
 from storage.parquet import read_schema
 from storage.policy import retry, storage_errors
 from storage.urls import join_url
@@ -45,8 +45,9 @@ class ShardWriter:
     because an older attempt at the same shard may still be running on a node that was given up.
     """
 
-    def __init__(self, output: str, name: str, scratch: Path) -> None:
-        self.output, self.name = output, name
+    def __init__(self, output: str, name: str, scratch: Path, columns: Mapping[str, str] | None = None) -> None:
+        """columns: extra ones of the index, name -> type."""
+        self.output, self.name, self.columns = output, name, columns or {}
         self.folder = Path(tempfile.mkdtemp(dir=scratch))
         self.path = self.folder / name
         self.file = self.path.open("wb", buffering=2**20)
@@ -101,7 +102,7 @@ class ShardWriter:
         self.file.close()
         index = self.path.with_suffix(".parquet")
         facts: dict[str, Any] = {**counts(self.rows), "bytes": self.path.stat().st_size, "sha256": sha256(self.path)}
-        write_index(index, self.rows, {"facts": facts, "rows": rows, "failures": failures})
+        write_index(index, self.rows, {"facts": facts, "rows": rows, "failures": failures}, self.columns)
         info = shard_info(self.name, facts, index.name, index.read_bytes())
         publish(self.path, join_url(self.output, self.name))
         publish(index, join_url(self.output, info.index_name))
@@ -138,10 +139,17 @@ def header_form() -> tuple[bytes, int]:
     return header, sum(header[:124]) + sum(header[135:148]) + 8 * ord(" ") + sum(header[156:])
 
 
-def write_index(path: Path, rows: list[dict[str, Any]], note: dict[str, Any], key: bytes = NOTE) -> None:
-    """Write a shard's index; `note` goes into its metadata."""
-    schema = INDEX_SCHEMA.with_metadata({key: json.dumps(note)})
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, compression="zstd", write_page_checksum=True)
+def write_index(
+    path: Path, rows: list[dict[str, Any]], note: dict[str, Any], columns: Mapping[str, str], key: bytes = NOTE
+) -> None:
+    """Write a shard's index; `note` goes into its metadata. columns: extra ones, name -> type (of schema.TYPES)."""
+    fields = [*INDEX_SCHEMA, *(pa.field(name, TYPES[kind]) for name, kind in columns.items())]
+    write_table(pa.Table.from_pylist(rows, schema=pa.schema(fields, {key: json.dumps(note)})), path)
+
+
+def write_table(index: pa.Table, path: Path) -> None:
+    """Write an index to a local file."""
+    pq.write_table(index, path, compression="zstd", write_page_checksum=True)
 
 
 def read_note(schema: pa.Schema) -> dict[str, Any]:

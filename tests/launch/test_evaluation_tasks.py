@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from small_run import run
 
-from loaders.text import Tokenizer
 from model.checkpoints.loading import save_model
 from model.config import LossWeights
 from model.singularity import Singularity
 from model.vqa import SingularityQA
+from preprocessing.text import Tokenizer
 from tests.eval.small import small_model
 
 pytestmark = pytest.mark.timeout(400)

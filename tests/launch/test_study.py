@@ -8,7 +8,7 @@ import pytest
 from small_run import ROOT
 
 from launch.study import CAPTION, Share, direction_share, table
-from loaders.order.choices import choose_frames
+from preprocessing.frames import choose_frames
 from sharding.shapes.draw import FPS, FRAMES
 from sharding.shapes.scenes import MOTIONS, Clip, clip_of
 from sharding.shapes.texts import motion_words

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from loaders.batch import Answers, Batch, _copied, normalize
+from loaders.batch import Answers, Batch, copied
+from preprocessing.normalization import normalize
 
 
 class Recorded:
@@ -40,11 +41,11 @@ class Recorded:
     ids=["pageable", "pinned", "there", "no GPU"],
 )
 def test_copies_to_a_gpu_come_from_pinned_memory(tensor, device, done):
-    assert _copied(tensor, torch.device(device)) is tensor
+    assert copied(tensor, torch.device(device)) is tensor
     assert tensor.done == done
 
 
-def test_a_batch_is_copied_with_its_answers():
+def test_a_batch_iscopied_with_its_answers():
     ids = torch.ones(2, 3, dtype=torch.long)
     answers = Answers(ids, ids, torch.ones(2), torch.tensor([1, 1]))
     frames = torch.zeros(2, 1, 4, 4, 3, dtype=torch.uint8)

@@ -29,7 +29,7 @@ LOADER = f"""
 import json, sys, zlib
 sys.path.insert(0, {str(ROOT)!r})
 from loaders.config import CacheConfig, LoaderConfig, PerMedia
-from loaders.text import Tokenizer
+from preprocessing.text import Tokenizer
 from loaders.train import TrainLoader
 url, vocab, cache, seed = json.loads(sys.argv[1])
 config = LoaderConfig(batch_size=PerMedia({BATCH}, 8), image_res=32, decode="cpu", threads=1, stripes=2,

@@ -15,8 +15,8 @@ import torch
 from test_train_loader import config, texts_by_key
 
 from loaders.config import LoaderConfig, PerMedia, VideoInput
-from loaders.text import Tokenizer
 from loaders.train import TrainLoader
+from preprocessing.text import Tokenizer
 from sharding.build import build_corpus
 from sharding.shapes import write_shapes
 from sharding.shards.schema import INDEX_SCHEMA, read_corpus

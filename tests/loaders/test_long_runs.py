@@ -21,8 +21,8 @@ import torch
 
 from loaders.config import LoaderConfig, PerMedia, VideoInput
 from loaders.decode.cpu import MemoryPool
-from loaders.text import Tokenizer
 from loaders.train import TrainLoader
+from preprocessing.text import Tokenizer
 from sharding.shards.schema import INDEX_SCHEMA, Corpus, ShardInfo
 
 SHARDS, EACH = 100, 10_000
@@ -73,7 +73,7 @@ def test_a_killed_run_resumes_with_the_same_batches(shapes, tokenizer: Tokenizer
     program = f"""
 import os, signal
 from loaders.config import LoaderConfig, PerMedia, VideoInput
-from loaders.text import Tokenizer
+from preprocessing.text import Tokenizer
 from loaders.train import TrainLoader
 loader = TrainLoader({corpora}, Tokenizer.load({str(shapes.vocab)!r}), LoaderConfig({settings}))
 for number, batch in enumerate(loader):
@@ -139,7 +139,7 @@ def test_control_c_ends_a_loop(shapes, tmp_path: Path) -> None:
     program = f"""
 import time
 from loaders.config import LoaderConfig, PerMedia
-from loaders.text import Tokenizer
+from preprocessing.text import Tokenizer
 from loaders.train import TrainLoader
 loader = TrainLoader([{shapes.url("images_train")!r}], Tokenizer.load({str(tmp_path)!r}),
                      LoaderConfig(batch_size=PerMedia(12), image_res=64, decode="cpu", threads=2))

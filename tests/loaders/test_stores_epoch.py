@@ -12,8 +12,8 @@ from test_train_loader import config as usual_config
 
 from loaders.config import CacheConfig, LoaderConfig, PerMedia
 from loaders.prefetch import StalledError
-from loaders.text import Tokenizer
 from loaders.train import TrainLoader
+from preprocessing.text import Tokenizer
 from storage.limits import RemoteReads
 
 

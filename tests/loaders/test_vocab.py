@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from loaders.text import SPECIAL, Tokenizer, clean_text
 from loaders.vocab import learn_from_texts
+from preprocessing.text import SPECIAL, Tokenizer, clean_text
 from runtime.errors import UserError
 
 TIES = ["".join(letters) for letters in itertools.product("abcd", repeat=4) for _ in range(3)]

@@ -8,11 +8,11 @@ import pytest
 import torch
 from small_models import small_config, small_model
 
-from loaders.text import SPECIAL
 from model.building import build_model
 from model.checkpoints.loading import load_weights, save_model
 from model.config import AnswerDecoderConfig, LossWeights
 from model.export import main as export
+from preprocessing.text import SPECIAL
 
 WORDS = [*SPECIAL, *(f"word{i}" for i in range(small_config().text_encoder.vocab_size - len(SPECIAL)))]
 

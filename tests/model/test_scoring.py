@@ -20,7 +20,7 @@ def test_batched_scores_equal_those_of_single_pairs(ensemble, pairs_at_once):
     with torch.no_grad():
         states, _ = model.encode_text(ids, mask)
         attended = model.text_encoder.attend_texts(states, mask)
-        tokens, pooled = model.encode_clips(images, ensemble)
+        tokens, pooled = model.clip_tokens(images, ensemble)
         assert tokens.shape[1] == (1 if ensemble == "concat" else 3)
         assert pooled.shape == (5, 3, 48)
         blocks = [(np.array([0, 3]), tokens[[0, 3]]), (np.array([1, 2, 4]), tokens[[1, 2, 4]])]
@@ -72,10 +72,10 @@ def test_late_fusion_of_a_temporal_model_is_refused_by_default():
     model = small_model(temporal_vision_encoder=TemporalConfig(enable=True)).eval()
     images = small_batch(frames=2)[0]
     with pytest.raises(ValueError, match="use eval_frame_ensemble=concat"):
-        model.encode_clips(images, "mean")
+        model.clip_tokens(images, "mean")
     with pytest.raises(ValueError, match="'median': must be one of concat, mean, max, lse"):
-        model.encode_clips(images, "median")
-    torch.testing.assert_close(model.encode_clips(images, "mean", skip_temporal=True), model.encode_frames(images))
+        model.clip_tokens(images, "median")
+    torch.testing.assert_close(model.clip_tokens(images, "mean", skip_temporal=True), model.encode_frames(images))
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_the_answer_decoder_is_causal(answering):
     answers, answer_mask, _, _ = answers_of_questions()
     answering.eval()
     with torch.no_grad():
-        keys = answering.answer_decoder.project(answering.frame_states(answering.encode_clips(images)[0], ids, mask)[0])
+        keys = answering.answer_decoder.project(answering.frame_states(answering.clip_tokens(images)[0], ids, mask)[0])
         first = answering.answer_decoder(answers, answer_mask, keys, mask)
         changed = answers.clone()
         changed[:, 2] = 7
@@ -129,7 +129,7 @@ def test_ranked_answers_are_distinct_and_in_order(answering, ensemble):
     images, ids, mask, _ = small_batch(pairs=3, frames=2)
     answers, answer_mask, _, _ = answers_of_questions()
     with torch.no_grad():
-        states = answering.frame_states(answering.encode_clips(images, ensemble)[0], ids, mask)
+        states = answering.frame_states(answering.clip_tokens(images, ensemble)[0], ids, mask)
         numbers, probabilities = answering.rank_answers(states, mask, answers, answer_mask, 4, ensemble)
     assert numbers.shape == probabilities.shape == (3, 4)
     assert all(len(set(row)) == 4 for row in numbers.tolist())
@@ -149,7 +149,7 @@ def test_training_ranks_the_right_answer_first(answering):
         optimizer.step()
     answering.eval()
     with torch.no_grad():
-        states = answering.frame_states(answering.encode_clips(images)[0], ids, mask)
+        states = answering.frame_states(answering.clip_tokens(images)[0], ids, mask)
         numbers, _ = answering.rank_answers(states, mask, answers, answer_mask, 6)
     assert torch.equal(numbers[:, 0], right)
 

@@ -92,7 +92,7 @@ def test_step_flops_match_the_flop_counter(changes):
     model, (images, *texts) = small_model(**changes), small_batch(pairs=4, frames=2)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         model(images, *texts)
-    counted = step_flops(model.config, pairs=4, frames=2, text_length=texts[0].shape[1])["total"]
+    counted = step_flops(model, pairs=4, frames=2, text_length=texts[0].shape[1])["total"]
     assert counter.get_total_flops() == pytest.approx(counted, rel=0.02)
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from loaders.text import Tokenizer
 from model.checkpoints.files import VOCABULARY, read_special_ids
 from model.checkpoints.loading import load_model
+from preprocessing.text import Tokenizer
 
 RTOL, ATOL = 1e-4, 2e-4
 LOSS_TOLERANCE = 2e-5

@@ -18,10 +18,10 @@ from eval.tasks.answers import Annotated, accuracies, accuracy_by_type
 from eval.tasks.multiple_choice import score_options
 from eval.tasks.qa import rank_for_block
 from eval.tasks.retrieval import Scores, score, score_matrices
-from loaders.text import clean_text
 from model.config import ENSEMBLES
 from model.singularity import Singularity
 from model.vqa import SingularityQA, answer_losses
+from preprocessing.text import clean_text
 from tests.parity.comparison import Case, Comparison, as_lists
 from tests.parity.forward import compare_gradients
 
@@ -138,7 +138,7 @@ def _compare_answer_training(model: SingularityQA, case: Case, result: Compariso
     loss.backward()
     result.loss("train_loss", loss, recorded["loss"])
     with torch.no_grad():
-        states = model.frame_states(model.encode_clips(case.inputs["train_image"])[0], *questions)[0]
+        states = model.frame_states(model.clip_tokens(case.inputs["train_image"])[0], *questions)[0]
         owner = torch.arange(len(states)).repeat_interleave(recorded["n"])
         logits = model.answer_decoder(*answers, model.answer_decoder.project(states), questions[1], owner)
     result.close("train_question_states", states, recorded["question_states"])
@@ -159,7 +159,7 @@ def _compare_answer_ranking(model: SingularityQA, case: Case, result: Comparison
     everyone = np.arange(len(asked))
     for mode in settings.get("modes", ENSEMBLES):
         config = EvalConfig(k_test=settings["k_test"], eval_frame_ensemble=mode, ensemble_skips_temporal=True)
-        tokens, _ = model.encode_clips(case.inputs["eval_frames"], mode, True)
+        tokens, _ = model.clip_tokens(case.inputs["eval_frames"], mode, True)
         keys = [model.answer_decoder.project(each) for each in model.frame_states(tokens, *questions)]
         opening = model.first_token_probabilities(keys, questions[1], int(answers[0][0, 0]), mode)
         result.close(f"{mode}_first_token_probs", opening[:, answers[0][:, 1]], expected[f"{mode}_first_token_probs"])

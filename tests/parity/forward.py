@@ -63,8 +63,8 @@ def _fused(model: Singularity, inputs: Values, states: torch.Tensor, tokens: tor
         fused = model.text_encoder.fuse(torch.cat([states, states, states[texts]]), masks, keys, index)
     values["itm_logits"] = model.itm_head(fused[:, 0])
     if model.word_head is not None:
-        masked = model.text_encoder.fuse(model.text_encoder.encode(inputs["mlm_input_ids"], mask), mask, keys)
-        values["mlm_logits"] = model.word_head(masked, model.text_encoder.embeddings.word_embeddings.weight)
+        masked = model.text_encoder.fuse(model.text_encoder(inputs["mlm_input_ids"], mask), mask, keys)
+        values["mlm_logits"] = model.word_head(masked, model.text_encoder.word_matrix())
         values["loss_mlm"] = mlm_loss(values["mlm_logits"], inputs["mlm_labels"])
     return values
 

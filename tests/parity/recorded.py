@@ -24,16 +24,16 @@ from eval.tasks.answers import (
     without_articles,
     without_punctuation,
 )
-from loaders.batch import normalize
 from loaders.decode.cpu import CpuDecoder
-from loaders.order.choices import choose_frames, frames_at_rate
 from loaders.samples import Clip, Window
-from loaders.text import Tokenizer, clean_text
 from model.checkpoints.files import VOCABULARY
 from model.checkpoints.positions import resize_relative
 from model.config import ModelConfig, VisionConfig
 from model.temporal import embeddings_for_frames, resize_embeddings
-from model.vision import FrameEncoder, pixel_statistics
+from model.vision import TimmEncoder, pixel_statistics
+from preprocessing.frames import choose_frames, frames_at_rate
+from preprocessing.normalization import normalize
+from preprocessing.text import Tokenizer, clean_text
 from runtime.settings import read_layers
 from sharding.media.picture import picture_size
 from tests.parity.comparison import Comparison, as_lists
@@ -81,7 +81,7 @@ def _tables(folder: Path, result: Comparison) -> None:
 
 def _resize_absolute(table: torch.Tensor, patches: int) -> torch.Tensor:
     vision = VisionConfig(type="vit", width=table.shape[2], depth=1, heads=1)
-    return FrameEncoder(ModelConfig(vision_encoder=vision)).resize_positions(table, patches)
+    return TimmEncoder(ModelConfig(vision_encoder=vision)).resize_positions(table, patches)
 
 
 def _cleaning(_: Path, rows: list[dict[str, Any]], result: Comparison) -> None:

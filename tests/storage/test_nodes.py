@@ -21,8 +21,8 @@ from places import ROOT
 
 from loaders.config import CacheConfig, LoaderConfig, PerMedia
 from loaders.shards import CorpusReader, describe, open_corpus
-from loaders.text import Tokenizer
 from loaders.train import TrainLoader
+from preprocessing.text import Tokenizer
 from runtime.ranks import Ranks, ranks_of
 from sharding.index import index_shards
 from storage import limits

@@ -10,33 +10,22 @@ import json
 import logging
 import sys
 import traceback
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from launch.command import set_up_logging
-from model.checkpoints.pretrained import new_model
 from runtime.ranks import ranks_from_environment
-from train import prepare
 from train.config.settings import load_settings
 from train.job.interrupted import TrainingInterrupted
 
 FROZEN_SECONDS = 50  # just before the watchdog of another rank ends a job whose process makes no heartbeat
 
 
-def frozen(model, patterns):
-    """The model with the parameters frozen whose names fit a pattern, as a user's own code would do it."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not any(fnmatchcase(name, pattern) for pattern in patterns))
-    return model
-
-
 def run_job(job, ranks):
     """The launch's own `main`; returns "" or what went wrong."""
     main = importlib.import_module(f"launch.{job['entry']}").main
     faulthandler.dump_traceback_later(FROZEN_SECONDS)  # also where a thread keeps the interpreter's lock
-    prepare.new_model = lambda *arguments: frozen(new_model(*arguments), job.get("freeze", []))
     try:
         main(load_settings(job["config"], job["settings"]), ranks)
     except TrainingInterrupted as stopped:
@@ -46,7 +35,8 @@ def run_job(job, ranks):
     finally:
         faulthandler.cancel_dump_traceback_later()
         for logger in map(
-            logging.getLogger, ("launch", "train", "eval", "loaders", "model", "sharding", "storage", "runtime")
+            logging.getLogger,
+            ("launch", "train", "eval", "loaders", "model", "preprocessing", "sharding", "storage", "runtime"),
         ):
             for handler in [h for h in logger.handlers if isinstance(h, logging.FileHandler)]:
                 logger.removeHandler(handler)

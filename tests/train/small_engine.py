@@ -1,7 +1,5 @@
 """A tiny model in DeepSpeed's engine, in the process of the test, and steps of it."""
 
-from fnmatch import fnmatchcase
-
 import torch
 from deepspeed.accelerator import get_accelerator
 from small_run import ROOT
@@ -28,7 +26,7 @@ SMALL = ModelConfig(
 def make(zero, precision, model=SMALL, freeze=(), **settings):
     """An engine under deepspeed_configs/ZERO.json, and its guard; fp16 also on processors that only emulate it.
 
-    freeze: patterns of the names of parameters to be frozen.
+    freeze: prefixes of the names of parameters to be frozen.
     """
     if precision == "fp16":
         accelerator = type(get_accelerator())
@@ -40,20 +38,9 @@ def make(zero, precision, model=SMALL, freeze=(), **settings):
     )  # fmt: skip
     torch.manual_seed(0)
     module = Singularity(model, pad_id=0, cls_id=2, mask_id=4)
-    freeze_parameters(module, freeze)
+    module.freeze(freeze)
     engine, _ = start_engine(module, run, deepspeed_config(run, Ranks()), torch.device("cpu"))
     return engine, StepGuard(engine, Ranks(), limit=3, max_grad_norm=1.0)
-
-
-def freeze_parameters(module, patterns):
-    """Freeze the parameters whose names fit one of the patterns."""
-    for name, parameter in module.named_parameters():
-        parameter.requires_grad_(not fits(name, patterns))
-
-
-def fits(name, patterns):
-    """Whether a name fits one of the patterns."""
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def step(engine, guard, number, poisoned=False, factor=1.0, num_frames=1):

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -86,9 +85,9 @@ def start(script: str, *arguments: object, log: Path, processes: int = 2) -> sub
         )  # fmt: skip
 
 
-def job(entry: str, config: object, *settings: object, freeze: Sequence[str] = ()) -> dict:
-    """A launch for `run_jobs`; freeze: patterns of parameters that are not to be trained."""
-    return {"entry": entry, "config": str(config), "settings": list(map(str, settings)), "freeze": list(freeze)}
+def job(entry: str, config: object, *settings: object) -> dict:
+    """A launch for `run_jobs`."""
+    return {"entry": entry, "config": str(config), "settings": list(map(str, settings))}
 
 
 def _jobs_command(

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from loaders.text import SPECIAL
 from model.checkpoints.files import Weights, read_weights, write_weights
 from model.config import ModelConfig
+from preprocessing.text import SPECIAL
 from train.checkpoints.writing import STATE, VERSION, TrainingState, check_checkpoint, complete_checkpoints, read_state
 from train.config.settings import OptimizerConfig, RunConfig
 from train.folder import RunFolder

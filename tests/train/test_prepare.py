@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from loaders.text import Tokenizer
 from model.building import build_model
 from model.checkpoints.loading import save_model
 from model.config import ModelConfig, TextConfig, VisionConfig
+from preprocessing.text import Tokenizer
 from runtime.errors import UserError
 from train.config.settings import load_settings
 from train.prepare import prepare_evaluation
@@ -40,7 +40,7 @@ def test_weights_without_a_vocabulary_take_the_one_that_is_named(settings, shape
 
 
 def test_weights_without_a_vocabulary_ask_for_it(settings, weights, tmp_path, monkeypatch):
-    monkeypatch.setattr("loaders.text.hub_vocabulary", lambda name: str(tmp_path / "published.txt"))
+    monkeypatch.setattr("preprocessing.text.hub_vocabulary", lambda name: str(tmp_path / "published.txt"))
     (tmp_path / "published.txt").write_text(
         "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(900))])
     )

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from loaders.text import Tokenizer
 from model.checkpoints.files import TENSORS, weights_fault
 from model.checkpoints.loading import save_model
 from model.config import ModelConfig
+from preprocessing.config import Preprocessing
+from preprocessing.text import Tokenizer
 from runtime.activity import progress
 from runtime.collectives import gather_objects
 from runtime.errors import FULL, UserError, os_error_number
@@ -114,10 +115,16 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, folder: Path, engine: DeepSpeedEngine, model_config: ModelConfig, tokenizer: Tokenizer, ranks: Ranks
+        self,
+        folder: Path,
+        engine: DeepSpeedEngine,
+        model_config: ModelConfig,
+        tokenizer: Tokenizer,
+        ranks: Ranks,
+        preprocessing: Preprocessing | None = None,
     ) -> None:
         self._folder, self._engine, self._ranks = folder, engine, ranks
-        self._model_config, self._tokenizer = model_config, tokenizer
+        self._model_config, self._tokenizer, self._preprocessing = model_config, tokenizer, preprocessing
 
     def save(self, state: TrainingState, keep: int) -> Path:
         """Write `step_XXXXXXXX` and return it; the newest `keep` are kept, with the best weights that they name."""
@@ -168,7 +175,7 @@ class CheckpointWriter:
                 flush(path)
 
         def complete() -> None:
-            _write_whole_weights(temporary, self._engine, self._model_config, self._tokenizer)
+            _write_whole_weights(temporary, self._engine, self._model_config, self._tokenizer, self._preprocessing)
             finish(temporary)
             flush(*(temporary / WEIGHTS).iterdir(), *temporary.iterdir(), temporary)
             replace_folder(temporary, final)
@@ -212,7 +219,11 @@ def _write_state(folder: Path, state: TrainingState) -> None:
 
 
 def _write_whole_weights(
-    folder: Path, engine: DeepSpeedEngine, model_config: ModelConfig, tokenizer: Tokenizer
+    folder: Path,
+    engine: DeepSpeedEngine,
+    model_config: ModelConfig,
+    tokenizer: Tokenizer,
+    preprocessing: Preprocessing | None,
 ) -> None:
     """Assemble the weights of all checkpoint shards on this host's CPU, and write `folder/weights`."""
     shapes = {name: whole_shape(parameter) for name, parameter in engine.module.named_parameters()}
@@ -221,12 +232,7 @@ def _write_whole_weights(
     progress("writing the whole weights")
     (folder / WEIGHTS).mkdir()
     tokenizer.save(folder / WEIGHTS)
-    save_model(state, model_config, folder / WEIGHTS, special_ids(tokenizer))
-
-
-def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """The ids of the special tokens, as arguments of the model's constructors."""
-    return {"pad_id": tokenizer.pad_id, "cls_id": tokenizer.cls_id, "mask_id": tokenizer.mask_id}
+    save_model(state, model_config, folder / WEIGHTS, tokenizer.special_ids, preprocessing)
 
 
 def load_checkpoint(path: Path, engine: DeepSpeedEngine) -> TrainingState:

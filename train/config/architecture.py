@@ -7,8 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from loaders.text import Tokenizer
 from model.config import AnswerDecoderConfig, ModelConfig, ModelSettings
+from preprocessing.text import Tokenizer
 from runtime.errors import UserError
 from runtime.settings import ANY, FINE_TUNING, START, TRAINING, declarations, flatten
 from train.config.settings import RunConfig, Settings
@@ -50,10 +50,12 @@ def changes_to(settings: Settings, stored: ModelConfig, source: str, training: b
     Only keys that the user has set count. For evaluation nothing that needs training may change.
     Raises UserError when a set value contradicts the checkpoint.
     """
-    wanted, there = flatten(ModelConfig.of(settings.config, stored.num_frames)), flatten(stored)
+    known = declarations(ModelConfig)
+    there = flatten(stored, whole=known)
+    wanted = flatten(ModelConfig.of(settings.config, stored.num_frames), whole=known)
     changes: dict[str, Any] = {}
     for key in sorted(settings.explicit & set(wanted)):
-        value, policy = wanted[key], declarations(ModelConfig)[key].checkpoint
+        value, policy = wanted[key], known[key].checkpoint
         if value == there[key] or _is_same(key, value, stored):
             continue
         if not training and (policy == TRAINING or _is_unused(key, stored)):
@@ -64,7 +66,10 @@ def changes_to(settings: Settings, stored: ModelConfig, source: str, training: b
             changes[key] = value
             continue
         raise UserError(_contradiction(key, value, there[key], source, policy))
-    if training and settings.config.task == "qa" and not stored.answer_decoder.enable:
+    becomes_qa = settings.config.task == "qa" and not stored.answer_decoder.enable
+    if stored.losses and (not training or (becomes_qa and "losses" not in settings.explicit)):
+        changes["losses"] = {}  # not needed; a QA model does not compute what those of the checkpoint read
+    if training and becomes_qa:
         changes["answer_decoder.enable"] = True
         changes[_DEPTH] = _decoder_depth(settings, stored)
     if training and "video_input.num_frames" in settings.explicit:

@@ -75,6 +75,7 @@ class RunConfig(ModelSettings, EvalRunConfig):
 
     optimizer: OptimizerConfig = fixed(OptimizerConfig)
     scheduler: SchedulerConfig = fixed(SchedulerConfig)
+    freeze: list[str] = fixed(list, "parts that are not trained, such as [vision_encoder, text_encoder.embeddings]")
     accumulate: int = free(
         1, "micro-batches that a rank's part of a batch is split into; VTC and VTM take negatives from one", least=1
     )

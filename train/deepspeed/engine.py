@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from model.vision import FrameEncoder
+from model.vision import TimmEncoder
 from runtime.errors import MissingError, UserError
 from runtime.packaged import PACKAGED, find_file
 from runtime.ranks import Ranks
@@ -125,7 +125,7 @@ def start_engine(
         model.forward = torch.compile(model.forward, fullgraph=True)
     if _get(config, "zero_optimization.stage") == 3:
         for module in model.modules():
-            if isinstance(module, FrameEncoder):
+            if isinstance(module, TimmEncoder):
                 module.weights_in_layers = True
     parameters = dict(model.named_parameters())
     groups = trainable_groups(model, run.optimizer)

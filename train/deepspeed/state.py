@@ -95,9 +95,11 @@ def fragments(engine: DeepSpeedEngine) -> Iterator[Fragment]:
 def owned_fragments(engine: DeepSpeedEngine) -> Iterator[Fragment]:
     """The fragments that this rank writes to a checkpoint: the ranks share those that every rank keeps."""
     world_size, rank = distributed.get_world_size(), distributed.get_rank()
-    for number, part in enumerate(fragments(engine)):
+    number = 0  # of the replicated ones: of others each rank has its own
+    for part in fragments(engine):
         if not part.replicated or number % world_size == rank:
             yield part
+        number += part.replicated
 
 
 def frozen_weights(model: nn.Module) -> dict[str, torch.Tensor]:

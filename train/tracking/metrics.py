@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from loaders.batch import Batch
-from model.config import ModelConfig
+from model.building import Model
 from model.flops import step_flops
 
 # Dense bf16 FLOP/s as NVIDIA publishes them (fp16 for the V100 and T4, which have no bf16), by words of the device's
@@ -30,9 +30,9 @@ FORWARD_AND_BACKWARD = 3  # times the forward's arithmetic
 class Clock:
     """Times the steps between two logged ones: samples and FLOP a second, and the share of waiting for data."""
 
-    def __init__(self, config: ModelConfig, batch_size: dict[str, int], num_frames: int) -> None:
+    def __init__(self, model: Model, batch_size: dict[str, int], num_frames: int) -> None:
         """batch_size: of all ranks together; num_frames: of a clip in training."""
-        self._config, self._sizes = config, batch_size
+        self._model, self._sizes = model, batch_size
         self._frames = {"image": 1, "video": num_frames}
         self.waited = 0.0
         self.restart()
@@ -59,10 +59,10 @@ class Clock:
 
     def _flops(self, batch: Batch) -> int:
         """FLOP of a step of all ranks, assuming texts as long as this rank's; 0 if they are not counted."""
-        if self._config.answer_decoder.enable:
+        if self._model.config.answer_decoder.enable:
             return 0
         kind = batch.media_type
-        forward = step_flops(self._config, self._sizes[kind], self._frames[kind], batch.input_ids.shape[1])
+        forward = step_flops(self._model, self._sizes[kind], self._frames[kind], batch.input_ids.shape[1])
         return FORWARD_AND_BACKWARD * forward["total"]
 
     def metrics(self, device: torch.device, world_size: int) -> dict[str, float | None]:

@@ -43,10 +43,11 @@ class Tracker:
     ) -> None:
         self._total_steps, self._path = total_steps, folder.metrics
         self._first_step, self._started = step, time.perf_counter()
-        weights = {f"loss_{name}": weight for name, weight in vars(run.loss_weight).items() if weight not in (0, 1)}
-        if weights and run.task != "qa":
+        weights = {**({} if run.task == "qa" else vars(run.loss_weight)), **run.losses}
+        weights = {f"loss_{name}": weight for name, weight in weights.items() if weight not in (0, 1)}
+        if weights:
             factors = ", ".join(f"{name} x {weight:g}" for name, weight in weights.items())
-            log.info("Logged losses are multiplied by loss_weight: %s; loss is their sum", factors)
+            log.info("Logged losses are multiplied by their weights: %s; loss is their sum", factors)
         drop_after(self._path, step, evaluated_epochs)
         self._file = self._path.open("a", encoding="utf-8")
         self._wandb = _start_wandb(folder, run) if run.wandb.enable else None

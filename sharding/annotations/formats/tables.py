@@ -52,7 +52,7 @@ def table_records(file: AnnotationFile, reading: Reading, delimiter: str, quotin
                 raise UserError(f"annotation file {file.name}, its first line: {fault}")
             if not names:
                 raise UserError(f"annotation file {file.name} is empty")
-            check_names(file.name, names, used_names(reading.columns, reading.keep))
+            check_names(file.name, names, used_names(reading.columns, reading.keep, reading.extra_columns))
             for values, fault in rows:
                 number += 1
                 if not fault and len(values) != len(names):
@@ -73,7 +73,7 @@ def parquet_records(file: AnnotationFile, reading: Reading, more: Sequence[str] 
 
     Raises ValueError: it is not a Parquet file, damaged, or two of these columns have one name.
     """
-    used = used_names(reading.columns, reading.keep).union(more)
+    used = used_names(reading.columns, reading.keep, reading.extra_columns).union(more)
     with file.opened() as handle:
         try:
             with parquet_file(cast(BinaryIO, handle)) as table:

@@ -9,9 +9,9 @@ import torch
 
 from eval.config import EvalConfig
 from eval.tasks.retrieval import RetrievalTask
-from loaders.batch import normalize
 from loaders.config import PerMedia
 from model.config import TemporalConfig
+from preprocessing.normalization import normalize
 from runtime.ranks import ALONE, Ranks
 from tests.eval.small import Drawn, Words, small_model
 

@@ -12,12 +12,11 @@ from loaders.order.choices import (
     FRAMES,
     TEXT,
     Window,
-    choose_frames,
-    random_frames,
     random_numbers,
     random_windows,
     sample_keys,
 )
+from preprocessing.frames import choose_frames, random_frames
 
 
 def keys(count: int, **other: int) -> np.ndarray:

@@ -136,9 +136,9 @@ def test_an_index_with_keys_of_earlier_versions_is_valid(tmp_path: Path, monkeyp
     assert not verify_corpus(str(tmp_path))
 
 
-def with_underscores(sample: Sample, is_video: bool, fps: float) -> tuple[dict, bool]:
+def with_underscores(sample: Sample, *settings) -> tuple[dict, bool]:
     sample.key = sample.key.replace(".", "_")
-    return row_of(sample, is_video, fps)
+    return row_of(sample, *settings)
 
 
 def test_other_files_are_counted_and_pictures_without_a_key_are_failures(tmp_path: Path, caplog) -> None:

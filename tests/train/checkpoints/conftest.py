@@ -16,7 +16,7 @@ def tiny(monkeypatch):
         path.write_text(str(engine.weight))
         return path
 
-    def whole(folder, engine, config, tokenizer):
+    def whole(folder, engine, config, tokenizer, preprocessing):
         write_weights(Weights(config, {"step": torch.tensor(engine.weight)}), folder / "weights")
 
     monkeypatch.setattr(writing, "write_shard", shard)

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from loaders.text import SPECIAL, Tokenizer
 from model.config import ModelConfig, TemporalConfig, TextConfig, VisionConfig
+from preprocessing.text import SPECIAL, Tokenizer
 from runtime.settings import flatten
 from train.config.architecture import adopt, changes_to, check_texts, fresh_architecture
 from train.config.settings import load_settings
@@ -89,7 +89,9 @@ OTHERWISE = {
     "temporal_vision_encoder.update_pooler_embed": "true", "answer_decoder.enable": "true",
     "answer_decoder.num_layers": 2, "add_temporal_embed": "false", "image_res": 96, "embed_dim": 8, "temp": 0.5,
     "itm_hard_neg": "false", "gather_negatives": "true", "mlm_prob": 0.3, "loss_weight.itc": 0.5,
-    "loss_weight.itm": 0.5, "loss_weight.mlm": 0.5, "plugins": "[colorsys]",
+    "loss_weight.itm": 0.5, "loss_weight.mlm": 0.5, "losses": "{mine: 0.5}",
+    "plugins": "[colorsys]",
+    "vision_encoder.options": "{depth: 2}", "text_encoder.options": "{depth: 2}", "text_encoder.type": "other",
 }  # fmt: skip
 # What no model has whose tensors and outputs are those of the checkpoint.
 REFUSED_BY_BOTH = {
@@ -97,13 +99,13 @@ REFUSED_BY_BOTH = {
     "vision_encoder.heads", "vision_encoder.mlp_ratio", "vision_encoder.layer_norm_eps", "text_encoder.vocab_size",
     "text_encoder.width", "text_encoder.layers", "text_encoder.fusion_layer", "text_encoder.heads",
     "text_encoder.intermediate", "text_encoder.max_positions", "text_encoder.layer_norm_eps", "answer_decoder.enable",
-    "embed_dim",
+    "embed_dim", "vision_encoder.options", "text_encoder.options", "text_encoder.type",
 }  # fmt: skip
 CHANGED_BY_TRAINING = {
     "image_res", "add_temporal_embed", "temporal_vision_encoder.enable", "temporal_vision_encoder.num_layers",
     "temporal_vision_encoder.update_pooler_embed", "itm_hard_neg", "gather_negatives", "mlm_prob", "loss_weight.itc",
     "loss_weight.itm", "loss_weight.mlm", "vision_encoder.drop_path", "text_encoder.dropout",
-    "vision_encoder.initializer_range", "text_encoder.initializer_range", "plugins",
+    "vision_encoder.initializer_range", "text_encoder.initializer_range", "losses", "plugins",
 }  # fmt: skip
 REFUSED_BY_EVALUATION = {*REFUSED_BY_BOTH, "temporal_vision_encoder.enable", "add_temporal_embed"}
 
@@ -119,6 +121,16 @@ def test_of_every_setting_it_is_known_whether_it_may_differ_from_the_checkpoint(
     assert set(OTHERWISE) == set(flatten(STORED)) - {"num_frames"}  # set by video_input.num_frames
     assert refused == (REFUSED_BY_BOTH if training else REFUSED_BY_EVALUATION)
     assert changed == (CHANGED_BY_TRAINING if training else {"image_res", "plugins"})
+
+
+def test_own_losses_are_those_of_the_checkpoint_unless_named_and_left_out_where_they_cannot_be(settings):
+    stored = replace(STORED, losses={"mine": 0.5})
+    assert changes_to(settings(), stored, "x", training=True) == {}
+    assert changes_to(settings("losses.other=1"), stored, "x", training=True) == {"losses": {"other": 1.0}}
+    assert changes_to(settings("losses={}"), stored, "x", training=True) == {"losses": {}}
+    assert changes_to(settings("losses.other=1"), stored, "x", training=False) == {"losses": {}}
+    assert changes_to(settings("task=qa"), stored, "x", training=True)["losses"] == {}
+    assert changes_to(settings("task=qa", "losses.other=1"), stored, "x", training=True)["losses"] == {"other": 1.0}
 
 
 def test_plugins_of_the_checkpoint_stay(settings):

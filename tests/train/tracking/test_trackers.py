@@ -55,7 +55,7 @@ def test_weights_of_losses_are_logged_once_where_they_are_not_1(tracked, caplog)
     tracked()
     assert not caplog.messages
     tracked(loss_weight=LossWeights(itc=2.0, mlm=0.5))
-    reported = "Logged losses are multiplied by loss_weight: loss_itc x 2, loss_mlm x 0.5; loss is their sum"
+    reported = "Logged losses are multiplied by their weights: loss_itc x 2, loss_mlm x 0.5; loss is their sum"
     assert caplog.messages == [reported]
 
 

@@ -5,8 +5,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import loaders.text as text_module
-from loaders.text import Tokenizer, clean_text
+import preprocessing.text as text_module
+from preprocessing.text import Tokenizer, clean_text
 
 
 def test_cleaning() -> None:

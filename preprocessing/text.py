@@ -68,6 +68,11 @@ class Tokenizer:
             )
         return cls(hub_vocabulary(name))
 
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """pad_id, cls_id and mask_id, as arguments of the models' constructors."""
+        return {"pad_id": self.pad_id, "cls_id": self.cls_id, "mask_id": self.mask_id}
+
     def encode(self, texts: Sequence[str], max_length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and mask (B, max_length) int64 of B texts, cut and padded to that length."""
         split = [text.split(" ") for text in texts]

@@ -1,0 +1,186 @@
+"""docs/how-to/extra-column.md, word for word: a column added, packed and indexed, in a loss of one's own."""
+
+import hashlib
+import json
+import runpy
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from blocks import blocks
+from small_run import job, learned, run_jobs
+from test_loss import SMALL
+
+from loaders import LoaderConfig, PerMedia, TrainLoader
+from runtime.errors import UserError
+from sharding.build import build_corpus
+from sharding.index import main as index
+from sharding.inspect import main as inspect
+from sharding.shards.columns import add_column
+from sharding.shards.schema import read_corpus, read_index
+from sharding.shards.verification import examine, verify_corpus
+from sharding.verify import main as verify
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory, shapes) -> Path:
+    """The user's folder, with the files of the page and corpora as `make demo` makes them, after add_score.py."""
+    folder = tmp_path_factory.mktemp("own")
+    for name, content in blocks("extra-column").items():
+        (folder / name).write_text(content)
+    for name in ("images_train", "clips_train"):
+        shutil.copytree(shapes.url(name), folder / "demo/shards" / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        runpy.run_path("add_score.py")
+    return folder
+
+
+def loader(corpora: list[Path | str], tokenizer, *columns: str, **settings) -> TrainLoader:
+    sizes = PerMedia(settings.pop("size", 10), 10)
+    how = {"image_res": 32, "decode": "cpu", "threads": 1, "batch_size": sizes, "extra_columns": list(columns)}
+    return TrainLoader(list(map(str, corpora)), tokenizer, LoaderConfig(**how | settings))
+
+
+def scores_of(corpus: Path) -> dict[str, float]:
+    found = read_corpus(str(corpus))
+    tables = [read_index(found, shard) for shard in range(len(found.shards))]
+    rows = [row for table in tables for row in table.select(["key", "score"]).to_pylist()]
+    return {f"{found.name}/{row['key']}": row["score"] for row in rows}
+
+
+def test_an_added_column_arrives_in_the_batch(own: Path, tokenizer, capsys) -> None:
+    corpora = [own / "demo/shards" / name for name in ("images_train", "clips_train")]
+    expected = scores_of(corpora[0]) | scores_of(corpora[1])
+    with loader(corpora, tokenizer, "score") as batches:
+        for batch in batches:
+            assert batch.columns["score"].dtype == torch.float32
+            assert batch.columns["score"].tolist() == pytest.approx([expected[key] for key in batch.keys])
+            assert batch.rows(slice(2, 5)).columns["score"].tolist() == batch.columns["score"][2:5].tolist()
+            assert batch.to("cpu").columns["score"].equal(batch.columns["score"])
+    assert verify_corpus(str(corpora[0])) == []
+    assert inspect([str(corpora[0]), "--sample", "0"]) == 0
+    assert "  score: 0." in capsys.readouterr().out
+
+
+def test_a_loss_trains_with_it_in_micro_batches(own: Path, shapes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(own)
+    where = ("data_root=demo/shards", f"tokenizer={shapes.vocab}", "output_dir=runs/scored")
+    run_jobs(own, [job("pretrain", "my_run.yaml", *where, *SMALL, "accumulate=2")], processes=1)
+    lines = learned(own / "runs/scored")
+    assert len(lines) == 4
+    assert all(0 < line["loss_scored"] < 5 for line in lines)
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory, shapes) -> Path:
+    """A corpus packed with one column of each type; some values are missing, some come twice."""
+    folder = tmp_path_factory.mktemp("packed")
+    rows = json.loads((shapes.folder / "images_train.json").read_text())[:70]
+    for number, row in enumerate(rows):
+        row |= {"score": number / 2 if number % 7 else None, "rank": number, "good": number % 2 == 0}
+        row |= {"meta": {"site": f"site {number % 3}"}}
+    rows.append(rows[7] | {"score": 99.0, "rank": 99})
+    (folder / "rows.json").write_text(json.dumps(rows))
+    kinds = {"score": "float", "rank": "int", "good": "bool", "meta.site": "str"}
+    media = str(shapes.folder / "media")
+    where = [str(folder / "rows.json")], media, "image", str(folder / "corpus")
+    build_corpus(*where, size=48, workers=1, extra_columns=kinds)
+    return folder / "corpus"
+
+
+def test_packed_columns_arrive_with_their_types(packed: Path, tokenizer) -> None:
+    with loader([packed], tokenizer, "score", "rank", "good", "meta.site", size=70) as batches:
+        (batch,) = batches
+    score, rank, good, site = batch.columns.values()
+    assert (score.dtype, rank.dtype, good.dtype) == (torch.float32, torch.int64, torch.bool)
+    assert sorted(rank.tolist()) == list(range(70))
+    for row, number in enumerate(rank.tolist()):
+        assert site[row] == f"site {number % 3}"
+        assert good[row] == (number % 2 == 0)
+        if number == 7:
+            assert score[row] == 99  # the first row about it has none
+        else:
+            assert score[row] == number / 2 if number % 7 else score[row].isnan()
+    assert verify_corpus(str(packed)) == []
+
+
+def test_repair_rebuilds_packed_columns_also_without_a_description(packed: Path, tmp_path: Path) -> None:
+    corpus = shutil.copytree(packed, tmp_path / "corpus")
+    before = {path.name: path.read_bytes() for path in corpus.iterdir()}
+    (name,) = sorted(path.name for path in corpus.glob("corpus-*.parquet"))[:1]
+    (corpus / name).unlink()
+    (corpus / "corpus.json").unlink()
+    assert verify([str(corpus), "--repair"]) == 0
+    assert pq.read_table(corpus / name).equals(pq.read_table(packed / name))
+    assert read_corpus(str(corpus)).settings == read_corpus(str(packed)).settings
+    assert (corpus / "build.json").read_bytes() == before["build.json"]
+
+
+def test_shards_of_other_tools_give_keys_of_their_json(packed: Path, tmp_path: Path, tokenizer) -> None:
+    for tar in packed.glob("*.tar"):
+        shutil.copy(tar, tmp_path)
+    assert index([str(tmp_path), "--workers", "1"]) == 0
+    assert index([str(tmp_path), "--workers", "1", "--extra-columns", "rank=float", "meta.site=str"]) == 0
+    with loader([tmp_path], tokenizer, "rank", "meta.site", size=70) as batches:
+        (batch,) = batches
+    assert sorted(batch.columns["rank"].tolist())[:8] == list(range(8))
+    assert index([str(tmp_path), "--workers", "1"]) == 0  # they stay
+    assert "rank" in read_index(read_corpus(str(tmp_path)), 0).column_names
+
+
+def test_columns_and_keys_of_other_versions_are_read(packed: Path, tmp_path: Path, tokenizer) -> None:
+    corpus = shutil.copytree(packed, tmp_path / "corpus")
+    add_column(str(corpus), "later", "str", lambda table: ["x"] * len(table))
+    text = (corpus / "corpus.json").read_text()
+    text = text.replace('"format"', '"licence": "CC BY",\n "format"').replace(
+        '"samples": 35', '"pages": 3, "samples": 35'
+    )
+    end = text.index(',\n "sha256": "', text.rindex("]"))
+    digest = hashlib.sha256(text[:end].encode()).hexdigest()
+    (corpus / "corpus.json").write_text(f'{text[:end]},\n "sha256": "{digest}"\n}}\n')
+    assert examine(str(corpus)).all == []
+    with loader([corpus], tokenizer, size=70) as batches:
+        assert next(iter(batches)).columns == {}
+
+
+@pytest.mark.parametrize(
+    ("columns", "change", "message"),
+    [
+        (
+            ["scores"],
+            None,
+            r"extra_columns=scores: .*corpus-000000.parquet has no such column, .* score, rank, good",
+        ),
+        (["captions"], None, "extra_columns names 'captions', a column that every index has"),
+        (["rank"], ("int", [None]), "extra_columns=rank: 1 of .* values are missing in .*: fill them"),
+        (["rank"], ("str", ["x"]), r"extra_columns=rank: .* has str, .* has int: give both the same type"),
+    ],
+)
+def test_what_a_batch_cannot_carry_is_one_clear_error(
+    packed: Path, tmp_path: Path, tokenizer, columns, change, message
+) -> None:
+    other = shutil.copytree(packed, tmp_path / "other")
+    if change:
+        kind, (value,) = change
+        filler = 1 if kind == "int" else "y"
+        add_column(str(other), "rank", kind, lambda table: [value] + [filler] * (len(table) - 1))
+    with pytest.raises(UserError, match=message):
+        loader([packed, other], tokenizer, *columns)
+
+
+def test_a_wrong_value_names_its_record(tmp_path: Path, shapes, packed: Path) -> None:
+    rows = json.loads((shapes.folder / "images_train.json").read_text())[:3]
+    media, output = str(shapes.folder / "media"), str(tmp_path / "out")
+    for value, message in (("high", '"score" must be a number .float., not .high.'), (..., 'no "score"')):
+        rows[2] = rows[2] | {"score": value} if value is not ... else {"image": "x", "caption": "y"}
+        (tmp_path / "rows.json").write_text(json.dumps([row | {"score": 1} | row for row in rows[:2]] + rows[2:]))
+        with pytest.raises(UserError, match=f"record 3: {message}"):
+            build_corpus([str(tmp_path / "rows.json")], media, "image", output, extra_columns={"score": "float"})
+    with pytest.raises(UserError, match="extra column 'source': the index has a column of this name"):
+        add_column(str(packed), "source", "str", lambda table: table["key"])
+    with pytest.raises(UserError, match=r"corpus-000000.parquet: 2 values of x for \d+ rows"):
+        add_column(str(packed), "x", "int", lambda table: pa.array([1, 2]).to_pylist())
