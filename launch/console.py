@@ -132,7 +132,7 @@ def completion(shell: str) -> str:
             )
             for action in own._actions:  # argparse has no other way to list them
                 if action.nargs != 0 and not action.choices and action.type not in (int, float):
-                    action.complete = shtab.FILE  # type: ignore[union-attr]
+                    action.complete = shtab.FILE
             subparsers.add_parser(name, parents=[own], add_help=False, help=sentence)
     subparsers.add_parser("completion", help="print a script for a shell").add_argument("shell", choices=SHELLS)
     return shtab.complete(result, shell) + (NO_SPACE if shell == "bash" else "")
