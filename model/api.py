@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 
-from model import singularity, vqa
 from model.card import model_card
 from model.checkpoints.files import DESCRIPTION, TENSORS, VOCABULARY, Weights, find_vocabulary, write_weights
 from model.checkpoints.loading import find_weights, fit_weights
 from model.encoders import Encoders
 from model.scoring import match_pairs
+from model.singularity import Singularity as RetrievalModel
+from model.vqa import SingularityQA as QAModel
 from preprocessing.config import Preprocessing
 from preprocessing.normalization import normalize
 from preprocessing.text import Tokenizer, clean_text
@@ -158,7 +159,7 @@ class Pretrained(Encoders, ModelHubMixin):
         return partial(clip_pixels, settings=self.preprocessing, size=self.config.image_res, num_frames=frames)
 
 
-class Singularity(Pretrained, singularity.Singularity):
+class Singularity(Pretrained, RetrievalModel):
     """The model of pre-training and retrieval: embeddings of images, clips and texts, and match scores of pairs.
 
     `model.singularity.Singularity` with its vocabulary and preprocessing; E is `config.embed_dim`.
@@ -227,7 +228,7 @@ class Singularity(Pretrained, singularity.Singularity):
         return torch.cat(attended[1:] or attended), mask, torch.cat(embeddings)
 
 
-class SingularityQA(Pretrained, vqa.SingularityQA):
+class SingularityQA(Pretrained, QAModel):
     """The model of question answering: `model.vqa.SingularityQA` with its vocabulary and preprocessing."""
 
     def answer(
