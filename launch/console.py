@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # started by its path, as a rank
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -126,10 +127,12 @@ def completion(shell: str) -> str:
     subparsers = result.add_subparsers()
     for group in GROUPS.values():
         for name, (module, sentence) in group.items():
-            own = training_parser(module) if name in TRAINING else pkgutil.resolve_name(f"{code_of(module)}:parser")()
+            own: Any = (
+                training_parser(module) if name in TRAINING else pkgutil.resolve_name(f"{code_of(module)}:parser")()
+            )
             for action in own._actions:  # argparse has no other way to list them
                 if action.nargs != 0 and not action.choices and action.type not in (int, float):
-                    action.complete = shtab.FILE  # type: ignore[union-attr]
+                    action.complete = shtab.FILE
             subparsers.add_parser(name, parents=[own], add_help=False, help=sentence)
     subparsers.add_parser("completion", help="print a script for a shell").add_argument("shell", choices=SHELLS)
     return shtab.complete(result, shell) + (NO_SPACE if shell == "bash" else "")

@@ -13,7 +13,6 @@ from runtime.progress import LOG_EVERY
 from sharding.annotations.config import CorpusConfig, Reading, load_corpus, parse_pairs, with_columns
 from sharding.executors.executor import Executor
 from sharding.shards.plan import ShardSettings
-from sharding.shards.schema import check_columns
 from storage.fetching import Fetching
 
 
@@ -60,6 +59,7 @@ class BuildSettings:
         """
         from sharding.annotations.reading import expanded
         from sharding.media.sources import check_root
+        from sharding.shards.schema import check_columns
         from storage.urls import local_form
 
         values = {"name": self.shards.name or usual_name(self.output)}
