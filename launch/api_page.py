@@ -73,11 +73,11 @@ def _methods(owner: str, kind: Any) -> Iterator[str]:
 
 
 def _signature(value: Any) -> str:
-    """The arguments and the result, on one line; of a class with settings as fields, "(KEY=VALUE, ...)"."""
+    """The arguments and the result, on one line; of a class with settings as fields, "(KEY=VALUE)"."""
     if inspect.isclass(value) and issubclass(value, Exception):
         return "(message)"
     if inspect.isclass(value) and is_dataclass(value) and any(each.help for each in declarations(value).values()):
-        return "(KEY=VALUE, ...)"
+        return "(KEY=VALUE)"
     unquoted = re.sub(r"(: |-> )'([^']*)'", r"\1\2", str(inspect.signature(value)))
     return re.sub(r"\(self(, )?", "(", re.sub(r" at 0x[0-9a-f]+", "", unquoted))
 
