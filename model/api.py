@@ -20,8 +20,8 @@ from model.checkpoints.loading import find_weights, fit_weights
 from model.config import with_changes
 from model.encoders import Encoders
 from model.scoring import match_pairs
-from model.singularity import Singularity as Network
-from model.vqa import SingularityQA as QANetwork
+from model.singularity import Singularity as RetrievalModel
+from model.vqa import SingularityQA as QAModel
 from preprocessing.config import Preprocessing
 from preprocessing.normalization import normalize
 from preprocessing.text import Tokenizer, clean_text
@@ -160,7 +160,7 @@ class Pretrained(Encoders, ModelHubMixin):
         return partial(clip_pixels, settings=self.preprocessing, size=self.config.image_res, num_frames=frames)
 
 
-class Singularity(Pretrained, Network):
+class Singularity(Pretrained, RetrievalModel):
     """The model of pre-training and retrieval: embeddings of images, clips and texts, and match scores of pairs.
 
     `model.singularity.Singularity` with its vocabulary and preprocessing; E is `config.embed_dim`.
@@ -229,7 +229,7 @@ class Singularity(Pretrained, Network):
         return torch.cat(attended[1:] or attended), mask, torch.cat(embeddings)
 
 
-class SingularityQA(Pretrained, QANetwork):
+class SingularityQA(Pretrained, QAModel):
     """The model of question answering: `model.vqa.SingularityQA` with its vocabulary and preprocessing."""
 
     def answer(
