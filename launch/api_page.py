@@ -23,6 +23,7 @@ from runtime.errors import ROOMS
 from runtime.plugins import Registry
 from runtime.settings import declarations
 
+DOCUMENTED = {*ROOMS, "huggingface_hub"}  # whose methods are listed, those of base classes too
 PACKAGES = (model, loaders, preprocessing, eval, train, sharding, runtime, storage, launch)
 HEAD = """\
 # API
@@ -59,11 +60,11 @@ def _built_in(registry: Registry[Any]) -> str:
 
 
 def _methods(owner: str, kind: Any) -> Iterator[str]:
-    """The public methods of a class, and of its bases in this project those with the first paragraph of their text."""
+    """The public methods of a class, and of its bases those with the first paragraph of their text."""
     rows = []
     for name, value in inspect.getmembers_static(kind):
         module = getattr(inspect.unwrap(getattr(value, "__func__", value)), "__module__", "") or ""
-        if name.startswith("_") or module.partition(".")[0] not in ROOMS or not inspect.isroutine(value):
+        if name.startswith("_") or module.partition(".")[0] not in DOCUMENTED or not inspect.isroutine(value):
             continue
         paragraphs = _text(getattr(kind, name)).split("\n\n")
         shown = " ".join(paragraphs if name in vars(kind) else paragraphs[:1]).replace("\n", " ")

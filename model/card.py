@@ -92,7 +92,10 @@ def _results(run: Path | None) -> Iterator[str]:
         used = [f"{key}={settings[key]}" for key in ("k_test", "eval_frame_ensemble", "precision") if key in settings]
         protocol = f"Zero-shot: {'yes' if about.get('zero_shot') else 'no'}. Settings: {', '.join(used)}. In percent.\n"
         for split, details in about.get("splits", {}).items():
-            size = f"{details['num_visuals']:,} {details['media_type']}s, {details['num_frames']} frames each"
+            frames = details["num_frames"]
+            size = (
+                f"{details['num_visuals']:,} {details['media_type']}s, {frames} frame{'s' if frames > 1 else ''} each"
+            )
             protocol += f"- {split}: {size}\n"
         yield _table(f"Results: {about.get('task', '')}, {folder.name}", ["split", *names], rows) + "\n" + protocol
 
