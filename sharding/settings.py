@@ -66,7 +66,7 @@ class BuildSettings:
         values |= {"output": local_form(self.output), "media_root": local_form(self.media_root)}
         settings = changed(self, values)
         settings.shards.check()
-        check_columns(settings.reading.extra_columns)
+        check_columns(settings.reading.extra_columns, packed=True)
         if not 0 <= self.max_failures <= 1:
             raise UserError(f"--max-failures is {self.max_failures:g}, must be a share from 0 to 1, such as 0.05")
         self.fetching.check()

@@ -11,7 +11,7 @@ from runtime.units import data_size
 from sharding.reasons import summary as failure_lines
 from sharding.report.samples import fetch_command, find
 from sharding.report.statistics import Statistics, short, summary, text_histogram
-from sharding.shards.schema import INDEX_SCHEMA, UNITS, Corpus
+from sharding.shards.schema import INDEX_SCHEMA, SHOWN, UNITS, Corpus
 
 
 def summary_text(corpus: Corpus) -> str:
@@ -49,7 +49,7 @@ def sample_text(facts: dict[str, Any]) -> str:
         f"  source: {facts['source']}",
         f"  {facts['width']}x{facts['height']} pixels, {sum(facts['sizes']):,} bytes{times}",
     ]
-    known = {*INDEX_SCHEMA.names, "shard", "frame", "command"}
+    known = {*INDEX_SCHEMA.names, *SHOWN}
     lines += [f"  {name}: {value}" for name, value in facts.items() if name not in known]  # extra columns
     lines += [f"  caption: {caption}" for caption in facts["captions"]]
     for question in facts["questions"]:

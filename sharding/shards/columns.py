@@ -21,15 +21,18 @@ Values = Callable[[pa.Table], Iterable[Any]]
 
 
 def add_column(url: str, name: str, kind: str, values: Values) -> Corpus:
-    """Add a column to the index of every shard of a packed or indexed corpus, or replace it; returns the corpus.
+    """Add a column to the index of every shard of a packed or indexed corpus, or replace an added one; returns it.
 
     url: folder or URL that can be written. kind: float, int, bool or str.
     values: called with the index of each shard, returns a value for each row, None where there is none.
     Run again after an interruption. No run may read the corpus meanwhile.
-    Raises UserError: the name is taken, there is another number of values than rows, or one is not of that type.
+    Raises UserError: the name is taken, also by a packed column; there is another number of values than rows; one is
+    not of that type.
     """
     check_columns({name: kind})
     corpus = read_corpus(local_form(url))
+    if name in corpus.settings.get("extra_columns", {}) and not corpus.settings.get("indexed"):
+        raise UserError(f"{corpus.url}: {name} was packed, its values are in the tars too: choose another name")
     with open_output(corpus.url, among_others=True) as scratch:
         infos = [_with_column(corpus, shard, name, kind, values, scratch) for shard in range(len(corpus.shards))]
         for info in infos:

@@ -15,6 +15,7 @@ from braceexpand import braceexpand
 
 from runtime.errors import MissingError, UserError
 from sharding.annotations.items import MEDIA_TYPES
+from sharding.shards.foreign_texts import CAPTION_KEYS
 from storage.parquet import read_schema, read_table
 from storage.policy import check_bucket, retry
 from storage.urls import join_url
@@ -62,6 +63,7 @@ INDEX_SCHEMA = pa.schema(
     ]
 )
 TYPES = {"float": pa.float64(), "int": pa.int64(), "bool": pa.bool_(), "str": pa.string()}  # of extra columns
+SHOWN = ("shard", "frame", "command")  # what `inspect --json` shows of a sample beside the columns of its row
 
 
 @dataclass(frozen=True)
@@ -126,11 +128,17 @@ class Corpus:
         return f'{text}{CHECKSUM}{hashlib.sha256(text.encode()).hexdigest()}"\n}}\n'
 
 
-def check_columns(columns: Mapping[str, str]) -> None:
-    """Raise UserError for an extra column with the name of another one, or of no known type."""
+def check_columns(columns: Mapping[str, str], packed: bool = False) -> None:
+    """Raise UserError for an extra column with the name of another one, or of no known type.
+
+    packed: the columns are written into the JSON of the samples too, where `verify --repair` reads the texts.
+    """
     for name, kind in columns.items():
         if name in INDEX_SCHEMA.names:
             raise UserError(f"extra column {name!r}: the index has a column of this name, choose another")
+        if name in SHOWN or (packed and name in (*CAPTION_KEYS, "question")):
+            use = "`inspect` shows" if name in SHOWN else "the JSON in the tars has"
+            raise UserError(f"extra column {name!r}: {use} something else under this name, rename the column")
         if kind not in TYPES:
             raise UserError(f"extra column {name}={kind}: the type must be one of {', '.join(TYPES)}")
 

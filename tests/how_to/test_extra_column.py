@@ -6,6 +6,7 @@ import runpy
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,6 +17,7 @@ from test_loss import SMALL
 
 from loaders import LoaderConfig, PerMedia, TrainLoader
 from runtime.errors import UserError
+from sharding.annotations.extra import extra_value
 from sharding.build import build_corpus
 from sharding.index import main as index
 from sharding.inspect import main as inspect
@@ -166,6 +168,8 @@ def test_what_a_batch_cannot_carry_is_one_clear_error(
     other = shutil.copytree(packed, tmp_path / "other")
     if change:
         kind, (value,) = change
+        (other / "corpus.json").unlink()  # then it is one of shards that were indexed
+        assert index([str(other), "--workers", "1"]) == 0
         filler = 1 if kind == "int" else "y"
         add_column(str(other), "rank", kind, lambda table: [value] + [filler] * (len(table) - 1))
     with pytest.raises(UserError, match=message):
@@ -184,3 +188,47 @@ def test_a_wrong_value_names_its_record(tmp_path: Path, shapes, packed: Path) ->
         add_column(str(packed), "source", "str", lambda table: table["key"])
     with pytest.raises(UserError, match=r"corpus-000000.parquet: 2 values of x for \d+ rows"):
         add_column(str(packed), "x", "int", lambda table: pa.array([1, 2]).to_pylist())
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "expected"),
+    [
+        (2**63 - 1, "int", 2**63 - 1),
+        (np.int64(7), "int", 7),
+        (2**64, "int", ValueError),
+        (str(2**64), "int", ValueError),
+        (1e300, "int", ValueError),
+        ("inf", "float", ValueError),
+        (np.float32("nan"), "float", None),
+        (np.float32("nan"), "bool", None),
+        ("NaN", "float", None),
+        ("nan", "int", None),
+        ("NaN", "bool", None),
+        ("NaN", "str", "NaN"),
+        ("\ud800", "str", ValueError),
+    ],
+)
+def test_a_value_fits_its_type_is_missing_or_an_error(value, kind, expected) -> None:
+    if expected is ValueError:
+        with pytest.raises(ValueError, match=rf"\({kind}\), not"):
+            extra_value(value, kind)
+    else:
+        assert extra_value(value, kind) == expected
+
+
+def test_a_packed_column_is_not_replaced_an_added_one_is(packed: Path, tmp_path: Path) -> None:
+    corpus = str(shutil.copytree(packed, tmp_path / "corpus"))
+    with pytest.raises(
+        UserError, match="corpus: score was packed, its values are in the tars too: choose another name"
+    ):
+        add_column(corpus, "score", "float", lambda table: [1.0] * len(table))
+    for value in (1, 2):
+        add_column(corpus, "mine", "int", lambda table, value=value: [value] * len(table))
+    assert verify_corpus(corpus) == []
+    assert set(read_index(read_corpus(corpus), 0)["mine"].to_pylist()) == {2}
+
+
+@pytest.mark.parametrize("name", ["text", "TEXT", "caption", "question", "shard", "frame"])
+def test_names_that_mean_something_else_in_the_json_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=f"extra column '{name}': .* something else under this name, rename"):
+        build_corpus([], str(tmp_path), "image", str(tmp_path / "out"), extra_columns={name: "str"})
