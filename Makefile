@@ -91,7 +91,7 @@ test-all: $(READY) $(SERVERS_READY)
 
 test-newest: $(READY)
 	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --upgrade --no-deps --target $(NEWEST) timm transformers
-	PYTHONPATH=$(abspath $(NEWEST)) $(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow" tests/model tests/loaders tests/eval tests/train
+	PYTHONPATH=$(abspath $(NEWEST)) $(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow" tests/preprocessing tests/model tests/loaders tests/eval tests/train
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -17,8 +17,6 @@ from sharding.media.picture import decode_picture, picture_size
 
 cv2.setNumThreads(0)  # pictures are decoded in parallel; threads within one would compete with them
 
-cv2.setNumThreads(0)  # pictures are decoded in parallel; threads within one would compete with them
-
 # With antialiasing, a JPEG much larger than what is shown is decoded at 1/2, 1/4 or 1/8 of its size, if its window is
 # then still this many times what is shown. Photos differ by 0.4 grey levels of 255 from decoding whole, and decode
 # 2x as fast at 1,024 pixels; with 1 instead of 2 they would differ by 0.9 to 1.6 (docs/streaming.md).

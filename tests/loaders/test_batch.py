@@ -55,6 +55,16 @@ def test_a_batch_iscopied_with_its_answers():
     assert batch.keys == ("a", "b")
 
 
+@pytest.mark.parametrize("rows", [slice(None, 2), slice(1, None), slice(-2, None), slice(0, 0), slice(1, 9)])
+def test_rows_of_a_batch_have_their_own_answers(rows: slice):
+    ids, counts = torch.arange(6)[:, None], [1, 2, 3]
+    answers = Answers(ids, torch.ones_like(ids), torch.arange(6.0), torch.tensor(counts)).rows(rows)
+    owners = [question for question, count in enumerate(counts) for _ in range(count)]
+    expected = [answer for answer, owner in enumerate(owners) if owner in range(3)[rows]]
+    assert answers.input_ids[:, 0].tolist() == answers.weights.tolist() == expected
+    assert answers.per_question.tolist() == counts[rows]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_normalize_follows_the_formula(dtype):
     frames = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 3, 5, 4, 3), np.uint8))
