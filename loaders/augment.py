@@ -25,6 +25,14 @@ Augmentation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 AUGMENTATIONS: Registry[Augmentation] = Registry("augmentations")
 
 
+def check_augmentations(names: Sequence[str]) -> None:
+    """Raise UserError for a name that is none of an augmentation's, or stands twice."""
+    for number, name in enumerate(names):
+        AUGMENTATIONS[name]  # raises where there is none
+        if name in names[:number]:
+            raise UserError(f"augmentations names {name} twice: its random numbers would be the same, remove one")
+
+
 def augmented(samples: DecodedSamples, names: Sequence[str], device: torch.device) -> DecodedSamples:
     """The samples after the augmentations of these names, in order, on `device`; as they are without any.
 

@@ -55,6 +55,13 @@ class ExtraColumns:
                 f"extra_columns={name}: {values.null_count} of {len(values)} values are missing in {url}: fill them, "
                 "or store the column as float, where missing values are NaN"
             )
+        if kind == "int":
+            try:
+                values = values.cast(pa.int64())
+            except pa.ArrowInvalid:
+                raise UserError(
+                    f"extra_columns={name}: {url} has numbers of 2**63 or more: store them as str"
+                ) from None
         return values.fill_null(math.nan if kind == "float" else "") if values.null_count else values
 
 

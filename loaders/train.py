@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from loaders.augment import AUGMENTATIONS, augmented
+from loaders.augment import augmented, check_augmentations
 from loaders.batch import Batch, collate
 from loaders.columns import ExtraColumns
 from loaders.config import LoaderConfig, check_weights
@@ -75,8 +75,7 @@ class TrainLoader:
         if not corpora:
             raise UserError("train_corpus is empty: name at least one packed corpus")
         check_declared(config)
-        for name in config.augmentations:
-            AUGMENTATIONS[name]  # raises where there is none
+        check_augmentations(config.augmentations)
         self.config, self.tokenizer, self.rank, self.world_size = config, tokenizer, rank, world_size
         stripes = config.stripes // math.gcd(config.stripes, world_size)  # that this rank reads
         ranks = ranks_of(rank, world_size, local_world_size)

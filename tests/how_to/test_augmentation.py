@@ -83,6 +83,9 @@ def test_wrong_frames_are_one_clear_error(run: RunConfig, tokenizer, wrong) -> N
         UserError, match=rf"augmentations: {name} returned .*, must return torch.uint8 \(\d+, 1, 32, 32, 3"
     ):
         batches(run, tokenizer)
+    run.augmentations = ["colour", "grey", "colour"]
+    with pytest.raises(UserError, match="augmentations names colour twice: its random numbers would be the same"):
+        batches(run, tokenizer)
     run.augmentations = ["color"]
     with pytest.raises(UserError, match="augmentations is 'color', must be one of colour"):
         batches(run, tokenizer)
