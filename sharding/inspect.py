@@ -93,7 +93,7 @@ def inspect(options: argparse.Namespace) -> None:
         if options.html:
             write_gallery(corpus, Path(options.html), options.count or GALLERY_SAMPLES, options.shards, statistics)
             lines.append(f"gallery: {options.html}")
-    sys.stdout.write((json.dumps(result) if options.json else "\n".join(lines)) + "\n")
+    sys.stdout.write((json.dumps(result, default=str) if options.json else "\n".join(lines)) + "\n")
 
 
 def png_file(text: str) -> Path:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from sharding.annotations.columns import ABSENT, value_at
 from sharding.annotations.extra import extra_value
 from sharding.annotations.items import question_of
 
@@ -80,8 +81,9 @@ def extra_of(fields: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str,
     """The values of extra columns, name -> type, in a sample's JSON; None where it has none."""
     found = {}
     for name, kind in columns.items():
+        value = value_at(fields, name, name.split("."))
         try:
-            found[name] = extra_value(fields.get(name), kind)
+            found[name] = extra_value(None if value is ABSENT else value, kind)
         except ValueError as error:
             raise SampleError(f"its {name} must be {error}") from None
     return found

@@ -78,6 +78,7 @@ class IndexedShard:
     damages: list[str]
     rate_assumed: bool = False
     remarks: dict[str, int] = field(default_factory=dict)  # how often what else was left out
+    valued: frozenset[str] = frozenset()  # extra columns that have a value in some sample
 
 
 def index_shards(
@@ -252,7 +253,9 @@ def write_shard(task: IndexTask, index_name: str, contents: Contents) -> Indexed
         publish(index, join_url(task.output, index_name))
     except Exception as error:  # every store has its own exceptions
         raise read_only(join_url(task.output, index_name), error) from None
-    return IndexedShard(info, media_type, contents.failures, damages, contents.rate_assumed, dict(contents.remarks))
+    valued = frozenset(name for name in task.columns if any(row[name] is not None for row in contents.rows))
+    more = contents.rate_assumed, dict(contents.remarks), valued
+    return IndexedShard(info, media_type, contents.failures, damages, *more)
 
 
 def kept_index(task: IndexTask, index_name: str) -> IndexedShard | None:
@@ -276,7 +279,8 @@ def kept_index(task: IndexTask, index_name: str) -> IndexedShard | None:
     if "rows" not in note and note.get("rules") != RULES:  # a build notes rows
         return None
     info = shard_info(task.name, facts, index_name, data)
-    more = note.get("rate_assumed", False), note.get("remarks", {})
+    valued = frozenset(name for name in task.columns if table[name].null_count < len(table))
+    more = note.get("rate_assumed", False), note.get("remarks", {}), valued
     return IndexedShard(info, media_type_of(table), note["failures"], [], *more)
 
 
@@ -304,8 +308,9 @@ def describe(
     settings = {key: value for key, value in settings.items() if key != "selected"}
     settings |= {"selected": True} if selected else {}
     tars = "" if output == url else url if "://" in url else str(Path(url).resolve())
+    more = known.more if known else {}
     infos = tuple(shard.info for shard in shards.values() if shard.info)
-    return Corpus(output, name, next(iter(first)), infos, settings, (known.files if known else {}) | files, tars)
+    return Corpus(output, name, next(iter(first)), infos, settings, (known.files if known else {}) | files, tars, more)
 
 
 def known_corpus(url: str) -> Corpus | None:
@@ -327,6 +332,9 @@ def report(corpus: Corpus, shards: dict[str, IndexedShard], failures: FailureLog
         log.info("%s", line)
     if any(shard.rate_assumed for shard in shards.values()):
         log.info("the shards do not state their frame rate: assuming 1 frame per second; set --fps and run again")
+    for name in corpus.settings.get("extra_columns", {}):
+        if not any(name in shard.valued for shard in shards.values()):
+            log.warning("no sample has a value of %s: check the key's name in the KEY.json of the tars", name)
     damaged = {name: shard for name, shard in shards.items() if shard.damages}
     for name, shard in damaged.items():
         log.info("%s: %s%s", name, shard.damages[0], "; its intact samples are indexed" if shard.info else "")

@@ -91,16 +91,17 @@ def described(
     if corpus:
         return replace(corpus, shards=shards, files=files)
     settings = settings_at(url)
+    tars, more = "", {}
     if settings is None:
         try:
             old = parse_corpus(read_file(join_url(url, "corpus.json")), url, also_damaged=True)  # better than nothing
-            name, settings, tars = old.name, old.settings, old.tars
+            name, settings, tars, more = old.name, old.settings, old.tars, old.more
         except (OSError, ValueError):
-            name, settings, tars = url.rstrip("/").rsplit("/", 1)[-1], {"indexed": True}, ""
+            name, settings = url.rstrip("/").rsplit("/", 1)[-1], {"indexed": True}
     else:
-        name, tars = settings["name"], ""
+        name = settings["name"]
     media_type = next(iter(kinds)) if len(kinds) == 1 else settings.get("media_type", "image")
-    return Corpus(url, name, media_type, shards, settings, files, tars)
+    return Corpus(url, name, media_type, shards, settings, files, tars, more)
 
 
 def settings_at(url: str) -> dict[str, Any] | None:

@@ -23,6 +23,7 @@ from storage.urls import join_url
 FORMAT = "singularity-shards"
 VERSION = 1
 UNITS = ("samples", "frames", "captions", "questions", "choices", "bytes")  # that corpus.json counts
+KEYS = {"format", "version", "name", "media_type", *UNITS, "tars", "settings", "files", "shards", "sha256"}
 CHECKSUM = ',\n "sha256": "'  # begins the last line of corpus.json: of all text before it
 UNREADABLE = (OSError, ValueError, pa.ArrowException)  # what reading a damaged parquet file may raise
 
@@ -99,6 +100,7 @@ class Corpus:
     settings: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)  # SHA-256 of other files beside corpus.json
     tars: str = ""  # folder of the tars, where it is not that of the indices
+    more: dict[str, Any] = field(default_factory=dict)  # keys of corpus.json that others wrote, such as a licence
 
     def tar_url(self, shard: int) -> str:
         """URL of a shard's tar."""
@@ -124,7 +126,9 @@ class Corpus:
         shards = [{key: value for key, value in asdict(shard).items() if value != ""} for shard in self.shards]
         elsewhere = {"tars": self.tars} if self.tars else {}
         body = {"settings": self.settings, "files": self.files, "shards": shards}
-        text = json.dumps({**head, **totals, **elsewhere, **body}, indent=1, sort_keys=False).removesuffix("\n}")
+        text = json.dumps({**head, **totals, **elsewhere, **self.more, **body}, indent=1, sort_keys=False).removesuffix(
+            "\n}"
+        )
         return f'{text}{CHECKSUM}{hashlib.sha256(text.encode()).hexdigest()}"\n}}\n'
 
 
@@ -263,7 +267,8 @@ def parse_corpus(content: bytes, url: str, also_damaged: bool = False) -> Corpus
         shards = tuple(
             ShardInfo(**{key: value for key, value in shard.items() if key in known}) for shard in data["shards"]
         )
-        more = data.get("settings", {}), data.get("files", {}), data.get("tars", "")
+        others = {key: value for key, value in data.items() if key not in KEYS}
+        more = data.get("settings", {}), data.get("files", {}), data.get("tars", ""), others
         return Corpus(url, data["name"], data["media_type"], shards, *more)
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{url}/corpus.json is damaged ({error}): {rebuild}") from None

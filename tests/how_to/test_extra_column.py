@@ -1,9 +1,12 @@
 """docs/how-to/extra-column.md, word for word: a column added, packed and indexed, in a loss of one's own."""
 
 import hashlib
+import io
 import json
 import runpy
 import shutil
+import tarfile
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +148,10 @@ def test_columns_and_keys_of_other_versions_are_read(packed: Path, tmp_path: Pat
     digest = hashlib.sha256(text[:end].encode()).hexdigest()
     (corpus / "corpus.json").write_text(f'{text[:end]},\n "sha256": "{digest}"\n}}\n')
     assert examine(str(corpus)).all == []
+    add_column(str(corpus), "mine", "int", lambda table: [1] * len(table))
+    (corpus / "corpus-000000.parquet").unlink()
+    assert verify([str(corpus), "--repair"]) == 0
+    assert json.loads((corpus / "corpus.json").read_text())["licence"] == "CC BY"
     with loader([corpus], tokenizer, size=70) as batches:
         assert next(iter(batches)).columns == {}
 
@@ -232,3 +239,46 @@ def test_a_packed_column_is_not_replaced_an_added_one_is(packed: Path, tmp_path:
 def test_names_that_mean_something_else_in_the_json_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match=f"extra column '{name}': .* something else under this name, rename"):
         build_corpus([], str(tmp_path), "image", str(tmp_path / "out"), extra_columns={name: "str"})
+
+
+def test_nested_keys_are_found_and_a_key_that_no_sample_has_is_a_warning(packed: Path, tmp_path: Path, caplog) -> None:
+    with tarfile.open(next(packed.glob("*.tar"))) as old, tarfile.open(tmp_path / "00000.tar", "w") as new:
+        for member in old.getmembers():
+            data = old.extractfile(member).read()
+            if member.name.endswith(".json"):
+                fields = json.loads(data)
+                data = json.dumps(fields | {"meta": {"site": fields.pop("meta.site")}}).encode()
+                member.size = len(data)
+            new.addfile(member, io.BytesIO(data))
+    for _ in range(2):  # also where the index is kept
+        caplog.clear()
+        assert index([str(tmp_path), "--workers", "1", "--extra-columns", "typo=float", "meta.site=str"]) == 0
+        assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
+            "no sample has a value of typo: check the key's name in the KEY.json of the tars"
+        ]
+    sites = read_index(read_corpus(str(tmp_path)), 0)["meta.site"].to_pylist()
+    assert {"site 0", "site 1", "site 2"} == set(sites)
+
+
+def with_column(packed: Path, folder: Path, name: str, value: object, kind: pa.DataType) -> str:
+    """A copy of the corpus, with a column in its indices as another program may write it."""
+    corpus = shutil.copytree(packed, folder / name)
+    for path in corpus.glob("corpus-*.parquet"):
+        table = pq.read_table(path)
+        pq.write_table(table.append_column(name, pa.array([value] * len(table), kind)), path)
+    return str(corpus)
+
+
+def test_columns_of_other_types_are_shown_as_json(packed: Path, tmp_path: Path, capsys) -> None:
+    corpus = with_column(packed, tmp_path, "taken", datetime(2026, 11, 27), pa.timestamp("s"))
+    assert inspect([corpus, "--sample", "0", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sample"]["taken"] == "2026-11-27 00:00:00"
+
+
+def test_numbers_beyond_the_type_of_a_batch_are_an_error(packed: Path, tmp_path: Path, tokenizer) -> None:
+    corpus = with_column(packed, tmp_path, "small", 2**63 - 1, pa.uint64())
+    with loader([corpus], tokenizer, "small", size=35) as batches:
+        assert set(next(iter(batches)).columns["small"].tolist()) == {2**63 - 1}
+    corpus = with_column(packed, tmp_path, "large", 2**63, pa.uint64())
+    with pytest.raises(UserError, match=r"extra_columns=large: .*corpus-00000..parquet has numbers of 2\*\*63 or more"):
+        loader([corpus], tokenizer, "large")
