@@ -87,14 +87,14 @@ def dali_decoder(size: int, threads: int, batch: list[Clip], load: float | None 
 
     from loaders.decode.dali import DaliDecoder
 
-    plain = fn.decoders.image_slice
+    plain = fn.decoders.image
 
     def with_upsampling(*inputs: Any, **settings: Any) -> Any:
         return plain(*inputs, **(settings | {"jpeg_fancy_upsampling": fancy}))
 
     number = torch.cuda.current_device() if torch.cuda.is_available() else None
     loads = {} if load is None else {"hw_decoder_load": load}
-    with mock.patch.object(fn.decoders, "image_slice", with_upsampling):
+    with mock.patch.object(fn.decoders, "image", with_upsampling):
         decoder = DaliDecoder(size, threads, False, number, **loads)
         with ThreadPoolExecutor(BATCHES_AT_ONCE) as pool:  # all at once, so that each pipeline is built
             list(pool.map(decoder.decode, [batch] * BATCHES_AT_ONCE))

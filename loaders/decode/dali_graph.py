@@ -32,7 +32,7 @@ class GraphSettings:
 
 
 def build_pipeline(settings: GraphSettings, capacity: int) -> Pipeline:
-    """The graph: decode the window only, resize it bicubically, mirror; bytes stay bytes."""
+    """The graph: decode, cut out the window, resize it bicubically, mirror; bytes stay bytes."""
     on_cpu = settings.device is None
     pipeline = Pipeline(
         batch_size=capacity,
@@ -45,19 +45,17 @@ def build_pipeline(settings: GraphSettings, capacity: int) -> Pipeline:
         jpegs, anchors, shapes, flips = (
             fn.external_source(name=name) for name in ("jpegs", "anchors", "shapes", "flips")
         )
-        pixels = fn.decoders.image_slice(
+        # Not fn.decoders.image_slice: nvJPEG before 13.2 leaves windows with fancy upsampling to the CPU, and warns for
+        # every image (seen on an H200 with DALI 2.4.0).
+        whole = fn.decoders.image(
             jpegs,
-            anchors,
-            shapes,
             device="cpu" if on_cpu else "mixed",
-            axes=(0, 1),
-            normalized_anchor=False,
-            normalized_shape=False,
             output_type=types.DALIImageType.RGB,
             jpeg_fancy_upsampling=True,
             hw_decoder_load=settings.hw_decoder_load,
             adjust_orientation=False,  # windows are given in the pixels as stored
         )
+        pixels = fn.slice(whole, anchors, shapes, axes=(0, 1), normalized_anchor=False, normalized_shape=False)
         shown: Any = fn.resize(
             pixels,
             size=(settings.size, settings.size),

@@ -24,7 +24,7 @@ from loaders.shards import CorpusReader, describe, open_corpus
 from loaders.train import TrainLoader
 from preprocessing.text import Tokenizer
 from runtime.ranks import Ranks, ranks_of
-from sharding.index import index_shards
+from sharding.shards.indexing import index_shards
 from storage import limits
 from storage.cache import DiskCache
 from storage.limits import RemoteReads

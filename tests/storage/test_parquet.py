@@ -32,6 +32,7 @@ def foreign():  # threads that Python did not start
     return len(os.listdir("/proc/self/task")) - threading.active_count()
 
 module = importlib.import_module(sys.argv[1])
+import numpy, storage.parquet  # which start threads when they are imported, by the command later
 before = foreign()
 code = module.main(sys.argv[2:])
 sys.stderr.write(f"{code} {foreign() - before}")

@@ -23,11 +23,9 @@ from loaders.decode.dali_graph import GraphSettings, build_pipeline, feed
 from loaders.samples import Clip
 from loaders.train import TrainLoader
 
-IMAGE_FAILS = (
-    "Error in MIXED operator `nvidia.dali.fn.decoders.image_slice`,\nencountered:\n\nFailed to decode sample #1 : "
-)
+IMAGE_FAILS = "Error in MIXED operator `nvidia.dali.fn.decoders.image`,\nencountered:\n\nFailed to decode sample #1 : "
 OUT_OF_MEMORY = (
-    "Critical error in pipeline:\nError in MIXED operator `nvidia.dali.fn.decoders.image_slice`,\n"
+    "Critical error in pipeline:\nError in MIXED operator `nvidia.dali.fn.decoders.image`,\n"
     "which was used in the pipeline definition with the following traceback:\n\nencountered:\n\n"
     "CUDA runtime API error cudaErrorMemoryAllocation (2):\nout of memory\n"
 )
