@@ -1,5 +1,6 @@
 """A user's losses: what they receive, their names and weights, and which checkpoints their tensors are in."""
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -99,6 +100,18 @@ def test_wrong_names_and_values_are_one_clear_error():
         built({"recieves": 1.0})
     with pytest.raises(UserError, match=r"the loss row returns a tensor of shape \(4,\): return a scalar"):
         built({"row": 1.0})(*small_batch())
+
+
+def test_plugins_that_a_model_does_not_need_may_be_absent(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "needs_more.py").write_text("import no_such_module\n")
+    (tmp_path / "reads.py").write_text("from runtime.errors import MissingError\nraise MissingError('my file')\n")
+    built({}, plugins=["nowhere", "needs_more"])
+    assert "no nowhere.py in" in caplog.text
+    assert "No module named 'no_such_module': continuing without plugin needs_more" in caplog.text
+    with pytest.raises(UserError, match="my file"):
+        built({}, plugins=["reads"])
 
 
 def test_its_tensors_are_fresh_kept_or_dropped_as_the_settings_say(tmp_path):
