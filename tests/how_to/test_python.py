@@ -64,6 +64,9 @@ def folder(shapes, tokenizer, tmp_path_factory) -> Path:
     (evaluation / "evaluation.json").write_text(json.dumps(about))
     (evaluation / "metrics.json").write_text(json.dumps({"test/": {"img_r1": 41.5}}))
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 90, 3), np.uint8)).save(folder / "photo.jpg")
+    (folder / "demo").mkdir()
+    (folder / "demo/pretrain").symlink_to(folder / "runs/small")
+    (folder / "demo/shapes").symlink_to(shapes.folder)
     return folder
 
 
@@ -83,7 +86,7 @@ def test_page(folder, monkeypatch, capsys):
     found = runpy.run_path("search.py")
     assert found["images"].shape == (1, 16)
     assert found["texts"].shape == (2, 16)
-    assert len([line for line in blocks("python")["search.py"].splitlines() if line]) == 6
+    assert len([line for line in blocks("python")["search.py"].splitlines() if line]) == 7
     assert capsys.readouterr().out.count("tensor([[") == 2
 
 

@@ -40,6 +40,7 @@ def test_the_commands_of_the_page(shapes, folder):
     own = "pretrained_path=runs/cnn", "output_dir=runs/cnn_temporal"
     launch(finetune_retrieval, "configs/demo/finetune.yaml", *few, *own, "image_res=48", "splits=[motion]", "gallery=0")
     assert [line["step"] for line in learned(folder / "runs/cnn")] == [1, 2, 3]
+    assert "vision_encoder.type=small_cnn and text_encoder.type=bert" in (folder / "runs/cnn/log.txt").read_text()
     assert "motion/" in json.loads((folder / "runs/cnn_temporal/evaluation/final/metrics.json").read_text())
     description = json.loads((resolve_weights("runs/cnn_temporal") / "model.json").read_text())["config"]
     assert description["plugins"] == ["my_backbone"]
