@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -28,6 +30,8 @@ from preprocessing.text import Tokenizer, clean_text
 from preprocessing.visuals import Clip, Picture, clip_pixels, image_pixels, is_clip
 from runtime.errors import MissingError, UserError
 from sharding.media.frames import MediaError
+
+log = logging.getLogger(__name__)
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 TEXT_BATCH = 256
@@ -63,6 +67,7 @@ class Pretrained(Encoders, ModelHubMixin):
 
         Of a run: its best checkpoint where it has one, otherwise its newest. In float32 on the CPU, in evaluation mode.
         Returns SingularityQA for weights with an answer decoder, else Singularity, whichever class it is called on.
+        The weights' `plugins` are imported as in training, but never from the hub or from the folder of the weights.
 
         tokenizer: a vocab.txt, a folder that holds one, or a hub name, for weights without their own vocabulary: the
         published .pth files need "bert-base-uncased". revision, token, cache_dir, local_files_only: of the hub.
@@ -72,7 +77,8 @@ class Pretrained(Encoders, ModelHubMixin):
         if not path.exists() and HUB_NAME.fullmatch(str(source)):
             path = _fetch(str(source), revision, token, cache_dir, local_files_only)
         found, weights = find_weights(path)
-        config = with_changes(weights.config, {"losses": {}})
+        plugins = _trusted(weights.config.plugins, [path, found], path != Path(source))
+        config = with_changes(weights.config, {"losses": {}, "plugins": plugins})
         vocabulary = find_vocabulary(found, config.text_encoder.vocab_size)
         name = tokenizer or vocabulary
         words = Tokenizer.load(str(name)) if name else None
@@ -122,6 +128,8 @@ class Pretrained(Encoders, ModelHubMixin):
         for number, text in enumerate(texts):
             if not isinstance(text, str):
                 raise UserError(f"{what}[{number}] is of type {type(text).__name__}: must be a str")
+            if not text.isascii() and re.search(r"[\ud800-\udfff]", text):
+                raise UserError(f"{what}[{number}] is not Unicode: it has half of a surrogate pair")
         ids, mask = self.tokenizer.encode(list(map(form, texts)), min(length, self.config.text_encoder.max_positions))
         longest = max(1, int(mask.sum(1).max())) if len(texts) else 1
         device = self.temporal_embeddings.device
@@ -131,6 +139,7 @@ class Pretrained(Encoders, ModelHubMixin):
         self, items: Sequence[Any], what: str, read: Callable[[Any], np.ndarray], size: int
     ) -> Iterator[torch.Tensor]:
         """Normalised frames (B, T, 3, H, W) of `size` items at once, on the model's device."""
+        _check_count(size, "batch_size")
         for first in range(0, len(items), size):
             chosen = range(first, min(first + size, len(items)))
             pixels = np.stack([_read(read, items[number], f"{what}[{number}]") for number in chosen])
@@ -155,8 +164,7 @@ class Pretrained(Encoders, ModelHubMixin):
 
     def _read_clip(self, num_frames: int | None) -> Callable[[Clip], np.ndarray]:
         frames = self.preprocessing.num_frames_test if num_frames is None else num_frames
-        if frames < 1:
-            raise UserError(f"num_frames is {num_frames}: must be at least 1")
+        _check_count(frames, "num_frames")
         return partial(clip_pixels, settings=self.preprocessing, size=self.config.image_res, num_frames=frames)
 
 
@@ -184,8 +192,11 @@ class Singularity(Pretrained, Network):
         return self._embeddings(self._batches(clips, "clips", self._read_clip(num_frames), batch_size))
 
     def encode_texts(self, texts: Sequence[str], batch_size: int = TEXT_BATCH) -> torch.Tensor:
-        """Unit embeddings (M, E) float32 of texts. The similarity of images and texts is `images @ texts.T`."""
-        return self._text_features(texts, batch_size)[2]
+        """Unit embeddings (M, E) float32 of texts. The similarity of images and texts is `images @ texts.T`.
+
+        Texts are cut at the longest `max_txt_l` of the run, of images or of clips.
+        """
+        return self._text_features(texts, max(self.preprocessing.max_txt_l.values()), batch_size)[2]
 
     def match(
         self,
@@ -199,11 +210,12 @@ class Singularity(Pretrained, Network):
         Slower and more exact than embeddings: the cross-encoder reads each pair. The logits are those that evaluation
         re-ranks by. visuals: all images, or all clips, as `encode_images` and `encode_clips` take them.
         """
-        attended, mask, _ = self._text_features(texts, TEXT_BATCH)
+        medium, batches = self._visual_batches(visuals, num_frames, batch_size)
+        attended, mask, _ = self._text_features(texts, self.preprocessing.max_txt_l[medium], TEXT_BATCH)
         scores = torch.zeros(len(visuals), len(texts))
         with self._inference():
             first = 0
-            for frames in self._visual_batches(visuals, num_frames, batch_size)[1]:
+            for frames in batches:
                 block = np.arange(len(frames)), self.clip_tokens(frames)[0]
                 pairs = np.ones((len(frames), len(texts)), dtype=bool)
                 rows, columns, logits = match_pairs(self, [block], attended, mask, pairs)
@@ -216,9 +228,12 @@ class Singularity(Pretrained, Network):
             parts = [self.project_visual(self.clip_tokens(frames)[1]).float().mean(1) for frames in batches]
         return torch.cat([torch.empty(0, self.config.embed_dim, device=device), *parts])
 
-    def _text_features(self, texts: Sequence[str], batch_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """States (M, Lt, D) for `match_attended`, mask (M, Lt) and embeddings (M, E) of texts."""
-        ids, mask = self._tokens(texts, "texts", max(self.preprocessing.max_txt_l.values()))
+    def _text_features(
+        self, texts: Sequence[str], length: int, batch_size: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """States (M, Lt, D) for `match_attended`, mask (M, Lt) and embeddings (M, E) of texts of `length` tokens."""
+        _check_count(batch_size, "batch_size")
+        ids, mask = self._tokens(texts, "texts", length)
         attended = [torch.empty(0, ids.shape[1], self.config.text_encoder.width, device=ids.device)]
         embeddings = [torch.empty(0, self.config.embed_dim, device=ids.device)]
         with self._inference():
@@ -239,11 +254,14 @@ class SingularityQA(Pretrained, QANetwork):
         answers: Sequence[str],
         num_frames: int | None = None,
         batch_size: int = 16,
+        k_test: int = 128,
     ) -> list[tuple[str, float]]:
-        """The most likely of `answers` to question i about visual i, and its probability among them, for N of both.
+        """The most likely of `answers` to question i about visual i, and its probability, for N of both.
 
-        visuals: all images, or all clips, as `Singularity.match` takes them.
+        visuals: all images, or all clips, as `Singularity.match` takes them. k_test: how many answers, those with the
+        most likely first token, are compared as a whole, as in evaluation; the probability is among them.
         """
+        _check_count(k_test, "k_test")
         if len(questions) != len(visuals):
             raise UserError(f"{len(questions)} questions for {len(visuals)} visuals: give one for each")
         if not answers:
@@ -257,7 +275,7 @@ class SingularityQA(Pretrained, QANetwork):
             for frames in batches:
                 rows = slice(len(found), len(found) + len(frames))
                 states = self.frame_states(self.clip_tokens(frames)[0], ids[rows], mask[rows])
-                best, probability = self.rank_answers(states, mask[rows], answer_ids, answer_mask, len(answers))
+                best, probability = self.rank_answers(states, mask[rows], answer_ids, answer_mask, k_test)
                 found += [(answers[i], p) for i, p in zip(best[:, 0].tolist(), probability[:, 0].tolist(), strict=True)]
         return found
 
@@ -285,9 +303,29 @@ def _fetch(
         ) from None
 
 
+def _trusted(plugins: list[str], folders: list[Path], fetched: bool) -> list[str]:
+    """Those of the weights' `plugins` that may be imported: none of fetched weights, and no file in their folders."""
+    parents = {(folder if folder.is_dir() else folder.parent).resolve() for folder in folders}
+    trusted = []
+    for name in plugins:
+        parts = name.replace(".", "/")
+        files = [Path(place, f"{parts}{end}") for place in (".", *sys.path) for end in (".py", "/__init__.py")]
+        found = [file.parent.resolve() for file in files if file.is_file()]
+        if not fetched and not any(folder.is_relative_to(parent) for folder in found for parent in parents):
+            trusted.append(name)
+        elif name not in sys.modules:
+            log.warning("plugins of foreign weights are not imported: import %s before, if the model needs it", name)
+    return trusted
+
+
 def _check_list(items: Any, what: str) -> None:
     if isinstance(items, str | Path) or not hasattr(items, "__len__"):
         raise UserError(f"{what} is of type {type(items).__name__}: give a list")
+
+
+def _check_count(value: Any, name: str) -> None:
+    if not isinstance(value, int | np.integer) or value < 1:
+        raise UserError(f"{name} is {value}: must be a whole number of at least 1")
 
 
 def _read(read: Callable[[Item], Result], item: Item, name: str) -> Result:
@@ -296,5 +334,5 @@ def _read(read: Callable[[Item], Result], item: Item, name: str) -> Result:
         return read(item)
     except UserError as error:
         raise type(error)(f"{name} {error}") from None
-    except MediaError as error:
+    except (MediaError, OSError) as error:  # OSError: of Pillow, for an image that it opened and cannot decode
         raise UserError(f"{name} cannot be decoded: {error}") from None

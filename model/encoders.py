@@ -28,7 +28,8 @@ class Encoders(Freezable):
         self.text_encoder = build_text(config, pad_id)
         self.temporal_embeddings = nn.Parameter(torch.zeros(1, config.num_frames, 1, width))
         self.temporal_vision_encoder = TemporalEncoder(config) if config.temporal_vision_encoder.enable else None
-        self.mean, self.std = self.vision_encoder.mean, self.vision_encoder.std
+        self.mean = tuple(map(float, self.vision_encoder.mean))
+        self.std = tuple(map(float, self.vision_encoder.std))
 
     def set_gradient_checkpointing(self, enable: bool = True) -> None:
         """Keep only the layers' inputs for the backward pass, which computes the rest again: a third more time."""

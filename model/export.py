@@ -74,7 +74,7 @@ def without_losses(weights: Weights) -> Weights:
 def write_official(weights: Weights, path: str | Path) -> None:
     """Write an official checkpoint (.pth) without optimiser state, whole or not at all.
 
-    Raises UserError for a model of another backbone than the official ones.
+    Raises UserError for a model of another backbone or text encoder than the official ones.
     """
     import omegaconf
     import torch
@@ -84,6 +84,8 @@ def write_official(weights: Weights, path: str | Path) -> None:
     path, kind, weights = Path(path), weights.config.vision_encoder.type, without_losses(weights)
     if kind not in VISION_TYPES:
         raise UserError(f"{path}: vision_encoder.type={kind} has no official format, give a folder to write to")
+    if (text := weights.config.text_encoder.type) != "bert":
+        raise UserError(f"{path}: text_encoder.type={text} has no official format, give a folder to write to")
     content = {
         "model": official_state(weights),
         "optimizer": {},

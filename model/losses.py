@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from inspect import signature
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -112,16 +113,36 @@ class Losses(nn.Module):
         self._losses: dict[str, Callable[[Any], torch.Tensor]] = {}
         for name in self._weights:
             loss = LOSSES[name]
+            if isinstance(loss, nn.Module):
+                raise UserError(f"the loss {name} is an instance and would not be trained: register its class")
             if isinstance(loss, type):
+                self._check_class(name, loss, config)
                 loss = loss(config)
                 self.add_module(name, loss)
             self._losses[name] = loss
+
+    def _check_class(self, name: str, loss: type, config: ModelConfig) -> None:
+        """Raise UserError unless a loss's class is a module made with the model's settings and can have its name."""
+        if not name.isidentifier() or hasattr(self, name):
+            raise UserError(f"a module cannot have the name of the loss {name!r}: register it under another one")
+        try:
+            signature(loss).bind(config)
+            fits = issubclass(loss, nn.Module) and loss.__init__ is not nn.Module.__init__
+        except TypeError:
+            fits = False
+        if not fits:
+            raise UserError(
+                f"the loss {name} is a class, but no nn.Module made with the model's settings: write "
+                f"class {loss.__name__}(nn.Module) with def __init__(self, config)"
+            )
 
     def compute(self, inputs: LossInputs | AnswerLossInputs) -> dict[str, torch.Tensor]:
         """Every loss () times its weight, as `loss_NAME`. Raises UserError if one is no scalar."""
         result = {}
         for name, loss in self._losses.items():
             value = loss(inputs)
+            if not isinstance(value, torch.Tensor):
+                raise UserError(f"the loss {name} returns a {type(value).__name__}: return a scalar tensor")
             if value.ndim:
                 raise UserError(f"the loss {name} returns a tensor of shape {tuple(value.shape)}: return a scalar")
             weight = self._weights[name]

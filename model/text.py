@@ -331,6 +331,8 @@ def build_text(config: ModelConfig, pad_id: int = 0) -> TextEncoder:
             f"text_encoder.fusion_layer is {text.fusion_layer}: must be between 0 and text_encoder.layers {text.layers}"
         )
     encoder = build_with_options(TEXT[text.type], "text_encoder.options", text.options, config, pad_id)
+    if not isinstance(encoder, TextEncoder):
+        raise UserError(f"text_encoder.type={text.type} is a {type(encoder).__name__}: derive it from TextEncoder")
     bert, numbers = bert_config(text, pad_id=pad_id), range(text.fusion_layer, text.layers)
     layers = {str(number): FusionLayer(bert, config.vision_encoder.width) for number in numbers}
     encoder.add_fusion_layers(layers, text.initializer_range)
@@ -345,6 +347,11 @@ def _check_outputs(encoder: TextEncoder, config: ModelConfig, pad_id: int) -> No
     _, one = run_counted(encoder, ids[:1, :1], torch.ones_like(ids[:1, :1]))
     states, four = run_counted(encoder, ids, torch.ones_like(ids))
     encoder.measured = one, four // 2
+    if not isinstance(states, torch.Tensor):
+        raise UserError(
+            f"text_encoder.type={text.type} returns a {type(states).__name__}: its forward must return one "
+            "tensor, the states"
+        )
     if states.shape != (2, 2, text.width):
         raise UserError(
             f"text_encoder.type={text.type} makes states {tuple(states.shape)} of 2 texts of 2 tokens; they must be "
@@ -352,7 +359,7 @@ def _check_outputs(encoder: TextEncoder, config: ModelConfig, pad_id: int) -> No
         )
     words = getattr(encoder, "word_embeddings", None)
     if config.loss_weight.mlm > 0 and not config.answer_decoder.enable:
-        shape = None if words is None else tuple(words.weight.shape)
+        shape = tuple(words.weight.shape) if isinstance(words, nn.Embedding) else None
         if shape != (text.vocab_size, text.width):
             raise UserError(
                 f"text_encoder.type={text.type} has word_embeddings of shape {shape}; MLM needs an nn.Embedding "

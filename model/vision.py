@@ -96,6 +96,10 @@ def build_vision(config: ModelConfig) -> VisionEncoder:
     timm = vision.type not in VISION and is_model(vision.type)
     kind = TimmEncoder if timm else VISION[vision.type]
     encoder = build_with_options(kind, "vision_encoder.options", vision.options, config)
+    if not isinstance(encoder, VisionEncoder):
+        raise UserError(
+            f"vision_encoder.type={vision.type} is a {type(encoder).__name__}: derive it from VisionEncoder"
+        )
     if kind is not TimmEncoder:
         _check_outputs(encoder, config)
     return encoder
@@ -104,14 +108,21 @@ def build_vision(config: ModelConfig) -> VisionEncoder:
 def _check_outputs(encoder: VisionEncoder, config: ModelConfig) -> None:
     """Measure an own backbone; raise UserError unless its outputs have the shapes that the model expects."""
     width, size = config.vision_encoder.width, config.image_res
-    (tokens, pooled), flops = run_counted(encoder, torch.zeros(2, 3, size, size))
-    encoder.measured = flops // 2, tokens.shape[1]
-    if tokens.shape != (2, tokens.shape[1], width) or pooled.shape != (2, width):
+    output, flops = run_counted(encoder, torch.zeros(2, 3, size, size))
+    pair = isinstance(output, tuple | list) and len(output) == 2
+    if not pair or not all(isinstance(each, torch.Tensor) for each in output):
+        raise UserError(
+            f"vision_encoder.type={config.vision_encoder.type} returns a {type(output).__name__}: its "
+            "forward must return two tensors, tokens and pooled vectors"
+        )
+    tokens, pooled = output
+    if tokens.ndim != 3 or tokens.shape[::2] != (2, width) or pooled.shape != (2, width):
         raise UserError(
             f"vision_encoder.type={config.vision_encoder.type} makes tokens {tuple(tokens.shape)} and pooled vectors "
             f"{tuple(pooled.shape)} of 2 images; they must be (2, tokens, {width}) and (2, {width}), as wide as "
             "vision_encoder.width"
         )
+    encoder.measured = flops // 2, tokens.shape[1]
 
 
 def check_sizes(config: VisionConfig, image_res: int) -> None:

@@ -16,6 +16,10 @@ from runtime.settings import nearest
 T = TypeVar("T")
 
 
+class NoModuleError(MissingError):
+    """There is no module of this name."""
+
+
 class Registry(Generic[T]):
     """Implementations by the name that a setting chooses.
 
@@ -46,7 +50,7 @@ class Registry(Generic[T]):
         listed = ", ".join(known) or "none"
         raise UserError(
             f"{self._setting} is {name!r}, must be one of {listed}; a module of your own that registers it must be "
-            "named in plugins, plugins=[my_module]"
+            "named in plugins, plugins=[my_module], or in Python be imported before"
         )
 
     def __contains__(self, name: object) -> bool:
@@ -75,7 +79,7 @@ def load_plugins(names: Sequence[str], beside: Path | None = None) -> None:
     """Import modules by name: files or packages in the working folder, in folder `beside`, or installed ones.
 
     Modules of one folder can import each other. A module is imported once. An error in its code shows its traceback.
-    Raises MissingError if there is no such module, UserError if another module has the name.
+    Raises NoModuleError if there is no such module, UserError if another module has the name.
     """
     folders = [folder.resolve() for folder in (Path.cwd(), beside) if folder is not None]
     for name in names:
@@ -90,7 +94,7 @@ def load_plugins(names: Sequence[str], beside: Path | None = None) -> None:
                 sys.path.append(folder)  # at the end: its other files must not replace installed modules
         elif find_spec(name.partition(".")[0]) is None:
             listed = " or ".join(dict.fromkeys(map(str, folders)))
-            raise MissingError(f"plugins names {name}, but there is no {parts}.py in {listed}, and no such package")
+            raise NoModuleError(f"plugins names {name}, but there is no {parts}.py in {listed}, and no such package")
         module = import_module(name)
         if file is not None and Path(module.__file__ or "").resolve() != file.resolve():
             raise UserError(f"plugins names {name}, which {file} is, but also {module.__file__}: rename your file")

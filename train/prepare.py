@@ -19,6 +19,7 @@ from model.building import Model, build_model
 from model.checkpoints.loading import find_weights, fit_weights
 from model.checkpoints.pretrained import new_model
 from model.config import with_changes
+from model.vision import VISION_TYPES
 from preprocessing.config import Preprocessing
 from preprocessing.text import Tokenizer
 from runtime.activity import progress
@@ -81,6 +82,9 @@ def prepare_training(settings: Settings, ranks: Ranks, evaluates: bool, device: 
     log.info("Building the model")
     progress("building the model")
     model, tokenizer = _model(settings)
+    vision, text = model.config.vision_encoder.type, model.config.text_encoder.type
+    if vision not in VISION_TYPES or text != "bert":
+        log.info("It has vision_encoder.type=%s and text_encoder.type=%s", vision, text)
     model.freeze(run.freeze)
     trainable_groups(model, run.optimizer)
     check_statistics(model)

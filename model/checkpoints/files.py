@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -18,6 +18,8 @@ from model.config import ModelConfig, config_from_dict
 from preprocessing.config import Preprocessing
 from runtime.errors import MissingError, UserError
 from storage.files import atomic_file, atomic_folder, write_text
+
+log = logging.getLogger(__name__)
 
 FORMAT = "singularity-model"
 VERSION = 1
@@ -147,7 +149,8 @@ def read_weights(folder: Path) -> Weights:
         )
     config = config_from_dict(description["config"])
     special_ids = read_special_ids(folder / VOCABULARY) or dict(description.get("special_ids", {}))
-    preprocessing = Preprocessing.of(description.get("preprocessing") or _run_settings(folder))
+    known = description.get("preprocessing")
+    preprocessing = Preprocessing.of(known) if known else _run_preprocessing(folder)
     return Weights(config, read_tensors(folder / TENSORS), special_ids, preprocessing)
 
 
@@ -157,11 +160,16 @@ def find_run(weights: Path) -> Path | None:
     return run if (run / RUN_SETTINGS).is_file() and weights.absolute().parents[1].name == "checkpoints" else None
 
 
-def _run_settings(weights: Path) -> dict[str, Any]:
-    """The settings of the run of a checkpoint; those of before November 2026 do not hold their preprocessing."""
-    run = find_run(weights)
-    found = OmegaConf.to_container(OmegaConf.load(run / RUN_SETTINGS)) if run else {}
-    return found if isinstance(found, dict) else {}  # type: ignore[return-value]
+def _run_preprocessing(weights: Path) -> Preprocessing:
+    """That of the run of a checkpoint of before November 2026, which does not hold its own; else the defaults."""
+    if (run := find_run(weights)) is None:
+        return Preprocessing()
+    try:
+        return Preprocessing.of(OmegaConf.to_container(OmegaConf.load(run / RUN_SETTINGS)))  # type: ignore[arg-type]
+    except Exception as error:  # of many kinds: YAML, OmegaConf, a value of another type
+        reason = " ".join(str(error).split())[:150]
+        log.warning("%s cannot be read (%s): taking default preprocessing", run / RUN_SETTINGS, reason)
+        return Preprocessing()
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

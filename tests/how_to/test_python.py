@@ -3,6 +3,8 @@
 import io
 import json
 import runpy
+import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from loaders.config import LoaderConfig, PerMedia, VideoInput
 from loaders.evaluation import QASet, RetrievalSet
 from model import Singularity, SingularityQA
 from model.checkpoints.loading import save_model
+from model.export import main as export
 from preprocessing.config import Preprocessing
 from runtime.errors import MissingError, UserError
 from runtime.ranks import ALONE
@@ -32,6 +35,16 @@ CORPORA = [
     {"name": "clips_train", "media_type": "video", "samples": 40, "captions": 80, "size": 48, "fps": 4.0},
 ]
 KNOWN = Preprocessing.of({"max_txt_l": LENGTH, "video_input": {"num_frames_test": 3}, "corpora": CORPORA})
+
+
+GREY = np.full((40, 40, 3), 128, np.uint8)
+
+
+def truncated():
+    """An image that Pillow has opened, but cannot decode to its end."""
+    file = io.BytesIO()
+    Image.effect_noise((200, 200), 99).save(file, "JPEG")
+    return Image.open(io.BytesIO(file.getvalue()[:2000]))
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +64,9 @@ def folder(shapes, tokenizer, tmp_path_factory) -> Path:
     (evaluation / "evaluation.json").write_text(json.dumps(about))
     (evaluation / "metrics.json").write_text(json.dumps({"test/": {"img_r1": 41.5}}))
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 90, 3), np.uint8)).save(folder / "photo.jpg")
+    (folder / "demo").mkdir()
+    (folder / "demo/pretrain").symlink_to(folder / "runs/small")
+    (folder / "demo/shapes").symlink_to(shapes.folder)
     return folder
 
 
@@ -70,7 +86,7 @@ def test_page(folder, monkeypatch, capsys):
     found = runpy.run_path("search.py")
     assert found["images"].shape == (1, 16)
     assert found["texts"].shape == (2, 16)
-    assert len([line for line in blocks("python")["search.py"].splitlines() if line]) == 6
+    assert len([line for line in blocks("python")["search.py"].splitlines() if line]) == 7
     assert capsys.readouterr().out.count("tensor([[") == 2
 
 
@@ -110,6 +126,62 @@ def test_answers_are_those_of_evaluation(shapes, folder):
     np.testing.assert_allclose([p for _, p in found], result.probabilities[:6, 0], rtol=1e-4)
 
 
+def test_answers_are_compared_a_few_at_a_time(folder, monkeypatch):
+    model = Singularity.from_pretrained(folder / "qa")
+    compared, rank_answers = [], model.rank_answers
+    monkeypatch.setattr(model, "rank_answers", lambda *given: (compared.append(given[4]), rank_answers(*given))[1])
+    answers = [f"{first} {second}" for first in "abcdefghijklm" for second in "abcdefghijklm"]
+    found = model.answer([GREY], ["what is this"], answers)
+    assert model.answer([GREY], ["what is this"], answers, k_test=1)[0][1] == 1
+    assert compared == [128, 1]
+    assert 0 < found[0][1] < 1
+    with pytest.raises(UserError, match="k_test is 0"):
+        model.answer([GREY], ["what is this"], answers, k_test=0)
+
+
+def test_match_cuts_texts_as_evaluation_of_its_medium_does(model):
+    text, cut = "a small orange heart in the middle", "a small orange"  # [CLS] and three words
+    lengths = replace(model.preprocessing, max_txt_l={"image": 4, "video": 20})
+    model.preprocessing, known = lengths, model.preprocessing
+    assert torch.equal(model.match([GREY], [text]), model.match([GREY], [cut]))
+    assert not torch.equal(model.match([[GREY]], [text]), model.match([[GREY]], [cut]))
+    model.preprocessing = known
+
+
+@pytest.mark.parametrize(
+    ("plugin", "where", "runs"), [("evil", "weights", 0), ("weights.evil", ".", 0), ("own", ".", 1)]
+)
+def test_foreign_plugins_are_not_imported(folder, tmp_path, monkeypatch, caplog, plugin, where, runs):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    shutil.copytree(folder / "qa", tmp_path / "weights")
+    name_plugins(tmp_path / "weights", plugin)
+    for path in ("weights/evil.py", "own.py"):
+        (tmp_path / path).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.chdir(tmp_path / where)
+    model = Singularity.from_pretrained("." if where == "weights" else "weights")
+    assert (tmp_path / "ran").exists() == runs
+    assert model.config.plugins == [plugin] * runs
+    assert (f"import {plugin} before" in caplog.text) != runs
+
+
+def test_official_weights_import_no_plugins(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    shutil.copytree(folder / "qa", tmp_path / "weights")
+    name_plugins(tmp_path / "weights", "evil_beside")
+    monkeypatch.chdir(tmp_path)
+    assert export(["weights", "x.pth"]) == 0
+    (tmp_path / "evil_beside.py").write_text("raise AssertionError\n")
+    assert Singularity.from_pretrained("x.pth").config.plugins == []
+
+
+def name_plugins(weights, plugin):
+    description = json.loads((weights / "model.json").read_text())
+    description["config"]["plugins"] = [plugin]
+    (weights / "model.json").write_text(json.dumps(description))
+
+
 def test_hub_gives_the_model_back_to_the_bit(folder, model, tmp_path, monkeypatch):
     with hub_server() as (address, repositories):
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
@@ -118,7 +190,12 @@ def test_hub_gives_the_model_back_to_the_bit(folder, model, tmp_path, monkeypatc
         monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         model.push_to_hub("me/shapes", token="hf_x")
         card = repositories["me/shapes"]["README.md"].decode()
+        description = json.loads(repositories["me/shapes"]["model.json"])
+        description["config"]["plugins"] = ["antigravity"]
+        repositories["me/shapes"]["model.json"] = json.dumps(description).encode()
         found = Singularity.from_pretrained("me/shapes", cache_dir=tmp_path, token=False)
+        assert "antigravity" not in sys.modules
+        assert found.config.plugins == []
     for name, tensor in model.state_dict().items():
         assert torch.equal(found.state_dict()[name], tensor)
     assert found.preprocessing == model.preprocessing
@@ -181,6 +258,15 @@ def test_transparent_and_turned_pictures_are_shown_as_packing_stores_them(model,
         (lambda model: model.encode_clips([np.zeros((8, 8, 3), np.uint8)]), r"clips\[0\] is an array of shape"),
         (lambda model: model.encode_texts(["a", 3]), r"texts\[1\] is of type int"),
         (lambda model: model.encode_texts("a"), "texts is of type str: give a list"),
+        (lambda model: model.encode_texts(["a", "\ud800"]), r"texts\[1\] is not Unicode"),
+        (
+            lambda model: model.encode_texts(["a"], batch_size=0),
+            "batch_size is 0: must be a whole number of at least 1",
+        ),
+        (lambda model: model.encode_images([GREY], batch_size=-1), "batch_size is -1"),
+        (lambda model: model.match([GREY], ["a"], batch_size=-1), "batch_size is -1"),
+        (lambda model: model.encode_clips([[GREY]], num_frames=2.5), "num_frames is 2.5: must be a whole number"),
+        (lambda model: model.encode_images([GREY, truncated()]), r"images\[1\] cannot be decoded: .*truncated"),
         (
             lambda model: model.match([np.zeros((8, 8, 3), np.uint8), np.zeros((2, 8, 8, 3), np.uint8)], ["a"]),
             r"visuals\[0\] is an image, visuals\[1\] a clip",

@@ -8,6 +8,7 @@ from backbones import check_engine, launch, one_process, overrides, page_model, 
 from small_run import learned
 from torch import nn
 
+from launch.evaluate import main as evaluate
 from launch.finetune_retrieval import main as finetune_retrieval
 from launch.pretrain import main as pretrain
 from model.building import build_model
@@ -34,12 +35,15 @@ def there(folder, monkeypatch, one_process):  # noqa: F811
     monkeypatch.chdir(folder)
 
 
-def test_the_commands_of_the_page(shapes, folder):
+def test_the_commands_of_the_page(shapes, folder, caplog):
+    caplog.set_level("INFO")
     few = overrides(shapes)
     launch(pretrain, "my_run.yaml", *few, "output_dir=runs/cnn", "log_every=1")
     own = "pretrained_path=runs/cnn", "output_dir=runs/cnn_temporal"
     launch(finetune_retrieval, "configs/demo/finetune.yaml", *few, *own, "image_res=48", "splits=[motion]", "gallery=0")
+    launch(evaluate, "my_run.yaml", *few, "checkpoint=runs/cnn", "output_dir=runs/cnn", "splits=[images]", "gallery=0")
     assert [line["step"] for line in learned(folder / "runs/cnn")] == [1, 2, 3]
+    assert "It has vision_encoder.type=small_cnn and text_encoder.type=bert" in caplog.text
     assert "motion/" in json.loads((folder / "runs/cnn_temporal/evaluation/final/metrics.json").read_text())
     description = json.loads((resolve_weights("runs/cnn_temporal") / "model.json").read_text())["config"]
     assert description["plugins"] == ["my_backbone"]

@@ -1,5 +1,6 @@
 """A user's losses: what they receive, their names and weights, and which checkpoints their tensors are in."""
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -26,6 +27,22 @@ def receives(inputs):
 @LOSSES("row")
 def row(inputs):
     return inputs.visual.sum(1)
+
+
+for name, value in {"plain": 0.5, "nothing": None, "two": (torch.zeros(()), torch.zeros(()))}.items():
+    LOSSES(name)(lambda inputs, value=value: value)
+
+
+@LOSSES("bare")
+class Bare(nn.Module):
+    def forward(self, inputs):
+        return inputs.visual.mean()
+
+
+@LOSSES("sized")
+class Sized(nn.Module):
+    def __init__(self):
+        super().__init__()
 
 
 @LOSSES("headed")
@@ -99,6 +116,43 @@ def test_wrong_names_and_values_are_one_clear_error():
         built({"recieves": 1.0})
     with pytest.raises(UserError, match=r"the loss row returns a tensor of shape \(4,\): return a scalar"):
         built({"row": 1.0})(*small_batch())
+
+
+@pytest.mark.parametrize(("name", "kind"), [("plain", "float"), ("nothing", "NoneType"), ("two", "tuple")])
+def test_a_loss_that_returns_no_tensor_is_named(name, kind):
+    with pytest.raises(UserError, match=f"the loss {name} returns a {kind}: return a scalar tensor"):
+        built({name: 1.0})(*small_batch())
+
+
+@pytest.mark.parametrize("name", ["a.b", "", "train", "compute", "_weights"])
+def test_a_class_cannot_have_the_name_of_an_attribute(name):
+    if name not in LOSSES:
+        LOSSES(name)(Headed)
+    with pytest.raises(UserError, match=f"the name of the loss '{name}': register it under another one"):
+        built({name: 1.0})
+
+
+def test_a_class_must_take_the_settings_and_be_registered_itself():
+    for name in ("bare", "sized"):
+        with pytest.raises(
+            UserError, match=rf"the loss {name} is a class, .*\(nn\.Module\) with def __init__\(self, config\)"
+        ):
+            built({name: 1.0})
+    LOSSES("made")(Headed(small_config()))
+    with pytest.raises(UserError, match=r"the loss made is an instance and .*: register its class"):
+        built({"made": 1.0})
+
+
+def test_plugins_that_a_model_does_not_need_may_be_absent(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "needs_more.py").write_text("import no_such_module\n")
+    (tmp_path / "reads.py").write_text("from runtime.errors import MissingError\nraise MissingError('my file')\n")
+    built({}, plugins=["nowhere", "needs_more"])
+    assert "no nowhere.py in" in caplog.text
+    assert "No module named 'no_such_module': continuing without plugin needs_more" in caplog.text
+    with pytest.raises(UserError, match="my file"):
+        built({}, plugins=["reads"])
 
 
 def test_its_tensors_are_fresh_kept_or_dropped_as_the_settings_say(tmp_path):

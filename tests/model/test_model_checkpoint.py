@@ -1,5 +1,7 @@
 """Saving and loading our own format: round trip, changes of size, errors."""
 
+import json
+
 import pytest
 import torch
 from small_models import CLS, MASK, PAD, small_batch, small_config, small_model
@@ -8,6 +10,7 @@ from model.checkpoints.files import Weights, resolve_weights
 from model.checkpoints.loading import fit_weights, load_model, load_weights, save_model
 from model.config import TemporalConfig
 from model.singularity import Singularity
+from preprocessing.config import Preprocessing
 
 
 @pytest.fixture
@@ -155,6 +158,19 @@ def test_a_path_without_a_model_is_an_error(tmp_path, name, message):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(FileNotFoundError, match=message):
         load_model(tmp_path / name)
+
+
+@pytest.mark.parametrize("settings", ["\0", "a: [", "video_input: null\n", "- 1\n", "max_q_len: 7\n"])
+def test_weights_without_preprocessing_take_that_of_their_run_if_it_can_be_read(tmp_path, model, caplog, settings):
+    run = write_run(tmp_path, model, ["best"])
+    path = run / "checkpoints" / "best" / "weights" / "model.json"
+    description = json.loads(path.read_text())
+    del description["preprocessing"]
+    path.write_text(json.dumps(description))
+    (run / "config.yaml").write_text(settings)
+    whole = settings.startswith("max_q_len")
+    assert load_weights(run).preprocessing == (Preprocessing(max_q_len=7) if whole else Preprocessing())
+    assert ("config.yaml cannot be read" in caplog.text) != whole
 
 
 def test_missing_and_truncated_tensors_are_errors(saved):

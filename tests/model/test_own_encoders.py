@@ -17,6 +17,7 @@ from model.config import LossWeights, TemporalConfig, TextConfig, VisionConfig
 from model.export import write_official
 from model.text import TEXT, TextEncoder, run_layer
 from model.vision import VISION, VisionEncoder
+from preprocessing.normalization import normalize
 from runtime.errors import UserError
 
 IDS = {"pad_id": PAD, "cls_id": CLS, "mask_id": MASK}
@@ -71,6 +72,54 @@ class Letters(TextEncoder):
 
     def forward(self, input_ids, attention_mask):
         return self.map(input_ids[:, :, None].float())
+
+
+RETURNED = {
+    "dict": {"tokens": torch.zeros(2, 4, 48)},
+    "tuple": (torch.zeros(2, 4, 48),) * 3,
+    "NoneType": None,
+    "Tensor": torch.zeros(2, 16, 48),
+    "flat": [torch.zeros(2, 48)] * 2,
+}
+
+
+@VISION("returns")
+class Returns(Patches):
+    """Something other than tokens and pooled vectors; statistics are lists."""
+
+    mean, std = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
+
+    def __init__(self, config, what=""):
+        super().__init__(config)
+        self.what = what
+
+    def forward(self, images):
+        return RETURNED[self.what] if self.what else super().forward(images)
+
+
+@TEXT("returns")
+class ReturnsText(Words):
+    """Something other than states."""
+
+    def __init__(self, config, pad_id, what):
+        super().__init__(config, pad_id)
+        self.what = what
+
+    def forward(self, input_ids, attention_mask):
+        return RETURNED[self.what]
+
+
+@VISION("stacked")
+class Stacked(VisionEncoder):
+    """PyTorch's own transformer."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(48, 2, 96, batch_first=True), 2)
+
+    def forward(self, images):
+        tokens = self.layers(images.reshape(len(images), -1, 48))
+        return tokens, tokens.mean(1)
 
 
 def own_config(vision=None, text=None, kind="words", **changes):
@@ -157,6 +206,54 @@ def test_a_checkpoint_from_before_there_were_types_is_bert(tmp_path):
 def test_what_does_not_fit_is_an_error(own, message):
     with pytest.raises(UserError, match=message):
         build_model(own_config(**own), IDS)
+
+
+@pytest.mark.parametrize("what", RETURNED)
+def test_what_an_encoder_returns_is_checked(what):
+    config = own_config()
+    config.vision_encoder = VisionConfig(type="returns", width=48, options={"what": what})
+    message = r"makes tokens \(2, 48\) and" if what == "flat" else f"type=returns returns a {what}: "
+    with pytest.raises(UserError, match=message):
+        build_model(config, IDS)
+    if what in ("tuple", "NoneType"):
+        with pytest.raises(UserError, match=f"text_encoder.type=returns returns a {what}: "):
+            build_model(own_config(kind="returns", text={"what": what}), IDS)
+
+
+def test_an_encoder_must_derive_from_its_class():
+    if "linear" not in VISION:
+        VISION("linear")(lambda config: nn.Linear(3, 48))
+        TEXT("linear")(lambda config, pad_id: nn.Linear(3, 48))
+    with pytest.raises(UserError, match=r"text_encoder.type=linear is a Linear: derive it from TextEncoder"):
+        build_model(own_config(kind="linear"), IDS)
+    config = own_config()
+    config.vision_encoder.type = "linear"
+    with pytest.raises(UserError, match=r"vision_encoder.type=linear is a Linear: derive it from VisionEncoder"):
+        build_model(config, IDS)
+
+
+def test_statistics_may_be_lists():
+    config = own_config()
+    config.vision_encoder = VisionConfig(type="returns", width=48)
+    model = build_model(config, IDS)
+    assert normalize(torch.zeros(1, 1, 32, 32, 3, dtype=torch.uint8), model.mean, model.std).shape == (1, 1, 3, 32, 32)
+
+
+def test_the_work_of_pytorchs_transformer_is_counted():
+    config = own_config()
+    config.vision_encoder = VisionConfig(type="stacked", width=48)
+    flops, tokens = build_model(config, IDS).vision_encoder.measured
+    products = 2 * tokens * (4 * 48 * 48 + 2 * 48 * 96 + 2 * tokens * 48)
+    assert (flops, tokens) == (2 * products, 64)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_another_text_encoder_has_no_official_format(tmp_path):
+    config = small_config()
+    config.text_encoder.type = "words"
+    model = build_model(config, IDS)
+    with pytest.raises(UserError, match=r"text_encoder.type=words has no official format, give a folder"):
+        write_official(Weights(config, model.state_dict()), tmp_path / "x.pth")
 
 
 def test_word_embeddings_are_for_mlm_only():
