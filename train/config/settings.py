@@ -141,9 +141,9 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     Raises as `read_layers`, `build` and `load_plugins`.
     """
     given = read_layers(RunConfig, path, overrides)
-    plugins = given.get("plugins") or []
-    load_plugins([plugins] if isinstance(plugins, str) else plugins, Path(path).parent)
-    return Settings(build(RunConfig, given), frozenset(key for key, _ in explicit_values(RunConfig, given)))
+    config = build(RunConfig, given)
+    load_plugins(config.plugins, Path(path).parent)
+    return Settings(config, frozenset(key for key, _ in explicit_values(RunConfig, given)))
 
 
 def to_yaml(config: RunConfig) -> str:
