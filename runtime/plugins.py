@@ -23,7 +23,7 @@ class Registry(Generic[T]):
     """
 
     def __init__(self, setting: str, others: str = "") -> None:
-        """setting: the dotted key that chooses among them; others: what else it may be; for messages."""
+        """setting: the dotted key that chooses among them; others: what follows their names in messages."""
         self._setting, self._others = setting, others
         self._known: dict[str, T] = {}
 
@@ -42,10 +42,10 @@ class Registry(Generic[T]):
         return add
 
     def __getitem__(self, name: str) -> T:
-        """The implementation called `name`. Raises UserError, with the nearest names, if there is none."""
+        """The implementation called `name`. Raises UserError, with all names, the nearest first, if there is none."""
         if name in self._known:
             return self._known[name]
-        known = [*(nearest(name, self._known) or sorted(self._known)), *([self._others] if self._others else [])]
+        known = dict.fromkeys([*nearest(name, self._known), *sorted(self._known), *filter(None, [self._others])])
         listed = ", ".join(known) or "none"
         raise UserError(
             f"{self._setting} is {name!r}, must be one of {listed}; a module of your own that registers it must be "

@@ -29,6 +29,9 @@ def test_a_registry_chooses_by_name() -> None:
         registry["rad"]
     with pytest.raises(UserError, match="colour=red exists already"):
         registry("red")(2)
+    registry("blue")(2)
+    with pytest.raises(UserError, match="colour is 'rad', must be one of red, blue;"):
+        registry["rad"]
 
 
 @pytest.mark.parametrize("name", ["first_plugin", "a_package.second_plugin"])
