@@ -28,9 +28,10 @@ class Answers:
     per_question: torch.Tensor
 
     def rows(self, rows: slice) -> Answers:
-        """The answers of some of the questions."""
+        """The answers of consecutive questions."""
         counts = self.per_question
-        own = slice(int(counts[: rows.start].sum()), int(counts[: rows.stop].sum()))
+        first, end, _ = rows.indices(len(counts))
+        own = slice(int(counts[:first].sum()), int(counts[:end].sum()))
         return Answers(self.input_ids[own], self.attention_mask[own], self.weights[own], counts[rows])
 
 
