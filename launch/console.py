@@ -183,9 +183,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code: int = pkgutil.resolve_name(f"{code_of(MODULES[name])}:main")(rest)
         return code
     else:
-        from runtime.settings import nearest
+        from runtime.settings import listed_nearest, nearest
 
-        listed = f"nearest are {', '.join(near)}" if (near := nearest(name, MODULES)) else "see `singularity --help`"
+        listed = listed_nearest(near) if (near := nearest(name, MODULES)) else "see `singularity --help`"
         raise UserError(f"there is no subcommand {name!r}: {listed}")
     return 0
 

@@ -73,7 +73,7 @@ def test_help_and_version_list_what_there_is(capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["pakc"], "there is no subcommand 'pakc': nearest are pack"),
+        (["pakc"], "there is no subcommand 'pakc': nearest is pack"),
         (["completion", "tcsh"], "name your shell: singularity completion bash|zsh|fish"),
         (["inspect", "nowhere"], "`singularity pack`"),
         (["report", "nowhere"], "evaluate it first with singularity evaluate"),

@@ -47,7 +47,7 @@ def test_the_resolved_configuration_reads_back(load, tmp_path):
 WRONG = {
     "optimzer: {lr: 1}": "unknown key 'optimzer': nearest are optimizer",
     "optimizer: {lrate: 1}": "unknown key 'optimizer.lrate': nearest are optimizer.lr",
-    "lr: 1": "unknown key 'lr': nearest are optimizer.lr",
+    "lr: 1": "unknown key 'lr': nearest is optimizer.lr",
     "vit_type: beit": "unknown key 'vit_type': here it is vision_encoder.type",
     "text_encoder: bert-base-uncased": "text_encoder is 'bert-base-uncased', but it is a section: set",
     "batch_size: {image: many}": r"batch_size.image is 'many' \(str\), must be a whole number",
