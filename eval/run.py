@@ -23,6 +23,7 @@ from model.building import Model
 from model.singularity import Singularity
 from preprocessing.text import Tokenizer
 from runtime.activity import begin, progress
+from runtime.collectives import broadcast
 from runtime.errors import UserError, file_errors
 from runtime.plugins import Registry
 from runtime.ranks import Ranks
@@ -81,7 +82,9 @@ def evaluate_splits(
         dataset.name = split
         frames = _frames(dataset.media_type, run, num_frames)
         result = task.evaluate(model, dataset, tokenizer, run, frames, ranks)
-        metrics |= result.metrics
+        found = broadcast(result.metrics, ranks.world_size)  # a task of a user's may compute them on rank 0 only
+        _check_names(run.task, split, found)
+        metrics |= found
         if ranks.is_first:
             output = task.output(result, dataset, run)
             corpus = {"url": url, "sha256": dataset.digest}
@@ -93,6 +96,16 @@ def evaluate_splits(
             write_evaluation(folder, outputs, run, subject or subject_of(model), save_scores)
         log.info("Evaluation in %s\n%s", folder, console_table([read_evaluation(folder)]))
     return metrics
+
+
+def _check_names(task: str, split: str, metrics: Metrics) -> None:
+    """Raise UserError for metrics of a task by other names than its split's: tables and `stop_key` read those only."""
+    known = {split, f"{split}/", f"{split}_emb/"}
+    if not metrics.keys() <= known:
+        raise UserError(
+            f"task={task} returned metrics named {', '.join(sorted(metrics.keys() - known))}: return one entry named "
+            f"dataset.name with all metrics in it, {{{split!r}: {{'overall': 50.0, ...}}}}"
+        )
 
 
 def split_inputs(run: EvalRunConfig, num_frames: int | None = None) -> dict[str, SplitInput]:

@@ -124,7 +124,8 @@ class Losses(nn.Module):
             value = loss(inputs)
             if value.ndim:
                 raise UserError(f"the loss {name} returns a tensor of shape {tuple(value.shape)}: return a scalar")
-            result[f"loss_{name}"] = value * self._weights[name]
+            weight = self._weights[name]
+            result[f"loss_{name}"] = value if weight == 1 else value * weight
         return result
 
 

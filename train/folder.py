@@ -106,7 +106,7 @@ class RunFolder:
             )
         if self.finished.is_file():
             raise UserError(
-                f"output_dir={self.path} is in use by a run that is finished: choose another output_dir, or remove "
+                f"output_dir={self.path} holds a run that is finished: choose another output_dir, or remove "
                 f"the folder to train again"
             )
         steps = [checkpoint_step(path) for path in complete_checkpoints(self.checkpoints)]

@@ -20,6 +20,7 @@ from model.building import Model
 from model.checkpoints.loading import load_weights
 from model.vqa import SingularityQA
 from runtime.collectives import broadcast
+from runtime.errors import UserError
 from train.checkpoints.best import best_version, restore_best
 from train.checkpoints.shards import set_weights
 from train.checkpoints.writing import (
@@ -297,7 +298,9 @@ def deciding_score(metrics: Metrics, split: str) -> tuple[str, float]:
 
     `overall` of QA, `r_mean` of re-ranked retrieval, of a task of one's own that has neither the first one.
     """
-    row = next(metrics[name] for name in (split, f"{split}/", f"{split}_emb/") if name in metrics)
+    row = next((metrics[name] for name in (split, f"{split}/", f"{split}_emb/") if metrics.get(name)), None)
+    if row is None:
+        raise UserError(f"stop_key={split} has no metrics: name a split that has some, or stop_key=null")
     measure = next((name for name in ("overall", "r_mean") if name in row), next(iter(row)))
     return measure, row[measure]
 

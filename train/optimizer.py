@@ -42,24 +42,24 @@ def parameter_groups(dimensions: Mapping[str, int], config: OptimizerConfig) -> 
     return [ParameterGroup(lr, decay, tuple(names)) for (lr, decay), names in groups.items()]
 
 
-def trainable_groups(model: nn.Module, config: OptimizerConfig) -> list[ParameterGroup]:
+def trainable_groups(model: nn.Module, config: OptimizerConfig, aligned: bool = False) -> list[ParameterGroup]:
     """The optimiser's groups of the parameters that are not frozen; none is empty.
 
-    In each group parameters whose size is not a multiple of ALIGNED_SIZE are last: DeepSpeed lays a group's parameters
-    end to end, and matrix products on a GPU are 4 times slower for a matrix that does not begin at a multiple of 16
-    bytes (measured: benchmarks/RESULTS.md).
+    aligned: in each group, parameters whose size is not a multiple of ALIGNED_SIZE are last. DeepSpeed lays a group's
+    parameters end to end, and a GPU multiplies matrices that do not begin at multiples of 16 bytes several times more
+    slowly (benchmarks/RESULTS.md). The order changes the rounding of the gradient's norm.
 
     Raises UserError when all are frozen, or when `different_lr` names a module that the model does not have.
     """
     parameters = dict(model.named_parameters())
     groups = parameter_groups({name: p.ndim for name, p in parameters.items()}, config)
-    aligned_first = sorted(parameters, key=lambda name: parameters[name].numel() % ALIGNED_SIZE != 0)
-    order = {name: place for place, name in enumerate(aligned_first)}
-    own = (
-        tuple(sorted((name for name in group.names if parameters[name].requires_grad), key=order.__getitem__))
-        for group in groups
-    )
-    trainable = [replace(group, names=names) for group, names in zip(groups, own) if names]
+    trainable = []
+    for group in groups:
+        names = [name for name in group.names if parameters[name].requires_grad]
+        if aligned:
+            names.sort(key=lambda name: parameters[name].numel() % ALIGNED_SIZE != 0)
+        if names:
+            trainable.append(replace(group, names=tuple(names)))
     if not trainable:
         raise UserError("every parameter of the model is frozen: leave some of them out of freeze")
     return trainable

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from eval.run import make_task
+from eval.run import TASKS, make_task
 from eval.tasks.task import Task
 from loaders.shards import describe
 from loaders.train import TrainLoader
@@ -66,6 +66,7 @@ def prepare_training(settings: Settings, ranks: Ranks, evaluates: bool, device: 
     zero = deepspeed_config(run, ranks)
     check_tracking(run)
     task = None
+    TASKS[run.task]  # raises for an unknown one
     if evaluates:
         if run.stop_key is not None and run.splits and run.stop_key not in run.splits:
             raise UserError(f"stop_key={run.stop_key} is not among splits={run.splits}: add it, or splits=[] for all")

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from blocks import blocks
@@ -102,6 +103,19 @@ def test_other_metrics_have_columns_and_missing_visuals_a_warning(run, shapes, t
     assert page.count('title="62.50 %') == 2
     assert "1 of 24 images could not be read" in page
     assert deciding_score({"images": {"top1": 12.5, "top5": 62.5}}, "images") == ("top1", 12.5)
+
+
+def test_metrics_by_other_names_than_the_splits_are_refused(run, folder, shapes, tokenizer):
+    class Renamed(TASKS["zero_shot"]):
+        def evaluate(self, model, dataset, *rest):
+            result = super().evaluate(model, dataset, *rest)
+            return replace(result, metrics={f"{dataset.name}/accuracy": result.metrics[dataset.name]})
+
+    message = r"task=zero_shot returned metrics named images/accuracy: return one entry named dataset\.name with all"
+    with pytest.raises(UserError, match=message):
+        evaluate_splits(Renamed(run), small_model(tokenizer), tokenizer, run, ALONE, ["images"], folder / "renamed")
+    with pytest.raises(UserError, match="stop_key=images has no metrics: name a split that has some, or stop_key=null"):
+        deciding_score({"images": {}}, "images")
 
 
 def test_unknown_tasks_are_refused_with_the_names_there_are(run):

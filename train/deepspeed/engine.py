@@ -128,7 +128,7 @@ def start_engine(
             if isinstance(module, TimmEncoder):
                 module.weights_in_layers = True
     parameters = dict(model.named_parameters())
-    groups = trainable_groups(model, run.optimizer)
+    groups = trainable_groups(model, run.optimizer, aligned=device.type == "cuda")
     # The schedule sets the learning rate at every step; 0 until then, for the step that DeepSpeed may begin with.
     wanted = [
         {"params": [parameters[name] for name in group.names], "lr": 0.0, "weight_decay": group.weight_decay}

@@ -155,9 +155,9 @@ def test_a_persistent_buffer_is_saved_and_comes_back(zero, tmp_path, tokenizer):
 
 
 def test_a_model_that_is_all_frozen_is_refused():
-    parts = [name for name, _ in Singularity(SMALL).named_children()]
+    parts = sorted({name.split(".")[0] for name, _ in Singularity(SMALL).named_parameters()})
     with pytest.raises(UserError, match="every parameter of the model is frozen: leave some of them out of freeze"):
-        make("zero1", "fp32", freeze=[*parts, "temp", "temporal_embeddings"])
+        make("zero1", "fp32", freeze=parts)
 
 
 @pytest.mark.usefixtures("one_process")
