@@ -98,7 +98,9 @@ class RunConfig(ModelSettings, EvalRunConfig):
     save_minutes: float = free(0.0, "minutes between checkpoints, in addition; 0: never", least=0)
     keep_checkpoints: int = free(2, "checkpoints that are kept", least=1)
     checkpoint_url: str | None = free(None, "where checkpoints are copied to, such as s3://bucket/runs/first")
-    max_steps: int = free(0, "finish the run after this many steps, it cannot be resumed then; 0: at the end of the schedule", least=0)
+    max_steps: int = free(
+        0, "finish the run after this many steps, it cannot be resumed then; 0: at the end of the schedule", least=0
+    )
     max_bad_steps: int = free(10, "end the run after this many steps in a row without a finite gradient", least=1)
     stall_seconds: float = free(600.0, "end the run when no step ends in this time", least=1)
     profile_steps: list[int] = free(list, "first and last step of a profiler's trace, such as [20,23]; empty: none")
