@@ -88,13 +88,13 @@ def keep_working_folder_out() -> None:
     DeepSpeed's launcher prepends the folder to PYTHONPATH on several nodes. Modules named in `plugins` are found still.
     """
     os.environ["PYTHONSAFEPATH"] = "1"
-    here = os.getcwd()
+    here = os.path.realpath("")
     if here == ROOT:
         return
     if "PYTHONPATH" in os.environ:
         paths = os.environ["PYTHONPATH"].split(os.pathsep)
-        os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path not in ("", here))
-    sys.path[:] = [path for path in sys.path if path not in ("", here)]
+        os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if os.path.realpath(path) != here)
+    sys.path[:] = [path for path in sys.path if os.path.realpath(path) != here]
 
 
 def train(name: str, arguments: Sequence[str]) -> int:
@@ -108,6 +108,8 @@ def train(name: str, arguments: Sequence[str]) -> int:
     entry = pkgutil.resolve_name(MODULES[name])
     words = list(arguments)
     first = next((i for i, word in enumerate(words) if word.endswith((".yaml", ".yml")) and word[0] != "-"), 0)
+    if first and words[0][:1] != "-":
+        raise UserError(f"{words[0]} stands before {words[first]}: settings come after it")
     asks_gpu = os.environ.get("DS_ACCELERATOR", "cuda" if gpu_files() and not gpus_hidden() else "cpu") != "cpu"
     if started_by_launcher() or not (first or asks_gpu) or {"-h", "--help"} & set(words):
         run(entry.__file__, entry.__doc__, entry.main, TRAINING[name], words)
@@ -181,9 +183,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code: int = pkgutil.resolve_name(f"{code_of(MODULES[name])}:main")(rest)
         return code
     else:
-        from runtime.settings import nearest
+        from runtime.settings import listed_nearest, nearest
 
-        listed = f"nearest are {', '.join(near)}" if (near := nearest(name, MODULES)) else "see `singularity --help`"
+        listed = listed_nearest(near) if (near := nearest(name, MODULES)) else "see `singularity --help`"
         raise UserError(f"there is no subcommand {name!r}: {listed}")
     return 0
 

@@ -28,7 +28,7 @@ class Answers:
     per_question: torch.Tensor
 
     def rows(self, rows: slice) -> Answers:
-        """The answers of some of the questions."""
+        """The answers of consecutive questions."""
         counts = self.per_question
         first, end, _ = rows.indices(len(counts))
         own = slice(int(counts[:first].sum()), int(counts[:end].sum()))

@@ -5,7 +5,7 @@
       -> RawSample       shards.py         the JPEG bytes of its frames, or the reason why there are none
       -> DecodedSamples  decode/           the pixels of all samples of a step, or the reason of each without any;
                                            augment.py changes them
-      -> Batch           batch.py          the tensors of a step; text.py makes the tokens
+      -> Batch           batch.py          the tensors of a step; preprocessing/text.py makes the tokens
 
 train.py chains the stages for training, and replaces samples without pixels at the end of the chain; evaluation.py
 chains them for test sets, and reports such samples. No stage calls an earlier one.

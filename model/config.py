@@ -7,7 +7,18 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from runtime.errors import UserError
-from runtime.settings import ANY, FINE_TUNING, START, TRAINING, declarations, fixed, flatten, free, nearest
+from runtime.settings import (
+    ANY,
+    FINE_TUNING,
+    START,
+    TRAINING,
+    declarations,
+    fixed,
+    flatten,
+    free,
+    listed_nearest,
+    nearest,
+)
 
 # How frames are combined: `concat` in the fusion layers, the others by their scores.
 ENSEMBLES = ("concat", "mean", "max", "lse")
@@ -139,7 +150,7 @@ def with_changes(config: ModelConfig, changes: dict[str, Any]) -> ModelConfig:
     for key, value in changes.items():
         if key not in known:
             near = nearest(key, known)
-            listed = f"nearest are {', '.join(near)}" if near else f"its settings are {', '.join(sorted(known))}"
+            listed = listed_nearest(near) if near else f"its settings are {', '.join(sorted(known))}"
             raise UserError(f"the model has no setting {key!r}: {listed}")
         owner: Any = result
         *sections, name = key.split(".")

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from torch import nn
 
 from runtime.errors import UserError
-from runtime.settings import nearest
+from runtime.settings import listed_nearest, nearest
 
 
 def names_below(names: Collection[str], prefixes: Sequence[str], setting: str) -> set[str]:
@@ -22,7 +22,7 @@ def names_below(names: Collection[str], prefixes: Sequence[str], setting: str) -
             known = {name.rsplit(".", depth)[0] for name in names for depth in range(1, 6)} | set(names)
             near = nearest(prefix, sorted(known)) or sorted({name.split(".")[0] for name in names})
             raise UserError(
-                f"{setting} names {prefix!r}, which matches no parameter of this model: nearest are {', '.join(near)}"
+                f"{setting} names {prefix!r}, which matches no parameter of this model: {listed_nearest(near)}"
             )
         found |= below
     return found

@@ -17,7 +17,8 @@ FrameSampler = Callable[..., np.ndarray]
 # clip; (num_frames,) random numbers in [0, 1), all 0.5 in evaluation. It returns indices (N,) below `length`, 1 to
 # num_frames of them; where there are fewer, the last one is repeated. The name of a sampler with a parameter ends in X,
 # which stands for a number above 0: sample type fps2 calls `fpsX` with x=2.
-FRAME_SAMPLERS: Registry[FrameSampler] = Registry("video_input.sample_type")
+SETTING = "video_input.sample_type or sample_type_test"
+FRAME_SAMPLERS: Registry[FrameSampler] = Registry(SETTING, "with a number above 0 for X, such as fps0.5")
 
 
 @FRAME_SAMPLERS("rand")
@@ -46,7 +47,7 @@ def per_second(num_frames: int, length: int, fps: float, numbers: np.ndarray, x:
 def frame_sampler(sample_type: str) -> FrameSampler:
     """The sampler of a sample type; raises UserError, with those there are, if there is none."""
     if sample_type.endswith("X"):
-        raise UserError(f"sample_type is {sample_type!r}: X stands for a number above 0, write one, such as fps0.5")
+        raise UserError(f"{SETTING} is {sample_type!r}: X stands for a number above 0, write one, such as fps0.5")
     for name in FRAME_SAMPLERS:
         stem = name.removesuffix("X")
         if stem != name and sample_type.startswith(stem):
@@ -69,7 +70,7 @@ def choose_frames(
     fits = chosen.ndim == 1 and chosen.dtype.kind in "iu" and 1 <= len(chosen) <= num_frames
     if not fits or chosen.min() < 0 or chosen.max() >= length:
         raise UserError(
-            f"sample_type={sample_type} returned {chosen.tolist()} for {num_frames} of {length} frames: "
+            f"frame sampler {sample_type} returned {chosen.tolist()} for {num_frames} of {length} frames: "
             f"must return an array of 1 to {num_frames} whole numbers from 0 to {length - 1}"
         )
     return np.concatenate([chosen, np.full(num_frames - len(chosen), chosen[-1])]).astype(np.int64)

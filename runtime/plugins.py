@@ -27,15 +27,18 @@ class Registry(Generic[T]):
     """
 
     def __init__(self, setting: str, others: str = "") -> None:
-        """setting: the dotted key that chooses among them; others: what else it may be; for messages."""
+        """setting: the dotted key that chooses among them; others: what follows their names in messages."""
         self._setting, self._others = setting, others
         self._known: dict[str, T] = {}
 
     def __call__(self, name: str) -> Callable[[T], T]:
-        """Add what is decorated under `name`. Raises UserError if another implementation has the name."""
+        """Add what is decorated under `name`; what is defined again, as by a notebook's cell, replaces itself.
+
+        Raises UserError if another implementation has the name.
+        """
 
         def add(implementation: T) -> T:
-            if name in self._known:
+            if name in self._known and _definition(implementation) != _definition(self._known[name]):
                 raise UserError(f"{self._setting}={name} exists already: register yours under another name")
             self._known[name] = implementation
             return implementation
@@ -43,10 +46,10 @@ class Registry(Generic[T]):
         return add
 
     def __getitem__(self, name: str) -> T:
-        """The implementation called `name`. Raises UserError, with the nearest names, if there is none."""
+        """The implementation called `name`. Raises UserError, with all names, the nearest first, if there is none."""
         if name in self._known:
             return self._known[name]
-        known = [*(nearest(name, self._known) or sorted(self._known)), *([self._others] if self._others else [])]
+        known = dict.fromkeys([*nearest(name, self._known), *sorted(self._known), *filter(None, [self._others])])
         listed = ", ".join(known) or "none"
         raise UserError(
             f"{self._setting} is {name!r}, must be one of {listed}; a module of your own that registers it must be "
@@ -58,6 +61,12 @@ class Registry(Generic[T]):
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._known)
+
+
+def _definition(implementation: object) -> object:
+    """Where a function or a class is defined; another object stands for itself."""
+    name = getattr(implementation, "__qualname__", None)
+    return (getattr(implementation, "__module__", None), name) if name else implementation
 
 
 def build_with_options(kind: Callable[..., T], setting: str, options: Mapping[str, Any], *arguments: object) -> T:
@@ -83,15 +92,14 @@ def load_plugins(names: Sequence[str], beside: Path | None = None) -> None:
     """
     folders = [folder.resolve() for folder in (Path.cwd(), beside) if folder is not None]
     for name in names:
-        if name.endswith(".py") or not all(part.isidentifier() for part in name.split(".")):
+        if name.endswith(".py") or name == "__main__" or not all(part.isidentifier() for part in name.split(".")):
             raise UserError(f"plugins names {name!r}: write the name of a module without .py, such as my_losses")
         parts = name.replace(".", "/")
-        files = [folder / f"{parts}{end}" for folder in folders for end in (".py", "/__init__.py")]
-        file = next((file for file in files if file.is_file()), None)
+        files = [(folder, folder / f"{parts}{end}") for folder in folders for end in (".py", "/__init__.py")]
+        folder, file = next(((folder, file) for folder, file in files if file.is_file()), (None, None))
         if file is not None:
-            folder = str(next(folder for folder in folders if file.is_relative_to(folder)))
-            if folder not in sys.path:
-                sys.path.append(folder)  # at the end: its other files must not replace installed modules
+            if str(folder) not in sys.path:
+                sys.path.append(str(folder))  # at the end: its other files must not replace installed modules
         elif find_spec(name.partition(".")[0]) is None:
             listed = " or ".join(dict.fromkeys(map(str, folders)))
             raise NoModuleError(f"plugins names {name}, but there is no {parts}.py in {listed}, and no such package")

@@ -19,4 +19,4 @@ def as_started(text: str) -> str:
         module = found[1] or f"launch.{found[2]}"
         return command_line(module) if module in subcommands else found[0]
 
-    return re.sub(r"python -m ([a-z_.]*[a-z])|\blaunch/(\w+)\.py", replaced, text)
+    return re.sub(r"python -m ([a-z_.]*[a-z])|(?<![\w./-])launch/(\w+)\.py(?!\.?\w)", replaced, text)

@@ -73,8 +73,12 @@ def ranks_from_environment() -> Ranks:
 
 
 def started_by_launcher() -> bool:
-    """Whether `deepspeed`, `torchrun`, `srun` or MPI has started this process, as one of a job."""
-    return {"RANK", "WORLD_SIZE"} <= os.environ.keys() or _of_launcher(os.environ) is not None
+    """Whether `deepspeed` or `torchrun`, or `srun` or MPI as one of several, has started this process.
+
+    A shell of `srun --pty bash` is one task of Slurm, in which a job is started by hand.
+    """
+    size = (_of_launcher(os.environ) or ("0", "1"))[1]
+    return {"RANK", "WORLD_SIZE"} <= os.environ.keys() or int(size) > 1
 
 
 def current_ranks() -> Ranks:

@@ -119,6 +119,11 @@ def nearest(name: str, known: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(near))[:3]
 
 
+def listed_nearest(names: Sequence[str]) -> str:
+    """The end of a message: "nearest is seed", "nearest are lr, seed"."""
+    return f"nearest {'is' if len(names) == 1 else 'are'} {', '.join(names)}"
+
+
 def flatten(value: Any, prefix: str = "", whole: Collection[str] = ()) -> dict[str, Any]:
     """A dataclass or a nested mapping, {"optimizer": {"lr": 1}}, by dotted keys: {"optimizer.lr": 1}.
 
@@ -202,7 +207,7 @@ def _unknown(kind: Any, key: str) -> str:
     known = list(declarations(kind))
     sections = sorted({name.rpartition(".")[0] for name in known} - {""})
     near = nearest(key, known + sections) or [each for each in known if each.startswith(f"{key.rpartition('.')[0]}.")]
-    return f"unknown key {key!r}: " + (f"nearest are {', '.join(near)}" if near else "docs/settings.md lists all keys")
+    return f"unknown key {key!r}: " + (listed_nearest(near) if near else "docs/settings.md lists all keys")
 
 
 def _missing(what: str | Path) -> str:

@@ -104,11 +104,12 @@ class Trainer:
             if slow := slow_precision(self.run.precision, self.device):
                 log.warning("%s", slow)
             log.info(
-                "Training: %d epochs of %d steps (%s), %d processes, %s",
+                "Training: %d epochs of %d steps (%s), %d %s, %s",
                 self.run.scheduler.epochs,
                 self.loader.steps_per_epoch,
                 ", ".join(f"{steps} {kind}" for kind, steps in self.loader.media_steps.items()),
                 self.ranks.world_size,
+                "process" if self.ranks.world_size == 1 else "processes",
                 _sizes(self.model),
             )
         self.engine.train()

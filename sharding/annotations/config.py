@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from runtime.errors import MissingError, UserError
 from runtime.flags import flag
 from runtime.packaged import find_file, packaged_folder
-from runtime.settings import build, nearest, read_yaml
+from runtime.settings import build, listed_nearest, nearest, read_yaml
 from sharding.annotations.columns import Columns
 
 
@@ -105,7 +105,7 @@ def with_columns(columns: Columns, pairs: dict[str, str]) -> Columns:
     for name in pairs:
         if name not in known:
             near = nearest(name, known) or known
-            raise UserError(f"--columns {name}=...: there is no {name!r}, nearest are {', '.join(near)}")
+            raise UserError(f"--columns {name}=...: there is no {name!r}, {listed_nearest(near)}")
     values: dict[str, Any] = {}
     for name, value in pairs.items():
         number = name in ("start", "end") and value.replace(".", "", 1).isdigit()

@@ -14,7 +14,7 @@ import fsspec
 from fsspec.utils import glob_translate
 
 from runtime.errors import MissingError, UserError
-from runtime.settings import nearest
+from runtime.settings import listed_nearest, nearest
 from sharding.annotations.columns import Columns, RowError, RowMaker
 from sharding.annotations.config import Reading
 from sharding.annotations.files import AnnotationFile, Record, check_exists
@@ -124,7 +124,7 @@ def check_reading(reading: Reading) -> None:
     known = [*READERS, *JOINING]
     if reading.format not in known:
         near = nearest(reading.format, known) or known
-        raise UserError(f"--format {reading.format}: unknown format, nearest are {', '.join(near)}")
+        raise UserError(f"--format {reading.format}: unknown format, {listed_nearest(near)}")
     try:
         codecs.lookup(reading.encoding)
     except LookupError:

@@ -120,6 +120,6 @@ def test_metrics_by_other_names_than_the_splits_are_refused(run, folder, shapes,
 
 def test_unknown_tasks_are_refused_with_the_names_there_are(run):
     run.task = "retreival"
-    with pytest.raises(UserError, match="task is 'retreival', must be one of retrieval; a module of your own"):
+    with pytest.raises(UserError, match=r"task is 'retreival', must be one of retrieval, .*qa.*; a module"):
         make_task(run)
     assert {"retrieval", "qa", "choice", "zero_shot"} <= set(TASKS)

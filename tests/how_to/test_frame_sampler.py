@@ -66,7 +66,11 @@ def test_the_preview_shows_them(run: RunConfig, shapes) -> None:
 def test_wrong_indices_are_one_clear_error(wrong: list) -> None:
     name = f"wrong-{wrong}"
     FRAME_SAMPLERS(name)(lambda num_frames, length, fps, numbers: np.array(wrong))
-    with pytest.raises(UserError, match=r"returned .* for 2 of 16 frames: must return an array of 1 to 2 whole"):
+    with pytest.raises(
+        UserError, match=r"frame sampler wrong.* returned .* for 2 of 16 frames: must return an array of"
+    ):
         choose_frames(name, 2, 16, 4.0)
-    with pytest.raises(UserError, match="sample_type is 'firstX': X stands for a number"):
+    with pytest.raises(UserError, match="sample_type_test is 'firstX': X stands for a number"):
         choose_frames("firstX", 2, 16, 4.0)
+    with pytest.raises(UserError, match=r"is 'fps0', must be one of fpsX, .*rand.*, with a number above 0 for X, such"):
+        choose_frames("fps0", 2, 16, 4.0)

@@ -45,6 +45,18 @@ def test_copies_to_a_gpu_come_from_pinned_memory(tensor, device, done):
     assert tensor.done == done
 
 
+@pytest.mark.parametrize(
+    "rows", [slice(1, 3), slice(None, 2), slice(1, None), slice(-1, None), slice(3, 9), slice(2, 1)]
+)
+def test_rows_of_answers_are_those_of_the_questions(rows):
+    counts = [2, 1, 3]
+    owners = torch.arange(3).repeat_interleave(torch.tensor(counts))  # the question of each answer
+    some = Answers(owners[:, None], owners[:, None], owners.float(), torch.tensor(counts)).rows(rows)
+    expected = torch.arange(3)[rows].repeat_interleave(torch.tensor(counts)[rows])
+    assert some.weights.tolist() == some.input_ids[:, 0].tolist() == expected.tolist()
+    assert some.per_question.tolist() == counts[rows]
+
+
 def test_a_batch_iscopied_with_its_answers():
     ids = torch.ones(2, 3, dtype=torch.long)
     answers = Answers(ids, ids, torch.ones(2), torch.tensor([1, 1]))

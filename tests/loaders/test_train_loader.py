@@ -165,7 +165,7 @@ def test_a_loader_closed_in_mid_epoch_leaves_no_thread_process_and_file(shapes, 
     ("settings", "message"),
     [
         ({"video_input": VideoInput(num_frames=0)}, "video_input.num_frames is 0: must be at least 1"),
-        ({"video_input": VideoInput(sample_type="center")}, "sample_type is 'center', must be one of .*fpsX, mid"),
+        ({"video_input": VideoInput(sample_type="center")}, "sample_type_test is 'center', must be one of .*fpsX, mid"),
         ({"decode": "gpu"}, "decode is 'gpu': must be one of auto, dali, cpu"),
     ],
 )

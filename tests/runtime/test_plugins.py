@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from preprocessing.frames import FRAME_SAMPLERS
 from runtime.errors import MissingError, UserError
 from runtime.plugins import Registry, load_plugins
 
@@ -28,6 +29,9 @@ def test_a_registry_chooses_by_name() -> None:
         registry["rad"]
     with pytest.raises(UserError, match="colour=red exists already"):
         registry("red")(2)
+    registry("blue")(2)
+    with pytest.raises(UserError, match="colour is 'rad', must be one of red, blue;"):
+        registry["rad"]
 
 
 @pytest.mark.parametrize("name", ["first_plugin", "a_package.second_plugin"])
@@ -41,6 +45,41 @@ def test_a_plugin_is_found_in_the_working_folder_and_beside_the_yaml(name: str, 
     load_plugins([name], tmp_path / "yaml")
     load_plugins([name], tmp_path / "yaml")
     assert sys.modules[module].count == [1]
+
+
+def test_a_plugin_beside_a_yaml_below_the_working_folder_is_found(tmp_path: Path) -> None:
+    folder = tmp_path / "work" / "experiment"
+    folder.mkdir()
+    (folder / "plugin_below.py").write_text("")
+    load_plugins(["plugin_below"], Path("experiment"))
+    assert sys.path[-1] == str(folder)
+
+
+def test_what_is_registered_again_replaces_itself() -> None:
+    registry: Registry[type] = Registry("colour")
+    kinds = [type("Red", (), {"__module__": "a_notebook"}) for _ in range(2)]
+    for kind in kinds:
+        registry("red")(kind)
+    assert registry["red"] is kinds[1]
+    with pytest.raises(UserError, match="colour=red exists already"):
+        registry("red")(type("Red", (), {"__module__": "elsewhere"}))
+
+
+def test_a_plugin_that_failed_may_be_imported_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FRAME_SAMPLERS, "_known", {})
+    plugin = Path("mended_plugin.py")
+    text = "from preprocessing.frames import FRAME_SAMPLERS\n@FRAME_SAMPLERS('mended')\ndef mended(): ...\n"
+    plugin.write_text(f"{text}missing\n")
+    with pytest.raises(NameError):
+        load_plugins(["mended_plugin"])
+    plugin.write_text(text)
+    load_plugins(["mended_plugin"])
+
+
+@pytest.mark.parametrize("name", ["__main__", "5"])
+def test_what_is_not_the_name_of_a_plugin_is_one_clear_error(name: str) -> None:
+    with pytest.raises(UserError, match=f"plugins names '{name}': write the name of a module"):
+        load_plugins([name])
 
 
 def test_a_plugin_may_be_an_installed_module() -> None:

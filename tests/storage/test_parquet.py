@@ -32,7 +32,7 @@ def foreign():  # threads that Python did not start
     return len(os.listdir("/proc/self/task")) - threading.active_count()
 
 module = importlib.import_module(sys.argv[1])
-import numpy, storage.parquet  # which start threads when they are imported, by the command later
+import cv2, numpy, storage.parquet  # these start threads when they are imported, by some commands only later
 before = foreign()
 code = module.main(sys.argv[2:])
 sys.stderr.write(f"{code} {foreign() - before}")

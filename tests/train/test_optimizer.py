@@ -30,5 +30,5 @@ def test_named_modules_have_their_own_rate_and_an_unknown_one_is_reported():
     assert {name for name, lr in rates.items() if lr == 0.5} == {"proj.weight", "proj.bias"}
     assert set(rates) == set(DIMENSIONS)
     config = OptimizerConfig(different_lr=DifferentLearningRate(True, ["prj"], 0.5))
-    with pytest.raises(ValueError, match=r"'prj'.*nearest are proj"):
+    with pytest.raises(ValueError, match=r"'prj'.*nearest is proj"):
         parameter_groups(DIMENSIONS, config)

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from eval.config import EvalRunConfig, resolve_corpora
 from model.config import ModelSettings
+from preprocessing.frames import frame_sampler
 from runtime.errors import UserError
 from runtime.plugins import load_plugins
 from runtime.settings import build, explicit_values, fixed, free, read_layers, setting
@@ -138,12 +139,23 @@ class Settings:
 def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     """The configuration of the YAML at `path`, its bases and overrides; imports its plugins.
 
-    Raises as `read_layers`, `build` and `load_plugins`.
+    Raises as `read_layers`, `build` and `load_plugins`, and UserError for an unknown frame sampler or augmentation.
     """
     given = read_layers(RunConfig, path, overrides)
-    plugins = given.get("plugins") or []
-    load_plugins([plugins] if isinstance(plugins, str) else plugins, Path(path).parent)
-    return Settings(build(RunConfig, given), frozenset(key for key, _ in explicit_values(RunConfig, given)))
+    config = build(RunConfig, given)
+    load_plugins(config.plugins, Path(path).parent)
+    _check_names(config)
+    return Settings(config, frozenset(key for key, _ in explicit_values(RunConfig, given)))
+
+
+def _check_names(config: RunConfig) -> None:
+    for sample_type in (config.video_input.sample_type, config.video_input.sample_type_test):
+        frame_sampler(sample_type)  # raises where there is none
+    if config.augmentations:
+        from loaders.augment import AUGMENTATIONS  # PyTorch, which the plugin with the augmentations needs too
+
+        for name in config.augmentations:
+            AUGMENTATIONS[name]
 
 
 def to_yaml(config: RunConfig) -> str:

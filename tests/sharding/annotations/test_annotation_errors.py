@@ -215,7 +215,7 @@ def test_another_reading_of_the_same_file_is_another_corpus(table: Path, capsys)
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--columns", "media=file", "captoin=text"], "there is no 'captoin', nearest are caption"),
+        (["--columns", "media=file", "captoin=text"], "there is no 'captoin', nearest is caption"),
         (["--columns", "media"], "--columns media: must be NAME=VALUE"),
         ([*MAPPED, "--keep", "split=test"], "all 22 rows of .* are filtered"),
         (["--corpus", "nowhere.yaml"], "--corpus nowhere.yaml does not exist; configs/corpora/ has the included"),
