@@ -187,7 +187,7 @@ def test_bfloat16_weights_train_with_float32_losses(kind, batch):
 @pytest.mark.parametrize(
     ("section", "name", "value", "named"),
     [
-        ("vision_encoder", "type", "beat", "one of beit, deit, vit, the name of another"),
+        ("vision_encoder", "type", "beat", "one of beit, .*the name of another"),
         ("vision_encoder", "heads", 5, "vision_encoder.heads"),
         ("text_encoder", "fusion_layer", 9, "fusion_layer"),
         ("text_encoder", "heads", 5, "text_encoder"),
