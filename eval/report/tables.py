@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from eval.metrics import RECALL_AT
+from eval.metrics import RECALL_AT, reranking_helps
 from eval.report.evaluations import Evaluation
 from eval.report.grouping import Member, TestSet, group_test_sets
 from eval.report.losses import by_medium, loss_weights, read_metrics, weighted_name
@@ -47,6 +47,7 @@ def tables(test_sets: Sequence[TestSet]) -> list[dict[str, Any]]:
                 "baselines": _baselines(details),
                 "best": {c: max((r["values"][c] for r in rows if c in r["values"]), default=None) for c in columns},
                 "types": _type_columns(rows, "question_type/")[1:],
+                "notes": [note for row in rows if not row["secondary"] and (note := _ranking_note(row))],
             }
         )
     return found
@@ -62,7 +63,7 @@ def _rows(test_set: TestSet) -> list[dict[str, Any]]:
             "title": f"{member.evaluation.title}: {member.split}" if several_names else member.evaluation.title,
             "key": key,
             "ranking": ranking,
-            "secondary": ranking == "dual encoder",
+            "secondary": place > 0,
             "values": member.evaluation.metrics[key],
             "intervals": member.evaluation.details["intervals"].get(key, {}),
             "details": member.details,
@@ -70,7 +71,7 @@ def _rows(test_set: TestSet) -> list[dict[str, Any]]:
             "ties": member.details.get("depends_on_ties", {}).get(key, []),
         }
         for member, packing in zip(test_set.members, test_set.packings, strict=True)
-        for key, ranking in _rankings(member).items()
+        for place, (key, ranking) in enumerate(_rankings(member).items())
         if key in member.evaluation.metrics
     ]
 
@@ -88,7 +89,31 @@ def _baselines(details: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _rankings(member: Member) -> dict[str, str]:
     if member.details["task"] != "retrieval":
         return {member.split: member.details.get("accuracy", member.details["task"])}
-    return {f"{member.split}/": "re-ranked", f"{member.split}_emb/": "dual encoder"}
+    both = {f"{member.split}/": "re-ranked", f"{member.split}_emb/": "dual encoder"}
+    rankings = [item for item in both.items() if item[0] in member.evaluation.metrics]
+    return dict(rankings if _reranks(member) else reversed(rankings))
+
+
+def _reranks(member: Member) -> bool:
+    """Whether re-ranking counts, as the validation of the weights found; unknown of old ones, where it does.
+
+    An evaluation after an epoch of training is itself the validation.
+    """
+    about = member.evaluation
+    found = member.details.get("reranks")
+    if found is None and about.folder.name.startswith("epoch_") and not about.details["checkpoint"]:
+        found = reranking_helps(about.metrics, member.split)
+    return found is not False
+
+
+def _ranking_note(row: Mapping[str, Any]) -> str:
+    """Why the dual encoder comes first, or stands alone."""
+    details = row["details"]
+    if details["task"] == "retrieval" and not details.get("matching_trained", True):
+        return f"{row['title']}: not re-ranked, because no loss trained the matching head (loss_weight.itm=0)."
+    if row["ranking"] == "dual encoder" and f"{row['member'].split}/" in row["member"].evaluation.metrics:
+        return f"{row['title']}: dual encoder first, because re-ranking was no better in the validation of the weights."
+    return ""
 
 
 def _type_columns(rows: Sequence[dict[str, Any]], prefix: str) -> list[str]:
@@ -210,7 +235,19 @@ def console_table(evaluations: Sequence[Evaluation]) -> str:
                 low[f"{baseline['title']} {table['title']}"] = _shown(baseline["values"])
         if metrics:
             texts.append(format_table(metrics, low))
-    return "\n\n".join(texts)
+    notes = [note for table in all_tables for note in table["notes"]]
+    notes += [f"{name} started from {origin}" for name, origin in origins(evaluations).items()]
+    return "\n\n".join([*texts, *(["\n".join(notes)] if notes else [])])
+
+
+def origins(evaluations: Sequence[Evaluation]) -> dict[str, str]:
+    """What each evaluated model started from, by the evaluation's title; one entry for the evaluations of a run."""
+    models = {(each.run, each.details["checkpoint"]): each for each in reversed(evaluations)}
+    found = {}
+    for (run, _), each in reversed(models.items()):
+        several = sum(other == run for other, _ in models) > 1
+        found[each.title if several else each.run_name] = each.details.get("started_from") or "what is not recorded"
+    return found
 
 
 def _console_name(table: dict[str, Any], row: dict[str, Any]) -> str:
