@@ -65,6 +65,7 @@ def save_model(
         state = model_or_state.state_dict()
         own = {name: getattr(model_or_state, name) for name in ("pad_id", "cls_id", "mask_id")}
         special_ids = {**own, **(special_ids or {})}
+        history = history or getattr(model_or_state, "history", None)
     else:
         state = model_or_state
     inputs, known = preprocessing or Preprocessing(), history or History()
