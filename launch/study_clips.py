@@ -7,7 +7,6 @@ import json
 import math
 import os
 import sys
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -19,12 +18,13 @@ import numpy as np
 if not __package__:  # started by its path, not by `python -m`
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from eval.outcomes import Outcomes, read_outcomes
+from eval.metrics import chance_metrics, true_ranks
+from eval.outcomes import read_outcomes
 from runtime.charts import grouped_bars, png
 from runtime.errors import MissingError, UserError, command
 from storage.files import write_text
 
-KINDS = ("appearance", "motion")
+ALL, KINDS = "all", ("appearance", "motion")
 MODELS = {
     "given": "as given",
     "single": "tuned on 1 frame",
@@ -33,8 +33,7 @@ MODELS = {
     "temporal_qa": "questions, tuned on 4 frames, temporal encoder",
 }
 SHOWN = {"1_frame": "1 frame", "4_frames": "4 frames", "shuffled": "4 frames, other order"}
-RANKED = {("all", "img_r1"): "all", ("all", "img_r5"): "all, R@5", **{(kind, "img_r1"): kind for kind in KINDS}}
-ANSWERED = {"overall": "all", **{f"question_type/{kind}": kind for kind in KINDS}}
+ANSWERED = {"overall": ALL, **{f"question_type/{kind}": kind for kind in KINDS}}
 Z = 1.96
 
 
@@ -76,39 +75,36 @@ def annotated_clips(folders: Iterable[Path]) -> list[AnnotatedClip]:
     return found
 
 
-def write_annotations(folders: Sequence[Path], motion: Sequence[str], output: Path) -> None:
-    """Write what is to be packed: every/ and held_out/ with all.json and, with `motion`, one file a kind; train.json.
+def write_annotations(folders: Sequence[Path], motion: str, output: Path) -> None:
+    """Write what is to be packed: every.json; held_out.json and train.json where some clips are for fine-tuning.
 
-    motion: patterns of the names of clips, and of question ids, that only motion tells apart.
+    motion: patterns, with spaces between them, of the names of clips and of question ids that only motion tells apart.
     """
     clips = annotated_clips(folders)
     root = Path(os.path.commonpath([clip.path.parent for clip in clips]))
-    held_out = [clip for clip in clips if not clip.trains]
-    train = [clip for clip in clips if clip.trains]
-    for name, chosen in (("every", clips), ("held_out", held_out if train else [])):
-        kinds = {kind: [clip for clip in chosen if _kind(clip.path.name, motion) == kind] for kind in KINDS}
-        for part, some in {"all": chosen, **(kinds if all(kinds.values()) else {})}.items():
-            _write_rows(output / name / f"{part}.json", some, root, motion, questions=part == "all")
+    parts = {"every": clips}
+    train, held_out = ([clip for clip in clips if clip.trains is trains] for trains in (True, False))
     if train and held_out:
-        _write_rows(output / "held_out" / "train.json", train, root, motion, questions=True)
-        if all(any(clip.questions for clip in some) for some in (train, held_out)):
-            write_text(output / "questions", "")
-    write_text(output / "media_root", str(root))
+        parts |= {"train": train, "held_out": held_out}
+    output.mkdir(parents=True, exist_ok=True)
+    for name, some in parts.items():
+        rows = [row for clip in some for row in _rows(clip, root, motion)]
+        write_text(output / f"{name}.json", json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
+    asked = all(any(clip.questions for clip in some) for some in (train, held_out))
+    about = {"media_root": str(root), "motion": motion, "questions": "yes" if asked else ""}
+    for name, value in about.items():
+        write_text(output / name, value)
 
 
-def _kind(name: str, motion: Sequence[str]) -> str:
-    return KINDS[any(fnmatchcase(name, pattern) for pattern in motion)]
+def _rows(clip: AnnotatedClip, root: Path, motion: str) -> list[dict[str, Any]]:
+    name = {"video": clip.path.relative_to(root).as_posix()}
+    questions = [one | {"question_type": kind_of(one["question_id"], motion)} for one in clip.questions]
+    return [name | row for row in (*clip.captions, *questions)]
 
 
-def _write_rows(path: Path, clips: Sequence[AnnotatedClip], root: Path, motion: Sequence[str], questions: bool) -> None:
-    rows = []
-    for clip in clips:
-        asked = [one | {"question_type": _kind(one["question_id"], motion) if motion else ""} for one in clip.questions]
-        name = clip.path.relative_to(root).as_posix()
-        rows += [{"video": name} | row for row in (*clip.captions, *(asked if questions else []))]
-    if rows:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
+def kind_of(name: str, motion: str) -> str:
+    """The kind of a clip or a question; empty where no patterns tell it."""
+    return KINDS[any(fnmatchcase(name, pattern) for pattern in motion.split())] if motion else ""
 
 
 @dataclass(frozen=True)
@@ -141,42 +137,83 @@ def sign_test(wins: int, losses: int) -> float:
 
 def read_shares(folder: Path) -> list[Shares]:
     """The shares of all models that the study has evaluated in its folder."""
-    given = _details(folder / "given" / "evaluation" / "4_frames")["splits"]["all"]
+    motion = (folder / "annotations" / "motion").read_text()
+    given = _details(folder / "given" / "evaluation" / "4_frames")
     reranks = given["matching_trained"] and given["reranks"] is not False
     found = []
     for model, title in MODELS.items():
         labels = {shown: folder / model / "evaluation" / shown for shown in SHOWN}
         if not all(path.is_dir() for path in labels.values()):
             continue
-        details = _details(labels["4_frames"])["splits"]
-        outcomes = {shown: read_outcomes(path / "outcomes.parquet") for shown, path in labels.items()}
         if model.endswith("_qa"):
-            wanted = [("all", "accuracy", metric, "all", name) for metric, name in ANSWERED.items()]
+            chance = dict.fromkeys(ANSWERED.values(), _details(labels["4_frames"])["chance"]["overall"])
+            right = {shown: answered(path) for shown, path in labels.items()}
         else:
-            ending = "/" if reranks else "_emb/"
-            wanted = [
-                (f"{split}{ending}", "text_to_visual", metric, split, name) for (split, metric), name in RANKED.items()
-            ]
-        for entry, kind, metric, split, name in wanted:
-            right = {shown: _by_clip(parts, entry, kind, metric) for shown, parts in outcomes.items()}
-            if all(map(len, right.values())):
-                chance = details[split]["chance"]
-                found.append(Shares(f"{title}: {name}", chance.get(metric, chance.get("overall", 0.0)), right))
+            chance = _chance(labels["4_frames"], motion)
+            right = {shown: retrieved(path, motion, reranks) for shown, path in labels.items()}
+        for name, low in chance.items():
+            if all(name in each for each in right.values()):
+                found.append(Shares(f"{title}: {name}", low, {shown: each[name] for shown, each in right.items()}))
     return found
 
 
-def _by_clip(parts: Sequence[Outcomes], entry: str, kind: str, metric: str) -> np.ndarray:
-    """The mean of a metric over the queries about each clip, (N,), in the order of the clips' names."""
-    points = defaultdict(list)
-    for part in parts:
-        if (part.metrics, part.kind) == (entry, kind) and metric in part.points:
-            for visual, value in zip(part.visuals, part.points[metric], strict=True):
-                points[visual] += [] if np.isnan(value) else [value]
-    return np.array([np.mean(points[visual]) for visual in sorted(points) if points[visual]])
+def retrieved(folder: Path, motion: str, reranks: bool) -> dict[str, np.ndarray]:
+    """The share of each clip's texts that find it first, or among 5, of all clips or of those of a kind; (N,) each."""
+    with np.load(folder / "scores.npz") as scores:
+        matrix = scores["clips/t2i_x"] if reranks and "clips/t2i_x" in scores else scores["clips/i2t_emb"].T
+    found = {}
+    for kind, (texts, clips, truth) in _galleries(folder, motion).items():
+        ranks = true_ranks(matrix[np.ix_(texts, clips)], truth).by_index
+        owners = [items[0] for items in truth]
+        for most in (1, 5) if kind == ALL else (1,):
+            found[kind if most == 1 else f"{kind}, R@{most}"] = _by_clip(owners, ranks < most)
+    return found
+
+
+def _galleries(folder: Path, motion: str) -> dict[str, tuple[list[int], list[int], list[list[int]]]]:
+    """Of all clips and of each kind the numbers of texts and clips, and the true ones of each text among these."""
+    predictions = json.loads((folder / "predictions.json").read_text(encoding="utf-8"))["clips"]
+    names = [query["visual"] for query in predictions["visual_to_text"]]
+    found = {}
+    for kind in (ALL, *(KINDS if motion else ())):
+        clips = [number for number, name in enumerate(names) if kind in (ALL, kind_of(Path(name).name, motion))]
+        place = {names[number]: index for index, number in enumerate(clips)}
+        truth = [[place[name] for name in query["correct"] if name in place] for query in predictions["text_to_visual"]]
+        texts = [number for number, items in enumerate(truth) if items]
+        if texts:
+            found[kind] = texts, clips, [truth[number] for number in texts]
+    return found
+
+
+def _chance(folder: Path, motion: str) -> dict[str, float]:
+    found = {}
+    for kind, (_, clips, truth) in _galleries(folder, motion).items():
+        metrics = chance_metrics([[0]] * len(clips), truth)
+        found[kind] = metrics["img_r1"]
+        if kind == ALL:
+            found[f"{kind}, R@5"] = metrics["img_r5"]
+    return found
+
+
+def answered(folder: Path) -> dict[str, np.ndarray]:
+    """The accuracy of the answers about each clip, (N,) by kind of question."""
+    found = {}
+    for part in read_outcomes(folder / "outcomes.parquet"):
+        for metric, name in ANSWERED.items():
+            if metric in part.points:
+                known = ~np.isnan(part.points[metric])
+                found[name] = _by_clip(np.array(part.visuals)[known], part.points[metric][known])
+    return found
+
+
+def _by_clip(owners: Sequence[Any] | np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The means (N,) of values (Q,) by their clip, in the order of the clips."""
+    _, number = np.unique(owners, return_inverse=True)
+    return np.bincount(number, values) / np.bincount(number)
 
 
 def _details(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    return json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["splits"]["clips"]
 
 
 def table(found: Sequence[Shares]) -> str:
@@ -242,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     options = parser().parse_args(arguments)
     if options.command == "annotations":
-        write_annotations(options.folders, options.motion.split(), options.output)
+        write_annotations(options.folders, options.motion, options.output)
         return 0
     found = read_shares(options.folder)
     text = f"{table(found)}\n{explanation(found, 'the ranking that the checkpoint prefers')}"

@@ -18,45 +18,43 @@ source "$launch/steps.sh"
 
 step annotations python "$launch/study_clips.py" annotations "$@" --output "$out/annotations" --motion "${MOTION:-}"
 root=$(cat "$out/annotations/media_root")
-for annotations in "$out"/annotations/*/*.json; do
-  name=${annotations#"$out/annotations/"} name=${name%.json}
-  step "pack_${name/\//_}" python -m sharding.build --annotations "$annotations" --media-root "$root" --media-type video \
-    --output "$out/shards/$name" --name "${name/\//_}" --size "${SIZE:-256}" --fps 6
+for name in every train held_out; do
+  [ -e "$out/annotations/$name.json" ] || continue
+  step "pack_$name" python -m sharding.build --annotations "$out/annotations/$name.json" --media-root "$root" \
+    --media-type video --output "$out/shards/$name" --name "$name" --size "${SIZE:-256}" --fps 6
 done
 
-tested() { # tested NAME CHECKPOINT CORPORA SETTINGS...: by 1 frame, by 4, and by 4 in another order
-  local name=$1 model=$2 corpora=$3
-  shift 3
-  local splits
-  splits=$(cd "$out/annotations/$corpora" && ls | sed 's/\.json$//' | grep -v '^train$' | paste -sd,)
-  local command=(python "$launch/evaluate.py" configs/study/clips.yaml "checkpoint=$model" "output_dir=$out/$name"
-    "data_root=$out/shards/$corpora" "splits=[$splits]" "$@")
+tested() { # tested NAME CHECKPOINT CORPUS SETTINGS...: by 1 frame, by 4, and by 4 in another order
+  local name=$1 command=(python "$launch/evaluate.py" configs/study/clips.yaml "checkpoint=$2" "output_dir=$out/$1"
+    "data_root=$out/shards" "test_corpus.clips=$out/shards/$3" "${@:4}")
   step "${name}_tested" "${command[@]}" "eval_num_frames=[1,4]"
   step "${name}_shuffled" "${command[@]}" label=shuffled video_input.sample_type_test=shuffled
 }
 
-tuned() { # tuned NAME SCRIPT SETTINGS...: fine-tuning from the checkpoint, then `tested`
+tuned() { # tuned NAME SCRIPT SETTINGS...: fine-tuned from the checkpoint
   local name=$1 script=$2
   shift 2
-  step "$name" "${ds[@]}" "$launch/$script.py" configs/study/clips.yaml "data_root=$out/shards/held_out" "splits=[all]" \
+  step "$name" "${ds[@]}" "$launch/$script.py" configs/study/clips.yaml "data_root=$out/shards" \
     "pretrained_path=$checkpoint" "output_dir=$out/$name" ${FINETUNE_EPOCHS:+"scheduler.epochs=$FINETUNE_EPOCHS"} "$@"
 }
 
-single=(video_input.num_frames=1 add_temporal_embed=false temporal_vision_encoder.enable=false)
 tested given "$checkpoint" every
-if [ -e "$out/annotations/held_out/train.json" ]; then
+single=(video_input.num_frames=1 add_temporal_embed=false temporal_vision_encoder.enable=false)
+temporal=(video_input.num_frames=4 add_temporal_embed=true temporal_vision_encoder.enable=true
+  temporal_vision_encoder.update_pooler_embed=true)
+if [ -e "$out/annotations/train.json" ]; then
   tuned single finetune_retrieval "${single[@]}"
   tested single "$out/single" held_out
-  tuned temporal finetune_retrieval
+  tuned temporal finetune_retrieval "${temporal[@]}"
   tested temporal "$out/temporal" held_out
-  if [ -e "$out/annotations/questions" ]; then
-    step answers python -m sharding.answers "$out/shards/every/all" --output "$out/answers.json"
-    asked=(task=qa epoch_unit=questions "answer_list=$out/answers.json")
-    tuned single_qa finetune_qa "${asked[@]}" "${single[@]}"
-    tested single_qa "$out/single_qa" held_out "${asked[@]}"
-    tuned temporal_qa finetune_qa "${asked[@]}"
-    tested temporal_qa "$out/temporal_qa" held_out "${asked[@]}"
-  fi
+fi
+if [ -s "$out/annotations/questions" ]; then
+  step answers python -m sharding.answers "$out/shards/every" --output "$out/answers.json"
+  asked=(task=qa epoch_unit=questions "answer_list=$out/answers.json")
+  tuned single_qa finetune_qa "${asked[@]}" "${single[@]}"
+  tested single_qa "$out/single_qa" held_out "${asked[@]}"
+  tuned temporal_qa finetune_qa "${asked[@]}" "${temporal[@]}"
+  tested temporal_qa "$out/temporal_qa" held_out "${asked[@]}"
 fi
 python "$launch/study_clips.py" table "$out"
 finished "$out/study.md $out/study.png"
