@@ -103,17 +103,18 @@ def _reranks(member: Member) -> bool:
     found = member.details.get("reranks")
     if found is None and about.folder.name.startswith("epoch_") and not about.details["checkpoint"]:
         found = reranking_helps(about.metrics, member.split)
-    return found is not False
+    return found is not False and member.details.get("matching_trained", True)
 
 
 def _ranking_note(row: Mapping[str, Any]) -> str:
-    """Why the dual encoder comes first, or stands alone."""
-    details = row["details"]
-    if details["task"] == "retrieval" and not details.get("matching_trained", True):
-        return f"{row['title']}: not re-ranked, because no loss trained the matching head (loss_weight.itm=0)."
-    if row["ranking"] == "dual encoder" and f"{row['member'].split}/" in row["member"].evaluation.metrics:
-        return f"{row['title']}: dual encoder first, because re-ranking was no better in the validation of the weights."
-    return ""
+    """Why the dual encoder comes first, or stands alone; empty where it does not, or on demand."""
+    if row["ranking"] != "dual encoder":
+        return ""
+    reranked = f"{row['member'].split}/" in row["member"].evaluation.metrics
+    order = f"{row['title']}: {'dual encoder first' if reranked else 'not re-ranked'}, because"
+    if not row["details"].get("matching_trained", True):
+        return f"{order} no loss trained the matching head (loss_weight.itm=0)."
+    return f"{order} re-ranking was no better in the validation of the weights." if reranked else ""
 
 
 def _type_columns(rows: Sequence[dict[str, Any]], prefix: str) -> list[str]:
@@ -236,17 +237,21 @@ def console_table(evaluations: Sequence[Evaluation]) -> str:
         if metrics:
             texts.append(format_table(metrics, low))
     notes = [note for table in all_tables for note in table["notes"]]
-    notes += [f"{name} started from {origin}" for name, origin in origins(evaluations).items()]
+    notes += [f"{name}: training started from {origin}" for name, origin in origins(evaluations).items()]
     return "\n\n".join([*texts, *(["\n".join(notes)] if notes else [])])
 
 
 def origins(evaluations: Sequence[Evaluation]) -> dict[str, str]:
-    """What each evaluated model started from, by the evaluation's title; one entry for the evaluations of a run."""
+    """What the training of the evaluated models started from, as far as recorded, by the name of the run.
+
+    By the evaluation's title where those of a run are of several checkpoints.
+    """
     models = {(each.run, each.details["checkpoint"]): each for each in reversed(evaluations)}
     found = {}
     for (run, _), each in reversed(models.items()):
         several = sum(other == run for other, _ in models) > 1
-        found[each.title if several else each.run_name] = each.details.get("started_from") or "what is not recorded"
+        if origin := each.details.get("started_from"):
+            found[each.title if several else each.run_name] = origin
     return found
 
 
