@@ -15,12 +15,12 @@ from eval.run import TASKS, make_task
 from eval.tasks.task import Task
 from loaders.shards import describe
 from loaders.train import TrainLoader
+from model.backbones import VISION_TYPES
 from model.building import Model, build_model
 from model.checkpoints.loading import find_weights, fit_weights
 from model.checkpoints.pretrained import new_model
 from model.config import with_changes
 from model.history import History
-from model.vision import VISION_TYPES
 from preprocessing.config import Preprocessing
 from preprocessing.text import Tokenizer
 from runtime.activity import progress
