@@ -182,7 +182,7 @@ def _model(settings: Settings) -> tuple[Model, Tokenizer]:
     config = fresh_architecture(settings, tokenizer)
     adopt(settings, config)
     model = new_model(config, tokenizer.special_ids)
-    model.history = History.of_training(config)
+    model.history = replace(History.of_training(config), rerank_score=run.rerank_score)
     return model, tokenizer
 
 
@@ -209,7 +209,9 @@ def _from_checkpoint(settings: Settings, path: str, training: bool) -> tuple[Mod
     adopt(settings, config)
     model = build_model(config, tokenizer.special_ids)
     report = fit_weights(model, weights, str(found), run.expected_tensors)
-    model.history = History.of_training(config, path, weights.history) if training else weights.history
+    model.history = weights.history
+    if training:
+        model.history = replace(History.of_training(config, path, weights.history), rerank_score=run.rerank_score)
     log.info("Weights of %s: %s", found, report)
     return model, tokenizer
 
