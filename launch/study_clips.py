@@ -246,8 +246,8 @@ def explanation(found: Sequence[Shares], reranks: bool) -> str:
     counts = sorted({share.count for share in found})
     needed = ", ".join(f"{100 * least / count:.0f} points of {count} clips" for count in counts if count >= least)
     return (
-        f"Retrieval: R@1 of clips by text, {ranking} as the checkpoint prefers, within the clips of a kind. In brackets 95 % intervals "
-        "(Wilson, over clips); p: sign test over clips. "
+        f"Retrieval: R@1 of clips by text, {ranking} as the checkpoint prefers, within the clips of a kind. "
+        "In brackets 95 % intervals (Wilson, over clips); p: sign test over clips. "
         f"A difference of fewer than {least} clips, all in one direction ({needed}), cannot reach p < 0.05"
         f"{'; nor can any of fewer clips' if counts[0] < least else ''}.\n"
     )
