@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if missing:
         raise UserError(
-            f"{row.name} needs {len(missing)} more files or folders, listed above: fetch them, or set --downloads"
+            f"{row.name} lacks {len(missing)} files or folders, listed above: fetch them, or set --downloads"
         )
     code = run(task)
     if code == 0:

@@ -112,7 +112,7 @@ class Reproduction:
         training, recipe = self.benchmark.training, self.benchmark.training.recipe or self.benchmark.recipe
         words = [recipe, f"pretrained_path={self.weights()}", f"output_dir={self.run_folder}", *self._common()]
         if training.corpus:
-            words.append(f"train_corpus={load_settings(recipe, self.settings).config.data_root}/{training.corpus}")
+            words.append(f"train_corpus={self.evaluation.data_root}/{training.corpus}")
         return [*words, *(TEMPORAL if self.row.temporal else ()), *self.settings]
 
     def _evaluate_words(self) -> list[str]:
