@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,15 @@ logger = logging.getLogger(__name__)
 
 _FILES = ["config.json", "model.safetensors", "pytorch_model.bin"]
 _OLD_NORMS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+_SIZES = {  # our names of the sizes of a text encoder, and those in config.json
+    "vocab_size": "vocab_size",
+    "width": "hidden_size",
+    "heads": "num_attention_heads",
+    "intermediate": "intermediate_size",
+    "max_positions": "max_position_embeddings",
+    "layer_norm_eps": "layer_norm_eps",
+}
+_LAYER = "encoder.layer."
 _VISION = "vision_encoder.transformer."
 
 
@@ -45,6 +55,33 @@ def new_model(config: ModelConfig, special_ids: dict[str, int] | None = None) ->
         if name:
             _fill(model, convert(name, key, model), f"{key}={name}", key.split(".")[0])
     return model
+
+
+def adopt_published(config: ModelConfig, explicit: Collection[str]) -> None:
+    """Set the sizes of the text encoder to those of `text_encoder.pretrained`, in place.
+
+    explicit: dotted settings that the user has set; layers and fusion_layer may differ from the published number of
+    layers. By default the upper quarter of the published layers, or all above the published ones, are fusion layers.
+    Raises UserError for another explicit size, which would not fit the weights.
+    """
+    key, text = "text_encoder.pretrained", config.text_encoder
+    if text.pretrained is None:
+        return
+    published = _read_config(find_folder(text.pretrained, key), key)
+    for name, theirs in _SIZES.items():
+        value, setting = published.get(theirs), f"text_encoder.{name}"
+        if value is not None and setting in explicit and value != getattr(text, name):
+            raise UserError(
+                f"{setting} is {getattr(text, name)!r} here and {value!r} in {key}={text.pretrained}: remove it from "
+                f"the configuration, or {setting}=null: published weights have their own sizes"
+            )
+        if value is not None:
+            setattr(text, name, value)
+    layers = published.get("num_hidden_layers", text.layers)
+    if "text_encoder.layers" not in explicit:
+        text.layers = layers
+    if "text_encoder.fusion_layer" not in explicit:
+        text.fusion_layer = layers if text.layers > layers else text.layers * 3 // 4
 
 
 def _fill(model: Singularity | SingularityQA, state: dict[str, torch.Tensor], source: str, part: str) -> None:
@@ -156,21 +193,22 @@ def _timm_state(name: str, file: Path, **options: Any) -> dict[str, torch.Tensor
 
 
 def _text_weights(name: str, key: str, model: Singularity | SingularityQA) -> dict[str, torch.Tensor]:
-    """Our text tensors from a BERT checkpoint; the answer decoder takes its first layers and its MLM head."""
+    """Our text tensors from a BERT checkpoint; the answer decoder takes its first layers and its MLM head.
+
+    Layers above the published ones start from the last published ones.
+    """
     folder = find_folder(name, key)
     if not isinstance(model.text_encoder, BertEncoder):
         own = model.text_encoder.from_published(read_folder(folder, key))
         return {f"text_encoder.{ours}": tensor for ours, tensor in own.items()}
+    _read_config(folder, key)  # raises for another kind
     state = _without_prefix(read_folder(folder, key), ("bert.",))
     for old, new in _OLD_NORMS.items():
         state = {each.replace(old, new): tensor for each, tensor in state.items()}
-    path = folder / "config.json"
-    kind = json.loads(path.read_text()).get("model_type") if path.is_file() else "bert"
-    if kind != "bert":
-        raise UserError(f"{key}: {folder} holds a {kind} model, only BERT fits; take for example bert-base-uncased")
+    _add_layers(state, model.config.text_encoder.layers)
     result = {}
     for each, tensor in state.items():
-        for theirs, ours in (("embeddings.", "embeddings."), ("encoder.layer.", "layer.")):
+        for theirs, ours in (("embeddings.", "embeddings."), (_LAYER, "layer.")):
             if each.startswith(theirs):
                 result[f"text_encoder.{ours}{each.removeprefix(theirs)}"] = tensor
                 result[f"answer_decoder.{ours}{each.removeprefix(theirs)}"] = tensor
@@ -178,3 +216,31 @@ def _text_weights(name: str, key: str, model: Singularity | SingularityQA) -> di
         if head != each:
             result[f"word_head.{head}"] = result[f"answer_decoder.word_head.{head}"] = tensor
     return result
+
+
+def _read_config(folder: Path, key: str) -> dict[str, Any]:
+    """The config.json of a BERT checkpoint; empty without one. Raises UserError for another kind of model."""
+    path = folder / "config.json"
+    try:
+        published = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{key}: {path} is not valid JSON ({error}); copy it again") from None
+    kind, activation = published.get("model_type", "bert"), published.get("hidden_act", "gelu")
+    if kind != "bert":
+        raise UserError(f"{key}: {folder} holds a {kind} model, only BERT fits; take for example bert-base-uncased")
+    if activation != "gelu":
+        raise UserError(f"{key}: {folder} has the activation {activation}, only gelu fits; take another BERT")
+    return dict(published)
+
+
+def _add_layers(state: dict[str, torch.Tensor], layers: int) -> None:
+    """Copy the last of a BERT's layers in `state` to those that it lacks of `layers`."""
+    published = 1 + max((int(name.split(".")[2]) for name in state if name.startswith(_LAYER)), default=-1)
+    added = layers - published
+    if added <= 0 or not published:
+        return
+    for number in range(published, layers):
+        source, target = f"{_LAYER}{max(0, number - added)}.", f"{_LAYER}{number}."
+        for name in [name for name in state if name.startswith(source)]:
+            state[target + name.removeprefix(source)] = state[name]
+    logger.info("text_encoder: %d layers above the %d published ones start from the last of those", added, published)
