@@ -182,7 +182,7 @@ def relative_flops(sizes: Sequence[int], full: int = 224) -> list[float]:
     for size in {*sizes, full}:
         with torch.device("meta"):  # no memory
             model = build_model(ModelConfig(image_res=size))
-        flops[size] = step_flops(model, 1, 1, TEXT_TOKENS)["total"]
+        flops[size] = step_flops(model, Cluster.batch, 1, TEXT_TOKENS)["total"]
     return [flops[size] / flops[full] for size in sizes]
 
 

@@ -26,7 +26,7 @@ def run(task: Reproduction) -> int:
         code = subprocess.run([sys.executable, str(PROGRAM), *step.words]).returncode
         if code:
             sys.stderr.write(
-                f"`singularity {step.name}` failed with exit code {code}: repeat the command to continue\n"
+                f"`singularity {step.name}` failed with exit code {code}: solve it, then start the row again\n"
             )
             return code
         if step.name == "evaluate":

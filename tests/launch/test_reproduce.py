@@ -56,16 +56,16 @@ def write_checkpoint(path):
 
 
 def write_flickr30k(downloads, count):
-    """Pictures and Karpathy's split of them: `count` in the test set."""
+    """Pictures and Karpathy's split of them: `count` in the test set, two to train and two to validate."""
     (downloads / "flickr30k-images").mkdir(parents=True)
     (downloads / "caption_datasets").mkdir()
     images = []
-    for number in range(count + 2):
+    for number in range(count + 4):
         pixels = np.random.default_rng(number).integers(0, 255, (4, 4, 3), np.uint8)
         Image.fromarray(pixels).resize((40, 32)).save(downloads / f"flickr30k-images/{number}.jpg")
         text = f"a {NOUNS[number % 8]} of {number}"
         sentence = {"tokens": text.split(), "raw": f"{text.capitalize()} .", "imgid": number, "sentid": number}
-        split = "test" if number < count else "train"
+        split = "test" if number < count else ("train", "val")[number % 2]
         about = {"sentids": [number], "imgid": number, "split": split, "filename": f"{number}.jpg"}
         images.append({**about, "sentences": [sentence]})
     described = {"images": images, "dataset": "flickr30k"}
