@@ -59,7 +59,8 @@ def fingerprint(task: Reproduction, step: Command) -> str:
 
 
 def _state_file(task: Reproduction) -> Path:
-    return task.run_folder / "reproduce.json"
+    """Beside the run's folder: fine-tuning starts in an empty one."""
+    return task.run_folder.with_name(f"{task.run_folder.name}.json")
 
 
 def recorded(task: Reproduction) -> dict[str, str]:
@@ -70,5 +71,5 @@ def recorded(task: Reproduction) -> dict[str, str]:
 
 def record(task: Reproduction, step: Command) -> None:
     """Remember the fingerprint of a command."""
-    task.run_folder.mkdir(parents=True, exist_ok=True)
+    task.output.mkdir(parents=True, exist_ok=True)
     _state_file(task).write_text(json.dumps(recorded(task) | {step.name: fingerprint(task, step)}), encoding="utf-8")

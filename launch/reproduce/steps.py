@@ -118,8 +118,7 @@ class Reproduction:
     def _evaluate_words(self) -> list[str]:
         checkpoint = str(self.run_folder) if self.train else self.weights()
         words = [self.benchmark.recipe, f"checkpoint={checkpoint}", f"output_dir={self.run_folder}", *self._common()]
-        words.append(f"splits=[{','.join(self.row.published)}]")
-        words += [f"video_input.num_frames_test={self.row.num_frames}"] if self.row.num_frames > 1 else []
+        words += [f"splits=[{','.join(self.row.published)}]", f"video_input.num_frames_test={self.row.num_frames}"]
         return [*words, *self.settings]
 
     def _common(self) -> list[str]:
