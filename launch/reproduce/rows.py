@@ -65,6 +65,15 @@ class Inputs:
     corpora: dict[str, CorpusRecipe] = field(default_factory=dict)
     benchmarks: dict[str, Benchmark] = field(default_factory=dict)
 
+    def corpus(self, url: str) -> CorpusRecipe:
+        """How the corpus at a URL, known by its last part, is packed; raises UserError where that is not known."""
+        name = url.rstrip("/").rpartition("/")[2]
+        if name not in self.corpora:
+            raise UserError(
+                f"{url} is not a corpus of {FILE}: leave out the setting that names it, data_root=... moves all"
+            )
+        return self.corpora[name]
+
     def source_of(self, path: str) -> str:
         """Where a file or folder below the downloads comes from: the source of the longest path that it lies in."""
         names = [name for name in self.sources if f"{path}/".startswith(f"{name}/")]

@@ -90,7 +90,7 @@ class Reproduction:
         urls = list(self.evaluation.test_urls().values())
         if self.train:
             urls += [*self.training.train_urls(), *self.training.test_urls().values()]
-        return {url: inputs().corpora[url.rstrip("/").rpartition("/")[2]] for url in urls}
+        return {url: inputs().corpus(url) for url in urls}
 
     def commands(self) -> list[Command]:
         """The commands in their order, those of packed corpora too."""

@@ -197,6 +197,10 @@ def test_nothing_is_fetched_that_no_row_needs():
         (["msrvtt_17"], "there is no row 'msrvtt_17': nearest are msrvtt_17m"),
         (["msrvtt_17m_zero_shot", "--train"], "msrvtt_17m_zero_shot is zero-shot: leave out --train"),
         (["msrvtt_17m", "k_tets=3"], "k_tets"),
+        (
+            ["msrvtt_17m", "test_corpus.msrvtt_1k_test=mine"],
+            "mine is not a corpus of configs/reproduce/benchmarks.yaml",
+        ),
         (["msrvtt_17m", "--checkpoint", "mine.pth"], "msrvtt_17m lacks 3 files"),
     ],
 )
