@@ -85,7 +85,7 @@ def test_moments_of_a_table_are_resized_with_it_and_no_update_exceeds_the_learni
     assert all(tensor.shape == shape for tensor in found.values())
 
 
-KINDS = ("zero0", "zero1_bf16", "zero3")
+KINDS = ("zero1_bf16", "zero0", "zero3")
 
 
 def kill_in_the_change(corpora, tmp_path, folder, kind):
@@ -102,17 +102,20 @@ def kill_in_the_change(corpora, tmp_path, folder, kind):
     assert learned(folder)[-1]["step"] == STEPS // 2
 
 
+def launch(corpora, tmp_path, runs):
+    run_jobs(tmp_path, [job("pretrain", corpora / "tiny.yaml", *settings(folder, kind)) for kind, folder in runs])
+
+
 def check_runs_resumed_from(steps, kinds, corpora, tmp_path):
     """Runs of all kinds equal those resumed from these steps, and one that was killed in the change of size."""
     runs = {kind: tmp_path / kind for kind in kinds}
     killed = tmp_path / "killed"
-    kill_in_the_change(corpora, tmp_path, killed, kinds[1])
-    run_jobs(
-        tmp_path, [job("pretrain", corpora / "tiny.yaml", *settings(folder, kind)) for kind, folder in runs.items()]
-    )
-    pairs = [(cut_off(folder, step), kind) for (kind, folder), step in zip(runs.items(), steps)] + [(killed, kinds[1])]
-    run_jobs(tmp_path, [job("pretrain", corpora / "tiny.yaml", *settings(folder, kind)) for folder, kind in pairs])
-    for folder, kind in pairs:
+    kill_in_the_change(corpora, tmp_path, killed, kinds[0])
+    launch(corpora, tmp_path, runs.items())
+    # ZeRO 3, which changes how later runs of a process compute linear layers, is last.
+    resumed = [(kinds[0], killed), *((kind, cut_off(runs[kind], step)) for kind, step in zip(kinds, steps))]
+    launch(corpora, tmp_path, resumed)
+    for kind, folder in resumed:
         check_same(runs[kind], folder)
         assert [line["image_res"] for line in learned(folder)] == [32] * 8 + [64] * 8
     sizes = [load_weights(runs[kinds[0]] / f"checkpoints/step_{step:08}").config.image_res for step in (5, 8, 10)]
@@ -120,7 +123,7 @@ def check_runs_resumed_from(steps, kinds, corpora, tmp_path):
 
 
 def test_runs_killed_in_a_change_of_size_equal_uninterrupted_ones(corpora, tmp_path):
-    check_runs_resumed_from((8, 5, 8), KINDS, corpora, tmp_path)
+    check_runs_resumed_from((5, 8, 8), KINDS, corpora, tmp_path)
 
 
 @pytest.mark.slow
