@@ -85,7 +85,7 @@ def test_moments_of_a_table_are_resized_with_it_and_no_update_exceeds_the_learni
     assert all(tensor.shape == shape for tensor in found.values())
 
 
-KINDS = ("zero1_bf16", "zero0", "zero3")
+KINDS = ("zero1_bf16", "zero3")
 
 
 def kill_in_the_change(corpora, tmp_path, folder, kind):
@@ -123,7 +123,7 @@ def check_runs_resumed_from(steps, kinds, corpora, tmp_path):
 
 
 def test_runs_killed_in_a_change_of_size_equal_uninterrupted_ones(corpora, tmp_path):
-    check_runs_resumed_from((5, 8, 8), KINDS, corpora, tmp_path)
+    check_runs_resumed_from((5, 8), KINDS, corpora, tmp_path)
 
 
 @pytest.mark.slow
