@@ -16,6 +16,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from runtime.activity import keep_alive
 from runtime.errors import MissingError, UserError
+from runtime.packages import PREFIX, find_in_package
 
 DELETED = re.compile(r"[,.'!?\"()*#:;~]")
 ID = np.dtype(np.int32)
@@ -52,11 +53,11 @@ class Tokenizer:
 
     @classmethod
     def load(cls, name: str) -> Tokenizer:
-        """From a `vocab.txt`, a folder that holds one, or the name of a tokenizer on the Hugging Face hub.
+        """From a `vocab.txt`, a folder or a package that holds one, or a tokenizer's name on the Hugging Face hub.
 
         Raises FileNotFoundError: none of these is there. ValueError: the file is not a BERT vocabulary.
         """
-        path = Path(name)
+        path = find_in_package(name, ["vocab.txt"], "tokenizer") if name.startswith(PREFIX) else Path(name)
         if path.is_dir() and (path / "vocab.txt").exists():
             return cls(path / "vocab.txt")
         if path.is_file():

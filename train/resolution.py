@@ -61,5 +61,5 @@ def check_sizes(model: Model, run: RunConfig, tokenizer: Tokenizer) -> None:
 def model_of_size(model: Model, image_res: int, tokenizer: Tokenizer) -> Model:
     """A model that differs from `model` in the image size only, with random weights."""
     result = build_model(with_changes(model.config, {"image_res": image_res}), tokenizer.special_ids)
-    result.mean, result.std = model.mean, model.std
+    result.history = model.history
     return result

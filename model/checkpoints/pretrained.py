@@ -5,27 +5,42 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from model.backbones import VISION_TYPES, published_tensors
 from model.building import build_model
+from model.checkpoints.efficientnet_lite import is_efficientnet_lite, to_timm
 from model.checkpoints.files import read_tensors
 from model.checkpoints.official_names import vision_parts
 from model.config import ModelConfig
+from model.feature_maps import FeatureMapEncoder
 from model.singularity import Singularity
 from model.text import BertEncoder
-from model.torchvision_cpu import create_model, get_pretrained_cfg, is_model
-from model.vision import VISION_TYPES, TimmEncoder, named_options
+from model.torchvision_cpu import get_pretrained_cfg, is_model
+from model.vision import TimmEncoder
 from model.vqa import SingularityQA
 from runtime.activity import keep_alive
 from runtime.errors import UserError
+from runtime.packages import PREFIX, find_in_package
 
 logger = logging.getLogger(__name__)
 
-_FILES = ["config.json", "model.safetensors", "pytorch_model.bin"]
+_WEIGHTS = ["model.safetensors", "pytorch_model.bin", "*.pth"]
+_FILES = ["config.json", *_WEIGHTS[:2]]
 _OLD_NORMS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+_SIZES = {  # our names of the sizes of a text encoder, and those in config.json
+    "vocab_size": "vocab_size",
+    "width": "hidden_size",
+    "heads": "num_attention_heads",
+    "intermediate": "intermediate_size",
+    "max_positions": "max_position_embeddings",
+    "layer_norm_eps": "layer_norm_eps",
+}
+_LAYER = "encoder.layer."
 _VISION = "vision_encoder.transformer."
 
 
@@ -41,10 +56,43 @@ def new_model(config: ModelConfig, special_ids: dict[str, int] | None = None) ->
         "vision_encoder.pretrained": (config.vision_encoder.pretrained, _vision_weights),
         "text_encoder.pretrained": (config.text_encoder.pretrained, _text_weights),
     }
+    encoder = model.vision_encoder
+    if isinstance(encoder, FeatureMapEncoder) and encoder.needs_weights and not config.vision_encoder.pretrained:
+        raise UserError(
+            f"vision_encoder.type={config.vision_encoder.type} has BatchNorm, which keeps the statistics of published "
+            "weights: set vision_encoder.pretrained, or take a backbone without it, such as convnext_pico"
+        )
     for key, (name, convert) in sources.items():
         if name:
             _fill(model, convert(name, key, model), f"{key}={name}", key.split(".")[0])
     return model
+
+
+def adopt_published(config: ModelConfig, explicit: Collection[str]) -> None:
+    """Set the sizes of the text encoder to those of `text_encoder.pretrained`, in place.
+
+    explicit: dotted settings that the user has set; layers and fusion_layer may differ from the published number of
+    layers. By default the upper quarter of the published layers, or all above the published ones, are fusion layers.
+    Raises UserError for another explicit size, which would not fit the weights.
+    """
+    key, text = "text_encoder.pretrained", config.text_encoder
+    if text.pretrained is None:
+        return
+    published = _read_config(find_folder(text.pretrained, key), key)
+    for name, theirs in _SIZES.items():
+        value, setting = published.get(theirs), f"text_encoder.{name}"
+        if value is not None and setting in explicit and value != getattr(text, name):
+            raise UserError(
+                f"{setting} is {getattr(text, name)!r} here and {value!r} in {key}={text.pretrained}: remove it from "
+                f"the configuration, or {setting}=null: published weights have their own sizes"
+            )
+        if value is not None:
+            setattr(text, name, value)
+    layers = published.get("num_hidden_layers", text.layers)
+    if "text_encoder.layers" not in explicit:
+        text.layers = layers
+    if "text_encoder.fusion_layer" not in explicit:
+        text.fusion_layer = layers if text.layers > layers else text.layers * 3 // 4
 
 
 def _fill(model: Singularity | SingularityQA, state: dict[str, torch.Tensor], source: str, part: str) -> None:
@@ -75,12 +123,14 @@ def _fresh(model: Singularity | SingularityQA) -> tuple[str, ...]:
 
 
 def find_folder(name: str, key: str) -> Path:
-    """The local folder of a checkpoint, fetched from the hub when `name` is no folder but a hub or timm name.
+    """The local folder of a checkpoint: `name`, that in a package, or fetched from the hub by its or timm's name.
 
-    Raises UserError, with the remedy, when it is neither a folder nor available from the hub.
+    Raises UserError, with the remedy, when there is none.
     """
     if Path(name).is_dir():
         return Path(name)
+    if name.startswith(PREFIX):
+        return find_in_package(name, _WEIGHTS, key).parent
     if "/" not in name and is_model(name):
         published = get_pretrained_cfg(name)
         if not published or not published.hf_hub_id:
@@ -121,17 +171,22 @@ def _without_prefix(state: dict[str, torch.Tensor], prefixes: tuple[str, ...]) -
 
 def _vision_weights(name: str, key: str, model: Singularity | SingularityQA) -> dict[str, torch.Tensor]:
     """Our vision tensors from a Hugging Face (BEiT, ViT) or timm checkpoint."""
-    config, folder = model.config, find_folder(name, key)
-    if not isinstance(model.vision_encoder, TimmEncoder):
-        own = model.vision_encoder.from_published(read_folder(folder, key))
+    config, folder, encoder = model.config, find_folder(name, key), model.vision_encoder
+    if isinstance(encoder, FeatureMapEncoder | TimmEncoder) and config.vision_encoder.type not in VISION_TYPES:
+        prefix = "vision_encoder.features.backbone." if isinstance(encoder, FeatureMapEncoder) else _VISION
+        state = read_folder(folder, key)
+        if is_efficientnet_lite(state):
+            names = [each.removeprefix(prefix) for each in model.state_dict() if each.startswith(prefix)]
+            state = to_timm(state, names)
+        vision = config.vision_encoder
+        state = published_tensors(vision.type, state, config.image_res, vision.patch_size)
+        return {prefix + ours: tensor for ours, tensor in state.items()}
+    if not isinstance(encoder, TimmEncoder):
+        own = encoder.from_published(read_folder(folder, key))
         return {f"vision_encoder.{ours}": tensor for ours, tensor in own.items()}
-    if config.vision_encoder.type not in VISION_TYPES:
-        options = named_options(config.vision_encoder, config.image_res)
-        state = _timm_state(config.vision_encoder.type, _weights_file(folder, key), **options)
-        return {_VISION + ours: tensor for ours, tensor in state.items()}
     wanted = [each.removeprefix(_VISION) for each in model.state_dict() if each.startswith(_VISION)]
     if not Path(name).is_dir() and "/" not in name and is_model(name):
-        found = _timm_state(name, _weights_file(folder, key), num_classes=0)
+        found = published_tensors(name, read_folder(folder, key))
     else:
         state = _without_prefix(read_folder(folder, key), ("beit.", "vit.", "deit."))
         parts = {ours: vision_parts(ours) for ours in wanted}
@@ -144,33 +199,29 @@ def _vision_weights(name: str, key: str, model: Singularity | SingularityQA) -> 
 
 
 def _weights_file(folder: Path, key: str) -> Path:
-    for file in _FILES[1:]:
-        if (folder / file).is_file():
-            return folder / file
-    raise UserError(f"{key}: {folder} has neither model.safetensors nor pytorch_model.bin; choose another folder")
-
-
-def _timm_state(name: str, file: Path, **options: Any) -> dict[str, torch.Tensor]:
-    """Tensors of timm's model `name` with these options, from a file of weights that timm resizes to fit."""
-    return dict(create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}, **options).state_dict())
+    for pattern in _WEIGHTS:
+        if found := sorted(folder.glob(pattern)):
+            return found[0]
+    raise UserError(f"{key}: {folder} has none of {', '.join(_WEIGHTS)}; choose another folder")
 
 
 def _text_weights(name: str, key: str, model: Singularity | SingularityQA) -> dict[str, torch.Tensor]:
-    """Our text tensors from a BERT checkpoint; the answer decoder takes its first layers and its MLM head."""
+    """Our text tensors from a BERT checkpoint; the answer decoder takes its first layers and its MLM head.
+
+    Layers above the published ones start from the last published ones.
+    """
     folder = find_folder(name, key)
     if not isinstance(model.text_encoder, BertEncoder):
         own = model.text_encoder.from_published(read_folder(folder, key))
         return {f"text_encoder.{ours}": tensor for ours, tensor in own.items()}
+    _read_config(folder, key)  # raises for another kind
     state = _without_prefix(read_folder(folder, key), ("bert.",))
     for old, new in _OLD_NORMS.items():
         state = {each.replace(old, new): tensor for each, tensor in state.items()}
-    path = folder / "config.json"
-    kind = json.loads(path.read_text()).get("model_type") if path.is_file() else "bert"
-    if kind != "bert":
-        raise UserError(f"{key}: {folder} holds a {kind} model, only BERT fits; take for example bert-base-uncased")
+    _add_layers(state, model.config.text_encoder.layers)
     result = {}
     for each, tensor in state.items():
-        for theirs, ours in (("embeddings.", "embeddings."), ("encoder.layer.", "layer.")):
+        for theirs, ours in (("embeddings.", "embeddings."), (_LAYER, "layer.")):
             if each.startswith(theirs):
                 result[f"text_encoder.{ours}{each.removeprefix(theirs)}"] = tensor
                 result[f"answer_decoder.{ours}{each.removeprefix(theirs)}"] = tensor
@@ -178,3 +229,31 @@ def _text_weights(name: str, key: str, model: Singularity | SingularityQA) -> di
         if head != each:
             result[f"word_head.{head}"] = result[f"answer_decoder.word_head.{head}"] = tensor
     return result
+
+
+def _read_config(folder: Path, key: str) -> dict[str, Any]:
+    """The config.json of a BERT checkpoint; empty without one. Raises UserError for another kind of model."""
+    path = folder / "config.json"
+    try:
+        published = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{key}: {path} is not valid JSON ({error}); copy it again") from None
+    kind, activation = published.get("model_type", "bert"), published.get("hidden_act", "gelu")
+    if kind != "bert":
+        raise UserError(f"{key}: {folder} holds a {kind} model, only BERT fits; take for example bert-base-uncased")
+    if activation != "gelu":
+        raise UserError(f"{key}: {folder} has the activation {activation}, only gelu fits; take another BERT")
+    return dict(published)
+
+
+def _add_layers(state: dict[str, torch.Tensor], layers: int) -> None:
+    """Copy the last of a BERT's layers in `state` to those that it lacks of `layers`."""
+    published = 1 + max((int(name.split(".")[2]) for name in state if name.startswith(_LAYER)), default=-1)
+    added = layers - published
+    if added <= 0 or not published:
+        return
+    for number in range(published, layers):
+        source, target = f"{_LAYER}{max(0, number - added)}.", f"{_LAYER}{number}."
+        for name in [name for name in state if name.startswith(source)]:
+            state[target + name.removeprefix(source)] = state[name]
+    logger.info("text_encoder: %d layers above the %d published ones start from the last of those", added, published)
