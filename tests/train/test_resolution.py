@@ -4,7 +4,7 @@ import time
 
 import pytest
 import torch
-from small_run import PRECISIONS, job, learned, run_jobs, start_jobs
+from small_run import PRECISIONS, job, learned, metrics, run_jobs, start_jobs
 from test_resume import check_same, cut_off, kill_all
 
 from model.building import build_model
@@ -27,7 +27,7 @@ def settings(folder, kind="zero1", *others):
     precision = more[0] if more else "fp32"
     return (
         BEIT, f"output_dir={folder}", "image_res=64", "scheduler.image_res={32: 1}", "scheduler.epochs=2",
-        "keep_checkpoints=9", "temp=0.9", f"deepspeed=deepspeed_configs/{zero}.json", f"precision={precision}", *others,
+        "keep_checkpoints=9", "temp=0.9", "stop_key=images", "splits=[images]", "gallery=0", f"deepspeed=deepspeed_configs/{zero}.json", f"precision={precision}", *others,
     )  # fmt: skip
 
 
@@ -100,10 +100,15 @@ def kill_in_the_change(corpora, tmp_path, folder, kind):
     kill_all(process)
     process.wait(60)
     assert learned(folder)[-1]["step"] == STEPS // 2
+    assert not (folder / "finished.json").exists()
 
 
 def launch(corpora, tmp_path, runs):
     run_jobs(tmp_path, [job("pretrain", corpora / "tiny.yaml", *settings(folder, kind)) for kind, folder in runs])
+
+
+def evaluations(folder):
+    return [line for line in metrics(folder) if "evaluation" in line]
 
 
 def check_runs_resumed_from(steps, kinds, corpora, tmp_path):
@@ -118,6 +123,8 @@ def check_runs_resumed_from(steps, kinds, corpora, tmp_path):
     for kind, folder in resumed:
         check_same(runs[kind], folder)
         assert [line["image_res"] for line in learned(folder)] == [32] * 8 + [64] * 8
+        assert evaluations(folder) == evaluations(runs[kind])
+        assert [line["evaluation"] for line in evaluations(folder)] == ["epoch_01", "epoch_02", "final"]
     sizes = [load_weights(runs[kinds[0]] / f"checkpoints/step_{step:08}").config.image_res for step in (5, 8, 10)]
     assert sizes == [32, 32, 64]
 
