@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from model.checkpoints.pretrained import adopt_published
+from model.checkpoints.published import adopt_published
 from model.config import AnswerDecoderConfig, ModelConfig, ModelSettings
 from preprocessing.text import Tokenizer
 from runtime.errors import UserError
