@@ -21,7 +21,7 @@ from model.checkpoints.pretrained import new_model
 from model.config import with_changes
 from model.vision import VISION_TYPES
 from preprocessing.config import Preprocessing
-from preprocessing.text import Tokenizer
+from preprocessing.text import Tokenizer, find_vocabulary
 from runtime.activity import progress
 from runtime.errors import MissingError, UserError
 from runtime.ranks import Ranks, cores_per_process
@@ -177,10 +177,18 @@ def _model(settings: Settings) -> tuple[Model, Tokenizer]:
     run = settings.config
     if run.pretrained_path is not None:
         return _from_checkpoint(settings, run.pretrained_path, training=True)
+    published = run.dual_encoder or run.text_encoder.pretrained
+    if "tokenizer" not in settings.explicit and published and _brings_vocabulary(published):
+        run.tokenizer = published
     tokenizer = Tokenizer.load(run.tokenizer)
     config = fresh_architecture(settings, tokenizer)
     adopt(settings, config)
     return new_model(config, tokenizer.special_ids), tokenizer
+
+
+def _brings_vocabulary(name: str) -> bool:
+    """Whether published weights have their vocabulary beside them; on the hub they do."""
+    return not Path(name).is_dir() or find_vocabulary(Path(name)) is not None
 
 
 def _from_checkpoint(settings: Settings, path: str, training: bool) -> tuple[Model, Tokenizer]:
@@ -193,7 +201,7 @@ def _from_checkpoint(settings: Settings, path: str, training: bool) -> tuple[Mod
     if run.task == "qa" and not training and not weights.config.answer_decoder.enable:
         raise UserError(f"{path} has no answer decoder: fine-tune it with launch/finetune_qa.py first")
     config = with_changes(weights.config, changes_to(settings, weights.config, str(found), training))
-    if found.is_dir() and (found / "vocab.txt").is_file():
+    if found.is_dir() and find_vocabulary(found):
         if "tokenizer" in settings.explicit:
             _check_vocabulary(Tokenizer.load(run.tokenizer), str(found), run)
         tokenizer = Tokenizer.load(str(found))
@@ -213,7 +221,7 @@ def _from_checkpoint(settings: Settings, path: str, training: bool) -> tuple[Mod
 def _check_vocabulary(tokenizer: Tokenizer, weights: str, run: RunConfig) -> None:
     """Raise ValueError unless the tokenizer is the one that the weights were trained with."""
     trained_with = Tokenizer.load(weights)
-    if tokenizer.path.read_bytes() != trained_with.path.read_bytes():
+    if tokenizer.content != trained_with.content:
         raise UserError(
             f"tokenizer={run.tokenizer} differs from the vocabulary of {weights}: tokenizer=null uses that one"
         )

@@ -127,6 +127,11 @@ def check_texts(run: RunConfig, config: ModelConfig, tokenizer: Tokenizer) -> No
             f"tokenizer={run.tokenizer} has {tokenizer.vocab_size} words, the model's text_encoder.vocab_size is "
             f"{text.vocab_size}: name the vocabulary that the model was trained with, tokenizer=vocab.txt"
         )
+    if run.task == "qa" and tokenizer.pad_id == tokenizer.sep_id:
+        raise UserError(
+            f"tokenizer={run.tokenizer} pads with the token that ends a text, which an answer decoder must tell apart: "
+            "start from another text encoder for question answering"
+        )
     for medium in ("image", "video"):
         length = getattr(run.max_txt_l, medium)
         if not 2 <= length <= text.max_positions:
