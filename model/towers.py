@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,27 @@ def _build(name: str, settings: Mapping[str, Any]) -> Any:
     return model
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Context in which transformers prints errors only, and no progress."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        transformers.logging.enable_progress_bar()
+
+
 def published_state(model: Any, folder: Path) -> dict[str, torch.Tensor]:
     """The tensors that transformers reads from a checkpoint folder for `model`, by the names of `model`.
 
     Raises UserError when it lacks one.
     """
     try:
-        loaded, found = type(model).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        with _quiet():  # the other tower is not missed
+            loaded, found = type(model).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{folder} cannot be read ({str(error).splitlines()[0]}): copy it again") from None
     missing = sorted(set(found["missing_keys"]) & set(model.state_dict()))
