@@ -33,17 +33,8 @@ DUAL_MODELS = {"clip": "CLIP", "siglip": "Siglip"}  # followed by TextModel, Vis
 SHIFTED_POSITIONS = ("mpnet", "roberta", "xlm-roberta")
 
 
-def _build(name: str, settings: Mapping[str, Any]) -> Any:
-    """transformers' model `name` with random weights, from the entries of its config.json."""
-    kind = getattr(transformers, name)
-    model = kind(kind.config_class(**settings))
-    if getattr(model, "pooler", None) is not None:  # nothing reads its output
-        model.pooler = None
-    return model
-
-
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Context in which transformers prints errors only, and no progress."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
@@ -55,13 +46,23 @@ def _quiet() -> Iterator[None]:
         transformers.logging.enable_progress_bar()
 
 
+def _build(name: str, settings: Mapping[str, Any]) -> Any:
+    """transformers' model `name` with random weights, from the entries of its config.json."""
+    kind = getattr(transformers, name)
+    with quiet():
+        model = kind(kind.config_class(**settings))
+    if getattr(model, "pooler", None) is not None:  # nothing reads its output
+        model.pooler = None
+    return model
+
+
 def published_state(model: Any, folder: Path) -> dict[str, torch.Tensor]:
     """The tensors that transformers reads from a checkpoint folder for `model`, by the names of `model`.
 
     Raises UserError when it lacks one.
     """
     try:
-        with _quiet():  # the other tower is not missed
+        with quiet():  # the other tower is not missed
             loaded, found = type(model).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{folder} cannot be read ({str(error).splitlines()[0]}): copy it again") from None

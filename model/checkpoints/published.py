@@ -11,7 +11,7 @@ from typing import Any
 from model.checkpoints.pretrained import find_folder
 from model.config import ModelConfig
 from model.torchvision_cpu import transformers
-from model.towers import DUAL_MODELS, SHIFTED_POSITIONS, TEXT_MODELS
+from model.towers import DUAL_MODELS, SHIFTED_POSITIONS, TEXT_MODELS, quiet
 from runtime.errors import UserError
 
 _BERT_SIZES = {  # our names of the sizes of a text encoder, and those in config.json
@@ -128,7 +128,7 @@ def _adopt_bert(config: ModelConfig, explicit: Collection[str], found: Published
 def _adopt_text(config: ModelConfig, explicit: Collection[str], found: Published) -> None:
     """All published layers are text-only ones; the fusion layers above are BERT's, as wide as they are."""
     dual = found.kind in DUAL_MODELS
-    published = _dual_config(found).text_config if dual else transformers.AutoConfig.from_pretrained(found.folder)
+    published = _dual_config(found).text_config if dual else _transformers_config(found)
     positions, width = published.max_position_embeddings, published.hidden_size
     if found.kind == "siglip":
         positions += 1
@@ -169,9 +169,14 @@ def _adopt_tower(config: ModelConfig, explicit: Collection[str], found: Publishe
     config.vision_encoder.options = {"mean": mean, "std": std, **_options(published)}
 
 
+def _transformers_config(found: Published) -> Any:
+    with quiet():
+        return transformers.AutoConfig.from_pretrained(found.folder)
+
+
 def _dual_config(found: Published) -> Any:
     """transformers' configuration of a CLIP or SigLIP, with the width of the embeddings as `projection_dim`."""
-    result = transformers.AutoConfig.from_pretrained(found.folder)
+    result = _transformers_config(found)
     if found.kind == "siglip":
         result.projection_dim = result.text_config.projection_size
     return result
