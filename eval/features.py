@@ -193,7 +193,8 @@ def encode_test_set(
     blocks = visual_blocks(model, dataset, config, num_frames, ranks)
     visuals = collect_visuals(model, blocks, dataset.num_visuals, config, ranks)
     length = int(getattr(dataset.config.max_txt_l, dataset.media_type))
-    return visuals, encode_texts(model, *tokenizer.encode(texts, length), ranks)
+    written = dataset.as_written(texts, tokenizer.clean)
+    return visuals, encode_texts(model, *tokenizer.encode(written, length), ranks)
 
 
 def match_marked(
