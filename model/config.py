@@ -50,7 +50,9 @@ class VisionConfig:
 class TextConfig:
     """BERT, split in two: layers below `fusion_layer` see text only, those above also see the visual."""
 
-    type: str = fixed("bert", "bert, or a text encoder of your own, below the same fusion layers")
+    type: str = fixed(
+        "bert", "bert, transformers, clip, siglip (by pretrained), or one of your own; below the same fusion layers"
+    )
     options: dict[str, Any] = fixed(dict, "settings of a text encoder of your own: arguments of its class")
     pretrained: str | None = fixed(None, "initial weights: a hub name or a local folder", checkpoint=START)
     vocab_size: int = fixed(30522, "size of the vocabulary; by default the tokenizer's")
@@ -99,6 +101,11 @@ class ModelSettings:
 
     vision_encoder: VisionConfig = fixed(VisionConfig)
     text_encoder: TextConfig = fixed(TextConfig)
+    dual_encoder: str | None = fixed(
+        None,
+        "start both encoders, the projections and the temperature from a CLIP or SigLIP: a hub name or a local folder",
+        checkpoint=START,
+    )
     temporal_vision_encoder: TemporalConfig = fixed(TemporalConfig)
     answer_decoder: AnswerDecoderConfig = fixed(AnswerDecoderConfig)
     add_temporal_embed: bool = fixed(False, "add learned temporal embeddings to the tokens", checkpoint=FINE_TUNING)

@@ -27,9 +27,7 @@ def image_flops(model: Encoders) -> tuple[int, int]:
 def text_flops(model: Encoders, length: int) -> int:
     """FLOPs of the text-only half for a text of `length` tokens."""
     if model.text_encoder.measured is not None:
-        one, two = model.text_encoder.measured
-        squared = two // 2 - one  # attention grows with the square of the length, all else with the length
-        return length * (one - squared) + length**2 * squared
+        return model.text_encoder.flops(length)
     text = model.config.text_encoder
     return text.fusion_layer * layer_flops(length, text.width, text.intermediate, length)
 

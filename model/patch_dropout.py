@@ -7,6 +7,8 @@ temporal encoder, and BEiT's position bias is gathered once.
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import nn
 
@@ -52,7 +54,7 @@ def add_patch_dropout(transformer: nn.Module, kind: str, share: float) -> PatchD
         raise UserError(f"vision_encoder.patch_dropout is {share}: must be at least 0 and below 1")
     dropout = PatchDropout(share, getattr(transformer, "num_prefix_tokens", 0))
     if isinstance(transformer, VisionTransformer):
-        transformer.patch_drop = dropout
+        transformer.patch_drop = cast(Any, dropout)
     elif isinstance(transformer, Beit) and transformer.rel_pos_bias is None:
         transformer.pos_drop = dropout
     else:

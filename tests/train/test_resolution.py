@@ -27,8 +27,8 @@ def settings(folder, kind="zero1", *others):
     precision = more[0] if more else "fp32"
     return (
         BEIT, f"output_dir={folder}", "image_res=64", "scheduler.image_res={32: 1}", "scheduler.epochs=2",
-        "keep_checkpoints=9", "temp=0.9", f"deepspeed=deepspeed_configs/{zero}.json", f"precision={precision}",
-        "stop_key=images", "splits=[images]", "gallery=0", *others,
+        "keep_checkpoints=9", "temp=0.9", "stop_key=images", "splits=[images]", "gallery=0",
+        f"deepspeed=deepspeed_configs/{zero}.json", f"precision={precision}", *others,
     )  # fmt: skip
 
 

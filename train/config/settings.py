@@ -73,7 +73,11 @@ class RunConfig(ModelSettings, EvalRunConfig):
 
     explained: ClassVar[Mapping[str, str]] = EXPLAINED
 
-    tokenizer: str = free("bert-base-uncased", "vocabulary: a vocab.txt, a folder that holds one, or a hub name")
+    tokenizer: str = free(
+        "bert-base-uncased",
+        "vocabulary: a vocab.txt or tokenizer.json, a folder that holds one, or a hub name; by default that of "
+        "dual_encoder or text_encoder.pretrained, else this",
+    )
 
     data_root: str = free("data", "folder that other settings refer to as ${data_root}")
     train_corpus: Any = fixed(None, "packed corpora to train on: a name, a URL, or a list of them")
