@@ -136,6 +136,15 @@ def with_means(values: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+def reranking_helps(metrics: Mapping[str, Mapping[str, float]], split: str) -> bool | None:
+    """Whether a split's `r_mean` is higher re-ranked than by the dual encoder alone, which costs less at a tie.
+
+    metrics: entries of metrics.json. None for a split that was not ranked in both ways.
+    """
+    reranked, dual_encoder = (metrics.get(f"{split}{end}", {}).get("r_mean") for end in ("/", "_emb/"))
+    return None if reranked is None or dual_encoder is None else reranked > dual_encoder
+
+
 def row_blocks(rows: int, columns: int) -> Iterator[slice]:
     """Slices that cover `rows` rows of `columns` cells in blocks of a bounded size."""
     step = max(1, BLOCK_CELLS // max(1, columns))

@@ -49,7 +49,8 @@ class SplitOutput:
 class Subject:
     """The evaluation's name in reports (by default run and label) and its weights.
 
-    checkpoint: their name as given; weights: a digest of them, empty where unknown.
+    checkpoint: their name as given; weights: a digest of them; started_from: what their training started from, in
+    words; each empty where unknown.
     zero_shot: the weights were not fine-tuned; temporal: the model has a temporal encoder.
     """
 
@@ -58,6 +59,7 @@ class Subject:
     weights: str = ""
     zero_shot: bool = False
     temporal: bool = False
+    started_from: str = ""
 
 
 def write_evaluation(

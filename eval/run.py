@@ -129,6 +129,7 @@ def subject_of(model: Model, checkpoint: str = "", weights: str = "") -> Subject
         weights=weights,
         zero_shot=isinstance(model, Singularity) and model.word_head is not None,
         temporal=model.temporal_vision_encoder is not None,
+        started_from=model.history.origin,
     )
 
 

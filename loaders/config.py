@@ -28,7 +28,9 @@ class VideoInput:
     num_frames: int = fixed(1, "frames per clip in training", checkpoint=FINE_TUNING, least=1)
     sample_type: str = fixed("rand", "frames in training: rand (one a segment), middle, fpsX (X per second), or yours")
     num_frames_test: int = evaluation(4, "frames per clip in evaluation", least=1)
-    sample_type_test: str = evaluation("middle", "frames in evaluation; the same forms as sample_type")
+    sample_type_test: str = evaluation(
+        "middle", "frames in evaluation; the same forms as sample_type, or shuffled: middle in another order"
+    )
 
 
 @dataclass

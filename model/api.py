@@ -92,6 +92,7 @@ class Pretrained(Encoders, ModelHubMixin):
         model: Any = build_model(config, special_ids, (Singularity, SingularityQA))
         fit_weights(model, weights, str(source))
         model.tokenizer, model.preprocessing, model.source = words, weights.preprocessing, found
+        model.history = weights.history
         return model.eval()
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -99,14 +100,15 @@ class Pretrained(Encoders, ModelHubMixin):
         if self.tokenizer is not None:
             self.tokenizer.save(save_directory)
         special_ids = {name: getattr(self, name) for name in ("pad_id", "cls_id", "mask_id")}
-        write_weights(Weights(self.config, self.state_dict(), special_ids, self.preprocessing), save_directory)
+        weights = Weights(self.config, self.state_dict(), special_ids, self.preprocessing, self.history)
+        write_weights(weights, save_directory)
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """The model card: that of the weights' folder where it has one, otherwise made of the run and its results."""
         written = None if self.source is None else self.source / "README.md"
         if written is not None and written.is_file():
             return ModelCard.load(written)
-        return ModelCard(model_card(self.config, self.preprocessing, self.source))
+        return ModelCard(model_card(self.config, self.preprocessing, self.history, self.source))
 
     @contextmanager
     def _inference(self) -> Iterator[torch.device]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from model.checkpoints.files import find_run
 from model.config import ModelConfig
+from model.history import History
 from preprocessing.config import Preprocessing
 
 HEAD = """---
@@ -39,7 +40,7 @@ print(images @ texts.T, model.match(["photo.jpg"], ["a dog in the snow", "two ca
 USE_QA = 'print(model.answer(["photo.jpg"], ["what animal is it"], ["dog", "cat"]))'
 
 
-def model_card(config: ModelConfig, preprocessing: Preprocessing, source: Path | None) -> str:
+def model_card(config: ModelConfig, preprocessing: Preprocessing, history: History, source: Path | None) -> str:
     """The card, Markdown, of a model whose weights were found at `source`; results are those of its run."""
     asks = config.answer_decoder.enable
     run = find_run(source) if source is not None else None
@@ -50,16 +51,17 @@ def model_card(config: ModelConfig, preprocessing: Preprocessing, source: Path |
         kind="SingularityQA" if asks else "Singularity",
         use=USE_QA if asks else USE.format(width=config.embed_dim),
     )
-    parts = [head, _model(config, preprocessing), *_data(preprocessing), *_results(run)]
+    parts = [head, _model(config, preprocessing, history), *_data(preprocessing), *_results(run)]
     return "\n".join([*parts, "## Licence\n\nMIT, for code and weights. The data have their own licences.\n"])
 
 
-def _model(config: ModelConfig, preprocessing: Preprocessing) -> str:
+def _model(config: ModelConfig, preprocessing: Preprocessing, history: History) -> str:
     temporal = "with" if config.temporal_vision_encoder.enable else "without"
     vision, text = config.vision_encoder, config.text_encoder
     rows = {
         "vision": f"{vision.type}, {vision.depth} layers of width {vision.width}, {config.image_res} pixels",
         "text": f"{text.layers} layers of width {text.width}, fusion from layer {text.fusion_layer} on",
+        **({"training started from": history.origin} if history.origin else {}),
         "frames in training": f"{config.num_frames}, {temporal} a temporal encoder",
         "frames in evaluation": f"{preprocessing.num_frames_test} ({preprocessing.sample_type_test})",
     }

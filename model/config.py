@@ -29,12 +29,14 @@ _INITIALIZER_RANGE = "standard deviation of random initial matrices; narrower mo
 class VisionConfig:
     """The vision backbone. Defaults: BEiT-B/16 as published."""
 
-    type: str = fixed("beit", "beit, vit, deit, the name of another vision transformer of timm, or one of your own")
+    type: str = fixed("beit", "beit, vit, deit, the name of another image backbone of timm, or one of your own")
     options: dict[str, Any] = fixed(dict, "settings of a backbone of your own: arguments of its class")
     pretrained: str | None = fixed(None, "initial weights: a hub name or a local folder", checkpoint=START)
-    patch_size: int = fixed(16, "height and width of a patch in pixels")
-    width: int = fixed(768, "width of the tokens")
-    depth: int = fixed(12, "layers")
+    mean: list[float] | None = fixed(None, "mean of the pixels in [0, 1]; by default that of the published weights")
+    std: list[float] | None = fixed(None, "their standard deviation; by default that of the published weights")
+    patch_size: int = fixed(16, "height and width of a patch in pixels; by default the backbone's of timm")
+    width: int = fixed(768, "width of the tokens; by default the backbone's of timm")
+    depth: int = fixed(12, "layers; by default the backbone's of timm")
     heads: int = fixed(12, "attention heads per layer")
     mlp_ratio: float = fixed(4.0, "hidden width of the MLP, as a multiple of width")
     layer_scale: float = fixed(0.1, "initial value of the layer scale, BEiT only; 0: none")

@@ -8,6 +8,7 @@ from torch import nn
 import model.towers  # noqa: F401  # registers its encoders
 from model.config import ENSEMBLES, ModelConfig
 from model.freezing import Freezable
+from model.history import History
 from model.temporal import TemporalEncoder, embeddings_for_frames
 from model.text import CrossAttentionKeys, build_text
 from model.vision import build_vision
@@ -16,6 +17,8 @@ from runtime.errors import UserError
 
 class Encoders(Freezable):
     """Encodes clips (B, T, 3, H, W) and texts (B, Lt), and fuses the two."""
+
+    history = History()  # of the weights
 
     def __init__(self, config: ModelConfig, pad_id: int = 0) -> None:
         """Random initial weights. Raises ValueError when sizes in `config` do not fit together."""

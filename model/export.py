@@ -79,7 +79,7 @@ def write_official(weights: Weights, path: str | Path) -> None:
     import omegaconf
     import torch
 
-    from model.vision import VISION_TYPES
+    from model.backbones import VISION_TYPES
 
     path, kind, weights = Path(path), weights.config.vision_encoder.type, without_losses(weights)
     if kind not in VISION_TYPES:

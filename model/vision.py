@@ -1,9 +1,8 @@
-"""Vision backbones: frames to tokens and pooled vectors. The registry, its contract, and the transformers of timm."""
+"""Vision backbones: frames to tokens and pooled vectors. Builds the chosen one; the transformers of timm."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -11,80 +10,25 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from model.backbones import VISION_TYPES, check_backbone, create_backbone, pixel_statistics
 from model.checkpoints.positions import resize_relative
 from model.config import ModelConfig, VisionConfig
+from model.feature_maps import FeatureMapEncoder
 from model.probe import run_counted
 from model.torchvision_cpu import (
     Beit,
     BeitAttention,
     VisionTransformer,
-    create_model,
     gen_relative_position_index,
-    get_pretrained_cfg,
     is_model,
     resample_abs_pos_embed,
 )
+from model.vision_encoder import VISION, VisionEncoder
 from runtime.errors import UserError
-from runtime.plugins import Registry, build_with_options
+from runtime.plugins import build_with_options
 
 TIMM_RANGE = 0.02
 ROW = 8  # rows of an attention mask are padded to a multiple of 8 elements
-VISION_TYPES = ("beit", "vit", "deit")
-_HALF = (0.5, 0.5, 0.5)
-PIXEL_STATISTICS = {  # mean and standard deviation of the pixels in [0, 1] that the published weights expect
-    "beit": (_HALF, _HALF),
-    "vit": (_HALF, _HALF),
-    "deit": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-}
-
-
-def pixel_statistics(kind: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of the pixels in [0, 1] that a `vision_encoder.type` expects."""
-    if kind in PIXEL_STATISTICS:
-        return PIXEL_STATISTICS[kind]
-    published = get_pretrained_cfg(kind)
-    return (published.mean, published.std) if published else (_HALF, _HALF)
-
-
-class VisionEncoder(nn.Module):
-    """What the model needs of a vision backbone; each frame of a clip is encoded by itself.
-
-    A class that derives from it, registered with `@VISION("NAME")`, is chosen by `vision_encoder.type: NAME`. It is
-    built as `Class(config, **options)`: the ModelConfig and `vision_encoder.options`.
-    """
-
-    mean: tuple[float, ...] = _HALF  # that pixels in [0, 1] are normalised with
-    std: tuple[float, ...] = _HALF
-    recompute = False  # whether gradient checkpointing is on, see `model.text.run_layer`
-    measured: tuple[int, int] | None = None  # of an own backbone: FLOPs and tokens of an image, set when it is built
-
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Normalised images (N, 3, H, W), H = W = image_res, to tokens (N, L, D) and pooled vectors (N, D).
-
-        D is `vision_encoder.width`, L the same for all images. The fusion layers attend to the tokens, of which the
-        first stands for the whole image; VTC compares the pooled vectors.
-        """
-        raise NotImplementedError
-
-    def set_gradient_checkpointing(self, enable: bool) -> None:
-        """Whether the backward pass computes activations again."""
-        self.recompute = enable
-
-    def resized(self, name: str, tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """Tensor `name` of a checkpoint, whose shape differs from `shape` here, for example for another image_res.
-
-        By default as it is, which is an error later.
-        """
-        return tensor
-
-    def from_published(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The tensors of `vision_encoder.pretrained` by the names of this module; surplus ones are ignored."""
-        return state
-
-
-VISION: Registry[Callable[..., VisionEncoder]] = Registry(
-    "vision_encoder.type", "the name of another vision transformer of timm"
-)
 
 
 def build_vision(config: ModelConfig) -> VisionEncoder:
@@ -93,13 +37,18 @@ def build_vision(config: ModelConfig) -> VisionEncoder:
     Raises UserError when there is none, or when its options, sizes or outputs do not fit.
     """
     vision = config.vision_encoder
-    timm = vision.type not in VISION and is_model(vision.type)
-    kind = TimmEncoder if timm else VISION[vision.type]
+    kind: Callable[..., VisionEncoder] = FeatureMapEncoder
+    if vision.type in VISION or not is_model(vision.type):
+        kind = VISION[vision.type]
+    elif check_backbone(vision).is_transformer:
+        kind = TimmEncoder
     encoder = build_with_options(kind, "vision_encoder.options", vision.options, config)
     if not isinstance(encoder, VisionEncoder):
         raise UserError(
             f"vision_encoder.type={vision.type} is a {type(encoder).__name__}: derive it from VisionEncoder"
         )
+    if vision.mean and vision.std:
+        encoder.mean, encoder.std = tuple(vision.mean), tuple(vision.std)
     if kind is not TimmEncoder:
         _check_outputs(encoder, config)
     return encoder
@@ -132,7 +81,7 @@ def check_sizes(config: VisionConfig, image_res: int) -> None:
             f"image_res is {image_res}, not a multiple of vision_encoder.patch_size {config.patch_size}: "
             f"take {image_res // config.patch_size * config.patch_size or config.patch_size}"
         )
-    if config.width % config.heads:
+    if config.type in VISION_TYPES and config.width % config.heads:
         raise UserError(
             f"vision_encoder.width {config.width} is not a multiple of vision_encoder.heads {config.heads}: change one"
         )
@@ -158,7 +107,7 @@ def build_transformer(config: VisionConfig, image_res: int, pooler: bool = True)
     }
     vision: Any
     if config.type not in VISION_TYPES:
-        vision = _named(config, image_res)
+        vision = create_backbone(config, image_res)
     elif config.type != "beit":
         vision = VisionTransformer(global_pool="token", **common)
     else:
@@ -169,29 +118,6 @@ def build_transformer(config: VisionConfig, image_res: int, pooler: bool = True)
     for module in vision.blocks.modules():
         if isinstance(module, nn.Linear):  # from timm's standard deviation
             module.weight.data *= config.initializer_range / TIMM_RANGE
-    return vision
-
-
-def named_options(config: VisionConfig, image_res: int) -> dict[str, Any]:
-    """Options of timm's `create_model` for a backbone that is chosen by name."""
-    sizes = {"img_size": image_res, "patch_size": config.patch_size}
-    return {"num_classes": 0, "drop_path_rate": config.drop_path, **sizes}
-
-
-def _named(config: VisionConfig, image_res: int) -> Any:
-    """timm's model `config.type` with this patch size and resolution; raises UserError where there is none."""
-    vision: Any = None
-    with suppress(TypeError):  # of one without such sizes
-        vision = create_model(config.type, pretrained=False, **named_options(config, image_res))
-    if not hasattr(vision, "num_prefix_tokens") or not hasattr(vision, "blocks"):
-        raise UserError(
-            f"vision_encoder.type={config.type} is not a vision transformer with patches: choose one, such as "
-            "vit_small_patch16_224 or eva02_base_patch14_224"
-        )
-    sizes = {"width": vision.num_features, "depth": len(vision.blocks)}
-    if any(getattr(config, name) != value for name, value in sizes.items()):
-        actual = " ".join(f"vision_encoder.{name}={value}" for name, value in sizes.items())
-        raise UserError(f"the sizes of vision_encoder.type={config.type} differ: set {actual}")
     return vision
 
 

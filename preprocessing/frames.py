@@ -35,6 +35,16 @@ def middle_of_each(num_frames: int, length: int, fps: float, numbers: np.ndarray
     return (edges[:-1] + edges[1:] - 1) // 2
 
 
+@FRAME_SAMPLERS("shuffled")
+def middle_of_each_shuffled(num_frames: int, length: int, fps: float, numbers: np.ndarray) -> np.ndarray:
+    """The frames of `middle` in another order, which depends on the length alone: tests what their order tells."""
+    chosen = middle_of_each(num_frames, length, fps, numbers)
+    generator, last = np.random.default_rng(length), np.arange(len(chosen))
+    while len(chosen) > 1 and (np.diff(last) > 0).all():
+        last = generator.permutation(len(chosen))
+    return chosen[last]
+
+
 @FRAME_SAMPLERS("fpsX")
 def per_second(num_frames: int, length: int, fps: float, numbers: np.ndarray, x: float) -> np.ndarray:
     """The frames at x per second, spread evenly where they are more than num_frames."""

@@ -20,6 +20,7 @@ from tokenizers.processors import TemplateProcessing
 
 from runtime.activity import keep_alive
 from runtime.errors import MissingError, UserError
+from runtime.packages import PREFIX, find_in_package
 
 DELETED = re.compile(r"[,.'!?\"()*#:;~]")
 ID = np.dtype(np.int32)
@@ -50,12 +51,12 @@ class Tokenizer:
 
     @classmethod
     def load(cls, name: str) -> Tokenizer:
-        """From a `vocab.txt` or a `tokenizer.json`, a folder that holds one, or a name on the Hugging Face hub.
+        """From a `vocab.txt` or `tokenizer.json`, a folder or a package that holds one, or a name on the hub.
 
         Of a folder that holds both the `vocab.txt` is taken.
         Raises FileNotFoundError: none of these is there. ValueError: the file is no vocabulary.
         """
-        path = Path(name)
+        path = find_in_package(name, VOCABULARIES, "tokenizer") if name.startswith(PREFIX) else Path(name)
         if (found := find_vocabulary(path)) is None:
             if path.suffix in (".txt", ".json") or len(path.parts) > 2 or path.is_dir():
                 raise MissingError(

@@ -88,20 +88,23 @@ def histogram_svg(name: str, bins: Mapping[str, int], open_bins: Sequence[str] =
 
 def grouped_bars(
     names: Sequence[str],
-    series: Mapping[str, Sequence[tuple[float, float]]],
+    series: Mapping[str, Sequence[tuple[float, float | tuple[float, float]]]],
     marks: Sequence[float],
     x_label: str,
 ) -> Figure:
-    """Horizontal bars in percent: for each of `names` one a series, as (value, error), and a mark across them."""
+    """Horizontal bars in percent: for each of `names` one a series, as (value, error), and a mark across them.
+
+    An error may be a pair: how far it reaches below the value, and above.
+    """
     figure = _figure(9, 0.7 * len(names) + 1.5)
     axes = figure.subplots()
     rows = range(len(names) - 1, -1, -1)
     for number, (label, values) in enumerate(series.items()):
-        heights = [row + 0.2 - 0.4 * number for row in rows]
-        errors = [error for _, error in values]
-        axes.barh(
-            heights, [value for value, _ in values], 0.38, xerr=errors, ecolor=TEXT, color=COLORS[number], label=label
-        )
+        step = 0.8 / len(series)
+        heights = [row + 0.4 - step * (number + 0.5) for row in rows]
+        errors = list(zip(*(error if isinstance(error, tuple) else (error, error) for _, error in values)))
+        shown, color = [value for value, _ in values], COLORS[number % len(COLORS)]
+        axes.barh(heights, shown, 0.95 * step, xerr=errors, ecolor=TEXT, color=color, label=label)
     for row, mark in zip(rows, marks):
         axes.plot([mark] * 2, [row - 0.42, row + 0.42], color="black", linewidth=1.5)
     axes.set_yticks(rows, names)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import distributed
 
+from eval.metrics import reranking_helps
 from eval.run import FINAL, Metrics
 from loaders.batch import Batch
 from model.building import Model
@@ -74,6 +75,7 @@ class Trainer:
             prepared.tokenizer,
             self.ranks,
             prepared.preprocessing,
+            self.model.history,
         )
         self.state = self._resume()
         self.total_steps = total_steps(self.run, self.loader.steps_per_epoch)
@@ -259,7 +261,7 @@ class Trainer:
         if self.state.best is None or score > self.state.best:
             self.state.best, self.state.best_step = score, self.state.step
             self.watchdog.enter(SAVE, self.state.step)
-            self.writer.save_best(self.state, key)
+            self.writer.save_best(self.state, key, reranking_helps(metrics, key))
             if self.ranks.is_first:
                 log.info("Best so far: %s %s %.2f after epoch %d", key, measure, score, epoch)
         self.state.evaluated_epochs = epoch
@@ -270,9 +272,10 @@ class Trainer:
     def _evaluate_all(self, evaluate: Evaluate) -> None:
         """Evaluate all splits with the best weights, or the last ones without `stop_key`."""
         if self.state.best_step is not None:
-            best = load_weights(best_version(self.folder.checkpoints, self.state.best_step)).state
-            set_weights(self.engine, best)
-            set_buffers(self.engine, best)
+            best = load_weights(best_version(self.folder.checkpoints, self.state.best_step))
+            set_weights(self.engine, best.state)
+            set_buffers(self.engine, best.state)
+            self.model.history = replace(self.model.history, reranks=best.history.reranks)
         elif self.run.stop_key is not None and self.ranks.is_first:
             log.warning("No best checkpoint exists: the last weights are evaluated")
         self._evaluate(evaluate, list(self.run.test_urls()), FINAL)
@@ -296,9 +299,11 @@ def total_steps(run: RunConfig, per_epoch: int) -> int:
 def deciding_score(metrics: Metrics, split: str) -> tuple[str, float]:
     """The metric that chooses the best checkpoint, and its value.
 
-    `overall` of QA, `r_mean` of re-ranked retrieval, of a task of one's own that has neither the first one.
+    `overall` of QA; `r_mean` of retrieval, of the better of its two rankings; of a task of one's own that has neither
+    the first one.
     """
-    row = next((metrics[name] for name in (split, f"{split}/", f"{split}_emb/") if metrics.get(name)), None)
+    names = [f"{split}_emb/"] if reranking_helps(metrics, split) is False else [split, f"{split}/", f"{split}_emb/"]
+    row = next((metrics[name] for name in names if metrics.get(name)), None)
     if row is None:
         raise UserError(f"stop_key={split} has no metrics: name a split that has some, or stop_key=null")
     measure = next((name for name in ("overall", "r_mean") if name in row), next(iter(row)))

@@ -15,11 +15,12 @@ from eval.run import TASKS, make_task
 from eval.tasks.task import Task
 from loaders.shards import describe
 from loaders.train import TrainLoader
+from model.backbones import VISION_TYPES
 from model.building import Model, build_model
 from model.checkpoints.loading import find_weights, fit_weights
 from model.checkpoints.pretrained import new_model
 from model.config import with_changes
-from model.vision import VISION_TYPES
+from model.history import History
 from preprocessing.config import Preprocessing
 from preprocessing.text import Tokenizer, find_vocabulary
 from runtime.activity import progress
@@ -183,7 +184,9 @@ def _model(settings: Settings) -> tuple[Model, Tokenizer]:
     tokenizer = Tokenizer.load(run.tokenizer)
     config = fresh_architecture(settings, tokenizer)
     adopt(settings, config)
-    return new_model(config, tokenizer.special_ids), tokenizer
+    model = new_model(config, tokenizer.special_ids)
+    model.history = History.of_training(config)
+    return model, tokenizer
 
 
 def _brings_vocabulary(name: str) -> bool:
@@ -214,6 +217,7 @@ def _from_checkpoint(settings: Settings, path: str, training: bool) -> tuple[Mod
     adopt(settings, config)
     model = build_model(config, tokenizer.special_ids)
     report = fit_weights(model, weights, str(found), run.expected_tensors)
+    model.history = History.of_training(config, path, weights.history) if training else weights.history
     log.info("Weights of %s: %s", found, report)
     return model, tokenizer
 

@@ -13,7 +13,7 @@ from eval.report.evaluations import Evaluation, find_evaluations
 from eval.report.gallery import data_url
 from eval.report.grouping import TestSet, group_test_sets
 from eval.report.published import SOURCE
-from eval.report.tables import bars, frame_curves, loss_curves, tables
+from eval.report.tables import bars, frame_curves, loss_curves, origins, tables
 
 
 def write_report(paths: Sequence[str | Path], output: str | Path, title: str = "Evaluation") -> Path:
@@ -27,6 +27,7 @@ def write_report(paths: Sequence[str | Path], output: str | Path, title: str = "
         title=title,
         evaluations=evaluations,
         tables=all_tables,
+        origins=origins(evaluations),
         bars={task: bars(all_tables, task) for task in ("retrieval", "questions")},
         frame_curves=frame_curves(test_sets),
         curves=loss_curves(evaluations),

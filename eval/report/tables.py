@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from eval.metrics import RECALL_AT
+from eval.metrics import RECALL_AT, reranking_helps
 from eval.report.evaluations import Evaluation
 from eval.report.grouping import Member, TestSet, group_test_sets
 from eval.report.losses import by_medium, loss_weights, read_metrics, weighted_name
@@ -47,6 +47,7 @@ def tables(test_sets: Sequence[TestSet]) -> list[dict[str, Any]]:
                 "baselines": _baselines(details),
                 "best": {c: max((r["values"][c] for r in rows if c in r["values"]), default=None) for c in columns},
                 "types": _type_columns(rows, "question_type/")[1:],
+                "notes": [note for row in rows if not row["secondary"] and (note := _ranking_note(row))],
             }
         )
     return found
@@ -62,7 +63,7 @@ def _rows(test_set: TestSet) -> list[dict[str, Any]]:
             "title": f"{member.evaluation.title}: {member.split}" if several_names else member.evaluation.title,
             "key": key,
             "ranking": ranking,
-            "secondary": ranking == "dual encoder",
+            "secondary": place > 0,
             "values": member.evaluation.metrics[key],
             "intervals": member.evaluation.details["intervals"].get(key, {}),
             "details": member.details,
@@ -70,7 +71,7 @@ def _rows(test_set: TestSet) -> list[dict[str, Any]]:
             "ties": member.details.get("depends_on_ties", {}).get(key, []),
         }
         for member, packing in zip(test_set.members, test_set.packings, strict=True)
-        for key, ranking in _rankings(member).items()
+        for place, (key, ranking) in enumerate(_rankings(member).items())
         if key in member.evaluation.metrics
     ]
 
@@ -88,7 +89,32 @@ def _baselines(details: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _rankings(member: Member) -> dict[str, str]:
     if member.details["task"] != "retrieval":
         return {member.split: member.details.get("accuracy", member.details["task"])}
-    return {f"{member.split}/": "re-ranked", f"{member.split}_emb/": "dual encoder"}
+    both = {f"{member.split}/": "re-ranked", f"{member.split}_emb/": "dual encoder"}
+    rankings = [item for item in both.items() if item[0] in member.evaluation.metrics]
+    return dict(rankings if _reranks(member) else reversed(rankings))
+
+
+def _reranks(member: Member) -> bool:
+    """Whether re-ranking counts, as the validation of the weights found; unknown of old ones, where it does.
+
+    An evaluation after an epoch of training is itself the validation.
+    """
+    about = member.evaluation
+    found = member.details.get("reranks")
+    if found is None and about.folder.name.startswith("epoch_") and not about.details["checkpoint"]:
+        found = reranking_helps(about.metrics, member.split)
+    return found is not False and member.details.get("matching_trained", True)
+
+
+def _ranking_note(row: Mapping[str, Any]) -> str:
+    """Why the dual encoder comes first, or stands alone; empty where it does not, or on demand."""
+    if row["ranking"] != "dual encoder":
+        return ""
+    reranked = f"{row['member'].split}/" in row["member"].evaluation.metrics
+    order = f"{row['title']}: {'dual encoder first' if reranked else 'not re-ranked'}, because"
+    if not row["details"].get("matching_trained", True):
+        return f"{order} no loss trained the matching head (loss_weight.itm=0)."
+    return f"{order} re-ranking was no better in the validation of the weights." if reranked else ""
 
 
 def _type_columns(rows: Sequence[dict[str, Any]], prefix: str) -> list[str]:
@@ -210,7 +236,23 @@ def console_table(evaluations: Sequence[Evaluation]) -> str:
                 low[f"{baseline['title']} {table['title']}"] = _shown(baseline["values"])
         if metrics:
             texts.append(format_table(metrics, low))
-    return "\n\n".join(texts)
+    notes = [note for table in all_tables for note in table["notes"]]
+    notes += [f"{name}: training started from {origin}" for name, origin in origins(evaluations).items()]
+    return "\n\n".join([*texts, *(["\n".join(notes)] if notes else [])])
+
+
+def origins(evaluations: Sequence[Evaluation]) -> dict[str, str]:
+    """What the training of the evaluated models started from, as far as recorded, by the name of the run.
+
+    By the evaluation's title where those of a run are of several checkpoints.
+    """
+    models = {(each.run, each.details["checkpoint"]): each for each in reversed(evaluations)}
+    found = {}
+    for (run, _), each in reversed(models.items()):
+        several = sum(other == run for other, _ in models) > 1
+        if origin := each.details.get("started_from"):
+            found[each.title if several else each.run_name] = origin
+    return found
 
 
 def _console_name(table: dict[str, Any], row: dict[str, Any]) -> str:

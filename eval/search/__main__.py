@@ -73,9 +73,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--candidates",
         type=int,
-        default=32,
         metavar="N",
-        help="most similar visuals re-ranked by VTM; 0: none (default: %(default)s)",
+        help="most similar visuals re-ranked by VTM; 0: none (default: 32, or 0 where the validation of the checkpoint "
+        "found re-ranking no better)",
     )
     result.add_argument("--frames", type=int, default=4, metavar="N", help="frames per clip (default: %(default)s)")
     result.add_argument("--output", default="hits.jpg", metavar="FILE", help="contact sheet (default: %(default)s)")
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if options.query is None and not options.serve:
         raise UserError("no query: give a QUERY, or --serve for a web page")
-    if options.top < 1 or options.candidates < 0 or options.frames < 1:
+    if options.top < 1 or (options.candidates or 0) < 0 or options.frames < 1:
         raise UserError("--top and --frames must be at least 1, --candidates at least 0")
     check_outside_corpora(options.cache or usual_cache(), "--cache")
     from eval.search.server import SearchServer

@@ -28,7 +28,7 @@ class SearchServer(ThreadingHTTPServer):
         AccessError: the address cannot be listened on; port 0 takes a free one.
     """
 
-    def __init__(self, host: str, port: int, count: int, candidates: int) -> None:
+    def __init__(self, host: str, port: int, count: int, candidates: int | None) -> None:
         self.search: VisualSearch | None = None
         self.host, self.count, self.candidates = host, count, candidates
         self.one_query = threading.Lock()

@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 SHEET_WIDTH = 1240  # pixels, at most
 CELL = 96  # of a frame on the sheet
 FRAMES_SHOWN = 4
+CANDIDATES = 32  # re-ranked
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,14 @@ class VisualSearch:
         self._blocks = blocks
         self.frames_shown = FRAMES_SHOWN if self.dataset.media_type == "video" else 1
 
-    def find(self, query: str, count: int = 12, candidates: int = 32) -> list[Found]:
+    def find(self, query: str, count: int = 12, candidates: int | None = None) -> list[Found]:
         """The `count` best visuals for a text: the most similar `candidates` ordered by the match score.
 
-        candidates: 0 keeps the order of the dual encoder. Raises ValueError for a query without words.
+        candidates: 0 keeps the order of the dual encoder; by default CANDIDATES, or 0 where the validation of the
+        weights found re-ranking no better. Raises ValueError for a query without words.
         """
+        if candidates is None:
+            candidates = CANDIDATES if self.model.history.prefers_reranking else 0
         text = self.tokenizer.clean(query).strip()
         if not text:
             raise UserError(f"the query {query!r} has no words: describe what to find")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from eval.outputs import SplitOutput
 from eval.report.gallery import choose_queries, draw_visuals
 from eval.tasks.task import Task, TaskResult, common_details
 from loaders.evaluation import RetrievalSet
+from model.history import History
 from model.singularity import Singularity
 from preprocessing.text import Tokenizer
 from runtime.collectives import broadcast
@@ -43,10 +44,12 @@ class Scores:
 class RetrievalResult(TaskResult):
     """Metrics "NAME/" re-ranked and "NAME_emb/" dual encoder, official names, percent.
 
-    depends_on_ties: of each entry, the metrics that another order of equal scores would change. scores: on rank 0.
+    depends_on_ties: of each entry, the metrics that another order of equal scores would change. history: of the
+    model's weights. scores: on rank 0.
     """
 
     depends_on_ties: dict[str, list[str]]
+    history: History = field(default_factory=History)
     scores: Scores | None = None
 
 
@@ -68,7 +71,9 @@ class RetrievalTask(Task[RetrievalSet, RetrievalResult]):
         num_frames: int,
         ranks: Ranks = ALONE,
     ) -> RetrievalResult:
-        """Score all pairs by the dual encoder, and each query's `k_test` best by VTM."""
+        """Score all pairs by the dual encoder, and each query's `k_test` best by VTM where its head was trained."""
+        if not model.history.matching_trained:
+            config = replace(config, k_test=0)
         start = time.perf_counter()
         with evaluating(model, config):
             visuals, texts = encode_test_set(model, dataset, tokenizer, dataset.texts, config, num_frames, ranks)
@@ -85,6 +90,7 @@ class RetrievalTask(Task[RetrievalSet, RetrievalResult]):
             missing=missing,
             seconds=seconds,
             depends_on_ties=ties,
+            history=model.history,
             scores=scores,
         )
 
@@ -93,7 +99,8 @@ class RetrievalTask(Task[RetrievalSet, RetrievalResult]):
         assert result.scores is not None, "only rank 0 has the scores"
         matrices = score_matrices(result.name, result.scores)
         directions = {key: _directions(*pair, dataset) for key, pair in matrices.items()}
-        final = next(iter(directions.values()))
+        first = f"{result.name}/" if result.history.prefers_reranking else f"{result.name}_emb/"
+        final = directions.get(first, next(iter(directions.values())))
         gallery, shown = _gallery(final, config)
         visuals, pictures = draw_visuals(shown, dataset, result.name, set(result.missing), config.gallery_frames)
         named = {
@@ -110,6 +117,8 @@ class RetrievalTask(Task[RetrievalSet, RetrievalResult]):
                 "num_texts": len(dataset.texts),
                 "chance": chance_metrics(dataset.texts_of_visual, dataset.visuals_of_text),
                 "depends_on_ties": result.depends_on_ties,
+                "matching_trained": result.history.matching_trained,
+                "reranks": result.history.reranks,
             },
             outcomes=[_outcomes(key, each) for key, both in directions.items() for each in both],
             predictions={each.kind: _predictions(each) for each in final},
@@ -144,7 +153,7 @@ def score(
 
 
 def score_matrices(name: str, scores: Scores) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Visual to text (N, M) and text to visual (M, N) by the entry of metrics.json, the final ones first."""
+    """Visual to text (N, M) and text to visual (M, N) by the entry of metrics.json, the re-ranked ones first."""
     matrices = {f"{name}_emb/": (scores.similarity, scores.similarity.T)}
     if scores.visual_to_text is not None and scores.text_to_visual is not None:
         matrices = {f"{name}/": (scores.visual_to_text, scores.text_to_visual), **matrices}

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from model.config import ModelConfig, config_from_dict
+from model.history import History
 from preprocessing.config import Preprocessing
 from preprocessing.text import VOCABULARIES
 from preprocessing.text import find_vocabulary as vocabulary_in
@@ -34,12 +35,13 @@ _SPECIAL_TOKENS = {"pad_id": "[PAD]", "cls_id": "[CLS]", "mask_id": "[MASK]"}
 
 @dataclass(frozen=True)
 class Weights:
-    """A model on disk: its architecture, its tensors by our names, the ids of its special tokens, and its inputs."""
+    """A model on disk: its architecture, its tensors by our names, the ids of its special tokens, inputs, history."""
 
     config: ModelConfig
     state: dict[str, torch.Tensor]
     special_ids: dict[str, int] = field(default_factory=dict)
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    history: History = field(default_factory=History)
 
 
 def write_weights(weights: Weights, folder: str | Path) -> None:
@@ -54,6 +56,7 @@ def write_weights(weights: Weights, folder: str | Path) -> None:
         "config": asdict(weights.config),
         "special_ids": weights.special_ids,
         "preprocessing": asdict(weights.preprocessing),
+        "history": asdict(weights.history),
         "versions": {name: version(name) for name in ("torch", "timm", "transformers")},
     }
     with atomic_file(folder / TENSORS) as path:
@@ -154,7 +157,8 @@ def read_weights(folder: Path) -> Weights:
     special_ids = read_special_ids(folder / VOCABULARY) or dict(description.get("special_ids", {}))
     known = description.get("preprocessing")
     preprocessing = Preprocessing.of(known) if known else _run_preprocessing(folder)
-    return Weights(config, read_tensors(folder / TENSORS), special_ids, preprocessing)
+    history = History.of(description.get("history", {}))
+    return Weights(config, read_tensors(folder / TENSORS), special_ids, preprocessing, history)
 
 
 def find_run(weights: Path) -> Path | None:

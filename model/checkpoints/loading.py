@@ -16,6 +16,7 @@ from model.building import build_model
 from model.checkpoints.files import Weights, read_weights, resolve_weights, write_weights
 from model.checkpoints.official import read_official
 from model.config import ModelConfig, with_changes
+from model.history import History
 from model.singularity import Singularity
 from model.temporal import resize_embeddings
 from model.text import TextEncoder
@@ -54,6 +55,7 @@ def save_model(
     folder: str | Path,
     special_ids: dict[str, int] | None = None,
     preprocessing: Preprocessing | None = None,
+    history: History | None = None,
 ) -> None:
     """Write `folder/model.safetensors` and `folder/model.json`, each whole or not at all.
 
@@ -64,9 +66,11 @@ def save_model(
         state = model_or_state.state_dict()
         own = {name: getattr(model_or_state, name) for name in ("pad_id", "cls_id", "mask_id")}
         special_ids = {**own, **(special_ids or {})}
+        history = history or getattr(model_or_state, "history", None)
     else:
         state = model_or_state
-    write_weights(Weights(config, state, special_ids or {}, preprocessing or Preprocessing()), folder)
+    inputs, known = preprocessing or Preprocessing(), history or History()
+    write_weights(Weights(config, state, special_ids or {}, inputs, known), folder)
 
 
 def load_weights(path: str | Path) -> Weights:
@@ -110,6 +114,7 @@ def load_model(
     config = with_changes(weights.config, {"losses": {}, **(changes or {})})
     model = build_model(config, special_ids or weights.special_ids)
     report = fit_weights(model, weights, str(path), expected)
+    model.history = weights.history
     logger.info("Loaded %s: %s", path, report)
     return model.eval()
 

@@ -6,27 +6,30 @@ import json
 import logging
 import pickle
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from model.backbones import VISION_TYPES, published_tensors
 from model.building import build_model
+from model.checkpoints.efficientnet_lite import is_efficientnet_lite, to_timm
 from model.checkpoints.files import read_tensors
 from model.checkpoints.official_names import vision_parts
 from model.config import ModelConfig
+from model.feature_maps import FeatureMapEncoder
 from model.singularity import Singularity
 from model.text import BertEncoder
-from model.torchvision_cpu import create_model, get_pretrained_cfg, is_model
+from model.torchvision_cpu import get_pretrained_cfg, is_model
 from model.towers import TransformersText, VisionTower
-from model.vision import VISION_TYPES, TimmEncoder, named_options
+from model.vision import TimmEncoder
 from model.vqa import SingularityQA
 from runtime.activity import keep_alive
 from runtime.errors import UserError
+from runtime.packages import PREFIX, find_in_package
 
 logger = logging.getLogger(__name__)
 
-_FILES = ["config.json", "model.safetensors", "pytorch_model.bin"]
-_HUB_FILES = [*_FILES, "preprocessor_config.json"]
+_WEIGHTS = ["model.safetensors", "pytorch_model.bin", "*.pth"]
+_FILES = ["config.json", "preprocessor_config.json", *_WEIGHTS[:2]]
 _OLD_NORMS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 _LAYER = "encoder.layer."
 _VISION = "vision_encoder.transformer."
@@ -44,6 +47,12 @@ def new_model(config: ModelConfig, special_ids: dict[str, int] | None = None) ->
         "vision_encoder.pretrained": (config.vision_encoder.pretrained, _vision_weights),
         "text_encoder.pretrained": (config.text_encoder.pretrained, _text_weights),
     }
+    encoder = model.vision_encoder
+    if isinstance(encoder, FeatureMapEncoder) and encoder.needs_weights and not config.vision_encoder.pretrained:
+        raise UserError(
+            f"vision_encoder.type={config.vision_encoder.type} has BatchNorm, which keeps the statistics of published "
+            "weights: set vision_encoder.pretrained, or take a backbone without it, such as convnext_pico"
+        )
     for key, (name, convert) in sources.items():
         if name:
             _fill(model, convert(name, key, model), f"{key}={name}", key.split(".")[0])
@@ -101,12 +110,14 @@ def _fresh(model: Singularity | SingularityQA) -> tuple[str, ...]:
 
 
 def find_folder(name: str, key: str) -> Path:
-    """The local folder of a checkpoint, fetched from the hub when `name` is no folder but a hub or timm name.
+    """The local folder of a checkpoint: `name`, that in a package, or fetched from the hub by its or timm's name.
 
-    Raises UserError, with the remedy, when it is neither a folder nor available from the hub.
+    Raises UserError, with the remedy, when there is none.
     """
     if Path(name).is_dir():
         return Path(name)
+    if name.startswith(PREFIX):
+        return find_in_package(name, _WEIGHTS, key).parent
     if "/" not in name and is_model(name):
         published = get_pretrained_cfg(name)
         if not published or not published.hf_hub_id:
@@ -119,7 +130,7 @@ def find_folder(name: str, key: str) -> Path:
 
     try:
         with keep_alive(f"fetching {name}"):  # a download of gigabytes over a slow line is not a hang
-            return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+            return Path(snapshot_download(name, allow_patterns=_FILES))
     except Exception as error:  # of many kinds: no network, no such name, no permission
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
@@ -147,19 +158,24 @@ def _without_prefix(state: dict[str, torch.Tensor], prefixes: tuple[str, ...]) -
 
 def _vision_weights(name: str, key: str, model: Singularity | SingularityQA) -> dict[str, torch.Tensor]:
     """Our vision tensors from a Hugging Face (BEiT, ViT) or timm checkpoint."""
-    config, folder = model.config, find_folder(name, key)
-    if isinstance(model.vision_encoder, VisionTower):
-        return {f"vision_encoder.{ours}": tensor for ours, tensor in model.vision_encoder.published(folder).items()}
-    if not isinstance(model.vision_encoder, TimmEncoder):
-        own = model.vision_encoder.from_published(read_folder(folder, key))
+    config, folder, encoder = model.config, find_folder(name, key), model.vision_encoder
+    if isinstance(encoder, VisionTower):
+        return {f"vision_encoder.{ours}": tensor for ours, tensor in encoder.published(folder).items()}
+    if isinstance(encoder, FeatureMapEncoder | TimmEncoder) and config.vision_encoder.type not in VISION_TYPES:
+        prefix = "vision_encoder.features.backbone." if isinstance(encoder, FeatureMapEncoder) else _VISION
+        state = read_folder(folder, key)
+        if is_efficientnet_lite(state):
+            names = [each.removeprefix(prefix) for each in model.state_dict() if each.startswith(prefix)]
+            state = to_timm(state, names)
+        vision = config.vision_encoder
+        state = published_tensors(vision.type, state, config.image_res, vision.patch_size)
+        return {prefix + ours: tensor for ours, tensor in state.items()}
+    if not isinstance(encoder, TimmEncoder):
+        own = encoder.from_published(read_folder(folder, key))
         return {f"vision_encoder.{ours}": tensor for ours, tensor in own.items()}
-    if config.vision_encoder.type not in VISION_TYPES:
-        options = named_options(config.vision_encoder, config.image_res)
-        state = _timm_state(config.vision_encoder.type, _weights_file(folder, key), **options)
-        return {_VISION + ours: tensor for ours, tensor in state.items()}
     wanted = [each.removeprefix(_VISION) for each in model.state_dict() if each.startswith(_VISION)]
     if not Path(name).is_dir() and "/" not in name and is_model(name):
-        found = _timm_state(name, _weights_file(folder, key), num_classes=0)
+        found = published_tensors(name, read_folder(folder, key))
     else:
         state = _without_prefix(read_folder(folder, key), ("beit.", "vit.", "deit."))
         parts = {ours: vision_parts(ours) for ours in wanted}
@@ -172,15 +188,10 @@ def _vision_weights(name: str, key: str, model: Singularity | SingularityQA) -> 
 
 
 def _weights_file(folder: Path, key: str) -> Path:
-    for file in _FILES[1:]:
-        if (folder / file).is_file():
-            return folder / file
-    raise UserError(f"{key}: {folder} has neither model.safetensors nor pytorch_model.bin; choose another folder")
-
-
-def _timm_state(name: str, file: Path, **options: Any) -> dict[str, torch.Tensor]:
-    """Tensors of timm's model `name` with these options, from a file of weights that timm resizes to fit."""
-    return dict(create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}, **options).state_dict())
+    for pattern in _WEIGHTS:
+        if found := sorted(folder.glob(pattern)):
+            return found[0]
+    raise UserError(f"{key}: {folder} has none of {', '.join(_WEIGHTS)}; choose another folder")
 
 
 def _text_weights(name: str, key: str, model: Singularity | SingularityQA) -> dict[str, torch.Tensor]:

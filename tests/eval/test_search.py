@@ -23,6 +23,7 @@ from loaders.config import LoaderConfig, PerMedia
 from loaders.evaluation import RetrievalSet
 from model.checkpoints.loading import save_model
 from model.config import LossWeights
+from model.history import History
 from model.singularity import Singularity
 from model.vqa import SingularityQA
 from tests.eval.small import small_model
@@ -59,6 +60,13 @@ def test_hits_are_those_of_the_evaluation(shapes, search, tokenizer):
         similarity = result.scores.similarity[:, number]
         assert [hit.visual for hit in fast] == np.argsort(-similarity, kind="stable")[:6].tolist()
     dataset.close()
+
+
+def test_weights_whose_validation_found_reranking_no_better_are_searched_without_it(search, monkeypatch):
+    assert search.find("a red circle", count=3)[0].match is not None
+    monkeypatch.setattr(search.model, "history", History(reranks=False))
+    assert [hit.match for hit in search.find("a red circle", count=3)] == [None] * 3
+    assert search.find("a red circle", count=3, candidates=4)[0].match is not None
 
 
 def test_the_contact_sheet_shows_every_hit_and_the_score_that_orders_it(search, monkeypatch):

@@ -32,8 +32,8 @@ SETS = {
     "images_train": "cc3m cc12m sbu vg coco coco_train coco_val coco_test flickr30k_train photos",
     "images_test": "flickr30k_val flickr30k_test photos_test",
     "clips_train": "webvid msrvtt_train msrvtt_train7k didemo_train didemo_val didemo_test activitynet_train "
-    "activitynet_val1 clips",
-    "clips_test_motion": "msrvtt_1k_test",
+    "activitynet_val1 clips train",
+    "clips_test_motion": "msrvtt_1k_test held_out",
     "ssv2_train": "ssv2_label_train ssv2_template_train",
     "ssv2_test": "ssv2_label_val ssv2_template_val",
     "qa_train": "msrvtt_qa_train activitynet_qa_train",

@@ -70,9 +70,8 @@ def test_pixel_statistics_are_those_of_the_backbone():
 
 def test_an_unsuitable_backbone_is_an_error():
     for name, message in {
-        "resnet18": "resnet18 is not a vision transformer with patches",
-        "swin_tiny_patch4_window7_224": "is not a vision transformer with patches",
-        "vit_huge_potato": "'vit_huge_potato', must be one of .*the name of another vision transformer of timm",
+        "resnet18": "set vision_encoder.width=512",
+        "vit_huge_potato": "'vit_huge_potato', must be one of .*the name of another image backbone of timm",
         "vit_small_patch16_224": "set vision_encoder.width=384 vision_encoder.depth=12",
     }.items():
         with pytest.raises(ValueError, match=message):

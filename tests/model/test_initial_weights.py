@@ -57,7 +57,7 @@ def test_another_image_size_interpolates_the_positions_and_other_weights_are_ref
     for part, pretrained, changes, message in (
         ("vision", tmp_path / "vision", {"depth": 3}, r"does not fit the sizes under vision_encoder .*blocks\.2"),
         ("text", tmp_path / "vision", {}, "holds a beit model"),
-        ("vision", tmp_path, {}, r"vision_encoder\.pretrained: .* has neither model\.safetensors"),
+        ("vision", tmp_path, {}, r"vision_encoder\.pretrained: .* has none of model\.safetensors"),
         ("vision", "/no/beit", {}, r"the folder /no/beit does not exist; set vision_encoder\.pretrained"),
     ):
         config = small_config()

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from model.checkpoints.files import TENSORS, weights_fault
 from model.checkpoints.loading import save_model
 from model.config import ModelConfig
+from model.history import History
 from preprocessing.config import Preprocessing
 from preprocessing.text import Tokenizer
 from runtime.activity import progress
@@ -122,9 +123,11 @@ class CheckpointWriter:
         tokenizer: Tokenizer,
         ranks: Ranks,
         preprocessing: Preprocessing | None = None,
+        history: History | None = None,
     ) -> None:
         self._folder, self._engine, self._ranks = folder, engine, ranks
         self._model_config, self._tokenizer, self._preprocessing = model_config, tokenizer, preprocessing
+        self._history = history or History()
 
     def save(self, state: TrainingState, keep: int) -> Path:
         """Write `step_XXXXXXXX` and return it; the newest `keep` are kept, with the best weights that they name."""
@@ -136,11 +139,14 @@ class CheckpointWriter:
                 remove_folder(old)
             keep_only(self._folder, named_best_steps(self._folder))
 
-        self._write(final, lambda temporary: _write_state(temporary, state), prune)
+        self._write(final, lambda temporary: _write_state(temporary, state), prune, self._history)
         return final
 
-    def save_best(self, state: TrainingState, split: str) -> None:
-        """Keep the present weights, in single precision, as the best ones, with the score in `state`."""
+    def save_best(self, state: TrainingState, split: str, reranks: bool | None = None) -> None:
+        """Keep the present weights, in single precision, as the best ones, with the score in `state`.
+
+        reranks: whether re-ranking had that score, recorded with the weights.
+        """
 
         def finish(temporary: Path) -> None:
             shutil.rmtree(temporary / SHARDS)
@@ -150,7 +156,8 @@ class CheckpointWriter:
             point_to(self._folder, state.step)
             keep_only(self._folder, named_best_steps(self._folder) | {state.step})
 
-        self._write(best_version(self._folder, state.step), finish, prune, moments=False)
+        history = replace(self._history, reranks=reranks)
+        self._write(best_version(self._folder, state.step), finish, prune, history, moments=False)
 
     def update(self, state: TrainingState) -> Path:
         """Add the result of an evaluation to the state of the complete checkpoint at its step, and return that."""
@@ -160,7 +167,12 @@ class CheckpointWriter:
         return path
 
     def _write(
-        self, final: Path, finish: Callable[[Path], None], prune: Callable[[], None], moments: bool = True
+        self,
+        final: Path,
+        finish: Callable[[Path], None],
+        prune: Callable[[], None],
+        history: History,
+        moments: bool = True,
     ) -> None:
         """Write the shards and the whole weights, `finish` the folder and rename it, then `prune` others."""
         temporary = temporary_path(final)
@@ -175,7 +187,9 @@ class CheckpointWriter:
                 flush(path)
 
         def complete() -> None:
-            _write_whole_weights(temporary, self._engine, self._model_config, self._tokenizer, self._preprocessing)
+            _write_whole_weights(
+                temporary, self._engine, self._model_config, self._tokenizer, self._preprocessing, history
+            )
             finish(temporary)
             flush(*(temporary / WEIGHTS).iterdir(), *temporary.iterdir(), temporary)
             replace_folder(temporary, final)
@@ -224,6 +238,7 @@ def _write_whole_weights(
     model_config: ModelConfig,
     tokenizer: Tokenizer,
     preprocessing: Preprocessing | None,
+    history: History,
 ) -> None:
     """Assemble the weights of all checkpoint shards on this host's CPU, and write `folder/weights`."""
     shapes = {name: whole_shape(parameter) for name, parameter in engine.module.named_parameters()}
@@ -232,7 +247,7 @@ def _write_whole_weights(
     progress("writing the whole weights")
     (folder / WEIGHTS).mkdir()
     tokenizer.save(folder / WEIGHTS)
-    save_model(state, model_config, folder / WEIGHTS, tokenizer.special_ids, preprocessing)
+    save_model(state, model_config, folder / WEIGHTS, tokenizer.special_ids, preprocessing, history)
 
 
 def load_checkpoint(path: Path, engine: DeepSpeedEngine) -> TrainingState:

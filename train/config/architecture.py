@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from model.backbones import adopt_backbone
 from model.checkpoints.published import adopt_published
 from model.config import AnswerDecoderConfig, ModelConfig, ModelSettings
 from preprocessing.text import Tokenizer
@@ -20,7 +21,7 @@ _DEPTH = "answer_decoder.num_layers"  # without effect for a model without an an
 
 
 def fresh_architecture(settings: Settings, tokenizer: Tokenizer) -> ModelConfig:
-    """The model that the settings describe; its text encoder has the sizes of `text_encoder.pretrained`.
+    """The model that the settings describe; its encoders have the sizes of timm's backbone and of published weights.
 
     Without published weights its vocabulary is the tokenizer's, unless its size is set.
     Raises ValueError when the published sizes, the vocabulary or the texts do not fit.
@@ -29,6 +30,7 @@ def fresh_architecture(settings: Settings, tokenizer: Tokenizer) -> ModelConfig:
     config = ModelConfig.of(run, run.video_input.num_frames)
     if "text_encoder.vocab_size" not in settings.explicit:
         config.text_encoder.vocab_size = tokenizer.vocab_size
+    adopt_backbone(config, settings.explicit)
     adopt_published(config, settings.explicit)
     if run.task == "qa":
         config.answer_decoder = AnswerDecoderConfig(True, _decoder_depth(settings, config))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -15,12 +17,14 @@ from runtime.rendezvous import master_port, remove_port_file
 from train.job.gpus import OLDEST_DRIVER, driver_loaded, driver_version, gpu_files, gpus_hidden
 
 LEAST_TIMEOUT = 3600.0  # seconds
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+LARGEST_THRESHOLD = 2**30
 
 
 def device_for(ranks: Ranks) -> torch.device:
     """The device of this process: its own GPU, or the CPU where there is no GPU or the user asks for the CPU.
 
-    `DS_ACCELERATOR=cpu`, and a CUDA_VISIBLE_DEVICES that names no GPU, ask for the CPU.
+    `DS_ACCELERATOR=cpu`, and a CUDA_VISIBLE_DEVICES that names no GPU, ask for the CPU. There freed memory is kept.
     Raises ValueError where a GPU is there that PyTorch cannot use, and where there are more processes than GPUs.
     """
     asked = os.environ.get("DS_ACCELERATOR")
@@ -34,7 +38,20 @@ def device_for(ranks: Ranks) -> torch.device:
     if fault:
         raise UserError(fault)
     os.environ["DS_ACCELERATOR"] = "cpu"
+    keep_freed_memory()
     return torch.device("cpu")
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory of freed tensors for the next ones of this process.
+
+    By default it returns blocks above 32 MiB to the kernel, which clears every page again when the next step asks for
+    them (benchmarks/RESULTS.md). Without effect with other C libraries.
+    """
+    with suppress(AttributeError, OSError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, LARGEST_THRESHOLD)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def gpu_fault() -> str:

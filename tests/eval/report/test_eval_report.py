@@ -13,9 +13,12 @@ from eval.outputs import write_evaluation
 from eval.report.__main__ import main
 from eval.report.evaluations import find_evaluations, read_evaluation
 from eval.report.gallery import choose_queries, strip
+from eval.report.grouping import group_test_sets
 from eval.report.page import write_report
-from eval.report.tables import format_table
+from eval.report.tables import bars, console_table, format_table, tables
+from eval.run import subject_of
 from eval.tasks.retrieval import RetrievalTask
+from model.history import History
 from tests.eval.small import Drawn, Words, small_model
 
 TASK = RetrievalTask()
@@ -35,10 +38,12 @@ class Pictured(Drawn):
         return [jpeg(self.pixels[i, f % self.num_frames].numpy()) for f in range(num_frames)]
 
 
-def evaluation_in(folder, save_scores=True, **settings):
-    config, dataset = EvalConfig(**{"k_test": 6, "gallery": 3, **settings}), Pictured()
-    result = TASK.evaluate(small_model(), dataset, Words(), config, 2)
-    write_evaluation(folder, [TASK.output(result, dataset, config)], config, save_scores=save_scores)
+def evaluation_in(folder, save_scores=True, history=None, **settings):
+    config, dataset, model = EvalConfig(**{"k_test": 6, "gallery": 3, **settings}), Pictured(), small_model()
+    model.history = history or model.history
+    result = TASK.evaluate(model, dataset, Words(), config, 2)
+    output = TASK.output(result, dataset, config)
+    write_evaluation(folder, [output], config, subject_of(model), save_scores=save_scores)
     return dataset, result
 
 
@@ -93,6 +98,58 @@ def test_evaluating_again_replaces_the_folder_here_without_scores(tmp_path):
     }  # fmt: skip
     assert list(json.loads((folder / "metrics.json").read_text())) == ["drawn_emb/"]
     assert [path.name for path in folder.parent.iterdir()] == ["label"]
+
+
+RERANKED, DUAL = "drawn/", "drawn_emb/"
+
+
+@pytest.mark.parametrize(
+    ("history", "keys", "note"),
+    [
+        (History(), [RERANKED, DUAL], ""),
+        (History(reranks=True), [RERANKED, DUAL], ""),
+        (History(reranks=False), [DUAL, RERANKED], "dual encoder first, because re-ranking was no better"),
+        (History(matching_trained=False), [DUAL], "not re-ranked, because no loss trained the matching head"),
+        (History(matching_trained=False), [DUAL, RERANKED], "dual encoder first, because no loss trained the matching"),
+    ],
+    ids=["unknown", "better", "worse", "untrained", "untrained, but asked for"],
+)
+def test_the_ranking_that_the_validation_preferred_comes_first_everywhere(tmp_path, history, keys, note):
+    folder = tmp_path / "run" / "evaluation" / "label"
+    _, result = evaluation_in(folder, history=history, eval_x_only=not history.matching_trained and len(keys) == 2)
+    assert set(result.metrics) == set(keys)
+    evaluation = read_evaluation(folder)
+    (table,) = tables(group_test_sets([evaluation]))
+    assert [(row["key"], row["secondary"]) for row in table["rows"]] == [(key, key != keys[0]) for key in keys]
+    (group,) = bars([table], "retrieval")
+    assert [bar["value"] for bar in group["bars"]] == [result.metrics[keys[0]]["img_r1"]]
+    shown = json.loads((folder / "predictions.json").read_text())["drawn"]["text_to_visual"][0]["found"][0]
+    scores = result.scores.text_to_visual if keys[0] == RERANKED else result.scores.similarity.T
+    assert shown["score"] == pytest.approx(float(scores[0].max()), abs=1e-4)
+    page, console = (folder / "report.html").read_text(), console_table([evaluation])
+    assert (note in page, note in console) == (True, True)
+    assert ("because" in console) == bool(note)
+
+
+def test_an_evaluation_after_an_epoch_is_the_validation_itself(tmp_path):
+    folder = tmp_path / "run" / "evaluation" / "epoch_01"
+    _, result = evaluation_in(folder)
+    for change, first in ((1, DUAL), (-1, RERANKED)):
+        metrics = result.metrics | {
+            DUAL: {**result.metrics[DUAL], "r_mean": result.metrics[RERANKED]["r_mean"] + change}
+        }
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+        assert tables(group_test_sets([read_evaluation(folder)]))[0]["rows"][0]["key"] == first
+
+
+def test_reports_name_what_a_run_started_from(tmp_path):
+    runs = [tmp_path / "tuned", tmp_path / "old"]
+    evaluation_in(runs[0] / "evaluation" / "first", history=History(("runs/base", "random weights")))
+    evaluation_in(runs[1] / "evaluation" / "second")
+    page = write_report(runs, tmp_path / "report.html").read_text()
+    for text in (page, console_table(find_evaluations(runs))):
+        assert "tuned: training started from runs/base, which started from random weights" in text
+        assert text.count("training started from") == 1  # of the other it is not recorded
 
 
 def test_the_page_is_self_contained_and_shows_every_part(run, tmp_path):

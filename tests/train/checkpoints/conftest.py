@@ -16,8 +16,9 @@ def tiny(monkeypatch):
         path.write_text(str(engine.weight))
         return path
 
-    def whole(folder, engine, config, tokenizer, preprocessing):
-        write_weights(Weights(config, {"step": torch.tensor(engine.weight)}), folder / "weights")
+    def whole(folder, engine, config, tokenizer, preprocessing, history):
+        state = {"step": torch.tensor(engine.weight)}
+        write_weights(Weights(config, state, history=history), folder / "weights")
 
     monkeypatch.setattr(writing, "write_shard", shard)
     monkeypatch.setattr(writing, "_write_whole_weights", whole)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from eval.metrics import reranking_helps
 from model.checkpoints import loading as model_checkpoint
 from model.checkpoints.files import Weights, resolve_weights, write_weights
 from model.checkpoints.loading import load_weights
@@ -21,7 +22,7 @@ from train.checkpoints.copies import RemoteCheckpoints
 from train.checkpoints.writing import STATE, CheckpointWriter, complete_checkpoints, read_state
 from train.config.settings import RunConfig
 from train.folder import RunFolder
-from train.loop import Trainer
+from train.loop import Trainer, deciding_score
 
 SCORES = (10.0, 30.0, 20.0, 40.0, 35.0)  # after each of the epochs, of two steps each
 STEPS = 2 * len(SCORES)
@@ -231,3 +232,22 @@ def test_an_interrupted_replacement_of_a_checkpoint_is_undone(tmp_path):
         (tmp_path / name).mkdir()
     recover_folders(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002", "step_00000004"]
+
+
+def test_the_best_checkpoint_is_chosen_by_the_better_ranking_and_records_which_it_was(tmp_path):
+    trainer = TinyTrainer(tmp_path)
+    found = iter([(10, 20), (24, 7), (15, 15)])  # r_mean by the dual encoder, re-ranked
+
+    def evaluate(model, splits, label):
+        dual_encoder, reranked = next(found)
+        return {"val/": {"r_mean": reranked}, "val_emb/": {"r_mean": dual_encoder}}
+
+    recorded = []
+    for epoch in (1, 2, 3):
+        trainer.state.step = trainer.engine.weight = trainer.state.epoch = epoch
+        trainer._after_epoch(evaluate)
+        recorded.append((trainer.state.best, trainer.state.best_step, load_weights(tmp_path).history.reranks))
+    assert recorded == [(20, 1, True), (24, 2, False), (24, 2, False)]
+    assert deciding_score({"val/": {"r_mean": 15}, "val_emb/": {"r_mean": 15}}, "val") == ("r_mean", 15)
+    assert reranking_helps({"val/": {"r_mean": 15}, "val_emb/": {"r_mean": 15}}, "val") is False
+    assert reranking_helps({"val_emb/": {"r_mean": 15}}, "val") is None

@@ -79,6 +79,7 @@ def test_evaluation_changes_nothing_that_would_need_training(settings):
 # Every setting of the model with another value than the checkpoint's.
 OTHERWISE = {
     "vision_encoder.type": "beit", "vision_encoder.pretrained": "somewhere", "vision_encoder.patch_size": 32,
+    "vision_encoder.mean": "[0.4,0.4,0.4]", "vision_encoder.std": "[0.2,0.2,0.2]",
     "vision_encoder.width": 96, "vision_encoder.depth": 3, "vision_encoder.heads": 4, "vision_encoder.mlp_ratio": 3.0,
     "vision_encoder.layer_scale": 0.5, "vision_encoder.drop_path": 0.3, "vision_encoder.layer_norm_eps": 1e-6,
     "vision_encoder.initializer_range": 0.5, "text_encoder.pretrained": "somewhere", "text_encoder.vocab_size": 60,
@@ -100,7 +101,8 @@ REFUSED_BY_BOTH = {
     "vision_encoder.heads", "vision_encoder.mlp_ratio", "vision_encoder.layer_norm_eps", "text_encoder.vocab_size",
     "text_encoder.width", "text_encoder.layers", "text_encoder.fusion_layer", "text_encoder.heads",
     "text_encoder.intermediate", "text_encoder.max_positions", "text_encoder.layer_norm_eps", "answer_decoder.enable",
-    "embed_dim", "vision_encoder.options", "text_encoder.options", "text_encoder.type",
+    "embed_dim", "vision_encoder.mean", "vision_encoder.std", "vision_encoder.options", "text_encoder.options",
+    "text_encoder.type",
 }  # fmt: skip
 CHANGED_BY_TRAINING = {
     "image_res", "add_temporal_embed", "temporal_vision_encoder.enable", "temporal_vision_encoder.num_layers",

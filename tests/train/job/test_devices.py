@@ -1,6 +1,8 @@
 """A GPU is used or the error says why not; every process gets its own; collectives outlast the watchdog."""
 
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -59,6 +61,26 @@ def test_a_cpu_that_only_emulates_bf16_is_reported(monkeypatch):
     for name in ("avx512_bf16", "amx_bf16"):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=name: {name: True})
         assert devices.slow_precision("bf16", cpu) == ""
+
+
+def test_a_process_on_the_cpu_keeps_the_memory_of_freed_tensors():
+    code = """
+import resource, torch
+from train.job.devices import device_for
+from runtime.ranks import ranks_from_environment
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(2**24).add(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults(); before = faults(); device_for(ranks_from_environment()); faults(); print(before, faults())
+"""
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    before, after = map(int, done.stdout.split())
+    assert after < before / 20
 
 
 def test_each_process_takes_its_own_gpu(host):
