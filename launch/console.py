@@ -36,6 +36,7 @@ GROUPS = {
         "pretrain": ("launch.pretrain", "pre-train on images and videos with their captions"),
         "finetune": ("launch.finetune", "fine-tune for retrieval, question answering or multiple choice, and evaluate"),
         "evaluate": ("launch.evaluate", "evaluate a checkpoint"),
+        "reproduce": ("launch.reproduce", "repeat a row of the paper's tables and compare the numbers"),
     },
     "results": {
         "report": ("eval.report", "write an HTML page about evaluations"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -46,6 +47,9 @@ SETS = {
     "webvid_cc3m": (replace(PHOTO, samples=2_950_000), replace(CLIP, samples=2_490_000)),
     "webvid_14m": (replace(PHOTO, samples=14_790_000), replace(CLIP, samples=2_490_000)),
 }
+# Samples per second of single-frame pre-training, loader and DeepSpeed included, as measured: benchmarks/RESULTS.md.
+MEASURED_CARD, MEASURED_RATE = "H200", 874.0
+TEXT_TOKENS = 32  # max_txt_l of pre-training
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,9 @@ class Cluster:
 
     gpus: int = flag(8, "GPUs of a node (default: %(default)s)")
     gpu_rate: float = flag(200.0, "samples per second that one GPU trains on (default: %(default)s)")
+    efficiency: float = flag(
+        1.0, "share of that rate that each of several GPUs keeps, besides the all-reduce (default: %(default)s)"
+    )
     batch: int = flag(128, "batch size of one GPU (default: %(default)s)")
     parameters: float = flag(202e6, "parameters of the model (default: %(default)s)")
     decode_rate: float = flag(16_000.0, "samples per second that one node decodes (default: %(default)s)")
@@ -74,16 +81,23 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Plan:
-    """An epoch on `nodes` nodes. `times`: seconds that each part would need alone."""
+    """An epoch at the full image size on `nodes` nodes. `times`: seconds that each part would need alone."""
 
     nodes: int
+    gpus: int
     samples: int
     times: dict[str, float]
     training: float  # seconds of the GPU and the all-reduce together
     egress_bytes: float  # of an epoch
     requests: float  # of an epoch
     stored_bytes: float
+    run_seconds: float  # of all epochs
     cost: dict[str, float]  # dollars, of all epochs
+
+    @property
+    def gpu_hours(self) -> float:
+        """GPU-hours of all epochs."""
+        return self.gpus * self.run_seconds / 3600
 
     @property
     def bottleneck(self) -> str:
@@ -106,16 +120,20 @@ def training_seconds(gpu: float, all_reduce: float, overlap: bool) -> float:
     return (gpu + all_reduce) / 3 + max(gpu, all_reduce) * 2 / 3 if overlap else gpu + all_reduce
 
 
-def make_plan(medium: Medium, cluster: Cluster, nodes: int) -> Plan:
-    """The plan for a training set on `nodes` nodes."""
+def make_plan(medium: Medium, cluster: Cluster, nodes: int, smaller: Sequence[tuple[float, int]] = ()) -> Plan:
+    """The plan for a training set on `nodes` nodes.
+
+    smaller: (share of the arithmetic of the full image size, epochs) of the epochs at smaller sizes.
+    """
     gpus = nodes * cluster.gpus
+    rate = gpus * cluster.gpu_rate * (cluster.efficiency if gpus > 1 else 1.0)
     egress = medium.samples * medium.bytes_shown
     requests = medium.samples * medium.requests
     # Gradients in bf16 go twice around the ring of nodes (ZeRO 1 and 2 all-reduce them by default), updated weights
     # once; within a node over faster links.
     reduced = 3 * 2 * cluster.parameters * (nodes - 1) / nodes
     times = {
-        "GPU": medium.samples / (gpus * cluster.gpu_rate),
+        "GPU": medium.samples / rate,
         "all-reduce": medium.samples / (gpus * cluster.batch) * reduced * 8e-9 / cluster.node_gbit,
         "decode": medium.samples / (nodes * cluster.decode_rate),
         "network": egress * 8e-9 / (nodes * cluster.node_gbit),
@@ -125,15 +143,58 @@ def make_plan(medium: Medium, cluster: Cluster, nodes: int) -> Plan:
     if cluster.store_gbit:
         times["store's bytes"] = egress * 8e-9 / cluster.store_gbit
     stored = medium.samples * medium.bytes_stored
+
+    def epoch_seconds(share: float) -> float:
+        step = training_seconds(share * times["GPU"], times["all-reduce"], cluster.overlap)
+        return max(step, *(seconds for part, seconds in times.items() if part not in STEP_PARTS))
+
+    full = cluster.epochs - sum(epochs for _, epochs in smaller)
+    run = full * epoch_seconds(1.0) + sum(epochs * epoch_seconds(share) for share, epochs in smaller)
     training = training_seconds(times["GPU"], times["all-reduce"], cluster.overlap)
-    run = max(training, *times.values()) * cluster.epochs
     cost = {
         "GPUs": gpus * run / 3600 * cluster.gpu_hour,
         "egress": egress * cluster.epochs * 1e-9 * cluster.egress_gb,
         "requests": requests * cluster.epochs / 1000 * cluster.requests_1000,
         "storage": stored * 1e-9 * cluster.storage_gb_month * max(1.0, run / MONTH),
     }
-    return Plan(nodes, medium.samples, times, training, egress, requests, stored, cost)
+    return Plan(nodes, gpus, medium.samples, times, training, egress, requests, stored, run, cost)
+
+
+def card_rate(card: str) -> float:
+    """Samples per second of one GPU at the MFU of the measured one; raises UserError for an unknown card."""
+    from train.tracking.metrics import PEAKS, named_peak
+
+    peak, measured = named_peak(card), named_peak(MEASURED_CARD)
+    if peak is None or measured is None:
+        raise UserError(f"--card {card} is not known: give --gpu-rate, or one of {', '.join(PEAKS)}")
+    return MEASURED_RATE * peak / measured
+
+
+def relative_flops(sizes: Sequence[int], full: int = 224) -> list[float]:
+    """Arithmetic of a step of the published model with images of these sizes, relative to that with `full`."""
+    import torch
+
+    from model.building import build_model
+    from model.config import ModelConfig
+    from model.flops import step_flops
+
+    flops = {}
+    for size in {*sizes, full}:
+        with torch.device("meta"):  # no memory
+            model = build_model(ModelConfig(image_res=size))
+        flops[size] = step_flops(model, Cluster.batch, 1, TEXT_TOKENS)["total"]
+    return [flops[size] / flops[full] for size in sizes]
+
+
+def smaller_epochs(pairs: Sequence[str], epochs: int) -> list[tuple[float, int]]:
+    """(share of the arithmetic, epochs) of `--image-res SIZE:EPOCHS ...`; raises UserError where that cannot be."""
+    found = [re.fullmatch(r"([1-9]\d*):([1-9]\d*)", pair) for pair in pairs]
+    schedule = [(int(each[1]), int(each[2])) for each in found if each]
+    if len(schedule) < len(pairs) or sum(count for _, count in schedule) > epochs:
+        raise UserError(
+            f"--image-res {' '.join(pairs)}: must be SIZE:EPOCHS ..., such as 112:8, of not more than {epochs} epochs"
+        )
+    return list(zip(relative_flops([size for size, _ in schedule]), [count for _, count in schedule]))
 
 
 def measure(corpora: Sequence[str], config: LoaderConfig) -> tuple[Medium, float]:
@@ -177,7 +238,7 @@ def table(plans: Sequence[Plan], cluster: Cluster) -> str:
         f"{data_size(first.egress_bytes)} in {first.requests:,.4g} requests.",
         "",
         f"{'nodes':>5} {'GPUs':>5} {'epoch':>9} {f'{cluster.epochs} epochs':>10}  {'bottleneck':<17}{'next':<27}"
-        f"{'GB/s':>6} {'req/s':>7} {'$ GPUs':>9} {'$ store':>8}",
+        f"{'GB/s':>6} {'req/s':>7} {'GPU hours':>9} {'$ GPUs':>9} {'$ store':>8}",
     ]
     for plan in plans:
         others = {part: seconds / plan.seconds for part, seconds in plan.times.items() if part != plan.bottleneck}
@@ -185,10 +246,10 @@ def table(plans: Sequence[Plan], cluster: Cluster) -> str:
         second = f"{part} ({share:.0%})"
         store = sum(value for part, value in plan.cost.items() if part != "GPUs")
         lines.append(
-            f"{plan.nodes:>5} {plan.nodes * cluster.gpus:>5} {duration(plan.seconds):>9} "
-            f"{duration(plan.seconds * cluster.epochs):>10}  {plan.bottleneck:<17}{second:<27}"
+            f"{plan.nodes:>5} {plan.gpus:>5} {duration(plan.seconds):>9} "
+            f"{duration(plan.run_seconds):>10}  {plan.bottleneck:<17}{second:<27}"
             f"{plan.egress_bytes / plan.seconds / 1e9:>6.2g} {plan.requests / plan.seconds:>7,.0f} "
-            f"{plan.cost['GPUs']:>9,.0f} {store:>8,.0f}"
+            f"{plan.gpu_hours:>9,.0f} {plan.cost['GPUs']:>9,.0f} {store:>8,.0f}"
         )
     return "\n".join([*lines, "", *dict.fromkeys(ADVICE[plan.bottleneck] for plan in plans)])
 
@@ -203,6 +264,13 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--cached", action="store_true", help="read images in blocks of 1 MiB (cache.folder is set)")
     result.add_argument("--nodes", type=int, nargs="+", default=list(NODES), help="(default: %(default)s)")
+    result.add_argument(
+        "--card",
+        help=f"for a GPU such as A100: --gpu-rate at the MFU measured on an {MEASURED_CARD}, {MEASURED_RATE:g}/s",
+    )
+    result.add_argument(
+        "--image-res", nargs="+", default=[], metavar="SIZE:EPOCHS", help="epochs at smaller sizes than 224: 112:8"
+    )
     result.add_argument("--json", action="store_true", help="print the plans as JSON")
     add_flags(result, Cluster)
     return result
@@ -227,10 +295,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = parser().parse_args(arguments)
     cluster = Cluster(**{name: value for name, value in vars(options).items() if hasattr(Cluster, name)})
-    medium = chosen_medium(options)
-    plans = [make_plan(medium, cluster, nodes) for nodes in options.nodes]
+    if options.card:
+        if "gpu_rate" in options:
+            raise UserError("--card and --gpu-rate both give the rate of a GPU: leave out one")
+        cluster = replace(cluster, gpu_rate=card_rate(options.card))
+    medium, smaller = chosen_medium(options), smaller_epochs(options.image_res, cluster.epochs)
+    plans = [make_plan(medium, cluster, nodes, smaller) for nodes in options.nodes]
     if options.json:
-        found = [{**asdict(plan), "seconds": plan.seconds, "bottleneck": plan.bottleneck} for plan in plans]
+        found = [
+            {**asdict(plan), "seconds": plan.seconds, "gpu_hours": plan.gpu_hours, "bottleneck": plan.bottleneck}
+            for plan in plans
+        ]
         sys.stdout.write(json.dumps(found, indent=1) + "\n")
     else:
         sys.stdout.write(table(plans, cluster) + "\n")

@@ -41,6 +41,7 @@ class VisionConfig:
     mlp_ratio: float = fixed(4.0, "hidden width of the MLP, as a multiple of width")
     layer_scale: float = fixed(0.1, "initial value of the layer scale, BEiT only; 0: none")
     drop_path: float = fixed(0.1, "stochastic depth of the last block; grows linearly from 0", checkpoint=TRAINING)
+    patch_dropout: float = fixed(0.0, "share of the patches that training leaves out, below 1", checkpoint=TRAINING)
     layer_norm_eps: float = fixed(1e-12, "epsilon of the layer norms")
     initializer_range: float = fixed(0.02, _INITIALIZER_RANGE, checkpoint=TRAINING)
 

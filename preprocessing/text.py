@@ -51,7 +51,8 @@ class Tokenizer:
 
     @classmethod
     def load(cls, name: str) -> Tokenizer:
-        """From a `vocab.txt` or `tokenizer.json`, a folder or a package that holds one, or a name on the hub.
+        """From a `vocab.txt` or a `tokenizer.json`, a folder or a package that holds one, or a name on the
+        Hugging Face hub.
 
         Of a folder that holds both the `vocab.txt` is taken.
         Raises FileNotFoundError: none of these is there. ValueError: the file is no vocabulary.

@@ -19,7 +19,7 @@ from model.backbones import VISION_TYPES
 from model.building import Model, build_model
 from model.checkpoints.loading import find_weights, fit_weights
 from model.checkpoints.pretrained import new_model
-from model.config import with_changes
+from model.config import ModelConfig, with_changes
 from model.history import History
 from preprocessing.config import Preprocessing
 from preprocessing.text import Tokenizer, find_vocabulary
@@ -35,6 +35,7 @@ from train.config.settings import RunConfig, Settings
 from train.deepspeed.engine import deepspeed_config
 from train.folder import RunFolder
 from train.optimizer import trainable_groups
+from train.resolution import check_sizes, image_sizes
 from train.tracking.trackers import check_tracking
 
 log = logging.getLogger(__name__)
@@ -89,9 +90,10 @@ def prepare_training(settings: Settings, ranks: Ranks, evaluates: bool, device: 
     model.freeze(run.freeze)
     trainable_groups(model, run.optimizer)
     check_statistics(model)
+    check_sizes(model, run, tokenizer)
     progress("opening the corpora")
     quarantine = run.quarantine_file or str(Path(run.output_dir) / "quarantine-{rank}.jsonl")
-    loader_settings = replace(run, quarantine_file=quarantine)
+    loader_settings = replace(run, quarantine_file=quarantine, image_res=model.config.image_res)
     loader = TrainLoader(
         run.train_urls(), tokenizer, loader_settings, ranks.rank, ranks.world_size, ranks.local_world_size, device
     )
@@ -184,9 +186,14 @@ def _model(settings: Settings) -> tuple[Model, Tokenizer]:
     tokenizer = Tokenizer.load(run.tokenizer)
     config = fresh_architecture(settings, tokenizer)
     adopt(settings, config)
-    model = new_model(config, tokenizer.special_ids)
-    model.history = History.of_training(config)
+    model = new_model(_at_first_size(config, run), tokenizer.special_ids)
+    model.history = replace(History.of_training(config), rerank_score=run.rerank_score)
     return model, tokenizer
+
+
+def _at_first_size(config: ModelConfig, run: RunConfig) -> ModelConfig:
+    """The architecture that a training run begins with; that of the settings is the one it ends with."""
+    return with_changes(config, {"image_res": image_sizes(run)[0][1]})
 
 
 def _brings_vocabulary(name: str) -> bool:
@@ -215,9 +222,11 @@ def _from_checkpoint(settings: Settings, path: str, training: bool) -> tuple[Mod
             raise MissingError(f"{found} has no vocabulary, and {error}") from None
     check_texts(run, config, tokenizer)
     adopt(settings, config)
-    model = build_model(config, tokenizer.special_ids)
+    model = build_model(_at_first_size(config, run) if training else config, tokenizer.special_ids)
     report = fit_weights(model, weights, str(found), run.expected_tensors)
-    model.history = History.of_training(config, path, weights.history) if training else weights.history
+    model.history = weights.history
+    if training:
+        model.history = replace(History.of_training(config, path, weights.history), rerank_score=run.rerank_score)
     log.info("Weights of %s: %s", found, report)
     return model, tokenizer
 

@@ -19,7 +19,7 @@ from loaders.config import LoaderConfig, VideoInput
 from loaders.evaluation import VisualSet
 from model.checkpoints.files import resolve_weights
 from model.checkpoints.loading import load_model
-from model.scoring import match_pairs
+from model.scoring import joint_scores, match_pairs
 from model.singularity import Singularity
 from preprocessing.text import Tokenizer, find_vocabulary
 from runtime.errors import UserError
@@ -99,7 +99,10 @@ class VisualSearch:
             pairs = np.zeros((len(similarity), 1), dtype=bool)
             pairs[chosen] = True
             tokens = [(block.indices, block.tokens)]
-            visuals, _, scores = match_pairs(self.model, tokens, texts.attended, texts.mask, pairs)
+            joint = self.model.history.joins_similarity
+            visuals, _, scores = match_pairs(self.model, tokens, texts.attended, texts.mask, pairs, log_odds=joint)
+            if joint:
+                scores = joint_scores(self.model, similarity[visuals], scores)
         matched = np.full(len(similarity), -np.inf, dtype=np.float32)
         matched[visuals] = scores
         return [self._found(int(i), similarity, float(matched[i])) for i in top_items(matched, count)]

@@ -252,9 +252,15 @@ def _resize(
     for name, tensor in state.items():
         if name not in target or tensor.shape == (shape := target[name].shape):
             continue
-        if name.startswith("vision_encoder."):
-            state[name] = model.vision_encoder.resized(name.removeprefix("vision_encoder."), tensor, shape)
-        elif name == "temporal_embeddings" and tensor.shape[3] == shape[3]:
-            state[name] = resize_embeddings(tensor, model.config.num_frames)
+        state[name] = resized(model, name, tensor, shape)
         if state[name].shape == shape:
             report.resized.append(name)
+
+
+def resized(model: Singularity | SingularityQA, name: str, tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Tensor `name` of a checkpoint, by a linear map to `shape`, that of the model's; as it is where there is none."""
+    if name.startswith("vision_encoder."):
+        return model.vision_encoder.resized(name.removeprefix("vision_encoder."), tensor, torch.Size(shape))
+    if name == "temporal_embeddings" and tensor.shape[3] == shape[3]:
+        return resize_embeddings(tensor, model.config.num_frames)
+    return tensor

@@ -1,11 +1,26 @@
 """The plan's arithmetic, and the plan beside real small runs: bytes and requests of an epoch, and the bottleneck."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
+from places import ROOT
 
-from launch.plan import CLIP, SETS, STEP_PARTS, Cluster, Medium, main, make_plan, measure, training_seconds
+from launch.plan import (
+    CLIP,
+    SETS,
+    STEP_PARTS,
+    Cluster,
+    Medium,
+    card_rate,
+    main,
+    make_plan,
+    measure,
+    relative_flops,
+    smaller_epochs,
+    training_seconds,
+)  # fmt: skip
 from loaders.config import CacheConfig, LoaderConfig, PerMedia
 from sharding.shards.schema import read_corpus
 from storage.limits import RemoteReads
@@ -58,6 +73,39 @@ def test_the_all_reduce_adds_to_the_arithmetic_unless_it_overlaps():
     assert hidden.seconds == pytest.approx(plan.times["GPU"] + plan.times["all-reduce"] / 3)  # weights go afterwards
     assert training_seconds(30, 60, overlap=True) == 70  # gradients go beside the backward pass only
     assert make_plan(medium, cluster, 1).times["all-reduce"] == 0
+
+
+def test_epochs_at_smaller_images_take_their_share_of_the_arithmetic_but_no_less_than_the_data_needs():
+    medium, cluster = Medium(1_000_000, 8_000, 1, 9_000), Cluster(efficiency=0.9)
+    full = make_plan(medium, cluster, 1)
+    assert full.seconds == pytest.approx(1_000_000 / (8 * 200 * 0.9))
+    assert full.run_seconds == pytest.approx(10 * full.seconds)
+    assert make_plan(medium, replace(cluster, gpus=1), 1).seconds == 1_000_000 / 200  # one GPU does not wait for others
+    half = make_plan(medium, cluster, 1, [(0.5, 8)])
+    assert half.run_seconds == pytest.approx((2 + 8 * 0.5) * full.seconds)
+    bound = make_plan(medium, cluster, 1, [(1e-9, 8)])
+    assert bound.run_seconds == pytest.approx(2 * full.seconds + 8 * full.times["node's requests"])
+    assert half.cost["GPUs"] == pytest.approx(half.gpu_hours * 2) == 0.6 * full.cost["GPUs"]
+
+
+def test_the_page_about_scaling_has_the_hours_of_the_planner():
+    smaller = smaller_epochs(["112:8"], Cluster.epochs)
+    rows = re.findall(r"^\| (webvid_\w+) \| (\w+) \| (\d) \| (.+) \|$", (ROOT / "docs/scaling.md").read_text(), re.M)
+    assert len(rows) == 14
+    for name, card, gpus, shown in rows:
+        cluster = Cluster(
+            gpus=int(gpus), gpu_rate=card_rate(card), efficiency=0.9, store_requests=1e9, node_requests=1e9
+        )
+        photos, clips = SETS[name]
+        plans = [make_plan(photos + clips, cluster, 1, epochs) for epochs in ((), smaller)]
+        cells = [f"{p.run_seconds / 3600:.1f} | {p.gpu_hours:.0f} | {p.cost['GPUs']:.0f}" for p in plans]
+        assert shown == " | ".join(cells), (name, card, gpus)
+
+
+def test_the_share_of_the_arithmetic_is_that_of_the_published_model():
+    small, same = relative_flops([112, 224])
+    assert same == 1
+    assert 0.25 < small < 0.5  # a quarter of the image tokens, and all of the text
 
 
 @pytest.mark.parametrize(("name", "overlaps"), [(RunConfig().deepspeed, False), ("deepspeed_configs/zero2.json", True)])
@@ -120,5 +168,17 @@ def test_the_command_prints_a_table_for_every_set(capsys):
         (plan,) = json.loads(capsys.readouterr().out)
         assert plan["nodes"] == 64
         assert plan["requests"] < 1.2 * CLIP.requests * 2_490_000
+    assert main(["--set", "webvid_cc3m", "--card", "A100", "--nodes", "1", "--gpus", "1", "--json"]) == 0
+    (plan,) = json.loads(capsys.readouterr().out)
+    assert plan["times"]["GPU"] == pytest.approx(5_440_000 / (874 * 312 / 989))
+    assert plan["gpu_hours"] == pytest.approx(plan["run_seconds"] / 3600) == plan["cost"]["GPUs"] / 2
+    for words, reported in (
+        (["--card", "Abacus"], "--card Abacus is not known"),
+        (["--card", "A100", "--gpu-rate", "3"], "leave out one"),
+        (["--image-res", "112"], "must be SIZE:EPOCHS ..., such as 112:8, of not more than 10 epochs"),
+        (["--image-res", "112:8", "160:3"], "of not more than 10 epochs"),
+    ):
+        assert main(["--set", "webvid_cc3m", *words]) == 2
+        assert reported in capsys.readouterr().err
     assert main([]) == 2
     assert "name a training set" in capsys.readouterr().err

@@ -47,6 +47,10 @@ class SchedulerConfig:
 
     epochs: int = setting(10, "epochs of training", least=1)
     warmup_epochs: float = setting(1.0, "epochs of linear warm-up, before cosine decay", least=0)
+    image_res: dict[int, int] = setting(
+        dict, "image sizes below image_res and their epochs, before the rest at image_res, such as {112: 8}",
+        replaced=True,
+    )  # fmt: skip
     min_lr_multi: float = setting(0.01, "the schedule's lowest learning rate over optimizer.lr, 0 to 1")
 
 

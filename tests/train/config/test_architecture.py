@@ -101,8 +101,8 @@ REFUSED_BY_BOTH = {
     "vision_encoder.heads", "vision_encoder.mlp_ratio", "vision_encoder.layer_norm_eps", "text_encoder.vocab_size",
     "text_encoder.width", "text_encoder.layers", "text_encoder.fusion_layer", "text_encoder.heads",
     "text_encoder.intermediate", "text_encoder.max_positions", "text_encoder.layer_norm_eps", "answer_decoder.enable",
-    "embed_dim", "vision_encoder.mean", "vision_encoder.std", "vision_encoder.options", "text_encoder.options",
-    "text_encoder.type",
+    "embed_dim", "vision_encoder.mean", "vision_encoder.std", "vision_encoder.options",
+    "text_encoder.options", "text_encoder.type",
 }  # fmt: skip
 CHANGED_BY_TRAINING = {
     "image_res", "add_temporal_embed", "temporal_vision_encoder.enable", "temporal_vision_encoder.num_layers",
