@@ -13,6 +13,7 @@ from runtime.errors import UserError
 from runtime.settings import check_declared, evaluation, fixed, free, nearest
 
 ACCURACIES = ("exact", "vqa")
+RERANK_SCORES = ("itm", "itm+itc")
 
 
 @dataclass
@@ -23,6 +24,9 @@ class EvalConfig:
     task_options: dict[str, Any] = evaluation(dict, "settings of a task of your own", replaced=True)
     k_test: int = evaluation(
         128, "candidates to re-rank for a query or question; retrieval: 0 for the dual encoder only", least=0
+    )
+    rerank_score: str = evaluation(
+        "itm", "what orders the re-ranked: itm, the match logit; itm+itc, with similarity", choices=RERANK_SCORES
     )
     eval_frame_ensemble: str = evaluation(
         "concat", "concat: early fusion of the frames; others: late fusion of the frames' scores", choices=ENSEMBLES

@@ -193,7 +193,8 @@ def encode_test_set(
     blocks = visual_blocks(model, dataset, config, num_frames, ranks)
     visuals = collect_visuals(model, blocks, dataset.num_visuals, config, ranks)
     length = int(getattr(dataset.config.max_txt_l, dataset.media_type))
-    return visuals, encode_texts(model, *tokenizer.encode(texts, length), ranks)
+    written = dataset.as_written(texts, tokenizer.clean)
+    return visuals, encode_texts(model, *tokenizer.encode(written, length), ranks)
 
 
 def match_marked(
@@ -204,15 +205,16 @@ def match_marked(
     config: EvalConfig,
     outside: float,
     ranks: Ranks = ALONE,
+    log_odds: bool = False,
 ) -> np.ndarray:
     """Match logits (N, M) float32 of the pairs marked in `pairs` (N, M) bool, `outside` elsewhere; on all ranks.
 
-    Marked pairs of a visual that could not be read hold `outside` too.
+    log_odds: of a match, instead of its logit. Marked pairs of a visual that could not be read hold `outside` too.
     """
     bar = tqdm(visuals.blocks, desc="matching", leave=False, disable=None if ranks.is_first else True)
     blocks = ((block.indices, block.tokens) for block in bar)
     own = match_pairs(
-        model, blocks, texts.attended, texts.mask, pairs, config.eval_frame_ensemble, config.pair_batch_size
+        model, blocks, texts.attended, texts.mask, pairs, config.eval_frame_ensemble, config.pair_batch_size, log_odds
     )
     visual, text, logit = (gather_rows(torch.from_numpy(part), ranks.world_size).numpy() for part in own)
     scores = np.full(pairs.shape, outside, dtype=np.float32)

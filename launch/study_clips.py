@@ -135,11 +135,15 @@ def sign_test(wins: int, losses: int) -> float:
     return min(1.0, 2 * sum(math.comb(total, k) for k in range(least + 1)) / 2**total)
 
 
+def prefers_reranking(folder: Path) -> bool:
+    """Whether the checkpoint that the study is about re-ranks, as its validation found."""
+    given = _details(folder / "given" / "evaluation" / "4_frames")
+    return given["matching_trained"] and given["reranks"] is not False
+
+
 def read_shares(folder: Path) -> list[Shares]:
     """The shares of all models that the study has evaluated in its folder."""
-    motion = (folder / "annotations" / "motion").read_text()
-    given = _details(folder / "given" / "evaluation" / "4_frames")
-    reranks = given["matching_trained"] and given["reranks"] is not False
+    motion, reranks = (folder / "annotations" / "motion").read_text(), prefers_reranking(folder)
     found = []
     for model, title in MODELS.items():
         labels = {shown: folder / model / "evaluation" / shown for shown in SHOWN}
@@ -235,14 +239,15 @@ def _change(first: np.ndarray, second: np.ndarray) -> str:
     return f"{wins} better, {losses} worse, p {sign_test(wins, losses):.2f}"
 
 
-def explanation(found: Sequence[Shares], ranking: str) -> str:
+def explanation(found: Sequence[Shares], reranks: bool) -> str:
     """What the table's numbers are, and how little they can show."""
+    ranking = "re-ranked by VTM" if reranks else "by the dual encoder"
     least = next(number for number in range(1, 99) if sign_test(number, 0) < 0.05)
     counts = sorted({share.count for share in found})
     needed = ", ".join(f"{100 * least / count:.0f} points of {count} clips" for count in counts if count >= least)
     return (
-        f"Retrieval: R@1 of clips by text, by {ranking}, within the clips of a kind. In brackets 95 % intervals "
-        "(Wilson, over clips); p: sign test over clips. "
+        f"Retrieval: R@1 of clips by text, {ranking} as the checkpoint prefers, within the clips of a kind. "
+        "In brackets 95 % intervals (Wilson, over clips); p: sign test over clips. "
         f"A difference of fewer than {least} clips, all in one direction ({needed}), cannot reach p < 0.05"
         f"{'; nor can any of fewer clips' if counts[0] < least else ''}.\n"
     )
@@ -282,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_annotations(options.folders, options.motion, options.output)
         return 0
     found = read_shares(options.folder)
-    text = f"{table(found)}\n{explanation(found, 'the ranking that the checkpoint prefers')}"
+    text = f"{table(found)}\n{explanation(found, prefers_reranking(options.folder))}"
     (options.folder / "study.md").write_text(text)
     draw(found, options.folder / "study.png")
     sys.stdout.write("\n" + text)

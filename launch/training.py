@@ -77,7 +77,8 @@ def train(settings: Settings, ranks: Ranks, evaluates: bool) -> None:
 def _evaluate(prepared: Prepared, model: Model, splits: list[str], label: str) -> Metrics:
     folder = prepared.folder.path / "evaluation" / label
     # Features of weights that change are of no use later: kept on disk they would only fill it, epoch after epoch.
-    run, ranks = replace(prepared.run, feature_cache=None), prepared.ranks
+    # The schedule's present image size, which the model has.
+    run, ranks = replace(prepared.run, feature_cache=None, image_res=model.config.image_res), prepared.ranks
     assert prepared.task is not None, "prepared without an evaluation"
     save_scores = run.save_scores or label == FINAL
     return evaluate_splits(

@@ -12,7 +12,7 @@ import torch
 from loaders.columns import Column, collated
 from loaders.config import LoaderConfig
 from loaders.samples import DecodedSamples, SampleSpec
-from preprocessing.text import Tokenizer, clean_text
+from preprocessing.text import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def collate(
     input_ids = attention_mask = torch.zeros(len(samples.specs), 0, dtype=torch.int64)
     if tokenizer is not None:
         length = config.max_q_len if asks else getattr(config.max_txt_l, media_type)
-        input_ids, attention_mask = tokenizer.encode([clean_text(spec.text) for spec in samples.specs], length)
+        input_ids, attention_mask = tokenizer.encode([tokenizer.clean(spec.text) for spec in samples.specs], length)
         if asks:
             answers = _answers(samples.specs, tokenizer, getattr(config.max_a_len, media_type))
     return Batch(
@@ -112,7 +112,7 @@ def collate(
 
 
 def _answers(specs: Sequence[SampleSpec], tokenizer: Tokenizer, length: int) -> Answers:
-    texts = [f"{answer} [SEP]" for spec in specs for answer, _ in spec.answers]
+    texts = [tokenizer.answer(answer) for spec in specs for answer, _ in spec.answers]
     input_ids, attention_mask = tokenizer.encode(texts, length)
     weights = torch.tensor([weight for spec in specs for _, weight in spec.answers])
     return Answers(input_ids, attention_mask, weights, torch.tensor([len(spec.answers) for spec in specs]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -52,6 +52,17 @@ class VisualSet:
         self.num_visuals = self.reader.corpus.samples
         self._first = np.concatenate([[0], np.cumsum(self.reader.corpus.counts())])
         self.missing: dict[int, str] = {}
+        self._originals: dict[str, str] = {}  # cleaned -> as the corpus has it
+
+    def cleaned(self, text: str) -> str:
+        """A text of the corpus as results show it, with which `as_written` finds it again."""
+        result = clean_text(text)
+        self._originals.setdefault(result, text)
+        return result
+
+    def as_written(self, texts: Iterable[str], clean: Callable[[str], str]) -> list[str]:
+        """Cleaned texts, cleaned in the way of another encoder instead."""
+        return [clean(self._originals[text]) for text in texts]
 
     @property
     def digest(self) -> str:
@@ -151,7 +162,7 @@ class RetrievalSet(VisualSet):
         for visual, (index, row) in enumerate(self.rows()):
             captions = index.texts("captions", row)
             captions = [" ".join(captions)] if paragraph else captions
-            mine = sorted({numbers.setdefault(text, len(numbers)) for text in map(clean_text, captions)})
+            mine = sorted({numbers.setdefault(text, len(numbers)) for text in map(self.cleaned, captions)})
             self.texts_of_visual.append(mine)
             for text in mine:
                 if text == len(self.visuals_of_text):
@@ -182,7 +193,7 @@ class QASet(VisualSet):
             Question(
                 visual,
                 item["question_id"],
-                clean_text(item["question"]),
+                self.cleaned(item["question"]),
                 tuple(item["answers"]),
                 tuple(item["weights"]),
                 item["question_type"],
@@ -211,7 +222,7 @@ class ChoiceSet(VisualSet):
     def __init__(self, url: str, config: LoaderConfig) -> None:
         super().__init__(url, config)
         self.choices = [
-            Choice(visual, item["question_id"], tuple(map(clean_text, item["options"])), item["answer"])
+            Choice(visual, item["question_id"], tuple(map(self.cleaned, item["options"])), item["answer"])
             for visual, (index, row) in enumerate(self.rows())
             for item in index.texts("choices", row)
         ]

@@ -24,7 +24,7 @@ from loaders.batch import Batch, collate
 from loaders.columns import ExtraColumns
 from loaders.config import LoaderConfig, check_weights
 from loaders.decode.choice import make_decoder
-from loaders.decode.decoder import BATCHES_AT_ONCE, decode_samples
+from loaders.decode.decoder import BATCHES_AT_ONCE, Decoder, decode_samples
 from loaders.order.epoch import EpochPlan, check_world_size, media_schedule, rank_positions
 from loaders.order.mixture import Mixture
 from loaders.prefetch import Prefetcher, StalledError, overlapped
@@ -97,13 +97,11 @@ class TrainLoader:
         self.media_steps = {media_type: self._count_steps(media_type) for media_type in self.mixtures}
         self._steps_at_once, self._steps_kept = self._read_depth()
         self._step_pool = ThreadPoolExecutor(self._steps_at_once, thread_name_prefix="step")
-        threads = config.threads or cores_per_process(local_world_size or world_size)
+        self._threads = config.threads or cores_per_process(local_world_size or world_size)
         self.device = torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:  # the threads' own device is the first one
             self.device = torch.device("cuda", torch.cuda.current_device())
-        self.decoder = make_decoder(
-            config.decode, config.image_res, threads, config.antialias, self.device, config.deterministic
-        )
+        self.decoder = self._make_decoder()
         self.quarantine = Quarantine(rank, config.max_bad_share, config.quarantine_file.replace("{rank}", str(rank)))
         self._counters: dict[str, float] = defaultdict(float)
         self._counting = threading.Lock()
@@ -118,6 +116,18 @@ class TrainLoader:
     def __exit__(self, *_: object) -> None:
         """Close it."""
         self.close()
+
+    def _make_decoder(self) -> Decoder:
+        config = self.config
+        return make_decoder(
+            config.decode, config.image_res, self._threads, config.antialias, self.device, config.deterministic
+        )
+
+    def set_image_res(self, size: int) -> None:
+        """Show frames of `size` x `size` pixels from now on; between two epochs. Nothing else of a batch changes."""
+        self.decoder.close()
+        self.config = replace(self.config, image_res=size)
+        self.decoder = self._make_decoder()
 
     def _count_steps(self, media_type: str) -> int:
         """Batches of a medium in an epoch; the samples that do not fill one are left out, others in each epoch."""

@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 
 from model.building import build_model
 from model.card import model_card
-from model.checkpoints.files import DESCRIPTION, TENSORS, VOCABULARY, Weights, find_vocabulary, write_weights
+from model.checkpoints.files import DESCRIPTION, TENSORS, Weights, find_vocabulary, write_weights
 from model.checkpoints.loading import find_weights, fit_weights
 from model.config import with_changes
 from model.encoders import Encoders
@@ -26,7 +26,7 @@ from model.singularity import Singularity as Network
 from model.vqa import SingularityQA as QANetwork
 from preprocessing.config import Preprocessing
 from preprocessing.normalization import normalize
-from preprocessing.text import Tokenizer, clean_text
+from preprocessing.text import VOCABULARIES, Tokenizer
 from preprocessing.visuals import Clip, Picture, clip_pixels, image_pixels, is_clip
 from runtime.errors import MissingError, UserError
 from sharding.media.frames import MediaError
@@ -69,8 +69,9 @@ class Pretrained(Encoders, ModelHubMixin):
         Returns SingularityQA for weights with an answer decoder, else Singularity, whichever class it is called on.
         The weights' `plugins` are imported as in training, but never from the hub or from the folder of the weights.
 
-        tokenizer: a vocab.txt, a folder that holds one, or a hub name, for weights without their own vocabulary: the
-        published .pth files need "bert-base-uncased". revision, token, cache_dir, local_files_only: of the hub.
+        tokenizer: a vocab.txt or tokenizer.json, a folder that holds one, or a hub name, for weights without their own
+        vocabulary: the published .pth files need "bert-base-uncased".
+        revision, token, cache_dir, local_files_only: of the hub.
         Raises MissingError, a FileNotFoundError, if there is no such model; UserError if its files are damaged.
         """
         path = Path(source)
@@ -95,7 +96,7 @@ class Pretrained(Encoders, ModelHubMixin):
         return model.eval()
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        """Write what `from_pretrained` reads: vocab.txt, model.safetensors, model.json."""
+        """Write what `from_pretrained` reads: the vocabulary, model.safetensors, model.json."""
         if self.tokenizer is not None:
             self.tokenizer.save(save_directory)
         special_ids = {name: getattr(self, name) for name in ("pad_id", "cls_id", "mask_id")}
@@ -121,9 +122,9 @@ class Pretrained(Encoders, ModelHubMixin):
             self.train(training)
 
     def _tokens(
-        self, texts: Sequence[str], what: str, length: int, form: Callable[[str], str] = clean_text
+        self, texts: Sequence[str], what: str, length: int, form: Callable[[str], str] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and mask (M, Lt) of `form(text)`, cut to the longest, on the model's device."""
+        """Ids and mask (M, Lt) of `form(text)`, by default cleaned, cut to the longest, on the model's device."""
         if self.tokenizer is None:
             raise UserError("the model has no vocabulary: from_pretrained(..., tokenizer='bert-base-uncased' or FILE)")
         _check_list(texts, what)
@@ -132,7 +133,8 @@ class Pretrained(Encoders, ModelHubMixin):
                 raise UserError(f"{what}[{number}] is of type {type(text).__name__}: must be a str")
             if not text.isascii() and re.search(r"[\ud800-\udfff]", text):
                 raise UserError(f"{what}[{number}] is not Unicode: it has half of a surrogate pair")
-        ids, mask = self.tokenizer.encode(list(map(form, texts)), min(length, self.config.text_encoder.max_positions))
+        formed = list(map(form or self.tokenizer.clean, texts))
+        ids, mask = self.tokenizer.encode(formed, min(length, self.config.text_encoder.max_positions))
         longest = max(1, int(mask.sum(1).max())) if len(texts) else 1
         device = self.temporal_embeddings.device
         return ids[:, :longest].to(device), mask[:, :longest].to(device)
@@ -271,7 +273,8 @@ class SingularityQA(Pretrained, QANetwork):
         medium, batches = self._visual_batches(visuals, num_frames, batch_size)
         ids, mask = self._tokens(questions, "questions", self.preprocessing.max_q_len)
         length = self.preprocessing.max_a_len[medium]
-        answer_ids, answer_mask = self._tokens(answers, "answers", length, "{} [SEP]".format)
+        form = None if self.tokenizer is None else self.tokenizer.answer
+        answer_ids, answer_mask = self._tokens(answers, "answers", length, form)
         found: list[tuple[str, float]] = []
         with self._inference():
             for frames in batches:
@@ -294,7 +297,7 @@ def _fetch(
                 token=token,
                 cache_dir=cache_dir,
                 local_files_only=offline,
-                allow_patterns=[DESCRIPTION, TENSORS, VOCABULARY, "README.md"],
+                allow_patterns=[DESCRIPTION, TENSORS, *VOCABULARIES, "README.md"],
             )
         )
     except Exception as error:  # of many kinds: no network, no such name, no permission

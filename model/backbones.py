@@ -94,11 +94,12 @@ def create_backbone(config: VisionConfig, image_res: int) -> Any:
 
     Raises UserError where timm cannot make one.
     """
-    sizes = {"img_size": image_res, "patch_size": config.patch_size}
+    sizes: dict[str, Any] = {"img_size": image_res, "patch_size": config.patch_size}
     for options in (sizes, {"img_size": image_res}, {}):  # not all have them
-        for drop_path in ({"drop_path_rate": config.drop_path}, {}):
+        rates: tuple[dict[str, Any], ...] = ({"drop_path_rate": config.drop_path}, {})
+        for rate in rates:
             with suppress(TypeError):
-                return create_model(config.type, pretrained=False, num_classes=0, **options, **drop_path)
+                return create_model(config.type, pretrained=False, num_classes=0, **options, **rate)
     raise UserError(f"vision_encoder.type={config.type} cannot be made by timm: choose another one")
 
 
@@ -122,7 +123,8 @@ def _loaded(name: str, weights: dict[str, torch.Tensor], options: dict[str, Any]
     states = []
     for change in (0, 1):
         changed = {key: each + change if each.is_floating_point() else each for key, each in weights.items()}
-        common = {"pretrained": True, "num_classes": 0, "pretrained_cfg_overlay": {"state_dict": changed}}
+        overlay = {"state_dict": changed}
+        common: dict[str, Any] = {"pretrained": True, "num_classes": 0, "pretrained_cfg_overlay": overlay}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             try:

@@ -41,6 +41,7 @@ class VisionConfig:
     mlp_ratio: float = fixed(4.0, "hidden width of the MLP, as a multiple of width")
     layer_scale: float = fixed(0.1, "initial value of the layer scale, BEiT only; 0: none")
     drop_path: float = fixed(0.1, "stochastic depth of the last block; grows linearly from 0", checkpoint=TRAINING)
+    patch_dropout: float = fixed(0.0, "share of the patches that training leaves out, below 1", checkpoint=TRAINING)
     layer_norm_eps: float = fixed(1e-12, "epsilon of the layer norms")
     initializer_range: float = fixed(0.02, _INITIALIZER_RANGE, checkpoint=TRAINING)
 
@@ -49,7 +50,9 @@ class VisionConfig:
 class TextConfig:
     """BERT, split in two: layers below `fusion_layer` see text only, those above also see the visual."""
 
-    type: str = fixed("bert", "bert, or a text encoder of your own, below the same fusion layers")
+    type: str = fixed(
+        "bert", "bert, transformers, clip, siglip (by pretrained), or one of your own; below the same fusion layers"
+    )
     options: dict[str, Any] = fixed(dict, "settings of a text encoder of your own: arguments of its class")
     pretrained: str | None = fixed(None, "initial weights: a hub name or a local folder", checkpoint=START)
     vocab_size: int = fixed(30522, "size of the vocabulary; by default the tokenizer's")
@@ -98,6 +101,11 @@ class ModelSettings:
 
     vision_encoder: VisionConfig = fixed(VisionConfig)
     text_encoder: TextConfig = fixed(TextConfig)
+    dual_encoder: str | None = fixed(
+        None,
+        "start both encoders, the projections and the temperature from a CLIP or SigLIP: a hub name or a local folder",
+        checkpoint=START,
+    )
     temporal_vision_encoder: TemporalConfig = fixed(TemporalConfig)
     answer_decoder: AnswerDecoderConfig = fixed(AnswerDecoderConfig)
     add_temporal_embed: bool = fixed(False, "add learned temporal embeddings to the tokens", checkpoint=FINE_TUNING)

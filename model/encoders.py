@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+import model.towers  # noqa: F401  # registers its encoders
 from model.config import ENSEMBLES, ModelConfig
 from model.freezing import Freezable
 from model.history import History

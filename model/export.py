@@ -104,6 +104,7 @@ def write_official(weights: Weights, path: str | Path) -> None:
 def check_output(output: str) -> None:
     """Raise UserError unless a model can be written to `output` without touching anything but an earlier export."""
     from model.checkpoints.files import DESCRIPTION, OFFICIAL_SUFFIXES, TENSORS, VOCABULARY
+    from preprocessing.text import VOCABULARIES
 
     path = Path(output)
     official = path.suffix.lower() in OFFICIAL_SUFFIXES
@@ -114,7 +115,7 @@ def check_output(output: str) -> None:
         )
     if official and (output.endswith("/") or path.is_dir()):
         raise UserError(f"{output} is a folder with the suffix of a file: give NAME{path.suffix} or another folder")
-    exported = {TENSORS, DESCRIPTION, VOCABULARY}
+    exported = {TENSORS, DESCRIPTION, *VOCABULARIES}
     if (path.is_file() and not official) or (path.is_dir() and {each.name for each in path.iterdir()} - exported):
         raise UserError(f"{output} exists already and is not an export: remove it, or choose another name")
     for folder in path.absolute().parents:
@@ -141,7 +142,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog=command_line("model.export"),
         description="Write a model, ours or official, to an official checkpoint (OUTPUT ends in .pth) or to a folder "
-        "of ours (model.safetensors, model.json and vocab.txt). All tensors are written bit for bit.",
+        "of ours (model.safetensors, model.json and the vocabulary). All tensors are written bit for bit.",
     )
     result.add_argument("model", help="a folder with model.json, a run folder (its best or newest), or a .pth")
     result.add_argument("output", help="what to write: NAME.pth, or a folder; an earlier export is replaced")

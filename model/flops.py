@@ -5,6 +5,7 @@ from __future__ import annotations
 from model.config import ModelConfig
 from model.encoders import Encoders
 from model.losses import max_masked
+from model.patch_dropout import kept_patches
 
 
 def layer_flops(tokens: int, width: int, hidden: int, context: int) -> int:
@@ -13,12 +14,12 @@ def layer_flops(tokens: int, width: int, hidden: int, context: int) -> int:
 
 
 def image_flops(model: Encoders) -> tuple[int, int]:
-    """FLOPs of encoding an image, and the number of its tokens."""
+    """FLOPs of encoding an image in training, and the number of its tokens."""
     if model.vision_encoder.measured is not None:
         return model.vision_encoder.measured
     vision = model.config.vision_encoder
     patches = (model.config.image_res // vision.patch_size) ** 2
-    tokens, hidden = patches + 1, int(vision.width * vision.mlp_ratio)
+    tokens, hidden = kept_patches(patches, vision.patch_dropout) + 1, int(vision.width * vision.mlp_ratio)
     embedding = 2 * patches * 3 * vision.patch_size**2 * vision.width
     return embedding + vision.depth * layer_flops(tokens, vision.width, hidden, tokens), tokens
 
@@ -26,9 +27,7 @@ def image_flops(model: Encoders) -> tuple[int, int]:
 def text_flops(model: Encoders, length: int) -> int:
     """FLOPs of the text-only half for a text of `length` tokens."""
     if model.text_encoder.measured is not None:
-        one, two = model.text_encoder.measured
-        squared = two // 2 - one  # attention grows with the square of the length, all else with the length
-        return length * (one - squared) + length**2 * squared
+        return model.text_encoder.flops(length)
     text = model.config.text_encoder
     return text.fusion_layer * layer_flops(length, text.width, text.intermediate, length)
 

@@ -15,12 +15,14 @@ class History:
 
     started_from: the weights that it started from, then what those started from, and so on, as far as recorded.
     matching_trained: whether a loss trained the head, as far as recorded. reranks: whether re-ranking by it was better
-    than the dual encoder alone on the validation split (`stop_key`); None if not recorded.
+    than the dual encoder alone on the validation split (`stop_key`); None if not recorded. rerank_score: of the
+    training's evaluations, itm or itm+itc.
     """
 
     started_from: tuple[str, ...] = ()
     matching_trained: bool = True
     reranks: bool | None = None
+    rerank_score: str = "itm"
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> History:
@@ -38,6 +40,11 @@ class History:
             given = [f"{part}_encoder.pretrained={name}" for part, name in names.items() if name]
             started_from = (", ".join(given) or "random weights",)
         return cls(started_from, config.loss_weight.itm > 0 or bool(config.own_losses))
+
+    @property
+    def joins_similarity(self) -> bool:
+        """Whether re-ranking adds the dual encoder's similarity, `model.scoring.joint_scores`."""
+        return self.rerank_score == "itm+itc"
 
     @property
     def prefers_reranking(self) -> bool:

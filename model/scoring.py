@@ -77,12 +77,14 @@ def match_pairs(
     pairs: np.ndarray,
     ensemble: str = "concat",
     pairs_at_once: int = 256,
+    log_odds: bool = False,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Match logits of the pairs that are marked in `pairs` (N, M) bool and whose visual is in `blocks`.
 
     blocks: visual indices (B,) and tokens (B, F, S, D) of `clip_tokens`, on any device. attended (M, Lt, D) of
-    `attend_texts` and mask (M, Lt) on the model's. Returns visual and text of each of P pairs, and its score: (P,)
-    int64, (P,) int64, (P,) float32; the scores of several frames (F > 1) combined by `ensemble`.
+    `attend_texts` and mask (M, Lt) on the model's. log_odds: of a match, instead of its logit. Returns visual and text
+    of each of P pairs, and its score: (P,) int64, (P,) int64, (P,) float32; the scores of several frames (F > 1)
+    combined by `ensemble`.
     """
     lengths = mask.sum(1).cpu().numpy()
     empty = np.empty(0, dtype=np.int64)
@@ -90,11 +92,23 @@ def match_pairs(
     for indices, tokens in blocks:
         groups = group_pairs(pairs[indices], lengths)
         if len(groups.visuals):
-            scores = _match_block(model, tokens.to(attended.device), attended, mask, groups, ensemble, pairs_at_once)
+            each = _match_block(model, tokens.to(attended.device), attended, mask, groups, pairs_at_once)
+            scores = combine(each[..., 1] - each[..., 0] if log_odds else each[..., 1], ensemble).cpu().numpy()
             visuals = np.broadcast_to(indices[groups.visuals][:, None], groups.texts.shape)
             parts.append((visuals[groups.real], groups.texts[groups.real], scores[groups.real]))
     visual, text, score = (np.concatenate(column) for column in zip(*parts))
     return visual, text, score
+
+
+def joint_scores(model: Singularity, similarity: np.ndarray, log_odds: np.ndarray) -> np.ndarray:
+    """Dual encoder and VTM in one score: similarity plus temperature times the log-odds of a match; any shape, float32.
+
+    Hard negatives are sampled in proportion to exp(similarity / temperature), so VTM learns by what factor a pair is
+    likelier than the dual encoder finds it (noise-contrastive estimation: Gutmann & Hyvärinen, 2010); the product of
+    both is what ranks. A head that has learned nothing leaves the dual encoder's order. BLIP (Li et al., 2022) adds
+    the two scores as well.
+    """
+    return similarity + np.float32(model.temp.item()) * log_odds
 
 
 def _match_block(
@@ -103,10 +117,9 @@ def _match_block(
     attended: torch.Tensor,
     mask: torch.Tensor,
     groups: Groups,
-    ensemble: str,
     pairs_at_once: int,
-) -> np.ndarray:
-    """Scores (C, GROUP) of groups of texts for the visuals with tokens (B, F, S, D)."""
+) -> torch.Tensor:
+    """Two-way logits (F, C, GROUP, 2) of groups of texts for the visuals with tokens (B, F, S, D)."""
     frames, device = tokens.shape[1], tokens.device
     keys = model.visual_keys(tokens.flatten(0, 1))  # of B·F sources
     step = max(1, pairs_at_once // (GROUP * frames))
@@ -124,6 +137,5 @@ def _match_block(
         logits = model.match_attended(
             attended[rows, :length], mask[rows, :length], tuple((k[sources], v[sources]) for k, v in keys)
         )
-        each = logits[:, 1].float().view(GROUP, -1, frames).permute(2, 1, 0)  # (F, n, GROUP)
-        scores.append(combine(each, ensemble))
-    return torch.cat(scores).cpu().numpy()
+        scores.append(logits.float().view(GROUP, -1, frames, 2).permute(2, 1, 0, 3))  # (F, n, GROUP, 2)
+    return torch.cat(scores, 1)

@@ -215,6 +215,13 @@ class TextEncoder(nn.Module):
         """
         raise NotImplementedError
 
+    def flops(self, length: int) -> int:
+        """FLOPs of a text of `length` tokens, of an own encoder; attention grows with the square of the length."""
+        assert self.measured is not None
+        one, two = self.measured
+        squared = two // 2 - one
+        return length * (one - squared) + length**2 * squared
+
     def word_matrix(self) -> torch.Tensor:
         """Word embeddings (V, D), the output matrix of the MLM head: those of the module `word_embeddings`."""
         return self.word_embeddings.weight

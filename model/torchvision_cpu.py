@@ -22,6 +22,7 @@ with suppress(ModuleNotFoundError):  # neither library needs it
         _library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
+import transformers
 from timm.layers import resample_abs_pos_embed
 from timm.models import create_model, get_pretrained_cfg, is_model
 from timm.models.beit import Attention as BeitAttention

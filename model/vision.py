@@ -14,6 +14,7 @@ from model.backbones import VISION_TYPES, check_backbone, create_backbone, pixel
 from model.checkpoints.positions import resize_relative
 from model.config import ModelConfig, VisionConfig
 from model.feature_maps import FeatureMapEncoder
+from model.patch_dropout import add_patch_dropout, no_patch_dropout
 from model.probe import run_counted
 from model.torchvision_cpu import (
     Beit,
@@ -50,6 +51,8 @@ def build_vision(config: ModelConfig) -> VisionEncoder:
     if vision.mean and vision.std:
         encoder.mean, encoder.std = tuple(vision.mean), tuple(vision.std)
     if kind is not TimmEncoder:
+        if vision.patch_dropout:
+            raise no_patch_dropout(vision.type, vision.patch_dropout)
         _check_outputs(encoder, config)
     return encoder
 
@@ -127,12 +130,19 @@ def relative_position_index(patches: int) -> torch.Tensor:
 
 
 class GivenBiasAttention(BeitAttention):
-    """BEiT's attention, with an optional position bias (1, H, L, L) instead of the one gathered from its table."""
+    """BEiT's attention, with an optional position bias (1, H, L, L) instead of the one gathered from its table.
+
+    kept: (K,) positions of the tokens among those of the table, where others are left out.
+    """
 
     bias: torch.Tensor | None = None
+    kept: torch.Tensor | None = None
 
     def _get_rel_pos_bias(self) -> torch.Tensor:
-        return super()._get_rel_pos_bias() if self.bias is None else self.bias
+        if self.bias is not None:
+            return self.bias
+        bias = super()._get_rel_pos_bias()
+        return bias if self.kept is None else bias.index_select(2, self.kept).index_select(3, self.kept)
 
 
 @VISION("beit")
@@ -153,6 +163,7 @@ class TimmEncoder(VisionEncoder):
         # The official code's extra norm has this eps, independent of the transformer's own.
         self.layernorm = nn.LayerNorm(vision.width, eps=1e-12) if vision.type == "beit" else nn.Identity()
         self._official = vision.type in VISION_TYPES
+        self._dropout = add_patch_dropout(self.transformer, vision.type, vision.patch_dropout)
         self._patches = config.image_res // vision.patch_size
         self._leads = self._official or self.transformer.num_prefix_tokens > 0
         self._attentions: list[Any] = [module for module in self.transformer.modules() if hasattr(module, "fused_attn")]
@@ -169,11 +180,18 @@ class TimmEncoder(VisionEncoder):
         """As `VisionEncoder`; the first token is [CLS], or the pooled vector where the transformer has none."""
         self._match_key_biases()
         self._choose_attention(images)
-        for attention, bias in zip(self._biased, self._position_biases()):
+        kept = None
+        if self._dropout is not None and self.training:
+            kept = self._dropout.draw(self._patches**2, images.device)
+        for attention in self._biased:
+            attention.kept = kept
+        for attention, bias in zip(self._biased, self._position_biases(kept)):
             attention.bias = bias
         raw = self.transformer.forward_features(images)
         for attention in self._biased:
             attention.bias = None
+        if self._dropout is not None:
+            self._dropout.kept = None
         pooled = self.transformer.forward_head(raw, pre_logits=True)
         tokens = self.layernorm(raw)
         return tokens if self._leads else torch.cat([pooled[:, None], tokens], 1), pooled
@@ -206,16 +224,20 @@ class TimmEncoder(VisionEncoder):
             if getattr(attention, "k_bias", None) is not None and attention.k_bias.dtype != attention.q_bias.dtype:
                 attention.k_bias = attention.k_bias.to(attention.q_bias.dtype)
 
-    def _position_biases(self) -> tuple[torch.Tensor, ...]:
+    def _position_biases(self, kept: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
         """The position bias (1, H, L, L) of every layer, by one gather, with one sorted sum in the backward pass.
 
+        kept: (L,) positions of the tokens, where patches are left out.
         Empty where each layer must gather its own: with gradient checkpointing and under ZeRO 3.
         """
         tables: list[torch.Tensor] = [attention.relative_position_bias_table for attention in self._biased]
         if not tables or self.transformer.grad_checkpointing or self.weights_in_layers:
             return ()
-        length, row = self._bias_index.shape
-        rows = functional.embedding(self._bias_index.flatten(), torch.cat(tables, 1))  # (L·R, layers·H)
+        index = self._bias_index
+        if kept is not None:
+            index = functional.pad(index.index_select(0, kept).index_select(1, kept), (0, -len(kept) % ROW))
+        length, row = index.shape
+        rows = functional.embedding(index.flatten(), torch.cat(tables, 1))  # (L·R, layers·H)
         biases = rows.T.contiguous().view(len(tables), 1, -1, length, row)
         return biases[..., :length].unbind(0)
 

@@ -273,8 +273,9 @@ def _with_new_names(kind: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 def _merge(kind: Any, earlier: DictConfig, later: DictConfig, replaced: Collection[str] | None = None) -> DictConfig:
     """`later` over `earlier`, key by key; whole mappings if declared `replaced` (or, of these, in `replaced`)."""
     for key, declaration in declarations(kind).items():
-        if declaration.replaced and key in later and (replaced is None or key in replaced):
-            earlier.pop(key, None)
+        given = declaration.replaced and OmegaConf.select(later, key) is not None
+        if given and (replaced is None or key in replaced):
+            earlier = _without(earlier, key)
     return typing.cast(DictConfig, OmegaConf.merge(earlier, later))
 
 

@@ -31,6 +31,7 @@ from train.checkpoints.writing import (
     complete_checkpoints,
     load_checkpoint,
     named_best_steps,
+    read_state,
     set_buffers,
 )
 from train.config.settings import RunConfig
@@ -39,12 +40,13 @@ from train.deepspeed.engine import start_engine
 from train.deepspeed.state import whole_shape
 from train.guard import StepGuard
 from train.job.devices import slow_precision
-from train.job.hang import END, EVALUATE, LOADER, SAVE, STEP
+from train.job.hang import END, EVALUATE, LOADER, SAVE, START, STEP
 from train.job.interrupted import TrainingInterrupted
 from train.job.stopping import StopRequest, StopVote
 from train.job.watchdog import Watchdog
 from train.optimizer import Schedule
 from train.prepare import Prepared
+from train.resolution import image_res_at, model_of_size
 from train.step import Losses, Stepper, without_padding
 from train.tracking.metrics import Clock
 from train.tracking.profiling import StepProfiler
@@ -63,11 +65,30 @@ class Trainer:
         self.run, self.ranks, self.folder = prepared.run, prepared.ranks, prepared.folder
         self.watchdog = watchdog
         self.loader, self.device = prepared.loader, device
+        self._prepared, self._remote = prepared, prepared.remote
+        self.total_steps = total_steps(self.run, self.loader.steps_per_epoch)
+        self._start(self._saved_image_res() or prepared.model.config.image_res)
+        self.vote = StopVote(request, self.ranks.world_size)
+        self.profiler = StepProfiler(self.run.profile_steps, self.folder.path / "profile", self.ranks.rank, device)
+        self.tracker: Tracker | None = None
+        if self.ranks.is_first:
+            epochs = self.state.evaluated_epochs
+            self.tracker = Tracker(self.folder, self.run, self.total_steps, self.state.step, epochs)
+        self._saved_step, self._saved_at = self.state.step, time.monotonic()
+
+    def _start(self, image_res: int) -> None:
+        """Start the engine of a model for frames of this size, and load the newest checkpoint, if any."""
+        prepared, run = self._prepared, self.run
+        if prepared.model.config.image_res != image_res:
+            prepared.model = model_of_size(prepared.model, image_res, prepared.tokenizer)
+            prepared.model.freeze(run.freeze)
+            gc.collect()  # the engine before, which refers to itself
+        if self.loader.config.image_res != image_res:
+            self.loader.set_image_res(image_res)
         self.model: Model = prepared.model
-        self._remote = prepared.remote
-        self.model_config = prepared.model.config
-        self.model.set_gradient_checkpointing(self.run.gradient_checkpointing)
-        self.engine, groups = start_engine(self.model, self.run, prepared.deepspeed, device)
+        self.model_config = self.model.config
+        self.model.set_gradient_checkpointing(run.gradient_checkpointing)
+        self.engine, groups = start_engine(self.model, run, prepared.deepspeed, self.device)
         self.writer = CheckpointWriter(
             self.folder.checkpoints,
             self.engine,
@@ -77,25 +98,45 @@ class Trainer:
             prepared.preprocessing,
             self.model.history,
         )
-        self.state = self._resume()
-        self.total_steps = total_steps(self.run, self.loader.steps_per_epoch)
-        self.guard = StepGuard(self.engine, self.ranks, self.run.max_bad_steps, self.run.optimizer.max_grad_norm)
+        self.state = replace(self._resume(), image_res=image_res)
+        self.guard = StepGuard(self.engine, self.ranks, run.max_bad_steps, run.optimizer.max_grad_norm)
         schedule = Schedule(
-            self.run.scheduler.warmup_epochs * self.loader.steps_per_epoch,
-            self.loader.steps_per_epoch * self.run.scheduler.epochs,
-            self.run.scheduler.min_lr_multi,
+            run.scheduler.warmup_epochs * self.loader.steps_per_epoch,
+            self.loader.steps_per_epoch * run.scheduler.epochs,
+            run.scheduler.min_lr_multi,
         )
         self.step = Stepper(
-            self.engine, groups, self.model, schedule, self.guard, device, self.run, self.ranks.rank
+            self.engine, groups, self.model, schedule, self.guard, self.device, run, self.ranks.rank
         )  # fmt: skip
-        self.vote = StopVote(request, self.ranks.world_size)
-        self.profiler = StepProfiler(self.run.profile_steps, self.folder.path / "profile", self.ranks.rank, device)
-        self.tracker: Tracker | None = None
+        self._clock = Clock(self.model, self.loader.batch_size, run.video_input.num_frames)
+
+    def _saved_image_res(self) -> int:
+        """The image size of the newest checkpoint, whose epoch may still have to be evaluated; 0 without one."""
+        found = complete_checkpoints(self.folder.checkpoints) if self.ranks.is_first else []
+        return broadcast(read_state(found[-1]).image_res if found else 0, self.ranks.world_size)
+
+    def _change_image_res(self) -> None:
+        """Go on at the image size of the present epoch, as a run that is resumed from a checkpoint at this moment."""
+        image_res, before = image_res_at(self.run, self.state.epoch), self.state.image_res
+        if image_res == before:
+            return
+        self.save()
         if self.ranks.is_first:
-            epochs = self.state.evaluated_epochs
-            self.tracker = Tracker(self.folder, self.run, self.total_steps, self.state.step, epochs)
-        self._saved_step, self._saved_at = self.state.step, time.monotonic()
-        self._clock = Clock(self.model, self.loader.batch_size, self.run.video_input.num_frames)
+            log.info("Epoch %d: image_res changes from %d to %d", self.state.epoch, before, image_res)
+        self.watchdog.enter(START, self.state.step)
+        self.engine.destroy()
+        del self.engine, self.model, self.writer, self.guard, self.step, self._clock
+        gc.unfreeze()
+        if self.run.compile:
+            torch.compiler.reset()
+        self._start(image_res)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Make the engine and the garbage collector ready for steps."""
+        self.engine.train()
+        gc.collect()
+        gc.freeze()  # full collections skip what exists now: they would take 184 ms, for which all ranks wait
 
     def train(self, evaluate: Evaluate | None = None) -> None:
         """Train to the end. With `evaluate`: `stop_key` is evaluated after each epoch, all splits at the end.
@@ -114,11 +155,10 @@ class Trainer:
                 "process" if self.ranks.world_size == 1 else "processes",
                 _sizes(self.model),
             )
-        self.engine.train()
-        gc.collect()
-        gc.freeze()  # full collections skip what exists now: they would take 184 ms, for which all ranks wait
+        self._begin()
         self._after_epoch(evaluate)
         while not self._is_over():
+            self._change_image_res()
             self._epoch()
             self._after_epoch(evaluate)
         self.vote.close()
@@ -223,6 +263,7 @@ class Trainer:
             "step": self.state.step,
             "epoch": batch.epoch,
             "media_type": batch.media_type,
+            **({"image_res": self.state.image_res} if self.run.scheduler.image_res else {}),
             "loss": sum(means),
             **dict(zip(losses, means)),
             "lr": self.run.optimizer.lr * self.step.schedule.multiplier(self.state.step - 1),
@@ -273,6 +314,9 @@ class Trainer:
         """Evaluate all splits with the best weights, or the last ones without `stop_key`."""
         if self.state.best_step is not None:
             best = load_weights(best_version(self.folder.checkpoints, self.state.best_step))
+            if best.config.image_res != self.state.image_res and self.ranks.is_first:
+                sizes = best.config.image_res, self.state.image_res
+                log.info("The best weights are of image_res=%d and evaluated at %d", *sizes)
             set_weights(self.engine, best.state)
             set_buffers(self.engine, best.state)
             self.model.history = replace(self.model.history, reranks=best.history.reranks)

@@ -19,10 +19,10 @@ from model.backbones import VISION_TYPES
 from model.building import Model, build_model
 from model.checkpoints.loading import find_weights, fit_weights
 from model.checkpoints.pretrained import new_model
-from model.config import with_changes
+from model.config import ModelConfig, with_changes
 from model.history import History
 from preprocessing.config import Preprocessing
-from preprocessing.text import Tokenizer
+from preprocessing.text import Tokenizer, find_vocabulary
 from runtime.activity import progress
 from runtime.errors import MissingError, UserError
 from runtime.ranks import Ranks, cores_per_process
@@ -35,6 +35,7 @@ from train.config.settings import RunConfig, Settings
 from train.deepspeed.engine import deepspeed_config
 from train.folder import RunFolder
 from train.optimizer import trainable_groups
+from train.resolution import check_sizes, image_sizes
 from train.tracking.trackers import check_tracking
 
 log = logging.getLogger(__name__)
@@ -89,9 +90,10 @@ def prepare_training(settings: Settings, ranks: Ranks, evaluates: bool, device: 
     model.freeze(run.freeze)
     trainable_groups(model, run.optimizer)
     check_statistics(model)
+    check_sizes(model, run, tokenizer)
     progress("opening the corpora")
     quarantine = run.quarantine_file or str(Path(run.output_dir) / "quarantine-{rank}.jsonl")
-    loader_settings = replace(run, quarantine_file=quarantine)
+    loader_settings = replace(run, quarantine_file=quarantine, image_res=model.config.image_res)
     loader = TrainLoader(
         run.train_urls(), tokenizer, loader_settings, ranks.rank, ranks.world_size, ranks.local_world_size, device
     )
@@ -178,12 +180,25 @@ def _model(settings: Settings) -> tuple[Model, Tokenizer]:
     run = settings.config
     if run.pretrained_path is not None:
         return _from_checkpoint(settings, run.pretrained_path, training=True)
+    published = run.dual_encoder or run.text_encoder.pretrained
+    if "tokenizer" not in settings.explicit and published and _brings_vocabulary(published):
+        run.tokenizer = published
     tokenizer = Tokenizer.load(run.tokenizer)
     config = fresh_architecture(settings, tokenizer)
     adopt(settings, config)
-    model = new_model(config, tokenizer.special_ids)
-    model.history = History.of_training(config)
+    model = new_model(_at_first_size(config, run), tokenizer.special_ids)
+    model.history = replace(History.of_training(config), rerank_score=run.rerank_score)
     return model, tokenizer
+
+
+def _at_first_size(config: ModelConfig, run: RunConfig) -> ModelConfig:
+    """The architecture that a training run begins with; that of the settings is the one it ends with."""
+    return with_changes(config, {"image_res": image_sizes(run)[0][1]})
+
+
+def _brings_vocabulary(name: str) -> bool:
+    """Whether published weights have their vocabulary beside them; on the hub they do."""
+    return not Path(name).is_dir() or find_vocabulary(Path(name)) is not None
 
 
 def _from_checkpoint(settings: Settings, path: str, training: bool) -> tuple[Model, Tokenizer]:
@@ -196,7 +211,7 @@ def _from_checkpoint(settings: Settings, path: str, training: bool) -> tuple[Mod
     if run.task == "qa" and not training and not weights.config.answer_decoder.enable:
         raise UserError(f"{path} has no answer decoder: fine-tune it with launch/finetune_qa.py first")
     config = with_changes(weights.config, changes_to(settings, weights.config, str(found), training))
-    if found.is_dir() and (found / "vocab.txt").is_file():
+    if found.is_dir() and find_vocabulary(found):
         if "tokenizer" in settings.explicit:
             _check_vocabulary(Tokenizer.load(run.tokenizer), str(found), run)
         tokenizer = Tokenizer.load(str(found))
@@ -207,9 +222,11 @@ def _from_checkpoint(settings: Settings, path: str, training: bool) -> tuple[Mod
             raise MissingError(f"{found} has no vocabulary, and {error}") from None
     check_texts(run, config, tokenizer)
     adopt(settings, config)
-    model = build_model(config, tokenizer.special_ids)
+    model = build_model(_at_first_size(config, run) if training else config, tokenizer.special_ids)
     report = fit_weights(model, weights, str(found), run.expected_tensors)
-    model.history = History.of_training(config, path, weights.history) if training else weights.history
+    model.history = weights.history
+    if training:
+        model.history = replace(History.of_training(config, path, weights.history), rerank_score=run.rerank_score)
     log.info("Weights of %s: %s", found, report)
     return model, tokenizer
 
@@ -217,7 +234,7 @@ def _from_checkpoint(settings: Settings, path: str, training: bool) -> tuple[Mod
 def _check_vocabulary(tokenizer: Tokenizer, weights: str, run: RunConfig) -> None:
     """Raise ValueError unless the tokenizer is the one that the weights were trained with."""
     trained_with = Tokenizer.load(weights)
-    if tokenizer.path.read_bytes() != trained_with.path.read_bytes():
+    if tokenizer.content != trained_with.content:
         raise UserError(
             f"tokenizer={run.tokenizer} differs from the vocabulary of {weights}: tokenizer=null uses that one"
         )

@@ -19,9 +19,9 @@ from loaders.config import LoaderConfig, VideoInput
 from loaders.evaluation import VisualSet
 from model.checkpoints.files import resolve_weights
 from model.checkpoints.loading import load_model
-from model.scoring import match_pairs
+from model.scoring import joint_scores, match_pairs
 from model.singularity import Singularity
-from preprocessing.text import Tokenizer, clean_text
+from preprocessing.text import Tokenizer, find_vocabulary
 from runtime.errors import UserError
 from runtime.ranks import ALONE
 from sharding.report.contact_sheet import Cell, contact_sheet, read_picture
@@ -58,7 +58,7 @@ class VisualSearch:
     ) -> None:
         """Encode what is not in `cache` yet; raises FileNotFoundError or ValueError for a bad checkpoint or corpus."""
         weights = resolve_weights(checkpoint)
-        brings_own = weights.is_dir() and (weights / "vocab.txt").is_file()
+        brings_own = weights.is_dir() and find_vocabulary(weights) is not None
         if not brings_own and tokenizer is None:
             raise UserError(f"{weights} has no vocabulary: give the one it was trained with, --tokenizer vocab.txt")
         self.tokenizer = Tokenizer.load(str(weights) if tokenizer is None else tokenizer)
@@ -84,7 +84,7 @@ class VisualSearch:
         """
         if candidates is None:
             candidates = CANDIDATES if self.model.history.prefers_reranking else 0
-        text = clean_text(query)
+        text = self.tokenizer.clean(query).strip()
         if not text:
             raise UserError(f"the query {query!r} has no words: describe what to find")
         with torch.inference_mode():
@@ -99,7 +99,10 @@ class VisualSearch:
             pairs = np.zeros((len(similarity), 1), dtype=bool)
             pairs[chosen] = True
             tokens = [(block.indices, block.tokens)]
-            visuals, _, scores = match_pairs(self.model, tokens, texts.attended, texts.mask, pairs)
+            joint = self.model.history.joins_similarity
+            visuals, _, scores = match_pairs(self.model, tokens, texts.attended, texts.mask, pairs, log_odds=joint)
+            if joint:
+                scores = joint_scores(self.model, similarity[visuals], scores)
         matched = np.full(len(similarity), -np.inf, dtype=np.float32)
         matched[visuals] = scores
         return [self._found(int(i), similarity, float(matched[i])) for i in top_items(matched, count)]

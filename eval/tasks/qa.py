@@ -80,9 +80,10 @@ class QATask(Task[QASet, QAResult]):
         start = time.perf_counter()
         owners = np.array([item.visual for item in dataset.questions])
         with evaluating(model, config):
-            questions = tokenizer.encode([item.question for item in dataset.questions], dataset.config.max_q_len)
+            asked = dataset.as_written((item.question for item in dataset.questions), tokenizer.clean)
+            questions = tokenizer.encode(asked, dataset.config.max_q_len)
             length = getattr(dataset.config.max_a_len, dataset.media_type)
-            candidates = tokenizer.encode([f"{answer} [SEP]" for answer in self.answers], length)
+            candidates = tokenizer.encode(list(map(tokenizer.answer, self.answers)), length)
             blocks = visual_blocks(model, dataset, config, num_frames, ranks)
             # Encoding while iterating has its own progress bar.
             hidden = not ranks.is_first or not isinstance(blocks, CachedBlocks)

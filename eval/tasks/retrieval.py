@@ -18,6 +18,7 @@ from eval.report.gallery import choose_queries, draw_visuals
 from eval.tasks.task import Task, TaskResult, common_details
 from loaders.evaluation import RetrievalSet
 from model.history import History
+from model.scoring import joint_scores
 from model.singularity import Singularity
 from preprocessing.text import Tokenizer
 from runtime.collectives import broadcast
@@ -142,7 +143,12 @@ def score(
     k = max(similarity.shape) if config.eval_x_only else config.k_test
     of_visual = top_k_mask(similarity, k)
     of_text = top_k_mask(similarity.T, k)
-    matched = match_marked(model, visuals, texts, of_visual | of_text.T, config, NOT_RERANKED, ranks)
+    with_similarity = config.rerank_score == "itm+itc"
+    matched = match_marked(
+        model, visuals, texts, of_visual | of_text.T, config, NOT_RERANKED, ranks, log_odds=with_similarity
+    )
+    if with_similarity:
+        matched = np.where(matched == NOT_RERANKED, matched, joint_scores(model, similarity, matched))
     if not ranks.is_first:
         return None
     visual_to_text = np.where(of_visual, matched, np.float32(NOT_RERANKED))

@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from model.config import ModelConfig, config_from_dict
 from model.history import History
 from preprocessing.config import Preprocessing
+from preprocessing.text import VOCABULARIES
+from preprocessing.text import find_vocabulary as vocabulary_in
 from runtime.errors import MissingError, UserError
 from storage.files import atomic_file, atomic_folder, write_text
 
@@ -24,7 +26,8 @@ log = logging.getLogger(__name__)
 
 FORMAT = "singularity-model"
 VERSION = 1
-DESCRIPTION, TENSORS, VOCABULARY = "model.json", "model.safetensors", "vocab.txt"
+DESCRIPTION, TENSORS = "model.json", "model.safetensors"
+VOCABULARY = VOCABULARIES[0]  # the only one that official files have
 RUN_SETTINGS = "config.yaml"  # of a run, with all its settings
 OFFICIAL_SUFFIXES = (".pth", ".pt", ".bin")
 _SPECIAL_TOKENS = {"pad_id": "[PAD]", "cls_id": "[CLS]", "mask_id": "[MASK]"}
@@ -58,7 +61,7 @@ def write_weights(weights: Weights, folder: str | Path) -> None:
     }
     with atomic_file(folder / TENSORS) as path:
         save_file(state, str(path), metadata={"format": "pt"})
-    beside = [path for path in (folder / TENSORS, folder / VOCABULARY) if path.is_file()]
+    beside = [path for path in (folder / name for name in (TENSORS, *VOCABULARIES)) if path.is_file()]
     sizes = {path.name: path.stat().st_size for path in beside}
     write_text(folder / DESCRIPTION, json.dumps(description | {"bytes": sizes}, indent=1) + "\n")
 
@@ -67,16 +70,16 @@ def write_folder(weights: Weights, vocabulary: Path | None, folder: Path) -> Non
     """Write a folder of weights and their vocabulary atomically, in place of an earlier one."""
     with atomic_folder(folder) as temporary:
         if vocabulary is not None:
-            shutil.copyfile(vocabulary, temporary / VOCABULARY)
+            shutil.copyfile(vocabulary, temporary / vocabulary.name)
         write_weights(weights, temporary)
 
 
 def find_vocabulary(weights: Path, size: int) -> Path | None:
-    """The vocab.txt beside what `resolve_weights` found; for an official file only one with `size` lines."""
-    path = (weights if weights.is_dir() else weights.parent) / VOCABULARY
-    if not path.is_file() or (weights.is_file() and len(path.read_bytes().splitlines()) != size):
-        return None
-    return path
+    """The vocabulary beside what `resolve_weights` found; of an official file a vocab.txt with `size` lines only."""
+    if weights.is_dir():
+        return vocabulary_in(weights)
+    path = weights.parent / VOCABULARY
+    return path if path.is_file() and len(path.read_bytes().splitlines()) == size else None
 
 
 def resolve_weights(path: str | Path) -> Path:

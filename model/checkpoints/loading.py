@@ -19,6 +19,7 @@ from model.config import ModelConfig, with_changes
 from model.history import History
 from model.singularity import Singularity
 from model.temporal import resize_embeddings
+from model.text import TextEncoder
 from model.vqa import SingularityQA
 from preprocessing.config import Preprocessing
 from runtime.errors import UserError
@@ -131,7 +132,7 @@ def fit_weights(
     report = FitReport()
     target, state = model.state_dict(), dict(weights.state)
     if model.config.answer_decoder.enable and not weights.config.answer_decoder.enable:
-        _decoder_from_fusion(state, weights.config, model.config, report)
+        _decoder_from_fusion(state, weights.config, model, report)
     _resize(state, target, model, report)
 
     missing = [name for name in target if name not in state]
@@ -213,14 +214,17 @@ def _reads_visuals(name: str) -> bool:
     return name.endswith(("crossattention.self.key.weight", "crossattention.self.value.weight"))
 
 
-def _decoder_from_fusion(state: dict[str, torch.Tensor], old: ModelConfig, new: ModelConfig, report: FitReport) -> None:
+def _decoder_from_fusion(
+    state: dict[str, torch.Tensor], old: ModelConfig, model: Singularity | SingularityQA, report: FitReport
+) -> None:
     """Add an answer decoder to `state`: the last layers of the text encoder, its embeddings and its MLM head."""
+    new = model.config
     same_width = old.vision_encoder.width == old.text_encoder.width
     first = old.text_encoder.layers - new.answer_decoder.num_layers
     sources = {"answer_decoder.embeddings.": "text_encoder.embeddings.", "answer_decoder.word_head.": "word_head."}
     if old.text_encoder.type != "bert":  # it has other embeddings, of which those of words fit
         sources = {
-            "answer_decoder.embeddings.word_embeddings.": "text_encoder.word_embeddings.",
+            "answer_decoder.embeddings.word_embeddings.weight": _words_of(model.text_encoder),
             "answer_decoder.word_head.": "word_head.",
         }
     for i in range(new.answer_decoder.num_layers):
@@ -229,6 +233,13 @@ def _decoder_from_fusion(state: dict[str, torch.Tensor], old: ModelConfig, new: 
         for name in [name for name in state if name.startswith(source) and (same_width or not _reads_visuals(name))]:
             state[target + name.removeprefix(source)] = state[name]
             report.copied.append(target + name.removeprefix(source))
+
+
+def _words_of(encoder: TextEncoder) -> str:
+    """The name of an encoder's word embeddings in the state of its model."""
+    words = encoder.word_embeddings.weight if hasattr(encoder, "word_embeddings") else None
+    names = [name for name, parameter in encoder.named_parameters() if parameter is words]
+    return f"text_encoder.{names[0] if names else 'word_embeddings.weight'}"
 
 
 def _resize(
@@ -241,9 +252,15 @@ def _resize(
     for name, tensor in state.items():
         if name not in target or tensor.shape == (shape := target[name].shape):
             continue
-        if name.startswith("vision_encoder."):
-            state[name] = model.vision_encoder.resized(name.removeprefix("vision_encoder."), tensor, shape)
-        elif name == "temporal_embeddings" and tensor.shape[3] == shape[3]:
-            state[name] = resize_embeddings(tensor, model.config.num_frames)
+        state[name] = resized(model, name, tensor, shape)
         if state[name].shape == shape:
             report.resized.append(name)
+
+
+def resized(model: Singularity | SingularityQA, name: str, tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Tensor `name` of a checkpoint, by a linear map to `shape`, that of the model's; as it is where there is none."""
+    if name.startswith("vision_encoder."):
+        return model.vision_encoder.resized(name.removeprefix("vision_encoder."), tensor, torch.Size(shape))
+    if name == "temporal_embeddings" and tensor.shape[3] == shape[3]:
+        return resize_embeddings(tensor, model.config.num_frames)
+    return tensor

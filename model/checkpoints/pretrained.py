@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
-from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,6 +19,7 @@ from model.feature_maps import FeatureMapEncoder
 from model.singularity import Singularity
 from model.text import BertEncoder
 from model.torchvision_cpu import get_pretrained_cfg, is_model
+from model.towers import TransformersText, VisionTower
 from model.vision import TimmEncoder
 from model.vqa import SingularityQA
 from runtime.activity import keep_alive
@@ -31,15 +30,8 @@ logger = logging.getLogger(__name__)
 
 _WEIGHTS = ["model.safetensors", "pytorch_model.bin", "*.pth"]
 _FILES = ["config.json", *_WEIGHTS[:2]]
+_HUB_FILES = [*_FILES, "preprocessor_config.json"]
 _OLD_NORMS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-_SIZES = {  # our names of the sizes of a text encoder, and those in config.json
-    "vocab_size": "vocab_size",
-    "width": "hidden_size",
-    "heads": "num_attention_heads",
-    "intermediate": "intermediate_size",
-    "max_positions": "max_position_embeddings",
-    "layer_norm_eps": "layer_norm_eps",
-}
 _LAYER = "encoder.layer."
 _VISION = "vision_encoder.transformer."
 
@@ -65,34 +57,30 @@ def new_model(config: ModelConfig, special_ids: dict[str, int] | None = None) ->
     for key, (name, convert) in sources.items():
         if name:
             _fill(model, convert(name, key, model), f"{key}={name}", key.split(".")[0])
+    if config.dual_encoder:
+        _fill_heads(model, read_folder(find_folder(config.dual_encoder, "dual_encoder"), "dual_encoder"))
     return model
 
 
-def adopt_published(config: ModelConfig, explicit: Collection[str]) -> None:
-    """Set the sizes of the text encoder to those of `text_encoder.pretrained`, in place.
+def _fill_heads(model: Singularity | SingularityQA, state: dict[str, torch.Tensor]) -> None:
+    """Copy projections and temperature of a CLIP or SigLIP; the latter's bias of the similarities has no place here.
 
-    explicit: dotted settings that the user has set; layers and fusion_layer may differ from the published number of
-    layers. By default the upper quarter of the published layers, or all above the published ones, are fusion layers.
-    Raises UserError for another explicit size, which would not fit the weights.
+    CLIP's projections have no bias. SigLIP compares its pooled vectors of images as they are.
     """
-    key, text = "text_encoder.pretrained", config.text_encoder
-    if text.pretrained is None:
+    if not isinstance(model, Singularity):
         return
-    published = _read_config(find_folder(text.pretrained, key), key)
-    for name, theirs in _SIZES.items():
-        value, setting = published.get(theirs), f"text_encoder.{name}"
-        if value is not None and setting in explicit and value != getattr(text, name):
-            raise UserError(
-                f"{setting} is {getattr(text, name)!r} here and {value!r} in {key}={text.pretrained}: remove it from "
-                f"the configuration, or {setting}=null: published weights have their own sizes"
-            )
-        if value is not None:
-            setattr(text, name, value)
-    layers = published.get("num_hidden_layers", text.layers)
-    if "text_encoder.layers" not in explicit:
-        text.layers = layers
-    if "text_encoder.fusion_layer" not in explicit:
-        text.fusion_layer = layers if text.layers > layers else text.layers * 3 // 4
+    width = model.config.embed_dim
+    clip = "visual_projection.weight" in state
+    text = "text_projection" if clip else "text_model.head"
+    heads = {
+        "vision_proj.weight": state["visual_projection.weight"] if clip else torch.eye(width),
+        "vision_proj.bias": torch.zeros(width),
+        "text_proj.weight": state[f"{text}.weight"],
+        "text_proj.bias": state.get(f"{text}.bias", torch.zeros(width)),
+        "temp": (-state["logit_scale"]).exp().view(1, 1),
+    }
+    model.load_state_dict(heads, strict=False)
+    logger.info("dual_encoder: projections and the temperature %.4f loaded", heads["temp"].item())
 
 
 def _fill(model: Singularity | SingularityQA, state: dict[str, torch.Tensor], source: str, part: str) -> None:
@@ -143,7 +131,7 @@ def find_folder(name: str, key: str) -> Path:
 
     try:
         with keep_alive(f"fetching {name}"):  # a download of gigabytes over a slow line is not a hang
-            return Path(snapshot_download(name, allow_patterns=_FILES))
+            return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
     except Exception as error:  # of many kinds: no network, no such name, no permission
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
@@ -172,6 +160,8 @@ def _without_prefix(state: dict[str, torch.Tensor], prefixes: tuple[str, ...]) -
 def _vision_weights(name: str, key: str, model: Singularity | SingularityQA) -> dict[str, torch.Tensor]:
     """Our vision tensors from a Hugging Face (BEiT, ViT) or timm checkpoint."""
     config, folder, encoder = model.config, find_folder(name, key), model.vision_encoder
+    if isinstance(encoder, VisionTower):
+        return {f"vision_encoder.{ours}": tensor for ours, tensor in encoder.published(folder).items()}
     if isinstance(encoder, FeatureMapEncoder | TimmEncoder) and config.vision_encoder.type not in VISION_TYPES:
         prefix = "vision_encoder.features.backbone." if isinstance(encoder, FeatureMapEncoder) else _VISION
         state = read_folder(folder, key)
@@ -211,10 +201,15 @@ def _text_weights(name: str, key: str, model: Singularity | SingularityQA) -> di
     Layers above the published ones start from the last published ones.
     """
     folder = find_folder(name, key)
+    if isinstance(model.text_encoder, TransformersText):
+        return {f"text_encoder.{ours}": tensor for ours, tensor in model.text_encoder.published(folder).items()}
     if not isinstance(model.text_encoder, BertEncoder):
         own = model.text_encoder.from_published(read_folder(folder, key))
         return {f"text_encoder.{ours}": tensor for ours, tensor in own.items()}
-    _read_config(folder, key)  # raises for another kind
+    path = folder / "config.json"
+    kind = json.loads(path.read_text()).get("model_type") if path.is_file() else "bert"
+    if kind != "bert":
+        raise UserError(f"{key}: {folder} holds a {kind} model, only BERT fits; take for example bert-base-uncased")
     state = _without_prefix(read_folder(folder, key), ("bert.",))
     for old, new in _OLD_NORMS.items():
         state = {each.replace(old, new): tensor for each, tensor in state.items()}
@@ -229,21 +224,6 @@ def _text_weights(name: str, key: str, model: Singularity | SingularityQA) -> di
         if head != each:
             result[f"word_head.{head}"] = result[f"answer_decoder.word_head.{head}"] = tensor
     return result
-
-
-def _read_config(folder: Path, key: str) -> dict[str, Any]:
-    """The config.json of a BERT checkpoint; empty without one. Raises UserError for another kind of model."""
-    path = folder / "config.json"
-    try:
-        published = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{key}: {path} is not valid JSON ({error}); copy it again") from None
-    kind, activation = published.get("model_type", "bert"), published.get("hidden_act", "gelu")
-    if kind != "bert":
-        raise UserError(f"{key}: {folder} holds a {kind} model, only BERT fits; take for example bert-base-uncased")
-    if activation != "gelu":
-        raise UserError(f"{key}: {folder} has the activation {activation}, only gelu fits; take another BERT")
-    return dict(published)
 
 
 def _add_layers(state: dict[str, torch.Tensor], layers: int) -> None:

@@ -11,6 +11,7 @@ import urllib.request
 
 import numpy as np
 import pytest
+import torch
 from PIL import ImageDraw
 
 from eval.config import EvalConfig
@@ -67,6 +68,16 @@ def test_weights_whose_validation_found_reranking_no_better_are_searched_without
     monkeypatch.setattr(search.model, "history", History(reranks=False))
     assert [hit.match for hit in search.find("a red circle", count=3)] == [None] * 3
     assert search.find("a red circle", count=3, candidates=4)[0].match is not None
+
+
+def test_a_checkpoint_of_the_joint_score_is_searched_by_it(search, monkeypatch):
+    by_similarity = search.find("a red circle", count=6, candidates=0)
+    monkeypatch.setattr(search.model, "history", History(rerank_score="itm+itc"))
+    for parameter in search.model.itm_head.parameters():  # a head that has learned nothing
+        monkeypatch.setattr(parameter, "data", torch.zeros_like(parameter))
+    hits = search.find("a red circle", count=6, candidates=1000)
+    assert [hit.visual for hit in hits] == [hit.visual for hit in by_similarity]
+    assert [hit.match for hit in hits] == pytest.approx([hit.similarity for hit in by_similarity])
 
 
 def test_the_contact_sheet_shows_every_hit_and_the_score_that_orders_it(search, monkeypatch):

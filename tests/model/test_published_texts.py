@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM
+from transformers import AutoConfig, AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
-from model.checkpoints.pretrained import adopt_published, new_model
+from model.checkpoints.pretrained import new_model
+from model.checkpoints.published import adopt_published
 from model.config import ModelConfig, TextConfig, VisionConfig
 
 IDS = torch.tensor([[2, 7, 9, 11, 30, 3], [2, 8, 3, 0, 0, 0]])
@@ -74,9 +75,48 @@ def test_by_default_the_upper_quarter_of_the_published_layers_are_fusion_layers(
 
 def test_a_size_that_contradicts_the_published_one_is_refused(tmp_path):
     bert_folder(tmp_path / "bert")
-    with pytest.raises(ValueError, match=r"text_encoder\.width is 768 here and 24 in text_encoder\.pretrained=.*null"):
+    with pytest.raises(
+        ValueError,
+        match=r"text_encoder\.width is 768 here and 24 in .*text_encoder\.pretrained names.*null",
+    ):
         start(tmp_path / "bert", width=768)
     start(tmp_path / "bert", width=24)
     bert_folder(tmp_path / "relu", hidden_act="relu")
     with pytest.raises(ValueError, match="has the activation relu"):
         start(tmp_path / "relu")
+
+
+COMMON = {"vocab_size": 70, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "pad_token_id": 0}
+KINDS = {
+    "modernbert": {"intermediate_size": 40, "max_position_embeddings": 18, "local_attention": 4, "cls_token_id": 2},
+    "roberta": {"intermediate_size": 40, "max_position_embeddings": 18, "pad_token_id": 1},
+    "mpnet": {"intermediate_size": 40, "max_position_embeddings": 18, "pad_token_id": 1},
+    "electra": {"intermediate_size": 40, "max_position_embeddings": 18, "embedding_size": 24},
+    "distilbert": {"hidden_dim": 40, "max_position_embeddings": 18},
+    "deberta-v2": {"intermediate_size": 40, "max_position_embeddings": 18, "relative_attention": True},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_text_models_compute_the_same_states_as_in_transformers(tmp_path, kind):
+    torch.manual_seed(2)
+    config = AutoConfig.for_model(kind, **{**COMMON, **KINDS[kind]})
+    published = AutoModelForMaskedLM.from_config(config).eval()
+    published.save_pretrained(tmp_path)
+    model, text = start(tmp_path)
+    assert (text.type, text.width, text.fusion_layer, text.layers) == ("transformers", 24, 3, 6)
+    assert text.max_positions == (16 if config.pad_token_id else 18)
+    ids = IDS.where(MASK > 0, config.pad_token_id)
+    with torch.no_grad():
+        ours = model.text_encoder(ids, MASK)
+        theirs = published.base_model(input_ids=ids, attention_mask=MASK).last_hidden_state
+        short = model.text_encoder(ids[1:, :3], MASK[1:, :3])
+    assert torch.allclose(ours[MASK > 0], theirs[MASK > 0], atol=1e-5)
+    assert torch.allclose(ours[1:, :3], short, atol=1e-5)
+    assert torch.equal(model.text_encoder.word_matrix(), published.get_input_embeddings().weight)
+
+
+def test_a_decoder_is_no_text_encoder(tmp_path):
+    AutoConfig.for_model("gpt2").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"holds a gpt2 model: must be one of bert, clip, .*modernbert"):
+        start(tmp_path)

@@ -41,7 +41,7 @@ def test_joint_gathering_of_position_biases_equals_gathering_per_layer(monkeypat
     assert len(tables) == 2
     assert all(together[1][name].any() for name in tables)
     with monkeypatch.context() as layer_by_layer:
-        layer_by_layer.setattr(model.vision_encoder, "_position_biases", lambda: ())
+        layer_by_layer.setattr(model.vision_encoder, "_position_biases", lambda _: ())
         assert_same(gradients(model, images), together)
     model.set_gradient_checkpointing()
     assert model.vision_encoder._position_biases() == ()

@@ -1,15 +1,20 @@
-"""Errors before a run starts: checkpoints without a vocabulary."""
+"""Before a run starts: errors of checkpoints without a vocabulary, and the history of its weights."""
 
 import pytest
 import torch
+from small_run import ROOT
 
 from model.building import build_model
 from model.checkpoints.loading import save_model
 from model.config import ModelConfig, TextConfig, VisionConfig
+from model.history import History
 from preprocessing.text import Tokenizer
 from runtime.errors import UserError
+from runtime.ranks import Ranks
 from train.config.settings import load_settings
-from train.prepare import prepare_evaluation
+from train.prepare import prepare_evaluation, prepare_training
+
+CPU = "deepspeed_configs/cpu.json"
 
 
 @pytest.fixture
@@ -54,3 +59,27 @@ def test_weights_without_a_vocabulary_ask_for_it(settings, weights, tmp_path, mo
         UserError, match=r"model\.safetensors is not a text file, so it is not a BERT vocabulary: give a vocab\.txt"
     ):
         prepare_evaluation(settings(f"tokenizer={weights}/model.safetensors"))
+
+
+def test_the_history_of_a_run_begins_with_what_it_starts_from(weights, shapes, tmp_path):
+    small = ["batch_size.image=4", "loss_weight.mlm=0", f"tokenizer={shapes.vocab}", "decode=cpu", "threads=1"]
+    (tmp_path / "run.yaml").write_text(f"train_corpus: {shapes.url('images_train')}\ndeepspeed: {ROOT}/{CPU}\n")
+
+    def prepared(name, *more):
+        settings = load_settings(tmp_path / "run.yaml", [*small, f"output_dir={tmp_path / name}", *more])
+        run = prepare_training(settings, Ranks(), False, torch.device("cpu"))
+        run.loader.close()
+        run.folder.release()
+        return run.model
+
+    model = prepared("first", f"pretrained_path={weights}", "loss_weight.itm=0")
+    assert model.history == History((str(weights),), matching_trained=False)
+    save_model(model, model.config, tmp_path / "first_weights")
+    second = prepared("second", f"pretrained_path={tmp_path / 'first_weights'}", "loss_weight.itm=1")
+    assert second.history == History((str(tmp_path / "first_weights"), str(weights)))
+    settings = load_settings(
+        tmp_path / "run.yaml",
+        [f"tokenizer={shapes.vocab}", f"checkpoint={tmp_path / 'first_weights'}", f"output_dir={tmp_path}",
+         f"test_corpus={shapes.url('images_test')}"],
+    )  # fmt: skip
+    assert prepare_evaluation(settings)[1].history == model.history

@@ -14,11 +14,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from model.building import Model
+from model.checkpoints.loading import resized
 from runtime.activity import progress
 from runtime.errors import UserError
 from runtime.ranks import Ranks
 from storage.files import atomic_file
-from train.deepspeed.state import MOMENTS, WEIGHT, fragments, loading, owned_fragments, set_optimizer_step
+from train.deepspeed.state import (
+    MOMENTS,
+    WEIGHT,
+    fragments,
+    loading,
+    owned_fragments,
+    set_optimizer_step,
+    whole_shape,
+)
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -52,17 +62,43 @@ def write_shard(folder: Path, engine: DeepSpeedEngine, ranks: Ranks, moments: bo
     return path
 
 
-def read_shards(folder: Path, engine: DeepSpeedEngine, step: int) -> None:
+def read_shards(folder: Path, engine: DeepSpeedEngine, step: int, shapes: Mapping[str, torch.Size]) -> None:
     """Set the engine's weights and optimiser to what `write_shard` wrote, on however many ranks; all ranks call.
 
-    step: of the optimiser. Raises UserError when files are damaged or lack a part of a parameter.
+    step: of the optimiser. shapes: of the stored weights; those of another image size are resized.
+    Raises UserError when files are damaged or lack a part of a parameter.
     """
     with _open(folder) as stored, loading(engine):
         for part in fragments(engine):
             progress(f"reading the fragment {part.name}")
+            shape = whole_shape(part.parameter)
+            if shapes.get(part.name, shape) != shape:
+                whole = {
+                    kind: _assemble(stored, part.name, kind, 0, math.prod(shapes[part.name]), folder)
+                    for kind in part.kinds
+                }
+                whole = {kind: tensor.view(shapes[part.name]) for kind, tensor in whole.items()}
+                for kind, tensor in resized_state(engine.module, part.name, whole, shape).items():
+                    part.write(kind, tensor.flatten()[part.start : part.start + part.length])
+                continue
             for kind in part.kinds:
                 part.write(kind, _assemble(stored, part.name, kind, part.start, part.length, folder))
     set_optimizer_step(engine, step)
+
+
+def resized_state(
+    model: Model, name: str, stored: Mapping[str, torch.Tensor], shape: torch.Size
+) -> dict[str, torch.Tensor]:
+    """A position table and AdamW's moments of it, by kind, of another image size; all by the same linear map.
+
+    So the update that AdamW would make next is resized like the table. A spline may fall below 0 between two squares:
+    the second moment is kept at or above the square of the first one, which limits an update to the learning rate.
+    """
+    found = {kind: resized(model, name, tensor, shape) for kind, tensor in stored.items()}
+    first, second = MOMENTS
+    if second in found:
+        found[second] = torch.maximum(found[second], found[first].square())
+    return found
 
 
 def check_shards(folder: Path) -> None:
@@ -72,10 +108,14 @@ def check_shards(folder: Path) -> None:
 
 
 def set_weights(engine: DeepSpeedEngine, state: Mapping[str, torch.Tensor]) -> None:
-    """Set the engine's weights to whole ones, by name; all ranks call. The optimiser's moments stay as they are."""
+    """Set the engine's weights to whole ones, by name; all ranks call. The optimiser's moments stay as they are.
+
+    Those of another image size are resized.
+    """
     with loading(engine):
         for part in fragments(engine):
-            part.write(WEIGHT, state[part.name].flatten()[part.start : part.start + part.length].float())
+            whole = resized(engine.module, part.name, state[part.name], whole_shape(part.parameter))
+            part.write(WEIGHT, whole.flatten()[part.start : part.start + part.length].float())
 
 
 def whole_weights(folder: Path, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from model.checkpoints.files import TENSORS, weights_fault
-from model.checkpoints.loading import save_model
+from model.checkpoints.loading import resized, save_model
 from model.config import ModelConfig
 from model.history import History
 from preprocessing.config import Preprocessing
@@ -56,6 +56,7 @@ class TrainingState:
     best: float | None = None  # the best score of the stop_key's split so far
     best_step: int | None = None  # of the weights with that score; none: written before there were versions
     evaluated_epochs: int = 0
+    image_res: int = 0  # of the frames trained on, by `scheduler.image_res`; 0: written before there was that setting
     versions: dict[str, str] = field(default_factory=dict)
 
 
@@ -253,14 +254,15 @@ def _write_whole_weights(
 def load_checkpoint(path: Path, engine: DeepSpeedEngine) -> TrainingState:
     """Set the engine to a checkpoint, written by any number of ranks under any ZeRO stage; all ranks call.
 
-    Returns where training was.
+    Position tables of another image size, and AdamW's moments of them, are resized. Returns where training was.
     """
     state = read_state(path)
-    read_shards(path / SHARDS, engine, state.optimizer_step)
+    with safe_open(str(path / WEIGHTS / TENSORS), framework="pt") as file:
+        names = set(file.keys())
+        shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name in names}
+        read_shards(path / SHARDS, engine, state.optimizer_step, shapes)
+        set_buffers(engine, {name: file.get_tensor(name) for name in names & persistent_buffers(engine).keys()})
     LossScale(engine).load(state.loss_scale)
-    if names := persistent_buffers(engine).keys():
-        with safe_open(str(path / WEIGHTS / TENSORS), framework="pt") as file:
-            set_buffers(engine, {name: file.get_tensor(name) for name in names & set(file.keys())})
     return state
 
 
@@ -274,7 +276,7 @@ def set_buffers(engine: DeepSpeedEngine, state: Mapping[str, torch.Tensor]) -> N
     """Set the persistent buffers that `state` holds."""
     for name, buffer in persistent_buffers(engine).items():
         if name in state:
-            buffer.copy_(state[name])
+            buffer.copy_(resized(engine.module, name, state[name], buffer.shape))
 
 
 def _optimizer_state(engine: DeepSpeedEngine) -> dict[str, Any]:

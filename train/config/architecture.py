@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from model.backbones import adopt_backbone
-from model.checkpoints.pretrained import adopt_published
+from model.checkpoints.published import adopt_published
 from model.config import AnswerDecoderConfig, ModelConfig, ModelSettings
 from preprocessing.text import Tokenizer
 from runtime.errors import UserError
@@ -128,6 +128,11 @@ def check_texts(run: RunConfig, config: ModelConfig, tokenizer: Tokenizer) -> No
         raise UserError(
             f"tokenizer={run.tokenizer} has {tokenizer.vocab_size} words, the model's text_encoder.vocab_size is "
             f"{text.vocab_size}: name the vocabulary that the model was trained with, tokenizer=vocab.txt"
+        )
+    if run.task == "qa" and tokenizer.pad_id == tokenizer.sep_id:
+        raise UserError(
+            f"tokenizer={run.tokenizer} pads with the token that ends a text, which an answer decoder must tell apart: "
+            "start from another text encoder for question answering"
         )
     for medium in ("image", "video"):
         length = getattr(run.max_txt_l, medium)

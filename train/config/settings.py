@@ -47,6 +47,10 @@ class SchedulerConfig:
 
     epochs: int = setting(10, "epochs of training", least=1)
     warmup_epochs: float = setting(1.0, "epochs of linear warm-up, before cosine decay", least=0)
+    image_res: dict[int, int] = setting(
+        dict, "image sizes below image_res and their epochs, before the rest at image_res, such as {112: 8}",
+        replaced=True,
+    )  # fmt: skip
     min_lr_multi: float = setting(0.01, "the schedule's lowest learning rate over optimizer.lr, 0 to 1")
 
 
@@ -69,7 +73,11 @@ class RunConfig(ModelSettings, EvalRunConfig):
 
     explained: ClassVar[Mapping[str, str]] = EXPLAINED
 
-    tokenizer: str = free("bert-base-uncased", "vocabulary: a vocab.txt, a folder that holds one, or a hub name")
+    tokenizer: str = free(
+        "bert-base-uncased",
+        "vocabulary: a vocab.txt or tokenizer.json, a folder that holds one, or a hub name; by default that of "
+        "dual_encoder or text_encoder.pretrained, else this",
+    )
 
     data_root: str = free("data", "folder that other settings refer to as ${data_root}")
     train_corpus: Any = fixed(None, "packed corpora to train on: a name, a URL, or a list of them")

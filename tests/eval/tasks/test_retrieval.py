@@ -36,11 +36,15 @@ def pair_by_pair(model, dataset):
     return similarity, matched
 
 
-def reranked(similarity, matched, k):
+def reranked_by(scores, similarity, k):
     expected = np.full(similarity.shape, -100.0)
     for row, candidates in enumerate(np.argsort(-similarity, axis=1, kind="stable")[:, :k]):
-        expected[row, candidates] = matched[row, candidates]
+        expected[row, candidates] = scores[row, candidates]
     return expected
+
+
+def reranked(similarity, matched, k):
+    return reranked_by(matched, similarity, k)
 
 
 def test_scores_equal_those_of_single_pairs():
@@ -57,6 +61,22 @@ def test_scores_equal_those_of_single_pairs():
     dual_encoder = evaluate(model, dataset, EvalConfig(k_test=0))
     assert set(dual_encoder.metrics) == {"drawn_emb/"}
     assert dual_encoder.scores.visual_to_text is None
+
+
+def test_the_joint_score_adds_the_odds_of_a_match_to_the_dual_encoder():
+    model, dataset = small_model(), Drawn()
+    similarity, matched = pair_by_pair(model, dataset)
+    config = EvalConfig(k_test=4, rerank_score="itm+itc")
+    with torch.no_grad():
+        model.itm_head.weight[0], model.itm_head.bias[0] = -model.itm_head.weight[1], -model.itm_head.bias[1]
+        joint = similarity + model.temp.item() * 2 * matched  # the odds are twice the logit
+        result = evaluate(model, dataset, config)
+        np.testing.assert_allclose(result.scores.visual_to_text, reranked_by(joint, similarity, 4), **TOLERANCE)
+        np.testing.assert_allclose(result.scores.text_to_visual, reranked_by(joint.T, similarity.T, 4), **TOLERANCE)
+        model.itm_head.weight.zero_()
+        untrained = evaluate(model, dataset, replace(config, k_test=1000))
+    assert untrained.metrics["drawn/"] == untrained.metrics["drawn_emb/"]
+    assert evaluate(model, dataset, EvalConfig(k_test=1000)).metrics["drawn/"] != untrained.metrics["drawn_emb/"]
 
 
 @pytest.mark.parametrize("ensemble", ["concat", "mean", "max", "lse"])

@@ -83,6 +83,7 @@ OTHERWISE = {
     "vision_encoder.width": 96, "vision_encoder.depth": 3, "vision_encoder.heads": 4, "vision_encoder.mlp_ratio": 3.0,
     "vision_encoder.layer_scale": 0.5, "vision_encoder.drop_path": 0.3, "vision_encoder.layer_norm_eps": 1e-6,
     "vision_encoder.initializer_range": 0.5, "text_encoder.pretrained": "somewhere", "text_encoder.vocab_size": 60,
+    "dual_encoder": "somewhere",
     "text_encoder.width": 96, "text_encoder.layers": 4, "text_encoder.fusion_layer": 1, "text_encoder.heads": 4,
     "text_encoder.intermediate": 100, "text_encoder.max_positions": 50, "text_encoder.dropout": 0.3,
     "text_encoder.layer_norm_eps": 1e-6, "text_encoder.initializer_range": 0.5,
@@ -100,7 +101,8 @@ REFUSED_BY_BOTH = {
     "vision_encoder.heads", "vision_encoder.mlp_ratio", "vision_encoder.layer_norm_eps", "text_encoder.vocab_size",
     "text_encoder.width", "text_encoder.layers", "text_encoder.fusion_layer", "text_encoder.heads",
     "text_encoder.intermediate", "text_encoder.max_positions", "text_encoder.layer_norm_eps", "answer_decoder.enable",
-    "embed_dim", "vision_encoder.mean", "vision_encoder.std", "vision_encoder.options", "text_encoder.options", "text_encoder.type",
+    "embed_dim", "vision_encoder.mean", "vision_encoder.std", "vision_encoder.options",
+    "text_encoder.options", "text_encoder.type",
 }  # fmt: skip
 CHANGED_BY_TRAINING = {
     "image_res", "add_temporal_embed", "temporal_vision_encoder.enable", "temporal_vision_encoder.num_layers",
