@@ -1,7 +1,6 @@
 """`launch.reproduce`: from files as their authors distribute them to numbers beside the paper's."""
 
 import json
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -163,20 +162,22 @@ def test_every_published_number_is_in_a_row_and_its_commands_name_what_there_is(
     recalls = [name for each in all_published() for name in each.metrics if not name.endswith("r_mean")]
     assert len(numbers) == len(recalls)
     kinds = {(row.benchmark, row.temporal, row.zero_shot): row for row in rows().values()}
+    packed = {}
     for row in kinds.values():
         for train in (False, True)[: 1 if row.zero_shot else 2]:
             task = task_of(row.name, train=train)
             assert all(source.strip() for source in task.missing().values())  # also raises where one has no source
-            for step in task.commands():
-                words = shlex.split(str(step))
-                assert words[:2] == ["singularity", step.name]
-                if step.corpus:
-                    assert read_settings({"annotations": words[5:6], "output": "x"}, words[3]).shards.media_type
+            packed |= {step.corpus: step.words for step in task.commands() if step.corpus}
             benchmark = task.evaluation.benchmark
             assert benchmark == row.benchmark
             assert task.evaluation.video_input.num_frames_test == row.num_frames
             assert set(task.evaluation.test_urls()) == set(row.published)
             assert not train or task.training.video_input.num_frames == (4 if row.temporal else 1)
+    assert {Path(url).name for url in packed} == set(inputs().corpora)
+    for url, (name, *flags) in packed.items():
+        settings = read_settings({"annotations": flags[3:4], "output": url}, corpus=flags[1])
+        assert (name, flags[0], flags[-1]) == ("pack", "--corpus", url)
+        assert settings.shards.media_type in ("image", "video")
 
 
 def test_the_page_has_the_tables_of_the_data():
@@ -198,8 +199,8 @@ def test_nothing_is_fetched_that_no_row_needs():
         (["msrvtt_17m_zero_shot", "--train"], "msrvtt_17m_zero_shot is zero-shot: leave out --train"),
         (["msrvtt_17m", "k_tets=3"], "k_tets"),
         (
-            ["msrvtt_17m", "test_corpus.msrvtt_1k_test=mine"],
-            "mine is not a corpus of configs/reproduce/benchmarks.yaml",
+            ["msrvtt_17m", "test_corpus.msrvtt_1k_test=./mine"],
+            "./mine is not a corpus of configs/reproduce/benchmarks.yaml",
         ),
         (["msrvtt_17m", "--checkpoint", "mine.pth"], "msrvtt_17m lacks 3 files"),
     ],
