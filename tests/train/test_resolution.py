@@ -70,7 +70,9 @@ def test_a_schedule_that_does_not_end_at_image_res_is_an_error(smaller, what):
 )
 def test_sizes_that_do_not_fit_the_model_are_errors_before_training(corpora, sizes, what):
     with pytest.raises(UserError, match=what):
-        check_sizes(beit(sizes[0]), schedule({sizes[0]: 2}, image_res=sizes[1]), Tokenizer.load(corpora / "vocab.txt"))
+        check_sizes(
+            beit(sizes[0]), schedule({sizes[0]: 2}, image_res=sizes[1]), Tokenizer.load(str(corpora / "vocab.txt"))
+        )
 
 
 def test_moments_of_a_table_are_resized_with_it_and_no_update_exceeds_the_learning_rate():
