@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch.nn import functional
 from model.config import ModelConfig
 from model.text import TEXT, TextEncoder, run_layer
 from model.torchvision_cpu import resample_abs_pos_embed, transformers
-from model.vision import VISION, VisionEncoder
+from model.vision_encoder import VISION, VisionEncoder
 from runtime.errors import UserError
 
 # model_type of a config.json -> the class of transformers.
@@ -171,13 +171,14 @@ class SiglipText(TextTower):
 
 
 class VisionTower(VisionEncoder, TransformersEncoder):
-    """The vision tower of a dual encoder; `options` are the entries of its config.json, and mean and std of pixels."""
+    """The vision tower of a dual encoder; `options` are the entries of its config.json."""
 
     kind, prefix_tokens = "", 0
 
-    def __init__(self, config: ModelConfig, mean: Sequence[float], std: Sequence[float], **options: Any) -> None:
+    def __init__(self, config: ModelConfig, **options: Any) -> None:
         super().__init__()
-        self.mean, self.std = tuple(mean), tuple(std)
+        vision = config.vision_encoder
+        self.mean, self.std = tuple(vision.mean or self.mean), tuple(vision.std or self.std)
         self.model = _build(f"{DUAL_MODELS[self.kind]}VisionModel", {**options, "image_size": config.image_res})
 
     def set_gradient_checkpointing(self, enable: bool) -> None:

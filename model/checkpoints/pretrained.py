@@ -29,8 +29,7 @@ from runtime.packages import PREFIX, find_in_package
 logger = logging.getLogger(__name__)
 
 _WEIGHTS = ["model.safetensors", "pytorch_model.bin", "*.pth"]
-_FILES = ["config.json", *_WEIGHTS[:2]]
-_HUB_FILES = [*_FILES, "preprocessor_config.json"]
+_FILES = ["config.json", "preprocessor_config.json", *_WEIGHTS[:2]]
 _OLD_NORMS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 _LAYER = "encoder.layer."
 _VISION = "vision_encoder.transformer."
@@ -131,7 +130,7 @@ def find_folder(name: str, key: str) -> Path:
 
     try:
         with keep_alive(f"fetching {name}"):  # a download of gigabytes over a slow line is not a hang
-            return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+            return Path(snapshot_download(name, allow_patterns=_FILES))
     except Exception as error:  # of many kinds: no network, no such name, no permission
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(

@@ -165,8 +165,10 @@ def _adopt_tower(config: ModelConfig, explicit: Collection[str], found: Publishe
     if "image_res" not in explicit:
         config.image_res = published.image_size
     pixels = _read_json(found.folder / "preprocessor_config.json", found.key)
-    mean, std = (list(pixels.get(f"image_{name}", _PIXELS[kind][i])) for i, name in enumerate(("mean", "std")))
-    config.vision_encoder.options = {"mean": mean, "std": std, **_options(published)}
+    vision = config.vision_encoder
+    vision.mean = vision.mean or list(pixels.get("image_mean", _PIXELS[kind][0]))
+    vision.std = vision.std or list(pixels.get("image_std", _PIXELS[kind][1]))
+    vision.options = _options(published)
 
 
 def _transformers_config(found: Published) -> Any:

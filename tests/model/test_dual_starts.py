@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
+from model.checkpoints.loading import load_model, save_model
 from model.checkpoints.pretrained import new_model
 from model.checkpoints.published import adopt_published
 from model.config import LossWeights, ModelConfig
@@ -123,6 +124,23 @@ def test_a_vision_tower_alone_sees_for_a_bert(tmp_path):
         expected = clip.vision_model(IMAGES)
     assert torch.allclose(pooled, expected.pooler_output, atol=1e-5)
     assert tokens.shape == (2, 17, 32)
+
+
+def test_the_weights_of_a_dual_start_need_nothing_beside_them(tmp_path):
+    clip_folder(tmp_path / "clip")
+    model = start(tmp_path / "clip")
+    model.freeze(["vision_encoder.model", "text_encoder.model"])
+    assert not any(each.requires_grad for each in model.vision_encoder.parameters())
+    save_model(model, model.config, tmp_path / "saved")
+    (tmp_path / "clip" / "config.json").unlink()
+    again = load_model(tmp_path / "saved")
+    assert again.mean == model.mean
+    for first, second in zip(
+        embeddings(model, IMAGES, CLIP_IDS, CLIP_MASK), embeddings(again, IMAGES, CLIP_IDS, CLIP_MASK), strict=True
+    ):
+        assert torch.equal(first, second)
+    larger = load_model(tmp_path / "saved", {"image_res": 48})
+    assert larger.vision_encoder(torch.zeros(1, 3, 48, 48))[0].shape == (1, 37, 32)
 
 
 def test_what_does_not_fit_a_dual_encoder_is_refused(tmp_path):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
+from model.checkpoints.loading import load_model, save_model
 from model.checkpoints.pretrained import new_model
 from model.checkpoints.published import adopt_published
 from model.config import ModelConfig, TextConfig, VisionConfig
@@ -114,6 +115,18 @@ def test_other_text_models_compute_the_same_states_as_in_transformers(tmp_path, 
     assert torch.allclose(ours[MASK > 0], theirs[MASK > 0], atol=1e-5)
     assert torch.allclose(ours[1:, :3], short, atol=1e-5)
     assert torch.equal(model.text_encoder.word_matrix(), published.get_input_embeddings().weight)
+
+
+def test_an_answer_decoder_starts_from_the_word_embeddings_of_another_text_model(tmp_path):
+    config = AutoConfig.for_model("modernbert", **{**COMMON, **KINDS["modernbert"]})
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path)
+    model, text = start(tmp_path)
+    save_model(model, model.config, tmp_path / "saved")
+    answering = load_model(tmp_path / "saved", {"answer_decoder.enable": True, "answer_decoder.num_layers": 2})
+    words = answering.answer_decoder.embeddings.word_embeddings.weight
+    assert torch.equal(words, model.text_encoder.word_matrix())
+    first = answering.answer_decoder.layer[0].attention.self.query.weight
+    assert torch.equal(first, model.text_encoder.layer[str(text.layers - 2)].attention.self.query.weight)
 
 
 def test_a_decoder_is_no_text_encoder(tmp_path):
