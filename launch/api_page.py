@@ -55,7 +55,7 @@ def _package(package: ModuleType) -> Iterator[str]:
 
 def _built_in(registry: Registry[Any]) -> str:
     """The names of a registry that are implemented here; tests and plugins may have added others."""
-    ours = [name for name in registry if registry[name].__module__.partition(".")[0] in ROOMS]
+    ours = sorted(name for name in registry if registry[name].__module__.partition(".")[0] in ROOMS)
     return ", ".join(f"`{name}`" for name in ours) or "none"
 
 

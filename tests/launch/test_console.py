@@ -31,7 +31,7 @@ def _as_it_was(monkeypatch):
 def test_every_command_of_the_pages_is_a_subcommand():
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     named = {name for page in pages for name in re.findall(r"python -m ((?:[a-z]+)\.[a-z.]+[a-z])", page.read_text())}
-    of_developers = {"train.config.page", "tests.parity", "launch.doctor.probe", "launch.api"}
+    of_developers = {"train.config.page", "launch.reproduce.page", "tests.parity", "launch.doctor.probe", "launch.api"}
     entry_points = {f"launch.{path.stem}" for path in (ROOT / "launch").glob("finetune_*.py")}  # both are `finetune`
     assert named - of_developers - entry_points <= set(MODULES.values())
 
