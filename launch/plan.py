@@ -299,6 +299,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "gpu_rate" in options:
             raise UserError("--card and --gpu-rate both give the rate of a GPU: leave out one")
         cluster = replace(cluster, gpu_rate=card_rate(options.card))
+    if min(cluster.gpus, cluster.gpu_rate, cluster.efficiency, *options.nodes) <= 0:
+        raise UserError("--nodes, --gpus, --gpu-rate and --efficiency must be above 0")
     medium, smaller = chosen_medium(options), smaller_epochs(options.image_res, cluster.epochs)
     plans = [make_plan(medium, cluster, nodes, smaller) for nodes in options.nodes]
     if options.json:

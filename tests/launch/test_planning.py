@@ -175,6 +175,7 @@ def test_the_command_prints_a_table_for_every_set(capsys):
     for words, reported in (
         (["--card", "Abacus"], "--card Abacus is not known"),
         (["--card", "A100", "--gpu-rate", "3"], "leave out one"),
+        (["--efficiency", "0"], "--efficiency must be above 0"),
         (["--image-res", "112"], "must be SIZE:EPOCHS ..., such as 112:8, of not more than 10 epochs"),
         (["--image-res", "112:8", "160:3"], "of not more than 10 epochs"),
     ):
