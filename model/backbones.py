@@ -78,13 +78,14 @@ def adopt_backbone(config: ModelConfig, explicit: Collection[str]) -> None:
             setattr(vision, name, value)
     if "image_res" not in explicit:
         config.image_res = known.image_res
-    adopt_pixels(vision)
+    adopt_pixels(vision, vision.pretrained or vision.type)
+    adopt_pixels(vision, vision.type)
 
 
-def adopt_pixels(config: VisionConfig) -> None:
-    """Set the pixel statistics of a timm model by its name, in place, unless they are set."""
-    if config.type not in VISION and is_model(config.type):
-        mean, std = pixel_statistics(config.type)
+def adopt_pixels(config: VisionConfig, name: str) -> None:
+    """Set the pixel statistics of timm's model `name`, in place, unless they are set; of others nothing."""
+    if config.type not in VISION and is_model(name):
+        mean, std = pixel_statistics(name)
         config.mean, config.std = config.mean or list(mean), config.std or list(std)
 
 

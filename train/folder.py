@@ -135,7 +135,7 @@ class RunFolder:
 def _changes(path: Path, config: RunConfig) -> dict[str, list[str]]:
     """The differences of `config` from the resolved configuration at `path`, as text, by their effect."""
     earlier = build(RunConfig, read_layers(RunConfig, path))
-    adopt_pixels(earlier.vision_encoder)  # which runs of before December 2026 do not record
+    adopt_pixels(earlier.vision_encoder, earlier.vision_encoder.type)  # not recorded by runs of before December 2026
     there, here = flatten(earlier), flatten(config)
     changes: dict[str, list[str]] = {FIXED: [], EVALUATION: [], FREE: []}
     for key in dict.fromkeys([*here, *there]):

@@ -127,6 +127,14 @@ def test_what_a_backbone_cannot_do_is_an_error_that_says_so():
         Singularity(named("maxvit_pico_rw_256", 100), PAD, CLS, MASK)
 
 
+def test_pixel_statistics_are_those_of_the_weights_of_another_training():
+    config = small_config()
+    config.vision_encoder.type = "vit_tiny_patch16_224"  # by default of weights with 0.5
+    config.vision_encoder.pretrained = "vit_small_patch16_224.dino"
+    adopt_backbone(config, ())
+    assert config.vision_encoder.mean == pytest.approx([0.485, 0.456, 0.406])
+
+
 def test_stored_pixel_statistics_win_over_timms():
     config = named("convnext_atto")
     assert config.vision_encoder.mean == pytest.approx([0.485, 0.456, 0.406])
