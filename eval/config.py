@@ -26,7 +26,9 @@ class EvalConfig:
         128, "candidates to re-rank for a query or question; retrieval: 0 for the dual encoder only", least=0
     )
     rerank_score: str = evaluation(
-        "itm", "what orders the re-ranked: itm, the match logit; itm+itc, with similarity", choices=RERANK_SCORES
+        "itm",
+        "what orders the re-ranked: itm, the match logit; itm+itc, with similarity; unset: as in its training",
+        choices=RERANK_SCORES,
     )
     eval_frame_ensemble: str = evaluation(
         "concat", "concat: early fusion of the frames; others: late fusion of the frames' scores", choices=ENSEMBLES

@@ -5,29 +5,24 @@
 #   TEST      such a list of other photos to evaluate on; by default every tenth photo of CAPTIONS, which training leaves out
 set -euo pipefail
 launch=$(dirname "$0")
-[ $# -ge 2 ] || { sed -n 's/^# Usage: \(bash[^(]*\).*/usage: \1/p' "$0" >&2; exit 2; }
+if [ -z "${1:-}" ] || [ -z "${2:-}" ]; then
+  sed -n '3,5s/^# //p' "$0" >&2
+  exit 2
+fi
 media=$1 train=$2 test=${3:-} out=${4:-photos}
 source "$launch/steps.sh"
 
+same_inputs "$media" "$train" "$test"
 if [ -z "$test" ]; then
-  step hold_out python - "$train" "$out" <<'PYTHON'
-import json, sys
-try:
-    rows = json.load(open(sys.argv[1]))
-    assert isinstance(rows, list) and len(rows) >= 10
-except (OSError, ValueError, AssertionError) as error:
-    sys.exit(f"error: {sys.argv[1]} is no JSON list of 10 photos or more ({error or 'see --help of singularity pack'}): give TEST, captions of other photos")
-for name, chosen in (("test", rows[::10]), ("train", [row for i, row in enumerate(rows) if i % 10])):
-    json.dump(chosen, open(f"{sys.argv[2]}/{name}.json", "w"))
-PYTHON
-  train=$out/train.json test=$out/test.json
+  step hold_out python "$launch/photos.py" "$train" "$out/captions"
+  train=$out/captions/train.json test=$out/captions/test.json
 fi
-for name in photos photos_test; do
-  captions=$train
-  [ $name = photos ] || captions=$test
-  step "pack_$name" python -m sharding.build --annotations "$captions" --media-root "$media" --media-type image \
-    --output "$out/shards/$name" --size 160
-done
+pack_photos() { # pack_photos NAME CAPTIONS
+  step "pack_$1" python -m sharding.build --annotations "$2" --media-root "$media" --media-type image \
+    --output "$out/shards/$1" --size 160
+}
+pack_photos photos "$train"
+pack_photos photos_test "$test"
 where=("data_root=$out/shards" "output_dir=$out/run")
 step train "${ds[@]}" "$launch/pretrain.py" configs/small/transfer.yaml "${where[@]}"
 step evaluate "${ds[@]}" "$launch/evaluate.py" configs/small/transfer.yaml "${where[@]}" "checkpoint=$out/run"

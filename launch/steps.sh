@@ -1,4 +1,5 @@
-# Sourced by the scripts that run a chain of commands on Shapes (demo.sh, study.sh); they set `out`, the folder of results.
+# Sourced by the scripts that run a chain of commands (demo.sh, study.sh, study_clips.sh, photos.sh); they set `out`, the
+# folder of results.
 # Every command is printed before it runs, so that it can be copied. After an interruption, run the chain again: it resumes.
 mkdir -p "$out/steps"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
@@ -24,6 +25,14 @@ step() { # step NAME COMMAND...: print and run it once, however often the chain 
   printf '\n\033[1m$ %s\033[0m\n' "$*"
   "$@"
   touch "$out/steps/$name"
+}
+
+same_inputs() { # same_inputs WORD...: refuse results of other inputs, whose steps would count as done
+  local file=$out/steps/inputs
+  [ -e "$file" ] || printf '%s\n' "$*" >"$file"
+  [ "$(cat "$file")" = "$*" ] && return
+  echo "error: $out has results of other inputs ($(cat "$file")): give another folder for these, or remove it" >&2
+  exit 2
 }
 
 draw() { # draw IMAGES CLIPS TEST_ITEMS: Shapes

@@ -50,22 +50,23 @@ class AnnotatedClip:
 def annotated_clips(folders: Iterable[Path]) -> list[AnnotatedClip]:
     """The clips that JSON lists in the folders describe; those of a list with "train" in its name are for fine-tuning.
 
-    Raises UserError where a clip is missing, or none has a caption.
+    Raises UserError where a clip is missing, several may be meant, or none has a caption.
     """
     clips: dict[Path, AnnotatedClip] = {}
     for folder in folders:
-        files = {path.name: path.resolve() for path in sorted(folder.rglob("*")) if path.is_file()}
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         for file in sorted(folder.glob("*.json")):
-            for row in json.loads(file.read_text(encoding="utf-8")):
+            for row in _listed(file):
                 name = isinstance(row, dict) and (row.get("video") or row.get("image"))
                 if not name:  # of another kind, such as a list of answers
                     continue
-                if (path := files.get(Path(name).name)) is None:
-                    raise MissingError(f"{file}: {name} is not below {folder}: put the clip there, or remove its rows")
+                path = _find_clip(name, files, file, folder)
                 clip = clips.setdefault(path, AnnotatedClip(path))
                 clip.trains |= "train" in file.name
                 clip.captions += [{"caption": row["caption"]}] if "caption" in row else []
                 if "question" in row:
+                    if "answer" not in row:
+                        raise UserError(f"{file}: a question about {name} has no answer: add one, or remove the row")
                     number = row.get("question_id", f"{path.name}#{len(clip.questions)}")
                     answer = {"question": row["question"], "answer": row["answer"], "question_id": str(number)}
                     clip.questions.append(answer)
@@ -73,6 +74,25 @@ def annotated_clips(folders: Iterable[Path]) -> list[AnnotatedClip]:
     if not found:
         raise UserError(f'{", ".join(map(str, folders))}: no JSON list of {{"video": file, "caption": text}}')
     return found
+
+
+def _listed(file: Path) -> list[Any]:
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON ({error}): mend it, or move it out of the folder") from None
+    return rows if isinstance(rows, list) else []
+
+
+def _find_clip(name: str, files: Sequence[Path], file: Path, folder: Path) -> Path:
+    """The file whose path ends with `name`, else the one of its last part: annotations often hold other folders."""
+    for ending in (Path(name).parts, Path(name).parts[-1:]):
+        found = [path for path in files if path.parts[-len(ending) :] == ending]
+        if len(found) > 1:
+            raise UserError(f"{file}: {name} may be {found[0]} or {found[1]}: give the path below {folder}")
+        if found:
+            return found[0].resolve()
+    raise MissingError(f"{file}: {name} is not below {folder}: put the clip there, or remove its rows")
 
 
 def write_annotations(folders: Sequence[Path], motion: str, output: Path) -> None:

@@ -16,6 +16,7 @@ checkpoint=$1 out=$2
 shift 2
 source "$launch/steps.sh"
 
+same_inputs "$checkpoint" "$@" "${MOTION:-}"
 step annotations python "$launch/study_clips.py" annotations "$@" --output "$out/annotations" --motion "${MOTION:-}"
 root=$(cat "$out/annotations/media_root")
 for name in every train held_out; do

@@ -61,8 +61,8 @@ class VisualSet:
         return result
 
     def as_written(self, texts: Iterable[str], clean: Callable[[str], str]) -> list[str]:
-        """Cleaned texts, cleaned in the way of another encoder instead."""
-        return [clean(self._originals[text]) for text in texts]
+        """Cleaned texts of the corpus, cleaned in the way of another encoder instead; other texts as they are."""
+        return [clean(self._originals[text]) if text in self._originals else text for text in texts]
 
     @property
     def digest(self) -> str:

@@ -224,6 +224,8 @@ def _from_checkpoint(settings: Settings, path: str, training: bool) -> tuple[Mod
     adopt(settings, config)
     model = build_model(_at_first_size(config, run) if training else config, tokenizer.special_ids)
     report = fit_weights(model, weights, str(found), run.expected_tensors)
+    if "rerank_score" not in settings.explicit:
+        run.rerank_score = weights.history.rerank_score
     model.history = weights.history
     if training:
         model.history = replace(History.of_training(config, path, weights.history), rerank_score=run.rerank_score)

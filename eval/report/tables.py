@@ -89,7 +89,9 @@ def _baselines(details: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _rankings(member: Member) -> dict[str, str]:
     if member.details["task"] != "retrieval":
         return {member.split: member.details.get("accuracy", member.details["task"])}
-    both = {f"{member.split}/": "re-ranked", f"{member.split}_emb/": "dual encoder"}
+    score = member.evaluation.details["settings"].get("rerank_score", "itm")
+    reranked = "re-ranked" if score == "itm" else f"re-ranked by {score}"
+    both = {f"{member.split}/": reranked, f"{member.split}_emb/": "dual encoder"}
     rankings = [item for item in both.items() if item[0] in member.evaluation.metrics]
     return dict(rankings if _reranks(member) else reversed(rankings))
 

@@ -73,8 +73,11 @@ class RetrievalTask(Task[RetrievalSet, RetrievalResult]):
         ranks: Ranks = ALONE,
     ) -> RetrievalResult:
         """Score all pairs by the dual encoder, and each query's `k_test` best by VTM where its head was trained."""
-        if not model.history.matching_trained:
+        history = model.history
+        if not history.matching_trained:
             config = replace(config, k_test=0)
+        if config.rerank_score != history.rerank_score:  # the validation ranked otherwise
+            history = replace(history, reranks=None)
         start = time.perf_counter()
         with evaluating(model, config):
             visuals, texts = encode_test_set(model, dataset, tokenizer, dataset.texts, config, num_frames, ranks)
@@ -91,7 +94,7 @@ class RetrievalTask(Task[RetrievalSet, RetrievalResult]):
             missing=missing,
             seconds=seconds,
             depends_on_ties=ties,
-            history=model.history,
+            history=history,
             scores=scores,
         )
 

@@ -21,7 +21,7 @@ def run(task: Reproduction) -> int:
         sys.stdout.flush()
         if done:
             continue
-        if step.name == "finetune":  # an unfinished run says so itself
+        if step.name == "finetune" and not _finished(task).is_file():  # an unfinished run says so itself
             record(task, step)
         code = subprocess.run([sys.executable, str(PROGRAM), *step.words]).returncode
         if code:
@@ -40,7 +40,7 @@ def is_done(task: Reproduction, step: Command) -> bool:
     """
     if step.corpus:
         return num_samples(step.corpus) is not None
-    result = task.metrics_file if step.name == "evaluate" else task.run_folder / "finished.json"
+    result = task.metrics_file if step.name == "evaluate" else _finished(task)
     return result.is_file() and recorded(task).get(step.name) == fingerprint(task, step)
 
 
@@ -50,12 +50,25 @@ def fingerprint(task: Reproduction, step: Command) -> str:
     if step.name == "evaluate":
         from sharding.shards.schema import read_corpus
 
-        weights = task.run_folder / "finished.json" if task.train else Path(task.weights())
+        weights = _finished(task) if task.train else _file_of(task.weights())
         facts = weights.stat()
         digest.update(f"{facts.st_size} {facts.st_mtime_ns}".encode())
         for url in task.evaluation.test_urls().values():
             digest.update(read_corpus(url).to_json().encode())
     return digest.hexdigest()
+
+
+def _finished(task: Reproduction) -> Path:
+    """What a finished fine-tuning has written."""
+    return task.run_folder / "finished.json"
+
+
+def _file_of(weights: str) -> Path:
+    """A file that changes with the weights, which may also be a run or a folder."""
+    from model.checkpoints.files import TENSORS, resolve_weights
+
+    path = resolve_weights(weights)
+    return path / TENSORS if path.is_dir() else path
 
 
 def _state_file(task: Reproduction) -> Path:

@@ -26,6 +26,9 @@ class Words:
             ids[row, : len(tokens)] = torch.tensor(tokens)
         return ids, (ids > 0).long()
 
+    def clean(self, text):
+        return text
+
 
 def small_model(tokenizer=None, kind=Singularity, seed=0, **changes):
     """A model whose random weights make every score depend on its pair."""
@@ -77,6 +80,9 @@ class Drawn:
             self.texts_of_visual[visual].append(len(self.texts))
         self.texts.append(text)
         self.visuals_of_text.append(visuals)
+
+    def as_written(self, texts, clean):
+        return [clean(text) for text in texts]
 
     def batches(self, num_frames, batch_size, rank=0, world_size=1, device="cpu"):
         own = [i for i in range(self.num_visuals) if i % world_size == rank]

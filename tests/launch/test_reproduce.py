@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -15,6 +16,7 @@ from places import ROOT
 from small_run import environment
 
 from eval.report.published import all_published
+from launch.reproduce import running
 from launch.reproduce.__main__ import main
 from launch.reproduce.comparing import report
 from launch.reproduce.page import PAGE, with_tables
@@ -234,6 +236,41 @@ def test_what_the_server_has_to_score_is_named(folder, whole_test_sets):
     assert code == 0
     assert "test_std: the answers are not public, upload runs/vqa_17m/evaluation/*/submission/test_std.json" in text
     assert "73.27" in text
+
+
+def test_numbers_of_the_dual_encoder_alone_are_no_reproduction(folder, whole_test_sets):
+    task = task_of("flickr30k_17m", settings=["k_test=0"])
+    task.run_folder.mkdir(parents=True)
+    task.metrics_file.write_text(
+        json.dumps({"test_emb/": dict.fromkeys(find_row("flickr30k_17m").published["test"], 90)})
+    )
+    text, code = report(task, 100.0)
+    assert code == 1
+    assert "test: not re-ranked, as the published numbers are" in text
+    assert "not public" not in text
+
+
+def test_other_settings_of_a_finished_fine_tuning_are_refused_each_time(folder, monkeypatch):
+    """The refused command must not count as the one that has finished."""
+    first, other = (task_of("flickr30k_17m", train=True, settings=[f"seed={seed}"]) for seed in (1, 2))
+    asked = []
+
+    def finetune(command):
+        asked.append(command)
+        if "finetune" in command and not (first.run_folder / "finished.json").is_file():
+            first.run_folder.mkdir(parents=True)
+            (first.run_folder / "finished.json").touch()
+            return SimpleNamespace(returncode=0)
+        return SimpleNamespace(returncode=2)
+
+    monkeypatch.setattr(running.subprocess, "run", finetune)
+    monkeypatch.setattr(Reproduction, "corpora", lambda task: {})
+    assert running.run(first) == 2  # by its evaluation
+    assert running.run(other) == 2
+    assert running.run(other) == 2
+    assert ["finetune" if "finetune" in command else "evaluate" for command in asked] == [
+        "finetune", "evaluate", "finetune", "finetune",
+    ]  # fmt: skip
 
 
 def test_the_largest_difference_decides(folder, whole_test_sets):

@@ -133,6 +133,31 @@ def test_clips_that_are_missing_are_named_and_without_training_clips_all_are_tes
         write_annotations([folder], "", tmp_path / "none")
 
 
+def test_clips_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    for part in ("a", "b"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "1.mp4").touch()
+    named = [{"video": f"{part}/1.mp4", "caption": f"clip of {part}"} for part in ("a", "b")]
+    (tmp_path / "mine.json").write_text(json.dumps(named))
+    write_annotations([tmp_path], "", tmp_path / "out")
+    rows = json.loads((tmp_path / "out/every.json").read_text())
+    assert {row["video"]: row["caption"] for row in rows} == {"a/1.mp4": "clip of a", "b/1.mp4": "clip of b"}
+    (tmp_path / "mine.json").write_text(json.dumps([{"video": "elsewhere/1.mp4", "caption": "a clip"}]))
+    with pytest.raises(UserError, match=r"elsewhere/1.mp4 may be .*a/1.mp4 or .*b/1.mp4: give the path below"):
+        write_annotations([tmp_path], "", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [("[", "is not JSON"), ('[{"video": "1.mp4", "question": "what"}]', "a question about 1.mp4 has no answer")],
+)
+def test_annotations_that_cannot_be_read_are_one_line(tmp_path, content, said):
+    (tmp_path / "1.mp4").touch()
+    (tmp_path / "mine.json").write_text(content)
+    with pytest.raises(UserError, match=said):
+        write_annotations([tmp_path], "", tmp_path / "out")
+
+
 class Clips(Pictured):
     """The drawn clips as the study's test set; every third one is of motion."""
 

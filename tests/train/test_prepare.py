@@ -5,7 +5,7 @@ import torch
 from small_run import ROOT
 
 from model.building import build_model
-from model.checkpoints.loading import save_model
+from model.checkpoints.loading import load_weights, save_model
 from model.config import ModelConfig, TextConfig, VisionConfig
 from model.history import History
 from preprocessing.text import Tokenizer
@@ -83,3 +83,15 @@ def test_the_history_of_a_run_begins_with_what_it_starts_from(weights, shapes, t
          f"test_corpus={shapes.url('images_test')}"],
     )  # fmt: skip
     assert prepare_evaluation(settings)[1].history == model.history
+
+
+@pytest.mark.parametrize(("given", "used"), [([], "itm+itc"), (["rerank_score=itm"], "itm")])
+def test_an_evaluation_re_ranks_as_the_checkpoint_did_unless_it_is_told(weights, settings, shapes, given, used):
+    found = load_weights(weights)
+    model = build_model(found.config)
+    model.load_state_dict(found.state)
+    model.history = History(rerank_score="itm+itc")
+    save_model(model, model.config, weights)
+    chosen = settings(f"tokenizer={shapes.vocab}", *given)
+    prepare_evaluation(chosen)
+    assert chosen.config.rerank_score == used

@@ -131,6 +131,14 @@ def test_the_ranking_that_the_validation_preferred_comes_first_everywhere(tmp_pa
     assert ("because" in console) == bool(note)
 
 
+def test_re_ranking_by_another_score_than_the_validation_is_named_and_not_judged_by_it(tmp_path):
+    folder = tmp_path / "run" / "evaluation" / "label"
+    evaluation_in(folder, history=History(reranks=False), rerank_score="itm+itc")
+    (table,) = tables(group_test_sets([read_evaluation(folder)]))
+    assert [row["ranking"] for row in table["rows"]] == ["re-ranked by itm+itc", "dual encoder"]
+    assert table["notes"] == []
+
+
 def test_an_evaluation_after_an_epoch_is_the_validation_itself(tmp_path):
     folder = tmp_path / "run" / "evaluation" / "epoch_01"
     _, result = evaluation_in(folder)
