@@ -55,9 +55,12 @@ def describe_backbone(name: str) -> Backbone:
     with torch.device("meta"):
         backbone: Any = create_model(name, pretrained=False, num_classes=0).eval()
         features = backbone.forward_features(torch.zeros(1, 3, size, size))
+    if not isinstance(features, torch.Tensor):
+        raise UserError(f"vision_encoder.type={name} makes several feature maps, not one: choose another backbone")
     depth = len(backbone.blocks) if hasattr(backbone, "num_prefix_tokens") and hasattr(backbone, "blocks") else None
     patch = getattr(getattr(backbone, "patch_embed", None), "patch_size", None)
-    return Backbone(as_tokens(backbone, features).shape[2], size, depth, patch[0] if patch else None)
+    patch = patch[0] if isinstance(patch, tuple) else patch
+    return Backbone(as_tokens(backbone, features).shape[2], size, depth, patch)
 
 
 def adopt_backbone(config: ModelConfig, explicit: Collection[str]) -> None:
@@ -75,8 +78,15 @@ def adopt_backbone(config: ModelConfig, explicit: Collection[str]) -> None:
             setattr(vision, name, value)
     if "image_res" not in explicit:
         config.image_res = known.image_res
-    mean, std = pixel_statistics(vision.type)
-    vision.mean, vision.std = vision.mean or list(mean), vision.std or list(std)
+    adopt_pixels(vision, vision.pretrained or vision.type)
+    adopt_pixels(vision, vision.type)
+
+
+def adopt_pixels(config: VisionConfig, name: str) -> None:
+    """Set the pixel statistics of timm's model `name`, in place, unless they are set; of others nothing."""
+    if config.type not in VISION and is_model(name):
+        mean, std = pixel_statistics(name)
+        config.mean, config.std = config.mean or list(mean), config.std or list(std)
 
 
 def check_backbone(config: VisionConfig) -> Backbone:
@@ -94,8 +104,7 @@ def create_backbone(config: VisionConfig, image_res: int) -> Any:
 
     Raises UserError where timm cannot make one.
     """
-    sizes: dict[str, Any] = {"img_size": image_res, "patch_size": config.patch_size}
-    for options in (sizes, {"img_size": image_res}, {}):  # not all have them
+    for options in _size_options(config.type, image_res, config.patch_size):
         rates: tuple[dict[str, Any], ...] = ({"drop_path_rate": config.drop_path}, {})
         for rate in rates:
             with suppress(TypeError):
@@ -110,12 +119,20 @@ def published_tensors(
 
     What the weights lack is absent. Raises UserError when they are of another model.
     """
-    sizes = {"img_size": image_res, "patch_size": patch_size}
-    given = {key: value for key, value in sizes.items() if value is not None}
-    for options in (given, {"img_size": image_res}, {}):
+    for options in _size_options(name, image_res, patch_size):
         with suppress(TypeError):
             return _loaded(name, weights, options)
     raise UserError(f"timm cannot make {name}: choose another one")
+
+
+def _size_options(name: str, image_res: int | None, patch_size: int | None) -> list[dict[str, Any]]:
+    """Arguments of timm's model `name` for these sizes, one after the other to try: not all models have all of them.
+
+    The patch size only of a backbone that tells it: of others, such as Twins, it is that of their first stage.
+    """
+    size = {} if image_res is None else {"img_size": image_res}
+    patch = {"patch_size": patch_size} if patch_size and describe_backbone(name).patch_size else {}
+    return [size | patch, size, {}]
 
 
 def _loaded(name: str, weights: dict[str, torch.Tensor], options: dict[str, Any]) -> dict[str, torch.Tensor]:

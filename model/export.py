@@ -74,18 +74,25 @@ def without_losses(weights: Weights) -> Weights:
 def write_official(weights: Weights, path: str | Path) -> None:
     """Write an official checkpoint (.pth) without optimiser state, whole or not at all.
 
-    Raises UserError for a model of another backbone or text encoder than the official ones.
+    Raises UserError for a model of another backbone, text encoder or pixel statistics than the official ones.
     """
     import omegaconf
     import torch
 
-    from model.backbones import VISION_TYPES
+    from model.backbones import PIXEL_STATISTICS, VISION_TYPES
 
-    path, kind, weights = Path(path), weights.config.vision_encoder.type, without_losses(weights)
+    vision = weights.config.vision_encoder
+    path, kind, weights = Path(path), vision.type, without_losses(weights)
     if kind not in VISION_TYPES:
         raise UserError(f"{path}: vision_encoder.type={kind} has no official format, give a folder to write to")
     if (text := weights.config.text_encoder.type) != "bert":
         raise UserError(f"{path}: text_encoder.type={text} has no official format, give a folder to write to")
+    for name, values, known in zip(("mean", "std"), (vision.mean, vision.std), PIXEL_STATISTICS[kind]):
+        if values is not None and tuple(values) != known:
+            raise UserError(
+                f"{path}: vision_encoder.{name} is {values}, the official code has {list(known)} for {kind}: give a "
+                "folder to write to"
+            )
     content = {
         "model": official_state(weights),
         "optimizer": {},

@@ -11,6 +11,7 @@ from torch.func import functional_call
 from model.backbones import as_tokens, create_backbone, pixel_statistics
 from model.config import ModelConfig
 from model.vision_encoder import VisionEncoder
+from runtime.errors import UserError
 
 
 class _Features(nn.Module):
@@ -40,6 +41,7 @@ class FeatureMapEncoder(VisionEncoder):
         """Random weights."""
         super().__init__()
         vision = config.vision_encoder
+        self._name = vision.type
         self.mean, self.std = pixel_statistics(vision.type)
         self.features = _Features(create_backbone(vision, config.image_res))
 
@@ -70,5 +72,10 @@ class FeatureMapEncoder(VisionEncoder):
         return {name: each.to(dtype) for name, each in named if each.is_floating_point() and each.dtype != dtype}
 
     def set_gradient_checkpointing(self, enable: bool) -> None:
-        """As `VisionEncoder`."""
-        self.features.backbone.set_grad_checkpointing(enable)
+        """As `VisionEncoder`. Raises UserError for a backbone without it."""
+        try:
+            self.features.backbone.set_grad_checkpointing(enable)
+        except AssertionError:  # timm's way to say so
+            raise UserError(
+                f"vision_encoder.type={self._name} has no gradient checkpointing: set gradient_checkpointing=false"
+            ) from None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from model.backbones import VISION_TYPES, check_backbone, create_backbone, pixel_statistics
+from model.backbones import VISION_TYPES, check_backbone, create_backbone, describe_backbone, pixel_statistics
 from model.checkpoints.positions import resize_relative
 from model.config import ModelConfig, VisionConfig
 from model.feature_maps import FeatureMapEncoder
@@ -43,18 +44,44 @@ def build_vision(config: ModelConfig) -> VisionEncoder:
         kind = VISION[vision.type]
     elif check_backbone(vision).is_transformer:
         kind = TimmEncoder
-    encoder = build_with_options(kind, "vision_encoder.options", vision.options, config)
-    if not isinstance(encoder, VisionEncoder):
-        raise UserError(
-            f"vision_encoder.type={vision.type} is a {type(encoder).__name__}: derive it from VisionEncoder"
-        )
-    if vision.mean and vision.std:
-        encoder.mean, encoder.std = tuple(vision.mean), tuple(vision.std)
-    if kind is not TimmEncoder:
-        if vision.patch_dropout:
-            raise no_patch_dropout(vision.type, vision.patch_dropout)
-        _check_outputs(encoder, config)
+    with _refused_size(config) if kind is FeatureMapEncoder else nullcontext():
+        encoder = build_with_options(kind, "vision_encoder.options", vision.options, config)
+        if not isinstance(encoder, VisionEncoder):
+            raise UserError(
+                f"vision_encoder.type={vision.type} is a {type(encoder).__name__}: derive it from VisionEncoder"
+            )
+        _set_pixels(encoder, vision)
+        if kind is not TimmEncoder:
+            if vision.patch_dropout:
+                raise no_patch_dropout(vision.type, vision.patch_dropout)
+            _check_outputs(encoder, config)
     return encoder
+
+
+def _set_pixels(encoder: VisionEncoder, config: VisionConfig) -> None:
+    """Set the pixel statistics that the configuration has; raises UserError for impossible ones."""
+    for name, values in (("mean", config.mean), ("std", config.std)):
+        if values is None:
+            continue
+        if len(values) != 3 or (name == "std" and min(values) <= 0):
+            raise UserError(
+                f"vision_encoder.{name} is {values}: must be three numbers, of red, green and blue"
+                + (", above 0" if name == "std" else "")
+            )
+        setattr(encoder, name, tuple(values))
+
+
+@contextmanager
+def _refused_size(config: ModelConfig) -> Iterator[None]:
+    """Raise UserError where a backbone of timm does not take images of this size, which it says by an assertion."""
+    try:
+        yield
+    except (AssertionError, RuntimeError) as error:
+        name, reason = config.vision_encoder.type, " ".join(str(error).split())[:150]
+        raise UserError(
+            f"image_res is {config.image_res}, which vision_encoder.type={name} does not take ({reason}): take "
+            f"{describe_backbone(name).image_res}, with which it was trained, or another"
+        ) from None
 
 
 def _check_outputs(encoder: VisionEncoder, config: ModelConfig) -> None:

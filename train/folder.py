@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
+from model.backbones import adopt_pixels
 from runtime.errors import UserError, file_errors
 from runtime.settings import EVALUATION, FIXED, FREE, build, change_on_resume, flatten, read_layers
 from storage.files import recover_folders, remove_temporary, write_text
@@ -133,7 +134,9 @@ class RunFolder:
 
 def _changes(path: Path, config: RunConfig) -> dict[str, list[str]]:
     """The differences of `config` from the resolved configuration at `path`, as text, by their effect."""
-    there, here = flatten(build(RunConfig, read_layers(RunConfig, path))), flatten(config)
+    earlier = build(RunConfig, read_layers(RunConfig, path))
+    adopt_pixels(earlier.vision_encoder, earlier.vision_encoder.type)  # not recorded by runs of before December 2026
+    there, here = flatten(earlier), flatten(config)
     changes: dict[str, list[str]] = {FIXED: [], EVALUATION: [], FREE: []}
     for key in dict.fromkeys([*here, *there]):
         if there.get(key) != here.get(key):

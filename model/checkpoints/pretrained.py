@@ -145,9 +145,12 @@ def read_folder(folder: Path, key: str) -> dict[str, torch.Tensor]:
     if path.suffix == ".safetensors":
         return read_tensors(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise UserError(f"{key}: {path} cannot be read ({str(error).splitlines()[0]}); copy it again") from None
+    if not isinstance(state, dict) or not all(isinstance(each, torch.Tensor) for each in state.values()):
+        raise UserError(f"{key}: {path} holds more than tensors by name: save its state dict alone")
+    return state
 
 
 def _without_prefix(state: dict[str, torch.Tensor], prefixes: tuple[str, ...]) -> dict[str, torch.Tensor]:

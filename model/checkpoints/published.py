@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model.backbones import VISION_TYPES
 from model.checkpoints.pretrained import find_folder
 from model.config import ModelConfig
 from model.torchvision_cpu import transformers
 from model.towers import DUAL_MODELS, SHIFTED_POSITIONS, TEXT_MODELS, quiet
+from model.vision_encoder import VISION
 from runtime.errors import UserError
 
 _BERT_SIZES = {  # our names of the sizes of a text encoder, and those in config.json
@@ -22,6 +24,7 @@ _BERT_SIZES = {  # our names of the sizes of a text encoder, and those in config
     "max_positions": "max_position_embeddings",
     "layer_norm_eps": "layer_norm_eps",
 }
+_TEXT_TYPES = ("bert", "transformers", *DUAL_MODELS)  # others are the user's
 _NEW_LAYERS = 3  # fusion layers above a text encoder that has none, as many as in the paper
 _OF_FILES = ("transformers_version", "architectures", "dtype", "torch_dtype", "_name_or_path", "id2label", "label2id")
 _CLIP_PIXELS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -59,7 +62,8 @@ def adopt_published(config: ModelConfig, explicit: Collection[str]) -> None:
     """Give the model the types and sizes of the encoders that it starts from, in place.
 
     Those of `dual_encoder`, of a BERT or another text encoder in `text_encoder.pretrained`, and of the vision tower of
-    a CLIP or SigLIP in `vision_encoder.pretrained`. explicit: dotted settings that the user has set.
+    a CLIP or SigLIP in `vision_encoder.pretrained`; an encoder of the user's own has its own. explicit: dotted settings
+    that the user has set.
     Raises UserError for an explicit value that does not fit the weights.
     """
     vision, text = config.vision_encoder, config.text_encoder
@@ -74,7 +78,7 @@ def adopt_published(config: ModelConfig, explicit: Collection[str]) -> None:
         _set(config, "vision_encoder", names, explicit, found)
         _set(config, "text_encoder", names, explicit, found)
         _set(config, "", {"embed_dim": _dual_config(found).projection_dim}, explicit, found)
-    if text.pretrained is not None:
+    if text.pretrained is not None and text.type in _TEXT_TYPES:
         found = read_published(text.pretrained, "text_encoder.pretrained")
         if found.kind in (None, "bert"):
             _adopt_bert(config, explicit, found)
@@ -83,7 +87,8 @@ def adopt_published(config: ModelConfig, explicit: Collection[str]) -> None:
         else:
             kinds = ", ".join(sorted(["bert", *TEXT_MODELS, *DUAL_MODELS]))
             raise UserError(f"{found.key}: {found.folder} holds a {found.kind} model: must be one of {kinds}")
-    if vision.pretrained is not None and ("/" in vision.pretrained or Path(vision.pretrained).is_dir()):
+    own = vision.type in VISION and vision.type not in (*VISION_TYPES, *DUAL_MODELS)
+    if vision.pretrained is not None and not own and ("/" in vision.pretrained or Path(vision.pretrained).is_dir()):
         found = read_published(vision.pretrained, "vision_encoder.pretrained")
         if found.kind in DUAL_MODELS:
             _adopt_tower(config, explicit, found)

@@ -162,3 +162,11 @@ def test_a_timm_backbone_has_no_official_format(tmp_path, capsys):
     assert export([str(tmp_path / "named"), str(tmp_path / "x.pth")]) == 2
     message = "vision_encoder.type=vit_tiny_patch16_224 has no official format, give a folder to write to"
     assert capsys.readouterr().err == f"error: {tmp_path}/x.pth: {message}\n"
+
+
+def test_pixels_that_the_official_code_would_normalise_otherwise_have_no_official_format(tmp_path, capsys):
+    config = small_config()
+    config.vision_encoder.mean = [0.1, 0.2, 0.3]
+    save_model({}, config, tmp_path / "own")
+    assert export([str(tmp_path / "own"), str(tmp_path / "x.pth")]) == 2
+    assert "vision_encoder.mean is [0.1, 0.2, 0.3], the official code has [0.5, 0.5, 0.5]" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from model.backbones import adopt_backbone, describe_backbone
 from model.checkpoints.efficientnet_lite import to_timm
 from model.checkpoints.loading import load_model, save_model
 from model.checkpoints.pretrained import new_model
+from model.feature_maps import FeatureMapEncoder
 from model.singularity import Singularity
 from model.torchvision_cpu import create_model
 
@@ -98,6 +99,42 @@ def test_sizes_resolution_and_pixels_come_from_timm_unless_they_are_set():
     assert (vision.mean, vision.std) == ([0.5, 0.5, 0.5], [1.0, 1.0, 1.0])
 
 
+def test_a_pixel_statistic_that_is_set_alone_counts_and_wrong_ones_are_refused():
+    config = small_config()
+    config.vision_encoder.std = [0.2, 0.3, 0.4]
+    model = Singularity(config, PAD, CLS, MASK)
+    assert (model.mean, model.std) == ((0.5, 0.5, 0.5), (0.2, 0.3, 0.4))
+    for wrong in ([0.5], [0.5, 0.5, 0.0]):
+        config.vision_encoder.std = wrong
+        with pytest.raises(ValueError, match=r"vision_encoder\.std is .*: must be three numbers"):
+            Singularity(config, PAD, CLS, MASK)
+
+
+def test_a_backbone_that_does_not_tell_its_patch_size_keeps_it_and_one_without_checkpointing_says_so():
+    with torch.device("meta"):
+        encoder = FeatureMapEncoder(named("twins_svt_small", 224))
+    assert encoder.features.backbone.patch_embeds[0].patch_size == (4, 4)
+    encoder.set_gradient_checkpointing(False)
+    with pytest.raises(ValueError, match=r"twins_svt_small has no gradient checkpointing"):
+        encoder.set_gradient_checkpointing(True)
+    assert describe_backbone("xcit_nano_12_p16_224").patch_size == 16
+
+
+def test_what_a_backbone_cannot_do_is_an_error_that_says_so():
+    with pytest.raises(ValueError, match=r"coat_tiny makes several feature maps"):
+        named("coat_tiny")
+    with pytest.raises(ValueError, match=r"image_res is 100, which .*maxvit_pico_rw_256 does not take .*: take 256"):
+        Singularity(named("maxvit_pico_rw_256", 100), PAD, CLS, MASK)
+
+
+def test_pixel_statistics_are_those_of_the_weights_of_another_training():
+    config = small_config()
+    config.vision_encoder.type = "vit_tiny_patch16_224"  # by default of weights with 0.5
+    config.vision_encoder.pretrained = "vit_small_patch16_224.dino"
+    adopt_backbone(config, ())
+    assert config.vision_encoder.mean == pytest.approx([0.485, 0.456, 0.406])
+
+
 def test_stored_pixel_statistics_win_over_timms():
     config = named("convnext_atto")
     assert config.vision_encoder.mean == pytest.approx([0.485, 0.456, 0.406])
@@ -143,6 +180,9 @@ def test_a_package_that_is_not_there_and_weights_of_another_model_are_errors(tmp
     torch.save(weights, tmp_path / "pytorch_model.bin")
     config.vision_encoder.pretrained = str(tmp_path)
     with pytest.raises(ValueError, match=r"does not fit.*missing.*: .*stages.1.blocks.0.norm.bias\)"):
+        new_model(config)
+    torch.save({"model": weights, "epoch": 3}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin holds more than tensors by name"):
         new_model(config)
     torch.save(create_model("convnext_femto").state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"not those of timm's convnext_atto.*size mismatch"):

@@ -87,6 +87,16 @@ def test_a_size_that_contradicts_the_published_one_is_refused(tmp_path):
         start(tmp_path / "relu")
 
 
+@pytest.mark.parametrize("with_config", [True, False])
+def test_an_encoder_of_ones_own_keeps_its_type_and_sizes_whatever_weights_it_reads(tmp_path, with_config):
+    bert_folder(tmp_path)
+    if not with_config:
+        (tmp_path / "config.json").unlink()
+    config = ModelConfig(text_encoder=TextConfig(type="conv", pretrained=str(tmp_path), width=48))
+    adopt_published(config, {"text_encoder.type", "text_encoder.width"})
+    assert config.text_encoder == TextConfig(type="conv", pretrained=str(tmp_path), width=48)
+
+
 COMMON = {"vocab_size": 70, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "pad_token_id": 0}
 KINDS = {
     "modernbert": {"intermediate_size": 40, "max_position_embeddings": 18, "local_attention": 4, "cls_token_id": 2},

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from model.checkpoints.files import Weights, read_weights, write_weights
-from model.config import ModelConfig
+from model.config import ModelConfig, VisionConfig
 from preprocessing.text import SPECIAL
 from train.checkpoints.writing import STATE, VERSION, TrainingState, check_checkpoint, complete_checkpoints, read_state
 from train.config.settings import OptimizerConfig, RunConfig
@@ -55,6 +55,15 @@ def test_an_earlier_run_is_refused_with_other_settings_without_resume_and_when_f
         folder.finish({"step": 5})
     with pytest.raises(ValueError, match=message):
         RunFolder(tmp_path).claim(config)
+
+
+def test_a_run_with_a_backbone_of_timm_resumes_that_was_begun_before_pixel_statistics_were_recorded(tmp_path):
+    started(tmp_path, RunConfig(vision_encoder=VisionConfig(type="convnext_atto")))
+    vision = VisionConfig(type="convnext_atto", mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+    RunFolder(tmp_path).claim(RunConfig(vision_encoder=vision))
+    vision.mean = [0.1, 0.2, 0.3]
+    with pytest.raises(ValueError, match=r"vision_encoder\.mean is \[0\.485, .*\] in that run, \[0\.1, "):
+        RunFolder(tmp_path)._check_same(RunConfig(vision_encoder=vision))
 
 
 def test_a_run_without_a_checkpoint_may_be_replaced(tmp_path):

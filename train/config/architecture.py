@@ -10,7 +10,7 @@ from typing import Any
 from model.backbones import adopt_backbone
 from model.checkpoints.published import adopt_published
 from model.config import AnswerDecoderConfig, ModelConfig, ModelSettings
-from preprocessing.text import Tokenizer
+from preprocessing.text import NO_MASK, Tokenizer
 from runtime.errors import UserError
 from runtime.settings import ANY, FINE_TUNING, START, TRAINING, declarations, flatten
 from train.config.settings import RunConfig, Settings
@@ -128,6 +128,11 @@ def check_texts(run: RunConfig, config: ModelConfig, tokenizer: Tokenizer) -> No
         raise UserError(
             f"tokenizer={run.tokenizer} has {tokenizer.vocab_size} words, the model's text_encoder.vocab_size is "
             f"{text.vocab_size}: name the vocabulary that the model was trained with, tokenizer=vocab.txt"
+        )
+    if config.loss_weight.mlm > 0 and not config.answer_decoder.enable and tokenizer.mask_id == NO_MASK:
+        raise UserError(
+            f"loss_weight.mlm is {config.loss_weight.mlm:g}, but tokenizer={run.tokenizer} has no [MASK]: set "
+            "loss_weight.mlm=0, or take another vocabulary"
         )
     if run.task == "qa" and tokenizer.pad_id == tokenizer.sep_id:
         raise UserError(

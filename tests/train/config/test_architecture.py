@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from model.config import ModelConfig, TemporalConfig, TextConfig, VisionConfig
-from preprocessing.text import SPECIAL, Tokenizer
+from model.config import LossWeights, ModelConfig, TemporalConfig, TextConfig, VisionConfig
+from preprocessing.text import NO_MASK, SPECIAL, Tokenizer
 from runtime.settings import flatten
 from train.config.architecture import adopt, changes_to, check_texts, fresh_architecture
 from train.config.settings import load_settings
@@ -164,6 +164,10 @@ def test_what_an_official_file_does_not_hold_is_set_beside_it(settings, tmp_path
 def test_texts_must_fit(settings, tokenizer):
     with pytest.raises(ValueError, match=r"max_txt_l\.image is 41: must be from 2 to text_encoder\.max_positions, 40"):
         check_texts(settings("max_txt_l.image=41").config, STORED, tokenizer)
+    tokenizer.mask_id = NO_MASK
+    with pytest.raises(ValueError, match=r"loss_weight\.mlm is 1, but tokenizer=.* has no \[MASK\]: set"):
+        check_texts(settings().config, STORED, tokenizer)
+    check_texts(settings().config, replace(STORED, loss_weight=LossWeights(mlm=0.0)), tokenizer)
 
 
 def test_questions_add_a_decoder_as_deep_as_the_fusion_layers(settings, tokenizer):
