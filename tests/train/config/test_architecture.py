@@ -81,7 +81,8 @@ OTHERWISE = {
     "vision_encoder.type": "beit", "vision_encoder.pretrained": "somewhere", "vision_encoder.patch_size": 32,
     "vision_encoder.mean": "[0.4,0.4,0.4]", "vision_encoder.std": "[0.2,0.2,0.2]",
     "vision_encoder.width": 96, "vision_encoder.depth": 3, "vision_encoder.heads": 4, "vision_encoder.mlp_ratio": 3.0,
-    "vision_encoder.layer_scale": 0.5, "vision_encoder.drop_path": 0.3, "vision_encoder.layer_norm_eps": 1e-6,
+    "vision_encoder.layer_scale": 0.5, "vision_encoder.drop_path": 0.3,
+    "vision_encoder.patch_dropout": 0.5, "vision_encoder.layer_norm_eps": 1e-6,
     "vision_encoder.initializer_range": 0.5, "text_encoder.pretrained": "somewhere", "text_encoder.vocab_size": 60,
     "dual_encoder": "somewhere",
     "text_encoder.width": 96, "text_encoder.layers": 4, "text_encoder.fusion_layer": 1, "text_encoder.heads": 4,
@@ -107,7 +108,8 @@ REFUSED_BY_BOTH = {
 CHANGED_BY_TRAINING = {
     "image_res", "add_temporal_embed", "temporal_vision_encoder.enable", "temporal_vision_encoder.num_layers",
     "temporal_vision_encoder.update_pooler_embed", "itm_hard_neg", "gather_negatives", "mlm_prob", "loss_weight.itc",
-    "loss_weight.itm", "loss_weight.mlm", "vision_encoder.drop_path", "text_encoder.dropout",
+    "loss_weight.itm", "loss_weight.mlm", "vision_encoder.drop_path",
+    "vision_encoder.patch_dropout", "text_encoder.dropout",
     "vision_encoder.initializer_range", "text_encoder.initializer_range", "losses", "plugins",
 }  # fmt: skip
 REFUSED_BY_EVALUATION = {*REFUSED_BY_BOTH, "temporal_vision_encoder.enable", "add_temporal_embed"}
