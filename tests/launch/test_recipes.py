@@ -24,6 +24,7 @@ TINY = [
     "image_res=32",
     "embed_dim=16",
 ]
+WITHOUT_BACKBONES = ["freeze=[]", "optimizer.different_lr.enable=false"]  # which name parts of published models
 SHORT = [
     "batch_size={image: 8, video: 4}", "batch_size_test={image: 8, video: 8}", "max_steps=3", "log_every=1", "k_test=4"
 ]  # fmt: skip
@@ -92,12 +93,14 @@ def test_every_recipe_trains_and_evaluates(data, tmp_path, monkeypatch):
     monkeypatch.setenv("SL_DATA_DIR", str(data))
     out = {recipe: tmp_path / recipe.replace("/", "_").removesuffix(".yaml") for recipe in RECIPES}
     pretrained = out["configs/pretrain.yaml"]
-    from_scratch = [recipe for recipe in RECIPES if recipe.endswith("/pretrain.yaml")]
+    from_scratch = [recipe for recipe in RECIPES if recipe.endswith(("/pretrain.yaml", "/transfer.yaml"))]
     launches = []
     for recipe in [*from_scratch, *(recipe for recipe in RECIPES if recipe not in from_scratch)]:
         entry, checkpoint, settings = entry_of(recipe), out[recipe], [f"output_dir={out[recipe]}", *SHORT]
         if recipe in from_scratch:
             settings += [*TINY, f"tokenizer={data}/vocab.txt"]
+        if recipe.endswith("/transfer.yaml"):
+            settings += WITHOUT_BACKBONES
         if entry == "evaluate":
             checkpoint = pretrained
         else:

@@ -17,8 +17,7 @@ from runtime.rendezvous import master_port, remove_port_file
 from train.job.gpus import OLDEST_DRIVER, driver_loaded, driver_version, gpu_files, gpus_hidden
 
 LEAST_TIMEOUT = 3600.0  # seconds
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-LARGEST_THRESHOLD = 2**30
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def device_for(ranks: Ranks) -> torch.device:
@@ -50,7 +49,7 @@ def keep_freed_memory() -> None:
     """
     with suppress(AttributeError, OSError):
         libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, LARGEST_THRESHOLD)
+        libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
