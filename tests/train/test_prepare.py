@@ -45,7 +45,7 @@ def test_weights_without_a_vocabulary_take_the_one_that_is_named(settings, shape
 
 
 def test_weights_without_a_vocabulary_ask_for_it(settings, weights, tmp_path, monkeypatch):
-    monkeypatch.setattr("preprocessing.text.hub_vocabulary", lambda name: str(tmp_path / "published.txt"))
+    monkeypatch.setattr("preprocessing.text.hub_vocabulary", lambda name: tmp_path / "published.txt")
     (tmp_path / "published.txt").write_text(
         "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(900))])
     )
