@@ -26,11 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # else this fil
 import torch
 from torch.nn import functional
 
+from model.bert import additive_mask
 from model.config import ModelConfig, TextConfig, VisionConfig
 from model.flops import image_flops, layer_flops, step_flops
 from model.losses import contrastive_loss, contrastive_targets, matching_loss, mlm_loss
 from model.singularity import RandomChoices, Singularity
-from model.text import additive_mask
 from train.job.devices import choose_kernels
 from train.tracking.metrics import peak_flops
 

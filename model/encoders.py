@@ -8,9 +8,10 @@ from torch import nn
 import model.towers  # noqa: F401  # registers its encoders
 from model.config import ENSEMBLES, ModelConfig
 from model.freezing import Freezable
+from model.fusion import CrossAttentionKeys
 from model.history import History
 from model.temporal import TemporalEncoder, embeddings_for_frames
-from model.text import CrossAttentionKeys, build_text
+from model.text import build_text
 from model.vision import build_vision
 from runtime.errors import UserError
 

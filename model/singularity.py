@@ -13,6 +13,8 @@ from torch.nn import functional
 
 from model.config import ModelConfig
 from model.encoders import Encoders
+from model.fusion import CrossAttentionKeys
+from model.heads import MLMHead, ScoreHead
 from model.losses import (
     Losses,
     LossInputs,
@@ -23,7 +25,6 @@ from model.losses import (
     same_visual,
     sample_negatives,
 )
-from model.text import CrossAttentionKeys, MLMHead, ScoreHead
 from runtime.collectives import gather_with_gradient
 
 TEMPERATURE_RANGE = (0.001, 0.5)

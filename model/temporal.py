@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from model.bert import bert_config, initialize_bert, run_layer
 from model.config import ModelConfig
-from model.text import bert_config, initialize_bert, run_layer
 from model.torchvision_cpu import BertLayer
 from runtime.errors import UserError
 

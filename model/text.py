@@ -1,197 +1,22 @@
-"""BERT in two halves, text-only layers and fusion layers with cross-attention to a visual; built from transformers."""
+"""Text encoders: the registry, its contract with the fusion layers that all share, and BERT."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
-from model.config import ModelConfig, TextConfig
+from model.bert import additive_mask, bert_config, initialize_bert, run_layer
+from model.config import ModelConfig
+from model.fusion import CrossAttentionKeys, FusionLayer
 from model.probe import run_counted
 from model.torchvision_cpu import (
-    BertAttention,
-    BertConfig,
     BertEmbeddings,
-    BertIntermediate,
     BertLayer,
-    BertOutput,
-    BertPredictionHeadTransform,
-    BertSelfOutput,
 )
 from runtime.errors import UserError
 from runtime.plugins import Registry, build_with_options
-
-PADDED = -10000.0  # added to the attention scores of padded keys
-
-# For each fusion layer the keys and values (N, heads, S, width / heads) of N visuals with S tokens each.
-CrossAttentionKeys = tuple[tuple[torch.Tensor, torch.Tensor], ...]
-
-
-def run_layer(layer: Callable[..., torch.Tensor], recompute: bool, *inputs: torch.Tensor | None) -> torch.Tensor:
-    """Output of `layer`; with `recompute` (gradient checkpointing) the backward pass computes its activations again."""
-    if recompute and torch.is_grad_enabled():
-        return checkpoint(layer, *inputs, use_reentrant=False)
-    return layer(*inputs)
-
-
-def bert_config(config: TextConfig, width: int | None = None, heads: int | None = None, pad_id: int = 0) -> BertConfig:
-    """The transformers configuration of a BERT layer; `width` and `heads` replace those of the text encoder."""
-    width, heads = width or config.width, heads or config.heads
-    if width % heads:
-        raise UserError(f"text_encoder: a width of {width} is not a multiple of {heads} heads: change one")
-    result = BertConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=width,
-        num_hidden_layers=config.layers,
-        num_attention_heads=heads,
-        intermediate_size=config.intermediate * width // config.width,
-        max_position_embeddings=config.max_positions,
-        hidden_dropout_prob=config.dropout,
-        attention_probs_dropout_prob=config.dropout,
-        layer_norm_eps=config.layer_norm_eps,
-        hidden_act="gelu",
-        pad_token_id=pad_id,
-    )
-    result._attn_implementation = "sdpa"
-    return result
-
-
-def initialize_bert(part: nn.Module, std: float) -> None:
-    """BERT's initial weights for all modules of a part: matrices N(0, std), embeddings N(0, 0.02)."""
-    for module in part.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=std)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)  # a layer norm follows: smaller ones learn faster
-            if module.padding_idx is not None:
-                with torch.no_grad():
-                    module.weight[module.padding_idx].zero_()
-        elif isinstance(module, nn.LayerNorm):
-            nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
-
-
-def additive_mask(attention_mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """(B, Lt) of ones and zeros to (B, 1, 1, Lt), 0 where a key is real and -10000 where it is padding."""
-    return ((1 - attention_mask[:, None, None, :].to(dtype)) * PADDED).to(dtype)
-
-
-class CrossAttentionCore(nn.Module):
-    """Multi-head attention of P texts to N visuals, whose keys and values are projected once each."""
-
-    def __init__(self, config: BertConfig, source_width: int) -> None:
-        super().__init__()
-        self.heads = config.num_attention_heads
-        self.dropout = config.attention_probs_dropout_prob
-        self.query = nn.Linear(config.hidden_size, config.hidden_size)
-        self.key = nn.Linear(source_width, config.hidden_size)
-        self.value = nn.Linear(source_width, config.hidden_size)
-
-    def project(self, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens (N, S, width) to keys and values, each (N, heads, S, D / heads)."""
-        shape = (*source.shape[:2], self.heads, -1)
-        return self.key(source).view(shape).transpose(1, 2), self.value(source).view(shape).transpose(1, 2)
-
-    def forward(
-        self, states: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """States (P, Lt, D) with P = G·N, of which row g·N + n attends to source n; mask is added to the scores."""
-        (pairs, length, width), sources = states.shape, keys.shape[0]
-        groups = pairs // sources
-        query = self.query(states).view(groups, sources, length, self.heads, -1)
-        query = query.permute(1, 3, 0, 2, 4).reshape(sources, self.heads, groups * length, -1)
-        context = functional.scaled_dot_product_attention(
-            query, keys, values, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0
-        )
-        context = context.view(sources, self.heads, groups, length, -1).permute(2, 0, 3, 1, 4)
-        return context.reshape(pairs, length, width)
-
-
-class CrossAttention(nn.Module):
-    """Cross-attention with BERT's output projection, residual and norm."""
-
-    def __init__(self, config: BertConfig, source_width: int) -> None:
-        super().__init__()
-        self.self = CrossAttentionCore(config, source_width)
-        self.output = BertSelfOutput(config)
-
-    def forward(
-        self,
-        states: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        index: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """States (P, Lt, D) of P pairs, laid out as for `TextEncoder.fuse`, to states of the same shape."""
-        if index is None:
-            return self.output(self.self(states, keys, values, mask), states)
-        rest = states.shape[0] - index.shape[0]
-        parts = [self.self(states[rest:], keys[index], values[index], None if mask is None else mask[index])]
-        if rest:
-            parts.insert(0, self.self(states[:rest], keys, values, mask))
-        return self.output(torch.cat(parts), states)
-
-
-class FusionLayer(nn.Module):
-    """BERT's self-attention, a cross-attention and BERT's feed-forward part, each with residual and norm."""
-
-    def __init__(self, config: BertConfig, source_width: int) -> None:
-        super().__init__()
-        self.attention = BertAttention(config)
-        self.crossattention = CrossAttention(config, source_width)
-        self.intermediate = BertIntermediate(config)
-        self.output = BertOutput(config)
-
-    def project(self, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens (N, S, width) to the keys and values that `forward` takes."""
-        return self.crossattention.self.project(source)
-
-    def forward(
-        self,
-        states: torch.Tensor,
-        self_mask: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        index: torch.Tensor | None = None,
-        cross_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """States (P, Lt, D) to states of the same shape; masks are added to the scores, cross_mask (N, 1, 1, S)."""
-        return self.cross_attend(self.self_attend(states, self_mask), keys, values, index, cross_mask)
-
-    def self_attend(self, states: torch.Tensor, self_mask: torch.Tensor) -> torch.Tensor:
-        """The layer's first part, self-attention over (P, Lt, D); it does not depend on visuals."""
-        return self.attention(states, self_mask)[0]
-
-    def self_attend_first(self, states: torch.Tensor, self_mask: torch.Tensor) -> torch.Tensor:
-        """`self_attend` for the first token only: (P, Lt, D) to (P, 1, D)."""
-        core = self.attention.self
-        shape = (states.shape[0], -1, core.num_attention_heads, core.attention_head_size)
-        query, key, value = (
-            layer(rows).view(shape).transpose(1, 2)
-            for layer, rows in ((core.query, states[:, :1]), (core.key, states), (core.value, states))
-        )
-        dropout = core.dropout.p if self.training else 0.0
-        context = functional.scaled_dot_product_attention(query, key, value, attn_mask=self_mask, dropout_p=dropout)
-        return self.attention.output(context.transpose(1, 2).flatten(2), states[:, :1])
-
-    def cross_attend(
-        self,
-        states: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        index: torch.Tensor | None = None,
-        cross_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """The layer's other parts, cross-attention and feed-forward, each token by itself."""
-        states = self.crossattention(states, keys, values, index, cross_mask)
-        return self.output(self.intermediate(states), states)
 
 
 class TextEncoder(nn.Module):
@@ -372,43 +197,3 @@ def _check_outputs(encoder: TextEncoder, config: ModelConfig, pad_id: int) -> No
                 f"text_encoder.type={text.type} has word_embeddings of shape {shape}; MLM needs an nn.Embedding "
                 f"({text.vocab_size}, {text.width}) of this name: add it, or loss_weight.mlm=0"
             )
-
-
-class ScoreHead(nn.Linear):
-    """A linear layer that computes in float32 also with bf16 weights: bf16 scores have ties, ranked by position."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """States (..., D) to scores (..., K) float32."""
-        return functional.linear(input.float(), self.weight.float(), self.bias.float())
-
-
-class MLMHead(nn.Module):
-    """BERT's MLM head; its output matrix is the word embedding, which belongs to the text encoder and is passed in."""
-
-    def __init__(self, config: TextConfig) -> None:
-        super().__init__()
-        self.transform = BertPredictionHeadTransform(bert_config(config))
-        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
-        initialize_bert(self, config.initializer_range)
-
-    def forward(self, states: torch.Tensor, word_embeddings: torch.Tensor, exact: bool = False) -> torch.Tensor:
-        """States (..., D) and embeddings (V, D) to logits (..., V); `exact`: in float32, for ranking."""
-        states = self.transform(states)
-        if not exact:
-            return functional.linear(states, word_embeddings, self.bias)
-        with exact_products(word_embeddings.dtype):
-            return functional.linear(states.float(), word_embeddings.float(), self.bias.float())
-
-
-@contextmanager
-def exact_products(dtype: torch.dtype) -> Iterator[None]:
-    """Context for float32 products of values converted from `dtype`: with TF32 where that is exact.
-
-    TF32 represents every bf16 and fp16 value (8 and 11 bits of significand).
-    """
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = before or dtype != torch.float32
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before

@@ -10,11 +10,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from model.bert import PADDED, bert_config, initialize_bert, run_layer
 from model.config import ModelConfig, TextConfig
 from model.encoders import Encoders
+from model.fusion import CrossAttentionKeys, FusionLayer
+from model.heads import MLMHead
 from model.losses import IGNORED, AnswerLossInputs, Losses
 from model.scoring import combine
-from model.text import PADDED, CrossAttentionKeys, FusionLayer, MLMHead, bert_config, initialize_bert, run_layer
 from model.torchvision_cpu import BertEmbeddings
 
 _MASKED_SCORE = -1e9  # added to cross-attention scores of padded question tokens; -1e4 in half precision

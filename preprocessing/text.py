@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def clean_text(text: str) -> str:
     return re.sub(r"\s{2,}", " ", text).rstrip("\n").strip(" ")
 
 
-class Tokenizer:
+class Tokenizer(ABC):
     """Texts to ids and back. The first token leads a text; `load` chooses the kind by the file."""
 
     FILE = ""  # the file that a checkpoint carries
@@ -81,9 +82,9 @@ class Tokenizer:
         input_ids[mask] = np.frombuffer(b"".join(rows), ID)
         return torch.from_numpy(input_ids), torch.from_numpy(mask.astype(np.int64))
 
+    @abstractmethod
     def _rows(self, texts: Sequence[str], max_length: int) -> list[bytes]:
         """The ids of each text, as bytes, at most max_length."""
-        raise NotImplementedError
 
     def clean(self, text: str) -> str:
         """A caption or question as the encoder was trained on such: cleaned for BERT, else as it is."""

@@ -238,4 +238,4 @@ def _add_layers(state: dict[str, torch.Tensor], layers: int) -> None:
         source, target = f"{_LAYER}{max(0, number - added)}.", f"{_LAYER}{number}."
         for name in [name for name in state if name.startswith(source)]:
             state[target + name.removeprefix(source)] = state[name]
-    logger.info("text_encoder: %d layers above the %d published ones start from the last of those", added, published)
+    logger.info("text_encoder: layers above the published ones, %d of %d, start from the last of those", added, layers)
