@@ -108,7 +108,9 @@ def server() -> Iterator[str]:
 
 @pytest.fixture
 def client() -> Iterator[WebClient]:
-    client = WebClient(Fetching(connections=32, per_host=32, attempts=1, timeout=1))
+    client = WebClient(
+        Fetching(connections=32, per_host=32, attempts=1, timeout=2)
+    )  # 1: a busy machine sends /trickle too slowly
     yield client
     client.close()
 

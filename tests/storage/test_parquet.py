@@ -26,7 +26,7 @@ READING = (
 )
 
 RUN = """
-import importlib, os, sys, threading
+import importlib, os, sys, threading, time
 
 def foreign():  # threads that Python did not start
     return len(os.listdir("/proc/self/task")) - threading.active_count()
@@ -35,6 +35,9 @@ module = importlib.import_module(sys.argv[1])
 import cv2, numpy, storage.parquet  # these start threads when they are imported, by some commands only later
 before = foreign()
 code = module.main(sys.argv[2:])
+ends = time.monotonic() + 5  # Python counts a thread of its own that ends no longer, before the kernel does
+while foreign() > before and time.monotonic() < ends:
+    time.sleep(0.01)
 sys.stderr.write(f"{code} {foreign() - before}")
 """
 
