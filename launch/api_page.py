@@ -79,6 +79,8 @@ def _signature(value: Any) -> str:
         return "(message)"
     if inspect.isclass(value) and is_dataclass(value) and any(each.help for each in declarations(value).values()):
         return "(KEY=VALUE)"
+    if inspect.isclass(value) and value.__init__ is not object.__init__:
+        value = value.__init__  # Python 3.11.2 would show a mixin's __new__
     resolved = re.sub(r"ForwardRef\('([^']*)'\)", r"\1", str(inspect.signature(value)))
     unquoted = re.sub(r"(: |-> )'([^']*)'", r"\1\2", resolved)
     return re.sub(r"\(self(, )?", "(", re.sub(r" at 0x[0-9a-f]+", "", unquoted))
