@@ -63,6 +63,7 @@ class TextConfig:
     intermediate: int = fixed(3072, "hidden width of the feed-forward layers")
     max_positions: int = fixed(512, "position embeddings: the longest text in tokens")
     dropout: float = fixed(0.1, "dropout of states and attention", checkpoint=TRAINING)
+    pooling: str = fixed("first", "a text's vector for VTC: first token's state, or mean", choices=("first", "mean"))
     layer_norm_eps: float = fixed(1e-12, "epsilon of the layer norms")
     initializer_range: float = fixed(0.02, _INITIALIZER_RANGE, checkpoint=TRAINING)
 

@@ -78,9 +78,16 @@ class Encoders(Freezable):
         return tokens[:, None], pooled
 
     def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Text-only layers: ids and mask (B, Lt) to states (B, Lt, D) and the first token's state (B, D)."""
+        """Text-only layers: ids and mask (B, Lt) to states (B, Lt, D) and pooled vectors (B, D)."""
         states = self.text_encoder(input_ids, attention_mask)
-        return states, states[:, 0]
+        return states, self.pool_text(states, attention_mask)
+
+    def pool_text(self, states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Pooled vectors (B, D) of texts from states (B, Lt, D) of `encode_text` and mask (B, Lt)."""
+        if self.config.text_encoder.pooling == "first":
+            return states[:, 0]
+        weights = attention_mask.to(states.dtype)[..., None]
+        return (states * weights).sum(1) / weights.sum(1)
 
     def visual_keys(self, visual_tokens: torch.Tensor) -> CrossAttentionKeys:
         """Keys and values of the fusion layers for visuals (N, S, D); compute them once for all texts of a visual."""

@@ -71,7 +71,7 @@ class Singularity(Encoders):
         return functional.normalize(self.vision_proj(pooled).float(), dim=-1)
 
     def project_text(self, pooled: torch.Tensor) -> torch.Tensor:
-        """First tokens' states (..., D) to unit vectors (..., E) in float32."""
+        """Pooled vectors (..., D) of texts to unit vectors (..., E) in float32."""
         return functional.normalize(self.text_proj(pooled).float(), dim=-1)
 
     def match_logits(
@@ -142,7 +142,7 @@ class Singularity(Encoders):
         all_states = self.text_encoder(all_ids, all_masks)
         states = all_states[: len(input_ids)]
 
-        visual, text = self.project_visual(pooled).mean(1), self.project_text(states[:, 0])
+        visual, text = self.project_visual(pooled).mean(1), self.project_text(self.pool_text(states, attention_mask))
         all_idx, temperature = self._gather(idx), self.temperature()
         all_text, all_visual = self._gather(text), self._gather(visual)
         to_text, to_visual = visual @ all_text.T / temperature, text @ all_visual.T / temperature

@@ -36,7 +36,7 @@ class TextEncoder(nn.Module):
         """Ids and mask (B, Lt) to states (B, Lt, D) of the tokens; no visual is involved.
 
         D is `text_encoder.width`. The mask is 1 at tokens and 0 at padding, which follows them and must not change
-        their states. The first token's state stands for the whole text, in VTC and VTM.
+        their states. The first token's state stands for the whole text in VTM, and in VTC unless `pooling` is mean.
         """
         raise NotImplementedError
 

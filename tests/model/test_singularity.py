@@ -37,6 +37,21 @@ def test_encoders_have_the_documented_shapes(kind, frames):
     assert model.match_logits(states, mask, tokens).shape == (4, 2)
 
 
+def test_the_mean_of_a_text_leaves_padding_out_in_training_and_evaluation():
+    model = small_model().eval()
+    model.config.text_encoder.pooling = "mean"
+    images, ids, mask, idx = small_batch()
+    states, pooled = model.encode_text(ids, mask)
+    for own, length, vector in zip(states, mask.sum(1).tolist(), pooled):
+        torch.testing.assert_close(vector, own[:length].mean(0))
+    alone = model.encode_text(ids[-1:, :3], mask[-1:, :3])[1]
+    torch.testing.assert_close(alone, pooled[-1:])
+    seen = []
+    model.text_proj.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    model(images, ids, mask, idx, RandomChoices(masked_ids=ids, labels=torch.full_like(ids, -100)))
+    torch.testing.assert_close(seen[0], pooled)
+
+
 def test_scores_of_a_shared_visual_equal_those_of_single_pairs(model):
     model.eval()
     images, ids, mask, _ = small_batch(pairs=6)
