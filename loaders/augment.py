@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 
 from loaders.batch import copied
-from loaders.order.choices import random_numbers, scrambled
+from loaders.order.choices import own_numbers
 from loaders.samples import DecodedSamples
 from runtime.errors import UserError
 from runtime.plugins import Registry
@@ -54,5 +53,5 @@ def augmented(samples: DecodedSamples, names: Sequence[str], device: torch.devic
 
 def augmentation_numbers(keys: np.ndarray, name: str) -> torch.Tensor:
     """Random numbers (B, NUMBERS) float32 in [0, 1) of an augmentation for samples with these keys (B,) uint64."""
-    numbers = random_numbers(scrambled(keys ^ np.uint64(zlib.crc32(name.encode()))), 0, NUMBERS)
+    numbers = own_numbers(keys, name, NUMBERS)
     return torch.from_numpy((np.floor(numbers * EXACT) / EXACT).astype(np.float32))

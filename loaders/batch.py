@@ -11,6 +11,7 @@ import torch
 
 from loaders.columns import Column, collated
 from loaders.config import LoaderConfig
+from loaders.order.choices import without_words
 from loaders.samples import DecodedSamples, SampleSpec
 from preprocessing.text import Tokenizer
 
@@ -94,7 +95,11 @@ def collate(
     input_ids = attention_mask = torch.zeros(len(samples.specs), 0, dtype=torch.int64)
     if tokenizer is not None:
         length = config.max_q_len if asks else getattr(config.max_txt_l, media_type)
-        input_ids, attention_mask = tokenizer.encode([tokenizer.clean(spec.text) for spec in samples.specs], length)
+        texts = [tokenizer.clean(spec.text) for spec in samples.specs]
+        if config.word_dropout:
+            keys = [spec.key for spec in samples.specs]
+            texts = [without_words(text, key, config.word_dropout) for text, key in zip(texts, keys, strict=True)]
+        input_ids, attention_mask = tokenizer.encode(texts, length)
         if asks:
             answers = _answers(samples.specs, tokenizer, getattr(config.max_a_len, media_type))
     return Batch(

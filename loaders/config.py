@@ -72,6 +72,8 @@ class LoaderConfig:
     )
     window_shards: int = fixed(4, "shards of a stripe whose samples are shuffled together", least=1)
     augment: bool = fixed(True, "random resized crop and flip; false: resize only")
+    crop_area: float = fixed(0.5, "smallest area of a random crop, as a share of the frame", above=0, most=1)
+    word_dropout: float = fixed(0.0, "share of a text's words that training leaves out", least=0, below=1)
     augmentations: list[str] = fixed(list, "augmentations of your own, after crop and flip, in order")
     flip: bool = fixed(True, "horizontal flips; set false where left and right carry meaning")
     antialias: bool = fixed(False, "antialiasing when resizing; the official transform has none")
@@ -103,8 +105,6 @@ def check_weights(config: LoaderConfig, names: Sequence[str]) -> None:
 def check_storage(config: LoaderConfig) -> None:
     """Raise UserError for settings of stores and the cache that have no meaning."""
     check_declared(config)
-    remote, cache = config.remote, config.cache
-    if not 0 <= remote.hedge_percentile < 1:
-        raise UserError(f"remote.hedge_percentile is {remote.hedge_percentile}, must be at least 0 and below 1")
+    cache = config.cache
     if bool(cache.folder) != (cache.gb > 0):
         raise UserError(f"cache.folder is {cache.folder!r} and cache.gb {cache.gb}: set both, or neither")

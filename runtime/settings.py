@@ -5,6 +5,7 @@ A setting states its default, its help, and what a resumed run, a fine-tuning or
 
 from __future__ import annotations
 
+import operator
 import re
 import typing
 from collections import Counter
@@ -50,6 +51,8 @@ class Declaration:
     choices: tuple[str, ...] = ()  # the values that it may have
     least: float | None = None  # the lowest value that it may have
     above: float | None = None  # what its value must exceed
+    most: float | None = None  # the highest value that it may have
+    below: float | None = None  # what its value must not reach
     renamed_from: str = ""  # its name in earlier versions
     replaced: bool = False  # a mapping of which a later layer replaces the whole, instead of adding to it
     convert: Callable[[Any], Any] | None = None  # applied to a text or a list given instead of a mapping
@@ -88,18 +91,23 @@ def declarations(kind: Any) -> dict[str, Declaration]:
 
 
 def check_declared(config: Any) -> None:
-    """Raise UserError for a value that is none of its setting's `choices`, or below `least`, or not above `above`."""
+    """Raise UserError for a value that is none of its setting's `choices`, or outside its bounds."""
     for key, declaration in declarations(typing.cast(Any, type(config))).items():
         value = reduce(getattr, key.split("."), config)
-        rule = ""
         if declaration.choices and value not in declaration.choices:
-            rule = f"one of {', '.join(declaration.choices)}"
-        elif declaration.least is not None and value < declaration.least:
-            rule = f"at least {declaration.least:g}"
-        elif declaration.above is not None and value <= declaration.above:
-            rule = f"more than {declaration.above:g}"
-        if rule:
-            raise UserError(f"{key} is {value!r}: must be {rule}")
+            raise UserError(f"{key} is {value!r}: must be one of {', '.join(declaration.choices)}")
+        bounds = {
+            f"{words} {bound:g}": holds(value, bound)
+            for words, bound, holds in (
+                ("at least", declaration.least, operator.ge),
+                ("more than", declaration.above, operator.gt),
+                ("at most", declaration.most, operator.le),
+                ("below", declaration.below, operator.lt),
+            )
+            if bound is not None
+        }
+        if not all(bounds.values()):
+            raise UserError(f"{key} is {value!r}: must be {' and '.join(bounds)}")
 
 
 def change_on_resume(kind: Any, key: str) -> str | None:

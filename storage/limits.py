@@ -31,7 +31,9 @@ class RemoteReads:
     ahead_steps: int = setting(8, "maximum steps read ahead of decoding", least=1)
     deadline: float = setting(120.0, "seconds for one byte range, all tries together", above=0)
     try_seconds: float = setting(30.0, "seconds for one try", above=0)
-    hedge_percentile: float = setting(0.95, "a request slower than this share of others is sent again; 0: never")
+    hedge_percentile: float = setting(
+        0.95, "a request slower than this share of others is sent again; 0: never", least=0, below=1
+    )
 
 
 def share_of(settings: RemoteReads, ranks: Ranks) -> RemoteReads:

@@ -1,18 +1,18 @@
-"""Random choices for a sample: frames, crop, flip and caption, by a counter-based generator."""
+"""Random choices for a sample: frames, crop, flip, caption and its words, by a counter-based generator."""
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from loaders.config import VideoInput
+from loaders.config import LoaderConfig, VideoInput
 from loaders.index import Record
 from loaders.samples import Window
 from preprocessing.frames import choose_frames, random_frames
 
-CROP_AREA = (0.5, 1.0)
 CROP_ASPECT = (3 / 4, 4 / 3)
 CROP_TRIES = 10
 FLIP, TEXT, CROP, FRAMES = 0, 1, 2, 64  # first random number of a sample for each choice
@@ -29,13 +29,13 @@ class RandomChoices(NamedTuple):
 
 
 def random_choices(
-    records: Sequence[Record], keys: np.ndarray, video: VideoInput | None, augment: bool, flip: bool
+    records: Sequence[Record], keys: np.ndarray, video: VideoInput | None, config: LoaderConfig
 ) -> RandomChoices:
     """The choices for B samples with these keys (B,) of `sample_keys`; video is None for images, of one frame each."""
     heights, widths = (np.array([getattr(record, side) for record in records]) for side in ("height", "width"))
     windows = (
-        random_windows(heights, widths, keys, flip)
-        if augment
+        random_windows(heights, widths, keys, config.flip, config.crop_area)
+        if config.augment
         else [Window(0, 0, record.height, record.width) for record in records]
     )
     frames = [ONE_FRAME] * len(records) if video is None else clip_frames(records, keys, video)
@@ -54,10 +54,13 @@ def clip_frames(records: Sequence[Record], keys: np.ndarray, video: VideoInput) 
     ]
 
 
-def random_windows(heights: np.ndarray, widths: np.ndarray, keys: np.ndarray, flip: bool) -> list[Window]:
-    """A random resized crop (area 0.5-1, aspect 3/4-4/3) of each of B frames and, if wanted, a flip for half of them.
+def random_windows(
+    heights: np.ndarray, widths: np.ndarray, keys: np.ndarray, flip: bool, least_area: float = 0.5
+) -> list[Window]:
+    """A random resized crop (aspect 3/4-4/3) of each of B frames and, if wanted, a flip for half of them.
 
-    heights, widths: (B,) pixels; keys: (B,) of `sample_keys`. Where none of ten crops fits, it is the middle one.
+    heights, widths: (B,) pixels; keys: (B,) of `sample_keys`; least_area: of the crops, as a share of
+    the frame; the largest is all of it. Where none of ten crops fits, it is the middle one.
     """
     mirrored = (random_numbers(keys, FLIP, 1)[:, 0] < 0.5) & flip
     w = np.where(widths > heights, np.minimum(widths, np.rint(heights * CROP_ASPECT[1])), widths)
@@ -67,7 +70,7 @@ def random_windows(heights: np.ndarray, widths: np.ndarray, keys: np.ndarray, fl
     numbers = random_numbers(keys, CROP, 4 * CROP_TRIES).reshape(len(keys), CROP_TRIES, 4)
     for_area, for_aspect, for_top, for_left = np.moveaxis(numbers, 2, 0)
     height, width = heights[:, None], widths[:, None]
-    area = height * width * (CROP_AREA[0] + for_area * (CROP_AREA[1] - CROP_AREA[0]))
+    area = height * width * (least_area + for_area * (1 - least_area))
     aspect = CROP_ASPECT[0] * (CROP_ASPECT[1] / CROP_ASPECT[0]) ** for_aspect  # uniform in the logarithm
     w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
@@ -91,6 +94,19 @@ def random_numbers(keys: np.ndarray, first: int, count: int) -> np.ndarray:
     """Numbers `first` to `first + count` of the random sequence of each key, (B, count) float64 in [0, 1)."""
     counters = np.arange(first + 1, first + count + 1, dtype=np.uint64) * GOLDEN
     return (scrambled(keys[:, None] + counters) >> np.uint64(11)) * 2.0**-53
+
+
+def own_numbers(keys: np.ndarray, name: str, count: int) -> np.ndarray:
+    """Random numbers (B, count) float64 in [0, 1) of samples with these keys (B,) uint64, other ones for each name."""
+    return random_numbers(scrambled(keys ^ np.uint64(zlib.crc32(name.encode()))), 0, count)
+
+
+def without_words(text: str, key: int, share: float) -> str:
+    """`text` without this share of its words, drawn by the sample's key; at least one is left."""
+    words = text.split()
+    numbers = own_numbers(np.array([key], np.uint64), "word_dropout", len(words))[0]
+    kept = numbers >= min(share, numbers.max(initial=0))
+    return " ".join(word for word, keep in zip(words, kept, strict=True) if keep)
 
 
 def scrambled(values: np.ndarray) -> np.ndarray:

@@ -68,7 +68,7 @@ class Mixture:
         rows = [index.locate(self.config.epoch_unit, unit) for index, unit in zip(indices, units.tolist(), strict=True)]
         records = [index.record(row) for index, (row, _) in zip(indices, rows, strict=True)]
         keys = sample_keys(self.config.seed, corpora, shards, units, traversals)
-        choices = random_choices(records, keys, self._video, self.config.augment, self.config.flip)
+        choices = random_choices(records, keys, self._video, self.config)
         found = []
         for row, record in enumerate(records):
             name = f"{self.readers[corpora[row]].corpus.name}/{record.key}"

@@ -64,6 +64,18 @@ def test_captions_belong_to_their_sample_and_change_between_epochs(shapes, token
     assert max(len(texts) for texts in drawn.values()) >= 2
 
 
+def test_words_left_out_are_others_in_each_epoch(shapes, tokenizer: Tokenizer) -> None:
+    own = texts_by_key(shapes.url("images_train"))
+    loader = TrainLoader([shapes.url("images_train")], tokenizer, config(word_dropout=0.4))
+    whole, seen = set[str]().union(*own.values()), []
+    for _ in range(2):
+        texts = [tokenizer.decode(ids.tolist()) for batch in loader for ids in batch.input_ids]
+        assert all(texts)
+        assert sum(text not in whole for text in texts) / len(texts) > 0.1
+        seen.append(sorted(texts))
+    assert seen[0] != seen[1]
+
+
 def test_each_caption_can_be_a_separate_item(shapes, tokenizer: Tokenizer) -> None:
     loader = TrainLoader([shapes.url("images_train")], tokenizer, config(epoch_unit="captions"))
     assert sum(loader.mixtures["image"].counts) == 450
@@ -166,6 +178,10 @@ def test_a_loader_closed_in_mid_epoch_leaves_no_thread_process_and_file(shapes, 
     [
         ({"video_input": VideoInput(num_frames=0)}, "video_input.num_frames is 0: must be at least 1"),
         ({"video_input": VideoInput(sample_type="center")}, "sample_type_test is 'center', must be one of .*fpsX, mid"),
+        ({"crop_area": 0.0}, "crop_area is 0.0: must be more than 0 and at most 1"),
+        ({"crop_area": 1.5}, "crop_area is 1.5: must be more than 0 and at most 1"),
+        ({"word_dropout": 1.0}, "word_dropout is 1.0: must be at least 0 and below 1"),
+        ({"word_dropout": float("nan")}, "word_dropout is nan: must be at least 0 and below 1"),
         ({"decode": "gpu"}, "decode is 'gpu': must be one of auto, dali, cpu"),
     ],
 )

@@ -15,6 +15,7 @@ from loaders.order.choices import (
     random_numbers,
     random_windows,
     sample_keys,
+    without_words,
 )
 from preprocessing.frames import choose_frames, random_frames
 
@@ -79,6 +80,32 @@ def test_windows_cover_half_to_all_of_the_frame_and_half_are_mirrored() -> None:
     assert areas.max() <= 1
     assert 0.46 < np.mean([w.flip for w in found]) < 0.54
     assert not any(window.flip for window in windows(224, 300, 50, flip=False))
+
+
+def test_smaller_crops_are_drawn_down_to_their_least_area() -> None:
+    found = random_windows(np.full(2000, 224), np.full(2000, 300), keys(2000), True, least_area=0.2)
+    areas = np.array([w.height * w.width for w in found]) / (224 * 300)
+    assert 0.19 < areas.min() < 0.22
+    assert areas.mean() < 0.6  # of 0.5 and more: 0.7
+
+
+@given(
+    st.lists(st.sampled_from(["a", "dog", "in", "the", "snow"]), max_size=12), st.floats(0, 0.99), st.integers(0, 99)
+)
+def test_words_that_are_left_keep_their_order_and_one_is_left(words: list[str], share: float, key: int) -> None:
+    text = without_words(" ".join(words), key, share).split()
+    assert bool(text) == bool(words)
+    assert without_words(" ".join(words), key, 0).split() == words
+    rest = iter(words)
+    assert all(word in rest for word in text)  # each is found behind the one before it
+
+
+def test_the_share_of_words_is_left_out_and_other_ones_each_time() -> None:
+    text = " ".join(map(str, range(10)))
+    found = [without_words(text, int(key), 0.3).split() for key in keys(3000)]
+    counts = np.bincount([int(word) for words in found for word in words], minlength=10) / 3000
+    assert np.abs(counts - 0.7).max() < 0.04
+    assert len({tuple(words) for words in found}) > 500
 
 
 def test_windows_have_the_distribution_of_the_official_crop() -> None:

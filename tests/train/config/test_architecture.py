@@ -87,7 +87,7 @@ OTHERWISE = {
     "dual_encoder": "somewhere",
     "text_encoder.width": 96, "text_encoder.layers": 4, "text_encoder.fusion_layer": 1, "text_encoder.heads": 4,
     "text_encoder.intermediate": 100, "text_encoder.max_positions": 50, "text_encoder.dropout": 0.3,
-    "text_encoder.layer_norm_eps": 1e-6, "text_encoder.initializer_range": 0.5,
+    "text_encoder.pooling": "mean", "text_encoder.layer_norm_eps": 1e-6, "text_encoder.initializer_range": 0.5,
     "temporal_vision_encoder.enable": "true", "temporal_vision_encoder.num_layers": 5,
     "temporal_vision_encoder.update_pooler_embed": "true", "answer_decoder.enable": "true",
     "answer_decoder.num_layers": 2, "add_temporal_embed": "false", "image_res": 96, "embed_dim": 8, "temp": 0.5,
@@ -103,7 +103,7 @@ REFUSED_BY_BOTH = {
     "text_encoder.width", "text_encoder.layers", "text_encoder.fusion_layer", "text_encoder.heads",
     "text_encoder.intermediate", "text_encoder.max_positions", "text_encoder.layer_norm_eps", "answer_decoder.enable",
     "embed_dim", "vision_encoder.mean", "vision_encoder.std", "vision_encoder.options",
-    "text_encoder.options", "text_encoder.type",
+    "text_encoder.options", "text_encoder.type", "text_encoder.pooling",
 }  # fmt: skip
 CHANGED_BY_TRAINING = {
     "image_res", "add_temporal_embed", "temporal_vision_encoder.enable", "temporal_vision_encoder.num_layers",
