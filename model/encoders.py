@@ -87,7 +87,7 @@ class Encoders(Freezable):
         if self.config.text_encoder.pooling == "first":
             return states[:, 0]
         weights = attention_mask.to(states.dtype)[..., None]
-        return (states * weights).sum(1) / weights.sum(1)
+        return (states * weights).sum(1) / weights.sum(1).clamp(min=1)  # an empty text may have no token
 
     def visual_keys(self, visual_tokens: torch.Tensor) -> CrossAttentionKeys:
         """Keys and values of the fusion layers for visuals (N, S, D); compute them once for all texts of a visual."""

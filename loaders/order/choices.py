@@ -55,7 +55,7 @@ def clip_frames(records: Sequence[Record], keys: np.ndarray, video: VideoInput) 
 
 
 def random_windows(
-    heights: np.ndarray, widths: np.ndarray, keys: np.ndarray, flip: bool, least_area: float = 0.5
+    heights: np.ndarray, widths: np.ndarray, keys: np.ndarray, flip: bool, least_area: float
 ) -> list[Window]:
     """A random resized crop (aspect 3/4-4/3) of each of B frames and, if wanted, a flip for half of them.
 

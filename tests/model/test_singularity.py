@@ -46,6 +46,7 @@ def test_the_mean_of_a_text_leaves_padding_out_in_training_and_evaluation():
         torch.testing.assert_close(vector, own[:length].mean(0))
     alone = model.encode_text(ids[-1:, :3], mask[-1:, :3])[1]
     torch.testing.assert_close(alone, pooled[-1:])
+    assert model.encode_text(ids, torch.zeros_like(mask))[1].isfinite().all()
     seen = []
     model.text_proj.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
     model(images, ids, mask, idx, RandomChoices(masked_ids=ids, labels=torch.full_like(ids, -100)))

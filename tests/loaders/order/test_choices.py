@@ -26,7 +26,7 @@ def keys(count: int, **other: int) -> np.ndarray:
 
 
 def windows(height: int, width: int, count: int, flip: bool = True) -> list[Window]:
-    return random_windows(np.full(count, height), np.full(count, width), keys(count), flip)
+    return random_windows(np.full(count, height), np.full(count, width), keys(count), flip, least_area=0.5)
 
 
 @given(st.integers(1, 12), st.integers(1, 100), st.integers(0, 1000))
