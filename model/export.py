@@ -74,7 +74,7 @@ def without_losses(weights: Weights) -> Weights:
 def write_official(weights: Weights, path: str | Path) -> None:
     """Write an official checkpoint (.pth) without optimiser state, whole or not at all.
 
-    Raises UserError for a model of another backbone, text encoder or pixel statistics than the official ones.
+    Raises UserError where backbone, text encoder, pooling or pixel statistics are not among the official ones.
     """
     import omegaconf
     import torch
@@ -85,8 +85,9 @@ def write_official(weights: Weights, path: str | Path) -> None:
     path, kind, weights = Path(path), vision.type, without_losses(weights)
     if kind not in VISION_TYPES:
         raise UserError(f"{path}: vision_encoder.type={kind} has no official format, give a folder to write to")
-    if (text := weights.config.text_encoder.type) != "bert":
-        raise UserError(f"{path}: text_encoder.type={text} has no official format, give a folder to write to")
+    for name, known in (("type", "bert"), ("pooling", "first")):
+        if (value := getattr(weights.config.text_encoder, name)) != known:
+            raise UserError(f"{path}: text_encoder.{name}={value} has no official format, give a folder to write to")
     for name, values, known in zip(("mean", "std"), (vision.mean, vision.std), PIXEL_STATISTICS[kind]):
         if values is not None and tuple(values) != known:
             raise UserError(

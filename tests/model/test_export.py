@@ -164,6 +164,15 @@ def test_a_timm_backbone_has_no_official_format(tmp_path, capsys):
     assert capsys.readouterr().err == f"error: {tmp_path}/x.pth: {message}\n"
 
 
+def test_a_mean_of_the_text_states_has_no_official_format(tmp_path, capsys):
+    config = small_config()
+    config.text_encoder.pooling = "mean"
+    save_model({}, config, tmp_path / "mean")
+    assert export([str(tmp_path / "mean"), str(tmp_path / "x.pth")]) == 2
+    message = "text_encoder.pooling=mean has no official format, give a folder to write to"
+    assert capsys.readouterr().err == f"error: {tmp_path}/x.pth: {message}\n"
+
+
 def test_pixels_that_the_official_code_would_normalise_otherwise_have_no_official_format(tmp_path, capsys):
     config = small_config()
     config.vision_encoder.mean = [0.1, 0.2, 0.3]

@@ -69,5 +69,5 @@ if __name__ == "__main__":
         import job_worker
 
         install()
-        job_worker.main()
+        job_worker.main(Path(sys.argv[1]))
     run("pretrain.py", "pre-training that fails", pretrain)

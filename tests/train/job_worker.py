@@ -1,6 +1,7 @@
-"""Runs several launches one after another in the same processes, which starts PyTorch and DeepSpeed only once.
+"""Runs several launches one after another in the same processes.
 
-Started by `run_jobs` of small_run.py. A job: {"entry": "pretrain", "config": PATH, "settings": ["key=value", ...]}.
+Called by `run_jobs` of small_run.py in forks of a process with all imports, or started by torchrun from `start_jobs`.
+A job: {"entry": "pretrain", "config": PATH, "settings": ["key=value", ...]}.
 """
 
 import faulthandler
@@ -8,9 +9,12 @@ import gc
 import importlib
 import json
 import logging
+import os
 import sys
 import traceback
 from pathlib import Path
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -19,6 +23,7 @@ from runtime.ranks import ranks_from_environment
 from train.config.settings import load_settings
 from train.job.interrupted import TrainingInterrupted
 
+PRELOADED = ["launch.training", "launch.evaluation", "deepspeed", "transformers.models.bert.modeling_bert"]
 FROZEN_SECONDS = 50  # just before the watchdog of another rank ends a job whose process makes no heartbeat
 
 
@@ -44,22 +49,32 @@ def run_job(job, ranks):
     return ""
 
 
-def main():
-    jobs, results = (Path(path) for path in sys.argv[1:3])
+def main(path):
+    """Run the jobs of a file; a failure, and that the first rank is done, stand in a file beside it."""
     ranks = ranks_from_environment()
     set_up_logging(ranks)
     failures = []
-    for job in json.loads(jobs.read_text()):
+    for job in json.loads(path.read_text()):
         failures.append(run_job(job, ranks))
         if failures[-1]:  # the other ranks may be anywhere
             break
     if any(failures) or ranks.is_first:
-        results.with_suffix(f".{ranks.rank}").write_text(json.dumps(failures))
+        path.with_suffix(f".{ranks.rank}").write_text(json.dumps(failures))
     sys.stdout.flush()
-    import os
-
+    sys.stderr.flush()
     os._exit(1 if any(failures) else 0)
 
 
+def forked(path, output, variables):
+    """`main` in a process of `run_jobs`: with its environment, and its output in a file."""
+    os.environ.clear()
+    os.environ.update(variables)
+    torch.set_num_threads(int(variables["OMP_NUM_THREADS"]))  # OpenMP has read its variable before
+    with output.open("a") as shown:
+        os.dup2(shown.fileno(), 1)
+        os.dup2(shown.fileno(), 2)
+    main(path)
+
+
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]))

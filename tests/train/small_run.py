@@ -1,11 +1,16 @@
 """A tiny corpus, a tiny model, and real launches of them, for the tests of training."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import time
+from multiprocessing import connection, forkserver
 from pathlib import Path
+from unittest import mock
 
+import job_worker
 import torch
 from object_stores import free_port
 from places import ROOT
@@ -90,36 +95,61 @@ def job(entry: str, config: object, *settings: object) -> dict:
     return {"entry": entry, "config": str(config), "settings": list(map(str, settings))}
 
 
-def _jobs_command(
-    folder: Path, jobs: list[dict], processes: int, worker: str = "job_worker.py"
-) -> tuple[Path, list[str]]:
-    """The file that describes the jobs, and the command that runs them."""
+def _write_jobs(folder: Path, jobs: list[dict]) -> Path:
+    """A file of its own in `folder` that describes the jobs."""
     path = folder / f"jobs_{len(list(folder.glob('jobs_*.json')))}.json"
     path.write_text(json.dumps(jobs))
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(free_port())]
-    words = [*launcher, str(Path(__file__).with_name(worker)), str(path), str(path.with_suffix(".result"))]
-    return path, [sys.executable, *words]
+    return path
+
+
+def _start_ranks(path: Path, output: Path, processes: int) -> list:
+    """Start a process for each rank, forked from one that has imported PyTorch and DeepSpeed already."""
+    warm = multiprocessing.get_context("forkserver")
+    warm.set_forkserver_preload(job_worker.PRELOADED)
+    world = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    variables = {**environment(), **world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with mock.patch.dict(os.environ, environment()):
+        forkserver.ensure_running()
+    ranks = [{**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    started = [warm.Process(target=job_worker.forked, args=(path, output, own)) for own in ranks]
+    for process in started:
+        process.start()
+    return started
 
 
 def run_jobs(folder: Path, jobs: list[dict], processes: int = 2, timeout: int = 600) -> str:
     """Run launches one after another in the same processes; fails with the first one's error. Returns the output."""
-    path, words = _jobs_command(folder, jobs, processes)
-    result = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=timeout)
-    reported = [each.read_text() for each in sorted(path.parent.glob(f"{path.stem}.[0-9]*"))]
+    path = _write_jobs(folder, jobs)
+    output = path.with_suffix(".output")
+    started = running = _start_ranks(path, output, processes)
+    deadline = time.monotonic() + timeout
+    try:
+        while running and not any(process.exitcode for process in started):
+            left = deadline - time.monotonic()
+            if not connection.wait([process.sentinel for process in running], left):
+                raise TimeoutError(f"{jobs} still run after {timeout} s: {output.read_text()}")
+            running = [process for process in running if process.is_alive()]
+    finally:
+        for process in running:  # the others wait for a rank that failed
+            process.kill()
+            process.join()
+    reported = [each.read_text() for each in sorted(folder.glob(f"{path.stem}.[0-9]*"))]
     failures = [failure for text in reported for failure in json.loads(text) if failure]
     assert not failures, "\n".join(failures)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout + result.stderr
+    assert not any(process.exitcode for process in started), output.read_text()
+    return output.read_text()
 
 
 def start_jobs(
     folder: Path, jobs: list[dict], processes: int = 2, worker: str = "job_worker.py", **variables: str
 ) -> subprocess.Popen:
-    """Start launches as `run_jobs` does, in a process group of their own, by a script of this folder.
+    """Start launches as `run_jobs` does, but by torchrun, in a process group of their own, by a script of this folder.
 
     variables: of the environment, besides.
     """
-    _, words = _jobs_command(folder, jobs, processes, worker)
+    path = _write_jobs(folder, jobs)
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(free_port())]
+    words = [sys.executable, *launcher, str(Path(__file__).with_name(worker)), str(path)]
     with (folder / "shown.txt").open("a") as shown:
         return subprocess.Popen(
             words, env={**environment(), **variables}, stdout=shown, stderr=shown, start_new_session=True
