@@ -158,7 +158,7 @@ def read_layers(kind: Any, path: str | Path, overrides: Sequence[str] = ()) -> d
         raise MissingError(_missing(path))
     merged = _read_with_bases(kind, found, ())
     for key, layer in _parse_overrides(kind, overrides):
-        merged = _without(merged, key) if layer is None else _merge(kind, merged, layer, replaced={key})
+        merged = _without(merged, key) if layer is None else _merge(kind, merged, layer, given=key)
     return typing.cast(dict[str, Any], _none_strings_to_none(OmegaConf.to_container(merged, resolve=False)))
 
 
@@ -278,11 +278,12 @@ def _with_new_names(kind: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _merge(kind: Any, earlier: DictConfig, later: DictConfig, replaced: Collection[str] | None = None) -> DictConfig:
-    """`later` over `earlier`, key by key; whole mappings if declared `replaced` (or, of these, in `replaced`)."""
+def _merge(kind: Any, earlier: DictConfig, later: DictConfig, given: str = "") -> DictConfig:
+    """`later` over `earlier`, key by key; whole mappings if declared `replaced`, unless a key of theirs is `given` by its
+    own name, as in corpus_weights.photos=2."""
     for key, declaration in declarations(kind).items():
-        given = declaration.replaced and OmegaConf.select(later, key) is not None
-        if given and (replaced is None or key in replaced):
+        whole = declaration.replaced and not given.startswith(f"{key}.")
+        if whole and OmegaConf.select(later, key) is not None:
             earlier = _without(earlier, key)
     return typing.cast(DictConfig, OmegaConf.merge(earlier, later))
 

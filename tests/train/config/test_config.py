@@ -133,6 +133,12 @@ def test_a_mapping_on_the_command_line_replaces_and_a_name_adds(load, settings, 
     assert load(RECIPE, *settings).config.test_urls() == splits
 
 
+@pytest.mark.parametrize("setting", ["scheduler={image_res: {}}", "scheduler.image_res={}", "scheduler.image_res=null"])
+def test_a_mapping_within_a_section_replaces_too(load, setting):
+    schedule = load("scheduler: {image_res: {48: 2}, epochs: 9}", setting).config.scheduler
+    assert (schedule.image_res, schedule.epochs) == ({}, 9)
+
+
 def test_only_corpora_to_choose_from_are_added_to(load, tmp_path):
     settings = ("corpus_weights={b: 2.0}", "storage={anon: 'true'}", "available_corpus={b: /d/b}", "train_corpus=[a,b]")
     config = load(RECIPE + "storage: {endpoint: x}", *settings).config
