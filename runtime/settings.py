@@ -279,8 +279,8 @@ def _with_new_names(kind: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _merge(kind: Any, earlier: DictConfig, later: DictConfig, given: str = "") -> DictConfig:
-    """`later` over `earlier`, key by key; whole mappings if declared `replaced`, unless a key of theirs is `given` by its
-    own name, as in corpus_weights.photos=2."""
+    """`later` over `earlier`, key by key; whole mappings if declared `replaced`, unless a key of theirs is `given`
+    by its own name, as in corpus_weights.photos=2."""
     for key, declaration in declarations(kind).items():
         whole = declaration.replaced and not given.startswith(f"{key}.")
         if whole and OmegaConf.select(later, key) is not None:
