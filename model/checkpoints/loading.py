@@ -187,14 +187,27 @@ def _take_expected(problems: dict[str, list[str]], expected: Sequence[str], sour
 def _is_new(name: str, old: ModelConfig, new: ModelConfig) -> bool:
     """Whether a tensor belongs to a module that the old configuration did not have and that may be random."""
     if name.startswith("answer_decoder.") and not old.answer_decoder.enable:
-        if name.startswith("answer_decoder.embeddings.") and old.text_encoder.type != "bert":
-            return True
-        return _reads_visuals(name) and old.vision_encoder.width != old.text_encoder.width
+        return _has_no_source(name.removeprefix("answer_decoder."), old, new)
     if name.startswith("losses."):
         return name.split(".")[1] not in old.own_losses
+    if name.startswith("word_head."):
+        return old.loss_weight.mlm <= 0
     return name.startswith("temporal_vision_encoder.") and (
         new.temporal_vision_encoder.enable and not old.temporal_vision_encoder.enable
     )
+
+
+def _has_no_source(name: str, old: ModelConfig, new: ModelConfig) -> bool:
+    """Whether the old model has nothing to initialise a tensor of the answer decoder from."""
+    text = old.text_encoder
+    if name.startswith("embeddings."):
+        return text.type != "bert"
+    if name.startswith("word_head."):
+        return old.loss_weight.mlm <= 0
+    layer = text.layers - new.answer_decoder.num_layers + int(name.split(".")[1])
+    if ".crossattention." in name and layer < text.fusion_layer:
+        return True
+    return _reads_visuals(name) and old.vision_encoder.width != text.width
 
 
 def _is_obsolete(name: str, old: ModelConfig, new: ModelConfig) -> bool:

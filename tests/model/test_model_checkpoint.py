@@ -8,8 +8,9 @@ from small_models import CLS, MASK, PAD, small_batch, small_config, small_model
 
 from model.checkpoints.files import Weights, resolve_weights
 from model.checkpoints.loading import fit_weights, load_model, load_weights, save_model
-from model.config import TemporalConfig
+from model.config import LossWeights, TemporalConfig, with_changes
 from model.singularity import Singularity
+from model.vqa import SingularityQA
 from preprocessing.config import Preprocessing
 
 
@@ -93,6 +94,33 @@ def test_question_answering_takes_its_decoder_from_the_fusion_layers(tmp_path, w
     keys = "layer.0.crossattention.self.key.weight"  # as wide as the visual there, as the question here
     same = state["answer_decoder." + keys].shape == source["text_encoder.layer.2" + keys[7:]].shape
     assert same == (width == 32)
+
+
+def test_without_an_mlm_head_and_with_few_fusion_layers_the_rest_of_the_decoder_is_new(tmp_path):
+    config = small_config(loss_weight=LossWeights(mlm=0.0))
+    config.vision_encoder.width, config.vision_encoder.heads = 32, 2  # as wide as the text
+    config.text_encoder.layers, config.text_encoder.fusion_layer = 4, 3
+    model = Singularity(config, PAD, CLS, MASK)
+    save_model(model, config, tmp_path)
+    wanted = with_changes(config, {"answer_decoder.enable": True, "answer_decoder.num_layers": 2})
+    answering = SingularityQA(wanted, PAD, CLS, MASK)
+    report = fit_weights(answering, load_weights(tmp_path), "w")
+    heads = {name for name in answering.state_dict() if name.startswith("answer_decoder.word_head.")}
+    crossing = {name for name in answering.state_dict() if name.startswith("answer_decoder.layer.0.crossattention.")}
+    assert set(report.fresh) == heads | crossing
+    assert {name for name in answering.state_dict() if name.startswith("answer_decoder.")} - set(report.copied) == (
+        heads | crossing
+    )
+    own = answering.state_dict()["answer_decoder.layer.0.attention.self.query.weight"]
+    assert torch.equal(own, model.state_dict()["text_encoder.layer.2.attention.self.query.weight"])
+
+
+def test_mlm_that_begins_later_has_a_new_head(tmp_path):
+    config = small_config(loss_weight=LossWeights(mlm=0.0))
+    save_model(Singularity(config, PAD, CLS, MASK), config, tmp_path)
+    begun = Singularity(with_changes(config, {"loss_weight.mlm": 1.0}), PAD, CLS, MASK)
+    report = fit_weights(begun, load_weights(tmp_path), "w")
+    assert set(report.fresh) == {name for name in begun.state_dict() if name.startswith("word_head.")}
 
 
 def foreign_weights(model):
