@@ -6,11 +6,13 @@ import sys
 import pytest
 from places import ROOT
 
-from launch.api_page import PACKAGES, page
+from launch.api_page import PACKAGES
 
 
 def test_page_is_made_of_the_docstrings():
-    assert (ROOT / "docs/api.md").read_text() == page(), "python -m launch.api_page > docs/api.md"
+    words = [sys.executable, "-m", "launch.api_page"]  # DeepSpeed changes the signatures of this process' classes
+    page = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert (ROOT / "docs/api.md").read_text() == page, "python -m launch.api_page > docs/api.md"
 
 
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)

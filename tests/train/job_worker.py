@@ -65,8 +65,9 @@ def main(path):
     os._exit(1 if any(failures) else 0)
 
 
-def forked(path, output, variables):
-    """`main` in a process of `run_jobs`: with its environment, and its output in a file."""
+def forked(path, output, variables, searched):
+    """`main` in a process of `run_jobs`: with its environment and its sys.path, and its output in a file."""
+    sys.path[:] = searched
     os.environ.clear()
     os.environ.update(variables)
     torch.set_num_threads(int(variables["OMP_NUM_THREADS"]))  # OpenMP has read its variable before

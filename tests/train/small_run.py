@@ -22,6 +22,7 @@ from sharding.shapes import write_shapes
 SIZE = 32
 # What this machine's processor computes in; not all have arithmetic for fp16, which is then refused.
 PRECISIONS = ("fp32", "bf16", "fp16") if torch.ops.mkldnn._is_mkldnn_fp16_supported() else ("fp32", "bf16")
+SEARCHED = list(sys.path)  # before any test adds to it
 VARYING = ("samples_per_second", "data_wait", "memory_gb")
 
 CONFIG = f"""
@@ -111,7 +112,7 @@ def _start_ranks(path: Path, output: Path, processes: int) -> list:
     with mock.patch.dict(os.environ, environment()):
         forkserver.ensure_running()
     ranks = [{**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
-    started = [warm.Process(target=job_worker.forked, args=(path, output, own)) for own in ranks]
+    started = [warm.Process(target=job_worker.forked, args=(path, output, own, SEARCHED)) for own in ranks]
     for process in started:
         process.start()
     return started
