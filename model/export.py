@@ -85,8 +85,8 @@ def write_official(weights: Weights, path: str | Path) -> None:
     path, kind, weights = Path(path), vision.type, without_losses(weights)
     if kind not in VISION_TYPES:
         raise UserError(f"{path}: vision_encoder.type={kind} has no official format, give a folder to write to")
-    for name, known in (("type", "bert"), ("pooling", "first")):
-        if (value := getattr(weights.config.text_encoder, name)) != known:
+    for name, official in (("type", "bert"), ("pooling", "first")):
+        if (value := getattr(weights.config.text_encoder, name)) != official:
             raise UserError(f"{path}: text_encoder.{name}={value} has no official format, give a folder to write to")
     for name, values, known in zip(("mean", "std"), (vision.mean, vision.std), PIXEL_STATISTICS[kind]):
         if values is not None and tuple(values) != known:
