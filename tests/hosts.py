@@ -15,6 +15,7 @@ The network of the machine itself does not change, and everything ends with the 
 from __future__ import annotations
 
 import os
+import pwd
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -75,6 +76,7 @@ class Hosts:
     def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
         self.root, self.folder, self.environment = ROOT, folder, dict(environment)
         self.environment["PATH"] += ":/usr/sbin:/sbin"
+        self.environment["HOME"] = pwd.getpwuid(os.getuid()).pw_dir  # ssh's own view, whatever HOME is
         self._first: dict[str, int] = {}  # process 1 of each host
         self._running: dict[str, subprocess.Popen] = {}
         self._make_files()
