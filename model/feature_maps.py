@@ -14,6 +14,16 @@ from model.vision_encoder import VisionEncoder
 from runtime.errors import UserError
 
 
+def _crashes_channels_last(module: nn.Module) -> bool:
+    """Whether the gradient of its weights writes outside of their memory, where CPUs have AVX2 and no AVX-512.
+
+    oneDNN does so (PyTorch 2.11) in fp32: kernels of 1 x 1 that skip pixels of fewer than 8 channels, as RepVGG begins.
+    """
+    if not isinstance(module, nn.Conv2d) or module.kernel_size != (1, 1) or max(module.stride) == 1:
+        return False
+    return 1 < module.in_channels // module.groups < 8
+
+
 class _Features(nn.Module):
     """Tokens and pooled vectors of a backbone."""
 
@@ -44,6 +54,7 @@ class FeatureMapEncoder(VisionEncoder):
         self._name = vision.type
         self.mean, self.std = pixel_statistics(vision.type)
         self.features = _Features(create_backbone(vision, config.image_res))
+        self._channels_last = not any(map(_crashes_channels_last, self.modules()))
 
     def train(self, mode: bool = True) -> FeatureMapEncoder:
         """As `nn.Module.train`; modules with running statistics stay in evaluation mode."""
@@ -62,7 +73,8 @@ class FeatureMapEncoder(VisionEncoder):
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As `VisionEncoder`."""
-        images = images.contiguous(memory_format=torch.channels_last)  # convolutions of a CPU take half the time
+        if self._channels_last:  # convolutions of a CPU take half the time
+            images = images.contiguous(memory_format=torch.channels_last)
         tokens, pooled = functional_call(self.features, self._converted_buffers(images.dtype), images)
         return torch.cat([pooled[:, None], tokens], 1), pooled
 

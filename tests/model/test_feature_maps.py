@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from importlib.util import find_spec
+from pathlib import Path
+from textwrap import dedent
 
 import pytest
 import torch
+from places import ROOT
 from small_models import CLS, MASK, PAD, small_batch, small_config
 
 from model.backbones import adopt_backbone, describe_backbone
@@ -48,6 +53,20 @@ def test_tokens_are_the_cells_of_timms_map_and_the_pooled_vector_leads(name):
     assert torch.equal(tokens[:, 0], pooled)
     assert torch.allclose(pooled, head if head.shape[1] == NAMES[name] else cells.mean(1), atol=1e-5)
     assert encoder.measured[1] == tokens.shape[1]
+
+
+def test_a_backbone_that_begins_with_a_small_strided_convolution_does_not_crash():
+    lines = f"""
+        import sys
+        sys.path += {[str(ROOT), *sys.path]}
+        import torch
+        from test_feature_maps import FeatureMapEncoder, named
+        torch.set_num_threads(1)
+        encoder = FeatureMapEncoder(named("repvgg_a0"))
+        for _ in range(4):
+            torch.stack([each.sum() for each in encoder(torch.randn(32, 3, 64, 64))]).sum().backward()
+    """
+    subprocess.run([sys.executable, "-c", dedent(lines)], cwd=Path(__file__).parent, check=True)
 
 
 def test_a_backbone_trains_with_fixed_statistics_and_loads_again_at_another_resolution(tmp_path):
