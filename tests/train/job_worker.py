@@ -70,6 +70,7 @@ def forked(path, output, variables, searched):
     sys.path[:] = searched
     os.environ.clear()
     os.environ.update(variables)
+    gc.freeze()  # each job collects garbage twice; what was imported is none
     torch.set_num_threads(int(variables["OMP_NUM_THREADS"]))  # OpenMP has read its variable before
     with output.open("a") as shown:
         os.dup2(shown.fileno(), 1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,20 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 _LOSS_SCALE_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def import_muon() -> None:
+    """Import DeepSpeed's Muon optimiser, whose functions stay uncompiled.
+
+    Workaround (DeepSpeed 0.19.8, no upstream issue found): each start under ZeRO imports it, to compare optimisers, and
+    its import calls `torch.compile`, for which PyTorch imports its whole compiler: 4 s on every rank.
+    """
+    compile_function = torch.compile
+    torch.compile = lambda function: function  # type: ignore[assignment]
+    try:
+        import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        torch.compile = compile_function
 
 
 def broadcast_scalars(parameters: Mapping[str, nn.Parameter], device: torch.device) -> None:

@@ -14,7 +14,7 @@ from runtime.errors import MissingError, UserError
 from runtime.packaged import PACKAGED, find_file
 from runtime.ranks import Ranks
 from train.config.settings import RunConfig
-from train.deepspeed.compat import broadcast_scalars
+from train.deepspeed.compat import broadcast_scalars, import_muon
 from train.deepspeed.state import frozen_weights, keep_exact, set_optimizer_step
 from train.optimizer import ParameterGroup, trainable_groups
 
@@ -139,6 +139,7 @@ def start_engine(
     optimizer = _optimizer(wanted, run, config, device)
     if isinstance(optimizer, torch.optim.AdamW):
         config = {**config, "gradient_clipping": 0.0}  # train.guard clips, without waiting for the device
+    import_muon()
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     if exact:
         keep_exact(engine, exact)

@@ -3,12 +3,16 @@
 A test of the first part that fails names a workaround to remove.
 """
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import deepspeed
 import pytest
 import torch
+from places import ROOT
 from small_engine import SMALL, make, numbers, step
+from small_run import environment
 
 from model.config import TemporalConfig
 from train.deepspeed import compat, engine
@@ -64,6 +68,21 @@ def test_deepspeed_still_leaves_persistent_parameters_partitioned(monkeypatch):
     with gathered_weights(started):
         assert started.module.temp.numel() == 1
     assert started.module.temp.numel() == 0
+
+
+@pytest.mark.parametrize(("lines", "compiler"), [("", True), ("compat.import_muon()", False)])
+def test_deepspeed_still_imports_the_compiler_to_compare_optimisers(lines, compiler):
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import deepspeed
+from train.deepspeed import compat
+{lines}
+import deepspeed.runtime.zero.muon.muon_optimizer
+print("torch._inductor.compile_fx" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == str(compiler)
 
 
 def test_deepspeed_still_cannot_broadcast_parameters_without_dimensions():
