@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from small_run import run
+from small_run import job, run, run_jobs
 
 from model.checkpoints.loading import save_model
 from model.config import LossWeights
@@ -82,11 +82,24 @@ def assert_same_results(first, second):
                 np.testing.assert_allclose(scores[name], others[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_three_processes_give_the_files_of_one(task, shapes, checkpoints, tmp_path):
-    alone = evaluated(task, shapes, checkpoints, tmp_path / "alone")
+@pytest.fixture(scope="module")
+def evaluations(shapes, checkpoints, tmp_path_factory):
+    """Folder with evaluations of every task by one process, and by three with other batch sizes."""
+    folder = tmp_path_factory.mktemp("evaluations")
     sizes = ("batch_size_test.video=5", "batch_size_test.image=3", "pair_batch_size=24")
-    assert_same_results(alone, evaluated(task, shapes, checkpoints, tmp_path / "three", *sizes, processes=3))
+    for name, processes, settings in (("alone", 1, ()), ("three", 3, sizes)):
+        jobs = []
+        for task, (weights, _) in TASKS.items():
+            where = f"checkpoint={checkpoints / weights}", f"output_dir={folder / name / task}"
+            jobs.append(job("evaluate", recipe_of(task, shapes, folder), *where, *settings))
+        run_jobs(folder, jobs, processes)
+    return folder
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_three_processes_give_the_files_of_one(task, evaluations):
+    alone = evaluations / "alone" / task
+    assert_same_results(alone, evaluations / "three" / task)
     assert (alone / "report.html").is_file()
     metrics = json.loads((alone / "metrics.json").read_text())
     expected = {"retrieval": ["motion/", "motion_emb/", "images/", "images_emb/"]}.get(task, ["test"])

@@ -1,6 +1,6 @@
 """Runs several launches one after another in the same processes.
 
-Called by `run_jobs` of small_run.py in forks of a process with all imports, or started by torchrun from `start_jobs`.
+Called by `run_jobs` and `run` of small_run.py in forks of a process with all imports, or started by torchrun.
 A job: {"entry": "pretrain", "config": PATH, "settings": ["key=value", ...]}.
 """
 
@@ -10,6 +10,7 @@ import importlib
 import json
 import logging
 import os
+import runpy
 import sys
 import traceback
 from pathlib import Path
@@ -65,17 +66,24 @@ def main(path):
     os._exit(1 if any(failures) else 0)
 
 
-def forked(path, output, variables, searched):
-    """`main` in a process of `run_jobs`: with its environment and its sys.path, and its output in a file."""
+def forked(run, folder, variables, searched, stdout, stderr, *words):
+    """`run(*words)` in a process of small_run.py: in a folder, with an environment, a sys.path and output in files."""
+    os.chdir(folder)
     sys.path[:] = searched
     os.environ.clear()
     os.environ.update(variables)
     gc.freeze()  # each job collects garbage twice; what was imported is none
     torch.set_num_threads(int(variables["OMP_NUM_THREADS"]))  # OpenMP has read its variable before
-    with output.open("a") as shown:
-        os.dup2(shown.fileno(), 1)
-        os.dup2(shown.fileno(), 2)
-    main(path)
+    for number, path in ((1, stdout), (2, stderr)):
+        with path.open("a") as shown:
+            os.dup2(shown.fileno(), number)
+    run(*words)
+
+
+def script(path, *arguments):
+    """`python PATH ARGUMENTS`."""
+    sys.argv = [path, *arguments]
+    runpy.run_path(path, run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,11 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from multiprocessing import connection, forkserver
+from multiprocessing.process import BaseProcess as Process
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from unittest import mock
 
 import job_worker
@@ -74,12 +77,28 @@ def command(script: str, *arguments: object, processes: int = 2) -> list[str]:
     return [str(launcher), "--num_accelerators", str(processes), "--master_port", str(free_port()), *words]
 
 
-def run(script: str, *arguments: object, processes: int = 2, cwd: Path | None = None) -> subprocess.CompletedProcess:
+def run(script: str, *arguments: object, processes: int = 2) -> subprocess.CompletedProcess:
     """Run to the end; returns exit code and output."""
-    return subprocess.run(
-        command(script, *arguments, processes=processes),
-        env=environment(), cwd=cwd, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    words = command(script, *arguments, processes=processes)
+    if processes > 1:
+        return subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=300)
+    with TemporaryDirectory() as folder:
+        shown = Path(folder, "stdout"), Path(folder, "stderr")
+        process = _start_warm(job_worker.script, environment(), *shown, *words[1:])
+        process.join(300)
+        assert process.exitcode is not None, f"{words} still runs after 300 s"
+        return subprocess.CompletedProcess(words, process.exitcode, *(path.read_text() for path in shown))
+
+
+def _start_warm(run: Callable, variables: dict[str, str], *words: object) -> Process:
+    """Start `job_worker.forked` in a fork of a process that has imported PyTorch and DeepSpeed already."""
+    warm = multiprocessing.get_context("forkserver")
+    warm.set_forkserver_preload(job_worker.PRELOADED)
+    with mock.patch.dict(os.environ, environment()):
+        forkserver.ensure_running()
+    process = warm.Process(target=job_worker.forked, args=(run, Path.cwd(), variables, SEARCHED, *words))
+    process.start()
+    return process
 
 
 def start(script: str, *arguments: object, log: Path, processes: int = 2) -> subprocess.Popen:
@@ -103,19 +122,12 @@ def _write_jobs(folder: Path, jobs: list[dict]) -> Path:
     return path
 
 
-def _start_ranks(path: Path, output: Path, processes: int) -> list:
-    """Start a process for each rank, forked from one that has imported PyTorch and DeepSpeed already."""
-    warm = multiprocessing.get_context("forkserver")
-    warm.set_forkserver_preload(job_worker.PRELOADED)
+def _start_ranks(path: Path, output: Path, processes: int) -> list[Process]:
+    """Start a process for each rank."""
     world = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     variables = {**environment(), **world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    with mock.patch.dict(os.environ, environment()):
-        forkserver.ensure_running()
     ranks = [{**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
-    started = [warm.Process(target=job_worker.forked, args=(path, output, own, SEARCHED)) for own in ranks]
-    for process in started:
-        process.start()
-    return started
+    return [_start_warm(job_worker.main, own, output, output, path) for own in ranks]
 
 
 def run_jobs(folder: Path, jobs: list[dict], processes: int = 2, timeout: int = 600) -> str:
