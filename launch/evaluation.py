@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,7 +39,11 @@ def evaluate(settings: Settings, ranks: Ranks) -> None:
     choose_kernels(settings.config.deterministic)
     share_cores(ranks)
     logs = Path(settings.config.output_dir or ".") / "evaluation"
-    watchdog = Watchdog(ranks, settings.config.stall_seconds, logs, REMEDY)
+    with closing(Watchdog(ranks, settings.config.stall_seconds, logs, REMEDY)) as watchdog:
+        _evaluate(settings, ranks, device, logs, watchdog)
+
+
+def _evaluate(settings: Settings, ranks: Ranks, device: torch.device, logs: Path, watchdog: Watchdog) -> None:
     task, model, tokenizer = prepare_evaluation(settings)
     run = settings.config
     assert run.output_dir is not None
@@ -67,4 +72,3 @@ def evaluate(settings: Settings, ranks: Ranks) -> None:
         write_report(list(folders.values()), output / "report.html")
         log.info("Wrote metrics and report: %s, %s", output / "metrics.json", output / "report.html")
     barrier(ranks.world_size)
-    watchdog.close()

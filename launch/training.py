@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+
+import torch
 
 from eval.run import FINAL, Metrics, evaluate_splits
 from launch.command import log_to_file
@@ -44,7 +47,11 @@ def train(settings: Settings, ranks: Ranks, evaluates: bool) -> None:
     device = device_for(ranks)
     choose_kernels(settings.config.deterministic)
     check_precision(settings.config.precision, device)
-    watchdog = Watchdog(ranks, settings.config.stall_seconds, Path(settings.config.output_dir or "."))
+    with closing(Watchdog(ranks, settings.config.stall_seconds, Path(settings.config.output_dir or "."))) as watchdog:
+        _train(settings, ranks, evaluates, device, watchdog)
+
+
+def _train(settings: Settings, ranks: Ranks, evaluates: bool, device: torch.device, watchdog: Watchdog) -> None:
     prepared = prepare_training(settings, ranks, evaluates, device)
     folder = prepared.folder
     request = StopRequest(folder.note_stopping)
@@ -68,7 +75,6 @@ def train(settings: Settings, ranks: Ranks, evaluates: bool) -> None:
             interruption = error
     trainer.close()
     barrier(ranks.world_size)  # the first rank may still upload: launchers kill the others once one process has ended
-    watchdog.close()
     if interruption is not None:
         raise interruption
     folder.release()

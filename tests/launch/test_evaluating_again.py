@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import threading
 
 import pytest
 import torch
 
 from launch.evaluation import evaluate
+from launch.pretrain import main as pretrain
 from model.checkpoints.loading import save_model
 from model.config import LossWeights, ModelConfig, TextConfig, VisionConfig
 from model.singularity import Singularity
@@ -101,3 +103,11 @@ def test_a_packed_corpus_is_not_written_into(again, tmp_path, setting, place):
     with pytest.raises(UserError, match=f"{setting} {tmp_path}/{place} (is|lies in) the packed corpus"):
         again(f"{setting}={tmp_path}/{place}")
     assert sorted((tmp_path / "images_test").iterdir()) == before
+
+
+def test_what_is_refused_leaves_no_watchdog_that_ends_the_process_later(again, tmp_path):
+    for launch, recipe in ((evaluate, "recipe.yaml"), (pretrain, "training.yaml")):
+        (tmp_path / "training.yaml").write_text(f"train_corpus: [{tmp_path}/none]\noutput_dir: {tmp_path}/run\n")
+        with pytest.raises(UserError):
+            launch(load_settings(tmp_path / recipe, [f"output_dir={tmp_path}/images_test"]), Ranks())
+        assert not [thread.name for thread in threading.enumerate() if "watchdog" in thread.name]
