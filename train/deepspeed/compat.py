@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +28,7 @@ def import_muon() -> None:
     compile_function = torch.compile
     torch.compile = lambda function: function  # type: ignore[assignment]
     try:
-        import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
     finally:
         torch.compile = compile_function
 
