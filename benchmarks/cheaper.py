@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from loaders.decode.choice import usual_device
+from model.backbones import adopt_backbone
 from model.building import build_model
 from model.config import ModelConfig, with_changes
 from train.config.settings import load_settings
@@ -70,7 +71,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="of each (default: %(default)s)")
     options = parser.parse_args()
     pretrained = ["vision_encoder.pretrained=null", "text_encoder.pretrained=null"]
-    config = ModelConfig.of(load_settings(options.config, pretrained).config, 1)
+    settings = load_settings(options.config, pretrained)
+    config = ModelConfig.of(settings.config, 1)
+    adopt_backbone(config, settings.explicit)
     device = usual_device()
     torch.set_num_threads(1)
     steps = {}
