@@ -246,7 +246,9 @@ STORES = ["s3", "gcs", "http"]
 
 
 @pytest.fixture
-def faulty(monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeFaulty]:
+def faulty(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MakeFaulty]:
+    # Requests are counted: without the indices that an earlier session has cached for the same content and port.
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("host")))
     proxies: list[FaultyProxy] = []
 
     def put_before(target: Store, faults: Faults) -> FaultyProxy:
