@@ -23,7 +23,7 @@ def import_muon() -> None:
     """Import DeepSpeed's Muon optimiser, whose functions stay uncompiled.
 
     Workaround (DeepSpeed 0.19.8, no upstream issue found): each start under ZeRO imports it, to compare optimisers, and
-    its import calls `torch.compile`, for which PyTorch imports its whole compiler: 4 s on every rank.
+    its import calls `torch.compile`, for which PyTorch imports its whole compiler: 2.4 s on every rank.
     """
     compile_function = torch.compile
     torch.compile = lambda function: function  # type: ignore[assignment]
