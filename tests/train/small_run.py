@@ -86,7 +86,9 @@ def run(script: str, *arguments: object, processes: int = 2) -> subprocess.Compl
         shown = Path(folder, "stdout"), Path(folder, "stderr")
         process = _start_warm(job_worker.script, environment(), *shown, *words[1:])
         process.join(300)
-        assert process.exitcode is not None, f"{words} still runs after 300 s"
+        if process.exitcode is None:
+            process.kill()
+            raise TimeoutError(f"{words} still runs after 300 s")
         return subprocess.CompletedProcess(words, process.exitcode, *(path.read_text() for path in shown))
 
 
