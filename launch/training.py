@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -54,30 +54,30 @@ def train(settings: Settings, ranks: Ranks, evaluates: bool) -> None:
 def _train(settings: Settings, ranks: Ranks, evaluates: bool, device: torch.device, watchdog: Watchdog) -> None:
     prepared = prepare_training(settings, ranks, evaluates, device)
     folder = prepared.folder
-    request = StopRequest(folder.note_stopping)
-    request.install()
-    if ranks.is_first:
-        folder.begin(prepared.run)
-        log_to_file(folder.path, ranks)
-        log.info("Computing on %s; starting DeepSpeed", describe(device))
-    progress("joining the other processes")
-    start_processes(device, prepared.run.stall_seconds)
-    if not ranks.is_first:  # only now is the folder known to be this run's
-        log_to_file(folder.path, ranks)
-    progress("starting DeepSpeed's engine")
-    trainer = Trainer(prepared, device, request, watchdog)
-    evaluate = partial(_evaluate, prepared) if evaluates else None
-    interruption: TrainingInterrupted | None = None
-    with watchdog.reporting_lost_ranks():
-        try:
-            trainer.train(evaluate)
-        except TrainingInterrupted as error:
-            interruption = error
-    trainer.close()
-    barrier(ranks.world_size)  # the first rank may still upload: launchers kill the others once one process has ended
-    if interruption is not None:
-        raise interruption
-    folder.release()
+    with ExitStack() as cleanup:
+        cleanup.callback(folder.release)
+        request = cleanup.enter_context(StopRequest(folder.note_stopping))
+        if ranks.is_first:
+            folder.begin(prepared.run)
+            log_to_file(folder.path, ranks)
+            log.info("Computing on %s; starting DeepSpeed", describe(device))
+        progress("joining the other processes")
+        start_processes(device, prepared.run.stall_seconds)
+        if not ranks.is_first:  # only now is the folder known to be this run's
+            log_to_file(folder.path, ranks)
+        progress("starting DeepSpeed's engine")
+        trainer = Trainer(prepared, device, request, watchdog)
+        evaluate = partial(_evaluate, prepared) if evaluates else None
+        interruption: TrainingInterrupted | None = None
+        with watchdog.reporting_lost_ranks():
+            try:
+                trainer.train(evaluate)
+            except TrainingInterrupted as error:
+                interruption = error
+        trainer.close()
+        barrier(ranks.world_size)  # rank 0 may still upload: launchers kill the others once one process has ended
+        if interruption is not None:
+            raise interruption
 
 
 def _evaluate(prepared: Prepared, model: Model, splits: list[str], label: str) -> Metrics:

@@ -34,7 +34,7 @@ def one_process():
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         for key, value in {**alone, "MASTER_PORT": str(free_port()), "DS_ACCELERATOR": "cpu"}.items():
             patch.setenv(key, value)
-        patch.setattr(StopRequest, "install", lambda request: None)  # signals remain pytest's
+        patch.setattr(StopRequest, "__enter__", lambda request: request)  # signals remain pytest's
         start_processes(device_for(Ranks()), 0.0)
         yield
 

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 import psutil
 import torch
@@ -25,7 +26,7 @@ LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed.run", "torch/distribute
 
 
 class StopRequest:
-    """Records a request to stop: after a signal, or because the launcher is gone.
+    """Records a request to stop: after a signal, or because the launcher is gone; handles the signals as a context.
 
     `deepspeed` does not pass SIGTERM on to its processes; killed, it leaves them running, as `torchrun` does. They
     then stop by themselves, so that the next start finds the folder free.
@@ -35,15 +36,24 @@ class StopRequest:
         self.signal = 0
         self._on_request = on_request
         self._below_deepspeed = False
+        self._earlier: dict[signal.Signals, Any] = {}
+        self._over = threading.Event()
 
-    def install(self) -> None:
+    def __enter__(self) -> StopRequest:
         """Handle the signals; the main thread calls."""
-        for number in SIGNALS:
-            signal.signal(number, self._handle)
+        self._earlier = {number: signal.signal(number, self._handle) for number in SIGNALS}
         launchers = launcher_processes()
         self._below_deepspeed = any(_is_on_node(process) for process in launchers)
         if launchers:
             threading.Thread(target=self._watch, args=(launchers,), name="launcher-watch", daemon=True).start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Give the signals back, unless one has come: a second one must not cut short the exit."""
+        self._over.set()
+        if not self.signal:
+            for number, handler in self._earlier.items():
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def request(self, number: int) -> None:
         """Request a stop as if signal `number` had arrived."""
@@ -72,12 +82,10 @@ class StopRequest:
         return f"{message}; Ctrl-C again exits at once, without saving"
 
     def _watch(self, launchers: list[psutil.Process]) -> None:
-        pause = threading.Event()
-        while not self.signal:
+        while not self._over.wait(WATCH_SECONDS) and not self.signal:
             if not all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in launchers):
                 self.request(signal.SIGHUP)
                 return
-            pause.wait(WATCH_SECONDS)
 
 
 def launcher_processes() -> list[psutil.Process]:
