@@ -1,5 +1,7 @@
 """A tiny model in DeepSpeed's engine, in the process of the test, and steps of it."""
 
+from pathlib import Path
+
 import torch
 from deepspeed.accelerator import get_accelerator
 from small_run import ROOT
@@ -24,16 +26,17 @@ SMALL = ModelConfig(
 
 
 def make(zero, precision, model=SMALL, freeze=(), **settings):
-    """An engine under deepspeed_configs/ZERO.json, and its guard; fp16 also on processors that only emulate it.
+    """An engine and its guard; fp16 also on processors that only emulate it.
 
-    freeze: prefixes of the names of parameters to be frozen.
+    zero: a file of deepspeed_configs/ without .json, or a path. freeze: prefixes of the names of parameters to be frozen.
     """
     if precision == "fp16":
         accelerator = type(get_accelerator())
         accelerator.is_fp16_supported = lambda _: True
         accelerator.supported_dtypes = lambda _: [torch.float, torch.half, torch.bfloat16]
     run = RunConfig(
-        deepspeed=str(ROOT / f"deepspeed_configs/{zero}.json"), precision=precision, **settings,
+        deepspeed=str(zero if isinstance(zero, Path) else ROOT / f"deepspeed_configs/{zero}.json"),
+        precision=precision, **settings,
         optimizer=OptimizerConfig(lr=1e-2, max_grad_norm=1.0),
     )  # fmt: skip
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,13 +51,14 @@ def find_deepspeed_config(name: str) -> Path:
 def deepspeed_config(run: RunConfig, ranks: Ranks) -> dict[str, Any]:
     """The JSON that `run.deepspeed` names, completed from the run's settings.
 
-    Raises MissingError, or UserError when it is not JSON or contradicts the settings.
+    Raises MissingError, or UserError when it is not a JSON object or contradicts the settings.
     """
     path = find_deepspeed_config(run.deepspeed)
     try:
         config = json.loads(path.read_text())
     except ValueError as error:  # also what is not UTF-8
         raise UserError(f"{path} is not valid JSON ({error})") from None
+    _check_objects(config, path)
     _check_offload(config, path)
     largest = max(run.batch_size.image, run.batch_size.video)
     micro = max(1, largest // ranks.world_size // run.accumulate)  # DeepSpeed uses it in its own reports only
@@ -89,6 +91,15 @@ def deepspeed_config(run: RunConfig, ranks: Ranks) -> dict[str, Any]:
     return {"steps_per_print": 10**9, "zero_force_ds_cpu_optimizer": False, **config, **own}
 
 
+def _check_objects(config: Any, path: Path) -> None:
+    """Raise UserError where a ZeRO JSON has something else than an object for itself or a section that we read."""
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is {json.dumps(config)[:50]}: a DeepSpeed JSON is an object, {{...}}")
+    for section in ("bf16", "fp16", *(f"zero_optimization{end}" for end in ("", ".offload_optimizer"))):
+        if not isinstance(given := _get(config, section), dict | None):
+            raise UserError(f"{path} sets {section} to {json.dumps(given)}: it must be an object, {{...}}")
+
+
 def _check_offload(config: dict[str, Any], path: Path) -> None:
     """Raise UserError where a ZeRO JSON offloads to NVMe."""
     for section in ("offload_optimizer", "offload_param"):
@@ -116,7 +127,8 @@ def start_engine(
 ) -> tuple[DeepSpeedEngine, list[ParameterGroup]]:
     """The DeepSpeed engine of a model, and its parameter groups in the order of the optimiser's.
 
-    config: from `deepspeed_config`. Raises UserError when `different_lr` names an unknown module.
+    config: from `deepspeed_config`. Raises UserError when `different_lr` names an unknown module, or for an option that
+    DeepSpeed refuses.
     """
     import deepspeed
 
@@ -140,6 +152,7 @@ def start_engine(
     if isinstance(optimizer, torch.optim.AdamW):
         config = {**config, "gradient_clipping": 0.0}  # train.guard clips, without waiting for the device
     import_muon()
+    _check_options(config, run)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     if exact:
         keep_exact(engine, exact)
@@ -147,6 +160,22 @@ def start_engine(
     # an empty step, which shifts AdamW's bias correction.
     set_optimizer_step(engine, 0)
     return engine, groups
+
+
+def _check_options(config: dict[str, Any], run: RunConfig) -> None:
+    """Raise UserError for options of the ZeRO JSON that DeepSpeed refuses; the processes must be connected."""
+    from deepspeed import DeepSpeedConfig
+    from deepspeed.runtime.config import DeepSpeedConfigError
+    from pydantic import ValidationError  # DeepSpeed's
+
+    try:
+        DeepSpeedConfig(copy.deepcopy(config))
+    except (ValueError, TypeError, AssertionError, DeepSpeedConfigError) as error:
+        reasons = [str(error)]
+        if isinstance(error, ValidationError):
+            reasons = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
+        path = find_deepspeed_config(run.deepspeed)
+        raise UserError(f"DeepSpeed refuses {path}: {' '.join('; '.join(reasons).split())}") from error
 
 
 def _optimizer(

@@ -8,6 +8,7 @@ from small_engine import make
 from small_run import ROOT
 
 import train.deepspeed.engine
+from runtime.errors import UserError
 from runtime.ranks import Ranks
 from train.config.settings import OptimizerConfig, RunConfig, load_settings
 from train.deepspeed.engine import deepspeed_config, find_deepspeed_config
@@ -64,6 +65,40 @@ def test_mistakes_in_the_file_are_reported(complete):
         complete("{stage: 1}")
     with pytest.raises(FileNotFoundError, match=r"deepspeed=nowhere\.json does not exist.*cpu\.json"):
         deepspeed_config(RunConfig(deepspeed="nowhere.json"), Ranks())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1, 2], r"zero\.json is \[1, 2\]: a DeepSpeed JSON is an object"),
+        ({"zero_optimization": 2}, r"zero\.json sets zero_optimization to 2: it must be an object"),
+        ({"zero_optimization": {"offload_optimizer": "cpu"}}, r"sets zero_optimization\.offload_optimizer to \"cpu\""),
+        ({"fp16": False}, r"zero\.json sets fp16 to false: it must be an object"),
+    ],
+)
+def test_what_is_no_object_is_reported(complete, content, message):
+    with pytest.raises(UserError, match=message):
+        complete(content)
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"zero_optimization": {"stage": 9}}, "stage: Input should be 0, 1, 2"),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": -1}}, "reduce_bucket_size: Input should be greater"),
+        ({"zero_optimization": {"stage": 1, "overlap_com": True}}, "overlap_com: Extra inputs are not permitted"),
+        ({"communication_data_type": "int3"}, "Invalid communication_data_type"),
+    ],
+)
+def test_what_deepspeed_refuses_is_one_line(content, message, tmp_path):
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError) as caught:
+        make(path, "fp32")
+    assert str(caught.value).startswith(f"DeepSpeed refuses {path}: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("path", JSONS, ids=lambda path: path.name)
