@@ -28,7 +28,8 @@ SMALL = ModelConfig(
 def make(zero, precision, model=SMALL, freeze=(), **settings):
     """An engine and its guard; fp16 also on processors that only emulate it.
 
-    zero: a file of deepspeed_configs/ without .json, or a path. freeze: prefixes of the names of parameters to be frozen.
+    zero: a file of deepspeed_configs/ without .json, or a path. freeze:
+    prefixes of the names of parameters to be frozen.
     """
     if precision == "fp16":
         accelerator = type(get_accelerator())
