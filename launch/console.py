@@ -28,6 +28,7 @@ GROUPS = {
         "verify": ("sharding.verify", "check a packed corpus byte by byte, and repair it"),
         "shapes": ("sharding.shapes", "generate a small data set of coloured shapes with captions"),
         "vocab": ("loaders.vocab", "learn a WordPiece vocabulary from packed corpora"),
+        "filters": ("train.filters", "make the filters of vision_encoder.type=patch_filters from photos"),
         "answers": ("sharding.answers", "list the answers to rank, from the questions of packed corpora"),
         "preview": ("loaders.preview", "draw the first batch of an epoch as the model sees it"),
         "bench": ("loaders.bench", "measure the loader on this machine and name the bottleneck"),

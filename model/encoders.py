@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-import model.towers  # noqa: F401  # registers its encoders
+import model.patch_filters
+import model.towers  # noqa: F401  # they register their encoders
 from model.config import ENSEMBLES, ModelConfig
 from model.freezing import Freezable
 from model.fusion import CrossAttentionKeys
