@@ -48,7 +48,9 @@ def test_the_responses_are_those_of_each_patch_by_itself(learned):
 def test_features_of_the_images_learned_from_are_standardised(learned):
     features = learned(smooth_images(200))
     torch.testing.assert_close(features.mean(0), torch.zeros(10, 20), rtol=0, atol=1e-3)
-    assert ((features.std(0) - 1).abs() < 0.05).float().mean() > 0.9  # but of filters that hardly ever respond
+    spread = features.std(0)
+    assert spread.min() > 0.7  # less than 1, so that filters that hardly ever respond are not blown up
+    assert spread.max() < 1.01
 
 
 def test_it_does_not_see_brightness_and_keeps_flat_patches_flat(learned):
