@@ -7,20 +7,19 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from safetensors.torch import save_file
-
-from loaders.train import TrainLoader
-from model.config import ModelConfig
-from model.patch_filters import PatchFilterEncoder
-from model.vision import build_vision
-from preprocessing.normalization import normalize
 from runtime.errors import UserError, command
 from runtime.program import as_started, command_line
 from sharding.shards.outside import check_outside_corpora
 from storage.files import atomic_file
 from train.config.settings import RunConfig, load_settings
+
+if TYPE_CHECKING:
+    import torch
+
+    from loaders.train import TrainLoader
+    from model.patch_filters import PatchFilterEncoder
 
 IMAGES = 4096  # at most; more change the filters little
 
@@ -30,6 +29,14 @@ def learn_filters(run: RunConfig) -> tuple[Path, int]:
 
     Returns the file and how many images there were. Raises UserError.
     """
+    import torch
+    from safetensors.torch import save_file
+
+    from loaders.train import TrainLoader
+    from model.config import ModelConfig
+    from model.patch_filters import PatchFilterEncoder
+    from model.vision import build_vision
+
     vision = run.vision_encoder
     torch.manual_seed(run.seed)
     encoder = build_vision(ModelConfig.of(run, num_frames=1))
@@ -49,6 +56,8 @@ def learn_filters(run: RunConfig) -> tuple[Path, int]:
 
 def _images(loader: TrainLoader, encoder: PatchFilterEncoder) -> Iterator[torch.Tensor]:
     """Normalised images (N, 3, H, W) of the first epoch, batch after batch."""
+    from preprocessing.normalization import normalize
+
     count = 0
     for batch in loader.epoch(0):
         yield normalize(batch.frames, encoder.mean, encoder.std).flatten(0, 1)
