@@ -1,6 +1,7 @@
 # Commands for users and developers. The targets create the virtual environment and reuse it.
 #   make demo   the whole system on a small data set of coloured shapes, in a few minutes on a CPU
-#   make photos FOLDER=... CAPTIONS=...   train on photos of your own from published weights; 32 to 50 minutes for 6,000
+#   make photos FOLDER=... CAPTIONS=...   train on photos of your own, from published weights; 6,000 take 40 minutes
+#               FROM=nothing          without them
 #   make study  the paper's claim in small: one frame for appearance, four for motion; 10 minutes
 #   make test   the tests        make test-all   with those that take minutes
 #   make test-newest   the tests with the newest timm and transformers on PyPI, beyond the bounds of setup.cfg
@@ -79,7 +80,7 @@ study: $(READY)
 	@bash launch/study.sh $(STUDY)
 
 photos: $(READY)
-	@bash launch/photos.sh "$(FOLDER)" "$(CAPTIONS)" "$(TEST)" "$(PHOTOS)"
+	@bash launch/photos.sh "$(FOLDER)" "$(CAPTIONS)" "$(TEST)" "$(PHOTOS)" "$(FROM)"
 
 packages:
 	@missing=$$(PATH=$$PATH:/usr/sbin:/sbin; for name in $(PACKAGES); do [ -f $${name%:*} ] || command -v $${name%:*} >/dev/null || echo $${name#*:}; done); \

@@ -29,7 +29,9 @@ _INITIALIZER_RANGE = "standard deviation of random initial matrices; narrower mo
 class VisionConfig:
     """The vision backbone. Defaults: BEiT-B/16 as published."""
 
-    type: str = fixed("beit", "beit, vit, deit, the name of another image backbone of timm, or one of your own")
+    type: str = fixed(
+        "beit", "beit, vit, deit, patch_filters, the name of another backbone of timm, or one of your own"
+    )
     options: dict[str, Any] = fixed(dict, "settings of a backbone of your own: arguments of its class")
     pretrained: str | None = fixed(None, "initial weights: a hub name or a local folder", checkpoint=START)
     mean: list[float] | None = fixed(None, "mean of the pixels in [0, 1]; by default that of the published weights")

@@ -121,7 +121,7 @@ class PatchFilterEncoder(VisionEncoder):
         self.filters = PatchFilters(filters, size, stride, grid)
         self.dropout = nn.Dropout(dropout)
         self.maps = nn.Parameter(torch.empty(grid**2 + 1, filters, config.vision_encoder.width))
-        nn.init.normal_(self.maps, std=1 / math.sqrt(self.maps[..., 0].numel()))
+        nn.init.normal_(self.maps, std=0.1 / math.sqrt(self.maps[..., 0].numel()))
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As `VisionEncoder`."""

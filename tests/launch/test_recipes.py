@@ -9,6 +9,7 @@ from small_run import ROOT, job, learned, run_jobs
 from loaders.vocab import learn_vocabulary
 from model.export import main as export
 from sharding.build import build_corpus
+from train.filters import main as filters
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -25,6 +26,8 @@ TINY = [
     "embed_dim=16",
 ]
 WITHOUT_BACKBONES = ["freeze=[]", "optimizer.different_lr.enable=false"]  # which name parts of published models
+FROM_NOTHING = "configs/small/from_nothing.yaml"
+FROM_SCRATCH = ("/pretrain.yaml", "/transfer.yaml", FROM_NOTHING)
 SHORT = [
     "batch_size={image: 8, video: 4}", "batch_size_test={image: 8, video: 8}", "max_steps=3", "log_every=1", "k_test=4"
 ]  # fmt: skip
@@ -93,12 +96,13 @@ def test_every_recipe_trains_and_evaluates(data, tmp_path, monkeypatch):
     monkeypatch.setenv("SL_DATA_DIR", str(data))
     out = {recipe: tmp_path / recipe.replace("/", "_").removesuffix(".yaml") for recipe in RECIPES}
     pretrained = out["configs/pretrain.yaml"]
-    from_scratch = [recipe for recipe in RECIPES if recipe.endswith(("/pretrain.yaml", "/transfer.yaml"))]
+    from_scratch = [recipe for recipe in RECIPES if recipe.endswith(FROM_SCRATCH)]
+    assert filters([FROM_NOTHING, f"data_root={data}", "image_res=32", *SHORT]) == 0
     launches = []
     for recipe in [*from_scratch, *(recipe for recipe in RECIPES if recipe not in from_scratch)]:
         entry, checkpoint, settings = entry_of(recipe), out[recipe], [f"output_dir={out[recipe]}", *SHORT]
-        if recipe in from_scratch:
-            settings += [*TINY, f"tokenizer={data}/vocab.txt"]
+        if recipe in from_scratch:  # from nothing with its own vision encoder
+            settings += [*TINY[recipe == FROM_NOTHING :], f"tokenizer={data}/vocab.txt"]
         if recipe.endswith("/transfer.yaml"):
             settings += WITHOUT_BACKBONES
         if entry == "evaluate":
