@@ -51,14 +51,15 @@ class PatchFilters(nn.Module):
 
     def _responses(self, images: torch.Tensor) -> torch.Tensor:
         centred = self.filters - self.filters.mean((1, 2, 3), keepdim=True)
-        mean = functional.avg_pool2d(images.mean(1, keepdim=True), self.size, self.stride)
-        square = functional.avg_pool2d(images.square().mean(1, keepdim=True), self.size, self.stride)
-        contrast = ((square - mean.square()).clamp(min=0) + CONTRAST).rsqrt()
+        exact = images.float()  # bf16 has too few digits for the difference of two squares, fp16 for SMALLEST
+        mean = functional.avg_pool2d(exact.mean(1, keepdim=True), self.size, self.stride)
+        square = functional.avg_pool2d(exact.square().mean(1, keepdim=True), self.size, self.stride)
+        contrast = ((square - mean.square()).clamp(min=0) + CONTRAST).rsqrt().to(images.dtype)
         found = functional.conv2d(images, centred, stride=self.stride) * contrast
         above = functional.relu(found - self.threshold[:, None, None])
         cells = functional.adaptive_avg_pool2d(above, self.grid).flatten(2)
         whole = above.mean((2, 3))[..., None]
-        return torch.cat([whole, cells], 2).mT.add(SMALLEST).sqrt()
+        return torch.cat([whole, cells], 2).mT.float().add(SMALLEST).sqrt().to(images.dtype)
 
     @torch.no_grad()
     def learn(self, batches: Iterable[torch.Tensor]) -> int:

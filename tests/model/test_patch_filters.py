@@ -1,5 +1,7 @@
 """Filters made of patches of photos: what they compute, and the encoder above them."""
 
+import copy
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -105,3 +107,16 @@ def test_sizes_that_do_not_fit_are_refused(options):
 
 def test_it_takes_images_of_another_size(learned):
     assert learned(smooth_images(2, 48)).shape == (2, 10, 20)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_near_and_its_gradients_are_finite(learned, dtype):
+    images = smooth_images(16)
+    images[0] = 0.8  # a flat image, to which no filter responds
+    wanted = learned(images).detach()
+    half = copy.deepcopy(learned).to(dtype)
+    found = half(images.to(dtype))
+    assert found.dtype == dtype
+    assert (found.float() - wanted).abs().mean() < 0.05
+    found.square().mean().backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in half.parameters())
