@@ -8,6 +8,7 @@ set -euo pipefail
 launch=$(dirname "$0")
 media=${1:-} train=${2:-} test=${3:-} out=${4:-photos} from=${5:-weights}
 declare -A recipes=([weights]=transfer [nothing]=from_nothing)
+[ -n "${recipes[$from]:-}" ] || echo "error: FROM is $from: must be weights or nothing" >&2
 if [ -z "$media" ] || [ -z "$train" ] || [ -z "${recipes[$from]:-}" ]; then
   sed -n '3,6s/^# //p' "$0" >&2
   exit 2

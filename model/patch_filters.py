@@ -14,6 +14,7 @@ from model.text import run_layer
 from model.vision_encoder import VISION, VisionEncoder
 from runtime.errors import UserError
 
+FILE = "model.safetensors"  # of the filters, in the folder that vision_encoder.pretrained names
 CONTRAST = 0.04  # added to the variance of a patch, of pixels in [-1, 1]: flat patches stay flat
 WHITENING = 0.1  # added to the variances of the patches' principal components
 SMALLEST = 1e-8  # under a square root

@@ -34,7 +34,7 @@ def learn_filters(run: RunConfig) -> tuple[Path, int]:
 
     from loaders.train import TrainLoader
     from model.config import ModelConfig
-    from model.patch_filters import PatchFilterEncoder
+    from model.patch_filters import FILE, PatchFilterEncoder
     from model.vision import build_vision
 
     vision = run.vision_encoder
@@ -45,7 +45,7 @@ def learn_filters(run: RunConfig) -> tuple[Path, int]:
     if vision.pretrained is None:
         raise UserError("vision_encoder.pretrained is not set: name a folder for the filters")
     check_outside_corpora(vision.pretrained, "vision_encoder.pretrained")
-    target = Path(vision.pretrained) / "model.safetensors"
+    target = Path(vision.pretrained) / FILE
     with TrainLoader(run.train_urls(), None, replace(run, quarantine_file="")) as loader:
         count = encoder.filters.learn(_images(loader, encoder))
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from model.checkpoints.files import read_tensors
 from model.checkpoints.official_names import vision_parts
 from model.config import ModelConfig
 from model.feature_maps import FeatureMapEncoder
+from model.patch_filters import FILE, PatchFilterEncoder
 from model.singularity import Singularity
 from model.text import BertEncoder
 from model.torchvision_cpu import get_pretrained_cfg, is_model
@@ -23,7 +24,7 @@ from model.towers import TransformersText, VisionTower
 from model.vision import TimmEncoder
 from model.vqa import SingularityQA
 from runtime.activity import keep_alive
-from runtime.errors import UserError
+from runtime.errors import MissingError, UserError
 from runtime.packages import PREFIX, find_in_package
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ def new_model(config: ModelConfig, special_ids: dict[str, int] | None = None) ->
 
     A name is a local folder (config.json with model.safetensors or pytorch_model.bin), a Hugging Face hub name, or,
     for the vision encoder, a timm name. An encoder of the user's own names its tensors in `from_published`.
-    Raises ValueError when a name cannot be found or its weights do not fit.
+    Raises UserError when a name cannot be found or its weights do not fit.
     """
     model = build_model(config, special_ids)
     sources = {
@@ -52,6 +53,14 @@ def new_model(config: ModelConfig, special_ids: dict[str, int] | None = None) ->
         raise UserError(
             f"vision_encoder.type={config.vision_encoder.type} has BatchNorm, which keeps the statistics of published "
             "weights: set vision_encoder.pretrained, or take a backbone without it, such as convnext_pico"
+        )
+    if (
+        isinstance(encoder, PatchFilterEncoder)
+        and not Path(config.vision_encoder.pretrained or "").joinpath(FILE).is_file()
+    ):
+        raise MissingError(
+            f"vision_encoder.pretrained is {config.vision_encoder.pretrained}, where patch_filters finds no {FILE}: "
+            "`python -m train.filters CONFIG.yaml` makes it there, of the photos of train_corpus"
         )
     for key, (name, convert) in sources.items():
         if name:

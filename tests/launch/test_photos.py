@@ -53,8 +53,8 @@ def test_the_script_asks_for_folder_and_captions_and_refuses_results_of_others(t
     code, said = photos(tmp_path, "", "", "", "photos")  # `make photos` without them
     assert code == 2
     assert said.startswith("Usage: bash launch/photos.sh FOLDER CAPTIONS")
-    for words in (("yours", "", "", "photos"), ("yours", "yours/train.json", "", "photos", "weight")):
-        assert photos(tmp_path, *words) == (code, said)
+    wrong = photos(tmp_path, "yours", "yours/train.json", "", "photos", "weight")
+    assert wrong == (code, f"error: FROM is weight: must be weights or nothing\n{said}")
     assert not (tmp_path / "photos").exists()
     (tmp_path / "photos/steps").mkdir(parents=True)
     (tmp_path / "photos/steps/inputs").write_text("mine mine/train.json \n")

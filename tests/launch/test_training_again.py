@@ -1,34 +1,29 @@
-"""Training again in a process in which a training has failed, as in a notebook."""
+"""Training again in a process in which a training has failed or was stopped, as in a notebook."""
 
-import signal
-import threading
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from small_run import environment, learned
 
-from launch import training
-from runtime.errors import UserError
-from runtime.ranks import Ranks
-from train.config.settings import load_settings
-from train.folder import RunFolder
-from train.job.stopping import SIGNALS
+WORKER = Path(__file__).with_name("again_worker.py")
 
 
-def test_a_training_that_fails_gives_back_its_folder_and_the_signals(shapes, tmp_path, monkeypatch):
-    def fails(*arguments):
-        assert signal.getsignal(signal.SIGINT) not in earlier
-        raise error
-
-    monkeypatch.setattr(training, "start_processes", fails)
-    small = ("vision_encoder.width=32", "vision_encoder.depth=1", "image_res=32", "batch_size={image: 8, video: 8}")
-    where = (f"data_root={shapes.shards}", f"tokenizer={shapes.vocab}", f"output_dir={tmp_path}/run")
-    settings = load_settings("configs/demo/pretrain.yaml", [*where, *small])
-    earlier = [signal.getsignal(number) for number in SIGNALS]
-    for error in (UserError("the network is down"), RuntimeError("ours"), KeyboardInterrupt()):
-        with pytest.raises(type(error)) as caught:
-            training.train(settings, Ranks(), evaluates=False)
-        assert caught.value is error
-        assert [signal.getsignal(number) for number in SIGNALS] == earlier
-        assert not [thread for thread in threading.enumerate() if thread.name.startswith(("watchdog", "launcher"))]
-        again = RunFolder(tmp_path / "run")
-        again.claim(settings.config)  # while the error, and so all that its traceback holds, is still there
-        again.release()
+@pytest.mark.timeout(300)
+def test_a_training_that_fails_or_stops_gives_back_its_folder_the_signals_and_its_threads(corpora, tmp_path):
+    """In one real process: each attempt needs the folder that the one before had locked."""
+    run = tmp_path / "run"
+    words = [sys.executable, str(WORKER), str(corpora / "tiny.yaml"), str(run)]
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    refused, missing, stopped, last = json.loads((tmp_path / "seen.json").read_text())
+    assert refused["outcome"].startswith(f"UserError: DeepSpeed refuses {tmp_path}/refused.json: stage")
+    assert missing["outcome"].startswith("MissingError")
+    assert stopped["outcome"].startswith("TrainingInterrupted")
+    assert last["outcome"] == "done"
+    assert [each["given_back"] for each in (refused, missing, stopped)] == [True, True, False]  # it was about to exit
+    assert not any(each["threads"] for each in (refused, missing, stopped, last))
+    assert [line["step"] for line in learned(run)] == list(range(1, 33))
+    assert (run / "finished.json").is_file()

@@ -99,6 +99,16 @@ def test_a_model_starts_from_filters_in_a_folder(learned, tmp_path):
         new_model(start, IDS)
 
 
+@pytest.mark.parametrize("folder", [None, "nowhere", ""])
+def test_filters_that_were_not_made_are_one_line_with_the_command(tmp_path, folder):
+    start = config()
+    start.vision_encoder.pretrained = None if folder is None else str(tmp_path / folder)
+    with pytest.raises(
+        UserError, match=r"finds no model\.safetensors: `python -m train\.filters CONFIG\.yaml` makes it"
+    ):
+        new_model(start, IDS)
+
+
 @pytest.mark.parametrize("options", [{"grid": 15}, {"size": 40}, {"filters": 0}])
 def test_sizes_that_do_not_fit_are_refused(options):
     with pytest.raises(UserError, match="does not fit image_res=32"):
